@@ -1,0 +1,246 @@
+"""The port to whatever runs and moves guests. QEMU is behind it today; nothing above knows its commands.
+
+The contract, for every engine (`tests/contract/test_engine.py`):
+
+* All calls are bounded by the engine's own deadlines and raise `EngineError` (definite) or `EngineTimeout` (outcome
+  unknown: read `state` again; a destination's VMM may be busy loading for seconds and that is no failure).
+* Events are hints: state is re-read after each wait, an edge alone is never trusted.
+* A VMM lives in a session of its own and survives the agent; `adopt` finds it again by pid and start time.
+* No VMM ever starts vCPUs by itself except: a new guest from `start`; the source after an attempt that failed before it
+  was sealed (QEMU resumes it). A destination VMM runs only after `resume`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from orchestrator.core.records import GuestSpec
+
+
+class EngineError(Exception):
+    """The engine refused or failed; the text says what and the state is as before unless it says otherwise."""
+
+
+class EngineTimeout(EngineError):
+    """No answer in time: the command may have been carried out."""
+
+
+class RunState(StrEnum):
+    """Of the vCPUs."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    """Stopped by `pause`, or started paused, or a loaded destination."""
+    INCOMING = "inmigrate"
+    """A destination that has not loaded everything."""
+    FINISHING = "finish-migrate"
+    """Stopped by the engine for the switchover."""
+    SEALED = "postmigrate"
+    """Everything was sent; cannot start by itself."""
+    ENDED = "shutdown"
+    """The guest shut down or panicked; the VMM may still be there."""
+
+
+class EngineStatus(StrEnum):
+    """Of the migration, reduced to what we act on. Words that are not known map to ACTIVE while running."""
+
+    NONE = "none"
+    SETUP = "setup"
+    ACTIVE = "active"
+    PARKED = "pre-switchover"
+    DEVICE = "device"
+    COMPLETED = "completed"
+    CANCELLING = "cancelling"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class VmmState:
+    """Both facts read together, after which neither may have changed for long: act through the machine, not on this."""
+
+    run_state: RunState
+    status: EngineStatus
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StatusChanged:
+    status: EngineStatus
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStateChanged:
+    """STOP, RESUME: the vCPUs of this VMM stopped or started. `at_s` is the engine's own wall-clock stamp, for reports."""
+
+    running: bool
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GuestEnded:
+    """The guest shut down or panicked by itself."""
+
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class VmmDied:
+    """The process is gone."""
+
+
+EngineEvent = StatusChanged | RunStateChanged | GuestEnded | VmmDied
+EventSink = Callable[[EngineEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    transferred_bytes: int = 0
+    remaining_bytes: int = 0
+    total_bytes: int = 0
+    bandwidth_mbps: float = 0.0
+    dirty_rate_mbps: float = 0.0
+    iteration: int = 0
+    expected_downtime_ms: int = 0
+    status: EngineStatus = EngineStatus.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class VmmSpec:
+    """Everything a VMM process is made of. `directory` is the guest's own below the agent's; it exists."""
+
+    guest: str
+    """Uuid."""
+    inc: str
+    spec: GuestSpec
+    directory: Path
+    console_path: Path
+    """Unix socket that the VMM serves for COM1."""
+    device_path: Path | None
+    """Unix socket of the device process that the VMM connects COM2 to; None without companion devices."""
+    listen_address: str = ""
+    """Destination only: address for the stream."""
+    multifd_channels: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class VmmMetadata:
+    """Written to `<directory>/<inc>.json` before anything can go wrong, read by `adopt` after a restart."""
+
+    guest: str
+    inc: str
+    pid: int
+    start_time: int
+    """Of /proc/<pid>/stat: a recycled pid is another process."""
+    role: str
+    """`owner` or `incoming`."""
+    migration: str = ""
+    attempt: int = 0
+    endpoint: str = ""
+    extra: dict[str, str] = field(default_factory=dict[str, str])
+
+
+class HoldStart(StrEnum):
+    """How an outgoing migration starts while the gate is closed (lab 3h)."""
+
+    OPEN = "open"
+    """No hold: the gate is open (no devices, or the guest is paused)."""
+    TRICKLE = "trickle"
+    """Nearly no bandwidth until release: for guests whose RAM is small against their devices' initial state."""
+    TAIL = "tail"
+    """Full rate until less than `tail_bytes` remain, then a trickle until release."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingOptions:
+    endpoint: str
+    hold: HoldStart
+    tail_bytes: int
+    link_bytes_per_s: int
+    """Rate of `max-bandwidth` when released."""
+    downtime_limit_ms: int
+    multifd_channels: int = 0
+    auto_converge: bool = False
+
+
+class Vmm(Protocol):
+    """One VMM process, source or destination."""
+
+    @property
+    def metadata(self) -> VmmMetadata: ...
+
+    def subscribe(self, sink: EventSink) -> Callable[[], None]:
+        """Events in order, on the event loop. Returns a function that ends it."""
+        ...
+
+    def alive(self) -> bool:
+        """The process exists (pid and start time)."""
+        ...
+
+    async def state(self, timeout_s: float = 2.0) -> VmmState: ...
+
+    async def progress(self) -> Progress: ...
+
+    async def pause(self) -> None:
+        """Operator's or policy's stop, before any switchover. Running attempt goes on without its hold (see `release`)."""
+        ...
+
+    async def resume(self) -> None:
+        """Start the vCPUs (`cont`). Only where the hand-over protocol allows; the engine does not know."""
+        ...
+
+    async def start_outgoing(self, options: OutgoingOptions) -> None:
+        """Begin pre-copy. Returns when the engine accepted; failure of the stream comes as StatusChanged(FAILED)."""
+        ...
+
+    async def hold(self) -> None:
+        """Gate closed again while the guest runs: keep it in pre-copy. Idempotent. No promise: it may have stopped."""
+        ...
+
+    async def release(self) -> None:
+        """Gate open: let the engine stop the guest when it converges. Idempotent."""
+        ...
+
+    async def proceed(self) -> None:
+        """From PARKED to the last pass. Raises EngineError when it is not parked any more."""
+        ...
+
+    async def abort(self, timeout_s: float = 5.0) -> VmmState:
+        """End the migration unless it is sealed; returns the state read after it is over.
+
+        Afterwards the guest is as it was before the migration stopped it (running, or paused if it had been paused). A
+        blocked VMM is freed out of band (`yank`). If it had completed before the abort took effect, the state says
+        SEALED/COMPLETED and nothing else happened. No-op when no migration runs.
+        """
+        ...
+
+    async def announce(self) -> None:
+        """Tell the network where the guest's MAC address lives now."""
+        ...
+
+    async def destroy(self) -> None:
+        """Kill the process and forget it; returns when it is gone. Idempotent."""
+        ...
+
+
+class MigrationEngine(Protocol):
+    async def probe(self) -> dict[str, str]:
+        """`version`, `machine_types` (comma separated), `switchover_ack` (`none`, `legacy`, `per-device`), `accelerator`."""
+        ...
+
+    async def start(self, spec: VmmSpec) -> Vmm:
+        """A new guest, running. Raises EngineError with the VMM's own words when it does not start; no process is left."""
+        ...
+
+    async def prepare_incoming(self, spec: VmmSpec, migration: str, attempt: int) -> Vmm:
+        """A paused VMM that listens; `metadata.endpoint` says where. Raises EngineError; no process is left then."""
+        ...
+
+    async def adopt(self, metadata: VmmMetadata, spec: VmmSpec) -> Vmm | None:
+        """The VMM of an earlier agent process. None: that process is gone (same pid with another start time counts)."""
+        ...

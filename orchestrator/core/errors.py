@@ -1,0 +1,94 @@
+"""Every typed end and refusal of Drover, in one place: the same words in znodes, API errors, CLI and docs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class AbortReason(StrEnum):
+    """Why one attempt ended without a commit. Stored in the guest record and in the attempt report."""
+
+    LATE_SWITCHOVER_ACK = "LATE_SWITCHOVER_ACK"
+    GATE_CLOSED_AT_CONVERGENCE = "GATE_CLOSED_AT_CONVERGENCE"
+    NOT_CONVERGING = "NOT_CONVERGING"
+    ACK_TIMEOUT = "ACK_TIMEOUT"
+    PREPARE_FAILED = "PREPARE_FAILED"
+    PREPARE_TIMEOUT = "PREPARE_TIMEOUT"
+    SWITCHOVER_TIMEOUT = "SWITCHOVER_TIMEOUT"
+    TOTAL_TIMEOUT = "TOTAL_TIMEOUT"
+    CANCELLED = "CANCELLED"
+    DESTINATION_LOST = "DESTINATION_LOST"
+    DESTINATION_RESTARTED = "DESTINATION_RESTARTED"
+    SOURCE_RESTARTED = "SOURCE_RESTARTED"
+    ENGINE_FAILED = "ENGINE_FAILED"
+    SHIM_FAILED = "SHIM_FAILED"
+    DEVICE_RESET = "DEVICE_RESET"
+    GUEST_ENDED = "GUEST_ENDED"
+    LEDGER_UNREACHABLE = "LEDGER_UNREACHABLE"
+    ROLLED_BACK = "ROLLED_BACK"
+
+
+class FailureReason(StrEnum):
+    """Why a migration or an evacuation ended without success."""
+
+    NO_CAPACITY = "NO_CAPACITY"
+    DESTINATION_NOT_ELIGIBLE = "DESTINATION_NOT_ELIGIBLE"
+    NOT_CONVERGING = "NOT_CONVERGING"
+    CANCELLED = "CANCELLED"
+    ATTEMPTS_EXHAUSTED = "ATTEMPTS_EXHAUSTED"
+    TOTAL_TIMEOUT = "TOTAL_TIMEOUT"
+    DEVICE_NOT_MIGRATABLE = "DEVICE_NOT_MIGRATABLE"
+    DEVICE_RESET = "DEVICE_RESET"
+    GUEST_GONE = "GUEST_GONE"
+    GUEST_ENDED = "GUEST_ENDED"
+    GUEST_CRASHED = "GUEST_CRASHED"
+    RETRY_NEEDS_RUN = "RETRY_NEEDS_RUN"
+    PAUSED_NEEDS_OPERATOR = "PAUSED_NEEDS_OPERATOR"
+    SOURCE_UNREACHABLE = "SOURCE_UNREACHABLE"
+    SOME_GUESTS_REMAIN = "SOME_GUESTS_REMAIN"
+
+
+class RefusalReason(StrEnum):
+    """`google.rpc.ErrorInfo.reason` of a refused call (domain `drover`)."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    DEADLINE_REQUIRED = "DEADLINE_REQUIRED"
+    NOT_FOUND = "NOT_FOUND"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    REQUEST_ID_REUSED = "REQUEST_ID_REUSED"
+    GUEST_IS_MIGRATING = "GUEST_IS_MIGRATING"
+    GUEST_NOT_RUNNING = "GUEST_NOT_RUNNING"
+    HOST_CORDONED = "HOST_CORDONED"
+    HOST_NOT_LIVE = "HOST_NOT_LIVE"
+    NO_CAPACITY = "NO_CAPACITY"
+    ALREADY_COMMITTED = "ALREADY_COMMITTED"
+    ALREADY_ENDED = "ALREADY_ENDED"
+    STALE_EPOCH = "STALE_EPOCH"
+    STALE_ATTEMPT = "STALE_ATTEMPT"
+    CHAOS_DISABLED = "CHAOS_DISABLED"
+    DEVICE_NOT_MIGRATABLE = "DEVICE_NOT_MIGRATABLE"
+    MACHINE_TYPE_MISMATCH = "MACHINE_TYPE_MISMATCH"
+    VOLATILE_DIRECTORY_UNSAFE = "VOLATILE_DIRECTORY_UNSAFE"
+    RETRY_NEEDS_RUN = "RETRY_NEEDS_RUN"
+    FENCER_REQUIRED = "FENCER_REQUIRED"
+    OUTCOME_UNKNOWN = "OUTCOME_UNKNOWN"
+    LEDGER_UNREACHABLE = "LEDGER_UNREACHABLE"
+    AGENT_UNREACHABLE = "AGENT_UNREACHABLE"
+    INTERNAL = "INTERNAL"
+
+
+class DroverError(Exception):
+    """A refusal with a reason that a program can act on and a sentence that a person can.
+
+    `field` names the offending part of a request or file, e.g. `guest.devices[0].name`.
+    """
+
+    def __init__(self, reason: RefusalReason, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.field = field
+
+    def __str__(self) -> str:
+        where = f"{self.field}: " if self.field else ""
+        return f"{where}{self.message} [{self.reason}]"

@@ -1,0 +1,275 @@
+"""What the znodes hold, as plain data (see docs/protocol.md for the tree). Written and read as JSON by `ledger.records`.
+
+The guest record and its transitions have a file of their own, `handover.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from orchestrator.core.errors import AbortReason, FailureReason
+from orchestrator.core.ids import AckRequest, HostRef
+from orchestrator.core.policy import MigrationPolicy
+
+
+class ShimKind(StrEnum):
+    COMPANION = "companion"
+    NET = "net"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """One device of a guest that takes part in its migration through a shim."""
+
+    name: str
+    shim: ShimKind
+    dma: str = "none"
+    """A companion shim under QEMU must declare `none`: QEMU cannot be told of pages a device wrote."""
+    initial_bytes: int = 65_536
+    stop_copy_bytes: int = 16_384
+    dirty_bytes_per_s: int = 0
+    scenario: str = ""
+    """YAML text of the scenario (docs/scenario.md); empty: a well-behaved device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the built-in guest image does. Rates per second of virtual time."""
+
+    dirty_mib: int = 4
+    """Size of the region that is dirtied."""
+    dirty_pages_per_s: int = 400
+    static_mib: int = 0
+    """Filled once, never written again, checked by verify."""
+    heartbeat_hz: int = 50
+    doorbell_hz: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSpec:
+    """Immutable description of a guest, `/guests/<uuid>/spec`."""
+
+    name: str
+    memory_mib: int = 64
+    vcpus: int = 1
+    machine: str = "pc"
+    workload: Workload = Workload()
+    devices: tuple[DeviceSpec, ...] = ()
+    labels: dict[str, str] = field(default_factory=dict[str, str])
+    policy: MigrationPolicy = MigrationPolicy()
+
+
+@dataclass(frozen=True, slots=True)
+class WantRun:
+    """The operator's wish, `/guests/<uuid>/want_run`; its own node so that a pause never moves the record's version."""
+
+    run: bool = True
+    by: str = ""
+    sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostRecord:
+    """`/hosts/<h>`: who the agent there is and what the host can carry."""
+
+    name: str
+    boot_id: str
+    control_address: str
+    """host:port of AgentService for coordinator and API."""
+    peer_address: str
+    """host:port of PeerService (hand-over calls)."""
+    memory_mib: int
+    bandwidth_mbps: int
+    engine: str = ""
+    """Engine and version, for people."""
+    machine_types: tuple[str, ...] = ()
+    accelerator: str = "tcg"
+    switchover_ack: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cordon:
+    on: bool = False
+    why: str = ""
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservations:
+    """`/hosts/<h>/resv`: memory promised to migrations on their way here, by migration id."""
+
+    memory_mib: dict[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """`/migs/<aa>/<m>/req` and `/ack`: newest generation per device, with the attempt that saw it."""
+
+    entries: tuple[AckRequest, ...] = ()
+    attempt: int = 0
+
+
+class MigrationPhase(StrEnum):
+    """Of a migration as its users see it. ABORTING and RETRY_WAIT lead back to PREPARING of the next attempt."""
+
+    PENDING = "PENDING"
+    PREPARING = "PREPARING"
+    PRECOPY = "PRECOPY"
+    SWITCHOVER = "SWITCHOVER"
+    COMMITTED = "COMMITTED"
+    FINALIZING = "FINALIZING"
+    ABORTING = "ABORTING"
+    RETRY_WAIT = "RETRY_WAIT"
+    SUCCEEDED = "SUCCEEDED"
+    CANCELLED = "CANCELLED"
+    FAILED = "FAILED"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (MigrationPhase.SUCCEEDED, MigrationPhase.CANCELLED, MigrationPhase.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationSpec:
+    """`/migs/<aa>/<m>`, immutable."""
+
+    id: str
+    guest: str
+    guest_name: str
+    destination: str = ""
+    """Host name; empty: the coordinator places it (and may choose another host for the next attempt)."""
+    policy: MigrationPolicy = MigrationPolicy()
+    evacuation: str = ""
+    requested_by: str = ""
+    create_time_s: float = 0.0
+    """Wall clock, for people only (A6)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationState:
+    """`/migs/<aa>/<m>/state`: durable phase. PENDING, ACTIVE-ish phases are coarse here; agents know the fine ones."""
+
+    phase: MigrationPhase = MigrationPhase.PENDING
+    attempt: int = 0
+    source: str = ""
+    destination: str = ""
+    cancel_requested: bool = False
+    failure: FailureReason | None = None
+    message: str = ""
+    end_time_s: float = 0.0
+    retry_wait_ms: int = 0
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineEntry:
+    """One line of `drover explain`. `at_ms` counts from the attempt's start on the clock of `where`."""
+
+    at_ms: float
+    where: str
+    event: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptReport:
+    """What one attempt came to; kept in `/migs/<aa>/<m>/attempts` after the agents forgot it."""
+
+    attempt: int
+    outcome: str
+    """COMMITTED or ABORTED."""
+    reason: AbortReason | None = None
+    devices: tuple[str, ...] = ()
+    message: str = ""
+    source: str = ""
+    destination: str = ""
+    inc: str = ""
+    zxid: int = 0
+    """zxid of the COMMIT or ABORT write."""
+    requests: tuple[AckRequest, ...] = ()
+    acks: tuple[AckRequest, ...] = ()
+    requested_while_stopped: tuple[AckRequest, ...] = ()
+    blackout_ms: float = 0.0
+    """Freeze until the guest ran again (abort) or until DONE was known (commit), on the source's clock."""
+    transferred_bytes: int = 0
+    duration_ms: float = 0.0
+    ledger_writes: int = 0
+    timeline: tuple[TimelineEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    reports: tuple[AttemptReport, ...] = ()
+
+
+class EvacuationPhase(StrEnum):
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    CANCELLING = "CANCELLING"
+    SUCCEEDED = "SUCCEEDED"
+    CANCELLED = "CANCELLED"
+    FAILED = "FAILED"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (EvacuationPhase.SUCCEEDED, EvacuationPhase.CANCELLED, EvacuationPhase.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class EvacuationSpec:
+    """`/evac/<job>`, immutable."""
+
+    id: str
+    host: str
+    max_concurrent: int = 4
+    policy: MigrationPolicy | None = None
+    """None: each guest's own policy."""
+    requested_by: str = ""
+    create_time_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EvacuationGuest:
+    """One guest of a job. `migration` is empty until its migration was created."""
+
+    guest: str
+    name: str
+    memory_mib: int
+    migration: str = ""
+    phase: MigrationPhase = MigrationPhase.PENDING
+    destination: str = ""
+    failure: FailureReason | None = None
+    message: str = ""
+    attempts: int = 0
+    tries: int = 0
+    """Migrations tried for this guest by this job."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvacuationState:
+    """`/evac/<job>/state`. `safe_to_power_off` is re-evaluated while the host stays cordoned, also after the end."""
+
+    phase: EvacuationPhase = EvacuationPhase.PENDING
+    guests: tuple[EvacuationGuest, ...] = ()
+    cancel_requested: bool = False
+    safe_to_power_off: bool = False
+    failure: FailureReason | None = None
+    message: str = ""
+    end_time_s: float = 0.0
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """`/requests/<request_id>`: makes a create call repeat-safe."""
+
+    operation: str
+    """Resource name that the first call created."""
+    digest: str
+    """Hash of the request; another content under the same id is refused."""
+    create_time_s: float = 0.0
+
+
+def host_ref(record: HostRecord) -> HostRef:
+    return HostRef(record.name, record.boot_id)

@@ -1,0 +1,96 @@
+"""The tree of znodes, below the chroot (docs/protocol.md)."""
+
+from __future__ import annotations
+
+CHROOT = "/drover/v1"
+NAMES = "/names"
+GUESTS = "/guests"
+MIGRATIONS = "/migs"
+EVACUATIONS = "/evac"
+REQUESTS = "/requests"
+HOSTS = "/hosts"
+FENCE = "/fence"
+COORDINATOR = "/coord/0"
+BARRIER = "/barrier"
+ROOTS = (NAMES, GUESTS, MIGRATIONS, EVACUATIONS, REQUESTS, HOSTS, FENCE, COORDINATOR, BARRIER)
+
+
+def name(guest_name: str) -> str:
+    return f"{NAMES}/{guest_name}"
+
+
+def guest(uuid: str) -> str:
+    return f"{GUESTS}/{uuid}"
+
+
+def guest_spec(uuid: str) -> str:
+    return f"{GUESTS}/{uuid}/spec"
+
+
+def want_run(uuid: str) -> str:
+    return f"{GUESTS}/{uuid}/want_run"
+
+
+def migration_shard(migration: str) -> str:
+    return f"{MIGRATIONS}/{migration[:2]}"
+
+
+def migration(migration_id: str) -> str:
+    """Sharded by the first two characters so that no listing outgrows a reply."""
+    return f"{migration_shard(migration_id)}/{migration_id}"
+
+
+def migration_state(migration_id: str) -> str:
+    return f"{migration(migration_id)}/state"
+
+
+def attempts(migration_id: str) -> str:
+    return f"{migration(migration_id)}/attempts"
+
+
+def requests(migration_id: str) -> str:
+    return f"{migration(migration_id)}/req"
+
+
+def acks(migration_id: str) -> str:
+    return f"{migration(migration_id)}/ack"
+
+
+def evacuation(job: str) -> str:
+    return f"{EVACUATIONS}/{job}"
+
+
+def evacuation_state(job: str) -> str:
+    return f"{EVACUATIONS}/{job}/state"
+
+
+def request_id(request: str) -> str:
+    return f"{REQUESTS}/{request}"
+
+
+def host(host_name: str) -> str:
+    return f"{HOSTS}/{host_name}"
+
+
+def cordon(host_name: str) -> str:
+    return f"{HOSTS}/{host_name}/cordon"
+
+
+def live(host_name: str) -> str:
+    return f"{HOSTS}/{host_name}/live"
+
+
+def reservations(host_name: str) -> str:
+    return f"{HOSTS}/{host_name}/resv"
+
+
+def fence(host_name: str, boot_id: str) -> str:
+    return f"{FENCE}/{host_name}/{boot_id}"
+
+
+def epoch() -> str:
+    return f"{COORDINATOR}/epoch"
+
+
+def leader() -> str:
+    return f"{COORDINATOR}/leader"

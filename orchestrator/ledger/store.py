@@ -1,0 +1,153 @@
+"""The port to the coordination store: what Drover needs of ZooKeeper and nothing more.
+
+Every call is bounded, and a write has exactly one of three results: `Done`, `Conflict` (definitely not applied) or
+`OutcomeUnknown` (applied, or not, or will be). Unknown is never taken for either of the others; callers read again after
+`barrier`. Nothing is queued: while there is no connection, writes return `OutcomeUnknown(sent=False)` at once, which *is*
+definite, and reads raise `StoreUnavailable`.
+
+`tests/contract/test_store.py` is the contract; the fake and the real ZooKeeper pass the same suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class StoreUnavailable(Exception):
+    """No connection, or no answer within the bound. Nothing was changed by a read that raises this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned:
+    """Content of a node at one instant."""
+
+    data: bytes
+    version: int
+    mzxid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    path: str
+    data: bytes
+    ephemeral: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SetData:
+    path: str
+    data: bytes
+    version: int
+    """Must be the node's version; there is no unconditional set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    path: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    path: str
+    version: int
+
+
+Op = Create | SetData | Check | Delete
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The whole transaction was applied. `versions` has the new version per op (0 for creates, -1 for check, delete)."""
+
+    zxid: int
+    versions: tuple[int, ...]
+
+
+class ConflictKind(StrEnum):
+    BAD_VERSION = "BAD_VERSION"
+    EXISTS = "EXISTS"
+    MISSING = "MISSING"
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Nothing was applied because of operation `index`. May also answer a repeated copy of a write that won (H5)."""
+
+    index: int
+    kind: ConflictKind
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeUnknown:
+    """The write may have been applied, may be applied later, or never. `sent=False`: it never left, hence never applies."""
+
+    sent: bool = True
+    why: str = ""
+
+
+WriteResult = Done | Conflict | OutcomeUnknown
+
+
+class SessionState(StrEnum):
+    CONNECTED = "CONNECTED"
+    SUSPENDED = "SUSPENDED"
+    LOST = "LOST"
+
+
+class Store(Protocol):
+    """One client with one session. All callbacks run on the event loop that called `start`."""
+
+    async def start(self, timeout_s: float = 10.0) -> None:
+        """Connect. Raises StoreUnavailable when that takes longer; may be called again."""
+        ...
+
+    async def close(self) -> None:
+        """End the session; ephemeral nodes go. Never raises."""
+        ...
+
+    @property
+    def session(self) -> SessionState: ...
+
+    def on_session(self, callback: Callable[[SessionState], None]) -> None:
+        """Called at each change. After LOST -> CONNECTED watches are gone and ephemeral nodes must be made again."""
+        ...
+
+    @property
+    def quorum_age_s(self) -> float:
+        """Seconds since the last proof of a live quorum (a write or a barrier that was answered); inf at first."""
+        ...
+
+    async def barrier(self, timeout_s: float = 2.0) -> None:
+        """A write of this session that a quorum answered: reads after it are not older than it (H13)."""
+        ...
+
+    async def read(self, path: str, timeout_s: float = 2.0) -> Versioned | None:
+        """None: the node does not exist. Raises StoreUnavailable."""
+        ...
+
+    async def children(self, path: str, timeout_s: float = 2.0) -> tuple[str, ...]:
+        """Sorted names; empty when the node has none or does not exist."""
+        ...
+
+    async def multi(self, ops: Sequence[Op], timeout_s: float = 2.0) -> WriteResult:
+        """All or nothing, in order. Parents must exist (see `ensure`). Never raises for store trouble."""
+        ...
+
+    async def ensure(self, path: str, timeout_s: float = 2.0) -> None:
+        """Create `path` and its parents with empty content where missing. Raises StoreUnavailable."""
+        ...
+
+    def watch(self, path: str, callback: Callable[[Versioned | None], None]) -> Callable[[], None]:
+        """Call back with the present content soon, and after every change with the newest content (changes may be merged).
+
+        Survives reconnects and new sessions. Returns a function that ends the watch. Never raises.
+        """
+        ...
+
+    def watch_children(self, path: str, callback: Callable[[tuple[str, ...]], None]) -> Callable[[], None]:
+        """As `watch`, for the names of the children."""
+        ...
