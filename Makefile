@@ -1,0 +1,105 @@
+# Drover. `make help` lists what can be made. On a bare machine `make demo` and `make test` do all the set-up first.
+# Everything that a target writes is under build/ and .venv/; the stamps there make a second call instant.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+PY     := $(VENV)/bin/python
+STAMPS := build/stamps
+IMAGE  := agents/guests/image
+export PYTHON VENV
+
+PYTEST := $(PY) -m pytest --durations=10
+
+##@ Use
+.PHONY: demo
+demo: setup  ## run the main job on a local cluster and prove its promises (ARGS="--help" for its options)
+	$(PY) -m orchestrator.local.demo $(ARGS)
+
+.PHONY: setup
+setup: system venv guest  ## system packages, Python environment, guest image
+
+##@ Check
+.PHONY: test
+test: setup  ## all tests (ARGS="-k late_ack" for some of them)
+	$(PYTEST) tests $(ARGS)
+
+.PHONY: test-fast
+test-fast: venv  ## unit, property and contract tests that need no QEMU, ZooKeeper or cluster
+	$(PYTEST) tests/unit tests/property tests/contract -m "not integration and not qemu and not zookeeper and not long" $(ARGS)
+
+.PHONY: check
+check: venv  ## style, types, import rules, stubs; needs the Python environment only
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target check-types check-style check-imports check-protos
+	@echo "check: all passed"
+
+.PHONY: check-style check-types check-imports check-protos
+check-types:
+	$(VENV)/bin/pyright --threads 2
+check-style:
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/ruff format --check --quiet .
+check-imports:
+	$(VENV)/bin/lint-imports --no-cache
+	$(PY) -m pytest --quiet --no-header --noconftest -p no:cacheprovider tests/unit/test_import_rules.py
+check-protos:
+	scripts/protos.sh check
+	scripts/protos.sh lint
+
+##@ Develop
+.PHONY: format
+format: venv  ## let ruff mend what it can
+	$(VENV)/bin/ruff check --fix --quiet .
+	$(VENV)/bin/ruff format --quiet .
+
+.PHONY: protos
+protos: venv  ## generate the stubs beside the .proto files
+	scripts/protos.sh generate
+
+.PHONY: lock
+lock: venv  ## resolve requirements.lock anew from pyproject.toml (ARGS="--upgrade" for newer versions)
+	$(VENV)/bin/uv pip compile pyproject.toml --group dev --universal --generate-hashes --no-emit-index-url \
+	    --custom-compile-command "make lock" --quiet -o requirements.lock $(ARGS)
+
+.PHONY: clean
+clean:  ## remove build/, .venv/ and every cache
+	rm -rf build dist $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find orchestrator agents protos tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help
+help:  ## this list
+	@awk 'BEGIN { FS = ":.*##" } /^##@/ { printf "\n%s\n", substr($$0, 5) } /^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- set-up -----------------------------------------------------------------------------------------------------------
+
+.PHONY: system
+system:
+	@deploy/install-system.sh
+
+.PHONY: venv
+venv: $(STAMPS)/venv
+
+# pip checks every file against the hashes in requirements.lock; the project itself is installed in place, without them.
+$(STAMPS)/venv: requirements.lock pyproject.toml | $(STAMPS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "make: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); say PYTHON=... to use another." >&2; exit 1; }
+	@[ -x $(PY) ] || deploy/install-system.sh --only python
+	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	@echo "make: installing the Python environment into $(VENV) (about a minute the first time)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-input --no-deps --require-hashes -r requirements.lock
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-input --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.PHONY: guest
+guest: build/guest.elf
+
+build/guest.elf: $(wildcard $(IMAGE)/*) | $(STAMPS)
+	$(IMAGE)/build.sh $@
+
+$(STAMPS):
+	@mkdir -p $@
