@@ -45,7 +45,7 @@ check-style:
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check --quiet .
 check-imports:
-	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/lint-imports --no-cache --no-logo
 	$(PY) -m pytest --quiet --no-header --noconftest -p no:cacheprovider tests/unit/test_import_rules.py
 check-protos:
 	scripts/protos.sh check
