@@ -38,9 +38,9 @@ has_venv() { "${PYTHON:-python3}" -c 'import ensurepip, venv' >/dev/null 2>&1; }
 
 # part | package | group | why
 readonly PARTS="\
-qemu|qemu-system-x86|system|runs the guests and moves them (QEMU $QEMU_OLDEST or newer)
-zookeeper|libzookeeper-java|system|ZooKeeper, the record of who may run each guest (the jars; no service is started)
-java|default-jre-headless|system|runs ZooKeeper (without a desktop)
+qemu|qemu-system-x86|system|runs the guests and moves them, QEMU $QEMU_OLDEST or newer
+zookeeper|libzookeeper-java|system|ZooKeeper, the record of who may run each guest: the jars, no service
+java|default-jre-headless|system|runs ZooKeeper, without a desktop
 iproute|iproute2|system|network namespaces, bridge and bandwidth limits of the simulated hosts
 nft|nftables|system|cuts the network between hosts in tests
 nsenter|util-linux|system|starts a process inside a host's namespace
