@@ -1,5 +1,5 @@
 # Drover. `make help` lists what can be made. On a bare machine `make demo` and `make test` do all the set-up first.
-# Everything that a target writes is under build/ and .venv/; the stamps there make a second call instant.
+# Everything that a target writes is under build/ and .venv/; a second call is instant.
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 PY     := $(VENV)/bin/python
-STAMPS := build/stamps
+READY  := $(VENV)/.ready
 IMAGE  := agents/guests/image
 export PYTHON VENV
 
@@ -82,14 +82,14 @@ system:
 	@deploy/install-system.sh
 
 .PHONY: venv
-venv: $(STAMPS)/venv
+venv: $(READY)
 
 # pip checks every file against the hashes in requirements.lock; the project itself is installed in place, without them.
-$(STAMPS)/venv: requirements.lock pyproject.toml | $(STAMPS)
+# A virtual environment that was left half made has no pip yet and is made again over itself.
+$(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "make: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); say PYTHON=... to use another." >&2; exit 1; }
-	@[ -x $(PY) ] || deploy/install-system.sh --only python
-	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	    { echo "make: Drover needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1 | tail -n 1); name another with PYTHON=..." >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { deploy/install-system.sh --only python && $(PYTHON) -m venv $(VENV); }
 	@echo "make: installing the Python environment into $(VENV) (about a minute the first time)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-input --no-deps --require-hashes -r requirements.lock
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-input --no-deps --no-build-isolation --editable .
@@ -98,8 +98,6 @@ $(STAMPS)/venv: requirements.lock pyproject.toml | $(STAMPS)
 .PHONY: guest
 guest: build/guest.elf
 
-build/guest.elf: $(wildcard $(IMAGE)/*) | $(STAMPS)
+build/guest.elf: $(wildcard $(IMAGE)/*)
+	@mkdir -p $(@D)
 	$(IMAGE)/build.sh $@
-
-$(STAMPS):
-	@mkdir -p $@

@@ -113,6 +113,7 @@ apt_quietly() { # runs apt-get; when it fails, says the first reason that it gav
         return 0
     fi
     APT_REASON=$(grep -m 1 '^E:' "$log" || tail -n 1 "$log")
+    APT_REASON=${APT_REASON#E: }
     rm -f "$log"
     return 1
 }
@@ -129,16 +130,19 @@ install_missing() { # $1 = lines of PARTS
         add_backports "$release"
         suite="$release-backports"
     fi
-    # apt-get update fails when any one source does, even one that has none of our packages: the install decides.
-    apt_quietly update || say "warning: apt-get update: $APT_REASON"
+    # The lists may be stale or absent for reasons that do not concern our packages, so the install decides; but when it
+    # fails as well, this is most likely why (no network).
+    local unrefreshed=""
+    apt_quietly -o APT::Update::Error-Mode=any update || unrefreshed=" (apt could not refresh its lists: $APT_REASON)"
     if [ -n "$suite" ]; then
         apt_quietly install --no-install-recommends -t "$suite" qemu-system-x86 ||
-            die "could not install qemu-system-x86 from $suite: $APT_REASON"
+            die "could not install qemu-system-x86 from $suite: $APT_REASON$unrefreshed"
         packages=$(tr ' ' '\n' <<<"$packages" | grep -vx qemu-system-x86 | paste -sd' ' || true)
     fi
     if [ -n "$packages" ]; then
         # shellcheck disable=SC2086 # a list of words on purpose
-        apt_quietly install --no-install-recommends $packages || die "could not install $packages: $APT_REASON"
+        apt_quietly install --no-install-recommends $packages ||
+            die "could not install $packages: $APT_REASON$unrefreshed"
     fi
     still=$(missing_parts "$2")
     [ -z "$still" ] || die "still missing after the packages went in: $(describe "$still")"

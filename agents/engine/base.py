@@ -76,7 +76,7 @@ class StatusChanged:
 
 @dataclass(frozen=True, slots=True)
 class RunStateChanged:
-    """STOP, RESUME: the vCPUs of this VMM stopped or started. `at_s` is the engine's own wall-clock stamp, for reports."""
+    """STOP, RESUME: the vCPUs of this VMM stopped or started. `at_s` is the engine's wall-clock stamp, for reports."""
 
     running: bool
     at_s: float
@@ -187,7 +187,7 @@ class Vmm(Protocol):
     async def progress(self) -> Progress: ...
 
     async def pause(self) -> None:
-        """Operator's or policy's stop, before any switchover. Running attempt goes on without its hold (see `release`)."""
+        """Operator's or policy's stop, before any switchover. An attempt goes on without its hold (see `release`)."""
         ...
 
     async def resume(self) -> None:
@@ -230,11 +230,11 @@ class Vmm(Protocol):
 
 class MigrationEngine(Protocol):
     async def probe(self) -> dict[str, str]:
-        """`version`, `machine_types` (comma separated), `switchover_ack` (`none`, `legacy`, `per-device`), `accelerator`."""
+        """`version`, `machine_types` (comma separated), `switchover_ack` (none, legacy, per-device), `accelerator`."""
         ...
 
     async def start(self, spec: VmmSpec) -> Vmm:
-        """A new guest, running. Raises EngineError with the VMM's own words when it does not start; no process is left."""
+        """A new guest, running. Raises EngineError with the VMM's words when it does not start; no process is left."""
         ...
 
     async def prepare_incoming(self, spec: VmmSpec, migration: str, attempt: int) -> Vmm:

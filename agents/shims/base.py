@@ -1,9 +1,9 @@
 """The port to the device shims: one per device and per end of a migration.
 
-States are those of VFIO migration v2 (docs/scenario.md). A shim that takes part obeys assumption A9: no outward effect and
-no interrupt after STOP_COPY, validation without side effects, nothing outward before activation. The device itself lives
-outside the VMM *and* outside the agent (a DPU; here a device process), so it survives a restart of the agent; `roll_back`
-and `reset` therefore have to be callable by an agent that never saw the session begin.
+States are those of VFIO migration v2 (docs/scenario.md). A shim that takes part obeys assumption A9: no outward effect
+and no interrupt after STOP_COPY, validation without side effects, nothing outward before activation. The device itself
+lives outside the VMM *and* outside the agent (a DPU; here a device process), so it survives a restart of the agent;
+`roll_back` and `reset` therefore have to be callable by an agent that never saw the session begin.
 
 All calls are bounded and raise `ShimError`. All are idempotent.
 """
@@ -88,7 +88,7 @@ class SourceShim(Protocol):
         ...
 
     async def quiesce(self) -> FinalQuery:
-        """PRE_COPY -> PRE_COPY_P2P, then the final query. The guest is stopped. From RUNNING (paused guest) likewise."""
+        """PRE_COPY -> PRE_COPY_P2P, then the final query. The guest is stopped. From RUNNING (paused guest) as well."""
         ...
 
     async def stop_copy(self) -> None:
@@ -100,7 +100,7 @@ class SourceShim(Protocol):
         ...
 
     async def roll_back(self) -> None:
-        """Whatever state -> RUNNING, session ended, device state kept. Raises ShimError(reset=True) if that needed a reset."""
+        """Any state -> RUNNING, session ended, device state kept. Raises ShimError(reset=True) if it needed a reset."""
         ...
 
     async def retire(self) -> None:
@@ -122,7 +122,7 @@ class DestinationShim(Protocol):
         ...
 
     async def validate(self) -> Load:
-        """RESUMING -> STOP: integrate and check against END. Raises ShimError: then nothing may be reported as loaded."""
+        """RESUMING -> STOP: integrate and check against END. After a ShimError nothing may be reported as loaded."""
         ...
 
     async def activate(self) -> None:

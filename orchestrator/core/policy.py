@@ -24,7 +24,7 @@ class MigrationPolicy:
     """From the start of pre-copy to the freeze; then `on_timeout`."""
     on_timeout: OnTimeout = OnTimeout.ABORT
     ack_timeout_ms: int = 30_000
-    """How long the gate may stay closed while the guest runs, else ACK_TIMEOUT. Ends with the pre-copy timeout at latest."""
+    """How long the gate may stay closed while the guest runs, else ACK_TIMEOUT. The pre-copy timeout ends it too."""
     switchover_timeout_ms: int = 5_000
     """From the freeze to LOADED, else SWITCHOVER_TIMEOUT and the guest runs on at the source."""
     total_timeout_ms: int = 600_000

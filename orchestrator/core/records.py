@@ -1,4 +1,4 @@
-"""What the znodes hold, as plain data (see docs/protocol.md for the tree). Written and read as JSON by `ledger.records`.
+"""What the znodes hold, as plain data (docs/protocol.md has the tree). Written and read as JSON by `ledger.records`.
 
 The guest record and its transitions have a file of their own, `handover.py`.
 """

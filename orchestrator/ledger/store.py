@@ -1,9 +1,9 @@
 """The port to the coordination store: what Drover needs of ZooKeeper and nothing more.
 
 Every call is bounded, and a write has exactly one of three results: `Done`, `Conflict` (definitely not applied) or
-`OutcomeUnknown` (applied, or not, or will be). Unknown is never taken for either of the others; callers read again after
-`barrier`. Nothing is queued: while there is no connection, writes return `OutcomeUnknown(sent=False)` at once, which *is*
-definite, and reads raise `StoreUnavailable`.
+`OutcomeUnknown` (applied, or not, or will be). Unknown is never taken for either of the others; callers read again
+after `barrier`. Nothing is queued: while there is no connection, writes return `OutcomeUnknown(sent=False)` at once,
+which *is* definite, and reads raise `StoreUnavailable`.
 
 `tests/contract/test_store.py` is the contract; the fake and the real ZooKeeper pass the same suite.
 """
@@ -61,7 +61,7 @@ Op = Create | SetData | Check | Delete
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The whole transaction was applied. `versions` has the new version per op (0 for creates, -1 for check, delete)."""
+    """The whole transaction was applied. `versions` has the new version per op (0 for create, -1 for check, delete)."""
 
     zxid: int
     versions: tuple[int, ...]
@@ -83,7 +83,7 @@ class Conflict:
 
 @dataclass(frozen=True, slots=True)
 class OutcomeUnknown:
-    """The write may have been applied, may be applied later, or never. `sent=False`: it never left, hence never applies."""
+    """The write may have been applied, or may be later, or never. `sent=False`: it never left, so never applies."""
 
     sent: bool = True
     why: str = ""
@@ -142,7 +142,7 @@ class Store(Protocol):
         ...
 
     def watch(self, path: str, callback: Callable[[Versioned | None], None]) -> Callable[[], None]:
-        """Call back with the present content soon, and after every change with the newest content (changes may be merged).
+        """Call back with the present content soon, and after every change with the newest (changes may be merged).
 
         Survives reconnects and new sessions. Returns a function that ends the watch. Never raises.
         """
