@@ -19,8 +19,6 @@ generate() { # into the tree at $1
     protoc --python_out="$1" --grpc_python_out="$1" --mypy_out="quiet:$1" --mypy_grpc_out="quiet:$1"
 }
 
-stubs_in() { (cd "$1" && find "$dir" -name '*_pb2*' -not -name '*.pyc' | LC_ALL=C sort); }
-
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -28,14 +26,13 @@ trap 'rm -rf "$work"' EXIT
 case "${1:-}" in
 generate)
     generate "$work" # first aside: a mistake in a .proto leaves the old stubs as they were
-    stubs_in . | xargs -r rm -f
+    rm -f "$dir"/*_pb2*
     cp "$work/$dir"/*_pb2* "$dir/"
     ;;
 check)
     generate "$work"
-    if ! { diff <(stubs_in "$work") <(stubs_in .) && stubs_in "$work" | while read -r stub; do diff -u "$stub" "$work/$stub"; done; } \
-        >"$work/diff" 2>&1; then
-        head -n 30 "$work/diff"
+    if ! diff -ru --exclude='*.proto' --exclude=__pycache__ "$dir" "$work/$dir" >"$work/difference"; then
+        head -n 30 "$work/difference"
         echo "protos: the stubs in $dir are not what its .proto files give: run 'make protos' and commit the result." >&2
         exit 1
     fi
