@@ -1,0 +1,276 @@
+"""Who may run a guest, and how it changes hands: the guest record, its transitions and the decisions H1-H14.
+
+Two kinds of functions stand here. *Transitions* (`open_attempt`, `bind`, `commit`, `abort`, ...) take the record that was
+read and return the one to write; the caller writes it with the version that it read, so the first writer wins. A transition
+that the record does not allow raises `Refused`. *Decisions* (`may_run_at_destination`, `may_resume_at_source`, ...) say what
+a party may do with the guest on the strength of what it has read. Each carries the rule of docs/protocol.md that it states,
+and each is one that a mutant of the exploration removes (tests/exploration).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from orchestrator.core.errors import AbortReason
+from orchestrator.core.ids import HostRef
+
+
+class Ownership(StrEnum):
+    """Phase of the guest record, not of a migration."""
+
+    STARTING = "STARTING"
+    IDLE = "IDLE"
+    OPEN = "OPEN"
+    COMMITTED = "COMMITTED"
+    ABORTED = "ABORTED"
+    CRASHED = "CRASHED"
+    GONE = "GONE"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestRecord:
+    """`/guests/<uuid>`: the only authority on who may run the guest. One node per life, never created twice."""
+
+    name: str
+    phase: Ownership
+    owner: HostRef
+    migration: str = ""
+    attempt: int = 0
+    """Counts over the guest's whole life within a migration; 0 before the first."""
+    destination: HostRef | None = None
+    inc: str = ""
+    """Id of the one destination VMM process of this attempt; empty until bound."""
+    source: HostRef | None = None
+    """Set from COMMITTED on: whose copy is to be discarded, and who resumes after a ROLLBACK."""
+    reason: AbortReason | None = None
+    devices: tuple[str, ...] = ()
+    coord_epoch: int = 0
+    writer: str = ""
+    """Id of the request that wrote this version: how a writer recognises its own write after a lost answer."""
+
+
+class Refused(Exception):
+    """The record does not allow this transition; it says why. Nothing is to be written."""
+
+
+def _need(record: GuestRecord, *phases: Ownership) -> None:
+    if record.phase not in phases:
+        wanted = " or ".join(phases)
+        raise Refused(f"guest {record.name} is {record.phase} (owner {record.owner.host}), needs {wanted}")
+
+
+def _need_attempt(record: GuestRecord, migration: str, attempt: int) -> None:
+    if (record.migration, record.attempt) != (migration, attempt):
+        raise Refused(f"guest {record.name} is in attempt {record.attempt} of {record.migration or 'no migration'}")
+
+
+# --- transitions ------------------------------------------------------------------------------------------------------
+
+
+def birth(name: str, owner: HostRef, *, writer: str) -> GuestRecord:
+    """The record exists before the VMM is executed; a second creator fails on the name."""
+    return GuestRecord(name=name, phase=Ownership.STARTING, owner=owner, writer=writer)
+
+
+def started(record: GuestRecord, *, writer: str) -> GuestRecord:
+    _need(record, Ownership.STARTING)
+    return replace(record, phase=Ownership.IDLE, writer=writer)
+
+
+def gone(record: GuestRecord, *, writer: str) -> GuestRecord:
+    """The guest ended for good, or never started."""
+    _need(record, Ownership.STARTING, Ownership.IDLE, Ownership.CRASHED)
+    return replace(record, phase=Ownership.GONE, migration="", destination=None, inc="", writer=writer)
+
+
+def open_attempt(
+    record: GuestRecord, migration: str, attempt: int, destination: HostRef, *, epoch: int, writer: str
+) -> GuestRecord:
+    """Step 0. From IDLE (attempt 1 of a migration) or from ABORTED (the next attempt of the same one)."""
+    _need(record, Ownership.IDLE, Ownership.ABORTED)
+    if record.phase is Ownership.ABORTED:
+        if record.migration != migration or attempt != record.attempt + 1:
+            raise Refused(f"attempt {attempt} of {migration} cannot follow {record.attempt} of {record.migration}")
+        if not may_retry(record):
+            raise Refused("cancelled: no further attempt (H6)")
+    elif attempt != 1:
+        raise Refused(f"the first attempt of {migration} is 1, not {attempt}")
+    if destination.host == record.owner.host:
+        raise Refused(f"guest {record.name} is already on {destination.host}")
+    return replace(
+        record,
+        phase=Ownership.OPEN,
+        migration=migration,
+        attempt=attempt,
+        destination=destination,
+        inc="",
+        source=None,
+        reason=None,
+        devices=(),
+        coord_epoch=epoch,
+        writer=writer,
+    )
+
+
+def bind(record: GuestRecord, migration: str, attempt: int, inc: str, *, writer: str) -> GuestRecord:
+    """Step 2: one destination process per attempt, bound once."""
+    _need(record, Ownership.OPEN)
+    _need_attempt(record, migration, attempt)
+    if record.inc and record.inc != inc:
+        raise Refused(f"attempt {attempt} is bound to destination process {record.inc}")
+    return replace(record, inc=inc, writer=writer)
+
+
+def commit(record: GuestRecord, migration: str, attempt: int, inc: str, *, writer: str) -> GuestRecord:
+    """Step 9: the owner gives the guest away. Written only together with `check req`, unless the guest was stopped."""
+    _need(record, Ownership.OPEN)
+    _need_attempt(record, migration, attempt)
+    if record.inc != inc or record.destination is None:
+        raise Refused(f"attempt {attempt} is not bound to {inc}")
+    return replace(record, phase=Ownership.COMMITTED, owner=record.destination, source=record.owner, writer=writer)
+
+
+def abort(
+    record: GuestRecord,
+    migration: str,
+    attempt: int,
+    reason: AbortReason,
+    devices: tuple[str, ...] = (),
+    *,
+    writer: str,
+) -> GuestRecord:
+    """H6: ABORT and cancel are one compare-and-set, for source, destination, coordinator and API alike."""
+    _need(record, Ownership.OPEN)
+    _need_attempt(record, migration, attempt)
+    return replace(record, phase=Ownership.ABORTED, reason=reason, devices=devices, writer=writer)
+
+
+def close(record: GuestRecord, migration: str, *, writer: str) -> GuestRecord:
+    """ABORTED -> IDLE(S): the migration is over, the guest stays at the source."""
+    _need(record, Ownership.ABORTED)
+    if record.migration != migration:
+        raise Refused(f"guest {record.name} is in migration {record.migration}")
+    return replace(record, phase=Ownership.IDLE, destination=None, inc="", source=None, writer=writer)
+
+
+def done(record: GuestRecord, migration: str, attempt: int, inc: str, *, writer: str) -> GuestRecord:
+    """H9: the guest runs at the destination, or responsibility for a stopped one was taken there."""
+    _need(record, Ownership.COMMITTED)
+    _need_attempt(record, migration, attempt)
+    if record.inc != inc:
+        raise Refused(f"attempt {attempt} was committed to {record.inc}, not {inc}")
+    return replace(record, phase=Ownership.IDLE, writer=writer)
+
+
+def roll_back(record: GuestRecord, *, by: HostRef, vmm_seen_dead: bool, marker: bool, writer: str) -> GuestRecord:
+    """H10: only with proof that the guest never executed at the destination."""
+    _need(record, Ownership.COMMITTED)
+    if not may_roll_back(record, by=by, vmm_seen_dead=vmm_seen_dead, marker=marker) or record.source is None:
+        raise Refused("no proof that the guest never ran at the destination (H10)")
+    return replace(
+        record,
+        phase=Ownership.ABORTED,
+        owner=record.source,
+        source=None,
+        reason=AbortReason.ROLLED_BACK,
+        devices=(),
+        writer=writer,
+    )
+
+
+def crashed(record: GuestRecord, *, writer: str) -> GuestRecord:
+    """The owner's VMM is dead, or the owner lost power: nothing runs, nothing may be resumed elsewhere."""
+    _need(record, Ownership.STARTING, Ownership.IDLE, Ownership.OPEN, Ownership.ABORTED, Ownership.COMMITTED)
+    return replace(record, phase=Ownership.CRASHED, writer=writer)
+
+
+# --- decisions --------------------------------------------------------------------------------------------------------
+
+
+def may_retry(record: GuestRecord) -> bool:
+    """H6: whoever answered "cancelled" was told the truth, so no attempt follows a cancel."""
+    return record.reason is not AbortReason.CANCELLED
+
+
+def may_run_at_destination(record: GuestRecord, here: HostRef, inc: str) -> bool:
+    """H1, H8: COMMITTED with our own incarnation. The fact is stable, so even a stale copy of it is valid."""
+    return record.phase is Ownership.COMMITTED and record.owner == here and record.inc == inc
+
+
+def owns_for_good(record: GuestRecord, here: HostRef, inc: str) -> bool:
+    """DONE was written for this incarnation."""
+    return record.phase is Ownership.IDLE and record.owner == here and record.inc == inc
+
+
+def is_over_for_destination(record: GuestRecord, migration: str, attempt: int, inc: str) -> bool:
+    """A loaded or waiting copy can never become the guest any more: discard it."""
+    if record.phase in (Ownership.CRASHED, Ownership.GONE):
+        return True
+    if record.phase is Ownership.COMMITTED or record.phase is Ownership.IDLE:
+        return record.inc != inc
+    if (record.migration, record.attempt) != (migration, attempt):
+        return True
+    return record.phase is Ownership.ABORTED or bool(record.inc and record.inc != inc)
+
+
+class Verdict(StrEnum):
+    """What a source that has submitted its COMMIT may conclude from a record that it read behind a barrier."""
+
+    COMMITTED = "COMMITTED"
+    """The destination owns the guest."""
+    REFUSED = "REFUSED"
+    """This attempt can never commit: the guest is the source's."""
+    UNDECIDED = "UNDECIDED"
+    """Still open: the write may yet arrive. Stay paused and force an outcome by ABORT."""
+    CRASHED = "CRASHED"
+
+
+def verdict(record: GuestRecord, here: HostRef, migration: str, attempt: int, *, req_moved: bool) -> Verdict:
+    """H5: after submit nothing but the record's content decides, never a timeout, never a bad version by itself.
+
+    `req_moved`: the `req` node's version, read behind the same barrier, is beyond the one the COMMIT checks.
+    """
+    if record.phase in (Ownership.CRASHED, Ownership.GONE):
+        return Verdict.CRASHED
+    if record.owner != here:
+        return Verdict.COMMITTED
+    if record.phase is Ownership.OPEN and (record.migration, record.attempt) == (migration, attempt):
+        return Verdict.REFUSED if req_moved else Verdict.UNDECIDED
+    return Verdict.REFUSED
+
+
+def may_discard_source(record: GuestRecord, here: HostRef, attempt_inc: str) -> bool:
+    """H9: the source copy is destroyed only on DONE, never at COMMITTED."""
+    if record.phase is Ownership.COMMITTED or record.owner == here:
+        return False
+    return record.phase is not Ownership.CRASHED or record.inc == attempt_inc
+
+
+def may_roll_back(record: GuestRecord, *, by: HostRef, vmm_seen_dead: bool, marker: bool) -> bool:
+    """H10: the owner under the recorded boot_id, having seen that process dead, with no marker."""
+    return record.owner == by and vmm_seen_dead and not marker
+
+
+def must_declare_crashed(record: GuestRecord, here: HostRef, *, vmm_alive: bool, marker: bool) -> bool:
+    """An owner's guest whose VMM is dead and that no proof of H10 can give back.
+
+    Under another boot_id of the same host the VMM is dead by definition and the marker directory is gone: no proof.
+    """
+    if record.owner.host != here.host or record.phase in (Ownership.CRASHED, Ownership.GONE, Ownership.STARTING):
+        return False
+    if record.owner.boot_id != here.boot_id:
+        return True
+    if vmm_alive:
+        return False
+    return record.phase is not Ownership.COMMITTED or marker
+
+
+def may_declare_dead(*, certificate: bool) -> bool:
+    """H11: unreachable is not dead; ownership leaves a silent host only with a fence certificate."""
+    return certificate
+
+
+def epoch_is_stale(seen: int, offered: int) -> bool:
+    """H12: lower epochs are dropped and logged."""
+    return offered < seen
