@@ -16,7 +16,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 PURE_PACKAGES = ("orchestrator.core",)
-PURE_MODULES = ("agents.session", "agents.shims.device", "orchestrator.local.evidence")
+PURE_MODULES = (
+    "agents.session",
+    "agents.source_session",
+    "agents.destination_session",
+    "agents.shims.device",
+    "orchestrator.local.evidence",
+)
 
 DOORS = frozenset(
     "asyncio ctypes datetime http importlib io locale logging mmap multiprocessing os pathlib pickle queue random "
