@@ -153,6 +153,8 @@ def _give_up_reason(state: DestinationState) -> AbortReason:
 
 def _take_over(state: DestinationState) -> DestinationStep:
     """COMMITTED with our inc. The marker comes before anything that could have an effect on the guest."""
+    if state.stage not in (DestinationStage.VALIDATING, DestinationStage.LOADED, DestinationStage.GIVING_UP):
+        return state, ()  # under way already: a repeated GO or watch is no news
     state = replace(state, committed=True)
     if state.vmm_dead:
         return _dead_owner(state)
@@ -167,7 +169,10 @@ def _take_over(state: DestinationState) -> DestinationStep:
 def _marker_written(state: DestinationState) -> DestinationStep:
     if state.stage is not DestinationStage.MARKING:
         return state, ()
-    return replace(state, stage=DestinationStage.ACTIVATING, marker=True), (Do.ACTIVATE_SHIMS,)
+    state = replace(state, marker=True)
+    if state.vmm_dead:
+        return _dead_owner(state)
+    return replace(state, stage=DestinationStage.ACTIVATING), (Do.ACTIVATE_SHIMS,)
 
 
 def _marker_failed(state: DestinationState) -> DestinationStep:

@@ -302,6 +302,9 @@ def _discarded(state: SourceState) -> Step:
 # --- the source: abort path ---
 
 
+_GUEST_IS_OURS = frozenset({SourceStage.NEW, SourceStage.BINDING, SourceStage.PRECOPY})
+"""Before the freeze: a wish is applied at once."""
+
 _UNILATERAL = frozenset({SourceStage.PRECOPY, SourceStage.FREEZING, SourceStage.LAST_PASS})
 
 
@@ -419,7 +422,7 @@ def _record_read(state: SourceState, record: GuestRecord, version: int) -> Step:
 def _submitted_verdict(state: SourceState, record: GuestRecord, verdict: Verdict, moved: bool) -> Step:
     match verdict:
         case Verdict.COMMITTED:
-            return _owner_moved(replace(state, stage=SourceStage.COMMITTED), record)
+            return _owner_moved(state, record)
         case Verdict.REFUSED:
             if record.phase is Ownership.OPEN and record.attempt == state.ref.attempt and moved:
                 # The request won; the record is still open, so the abort itself is ours to write.
@@ -437,10 +440,10 @@ def _abort_command(state: SourceState) -> WriteAbort:
 
 
 def _owner_moved(state: SourceState, record: GuestRecord) -> Step:
-    """Committed: repeat GO until DONE is known; then, and only then, discard (H9)."""
+    """Committed: GO once, which the shell repeats until DONE is known; then, and only then, discard (H9)."""
     if handover.may_discard_source(record, state.here, state.inc):
         return _done_known(state)
-    return state, (Do.GO,)
+    return _committed(state)
 
 
 def is_final_news(state: SourceState, record: GuestRecord) -> bool:
@@ -457,7 +460,7 @@ def _record_seen(state: SourceState, record: GuestRecord) -> Step:
         return state, ()
     if record.owner != state.here:
         if state.stage in (SourceStage.SUBMITTED, SourceStage.COMMITTED):
-            return _owner_moved(replace(state, stage=SourceStage.COMMITTED), record)
+            return _owner_moved(state, record)
         return state, ()
     if record.phase is Ownership.CRASHED:
         return state, ()
@@ -485,7 +488,9 @@ def _want_run(state: SourceState, run: bool) -> Step:
     if run == state.want_run:
         return state, ()
     state = replace(state, want_run=run)
-    if state.stage is not SourceStage.PRECOPY:
+    if state.stage is SourceStage.RECORDING:
+        return state, (Do.RESUME if run else Do.PAUSE,)
+    if state.stage not in _GUEST_IS_OURS:
         return state, ()
     if not run:
         return state, () if state.suspended else (Do.PAUSE,)
@@ -495,8 +500,8 @@ def _want_run(state: SourceState, run: bool) -> Step:
 def _paused(state: SourceState) -> Step:
     """The guest is stopped on purpose: what is pending is the baseline, the gate opens and the hold is released."""
     if state.stage is SourceStage.RESUMING:
-        return _record_abort(replace(state, paused=True))
-    if state.stage is not SourceStage.PRECOPY:
+        return _record_abort(state) if not state.want_run else _restore(state)
+    if state.stage not in _GUEST_IS_OURS:
         return state, ()
     return _gate(replace(state, paused=True, acks=state.acks.stop_by_wish()))
 
@@ -508,8 +513,8 @@ def _pause_queued(state: SourceState) -> Step:
 
 def _resumed(state: SourceState) -> Step:
     if state.stage is SourceStage.RESUMING:
-        return _record_abort(replace(state, paused=False, suspended=False))
-    if state.stage is not SourceStage.PRECOPY:
+        return _record_abort(state) if state.want_run else _restore(state)
+    if state.stage not in _GUEST_IS_OURS:
         return state, ()
     resumed = replace(state, paused=False, acks=state.acks.resume_by_wish())
     return _gate(resumed)

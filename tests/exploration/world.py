@@ -1,0 +1,722 @@
+"""Every interleaving of the production session machines with a small world: a ledger, two VMMs, a network, faults.
+
+Nothing that decides stands here: `agents/source_session.py`, `agents/destination_session.py` and
+`orchestrator/core/handover.py` are the production files. The world only does what the outside does: it carries out
+commands (at once, late, twice, never), stops the guest when QEMU would, loses answers, kills agents, VMMs and hosts, asks
+for late ACKs, pauses and cancels.
+
+The search is breadth first, so a counter-example is a shortest one. Steps marked `heal=False` are faults or somebody's free
+wish; progress is judged without them: from every state that was reached, healing steps alone must lead to an end state.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from agents import session as words
+from agents.destination_session import (
+    DestinationStage,
+    DestinationState,
+    destination_step,
+    restarted_destination,
+)
+from agents.session import Command, Commit, Do, Event, Note, Seen, StartTimer, WriteAbort, WriteRequests
+from agents.source_session import SourceStage, SourceState, restarted_source, source_step
+from orchestrator.core import handover
+from orchestrator.core.errors import AbortReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
+
+S1, S2 = HostRef("s", "s1"), HostRef("s", "s2")
+D1, D2 = HostRef("d", "d1"), HostRef("d", "d2")
+MIGRATION = "m"
+BORN = GuestRecord(name="g", phase=Ownership.IDLE, owner=S1)
+
+# source VMM
+RUN, STOPPED, PARKED, DEVICE, SEALED, DEAD = "run", "stopped", "parked", "device", "sealed", "dead"
+# destination VMM
+NONE, WAIT, LOADED, OWN = "none", "wait", "loaded", "own"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much of everything the search may use up."""
+
+    attempts: int = 1
+    faults: int = 1
+    requests: int = 1
+    wishes: int = 0
+    """Pauses and resumes by the operator, and suspends by policy."""
+    cancels: int = 1
+    power: int = 0
+    devices: bool = True
+
+
+class World(NamedTuple):
+    """One state. Sessions are None while their agent is down or has none."""
+
+    record: GuestRecord
+    req: int
+    source: SourceState | None
+    todo_source: tuple[Command, ...]
+    destination: DestinationState | None
+    todo_destination: tuple[Command, ...]
+    source_up: bool
+    destination_up: bool
+    vmm: str
+    wished_stop: bool
+    """The source guest was stopped on purpose before the freeze."""
+    engine: bool
+    """An outgoing migration runs in the source VMM."""
+    copy: str
+    copy_inc: int
+    marker: bool
+    conducting: int
+    """Attempt that the source's journal names; 0: none that is unfinished."""
+    prepared: int
+    flying: frozenset[tuple[str, int, int]]
+    """COMMITs (attempt, req version or -1) and messages that may arrive at any time, again and again."""
+    pending: frozenset[int]
+    """Generations asked for and not acknowledged, as an omniscient observer counts."""
+    late: bool
+    ran_there: bool
+    cancelled: bool
+    want: bool
+    faults: int
+    requests: int
+    wishes: int
+    cancels: int
+    power: int
+    """0 nothing lost, 1 source is down, 2 destination is down, 3 source came back, 4 destination came back."""
+    crashed_vmm: bool
+    flaw: str
+    stopped_at_park: bool
+    """The guest had been stopped on purpose when the engine parked."""
+
+
+def start(bounds: Bounds) -> World:
+    return World(
+        BORN, 0, None, (), None, (), True, True, RUN, False, False, NONE, 0, False, 0, 0, frozenset(), frozenset(),
+        False, False, False, True, bounds.faults, bounds.requests, bounds.wishes, bounds.cancels, 0, False, "", False,
+    )  # fmt: skip
+
+
+Move = tuple[str, bool, World]
+_steps: dict[tuple[object, ...], tuple[object, tuple[Command, ...]]] = {}
+
+
+def ref(attempt: int) -> AttemptRef:
+    return AttemptRef("g", MIGRATION, attempt)
+
+
+INERT = frozenset({Do.HOLD, Do.RELEASE, Do.WRITE_ACKS, Do.ANNOUNCE, Do.START_PRECOPY})
+"""Carried out at once: they neither branch nor send anything that could be lost in a way that matters."""
+MESSAGES = {Do.GO: "go", Do.SEND_LOADED: "loaded", Do.SEND_FAILED: "failed", Do.SEND_DONE: "done"}
+"""Sent at once; they arrive whenever, again and again, or never."""
+
+
+def waiting(commands: tuple[Command, ...]) -> tuple[Command, ...]:
+    return tuple(
+        c for c in commands if not isinstance(c, (Note, StartTimer)) and c not in INERT and c not in MESSAGES
+    )
+
+
+def sent(world: World, commands: tuple[Command, ...]) -> World:
+    for command in commands:
+        if isinstance(command, Do) and command in MESSAGES:
+            world = world._replace(flying=world.flying | {(MESSAGES[command], world.copy_inc, 0)})
+        if command is Do.START_PRECOPY:
+            world = world._replace(engine=world.vmm in (RUN, STOPPED))
+    return world
+
+
+def feed_source(world: World, event: Event) -> World:
+    if world.source is None:
+        return world
+    key = (world.source, event)
+    if key not in _steps:
+        _steps[key] = source_step(world.source, event)
+    state, commands = _steps[key]
+    assert isinstance(state, SourceState)
+    world = sent(world, commands)
+    todo = world.todo_source + waiting(commands)
+    over = state.stage.ended
+    return world._replace(
+        source=None if over else state,
+        todo_source=() if over else todo,
+        conducting=0 if over else world.conducting,
+        prepared=world.prepared,
+    )
+
+
+def feed_destination(world: World, event: Event) -> World:
+    if world.destination is None:
+        return world
+    key = (world.destination, event)
+    if key not in _steps:
+        _steps[key] = destination_step(world.destination, event)
+    state, commands = _steps[key]
+    assert isinstance(state, DestinationState)
+    world = sent(world, commands)
+    todo = world.todo_destination + waiting(commands)
+    if state.stage.ended:
+        return world._replace(destination=None, todo_destination=())
+    return world._replace(destination=state, todo_destination=todo)
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def write(world: World, record: GuestRecord) -> World:
+    if record.phase is Ownership.COMMITTED and world.record.phase is Ownership.OPEN:
+        if world.late:
+            world = world._replace(flaw="COMMIT OVER A LATE REQUEST")
+        if world.cancelled:
+            world = world._replace(flaw="COMMIT AFTER CANCEL WAS ANSWERED")
+    if record.phase is Ownership.ABORTED and record.reason is AbortReason.LATE_SWITCHOVER_ACK and world.stopped_at_park:
+        world = world._replace(flaw="A REQUEST REFUSED A STOPPED GUEST")
+    return world._replace(record=record)
+
+
+def attempted(world: World, change: Callable[[], GuestRecord]) -> World | None:
+    try:
+        return write(world, change())
+    except handover.Refused:
+        return None
+
+
+def answers(world: World, applied: World | None, good: Event, feed: Callable[[World, Event], World]) -> Iterator[Move]:
+    """A ledger write and what its writer hears: the truth, or nothing."""
+    if applied is None:
+        yield "refused", True, feed(world, Seen.LEDGER_REFUSED)
+        return
+    yield "ok", True, feed(applied, good)
+    if world.faults:
+        yield "answer lost", False, feed(applied._replace(faults=world.faults - 1), Seen.LEDGER_UNKNOWN)
+
+
+def commit_arrives(world: World, attempt: int, version: int, inc: str) -> World | None:
+    if version >= 0 and version != world.req:
+        return None
+    return attempted(world, lambda: handover.commit(world.record, MIGRATION, attempt, inc, writer="s"))
+
+
+# --- source commands --------------------------------------------------------------------------------------------------
+
+
+def run_source(world: World, bounds: Bounds) -> Iterator[Move]:
+    """The first command that waits at the source's shell."""
+    state, command = world.source, world.todo_source[0]
+    assert state is not None
+    world = world._replace(todo_source=world.todo_source[1:])
+    name = type(command).__name__ if not isinstance(command, Do) else command.value
+
+    def moves() -> Iterator[Move]:
+        match command:
+            case Commit(version):
+                yield from _commit(world, state, -1 if version is None else version)
+            case WriteAbort(reason, devices):
+                attempt = state.ref.attempt
+                applied = attempted(
+                    world, lambda: handover.abort(world.record, MIGRATION, attempt, reason, devices, writer="s")
+                )
+                yield from answers(world, applied, Seen.ABORT_RECORDED, feed_source)
+            case WriteRequests(entries):
+                yield from _write_requests(world, state, entries)
+            case Do():
+                yield from _source_effect(world, state, command)
+            case _:
+                yield "", True, world
+
+    for what, heal, after in moves():
+        yield f"S {name} {what}".strip(), heal, after
+
+
+def _commit(world: World, state: SourceState, version: int) -> Iterator[Move]:
+    attempt = state.ref.attempt
+    applied = commit_arrives(world, attempt, version, state.inc)
+    yield from answers(world, applied, Seen.COMMITTED, feed_source)
+    if world.faults:
+        less = world._replace(faults=world.faults - 1)
+        on_its_way = less._replace(flying=less.flying | {("commit", attempt, version)})
+        yield "delayed", False, feed_source(on_its_way, Seen.LEDGER_UNKNOWN)
+        if applied is not None:
+            again = applied._replace(faults=less.faults)
+            yield "doubled", False, feed_source(again, Seen.LEDGER_REFUSED)
+
+
+def _write_requests(world: World, state: SourceState, entries: tuple[AckRequest, ...]) -> Iterator[Move]:
+    record = world.record
+    if record.phase is not Ownership.OPEN or record.attempt != state.ref.attempt:
+        yield "refused", True, feed_source(world, Seen.LEDGER_REFUSED)
+        return
+    written = world._replace(req=world.req + 1)
+    yield "ok", True, feed_source(written, words.RequestsWritten(entries, written.req))
+
+
+def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Move]:
+    match command:
+        case Do.BIND:
+            attempt = state.ref.attempt
+            applied = attempted(
+                world, lambda: handover.bind(world.record, MIGRATION, attempt, state.inc, writer="s")
+            )
+            yield from answers(world, applied, Seen.BOUND, feed_source)
+        case Do.PAUSE:
+            yield "", True, _pause(world)
+        case Do.RESUME:
+            yield "", True, _resume(world)
+        case Do.QUIESCE:
+            yield "", True, feed_source(world, words.Quiesced(()))
+            if world.requests and not world.wished_stop:
+                asked = _ask(world)
+                yield "asks", False, feed_source(asked, words.Quiesced((AckRequest("x", max(asked.pending)),)))
+        case Do.PROCEED:
+            if world.vmm == PARKED:
+                late = world.late or bool(world.pending) and not world.wished_stop
+                yield "", True, feed_source(world._replace(vmm=DEVICE, late=late), Seen.SHIMS_SENT)
+            else:
+                yield "not parked", True, world
+        case Do.ROLL_BACK_SHIMS:
+            yield "", True, feed_source(world, Seen.SHIMS_BACK)
+        case Do.ABORT_ENGINE:
+            yield "", True, _abort_engine(world)
+        case Do.READ:
+            yield "", True, feed_source(world, words.RecordRead(world.record, world.req))
+        case Do.DISCARD_SOURCE:
+            yield "", True, feed_source(world._replace(vmm=DEAD, engine=False), Seen.DISCARDED)
+        case Do.DECLARE_CRASHED:
+            applied = attempted(world, lambda: handover.crashed(world.record, writer="s"))
+            ours = applied is not None and world.record.owner.host == "s"
+            yield from answers(world, applied if ours else None, Seen.CRASH_RECORDED, feed_source)
+        case Do.RETRY_LATER:
+            yield "", True, feed_source(world, Seen.RETRY_DUE)
+        case _:
+            yield "", True, world
+
+
+def _pause(world: World) -> World:
+    if world.vmm == RUN:
+        return feed_source(world._replace(vmm=STOPPED, wished_stop=True), Seen.PAUSED)
+    if world.vmm in (PARKED, DEVICE):
+        return feed_source(world, Seen.PAUSE_QUEUED)
+    return feed_source(world, Seen.PAUSED)
+
+
+def _resume(world: World) -> World:
+    if world.vmm in (PARKED, DEVICE):
+        return world
+    if world.vmm == DEAD:
+        return feed_source(world, Seen.RESUME_FAILED)
+    return feed_source(world._replace(vmm=RUN, wished_stop=False), Seen.RESUMED)
+
+
+def _back(world: World) -> str:
+    """Where the guest is after a migration ended: as before it was stopped."""
+    return STOPPED if world.wished_stop else RUN
+
+
+def _abort_engine(world: World) -> World:
+    if world.vmm == SEALED:
+        return feed_source(world, Seen.ENGINE_SEALED)
+    if world.vmm == DEAD:
+        return world
+    gone = DEAD if world.copy == WAIT else world.copy
+    back = world._replace(vmm=_back(world), engine=False, copy=gone)
+    if gone != world.copy:
+        back = feed_destination(back, Seen.VMM_DIED)
+    return feed_source(back, Seen.ENGINE_OVER)
+
+
+# --- destination commands ---------------------------------------------------------------------------------------------
+
+
+def run_destination(world: World, bounds: Bounds) -> Iterator[Move]:
+    state, command = world.destination, world.todo_destination[0]
+    assert state is not None
+    world = world._replace(todo_destination=world.todo_destination[1:])
+    feed = feed_destination
+    attempt, here, inc = state.ref.attempt, state.here, state.inc
+
+    def moves() -> Iterator[Move]:
+        match command:
+            case WriteAbort(reason, devices):
+                applied = attempted(
+                    world, lambda: handover.abort(world.record, MIGRATION, attempt, reason, devices, writer="d")
+                )
+                yield from answers(world, applied, Seen.ABORT_RECORDED, feed)
+            case Do.VALIDATE:
+                yield "", True, feed(world, Seen.VALIDATED)
+                if world.faults:
+                    yield "fails", False, feed(world._replace(faults=world.faults - 1), Seen.SHIM_FAILED)
+            case Do.WRITE_MARKER:
+                yield "", True, feed(world._replace(marker=True), Seen.MARKER_WRITTEN)
+                if world.faults:
+                    yield "fails", False, feed(world._replace(faults=world.faults - 1), Seen.MARKER_FAILED)
+            case Do.ACTIVATE_SHIMS:
+                yield "", True, feed(world, Seen.ACTIVATED)
+                if world.faults:
+                    yield "fails", False, feed(world._replace(faults=world.faults - 1), Seen.ACTIVATION_FAILED)
+            case Do.START_GUEST:
+                if world.copy in (LOADED, OWN):
+                    yield "", True, feed(world._replace(copy=OWN, ran_there=True), Seen.STARTED)
+                else:
+                    yield "dead", True, feed(world, Seen.ACTIVATION_FAILED)
+            case Do.WRITE_DONE:
+                applied = attempted(world, lambda: handover.done(world.record, MIGRATION, attempt, inc, writer="d"))
+                yield from answers(world, applied, Seen.DONE_RECORDED, feed)
+            case Do.WRITE_ROLLBACK:
+                proof = {"by": here, "vmm_seen_dead": world.copy == DEAD, "marker": world.marker}
+                applied = attempted(world, lambda: handover.roll_back(world.record, **proof, writer="d"))
+                yield from answers(world, applied, Seen.ROLLBACK_RECORDED, feed)
+            case Do.DECLARE_CRASHED:
+                applied = attempted(world, lambda: handover.crashed(world.record, writer="d"))
+                yield from answers(world, applied, Seen.CRASH_RECORDED, feed)
+            case Do.DISCARD_DESTINATION:
+                yield "", True, feed(world._replace(copy=DEAD), Seen.DISCARDED)
+            case Do.READ:
+                yield "", True, feed(world, words.RecordRead(world.record, world.req))
+            case Do.RETRY_LATER:
+                yield "", True, feed(world, Seen.RETRY_DUE)
+            case _:
+                yield "", True, world
+
+    name = command.value if isinstance(command, Do) else type(command).__name__
+    for what, heal, after in moves():
+        yield f"D {name} {what}".strip(), heal, after
+
+
+# --- everything that happens by itself --------------------------------------------------------------------------------
+
+
+def _ask(world: World) -> World:
+    """Somebody asks for one more ACK."""
+    generation = bounds_generation(world)
+    return world._replace(requests=world.requests - 1, pending=world.pending | {generation})
+
+
+def bounds_generation(world: World) -> int:
+    return 10 - world.requests
+
+
+def engine_moves(world: World) -> Iterator[Move]:
+    """What QEMU does by itself at both ends."""
+    if world.engine and world.vmm in (RUN, STOPPED):
+        yield "Q parks", True, feed_source(world._replace(vmm=PARKED, stopped_at_park=world.wished_stop), Seen.PARKED)
+    if world.vmm == DEVICE:
+        if world.copy == WAIT and world.copy_inc == world.conducting_inc:
+            loaded = feed_destination(world._replace(copy=LOADED), Seen.SHIMS_LOADED)
+            yield "Q loads", True, feed_destination(loaded, Seen.COMPLETED)
+        if world.copy == LOADED:
+            yield "Q completes", True, feed_source(world._replace(vmm=SEALED, engine=False), Seen.COMPLETED)
+        gone = DEAD if world.copy == WAIT else world.copy
+        resumed = feed_source(world._replace(vmm=_back(world), engine=False, copy=gone), Seen.ENGINE_FAILED)
+        yield "Q resumes by itself", True, feed_destination(resumed, Seen.VMM_DIED) if gone == DEAD else resumed
+
+
+def coordinator_moves(world: World, bounds: Bounds) -> Iterator[Move]:
+    record = world.record
+    attempt = record.attempt
+    idle = record.phase is Ownership.IDLE and record.owner == S1 and attempt == 0
+    free = world.source is None and world.conducting == 0
+    if free and world.destination is None and (idle or record.phase is Ownership.ABORTED) and attempt < bounds.attempts:
+        where = D1
+        opened = attempted(
+            world,
+            lambda: handover.open_attempt(record, MIGRATION, attempt + 1, where, epoch=1, writer="c"),
+        )
+        if opened is not None and world.power == 0:
+            yield "C opens", True, opened._replace(late=False, pending=frozenset())
+    if record.phase is Ownership.ABORTED:
+        closed = attempted(world, lambda: handover.close(record, MIGRATION, writer="c"))
+        if closed is not None:
+            yield "C gives up", True, closed
+    if record.phase is Ownership.OPEN:
+        aborted = attempted(
+            world, lambda: handover.abort(record, MIGRATION, attempt, AbortReason.PREPARE_TIMEOUT, writer="c")
+        )
+        if aborted is not None:
+            yield "C aborts", True, aborted
+        if world.cancels:
+            cancelled = attempted(
+                world, lambda: handover.abort(record, MIGRATION, attempt, AbortReason.CANCELLED, writer="a")
+            )
+            if cancelled is not None:
+                yield "A cancels", False, cancelled._replace(cancels=world.cancels - 1, cancelled=True)
+    yield from _prepare_and_conduct(world, bounds)
+
+
+def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
+    record = world.record
+    if record.phase is not Ownership.OPEN:
+        return
+    k = record.attempt
+    if world.destination_up and world.destination is None and world.prepared < k and world.power in (0, 3):
+        state = DestinationState(ref(k), D1, f"i{k}", has_devices=bounds.devices)
+        yield "D prepares", True, world._replace(
+            destination=state, copy=WAIT, copy_inc=k, prepared=k, marker=False
+        )
+    ready = world.prepared == k and world.copy == WAIT and world.copy_inc == k
+    alive = world.source_up and world.vmm in (RUN, STOPPED) and not world.engine
+    if ready and alive and world.source is None and world.conducting < k and world.power in (0, 4) and not record.inc:
+        state = SourceState(
+            ref(k), S1, f"i{k}", has_devices=bounds.devices, want_run=world.want, paused=world.wished_stop
+        )
+        if world.wished_stop:
+            state = replace(state, acks=state.acks.stop_by_wish())
+        begun = world._replace(source=state, conducting=k, stopped_at_park=False)
+        begun = feed_source(begun, Seen.BEGIN)
+        yield "S conducts", True, feed_source(begun, Seen.VITALS_GOOD)
+
+
+def message_moves(world: World) -> Iterator[Move]:
+    """Messages arrive at any time, any number of times, or never; watches likewise."""
+    for kind, number, extra in sorted(world.flying):
+        inc = f"i{number}"
+        match kind:
+            case "loaded":
+                yield "LOADED", True, feed_source(world, words.LoadedReport(inc, True))
+            case "failed" if world.source is not None and world.source.inc == inc:
+                yield "FAILED", True, feed_source(world, Seen.DEST_FAILED)
+            case "go":
+                yield "GO", True, feed_destination(world, words.GoSeen(inc))
+            case "done" if world.source is not None and world.source.inc == inc:
+                yield "DONE", True, feed_source(world, Seen.DONE_KNOWN)
+            case "commit":
+                after = commit_arrives(world, number, extra, inc)
+                if after is not None:
+                    yield "late COMMIT arrives", True, after
+            case _:
+                pass
+    yield "S watch", True, feed_source(world, words.RecordSeen(world.record))
+    yield "D watch", True, feed_destination(world, words.RecordSeen(world.record))
+    yield "S old watch", True, feed_source(world, words.RecordSeen(BORN))
+    yield "D old watch", True, feed_destination(world, words.RecordSeen(BORN))
+    if world.pending and world.source is not None:
+        newest = AckRequest("x", max(world.pending))
+        yield "S sees req", True, feed_source(world, words.RequestsSeen((newest,), world.req))
+        if world.copy == WAIT and world.vmm in (RUN, STOPPED):
+            acked = feed_source(world._replace(pending=frozenset()), words.Acked(newest))
+            yield "ACK", True, acked
+
+
+def wish_moves(world: World) -> Iterator[Move]:
+    record, state = world.record, world.source
+    if world.requests and record.phase is Ownership.OPEN:
+        asked = _ask(world)
+        frozen = world.vmm in (PARKED, DEVICE, SEALED) and state is not None and not world.wished_stop
+        newest = max(asked.pending)
+        yield "API asks", False, asked._replace(req=world.req + 1, late=world.late or frozen)
+        if state is not None and state.stage in (SourceStage.PRECOPY, SourceStage.FREEZING):
+            yield "device asks", False, feed_source(asked, words.Requested(AckRequest("x", newest)))
+    if world.wishes and world.vmm != DEAD and record.owner.host == "s":
+        want = not world.want
+        wished = world._replace(want=want, wishes=world.wishes - 1)
+        if state is not None:
+            yield "operator wishes", False, feed_source(wished, words.WantRunSeen(want))
+        elif world.source_up and world.vmm in (RUN, STOPPED) and not world.engine:
+            vmm = RUN if want else STOPPED
+            yield "operator wishes", False, wished._replace(vmm=vmm, wished_stop=not want)
+    if world.wishes and state is not None and state.stage is SourceStage.PRECOPY and world.vmm == RUN:
+        suspending = world._replace(source=replace(state, suspend_on_timeout=True), wishes=world.wishes - 1)
+        yield "policy suspends", False, feed_source(suspending, Seen.TIMER_PRECOPY)
+    if state is not None and state.stage is SourceStage.LAST_PASS:
+        yield "switchover timeout", True, feed_source(world, Seen.TIMER_SWITCHOVER)
+
+
+def fault_moves(world: World, bounds: Bounds) -> Iterator[Move]:
+    if world.faults:
+        less = world._replace(faults=world.faults - 1)
+        if world.source_up:
+            yield "S agent dies", False, less._replace(source_up=False, source=None, todo_source=())
+        if world.destination_up:
+            yield "D agent dies", False, less._replace(destination_up=False, destination=None, todo_destination=())
+        if world.copy in (WAIT, LOADED):
+            dead = feed_destination(less._replace(copy=DEAD), Seen.VMM_DIED)
+            yield "D VMM dies", False, dead
+        if world.vmm not in (DEAD,) and record_is_live(world):
+            dead = feed_source(less._replace(vmm=DEAD, engine=False, crashed_vmm=True), Seen.VMM_DIED)
+            yield "S VMM dies", False, dead
+        if world.source is not None and world.source.stage is SourceStage.PRECOPY:
+            yield "device fails", False, feed_source(less, Seen.SHIM_FAILED)
+    if bounds.power and world.power == 0:
+        down = world._replace(power=1, source_up=False, source=None, todo_source=(), vmm=DEAD, engine=False)
+        yield "S loses power", False, down
+        lost = world._replace(
+            power=2, destination_up=False, destination=None, todo_destination=(), marker=False,
+            copy=DEAD if world.copy != NONE else NONE,
+        )  # fmt: skip
+        yield "D loses power", False, lost
+
+
+def record_is_live(world: World) -> bool:
+    return world.record.phase not in (Ownership.CRASHED, Ownership.GONE)
+
+
+def recovery_moves(world: World) -> Iterator[Move]:
+    if not world.source_up and world.power in (0, 2, 4):
+        up = world._replace(source_up=True)
+        if world.conducting and world.vmm != DEAD:
+            k = world.conducting
+            state, commands = restarted_source(
+                ref(k), S1, f"i{k}", want_run=world.want, parked=world.vmm == PARKED, sealed=world.vmm == SEALED
+            )
+            up = up._replace(source=state, todo_source=waiting(commands))
+        yield "S agent restarts", True, up
+    if not world.destination_up and world.power in (0, 1, 3):
+        up = world._replace(destination_up=True)
+        alive = world.copy in (WAIT, LOADED, OWN)
+        k = world.prepared
+        if k and world.copy != NONE and not (world.record.phase is Ownership.IDLE and world.record.attempt == k):
+            state, commands = restarted_destination(ref(k), D1, f"i{k}", vmm_alive=alive, marker=world.marker)
+            up = up._replace(destination=state, todo_destination=waiting(commands))
+        elif k and alive and world.record.owner != D1:
+            up = up._replace(copy=DEAD)  # nothing in the ledger speaks for it any more
+        yield "D agent restarts", True, up
+    if world.power == 1:
+        yield "S host returns", True, world._replace(power=3, source_up=True, conducting=0)
+        yield "fencer", True, _fence(world, "s")
+    if world.power == 2:
+        yield "D host returns", True, world._replace(power=4, destination_up=True)
+        yield "fencer", True, _fence(world, "d")
+    yield from _keepers(world)
+
+
+def _fence(world: World, host: str) -> World:
+    if not handover.may_declare_dead(certificate=True) or world.record.owner.host != host:
+        return world
+    return attempted(world, lambda: handover.crashed(world.record, writer="f")) or world
+
+
+def _keepers(world: World) -> Iterator[Move]:
+    """The agents' guest keepers: an owner whose VMM is dead and that no session speaks for."""
+    here_s = S2 if world.power == 3 else S1
+    if world.source_up and world.source is None:
+        alive = world.vmm != DEAD
+        if handover.must_declare_crashed(world.record, here_s, vmm_alive=alive, marker=False):
+            after = attempted(world, lambda: handover.crashed(world.record, writer="s"))
+            if after is not None:
+                yield "S keeper", True, after
+        moved = handover.may_discard_source(world.record, here_s, f"i{world.record.attempt}")
+        if alive and world.conducting and moved:
+            yield "S keeper discards", True, world._replace(vmm=DEAD, engine=False, conducting=0)
+        if world.record.owner == here_s and not world.engine and world.vmm == (STOPPED if world.want else RUN):
+            vmm = RUN if world.want else STOPPED
+            yield "S keeper applies the wish", True, world._replace(vmm=vmm, wished_stop=not world.want)
+    here_d = D2 if world.power == 4 else D1
+    if world.destination_up and world.destination is None and handover.must_declare_crashed(
+        world.record, here_d, vmm_alive=world.copy in (LOADED, OWN), marker=world.marker
+    ):
+        after = attempted(world, lambda: handover.crashed(world.record, writer="d"))
+        if after is not None:
+            yield "D keeper", True, after
+
+
+def successors(world: World, bounds: Bounds) -> Iterator[Move]:
+    if world.source is not None and world.todo_source:
+        yield from run_source(world, bounds)
+    if world.destination is not None and world.todo_destination:
+        yield from run_destination(world, bounds)
+    yield from engine_moves(world)
+    yield from coordinator_moves(world, bounds)
+    yield from message_moves(world)
+    yield from wish_moves(world)
+    yield from fault_moves(world, bounds)
+    yield from recovery_moves(world)
+
+
+World.conducting_inc = property(lambda self: self.conducting)  # type: ignore[attr-defined]
+
+
+# --- what must hold ---------------------------------------------------------------------------------------------------
+
+
+def flaw(world: World) -> str:
+    if world.flaw:
+        return world.flaw
+    runs_here, runs_there = world.vmm == RUN, world.copy == OWN
+    if runs_here and runs_there:
+        return "SPLIT BRAIN"
+    if world.ran_there and runs_here:
+        return "SOURCE RUNS AFTER DESTINATION RAN"
+    if world.record.phase is Ownership.CRASHED and world.power == 0 and (runs_here or runs_there):
+        return "RUNS AFTER CRASHED"
+    lost = world.vmm == DEAD and not world.crashed_vmm and world.power == 0 and not runs_there
+    if lost and world.record.phase is not Ownership.CRASHED and world.copy != LOADED:
+        return "LOST"
+    return ""
+
+
+def is_end(world: World) -> bool:
+    record = world.record
+    if record.phase is Ownership.CRASHED:
+        return True
+    quiet = world.source is None and world.source_up and world.destination_up
+    if record.phase is not Ownership.IDLE or not quiet:
+        return False
+    if record.owner.host == "s":
+        return world.vmm in ((RUN,) if world.want else (STOPPED, SEALED)) and world.destination is None
+    return world.copy == OWN and world.vmm == DEAD
+
+
+@dataclass
+class Result:
+    states: int
+    edges: int
+    flaws: dict[str, list[str]]
+    """Flaw and the shortest way to it."""
+    dead_ends: list[list[str]]
+    complete: bool
+
+
+def explore(bounds: Bounds, *, first: bool = False, limit: int = 2_000_000) -> Result:
+    """Breadth first over everything within `bounds`; `first` stops at the first flaw."""
+    _steps.clear()
+    begin = start(bounds)
+    came: dict[World, tuple[World, str] | None] = {begin: None}
+    queue, edges = deque([begin]), 0
+    flaws: dict[str, World] = {}
+    backwards: dict[World, list[World]] = {}
+    while queue and len(came) < limit and not (first and flaws):
+        world = queue.popleft()
+        for name, heal, after in successors(world, bounds):
+            if after == world:
+                continue
+            edges += 1
+            if heal:
+                backwards.setdefault(after, []).append(world)
+            if after not in came:
+                came[after] = (world, name)
+                found = flaw(after)
+                if found:
+                    flaws.setdefault(found, after)
+                else:
+                    queue.append(after)
+    dead = [] if first and flaws else _dead_ends(came, backwards, flaws)
+    paths = {found: _path(came, world) for found, world in flaws.items()}
+    return Result(len(came), edges, paths, [_path(came, world) for world in dead[:3]] if dead else [], not queue)
+
+
+def _dead_ends(
+    came: dict[World, tuple[World, str] | None], backwards: dict[World, list[World]], flaws: dict[str, World]
+) -> list[World]:
+    live = {world for world in came if is_end(world)} | set(flaws.values())
+    stack = list(live)
+    while stack:
+        for before in backwards.get(stack.pop(), ()):
+            if before not in live:
+                live.add(before)
+                stack.append(before)
+    return [world for world in came if world not in live and not flaw(world)]
+
+
+def _path(came: dict[World, tuple[World, str] | None], world: World) -> list[str]:
+    names: list[str] = []
+    step = came[world]
+    while step is not None:
+        names.append(step[1])
+        step = came[step[0]]
+    return names[::-1]
