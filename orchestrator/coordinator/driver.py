@@ -1,0 +1,537 @@
+"""Drives one migration: carries out what `core.migration` decides, and shows it what the records say.
+
+Every write is a transaction that checks the coordinator's epoch (H12), every call to an agent carries it. No write's
+result is believed beyond "definitely over": afterwards the records are read again and decide, so a lost answer, a lost
+race and a crash all go on in the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from orchestrator.coordinator.inventory import HostEntry, Inventory, Snapshot
+from orchestrator.coordinator.ports import AgentDirectory, AgentPort, ConductOrder
+from orchestrator.core import handover, migration
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import AttemptRef
+from orchestrator.core.placement import Need, choose
+from orchestrator.core.records import (
+    AttemptReport,
+    Attempts,
+    HostRecord,
+    MigrationPhase,
+    MigrationSpec,
+    MigrationState,
+    Requests,
+    Reservations,
+)
+from orchestrator.ledger import paths
+from orchestrator.ledger.records import decode, encode
+from orchestrator.ledger.store import (
+    Check,
+    Conflict,
+    Create,
+    Done,
+    Op,
+    OutcomeUnknown,
+    SetData,
+    Store,
+    StoreUnavailable,
+    Versioned,
+)
+
+RESYNC_S = 5.0
+"""The records are read at least this often, should a watch be lost."""
+STORE_RETRY_S = 0.2
+REPORT_WAIT_S = 3.0
+REPORT_POLL_S = 0.1
+WRITE_TRIES = 20
+
+_UNREACHABLE = frozenset(
+    {RefusalReason.AGENT_UNREACHABLE, RefusalReason.OUTCOME_UNKNOWN, RefusalReason.LEDGER_UNREACHABLE}
+)
+
+T = TypeVar("T")
+
+
+class Deposed(Exception):
+    """Another coordinator leads, or may: nothing more may be written under this epoch."""
+
+
+@dataclass(slots=True)
+class Tools:
+    """What the drivers of one worker share."""
+
+    store: Store
+    agents: AgentDirectory
+    inventory: Inventory
+    epoch: int
+    placing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One placement at a time per worker, so that a worker does not lose races against itself."""
+    max_arrivals: int = 0
+    clock_s: Callable[[], float] = time.monotonic
+    wall_s: Callable[[], float] = time.time
+    """Only for stamps that people read."""
+    rng: random.Random = field(default_factory=random.Random)
+
+
+@dataclass(frozen=True, slots=True)
+class _Nodes:
+    """The three nodes of a migration with their versions."""
+
+    guest: Versioned | None
+    record: GuestRecord | None
+    state_version: int
+    state: MigrationState
+    attempts: Versioned | None
+    reports: tuple[AttemptReport, ...]
+
+
+async def epoch_write(store: Store, epoch: int, ops: Sequence[Op]) -> bool:
+    """`multi[check epoch; ops]`. True: applied for certain. False: read again, the write is over either way.
+
+    Raises Deposed when the epoch moved. Waits for the store as long as it takes; the caller is cancelled when its
+    leadership ends.
+    """
+    result = await store.multi([Check(paths.epoch(), epoch), *ops])
+    match result:
+        case Done():
+            return True
+        case Conflict(index=0):
+            raise Deposed(f"epoch {epoch} is over")
+        case Conflict():
+            return False
+        case OutcomeUnknown(sent=False):
+            await asyncio.sleep(STORE_RETRY_S)
+            return False
+        case OutcomeUnknown():
+            await until_available(store.barrier)
+            return False
+
+
+async def until_available(call: Callable[[], object]) -> None:
+    """Repeat a coroutine function until the store answers."""
+    while True:
+        try:
+            await call()  # type: ignore[misc]
+            return
+        except StoreUnavailable:
+            await asyncio.sleep(STORE_RETRY_S)
+
+
+class Driver:
+    """One migration from where its records stand to its verdict."""
+
+    def __init__(self, tools: Tools, spec: MigrationSpec) -> None:
+        self._tools = tools
+        self._spec = spec
+        self._events: asyncio.Queue[migration.Event | BaseException | None] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._opened_at_s = tools.clock_s()
+        self._course: migration.Course | None = None
+
+    async def run(self) -> MigrationPhase:
+        """Returns the terminal phase. Raises Deposed, or BadRecord when a node cannot be read.
+
+        Cancelling it is a crash as far as the protocol is concerned: safe at any instant.
+        """
+        store = self._tools.store
+        unwatch = [
+            store.watch(paths.guest(self._spec.guest), self._changed),
+            store.watch(paths.migration_state(self._spec.id), self._changed),
+        ]
+        try:
+            return await self._loop()
+        finally:
+            for stop in unwatch:
+                stop()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _changed(self, _content: Versioned | None) -> None:
+        self._events.put_nowait(None)
+
+    async def _loop(self) -> MigrationPhase:
+        nodes = await self._look()
+        course = migration.start(self._spec, now_ms=self._now_ms(), reports=nodes.reports)
+        event: migration.Event = migration.Seen(nodes.record, nodes.state, nodes.reports)
+        while True:
+            jitter = self._tools.rng.uniform(0.5, 1.0)
+            step = migration.step(course, event, now_ms=self._now_ms(), jitter=jitter)
+            self._course = course = step.course
+            for command in step.commands:
+                if isinstance(command, migration.End):
+                    return course.durable.phase
+                self._spawn(command)
+            event = await self._next(course)
+
+    async def _next(self, course: migration.Course) -> migration.Event:
+        """The next event: an answer, a tick that is due, or what the records say after they changed."""
+        wake = migration.wake_ms(course)
+        wait = RESYNC_S if wake is None else max(0.0, (wake - self._now_ms()) / 1000)
+        try:
+            async with asyncio.timeout(min(wait, RESYNC_S)):
+                got = await self._events.get()
+        except TimeoutError:
+            if wait <= RESYNC_S and wake is not None:
+                return migration.Tick()
+            got = None
+        if isinstance(got, BaseException):
+            raise got
+        if got is not None:
+            return got
+        nodes = await self._look()
+        return migration.Seen(nodes.record, nodes.state, nodes.reports)
+
+    def _now_ms(self) -> float:
+        return self._tools.clock_s() * 1000
+
+    async def _look(self) -> _Nodes:
+        while True:
+            try:
+                return await self._read()
+            except StoreUnavailable:
+                await asyncio.sleep(STORE_RETRY_S)
+
+    async def _read(self) -> _Nodes:
+        """Guest first: what is read later is at least as new, so a verdict is never missed beside its record."""
+        store, spec = self._tools.store, self._spec
+        guest = await store.read(paths.guest(spec.guest))
+        state = await store.read(paths.migration_state(spec.id))
+        attempts = await store.read(paths.attempts(spec.id))
+        return _Nodes(
+            guest=guest,
+            record=decode(GuestRecord, guest.data, path=paths.guest(spec.guest)) if guest else None,
+            state_version=state.version if state else -1,
+            state=_decode_or(MigrationState, state, MigrationState()),
+            attempts=attempts,
+            reports=_decode_or(Attempts, attempts, Attempts()).reports,
+        )
+
+    # --- effects ------------------------------------------------------------------------------------------------------
+
+    def _spawn(self, command: migration.Command) -> None:
+        task = asyncio.create_task(self._guarded(command))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guarded(self, command: migration.Command) -> None:
+        """A failure of an effect ends the driver, it is never lost in a task."""
+        try:
+            event = await self._effect(command)
+        except Exception as error:
+            self._events.put_nowait(error)
+            return
+        self._events.put_nowait(event)
+        if isinstance(event, migration.Finished):
+            self._events.put_nowait(None)
+
+    async def _effect(self, command: migration.Command) -> migration.Event:
+        match command:
+            case migration.Open():
+                return await self._until_read(lambda: self._open(command))
+            case migration.Abort():
+                return await self._until_read(lambda: self._abort(command))
+            case migration.Settle():
+                return await self._until_read(lambda: self._settle(command))
+            case migration.Prepare():
+                return await self._prepare(command)
+            case migration.Conduct():
+                return await self._conduct(command)
+            case migration.FetchReport():
+                return migration.ReportAnswer(await self._until_read(lambda: self._report(command)))
+            case migration.End():
+                raise AssertionError("End is not an effect")
+
+    async def _until_read(self, call: Callable[[], object]) -> T:  # type: ignore[type-var]
+        while True:
+            try:
+                return await call()  # type: ignore[misc, return-value]
+            except StoreUnavailable:
+                await asyncio.sleep(STORE_RETRY_S)
+
+    async def _pause(self) -> None:
+        """Between two tries of a write that lost a race: long enough to let the winner finish."""
+        await asyncio.sleep(self._tools.rng.uniform(0.005, 0.05))
+
+    async def _open(self, command: migration.Open) -> migration.Event:
+        for _ in range(WRITE_TRIES):
+            async with self._tools.placing:
+                snapshot = await self._tools.inventory.snapshot()
+                nodes = await self._read()
+                ops = await self._open_ops(command, snapshot, nodes)
+                if not isinstance(ops, list):
+                    return ops
+                if await epoch_write(self._tools.store, self._tools.epoch, ops):
+                    self._opened_at_s = self._tools.clock_s()
+                    return migration.Finished()
+            await self._pause()
+        return migration.Finished()
+
+    async def _open_ops(
+        self, command: migration.Open, snapshot: Snapshot, nodes: _Nodes
+    ) -> list[Op] | migration.NoPlace | migration.Finished:
+        spec, record = self._spec, nodes.record
+        guest_spec = await self._tools.inventory.spec(spec.guest)
+        if record is None or nodes.guest is None or guest_spec is None:
+            return migration.Finished()
+        if nodes.state.cancel_requested or nodes.state.phase.terminal:
+            return migration.Finished()
+        source = record.owner.host
+        need = Need(spec.guest, record.name, source, guest_spec.memory_mib, guest_spec.machine)
+        choice = choose(
+            snapshot.views(), need, wanted=command.wanted, avoid=command.avoid, max_arrivals=self._tools.max_arrivals
+        )
+        if choice.destination is None:
+            return migration.NoPlace(choice.reason or RefusalReason.NO_CAPACITY, choice.message, choice.transient)
+        try:
+            opened = handover.open_attempt(
+                record, spec.id, command.attempt, choice.destination, epoch=self._tools.epoch, writer=_writer()
+            )
+        except handover.Refused:
+            return migration.Finished()  # the record moved: look again
+        state = replace(
+            nodes.state,
+            phase=MigrationPhase.PREPARING,
+            attempt=command.attempt,
+            source=source,
+            destination=choice.destination.host,
+            message="",
+            retry_wait_ms=0,
+            epoch=self._tools.epoch,
+        )
+        entry = snapshot.hosts[choice.destination.host]
+        return [
+            Check(paths.cordon(choice.destination.host), entry.cordon_version),
+            SetData(paths.guest(spec.guest), encode(opened), nodes.guest.version),
+            _reserve(entry, spec.id, guest_spec.memory_mib),
+            SetData(paths.migration_state(spec.id), encode(state), nodes.state_version),
+            *await self._missing_ack_nodes(),
+        ]
+
+    async def _missing_ack_nodes(self) -> list[Op]:
+        missing: list[Op] = []
+        for path in (paths.requests(self._spec.id), paths.acks(self._spec.id)):
+            if await self._tools.store.read(path) is None:
+                missing.append(Create(path, encode(Requests())))
+        return missing
+
+    async def _abort(self, command: migration.Abort) -> migration.Event:
+        """Repeats the compare-and-set until the attempt is open no longer, whoever ended it."""
+        while True:
+            nodes = await self._read()
+            record = nodes.record
+            if record is None or nodes.guest is None or record.phase is not Ownership.OPEN:
+                break
+            if (record.migration, record.attempt) != (self._spec.id, command.attempt):
+                break
+            aborted = handover.abort(record, self._spec.id, command.attempt, command.reason, writer=_writer())
+            write = SetData(paths.guest(self._spec.guest), encode(aborted), nodes.guest.version)
+            if await epoch_write(self._tools.store, self._tools.epoch, [write]):
+                self._nudge(record)
+                break
+            await self._pause()
+        return migration.Finished()
+
+    def _nudge(self, record: GuestRecord) -> None:
+        """Agents also watch the record; this only saves them the delay of the watch."""
+        for host in (record.owner, record.destination):
+            if host is not None:
+                task = asyncio.create_task(self._nudge_one(host.host))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _nudge_one(self, host: str) -> None:
+        with contextlib.suppress(DroverError, StoreUnavailable):
+            agent, _ = await self._agent(host)
+            await agent.nudge(self._spec.guest)
+
+    async def _settle(self, command: migration.Settle) -> migration.Event:
+        for _ in range(WRITE_TRIES):
+            nodes = await self._read()
+            if nodes.state.phase.terminal:
+                break
+            ops = await self._settle_ops(command, nodes)
+            if ops is None or await epoch_write(self._tools.store, self._tools.epoch, ops):
+                break
+            await self._pause()
+        return migration.Finished()
+
+    async def _settle_ops(self, command: migration.Settle, nodes: _Nodes) -> list[Op] | None:
+        """One transaction: report, reservation, guest record, state. None: the record moved, look again."""
+        spec = self._spec
+        ops: list[Op] = []
+        if command.close:
+            if nodes.guest is None or nodes.record is None or nodes.record.phase is not Ownership.ABORTED:
+                return None
+            closed = handover.close(nodes.record, spec.id, writer=_writer())
+            ops.append(SetData(paths.guest(spec.guest), encode(closed), nodes.guest.version))
+        report = command.report
+        if report is not None and all(known.attempt != report.attempt for known in nodes.reports):
+            data = encode(Attempts(reports=(*nodes.reports, report)))
+            ops.append(_put(paths.attempts(spec.id), data, nodes.attempts))
+        if nodes.state.destination:
+            ops += await self._release(nodes.state.destination)
+        state = replace(
+            nodes.state,
+            phase=command.phase,
+            failure=command.failure,
+            message=command.message,
+            retry_wait_ms=command.retry_wait_ms,
+            end_time_s=self._tools.wall_s() if command.phase.terminal else 0.0,
+            epoch=self._tools.epoch,
+        )
+        ops.append(SetData(paths.migration_state(spec.id), encode(state), nodes.state_version))
+        return ops
+
+    async def _release(self, host: str) -> list[Op]:
+        node = await self._tools.store.read(paths.reservations(host))
+        promised = _decode_or(Reservations, node, Reservations()).memory_mib
+        if node is None or self._spec.id not in promised:
+            return []
+        left = {mig: mib for mig, mib in promised.items() if mig != self._spec.id}
+        return [SetData(paths.reservations(host), encode(Reservations(memory_mib=left)), node.version)]
+
+    # --- calls to agents ----------------------------------------------------------------------------------------------
+
+    async def _agent(self, host: str) -> tuple[AgentPort, HostRecord]:
+        """Raises AGENT_UNREACHABLE when the host is not registered, StoreUnavailable."""
+        node = await self._tools.store.read(paths.host(host))
+        if node is None or not node.data:
+            raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} has not registered an agent")
+        record = decode(HostRecord, node.data, path=paths.host(host))
+        return self._tools.agents.at(record.control_address), record
+
+    def _ref(self, attempt: int) -> AttemptRef:
+        return AttemptRef(self._spec.guest, self._spec.id, attempt)
+
+    async def _prepare(self, command: migration.Prepare) -> migration.Event:
+        course = self._course
+        record = course.record if course else None
+        if record is None or record.destination is None:
+            return migration.Finished()
+        try:
+            agent, host = await self._agent(record.destination.host)
+            if host.boot_id != record.destination.boot_id:
+                said = f"{host.name} lost power after it was chosen"
+                return migration.CallRefused(command.attempt, RefusalReason.STALE_ATTEMPT, said)
+            _, source = await self._agent(record.owner.host)
+            prepared = await agent.prepare_destination(
+                self._ref(command.attempt),
+                epoch=self._tools.epoch,
+                source_peer_address=source.peer_address,
+                timeout_ms=self._spec.policy.prepare_timeout_ms,
+                multifd_channels=self._spec.policy.multifd_channels,
+            )
+        except (DroverError, StoreUnavailable) as error:
+            return _refused(command.attempt, error)
+        return migration.PrepareAnswer(command.attempt, prepared)
+
+    async def _conduct(self, command: migration.Conduct) -> migration.Event:
+        course = self._course
+        record = course.record if course else None
+        if record is None or record.destination is None:
+            return migration.Finished()
+        order = ConductOrder(
+            attempt=self._ref(command.attempt),
+            epoch=self._tools.epoch,
+            prepared=command.prepared,
+            destination=record.destination,
+            policy=self._spec.policy,
+            previous_reason=command.previous_reason,
+        )
+        try:
+            agent, _ = await self._agent(record.owner.host)
+            await agent.conduct_attempt(order)
+        except (DroverError, StoreUnavailable) as error:
+            return _refused(command.attempt, error)
+        return migration.ConductAnswer(command.attempt)
+
+    async def _report(self, command: migration.FetchReport) -> AttemptReport:
+        """The source agent's report completed from the records; waits for its end, but not for ever."""
+        nodes = await self._read()
+        told: AttemptReport | None = None
+        deadline = self._tools.clock_s() + REPORT_WAIT_S
+        while self._tools.clock_s() < deadline:
+            try:
+                agent, _ = await self._agent(nodes.state.source)
+                seen = await agent.get_attempt(self._spec.id, command.attempt)
+            except DroverError as error:
+                if error.reason is RefusalReason.STALE_EPOCH:
+                    raise Deposed(error.message) from error
+            else:
+                told = seen.report if seen.known else None
+                if seen.ended or not seen.known:
+                    break
+            await asyncio.sleep(REPORT_POLL_S)
+        return await self._completed(command, nodes, told)
+
+    async def _completed(
+        self, command: migration.FetchReport, nodes: _Nodes, told: AttemptReport | None
+    ) -> AttemptReport:
+        """What the record says outranks what the agent says: the record was the decision."""
+        record = nodes.record
+        ours = record is not None and record.migration == self._spec.id and record.attempt == command.attempt
+        report = told or AttemptReport(attempt=command.attempt, outcome=command.outcome)
+        report = replace(
+            report,
+            attempt=command.attempt,
+            outcome=command.outcome,
+            source=nodes.state.source,
+            destination=nodes.state.destination,
+            duration_ms=report.duration_ms or (self._tools.clock_s() - self._opened_at_s) * 1000,
+        )
+        if told is None:
+            report = replace(report, message="the source agent has no report of this attempt")
+        if record is None or not ours:
+            return report
+        if command.outcome == "ABORTED":
+            mzxid = nodes.guest.mzxid if nodes.guest else 0
+            devices = record.devices or report.devices
+            report = replace(report, reason=record.reason, devices=devices, zxid=report.zxid or mzxid)
+        requests = _decode_or(Requests, await self._tools.store.read(paths.requests(self._spec.id)), Requests())
+        acks = _decode_or(Requests, await self._tools.store.read(paths.acks(self._spec.id)), Requests())
+        return replace(
+            report,
+            inc=record.inc or report.inc,
+            requests=report.requests or requests.entries,
+            acks=report.acks or acks.entries,
+        )
+
+
+def _writer() -> str:
+    return f"coordinator-{uuid.uuid4().hex}"
+
+
+def _decode_or(kind: type[T], node: Versioned | None, default: T) -> T:
+    return decode(kind, node.data) if node is not None and node.data else default
+
+
+def _put(path: str, data: bytes, node: Versioned | None) -> Op:
+    return Create(path, data) if node is None else SetData(path, data, node.version)
+
+
+def _reserve(entry: HostEntry, mig: str, memory_mib: int) -> Op:
+    name = entry.input.record.name
+    promised = {**entry.input.reservations.memory_mib, mig: memory_mib}
+    data = encode(Reservations(memory_mib=promised))
+    if entry.reservations_version < 0:
+        return Create(paths.reservations(name), data)
+    return SetData(paths.reservations(name), data, entry.reservations_version)
+
+
+def _refused(attempt: int, error: DroverError | StoreUnavailable) -> migration.Event:
+    if isinstance(error, StoreUnavailable):
+        return migration.CallRefused(attempt, RefusalReason.LEDGER_UNREACHABLE, str(error), unreachable=True)
+    if error.reason is RefusalReason.STALE_EPOCH:
+        raise Deposed(error.message) from error
+    return migration.CallRefused(attempt, error.reason, error.message, unreachable=error.reason in _UNREACHABLE)

@@ -1,0 +1,61 @@
+"""What the coordinator needs of the agents; `orchestrator.rpc.agent_client` provides it, tests bring a fake."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.migration import Prepared
+from orchestrator.core.policy import MigrationPolicy
+from orchestrator.core.records import AttemptReport
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSeen:
+    """What an agent knows about an attempt that it conducts or conducted."""
+
+    known: bool
+    ended: bool = False
+    report: AttemptReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConductOrder:
+    """Everything the source agent needs to conduct one attempt."""
+
+    attempt: AttemptRef
+    epoch: int
+    prepared: Prepared
+    destination: HostRef
+    policy: MigrationPolicy
+    previous_reason: str = ""
+
+
+class AgentPort(Protocol):
+    """One agent. Every call is bounded and idempotent; it raises DroverError, with AGENT_UNREACHABLE or OUTCOME_UNKNOWN
+    when nothing is known of the call's effect, and STALE_EPOCH when another coordinator was here."""
+
+    async def prepare_destination(
+        self,
+        attempt: AttemptRef,
+        *,
+        epoch: int,
+        source_peer_address: str,
+        timeout_ms: int,
+        multifd_channels: int,
+    ) -> Prepared: ...
+
+    async def conduct_attempt(self, order: ConductOrder) -> None: ...
+
+    async def get_attempt(self, migration: str, attempt: int) -> AttemptSeen: ...
+
+    async def nudge(self, guest: str) -> None: ...
+
+
+class AgentDirectory(Protocol):
+    def at(self, control_address: str) -> AgentPort:
+        """The agent that serves there; connects when it is first called."""
+        ...
+
+    async def close(self) -> None: ...

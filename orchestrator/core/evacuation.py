@@ -1,0 +1,226 @@
+"""An evacuation: empty a host, a few guests at a time, and say when its power may be cut.
+
+Pure and level-triggered: each `step` looks at what the records say now (who is on the host, how the job's migrations
+stand) and names what is missing. Nothing depends on having seen a change: a new coordinator goes on from the records.
+Migration ids follow from (job, guest, try): creating one twice is the same migration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.core.errors import FailureReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.records import (
+    EvacuationGuest,
+    EvacuationPhase,
+    EvacuationSpec,
+    EvacuationState,
+    MigrationPhase,
+    MigrationState,
+)
+
+MAX_TRIES = 2
+"""Migrations per guest and job; each has its own attempts inside."""
+
+_WORTH_ANOTHER = frozenset({FailureReason.ATTEMPTS_EXHAUSTED, FailureReason.DESTINATION_NOT_ELIGIBLE})
+
+
+@dataclass(frozen=True, slots=True)
+class GuestOnHost:
+    """A guest whose record names the host as owner, source or destination."""
+
+    uuid: str
+    name: str
+    memory_mib: int
+    record: GuestRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One fresh look at everything a job depends on."""
+
+    cordoned: bool
+    guests: Sequence[GuestOnHost]
+    """Every guest that has to do with the host, see `concerns`."""
+    migrations: Mapping[str, MigrationState]
+    """States of the job's migrations that exist, by id."""
+    reserved: bool = False
+    """Memory of the host is promised to an arrival."""
+
+
+@dataclass(frozen=True, slots=True)
+class CordonHost:
+    """Make the host ineligible before the first guest leaves it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CreateMigration:
+    """Create this migration, or find that it exists."""
+
+    id: str
+    guest: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelMigration:
+    id: str
+
+
+Command = CordonHost | CreateMigration | CancelMigration
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The state to store first, then the commands to carry out. Storing comes first so that a migration that exists is
+    always one that the job knows."""
+
+    state: EvacuationState
+    commands: tuple[Command, ...] = ()
+
+
+def migration_id(job: str, guest: str, tries: int) -> str:
+    """32 hex digits, the same for the same try."""
+    return hashlib.sha256(f"{job}/{guest}/{tries}".encode()).hexdigest()[:32]
+
+
+def concerns(record: GuestRecord, host: str) -> bool:
+    """Whether a guest matters for the host's emptiness."""
+    if record.phase in (Ownership.GONE, Ownership.CRASHED):
+        return False
+    coming = record.phase is Ownership.OPEN and record.destination is not None and record.destination.host == host
+    leaving = record.phase is Ownership.COMMITTED and record.source is not None and record.source.host == host
+    return record.owner.host == host or coming or leaving
+
+
+def safe_to_power_off(host: str, facts: Facts) -> bool:
+    """Cordoned, and no guest, copy of a guest or promise of memory is there. A crashed guest has nothing to lose."""
+    return facts.cordoned and not facts.reserved and not any(concerns(guest.record, host) for guest in facts.guests)
+
+
+def step(spec: EvacuationSpec, state: EvacuationState, facts: Facts) -> Step:
+    """What the job's state becomes, and what to do. Calling it again with the same facts changes nothing."""
+    state = replace(state, safe_to_power_off=safe_to_power_off(spec.host, facts))
+    if state.phase.terminal:
+        return Step(state)
+    guests = _refresh(spec, state, facts)
+    if state.cancel_requested:
+        return _cancelling(replace(state, guests=guests), facts)
+    if not facts.cordoned and state.phase is EvacuationPhase.PENDING:
+        return Step(replace(state, guests=guests), (CordonHost(),))
+    if not facts.cordoned:
+        said = f"{spec.host} was uncordoned while it was being emptied: waiting for the migrations under way"
+        return _finish(spec, replace(state, guests=guests, phase=EvacuationPhase.RUNNING, message=said), facts)
+    guests, commands = _start_more(spec, guests, facts)
+    state = replace(state, guests=guests, phase=EvacuationPhase.RUNNING, message="")
+    if commands:
+        return Step(state, commands)
+    return _finish(spec, state, facts)
+
+
+def _stays(guest: GuestOnHost, host: str) -> bool:
+    return guest.record.owner.host == host and concerns(guest.record, host)
+
+
+def _refresh(spec: EvacuationSpec, state: EvacuationState, facts: Facts) -> tuple[EvacuationGuest, ...]:
+    """The job's guests with their migrations' present phases, and guests that have come to the host since."""
+    known = {guest.guest for guest in state.guests}
+    here = [g for g in facts.guests if g.record.owner.host == spec.host and g.uuid not in known]
+    here.sort(key=lambda guest: (-guest.memory_mib, guest.name))
+    new = tuple(EvacuationGuest(guest=g.uuid, name=g.name, memory_mib=g.memory_mib) for g in here)
+    return tuple(_refresh_one(guest, facts) for guest in state.guests + new)
+
+
+def _refresh_one(guest: EvacuationGuest, facts: Facts) -> EvacuationGuest:
+    durable = facts.migrations.get(guest.migration)
+    if durable is None:
+        return guest
+    return replace(
+        guest,
+        phase=durable.phase,
+        destination=durable.destination,
+        failure=durable.failure,
+        message=durable.message,
+        attempts=durable.attempt,
+    )
+
+
+def _active(guest: EvacuationGuest) -> bool:
+    return bool(guest.migration) and not guest.phase.terminal
+
+
+def _wants_another(guest: EvacuationGuest) -> bool:
+    """No migration yet, or one that failed in a way that another may not."""
+    if not guest.migration:
+        return True
+    return guest.phase is MigrationPhase.FAILED and guest.tries < MAX_TRIES and guest.failure in _WORTH_ANOTHER
+
+
+def _start_more(
+    spec: EvacuationSpec, guests: tuple[EvacuationGuest, ...], facts: Facts
+) -> tuple[tuple[EvacuationGuest, ...], tuple[Command, ...]]:
+    """Fill the free places, biggest guests first; guests in somebody else's migration wait for its end."""
+    here = {guest.uuid: guest for guest in facts.guests if _stays(guest, spec.host)}
+    room = spec.max_concurrent - sum(map(_active, guests))
+    commands: list[Command] = []
+    result: list[EvacuationGuest] = []
+    for guest in guests:
+        if _active(guest) and guest.migration not in facts.migrations:
+            commands.append(CreateMigration(guest.migration, guest.guest, guest.name))  # stored, then we crashed
+        there = here.get(guest.guest)
+        idle = there is not None and there.record.phase is Ownership.IDLE
+        if room > 0 and idle and _wants_another(guest):
+            tries = guest.tries + 1
+            name = migration_id(spec.id, guest.guest, tries)
+            pending = MigrationPhase.PENDING
+            guest = replace(guest, migration=name, tries=tries, phase=pending, failure=None, message="")
+            commands.append(CreateMigration(name, guest.guest, guest.name))
+            room -= 1
+        result.append(guest)
+    return tuple(result), tuple(commands)
+
+
+def _cancelling(state: EvacuationState, facts: Facts) -> Step:
+    """Migrations under way are cancelled one by one; those past their commit arrive all the same."""
+    active = [guest for guest in state.guests if _active(guest) and guest.migration in facts.migrations]
+    if active:
+        return Step(
+            replace(state, phase=EvacuationPhase.CANCELLING),
+            tuple(CancelMigration(guest.migration) for guest in active),
+        )
+    arrived = sum(guest.phase is MigrationPhase.SUCCEEDED for guest in state.guests)
+    return Step(
+        replace(
+            state,
+            phase=EvacuationPhase.CANCELLED,
+            failure=FailureReason.CANCELLED,
+            message=f"cancelled on request; {arrived} of {len(state.guests)} guests had left",
+        )
+    )
+
+
+def _finish(spec: EvacuationSpec, state: EvacuationState, facts: Facts) -> Step:
+    """The terminal report, once nothing is under way and nothing more can be started."""
+    if any(_active(guest) for guest in state.guests):
+        return Step(state)
+    staying = {guest.uuid for guest in facts.guests if concerns(guest.record, spec.host)}
+    waiting = [g for g in state.guests if g.guest in staying and _wants_another(g)]
+    if waiting and facts.cordoned:
+        return Step(state)  # busy in somebody else's migration, or still starting
+    remain = [g for g in state.guests if g.guest in staying]
+    if not staying:
+        return Step(replace(state, phase=EvacuationPhase.SUCCEEDED, failure=None, message=f"{spec.host} is empty"))
+    if not remain or any(g.phase is MigrationPhase.SUCCEEDED for g in remain):
+        return Step(state)  # arrivals under way, or copies of guests that left still being discarded
+    said = ", ".join(f"{g.name} ({g.failure or 'not started'})" for g in remain)
+    return Step(
+        replace(
+            state,
+            phase=EvacuationPhase.FAILED,
+            failure=FailureReason.SOME_GUESTS_REMAIN,
+            message=f"{len(remain)} of {len(state.guests)} guests remain on {spec.host}: {said}",
+        )
+    )

@@ -1,0 +1,528 @@
+"""The course of one migration, as its coordinator sees it: attempts, retries, deadlines, the verdict.
+
+Pure. The records decide: every `Seen` carries a fresh read of all three nodes (guest record, state, attempts), and the
+stage follows from them, so that a driver that starts after a crash continues where the records stand. What only memory
+knows are running calls and local deadlines; losing it repeats an idempotent call and starts a deadline again.
+
+    FREE --Open--> OPEN --Prepare--> --Conduct--> bound: the agents own it --> COMMITTED --> arrived --Settle--> ENDED
+                     ^                                                    \\-> ABORTED --FetchReport--Settle-+-> ENDED
+                     +------------------------- RETRY_WAIT <-----------------------------------------------+
+
+All times are milliseconds of the caller's monotonic clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from orchestrator.core.errors import AbortReason, FailureReason, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership, may_retry
+from orchestrator.core.policy import backoff_ms
+from orchestrator.core.records import AttemptReport, MigrationPhase, MigrationSpec, MigrationState
+
+REPEAT_MS = 1_000.0
+"""Pause before an idempotent call is repeated."""
+UNREACHABLE_REPEAT_MS = 200.0
+PLACEMENT_PATIENCE_MS = 20_000.0
+"""How long a migration waits for a host that is silent or busy before it gives up placing."""
+PLACEMENT_REPEAT_MS = 300.0
+
+
+class Stage(StrEnum):
+    """What the driver is busy with. Never stored."""
+
+    LOOK = "LOOK"
+    WAIT_GUEST = "WAIT_GUEST"
+    OPEN = "OPEN"
+    PLACEMENT_WAIT = "PLACEMENT_WAIT"
+    PREPARE = "PREPARE"
+    CONDUCT = "CONDUCT"
+    FOLLOW = "FOLLOW"
+    ABORT = "ABORT"
+    REPORT = "REPORT"
+    SETTLE = "SETTLE"
+    RETRY_WAIT = "RETRY_WAIT"
+    ENDED = "ENDED"
+
+
+class Situation(StrEnum):
+    """What the records say about this migration."""
+
+    FREE = "FREE"
+    BUSY = "BUSY"
+    """The guest starts, or is in another migration."""
+    OPEN = "OPEN"
+    BOUND = "BOUND"
+    COMMITTED = "COMMITTED"
+    ABORTED = "ABORTED"
+    ARRIVED = "ARRIVED"
+    STAYED = "STAYED"
+    """Somebody closed the migration in RETRY_WAIT: cancelled."""
+    CRASHED = "CRASHED"
+    GONE = "GONE"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A destination VMM that waits for the stream of one attempt."""
+
+    inc: str
+    endpoint: str
+    peer_address: str
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A fresh read, in this order: guest record, state, attempts."""
+
+    record: GuestRecord | None
+    durable: MigrationState
+    reports: tuple[AttemptReport, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A write (`Open`, `Abort`, `Settle`) came to a definite end, won or lost. A fresh `Seen` follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoPlace:
+    reason: RefusalReason
+    message: str
+    transient: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareAnswer:
+    attempt: int
+    prepared: Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class ConductAnswer:
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class CallRefused:
+    """Prepare or Conduct was refused, or could not be delivered (`unreachable`: nothing is known of its effect)."""
+
+    attempt: int
+    reason: RefusalReason
+    message: str
+    unreachable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReportAnswer:
+    """The source agent's report, or a minimal one from the record when the agent did not answer in time."""
+
+    report: AttemptReport
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+Event = Seen | Finished | NoPlace | PrepareAnswer | ConductAnswer | CallRefused | ReportAnswer | Tick
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Choose a destination and write OPEN(attempt), or answer `NoPlace`."""
+
+    attempt: int
+    wanted: str
+    avoid: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conduct:
+    attempt: int
+    prepared: Prepared
+    previous_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """H6's compare-and-set. Whoever writes first wins; the next `Seen` tells who that was."""
+
+    attempt: int
+    reason: AbortReason
+
+
+@dataclass(frozen=True, slots=True)
+class FetchReport:
+    attempt: int
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """One write: report, reservation released, phase; with `close` the guest record goes ABORTED -> IDLE(S)."""
+
+    phase: MigrationPhase
+    report: AttemptReport | None = None
+    close: bool = False
+    failure: FailureReason | None = None
+    message: str = ""
+    retry_wait_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Nothing is left to do."""
+
+
+Command = Open | Prepare | Conduct | Abort | FetchReport | Settle | End
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """Everything the driver of one migration knows."""
+
+    spec: MigrationSpec
+    total_deadline_ms: float
+    stage: Stage = Stage.LOOK
+    record: GuestRecord | None = None
+    durable: MigrationState = field(default_factory=MigrationState)
+    reports: tuple[AttemptReport, ...] = ()
+    attempt: int = 0
+    """The attempt that the stage is about."""
+    prepared: Prepared | None = None
+    report: AttemptReport | None = None
+    """Fetched, not yet settled."""
+    deadline_ms: float | None = None
+    """Of the stage."""
+    again_ms: float | None = None
+    """When the stage's call is due again."""
+    patience_ms: float | None = None
+    fatal: FailureReason | None = None
+    """A refusal after which no attempt can do better."""
+    fatal_message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    course: Course
+    commands: tuple[Command, ...] = ()
+
+
+def start(spec: MigrationSpec, *, now_ms: float, reports: tuple[AttemptReport, ...] = ()) -> Course:
+    """A course that knows nothing yet. The total budget is what the reported attempts left of it: no wall clock."""
+    spent = sum(report.duration_ms for report in reports)
+    return Course(spec=spec, total_deadline_ms=now_ms + max(0.0, spec.policy.total_timeout_ms - spent))
+
+
+def situation(record: GuestRecord | None, migration: str, durable: MigrationState) -> Situation:
+    """Where this migration stands. An attempt that was opened and whose guest went on without a verdict has arrived:
+    every other way out of it is written together with the verdict, but for a close in RETRY_WAIT."""
+    if record is None or record.phase is Ownership.GONE:
+        return Situation.GONE
+    if record.phase is Ownership.CRASHED:
+        return Situation.CRASHED
+    if record.migration != migration:
+        if durable.attempt > 0:
+            return Situation.STAYED if durable.phase is MigrationPhase.RETRY_WAIT else Situation.ARRIVED
+        return Situation.FREE if record.phase is Ownership.IDLE else Situation.BUSY
+    if record.phase is Ownership.OPEN:
+        return Situation.BOUND if record.inc else Situation.OPEN
+    if record.phase is Ownership.COMMITTED:
+        return Situation.COMMITTED
+    if record.phase is Ownership.ABORTED:
+        return Situation.ABORTED
+    if record.phase is Ownership.IDLE:
+        return Situation.ARRIVED if record.inc else Situation.STAYED
+    return Situation.BUSY
+
+
+_FATAL = {
+    AbortReason.CANCELLED: FailureReason.CANCELLED,
+    AbortReason.NOT_CONVERGING: FailureReason.NOT_CONVERGING,
+    AbortReason.TOTAL_TIMEOUT: FailureReason.TOTAL_TIMEOUT,
+    AbortReason.GUEST_ENDED: FailureReason.GUEST_ENDED,
+    AbortReason.DEVICE_RESET: FailureReason.DEVICE_RESET,
+}
+"""Another attempt would end the same way, or must not be made."""
+
+_DESTINATION_AT_FAULT = frozenset(
+    {
+        AbortReason.PREPARE_FAILED,
+        AbortReason.PREPARE_TIMEOUT,
+        AbortReason.DESTINATION_LOST,
+        AbortReason.DESTINATION_RESTARTED,
+    }
+)
+
+_FATAL_REFUSALS = {
+    RefusalReason.DEVICE_NOT_MIGRATABLE: FailureReason.DEVICE_NOT_MIGRATABLE,
+    RefusalReason.RETRY_NEEDS_RUN: FailureReason.RETRY_NEEDS_RUN,
+    RefusalReason.GUEST_NOT_RUNNING: FailureReason.GUEST_ENDED,
+}
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def step(course: Course, event: Event, *, now_ms: float, jitter: float = 1.0) -> Step:
+    """One event. `jitter` (0.5..1, drawn by the shell) scales a back-off that this step may begin."""
+    if course.stage is Stage.ENDED:
+        return Step(course)
+    match event:
+        case Seen():
+            return _seen(course, event, now_ms, jitter)
+        case Finished():
+            return Step(replace(course, stage=Stage.LOOK, deadline_ms=None, again_ms=None))
+        case NoPlace():
+            return _no_place(course, event, now_ms)
+        case PrepareAnswer() if event.attempt == course.attempt and course.stage is Stage.PREPARE:
+            ready = replace(course, stage=Stage.CONDUCT, prepared=event.prepared, again_ms=now_ms + REPEAT_MS)
+            return Step(ready, (_conduct(ready, event.prepared),))
+        case ConductAnswer() if event.attempt == course.attempt and course.stage is Stage.CONDUCT:
+            return Step(replace(course, again_ms=now_ms + REPEAT_MS))
+        case CallRefused() if event.attempt == course.attempt and course.stage in (Stage.PREPARE, Stage.CONDUCT):
+            return _call_refused(course, event, now_ms)
+        case ReportAnswer() if event.report.attempt == course.attempt and course.stage is Stage.REPORT:
+            return _judge(replace(course, report=event.report), now_ms, jitter)
+        case Tick():
+            return _tick(course, now_ms)
+        case _:
+            return Step(course)  # answer to a call of an attempt that is over
+
+
+def wake_ms(course: Course) -> float | None:
+    """When the next `Tick` is due; None: only events move this course."""
+    times = [time for time in (course.deadline_ms, course.again_ms) if time is not None]
+    committed = course.record is not None and course.record.phase is Ownership.COMMITTED
+    if course.stage in _BOUNDED_BY_TOTAL and not committed:
+        times.append(course.total_deadline_ms)
+    return min(times, default=None)
+
+
+_BOUNDED_BY_TOTAL = frozenset(
+    {Stage.WAIT_GUEST, Stage.PLACEMENT_WAIT, Stage.PREPARE, Stage.CONDUCT, Stage.FOLLOW, Stage.RETRY_WAIT}
+)
+
+
+def _seen(course: Course, event: Seen, now_ms: float, jitter: float) -> Step:
+    course = replace(course, record=event.record, durable=event.durable, reports=event.reports)
+    if event.durable.phase.terminal:
+        return Step(replace(course, stage=Stage.ENDED, deadline_ms=None, again_ms=None), (End(),))
+    if course.stage in (Stage.OPEN, Stage.SETTLE, Stage.ABORT):
+        return Step(course)  # our own write is under way; `Finished` comes
+    where = situation(event.record, course.spec.id, event.durable)
+    match where:
+        case Situation.FREE:
+            return _free(course, now_ms)
+        case Situation.BUSY:
+            if event.durable.cancel_requested:
+                return _settle_cancelled(course)
+            return _total(replace(course, stage=Stage.WAIT_GUEST, again_ms=None), now_ms)
+        case Situation.OPEN | Situation.BOUND:
+            return _open(course, now_ms, bound=where is Situation.BOUND)
+        case Situation.COMMITTED:
+            return Step(replace(_at_attempt(course), stage=Stage.FOLLOW, deadline_ms=None, again_ms=None))
+        case Situation.ABORTED:
+            return _aborted(course, now_ms)
+        case Situation.ARRIVED:
+            return _arrived(course)
+        case Situation.STAYED:
+            return _settle_cancelled(course)
+        case Situation.CRASHED:
+            return _settle(
+                course, MigrationPhase.FAILED, FailureReason.GUEST_CRASHED, "the guest crashed with its host"
+            )
+        case Situation.GONE:
+            return _settle(course, MigrationPhase.FAILED, FailureReason.GUEST_GONE, "the guest is gone")
+
+
+def _at_attempt(course: Course) -> Course:
+    """Adopt the record's attempt number; what belonged to another attempt is forgotten."""
+    assert course.record is not None
+    if course.record.migration != course.spec.id or course.record.attempt == course.attempt:
+        return course
+    return replace(course, attempt=course.record.attempt, prepared=None, report=None, stage=Stage.LOOK)
+
+
+def _free(course: Course, now_ms: float) -> Step:
+    if course.durable.cancel_requested:
+        return _settle_cancelled(course)
+    if now_ms >= course.total_deadline_ms:
+        return _settle_total(course)
+    if course.stage is Stage.PLACEMENT_WAIT and course.again_ms is not None and now_ms < course.again_ms:
+        return Step(course)
+    return _issue_open(course, 1)
+
+
+def _issue_open(course: Course, attempt: int) -> Step:
+    avoid = tuple(dict.fromkeys(r.destination for r in course.reports if r.reason in _DESTINATION_AT_FAULT))
+    course = replace(course, stage=Stage.OPEN, deadline_ms=None, again_ms=None)
+    return Step(course, (Open(attempt, course.spec.destination, avoid),))
+
+
+def _open(course: Course, now_ms: float, *, bound: bool) -> Step:
+    course = replace(_at_attempt(course), patience_ms=None)
+    if course.durable.cancel_requested:
+        return _abort(course, AbortReason.CANCELLED)
+    if now_ms >= course.total_deadline_ms:
+        return _abort(course, AbortReason.TOTAL_TIMEOUT)
+    if bound:
+        return Step(replace(course, stage=Stage.FOLLOW, deadline_ms=None, again_ms=None))
+    if course.stage in (Stage.PREPARE, Stage.CONDUCT):
+        return Step(course)
+    deadline = now_ms + course.spec.policy.prepare_timeout_ms
+    course = replace(course, stage=Stage.PREPARE, deadline_ms=deadline, again_ms=None)
+    return Step(course, (Prepare(course.attempt),))
+
+
+def _aborted(course: Course, now_ms: float) -> Step:
+    course = _at_attempt(course)
+    if not any(report.attempt == course.attempt for report in course.reports):
+        return _fetch(course, "ABORTED")
+    if course.durable.cancel_requested or course.record is None or not may_retry(course.record):
+        return _settle_cancelled(course)
+    if now_ms >= course.total_deadline_ms:
+        return _settle_total(course)
+    if course.stage in (Stage.RETRY_WAIT, Stage.PLACEMENT_WAIT) and course.again_ms is not None:
+        return Step(course) if now_ms < course.again_ms else _issue_open(course, course.attempt + 1)
+    again = now_ms + course.durable.retry_wait_ms
+    return Step(replace(course, stage=Stage.RETRY_WAIT, deadline_ms=None, again_ms=again))
+
+
+def _arrived(course: Course) -> Step:
+    record = course.record
+    ours = record is not None and record.migration == course.spec.id
+    course = _at_attempt(course) if ours else replace(course, attempt=course.durable.attempt)
+    if any(report.attempt == course.attempt for report in course.reports):
+        return _settle(course, MigrationPhase.SUCCEEDED, None, "")
+    return _fetch(course, "COMMITTED")
+
+
+def _fetch(course: Course, outcome: str) -> Step:
+    if course.stage is Stage.REPORT:
+        return Step(course)
+    course = replace(course, stage=Stage.REPORT, deadline_ms=None, again_ms=None)
+    return Step(course, (FetchReport(course.attempt, outcome),))
+
+
+def _judge(course: Course, now_ms: float, jitter: float) -> Step:
+    """The attempt is over and its report is here: success, another attempt, or the end."""
+    record, policy = course.record, course.spec.policy
+    where = situation(record, course.spec.id, course.durable)
+    if where is Situation.ARRIVED:
+        return _settle(course, MigrationPhase.SUCCEEDED, None, "")
+    if where is not Situation.ABORTED or record is None:
+        return Step(replace(course, stage=Stage.LOOK))  # crashed or gone meanwhile: the next look says so
+    if course.durable.cancel_requested or not may_retry(record):
+        return _settle_cancelled(course)
+    if course.fatal is not None:
+        return _settle(course, MigrationPhase.FAILED, course.fatal, course.fatal_message)
+    reason = record.reason or AbortReason.ENGINE_FAILED
+    detail = course.report.message if course.report else ""
+    said = f"attempt {course.attempt}: {reason}" + (f" ({detail})" if detail else "")
+    if reason in _FATAL:
+        return _settle(course, MigrationPhase.FAILED, _FATAL[reason], said)
+    if course.attempt >= policy.max_attempts:
+        return _settle(course, MigrationPhase.FAILED, FailureReason.ATTEMPTS_EXHAUSTED, said)
+    wait = int(backoff_ms(policy, course.attempt) * jitter)
+    if now_ms + wait >= course.total_deadline_ms:
+        return _settle(course, MigrationPhase.FAILED, FailureReason.TOTAL_TIMEOUT, f"no time for another one; {said}")
+    settle = Settle(MigrationPhase.RETRY_WAIT, course.report, message=said, retry_wait_ms=wait)
+    return Step(replace(course, stage=Stage.SETTLE, deadline_ms=None, again_ms=None), (settle,))
+
+
+def _settle(course: Course, phase: MigrationPhase, failure: FailureReason | None, message: str) -> Step:
+    record = course.record
+    close = record is not None and situation(record, course.spec.id, course.durable) is Situation.ABORTED
+    command = Settle(phase, course.report, close=close, failure=failure, message=message)
+    return Step(replace(course, stage=Stage.SETTLE, deadline_ms=None, again_ms=None), (command,))
+
+
+def _settle_cancelled(course: Course) -> Step:
+    return _settle(course, MigrationPhase.CANCELLED, FailureReason.CANCELLED, "cancelled on request")
+
+
+def _settle_total(course: Course) -> Step:
+    said = f"total_timeout_ms of {course.spec.policy.total_timeout_ms} ms is over"
+    return _settle(course, MigrationPhase.FAILED, FailureReason.TOTAL_TIMEOUT, said)
+
+
+def _total(course: Course, now_ms: float) -> Step:
+    return _settle_total(course) if now_ms >= course.total_deadline_ms else Step(course)
+
+
+def _abort(course: Course, reason: AbortReason) -> Step:
+    course = replace(course, stage=Stage.ABORT, deadline_ms=None, again_ms=None)
+    return Step(course, (Abort(course.attempt, reason),))
+
+
+def _conduct(course: Course, prepared: Prepared) -> Conduct:
+    last = course.reports[-1].reason if course.reports else None
+    return Conduct(course.attempt, prepared, previous_reason=last or "")
+
+
+def _no_place(course: Course, event: NoPlace, now_ms: float) -> Step:
+    if course.stage is not Stage.OPEN:
+        return Step(course)
+    patience = course.patience_ms if course.patience_ms is not None else now_ms + PLACEMENT_PATIENCE_MS
+    if event.transient and now_ms < min(patience, course.total_deadline_ms):
+        again = now_ms + PLACEMENT_REPEAT_MS
+        return Step(replace(course, stage=Stage.PLACEMENT_WAIT, patience_ms=patience, again_ms=again))
+    no_room = event.reason is RefusalReason.NO_CAPACITY
+    failure = FailureReason.NO_CAPACITY if no_room else FailureReason.DESTINATION_NOT_ELIGIBLE
+    return _settle(course, MigrationPhase.FAILED, failure, event.message)
+
+
+def _call_refused(course: Course, event: CallRefused, now_ms: float) -> Step:
+    if event.unreachable:
+        return Step(replace(course, again_ms=now_ms + UNREACHABLE_REPEAT_MS))
+    fatal = _FATAL_REFUSALS.get(event.reason)
+    message = f"{event.reason}: {event.message}"
+    return _abort(replace(course, fatal=fatal, fatal_message=message), AbortReason.PREPARE_FAILED)
+
+
+def _tick(course: Course, now_ms: float) -> Step:
+    total = now_ms >= course.total_deadline_ms
+    match course.stage:
+        case Stage.PREPARE | Stage.CONDUCT | Stage.FOLLOW:
+            return _tick_attempt(course, now_ms, total=total)
+        case Stage.WAIT_GUEST:
+            return _total(course, now_ms)
+        case Stage.RETRY_WAIT | Stage.PLACEMENT_WAIT:
+            if total:
+                return _settle_total(course)
+            if course.again_ms is not None and now_ms >= course.again_ms:
+                where = situation(course.record, course.spec.id, course.durable)
+                return _issue_open(course, course.attempt + 1 if where is Situation.ABORTED else 1)
+        case _:
+            pass
+    return Step(course)
+
+
+def _tick_attempt(course: Course, now_ms: float, *, total: bool) -> Step:
+    committed = course.record is not None and course.record.phase is Ownership.COMMITTED
+    if total and not committed:
+        return _abort(course, AbortReason.TOTAL_TIMEOUT)
+    if course.stage is Stage.FOLLOW:
+        return Step(course)
+    if course.deadline_ms is not None and now_ms >= course.deadline_ms:
+        return _abort(course, AbortReason.PREPARE_TIMEOUT)
+    if course.again_ms is None or now_ms < course.again_ms:
+        return Step(course)
+    course = replace(course, again_ms=now_ms + REPEAT_MS)
+    if course.stage is Stage.CONDUCT and course.prepared is not None:
+        return Step(course, (_conduct(course, course.prepared),))
+    return Step(course, (Prepare(course.attempt),))

@@ -1,0 +1,229 @@
+"""Where a guest may go: one verdict per host with its reason, and the choice by free memory.
+
+Free memory is what the host has, less what its guests take, less what is promised to migrations on their way there. The
+view is only as good as the reads behind it; what makes two placements unable to take the same last GiB is the write of
+the reservation, which fails when the host's reservations or its cordon moved since they were read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.core.errors import RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import HostRef
+from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations
+
+GUEST_OVERHEAD_MIB = 0
+"""What a VMM takes beyond the guest's own memory, per guest. Hosts state a capacity that already allows for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """One host as a placement sees it. Memory in MiB."""
+
+    ref: HostRef
+    memory_mib: int
+    used_mib: int = 0
+    reserved_mib: int = 0
+    arrivals: int = 0
+    """Migrations on their way here."""
+    live: bool = True
+    cordoned: bool = False
+    cordon_reason: str = ""
+    machine_types: tuple[str, ...] = ()
+    """Empty: not known, so not a reason to refuse."""
+    accelerator: str = ""
+    switchover_ack: str = ""
+
+    @property
+    def free_mib(self) -> int:
+        return self.memory_mib - self.used_mib - self.reserved_mib
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one guest asks of a destination."""
+
+    guest: str
+    """Uuid."""
+    name: str
+    source: str
+    memory_mib: int
+    machine: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether one host may take one guest; `reason` and `message` say why not."""
+
+    host: str
+    eligible: bool
+    free_mib: int
+    reason: RefusalReason | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The destination, or None with the reason that decided and the verdict on every host."""
+
+    destination: HostRef | None
+    verdicts: tuple[Verdict, ...]
+    reason: RefusalReason | None = None
+    message: str = ""
+    transient: bool = False
+    """Nothing fits now, but a host that is silent at the moment would."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedGuest:
+    """One line of a plan: where a guest would go, or why it cannot."""
+
+    need: Need
+    choice: Choice
+
+
+def judge(host: HostView, need: Need, *, source: HostView | None = None) -> Verdict:
+    """One host, one guest. Lasting obstacles are named before passing ones."""
+
+    def no(reason: RefusalReason, message: str) -> Verdict:
+        return Verdict(host.ref.host, False, host.free_mib, reason, message)
+
+    name = host.ref.host
+    if name == need.source:
+        return no(RefusalReason.INVALID_ARGUMENT, f"{need.name} is on {name} already")
+    if host.cordoned:
+        why = f" ({host.cordon_reason})" if host.cordon_reason else ""
+        return no(RefusalReason.HOST_CORDONED, f"{name} is cordoned{why}")
+    if need.machine and host.machine_types and need.machine not in host.machine_types:
+        return no(RefusalReason.MACHINE_TYPE_MISMATCH, f"{name} does not offer machine type {need.machine}")
+    if source is not None and host.accelerator and source.accelerator and host.accelerator != source.accelerator:
+        said = f"{name} runs guests with {host.accelerator}, {need.source} with {source.accelerator}"
+        return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)
+    if source is not None and source.switchover_ack != host.switchover_ack:
+        said = f"switchover-ack mode differs: {need.source} {source.switchover_ack!r}, {name} {host.switchover_ack!r}"
+        return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)
+    if host.free_mib < need.memory_mib + GUEST_OVERHEAD_MIB:
+        said = f"{name} has {max(0, host.free_mib)} MiB free, {need.name} needs {need.memory_mib} MiB"
+        return no(RefusalReason.NO_CAPACITY, said)
+    if not host.live:
+        return no(RefusalReason.HOST_NOT_LIVE, f"the agent of {name} is silent")
+    return Verdict(name, True, host.free_mib)
+
+
+def choose(
+    hosts: Sequence[HostView], need: Need, *, wanted: str = "", avoid: Iterable[str] = (), max_arrivals: int = 0
+) -> Choice:
+    """The eligible host with most memory left, then with fewest arrivals, then by name.
+
+    `wanted` restricts the choice to that host. Hosts in `avoid` (an earlier attempt failed there) are taken only when
+    nothing else is eligible. `max_arrivals` > 0 holds back hosts that receive so many migrations already: transient.
+    """
+    source = next((host for host in hosts if host.ref.host == need.source), None)
+    candidates = [host for host in hosts if not wanted or host.ref.host == wanted]
+    if wanted and not candidates:
+        return Choice(None, (), RefusalReason.NOT_FOUND, f"there is no host {wanted}")
+    verdicts = tuple(judge(host, need, source=source) for host in sorted(candidates, key=lambda host: host.ref.host))
+    eligible = {verdict.host for verdict in verdicts if verdict.eligible}
+    fit = [host for host in candidates if host.ref.host in eligible]
+    open_for = [host for host in fit if max_arrivals <= 0 or host.arrivals < max_arrivals]
+    if fit and not open_for:
+        said = f"every host that could take {need.name} receives {max_arrivals} migrations already"
+        return Choice(None, verdicts, RefusalReason.NO_CAPACITY, said, transient=True)
+    if not open_for:
+        return _nowhere(verdicts, need, wanted)
+    shunned = frozenset(avoid)
+    best = min(
+        open_for,
+        key=lambda host: (host.ref.host in shunned, -(host.free_mib - need.memory_mib), host.arrivals, host.ref.host),
+    )
+    return Choice(best.ref, verdicts)
+
+
+def _nowhere(verdicts: tuple[Verdict, ...], need: Need, wanted: str) -> Choice:
+    transient = any(verdict.reason is RefusalReason.HOST_NOT_LIVE for verdict in verdicts)
+    if wanted:
+        only = verdicts[0]
+        return Choice(None, verdicts, only.reason, only.message, transient)
+    others = [verdict for verdict in verdicts if verdict.host != need.source]
+    reasons = "; ".join(verdict.message for verdict in others) or "there is no other host"
+    said = f"no host can take {need.name} ({need.memory_mib} MiB): {reasons}"
+    return Choice(None, verdicts, RefusalReason.NO_CAPACITY, said, transient)
+
+
+def plan(hosts: Sequence[HostView], needs: Sequence[Need]) -> tuple[PlannedGuest, ...]:
+    """Who can move where if all of `needs` go: biggest first, each arrival counted before the next is placed.
+
+    Greedy, so it may miss a packing that exists; it never promises one that does not. Order of the answer = of `needs`.
+    """
+    views = {host.ref.host: host for host in hosts}
+    placed: dict[str, PlannedGuest] = {}
+    for need in sorted(needs, key=lambda need: (-need.memory_mib, need.name)):
+        choice = choose(tuple(views.values()), need)
+        placed[need.guest] = PlannedGuest(need, choice)
+        if choice.destination is not None:
+            taken = views[choice.destination.host]
+            views[taken.ref.host] = replace(
+                taken, reserved_mib=taken.reserved_mib + need.memory_mib, arrivals=taken.arrivals + 1
+            )
+    return tuple(placed[need.guest] for need in needs)
+
+
+@dataclass(frozen=True, slots=True)
+class HostInput:
+    """What was read of one host."""
+
+    record: HostRecord
+    live: bool
+    cordon: Cordon
+    reservations: Reservations
+
+
+@dataclass(frozen=True, slots=True)
+class GuestInput:
+    """What was read of one guest."""
+
+    uuid: str
+    record: GuestRecord
+    spec: GuestSpec
+
+
+_HOLDS_MEMORY = (Ownership.STARTING, Ownership.IDLE, Ownership.OPEN, Ownership.COMMITTED, Ownership.ABORTED)
+
+
+def host_views(hosts: Sequence[HostInput], guests: Sequence[GuestInput]) -> tuple[HostView, ...]:
+    """Memory by ownership. A committed guest takes memory at both ends until DONE; a guest that has arrived is not
+    counted a second time for the reservation that its migration has not released yet."""
+    used: dict[str, int] = {}
+    arrived: dict[str, set[str]] = {}
+    for guest in guests:
+        record = guest.record
+        if record.phase not in _HOLDS_MEMORY:
+            continue
+        used[record.owner.host] = used.get(record.owner.host, 0) + guest.spec.memory_mib
+        arrived.setdefault(record.owner.host, set()).add(record.migration)
+        if record.phase is Ownership.COMMITTED and record.source is not None:
+            used[record.source.host] = used.get(record.source.host, 0) + guest.spec.memory_mib
+    views: list[HostView] = []
+    for host in hosts:
+        name = host.record.name
+        here = arrived.get(name, set())
+        promised = {mig: mib for mig, mib in host.reservations.memory_mib.items() if mig not in here}
+        views.append(
+            HostView(
+                ref=HostRef(name, host.record.boot_id),
+                memory_mib=host.record.memory_mib,
+                used_mib=used.get(name, 0),
+                reserved_mib=sum(promised.values()),
+                arrivals=len(promised),
+                live=host.live,
+                cordoned=host.cordon.on,
+                cordon_reason=host.cordon.why,
+                machine_types=host.record.machine_types,
+                accelerator=host.record.accelerator,
+                switchover_ack=host.record.switchover_ack,
+            )
+        )
+    return tuple(views)
