@@ -33,6 +33,10 @@ test: setup  ## all tests (ARGS="-k late_ack" for some of them)
 test-fast: venv  ## unit, property and contract tests that need no QEMU, ZooKeeper or cluster
 	$(PYTEST) tests/unit tests/property tests/contract -m "not integration and not qemu and not zookeeper and not long" $(ARGS)
 
+.PHONY: explore
+explore: venv  ## the exploration of the hand-over with wider bounds (some minutes)
+	DROVER_LONG=1 $(PYTEST) tests/exploration -s $(ARGS)
+
 .PHONY: check
 check: venv  ## style, types, import rules, stubs; needs the Python environment only
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target check-types check-style check-imports check-protos

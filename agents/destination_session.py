@@ -128,6 +128,8 @@ def may_take_over(state: DestinationState, record: GuestRecord) -> bool:
 
 
 def _arrival_record(state: DestinationState, record: GuestRecord, *, fresh: bool) -> DestinationStep:
+    if fresh and state.stage in _WRITING:
+        return _after_uncertain_write(state, record)
     if may_take_over(state, record):
         return _take_over(state)
     if handover.owns_for_good(record, state.here, state.inc):
@@ -140,6 +142,24 @@ def _arrival_record(state: DestinationState, record: GuestRecord, *, fresh: bool
     if fresh and state.stage is DestinationStage.GIVING_UP:
         return state, (WriteAbort(_give_up_reason(state)),)
     return state, ()
+
+
+_WRITING: dict[DestinationStage, Do] = {
+    DestinationStage.RECORDING_DONE: Do.WRITE_DONE,
+    DestinationStage.ROLLING_BACK: Do.WRITE_ROLLBACK,
+    DestinationStage.DECLARING: Do.DECLARE_CRASHED,
+}
+
+
+def _after_uncertain_write(state: DestinationState, record: GuestRecord) -> DestinationStep:
+    """Still COMMITTED to us: our write did not arrive, so it is repeated. Else it did, or somebody ended it."""
+    if may_take_over(state, record):
+        return state, (_WRITING[state.stage],)
+    if state.stage is DestinationStage.RECORDING_DONE:
+        return _done_recorded(state)
+    if state.stage is DestinationStage.DECLARING:
+        return replace(state, stage=DestinationStage.ENDED_CRASHED), ()
+    return replace(state, stage=DestinationStage.ENDED_DISCARDED), ()
 
 
 def _is_newer(state: DestinationState, record: GuestRecord) -> bool:
@@ -266,9 +286,9 @@ def _arrival_uncertain(state: DestinationState) -> DestinationStep:
 def _arrival_retry(state: DestinationState) -> DestinationStep:
     again: dict[DestinationStage, Do] = {
         DestinationStage.GIVING_UP: Do.READ,
-        DestinationStage.RECORDING_DONE: Do.WRITE_DONE,
-        DestinationStage.ROLLING_BACK: Do.WRITE_ROLLBACK,
-        DestinationStage.DECLARING: Do.DECLARE_CRASHED,
+        DestinationStage.RECORDING_DONE: Do.READ,
+        DestinationStage.ROLLING_BACK: Do.READ,
+        DestinationStage.DECLARING: Do.READ,
         DestinationStage.ACTIVATING: Do.ACTIVATE_SHIMS,
         DestinationStage.STARTING: Do.START_GUEST,
     }

@@ -260,8 +260,12 @@ def may_submit(state: SourceState) -> bool:
 def _advance(state: SourceState) -> Step:
     if not may_submit(state) or state.restarted:
         return state, ()
-    version = None if state.paused else state.req_version
-    return replace(state, stage=SourceStage.SUBMITTED, submitted=True), (Note("submit"), Commit(version))
+    return replace(state, stage=SourceStage.SUBMITTED, submitted=True), (Note("submit"), Commit(req_to_check(state)))
+
+
+def req_to_check(state: SourceState) -> int | None:
+    """H14: the transaction that moves ownership also proves that nobody asked since the freeze."""
+    return None if state.paused else state.req_version
 
 
 def _loaded(state: SourceState, inc: str, equal: bool) -> Step:

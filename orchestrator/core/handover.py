@@ -266,6 +266,11 @@ def must_declare_crashed(record: GuestRecord, here: HostRef, *, vmm_alive: bool,
     return record.phase is not Ownership.COMMITTED or marker
 
 
+def may_resume_without_session(record: GuestRecord, here: HostRef) -> bool:
+    """The owner's agent, with no attempt under way, may start even a sealed VMM: no COMMIT of it can succeed any more."""
+    return record.owner == here and record.phase in (Ownership.IDLE, Ownership.ABORTED)
+
+
 def may_declare_dead(*, certificate: bool) -> bool:
     """H11: unreachable is not dead; ownership leaves a silent host only with a fence certificate."""
     return certificate

@@ -2,11 +2,11 @@
 
 Nothing that decides stands here: `agents/source_session.py`, `agents/destination_session.py` and
 `orchestrator/core/handover.py` are the production files. The world only does what the outside does: it carries out
-commands (at once, late, twice, never), stops the guest when QEMU would, loses answers, kills agents, VMMs and hosts, asks
-for late ACKs, pauses and cancels.
+commands (at once, late, twice, never), stops the guest when QEMU would, loses answers, kills agents, VMMs and hosts,
+asks for late ACKs, pauses and cancels.
 
-The search is breadth first, so a counter-example is a shortest one. Steps marked `heal=False` are faults or somebody's free
-wish; progress is judged without them: from every state that was reached, healing steps alone must lead to an end state.
+The search is breadth first, so a counter-example is a shortest one. Steps marked `heal=False` are faults or somebody's
+free wish; progress is judged without them: from every state that was reached, healing steps alone must lead to an end.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from agents import session as words
 from agents.destination_session import (
-    DestinationStage,
     DestinationState,
     destination_step,
     restarted_destination,
@@ -119,9 +119,7 @@ MESSAGES = {Do.GO: "go", Do.SEND_LOADED: "loaded", Do.SEND_FAILED: "failed", Do.
 
 
 def waiting(commands: tuple[Command, ...]) -> tuple[Command, ...]:
-    return tuple(
-        c for c in commands if not isinstance(c, (Note, StartTimer)) and c not in INERT and c not in MESSAGES
-    )
+    return tuple(c for c in commands if not isinstance(c, (Note, StartTimer)) and c not in INERT and c not in MESSAGES)
 
 
 def sent(world: World, commands: tuple[Command, ...]) -> World:
@@ -142,6 +140,8 @@ def feed_source(world: World, event: Event) -> World:
     state, commands = _steps[key]
     assert isinstance(state, SourceState)
     world = sent(world, commands)
+    if Do.RESUME in commands and not world.want:
+        world = world._replace(flaw="OPERATOR'S PAUSE LOST")
     todo = world.todo_source + waiting(commands)
     over = state.stage.ended
     return world._replace(
@@ -204,6 +204,25 @@ def commit_arrives(world: World, attempt: int, version: int, inc: str) -> World 
     return attempted(world, lambda: handover.commit(world.record, MIGRATION, attempt, inc, writer="s"))
 
 
+def read_record(world: World) -> GuestRecord:
+    """A read behind a barrier: never older than its beginning (H13)."""
+    return world.record
+
+
+def cancel_by_api(world: World) -> World | None:
+    """The API answers "cancelled" from the result of the compare-and-set only (H6)."""
+    attempt = world.record.attempt
+    after = attempted(
+        world, lambda: handover.abort(world.record, MIGRATION, attempt, AbortReason.CANCELLED, writer="a")
+    )
+    return None if after is None else after._replace(cancels=world.cancels - 1, cancelled=True)
+
+
+def start_at_destination(world: World) -> World:
+    """DONE is due once the guest runs, or once responsibility for a stopped one is taken (H9)."""
+    return feed_destination(world._replace(copy=OWN, ran_there=True), Seen.STARTED)
+
+
 # --- source commands --------------------------------------------------------------------------------------------------
 
 
@@ -261,9 +280,7 @@ def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Mo
     match command:
         case Do.BIND:
             attempt = state.ref.attempt
-            applied = attempted(
-                world, lambda: handover.bind(world.record, MIGRATION, attempt, state.inc, writer="s")
-            )
+            applied = attempted(world, lambda: handover.bind(world.record, MIGRATION, attempt, state.inc, writer="s"))
             yield from answers(world, applied, Seen.BOUND, feed_source)
         case Do.PAUSE:
             yield "", True, _pause(world)
@@ -271,12 +288,12 @@ def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Mo
             yield "", True, _resume(world)
         case Do.QUIESCE:
             yield "", True, feed_source(world, words.Quiesced(()))
-            if world.requests and not world.wished_stop:
+            if world.requests:
                 asked = _ask(world)
                 yield "asks", False, feed_source(asked, words.Quiesced((AckRequest("x", max(asked.pending)),)))
         case Do.PROCEED:
             if world.vmm == PARKED:
-                late = world.late or bool(world.pending) and not world.wished_stop
+                late = world.late or (bool(world.pending) and not world.wished_stop)
                 yield "", True, feed_source(world._replace(vmm=DEVICE, late=late), Seen.SHIMS_SENT)
             else:
                 yield "not parked", True, world
@@ -285,7 +302,7 @@ def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Mo
         case Do.ABORT_ENGINE:
             yield "", True, _abort_engine(world)
         case Do.READ:
-            yield "", True, feed_source(world, words.RecordRead(world.record, world.req))
+            yield "", True, feed_source(world, words.RecordRead(read_record(world), world.req))
         case Do.DISCARD_SOURCE:
             yield "", True, feed_source(world._replace(vmm=DEAD, engine=False), Seen.DISCARDED)
         case Do.DECLARE_CRASHED:
@@ -335,58 +352,64 @@ def _abort_engine(world: World) -> World:
 
 
 def run_destination(world: World, bounds: Bounds) -> Iterator[Move]:
+    """The first command that waits at the destination's shell."""
     state, command = world.destination, world.todo_destination[0]
     assert state is not None
     world = world._replace(todo_destination=world.todo_destination[1:])
-    feed = feed_destination
-    attempt, here, inc = state.ref.attempt, state.here, state.inc
-
-    def moves() -> Iterator[Move]:
-        match command:
-            case WriteAbort(reason, devices):
-                applied = attempted(
-                    world, lambda: handover.abort(world.record, MIGRATION, attempt, reason, devices, writer="d")
-                )
-                yield from answers(world, applied, Seen.ABORT_RECORDED, feed)
-            case Do.VALIDATE:
-                yield "", True, feed(world, Seen.VALIDATED)
-                if world.faults:
-                    yield "fails", False, feed(world._replace(faults=world.faults - 1), Seen.SHIM_FAILED)
-            case Do.WRITE_MARKER:
-                yield "", True, feed(world._replace(marker=True), Seen.MARKER_WRITTEN)
-                if world.faults:
-                    yield "fails", False, feed(world._replace(faults=world.faults - 1), Seen.MARKER_FAILED)
-            case Do.ACTIVATE_SHIMS:
-                yield "", True, feed(world, Seen.ACTIVATED)
-                if world.faults:
-                    yield "fails", False, feed(world._replace(faults=world.faults - 1), Seen.ACTIVATION_FAILED)
-            case Do.START_GUEST:
-                if world.copy in (LOADED, OWN):
-                    yield "", True, feed(world._replace(copy=OWN, ran_there=True), Seen.STARTED)
-                else:
-                    yield "dead", True, feed(world, Seen.ACTIVATION_FAILED)
-            case Do.WRITE_DONE:
-                applied = attempted(world, lambda: handover.done(world.record, MIGRATION, attempt, inc, writer="d"))
-                yield from answers(world, applied, Seen.DONE_RECORDED, feed)
-            case Do.WRITE_ROLLBACK:
-                proof = {"by": here, "vmm_seen_dead": world.copy == DEAD, "marker": world.marker}
-                applied = attempted(world, lambda: handover.roll_back(world.record, **proof, writer="d"))
-                yield from answers(world, applied, Seen.ROLLBACK_RECORDED, feed)
-            case Do.DECLARE_CRASHED:
-                applied = attempted(world, lambda: handover.crashed(world.record, writer="d"))
-                yield from answers(world, applied, Seen.CRASH_RECORDED, feed)
-            case Do.DISCARD_DESTINATION:
-                yield "", True, feed(world._replace(copy=DEAD), Seen.DISCARDED)
-            case Do.READ:
-                yield "", True, feed(world, words.RecordRead(world.record, world.req))
-            case Do.RETRY_LATER:
-                yield "", True, feed(world, Seen.RETRY_DUE)
-            case _:
-                yield "", True, world
-
     name = command.value if isinstance(command, Do) else type(command).__name__
-    for what, heal, after in moves():
+    moves = _destination_write(world, state, command)
+    if moves is None:
+        assert isinstance(command, Do)
+        moves = _destination_effect(world, command)
+    for what, heal, after in moves:
         yield f"D {name} {what}".strip(), heal, after
+
+
+def _destination_write(world: World, state: DestinationState, command: Command) -> Iterator[Move] | None:
+    attempt, here, inc = state.ref.attempt, state.here, state.inc
+    record, change, good = world.record, None, Seen.ABORT_RECORDED
+    match command:
+        case Commit():  # no destination of ours does that; one that did would be carried out
+            after = commit_arrives(world, attempt, -1, inc)
+            return iter([("", True, world if after is None else after)])
+        case WriteAbort(reason, devices):
+            change = partial(handover.abort, record, MIGRATION, attempt, reason, devices, writer="d")
+        case Do.WRITE_DONE:
+            change, good = partial(handover.done, record, MIGRATION, attempt, inc, writer="d"), Seen.DONE_RECORDED
+        case Do.WRITE_ROLLBACK:
+            proof = {"by": here, "vmm_seen_dead": world.copy == DEAD, "marker": world.marker}
+            change, good = partial(handover.roll_back, record, **proof, writer="d"), Seen.ROLLBACK_RECORDED
+        case Do.DECLARE_CRASHED:
+            change, good = partial(handover.crashed, record, writer="d"), Seen.CRASH_RECORDED
+        case _:
+            return None
+    return answers(world, attempted(world, change), good, feed_destination)
+
+
+def _destination_effect(world: World, command: Do) -> Iterator[Move]:
+    feed = feed_destination
+    may_fail = {
+        Do.VALIDATE: (Seen.VALIDATED, Seen.SHIM_FAILED),
+        Do.WRITE_MARKER: (Seen.MARKER_WRITTEN, Seen.MARKER_FAILED),
+        Do.ACTIVATE_SHIMS: (Seen.ACTIVATED, Seen.ACTIVATION_FAILED),
+    }
+    if command in may_fail:
+        good, bad = may_fail[command]
+        yield "", True, feed(world._replace(marker=world.marker or command is Do.WRITE_MARKER), good)
+        if world.faults:
+            yield "fails", False, feed(world._replace(faults=world.faults - 1), bad)
+    elif command is Do.START_GUEST and world.copy in (LOADED, OWN):
+        yield "", True, start_at_destination(world)
+    elif command is Do.START_GUEST:
+        yield "dead", True, feed(world, Seen.ACTIVATION_FAILED)
+    elif command is Do.DISCARD_DESTINATION:
+        yield "", True, feed(world._replace(copy=DEAD), Seen.DISCARDED)
+    elif command is Do.READ:
+        yield "", True, feed(world, words.RecordRead(read_record(world), world.req))
+    elif command is Do.RETRY_LATER:
+        yield "", True, feed(world, Seen.RETRY_DUE)
+    else:
+        yield "", True, world
 
 
 # --- everything that happens by itself --------------------------------------------------------------------------------
@@ -407,7 +430,7 @@ def engine_moves(world: World) -> Iterator[Move]:
     if world.engine and world.vmm in (RUN, STOPPED):
         yield "Q parks", True, feed_source(world._replace(vmm=PARKED, stopped_at_park=world.wished_stop), Seen.PARKED)
     if world.vmm == DEVICE:
-        if world.copy == WAIT and world.copy_inc == world.conducting_inc:
+        if world.copy == WAIT and world.copy_inc == world.conducting:
             loaded = feed_destination(world._replace(copy=LOADED), Seen.SHIMS_LOADED)
             yield "Q loads", True, feed_destination(loaded, Seen.COMPLETED)
         if world.copy == LOADED:
@@ -441,11 +464,12 @@ def coordinator_moves(world: World, bounds: Bounds) -> Iterator[Move]:
         if aborted is not None:
             yield "C aborts", True, aborted
         if world.cancels:
-            cancelled = attempted(
-                world, lambda: handover.abort(record, MIGRATION, attempt, AbortReason.CANCELLED, writer="a")
-            )
+            cancelled = cancel_by_api(world)
             if cancelled is not None:
-                yield "A cancels", False, cancelled._replace(cancels=world.cancels - 1, cancelled=True)
+                yield "A cancels", False, cancelled
+    if record.phase is Ownership.COMMITTED and handover.may_declare_dead(certificate=False):
+        guessed = replace(record, phase=Ownership.ABORTED, owner=S1, reason=AbortReason.DESTINATION_LOST)
+        yield "C takes silence for death", True, world._replace(record=guessed)
     yield from _prepare_and_conduct(world, bounds)
 
 
@@ -456,9 +480,7 @@ def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
     k = record.attempt
     if world.destination_up and world.destination is None and world.prepared < k and world.power in (0, 3):
         state = DestinationState(ref(k), D1, f"i{k}", has_devices=bounds.devices)
-        yield "D prepares", True, world._replace(
-            destination=state, copy=WAIT, copy_inc=k, prepared=k, marker=False
-        )
+        yield "D prepares", True, world._replace(destination=state, copy=WAIT, copy_inc=k, prepared=k, marker=False)
     ready = world.prepared == k and world.copy == WAIT and world.copy_inc == k
     alive = world.source_up and world.vmm in (RUN, STOPPED) and not world.engine
     if ready and alive and world.source is None and world.conducting < k and world.power in (0, 4) and not record.inc:
@@ -537,6 +559,9 @@ def fault_moves(world: World, bounds: Bounds) -> Iterator[Move]:
         if world.copy in (WAIT, LOADED):
             dead = feed_destination(less._replace(copy=DEAD), Seen.VMM_DIED)
             yield "D VMM dies", False, dead
+        if world.copy == OWN:
+            dead = feed_destination(less._replace(copy=DEAD, crashed_vmm=True), Seen.VMM_DIED)
+            yield "D guest crashes", False, dead
         if world.vmm not in (DEAD,) and record_is_live(world):
             dead = feed_source(less._replace(vmm=DEAD, engine=False, crashed_vmm=True), Seen.VMM_DIED)
             yield "S VMM dies", False, dead
@@ -557,20 +582,25 @@ def record_is_live(world: World) -> bool:
 
 
 def recovery_moves(world: World) -> Iterator[Move]:
-    if not world.source_up and world.power in (0, 2, 4):
+    if not world.source_up and world.power != 1:
         up = world._replace(source_up=True)
-        if world.conducting and world.vmm != DEAD:
+        if world.power != 3 and world.conducting and world.vmm != DEAD:
             k = world.conducting
             state, commands = restarted_source(
                 ref(k), S1, f"i{k}", want_run=world.want, parked=world.vmm == PARKED, sealed=world.vmm == SEALED
             )
             up = up._replace(source=state, todo_source=waiting(commands))
         yield "S agent restarts", True, up
-    if not world.destination_up and world.power in (0, 1, 3):
+    if not world.destination_up and world.power != 2:
         up = world._replace(destination_up=True)
         alive = world.copy in (WAIT, LOADED, OWN)
         k = world.prepared
-        if k and world.copy != NONE and not (world.record.phase is Ownership.IDLE and world.record.attempt == k):
+        if (
+            k
+            and world.power != 4
+            and world.copy != NONE
+            and not (world.record.phase is Ownership.IDLE and world.record.attempt == k)
+        ):
             state, commands = restarted_destination(ref(k), D1, f"i{k}", vmm_alive=alive, marker=world.marker)
             up = up._replace(destination=state, todo_destination=waiting(commands))
         elif k and alive and world.record.owner != D1:
@@ -603,16 +633,30 @@ def _keepers(world: World) -> Iterator[Move]:
         moved = handover.may_discard_source(world.record, here_s, f"i{world.record.attempt}")
         if alive and world.conducting and moved:
             yield "S keeper discards", True, world._replace(vmm=DEAD, engine=False, conducting=0)
-        if world.record.owner == here_s and not world.engine and world.vmm == (STOPPED if world.want else RUN):
+        stopped = world.vmm == STOPPED or (
+            world.vmm == SEALED and handover.may_resume_without_session(world.record, here_s)
+        )
+        applies = stopped if world.want else world.vmm == RUN
+        if world.record.owner == here_s and not world.engine and applies:
             vmm = RUN if world.want else STOPPED
             yield "S keeper applies the wish", True, world._replace(vmm=vmm, wished_stop=not world.want)
-    here_d = D2 if world.power == 4 else D1
-    if world.destination_up and world.destination is None and handover.must_declare_crashed(
-        world.record, here_d, vmm_alive=world.copy in (LOADED, OWN), marker=world.marker
-    ):
-        after = attempted(world, lambda: handover.crashed(world.record, writer="d"))
+    if world.destination_up and world.destination is None:
+        yield from _destination_keeper(world, D2 if world.power == 4 else D1)
+
+
+def _destination_keeper(world: World, here: HostRef) -> Iterator[Move]:
+    record, alive = world.record, world.copy in (LOADED, OWN)
+    if record.phase is Ownership.COMMITTED and record.owner.host == here.host and not alive:
+        back = attempted(
+            world, lambda: handover.roll_back(record, by=here, vmm_seen_dead=True, marker=world.marker, writer="d")
+        )
+        if back is not None:
+            yield "D keeper gives back", True, back
+            return
+    if handover.must_declare_crashed(record, here, vmm_alive=alive, marker=world.marker):
+        after = attempted(world, lambda: handover.crashed(record, writer="d"))
         if after is not None:
-            yield "D keeper", True, after
+            yield "D keeper declares", True, after
 
 
 def successors(world: World, bounds: Bounds) -> Iterator[Move]:
@@ -626,9 +670,6 @@ def successors(world: World, bounds: Bounds) -> Iterator[Move]:
     yield from wish_moves(world)
     yield from fault_moves(world, bounds)
     yield from recovery_moves(world)
-
-
-World.conducting_inc = property(lambda self: self.conducting)  # type: ignore[attr-defined]
 
 
 # --- what must hold ---------------------------------------------------------------------------------------------------

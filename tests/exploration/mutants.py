@@ -1,0 +1,204 @@
+"""Each rule of the hand-over, taken out of the production code on its own. Every one must be caught.
+
+A mutant replaces one small decision function of production code (or, where a rule is a shell's, the world's stand-in
+for what that shell does) by a version without the rule. The names are those of docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from agents import destination_session, source_session
+from agents.destination_session import DestinationStage, DestinationState
+from agents.session import Commit, Do, Seen
+from agents.source_session import SourceStage, SourceState
+from orchestrator.core import handover
+from orchestrator.core.errors import AbortReason
+from orchestrator.core.handover import Ownership
+from tests.exploration import world as world_module
+from tests.exploration.world import BORN, Bounds, World
+
+Patch = tuple[object, str, Any]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    rule: str
+    patches: Callable[[], list[Patch]]
+    bounds: Bounds = field(default_factory=lambda: Bounds(requests=0, cancels=0))
+    dead_ends: bool = False
+    """Caught by progress, not by a flaw."""
+
+
+def _with(table: dict[Seen, Any], **changes: Any) -> dict[Seen, Any]:
+    return table | {Seen[name.upper()]: value for name, value in changes.items()}
+
+
+def run_uncommitted() -> list[Patch]:
+    return [(destination_session, "may_take_over", lambda state, record: state.stage is DestinationStage.LOADED)]
+
+
+def resume_restarted() -> list[Patch]:
+    def restarted(ref: Any, here: Any, inc: str, *, want_run: bool, parked: bool, sealed: bool) -> Any:
+        state = SourceState(ref, here, inc, want_run=want_run, stage=SourceStage.ROLLING_BACK)
+        return state, (Do.ROLL_BACK_SHIMS,)
+
+    return [(world_module, "restarted_source", restarted)]
+
+
+def dest_commits() -> list[Patch]:
+    def validated(state: DestinationState) -> Any:
+        return replace(state, stage=DestinationStage.LOADED), (Do.SEND_LOADED, Commit(None))
+
+    return [(destination_session, "_ARRIVAL", _with(destination_session._ARRIVAL, validated=validated))]
+
+
+def submit_early() -> list[Patch]:
+    return [(source_session, "may_submit", lambda s: s.stage is SourceStage.LAST_PASS and s.sent and s.loaded)]
+
+
+def no_check() -> list[Patch]:
+    return [(source_session, "late_at_check", lambda state: ())]
+
+
+def resume_submitted() -> list[Patch]:
+    def timeout(state: SourceState) -> Any:
+        return source_session._refused(state) if state.stage is SourceStage.SUBMITTED else (state, ())
+
+    return [(source_session, "_SEEN", _with(source_session._SEEN, ledger_unknown=timeout))]
+
+
+def bad_version_is_final() -> list[Patch]:
+    def refused(state: SourceState) -> Any:
+        if state.stage is SourceStage.SUBMITTED:
+            return source_session._refused(state)
+        return source_session._write_uncertain(state)
+
+    return [(source_session, "_SEEN", _with(source_session._SEEN, ledger_refused=refused))]
+
+
+def blind_abort() -> list[Patch]:
+    def abort(record: Any, migration: str, attempt: int, reason: AbortReason, devices: Any = (), *, writer: str) -> Any:
+        if record.phase not in (Ownership.OPEN, Ownership.COMMITTED):
+            raise handover.Refused("neither open nor committed")
+        owner = record.source or record.owner
+        return replace(record, phase=Ownership.ABORTED, owner=owner, reason=reason, devices=devices)
+
+    return [(handover, "abort", abort)]
+
+
+def cancel_answers_first() -> list[Patch]:
+    return [(world_module, "cancel_by_api", lambda w: w._replace(cancels=w.cancels - 1, cancelled=True))]
+
+
+def cancel_reopens() -> list[Patch]:
+    return [(handover, "may_retry", lambda record: True)]
+
+
+def restart_continues() -> list[Patch]:
+    def restarted(ref: Any, here: Any, inc: str, *, want_run: bool, parked: bool, sealed: bool) -> Any:
+        state = SourceState(ref, here, inc, want_run=want_run, stage=SourceStage.LAST_PASS, sealed=sealed, sent=True)
+        return state, (Do.PROCEED,)
+
+    return [(world_module, "restarted_source", restarted)]
+
+
+def parked_forgotten() -> list[Patch]:
+    production = source_session.restarted_source
+
+    def restarted(ref: Any, here: Any, inc: str, *, want_run: bool, parked: bool, sealed: bool) -> Any:
+        if parked:
+            return SourceState(ref, here, inc, want_run=want_run), ()
+        return production(ref, here, inc, want_run=want_run, parked=parked, sealed=sealed)
+
+    return [(world_module, "restarted_source", restarted)]
+
+
+def discard_at_com() -> list[Patch]:
+    def may_discard(record: Any, here: Any, inc: str) -> bool:
+        return record.owner != here
+
+    return [(handover, "may_discard_source", may_discard)]
+
+
+def done_needs_vcpus() -> list[Patch]:
+    production = world_module.start_at_destination
+
+    def start(world: World) -> World:
+        return production(world) if world.want else world._replace(copy=world_module.OWN, ran_there=True)
+
+    return [(world_module, "start_at_destination", start)]
+
+
+def rollback_unknown() -> list[Patch]:
+    def dead(state: DestinationState) -> Any:
+        if not state.committed:
+            return replace(state, stage=DestinationStage.GIVING_UP), (Do.SEND_FAILED, Do.READ)
+        return replace(state, stage=DestinationStage.ROLLING_BACK), (Do.WRITE_ROLLBACK,)
+
+    def may(record: Any, *, by: Any, vmm_seen_dead: bool, marker: bool) -> bool:
+        return record.owner == by and vmm_seen_dead
+
+    return [(destination_session, "_dead_owner", dead), (handover, "may_roll_back", may)]
+
+
+def rollback_any_boot() -> list[Patch]:
+    def may(record: Any, *, by: Any, vmm_seen_dead: bool, marker: bool) -> bool:
+        return record.owner.host == by.host and vmm_seen_dead and not marker
+
+    return [(handover, "may_roll_back", may)]
+
+
+def fence_guess() -> list[Patch]:
+    return [(handover, "may_declare_dead", lambda *, certificate: True)]
+
+
+def stale_read() -> list[Patch]:
+    return [(world_module, "read_record", lambda world: BORN)]
+
+
+def no_req_check() -> list[Patch]:
+    return [(source_session, "req_to_check", lambda state: None)]
+
+
+def late_when_stopped() -> list[Patch]:
+    return [(source_session, "late_at_check", lambda state: state.acks.pending)]
+
+
+def forget_pause() -> list[Patch]:
+    def restore(state: SourceState) -> Any:
+        return replace(state, stage=SourceStage.RESUMING), (Do.RESUME,)
+
+    return [(source_session, "_restore", restore)]
+
+
+_REQUEST = Bounds(requests=1, cancels=0, faults=0)
+_CANCEL = Bounds(requests=0, cancels=1, faults=0)
+_STOP = Bounds(requests=0, cancels=0, faults=0, wishes=1)
+
+MUTANTS = (
+    Mutant("run_uncommitted", "H1 H8", run_uncommitted),
+    Mutant("resume_restarted", "H1 H7", resume_restarted, Bounds(requests=0, cancels=0, faults=2)),
+    Mutant("dest_commits", "H2", dest_commits, _REQUEST),
+    Mutant("submit_early", "H3", submit_early),
+    Mutant("no_check", "H3", no_check, _REQUEST),
+    Mutant("resume_submitted", "H5", resume_submitted),
+    Mutant("bad_version_is_final", "H5", bad_version_is_final),
+    Mutant("blind_abort", "H6", blind_abort),
+    Mutant("cancel_answers_first", "H6", cancel_answers_first, _CANCEL),
+    Mutant("cancel_reopens", "H6", cancel_reopens, replace(_CANCEL, attempts=2)),
+    Mutant("restart_continues", "H7", restart_continues, Bounds(requests=1, cancels=0, faults=1)),
+    Mutant("parked_forgotten", "H7", parked_forgotten, dead_ends=True),
+    Mutant("discard_at_com", "H9", discard_at_com),
+    Mutant("done_needs_vcpus", "H9", done_needs_vcpus, _STOP, dead_ends=True),
+    Mutant("rollback_unknown", "H10", rollback_unknown, Bounds(requests=0, cancels=0, faults=2)),
+    Mutant("rollback_any_boot", "H10", rollback_any_boot, Bounds(requests=0, cancels=0, faults=0, power=1)),
+    Mutant("fence_guess", "H11", fence_guess),
+    Mutant("stale_read", "H13", stale_read, Bounds(requests=0, cancels=0, faults=2)),
+    Mutant("no_req_check", "H14", no_req_check, _REQUEST),
+    Mutant("late_when_stopped", "H14", late_when_stopped, Bounds(requests=1, cancels=0, faults=0, wishes=1)),
+    Mutant("forget_pause", "5.2", forget_pause, _STOP),
+)
