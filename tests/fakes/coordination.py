@@ -1,0 +1,325 @@
+"""A small ledger and agents in memory for the coordinator's tests.
+
+`MemoryStore` keeps one tree; `session()` gives stores that share it, so that several coordinators can compete. Its
+writes are linear; `fail_next` makes the next ones end as OutcomeUnknown, applied or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.coordinator.ports import AttemptSeen, ConductOrder
+from orchestrator.core import handover
+from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.migration import Prepared
+from orchestrator.core.policy import MigrationPolicy
+from orchestrator.core.records import (
+    AttemptReport,
+    Attempts,
+    Cordon,
+    EvacuationSpec,
+    EvacuationState,
+    GuestSpec,
+    HostRecord,
+    MigrationSpec,
+    MigrationState,
+    Reservations,
+)
+from orchestrator.ledger import paths
+from orchestrator.ledger.records import decode, encode
+from orchestrator.ledger.store import (
+    Check,
+    Conflict,
+    ConflictKind,
+    Create,
+    Delete,
+    Done,
+    Op,
+    OutcomeUnknown,
+    SessionState,
+    SetData,
+    StoreUnavailable,
+    Versioned,
+    WriteResult,
+)
+
+
+@dataclass
+class Tree:
+    nodes: dict[str, Versioned] = field(default_factory=dict)
+    owners: dict[str, object] = field(default_factory=dict)
+    zxid: int = 0
+    watches: list[tuple[str, bool, Callable[..., None]]] = field(default_factory=list)
+
+    def children(self, path: str) -> tuple[str, ...]:
+        head = path.rstrip("/") + "/"
+        return tuple(sorted(p[len(head) :] for p in self.nodes if p.startswith(head) and "/" not in p[len(head) :]))
+
+    def notify(self, path: str) -> None:
+        loop = asyncio.get_running_loop()
+        for watched, of_children, callback in list(self.watches):
+            if of_children and path.rpartition("/")[0] == watched:
+                loop.call_soon(callback, self.children(watched))
+            elif not of_children and path == watched:
+                loop.call_soon(callback, self.nodes.get(path))
+
+
+class MemoryStore:
+    """One session of a shared tree; passes for `orchestrator.ledger.store.Store`."""
+
+    def __init__(self, tree: Tree | None = None) -> None:
+        self.tree = tree or Tree()
+        self.down = False
+        self.fail_next: list[bool] = []
+        """Per coming write: lost answer, True if applied all the same."""
+        self.writes: list[tuple[Op, ...]] = []
+        self._callbacks: list[Callable[[SessionState], None]] = []
+
+    async def start(self, timeout_s: float = 10.0) -> None: ...
+
+    async def close(self) -> None:
+        self.expire()
+
+    @property
+    def session(self) -> SessionState:
+        return SessionState.SUSPENDED if self.down else SessionState.CONNECTED
+
+    @property
+    def quorum_age_s(self) -> float:
+        return 0.0
+
+    def on_session(self, callback: Callable[[SessionState], None]) -> None:
+        self._callbacks.append(callback)
+
+    def expire(self) -> None:
+        """The session is lost; its ephemeral nodes go."""
+        for path, owner in list(self.tree.owners.items()):
+            if owner is self:
+                self.tree.nodes.pop(path, None)
+                self.tree.owners.pop(path)
+                self.tree.notify(path)
+        for callback in self._callbacks:
+            callback(SessionState.LOST)
+
+    def _need_connection(self) -> None:
+        if self.down:
+            raise StoreUnavailable("down")
+
+    async def barrier(self, timeout_s: float = 2.0) -> None:
+        await asyncio.sleep(0)
+        self._need_connection()
+
+    async def read(self, path: str, timeout_s: float = 2.0) -> Versioned | None:
+        await asyncio.sleep(0)
+        self._need_connection()
+        return self.tree.nodes.get(path)
+
+    async def children(self, path: str, timeout_s: float = 2.0) -> tuple[str, ...]:
+        await asyncio.sleep(0)
+        self._need_connection()
+        return self.tree.children(path)
+
+    async def ensure(self, path: str, timeout_s: float = 2.0) -> None:
+        self._need_connection()
+        parts = path.strip("/").split("/")
+        for depth in range(1, len(parts) + 1):
+            part = "/" + "/".join(parts[:depth])
+            if part not in self.tree.nodes:
+                self.tree.nodes[part] = Versioned(b"", 0, 0)
+                self.tree.notify(part)
+
+    async def multi(self, ops: Sequence[Op], timeout_s: float = 2.0) -> WriteResult:
+        await asyncio.sleep(0)
+        if self.down:
+            return OutcomeUnknown(sent=False)
+        if self.fail_next:
+            if self.fail_next.pop(0):
+                self._apply(ops)
+            return OutcomeUnknown()
+        return self._apply(ops)
+
+    def _apply(self, ops: Sequence[Op]) -> WriteResult:
+        nodes = self.tree.nodes
+        for index, op in enumerate(ops):
+            node = nodes.get(op.path)
+            if isinstance(op, Create):
+                deleted = any(isinstance(other, Delete) and other.path == op.path for other in ops[:index])
+                if node is not None and not deleted:
+                    return Conflict(index, ConflictKind.EXISTS)
+            elif node is None:
+                return Conflict(index, ConflictKind.MISSING)
+            elif node.version != op.version:
+                return Conflict(index, ConflictKind.BAD_VERSION)
+        self.tree.zxid += 1
+        self.writes.append(tuple(ops))
+        return Done(self.tree.zxid, tuple(self._apply_one(op) for op in ops))
+
+    def _apply_one(self, op: Op) -> int:
+        nodes, zxid = self.tree.nodes, self.tree.zxid
+        version = -1
+        if isinstance(op, Create):
+            nodes[op.path] = Versioned(op.data, 0, zxid)
+            version = 0
+            if op.ephemeral:
+                self.tree.owners[op.path] = self
+        elif isinstance(op, SetData):
+            version = op.version + 1
+            nodes[op.path] = Versioned(op.data, version, zxid)
+        elif isinstance(op, Delete):
+            nodes.pop(op.path)
+            self.tree.owners.pop(op.path, None)
+        if not isinstance(op, Check):
+            self.tree.notify(op.path)
+        return version
+
+    def watch(self, path: str, callback: Callable[[Versioned | None], None]) -> Callable[[], None]:
+        return self._watch((path, False, callback), lambda: callback(self.tree.nodes.get(path)))
+
+    def watch_children(self, path: str, callback: Callable[[tuple[str, ...]], None]) -> Callable[[], None]:
+        return self._watch((path, True, callback), lambda: callback(self.tree.children(path)))
+
+    def _watch(self, entry: tuple[str, bool, Callable[..., None]], first: Callable[[], None]) -> Callable[[], None]:
+        self.tree.watches.append(entry)
+        asyncio.get_running_loop().call_soon(first)
+        return lambda: self.tree.watches.remove(entry) if entry in self.tree.watches else None
+
+
+@dataclass
+class FakeAgent:
+    """Source and destination in one. `ends` scripts the attempts: a reason to abort with, or None to commit."""
+
+    world: World
+    host: str
+
+    async def prepare_destination(
+        self, attempt: AttemptRef, *, epoch: int, source_peer_address: str, timeout_ms: int, multifd_channels: int
+    ) -> Prepared:
+        self.world.call("prepare", self.host, attempt.attempt, epoch)
+        return Prepared(f"inc-{attempt.migration}-{attempt.attempt}", "tcp:1", f"{self.host}:2")
+
+    async def conduct_attempt(self, order: ConductOrder) -> None:
+        self.world.call("conduct", self.host, order.attempt.attempt, order.epoch)
+        self.world.conduct(order)
+
+    async def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:
+        report = self.world.reports.get((migration, attempt))
+        return AttemptSeen(report is not None, ended=True, report=report)
+
+    async def nudge(self, guest: str) -> None: ...
+
+
+@dataclass
+class World:
+    """Hosts, guests and agents over one tree."""
+
+    store: MemoryStore = field(default_factory=MemoryStore)
+    ends: list[AbortReason | None] = field(default_factory=list)
+    calls: list[tuple[str, str, int]] = field(default_factory=list)
+    reports: dict[tuple[str, int], AttemptReport] = field(default_factory=dict)
+    hold: asyncio.Event | None = None
+    """While set up and not set, conducted attempts stay in pre-copy."""
+    refuse: DroverError | None = None
+    silent: set[str] = field(default_factory=set)
+    conducting: dict[tuple[str, int], asyncio.Task[None]] = field(default_factory=dict)
+    seen_epoch: int = -1
+
+    def at(self, control_address: str) -> FakeAgent:
+        return FakeAgent(self, control_address.split(":", maxsplit=1)[0])
+
+    async def close(self) -> None:
+        for task in self.conducting.values():
+            task.cancel()
+
+    def put(self, path: str, record: object) -> None:
+        self.store.tree.nodes[path] = Versioned(encode(record), 0, 0)
+
+    def host(self, name: str, memory_mib: int = 1024) -> None:
+        self.put(paths.host(name), HostRecord(name, f"boot-{name}", f"{name}:1", f"{name}:2", memory_mib, 1000))
+        self.put(paths.cordon(name), Cordon())
+        self.put(paths.reservations(name), Reservations())
+        self.put(paths.live(name), Cordon())
+
+    def guest(self, uuid: str, host: str, memory_mib: int = 64, policy: MigrationPolicy | None = None) -> None:
+        policy = policy or MigrationPolicy(backoff_initial_ms=1, backoff_max_ms=2)
+        self.put(paths.guest(uuid), GuestRecord(f"n-{uuid}", Ownership.IDLE, HostRef(host, f"boot-{host}")))
+        self.put(paths.guest_spec(uuid), GuestSpec(f"n-{uuid}", memory_mib, policy=policy))
+
+    def migration(self, name: str, guest: str, destination: str = "", policy: MigrationPolicy | None = None) -> None:
+        policy = policy or MigrationPolicy(backoff_initial_ms=1, backoff_max_ms=2)
+        self.put(paths.migration_shard(name), Cordon())
+        self.put(paths.migration(name), MigrationSpec(name, guest, f"n-{guest}", destination, policy))
+        self.put(paths.migration_state(name), MigrationState())
+        self.put(paths.attempts(name), Attempts())
+
+    def evacuation(self, job: str, host: str, max_concurrent: int = 2) -> None:
+        self.put(paths.evacuation(job), EvacuationSpec(job, host, max_concurrent))
+        self.put(paths.evacuation_state(job), EvacuationState())
+
+    def call(self, what: str, host: str, attempt: int, epoch: int) -> None:
+        self.calls.append((what, host, attempt))
+        if epoch < self.seen_epoch:
+            raise DroverError(RefusalReason.STALE_EPOCH, f"epoch {epoch} is older than {self.seen_epoch}")
+        self.seen_epoch = epoch
+        if host in self.silent:
+            raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} does not answer")
+        if self.refuse is not None and what == "prepare":
+            raise self.refuse
+
+    def conduct(self, order: ConductOrder) -> None:
+        key = (order.attempt.migration, order.attempt.attempt)
+        if key not in self.conducting:
+            self.conducting[key] = asyncio.get_running_loop().create_task(self._conduct(order))
+
+    async def _conduct(self, order: ConductOrder) -> None:
+        ref, inc = order.attempt, order.prepared.inc
+        await self._write(ref.guest, lambda r: handover.bind(r, ref.migration, ref.attempt, inc, writer="a"))
+        if self.hold is not None:
+            await self.hold.wait()
+        end = self.ends.pop(0) if self.ends else None
+        outcome = "COMMITTED" if end is None else "ABORTED"
+        report = AttemptReport(ref.attempt, outcome, reason=end, duration_ms=1.0, transferred_bytes=7)
+        self.reports[(ref.migration, ref.attempt)] = report
+        try:
+            if end is not None:
+                await self._write(
+                    ref.guest, lambda r: handover.abort(r, ref.migration, ref.attempt, end, ("d0",), writer="a")
+                )
+                return
+            await self._write(ref.guest, lambda r: handover.commit(r, ref.migration, ref.attempt, inc, writer="a"))
+            await self._write(ref.guest, lambda r: handover.done(r, ref.migration, ref.attempt, inc, writer="b"))
+        except handover.Refused:
+            self.reports.pop((ref.migration, ref.attempt))
+
+    async def _write(self, guest: str, change: Callable[[GuestRecord], GuestRecord]) -> None:
+        while True:
+            node = self.store.tree.nodes[paths.guest(guest)]
+            new = change(decode(GuestRecord, node.data))
+            if isinstance(self.store._apply([SetData(paths.guest(guest), encode(new), node.version)]), Done):
+                return
+            await asyncio.sleep(0)
+
+    def record(self, guest: str) -> GuestRecord:
+        return decode(GuestRecord, self.store.tree.nodes[paths.guest(guest)].data)
+
+    def state(self, migration: str) -> MigrationState:
+        return decode(MigrationState, self.store.tree.nodes[paths.migration_state(migration)].data)
+
+    def attempts(self, migration: str) -> tuple[AttemptReport, ...]:
+        return decode(Attempts, self.store.tree.nodes[paths.attempts(migration)].data).reports
+
+    def reserved(self, host: str) -> dict[str, int]:
+        return decode(Reservations, self.store.tree.nodes[paths.reservations(host)].data).memory_mib
+
+    def job(self, job: str) -> EvacuationState:
+        return decode(EvacuationState, self.store.tree.nodes[paths.evacuation_state(job)].data)
+
+    def edit_state(self, migration: str, change: Callable[[MigrationState], MigrationState]) -> None:
+        path = paths.migration_state(migration)
+        node = self.store.tree.nodes[path]
+        assert isinstance(
+            self.store._apply([SetData(path, encode(change(decode(MigrationState, node.data))), node.version)]), Done
+        )

@@ -1,0 +1,375 @@
+"""Driver, worker and supervisor over a ledger and agents in memory: what the records come to, also after crashes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.coordinator.supervisor import Limits, Supervisor, TokenBucket, WorkerLost
+from orchestrator.coordinator.worker import Worker
+from orchestrator.core import handover
+from orchestrator.core.errors import AbortReason, DroverError, FailureReason, RefusalReason
+from orchestrator.core.handover import Ownership
+from orchestrator.core.policy import MigrationPolicy
+from orchestrator.core.records import Cordon, EvacuationPhase, MigrationPhase
+from orchestrator.ledger import paths
+from orchestrator.ledger.records import encode
+from orchestrator.ledger.store import Done, SetData, Versioned
+from tests.fakes.coordination import MemoryStore, World
+
+EPOCH = 3
+LATE = AbortReason.LATE_SWITCHOVER_ACK
+
+
+@pytest.fixture
+def world() -> World:
+    world = World()
+    for host in ("h1", "h2", "h3"):
+        world.host(host)
+    world.store.tree.nodes[paths.epoch()] = Versioned(b"", EPOCH, 0)
+    world.guest("g1", "h1")
+    world.migration("m1", "g1")
+    return world
+
+
+def worker(world: World) -> Worker:
+    return Worker(world.store, world)
+
+
+async def drive(world: World, migration: str = "m1") -> str:
+    async with asyncio.timeout(10):
+        return await worker(world).drive(migration, EPOCH)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 8.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_clean_migration_arrives_and_leaves_no_reservation(world: World) -> None:
+    assert await drive(world) == "SUCCEEDED"
+    record = world.record("g1")
+    assert record.phase is Ownership.IDLE
+    assert record.owner.host == "h2"
+    assert world.reserved("h2") == {}
+    assert [r.outcome for r in world.attempts("m1")] == ["COMMITTED"]
+    assert world.attempts("m1")[0].transferred_bytes == 7
+
+
+async def test_clean_migration_takes_two_writes_of_the_coordinator(world: World) -> None:
+    """OPEN and the verdict; bind, COMMIT and DONE are the agents'."""
+    await drive(world)
+    assert len(world.store.writes) == 5
+
+
+async def test_late_acks_are_retried_and_reported(world: World) -> None:
+    world.ends = [LATE, LATE, LATE]
+    assert await drive(world) == "SUCCEEDED"
+    reports = world.attempts("m1")
+    assert [r.reason for r in reports] == [LATE, LATE, LATE, None]
+    assert reports[0].devices == ("d0",)
+    assert reports[0].zxid > 0
+
+
+async def test_attempts_are_bounded_and_the_guest_stays(world: World) -> None:
+    world.ends = [LATE] * 9
+    world.migration("m1", "g1", policy=MigrationPolicy(max_attempts=2, backoff_initial_ms=1, backoff_max_ms=1))
+    assert await drive(world) == "FAILED"
+    assert world.state("m1").failure is FailureReason.ATTEMPTS_EXHAUSTED
+    record = world.record("g1")
+    assert (record.phase, record.owner.host) == (Ownership.IDLE, "h1")
+    assert world.reserved("h2") == {} == world.reserved("h3")
+
+
+@pytest.mark.parametrize(
+    ("reason", "failure"),
+    [
+        (AbortReason.NOT_CONVERGING, FailureReason.NOT_CONVERGING),
+        (AbortReason.DEVICE_RESET, FailureReason.DEVICE_RESET),
+        (AbortReason.GUEST_ENDED, FailureReason.GUEST_ENDED),
+    ],
+)
+async def test_ends_that_another_attempt_would_repeat(
+    world: World, reason: AbortReason, failure: FailureReason
+) -> None:
+    world.ends = [reason]
+    assert await drive(world) == "FAILED"
+    assert world.state("m1").failure is failure
+    assert len(world.attempts("m1")) == 1
+
+
+async def test_no_capacity_says_why_for_each_host(world: World) -> None:
+    world.guest("g1", "h1", memory_mib=4096)
+    assert await drive(world) == "FAILED"
+    state = world.state("m1")
+    assert state.failure is FailureReason.NO_CAPACITY
+    assert "h2 has 1024 MiB free" in state.message
+    assert "h3 has 1024 MiB free" in state.message
+
+
+async def test_named_destination_is_kept(world: World) -> None:
+    world.migration("m1", "g1", destination="h3")
+    assert await drive(world) == "SUCCEEDED"
+    assert world.record("g1").owner.host == "h3"
+
+
+async def test_cordoned_destination_is_refused(world: World) -> None:
+    world.migration("m1", "g1", destination="h3")
+    world.put(paths.cordon("h3"), Cordon(on=True, why="disk"))
+    assert await drive(world) == "FAILED"
+    assert world.state("m1").failure is FailureReason.DESTINATION_NOT_ELIGIBLE
+    assert "cordoned (disk)" in world.state("m1").message
+
+
+async def test_refused_prepare_ends_the_attempt_and_avoids_that_host(world: World) -> None:
+    world.refuse = DroverError(RefusalReason.MACHINE_TYPE_MISMATCH, "no such machine")
+    task = asyncio.create_task(drive(world))
+    await until(lambda: ("prepare", "h3", 2) in world.calls)
+    world.refuse = None
+    assert await task == "SUCCEEDED"
+    assert world.attempts("m1")[0].reason is AbortReason.PREPARE_FAILED
+
+
+async def test_refusal_that_no_attempt_can_mend(world: World) -> None:
+    world.refuse = DroverError(RefusalReason.RETRY_NEEDS_RUN, "paused due to previous migration")
+    assert await drive(world) == "FAILED"
+    assert world.state("m1").failure is FailureReason.RETRY_NEEDS_RUN
+
+
+async def test_silent_destination_ends_in_prepare_timeout(world: World) -> None:
+    world.silent = {"h2"}
+    policy = MigrationPolicy(prepare_timeout_ms=50, backoff_initial_ms=1, backoff_max_ms=1)
+    world.migration("m1", "g1", policy=policy)
+    assert await drive(world) == "SUCCEEDED"
+    assert world.attempts("m1")[0].reason is AbortReason.PREPARE_TIMEOUT
+    assert world.record("g1").owner.host == "h3"
+
+
+async def test_cancel_before_the_first_attempt(world: World) -> None:
+    world.edit_state("m1", lambda s: replace(s, cancel_requested=True))
+    assert await drive(world) == "CANCELLED"
+    assert world.calls == []
+
+
+async def test_cancel_in_precopy_never_opens_another_attempt(world: World) -> None:
+    world.hold = asyncio.Event()
+    task = asyncio.create_task(drive(world))
+    await until(lambda: bool(world.record("g1").inc))
+    world.edit_state("m1", lambda s: replace(s, cancel_requested=True))
+    assert await task == "CANCELLED"
+    assert (world.record("g1").phase, world.record("g1").attempt) == (Ownership.IDLE, 1)
+    world.hold.set()
+    await asyncio.sleep(0.01)
+    assert world.record("g1").owner.host == "h1"
+
+
+async def test_abort_written_as_cancelled_by_somebody_else_is_final(world: World) -> None:
+    world.hold = asyncio.Event()
+    task = asyncio.create_task(drive(world))
+    await until(lambda: bool(world.record("g1").inc))
+    await world._write("g1", lambda r: handover.abort(r, "m1", 1, AbortReason.CANCELLED, writer="api"))
+    assert await task == "CANCELLED"
+
+
+async def test_total_timeout_aborts_an_attempt_that_hangs(world: World) -> None:
+    world.hold = asyncio.Event()
+    world.migration("m1", "g1", policy=MigrationPolicy(total_timeout_ms=80))
+    assert await drive(world) == "FAILED"
+    assert world.state("m1").failure is FailureReason.TOTAL_TIMEOUT
+    assert world.record("g1").owner.host == "h1"
+
+
+@pytest.mark.parametrize("applied", [True, False])
+@pytest.mark.parametrize("lost", range(3))
+async def test_a_lost_answer_changes_nothing(world: World, lost: int, applied: bool) -> None:
+    """The coordinator's nth write ends as outcome unknown, applied or not."""
+    world.ends = [LATE]
+    real, count = world.store.multi, 0
+
+    async def multi(ops, timeout_s: float = 2.0):
+        nonlocal count
+        count += 1
+        if count == lost + 1:
+            world.store.fail_next = [applied]
+        return await real(ops, timeout_s)
+
+    world.store.multi = multi
+    assert await drive(world) == "SUCCEEDED"
+    assert [r.attempt for r in world.attempts("m1")] == [1, 2]
+    assert world.reserved("h2") == {}
+
+
+@pytest.mark.parametrize("crash_after", [0.0, 0.001, 0.002, 0.004, 0.008, 0.015])
+async def test_driver_crashes_at_any_instant_and_the_next_goes_on(world: World, crash_after: float) -> None:
+    world.ends = [LATE, LATE]
+    for _ in range(4):
+        task = asyncio.create_task(drive(world))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(crash_after):
+                await asyncio.shield(task)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert await drive(world) == "SUCCEEDED"
+    assert [r.attempt for r in world.attempts("m1")] == [1, 2, 3]
+    assert len(world.conducting) == 3
+
+
+async def test_bound_attempt_is_adopted_and_not_restarted(world: World) -> None:
+    world.hold = asyncio.Event()
+    first = worker(world)
+    task = asyncio.create_task(first.drive("m1", EPOCH))
+    await until(lambda: bool(world.record("g1").inc))
+    first.stop()
+    await task
+    calls = list(world.calls)
+    second = asyncio.create_task(drive(world))
+    await asyncio.sleep(0.02)
+    assert world.calls == calls
+    world.hold.set()
+    assert await second == "SUCCEEDED"
+
+
+@pytest.mark.rule("H12")
+async def test_stale_epoch_can_write_nothing(world: World) -> None:
+    world.store.tree.nodes[paths.epoch()] = Versioned(b"", EPOCH + 1, 0)
+    assert await drive(world) == "DEPOSED"
+    assert world.store.writes == []
+
+
+@pytest.mark.rule("H12")
+async def test_agent_that_saw_a_newer_epoch_deposes(world: World) -> None:
+    world.seen_epoch = EPOCH + 1
+    assert await drive(world) == "DEPOSED"
+
+
+# --- supervisor -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def leading(world: World, store: MemoryStore | None = None, name: str = "c", limits: Limits | None = None):
+    store = store or world.store
+    drivers = Worker(store, world)
+    supervisor = Supervisor(store, drivers.drive, name=name, limits=limits or Limits())
+    task = asyncio.create_task(supervisor.run())
+    try:
+        yield supervisor
+    finally:
+        task.cancel()
+        drivers.stop()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_supervisor_finds_and_finishes_migrations(world: World) -> None:
+    world.guest("g2", "h1")
+    async with leading(world) as supervisor:
+        await until(lambda: world.state("m1").phase.terminal)
+        world.migration("m2", "g2")
+        world.store.tree.notify(paths.migration("m2"))
+        await until(lambda: world.state("m2").phase is MigrationPhase.SUCCEEDED)
+        assert supervisor.status.epoch == EPOCH + 1
+
+
+@pytest.mark.rule("H12")
+async def test_one_leader_and_the_next_has_a_higher_epoch(world: World) -> None:
+    other = MemoryStore(world.store.tree)
+    async with leading(world, name="a") as a, leading(world, other, name="b") as b:
+        await until(lambda: a.status.leading)
+        await asyncio.sleep(0.3)
+        assert not b.status.leading
+        world.store.down = True
+        world.store.expire()
+        await until(lambda: b.status.leading)
+        assert b.status.epoch > EPOCH + 1
+        await until(lambda: not a.status.leading)
+
+
+async def test_new_process_on_the_same_seat_need_not_wait_for_the_session(world: World) -> None:
+    async with leading(world, name="seat") as a:
+        await until(lambda: a.status.leading)
+        async with leading(world, MemoryStore(world.store.tree), name="seat") as b:
+            await until(lambda: b.status.leading)
+            assert b.status.epoch > a.status.epoch
+
+
+async def test_election_whose_answer_was_lost_is_recognised(world: World) -> None:
+    world.store.fail_next = [True]
+    supervisor = Supervisor(world.store, worker(world).drive)
+    assert await supervisor.elect() == EPOCH + 1
+
+
+async def test_worker_death_hands_the_migration_to_another(world: World) -> None:
+    drivers, deaths = Worker(world.store, world), [1, 2]
+
+    async def dispatch(migration: str, epoch: int) -> str:
+        if deaths:
+            deaths.pop()
+            raise WorkerLost("killed")
+        return await drivers.drive(migration, epoch)
+
+    task = asyncio.create_task(Supervisor(world.store, dispatch).run())
+    await until(lambda: world.state("m1").phase is MigrationPhase.SUCCEEDED)
+    task.cancel()
+
+
+async def test_evacuation_empties_the_host(world: World) -> None:
+    world.store.tree.nodes.pop(paths.migration("m1"))
+    for n in range(2, 7):
+        world.guest(f"g{n}", "h1", memory_mib=60 * n)
+    world.ends = [LATE, LATE]
+    world.evacuation("e1", "h1")
+    async with leading(world):
+        await until(lambda: world.job("e1").phase.terminal)
+        job = world.job("e1")
+        assert job.phase is EvacuationPhase.SUCCEEDED
+        assert job.safe_to_power_off
+        assert {world.record(f"g{n}").owner.host for n in range(1, 7)} == {"h2", "h3"}
+        path = paths.cordon("h1")
+        off = world.store._apply([SetData(path, encode(Cordon()), world.store.tree.nodes[path].version)])
+        assert isinstance(off, Done)
+        await until(lambda: not world.job("e1").safe_to_power_off)
+
+
+async def test_evacuation_survives_its_coordinator(world: World) -> None:
+    world.store.tree.nodes.pop(paths.migration("m1"))
+    for n in range(2, 6):
+        world.guest(f"g{n}", "h1")
+    world.evacuation("e1", "h1", max_concurrent=2)
+    world.hold = asyncio.Event()
+    async with leading(world):
+        await until(lambda: sum(bool(world.record(f"g{n}").inc) for n in range(1, 6)) == 2)
+        await asyncio.sleep(0.1)
+        assert len(world.conducting) == 2
+    async with leading(world):
+        world.hold.set()
+        await until(lambda: world.job("e1").phase.terminal)
+    assert world.job("e1").phase is EvacuationPhase.SUCCEEDED
+    assert len(world.conducting) == 5
+    assert all(guest.tries == 1 for guest in world.job("e1").guests)
+
+
+async def test_cancelled_evacuation_cancels_what_is_under_way(world: World) -> None:
+    world.store.tree.nodes.pop(paths.migration("m1"))
+    world.hold = asyncio.Event()
+    world.evacuation("e1", "h1")
+    async with leading(world):
+        await until(lambda: bool(world.record("g1").inc))
+        await asyncio.sleep(0.05)
+        path = paths.evacuation_state("e1")
+        wish = encode(replace(world.job("e1"), cancel_requested=True))
+        world.store._apply([SetData(path, wish, world.store.tree.nodes[path].version)])
+        await until(lambda: world.job("e1").phase is EvacuationPhase.CANCELLED)
+    assert world.record("g1").owner.host == "h1"
+    assert world.job("e1").guests[0].phase is MigrationPhase.CANCELLED
+
+
+async def test_token_bucket_holds_its_rate() -> None:
+    bucket = TokenBucket(rate=200.0, burst=2)
+    loop = asyncio.get_running_loop()
+    begin = loop.time()
+    await asyncio.gather(*(bucket.take() for _ in range(22)))
+    assert 0.09 <= loop.time() - begin < 1.0
