@@ -1,0 +1,98 @@
+"""`python -m orchestrator.coordinator --config coordinator.json`: keeps the coordinator alive inside Ray.
+
+Starts or finds the actors and watches that they make progress. Exits with 3 when Ray is gone, so that whoever
+supervises this process restarts Ray and it; with 0 on SIGTERM, leaving the actors at work; `--stop` ends the actors.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+import click
+import structlog
+
+from orchestrator.coordinator.wiring import CoordinatorConfig, load
+from orchestrator.ledger.records import BadRecord
+
+log = structlog.get_logger(__name__)
+
+EXIT_RAY_GONE = 3
+PING_S = 0.5
+PING_TIMEOUT_S = 3.0
+SILENT_S = 20.0
+"""An actor that answers nothing, or turns no round, for so long is killed; twice so long without answer: Ray is gone."""
+
+
+def _authenticate(config: CoordinatorConfig) -> None:
+    """Ray reads these when it is imported and never again."""
+    if config.ray_token_file:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = Path(config.ray_token_file).read_text().strip()
+
+
+def _watch(config: CoordinatorConfig, stopping: threading.Event) -> None:
+    """Returns on SIGTERM; raises RayGone."""
+    from orchestrator.coordinator import actor
+
+    handle = actor.start_or_find(config)
+    answered = moved = time.monotonic()
+    turns = -1
+    leading: object = None
+    while not stopping.wait(PING_S):
+        status = actor.ping(handle, PING_TIMEOUT_S)
+        now = time.monotonic()
+        if status is not None:
+            answered = now
+            if status["turns"] != turns:
+                turns, moved = status["turns"], now
+            if status.get("epoch") != leading:
+                leading = status.get("epoch")
+                log.info("coordinator", **status)
+        if now - answered > 2 * SILENT_S:
+            raise actor.RayGone(f"the coordinator has not answered for {2 * SILENT_S:.0f} s")
+        if now - moved > SILENT_S:
+            log.error("coordinator makes no progress: restarting it")
+            actor.restart(handle)
+            moved = now
+
+
+@click.command()
+@click.option("--config", "path", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option("--stop", is_flag=True, help="End the actors for good and exit.")
+def main(path: Path, stop: bool) -> None:
+    """Keep the coordinator alive inside Ray."""
+    try:
+        config = load(path)
+        _authenticate(config)
+    except (OSError, BadRecord) as error:
+        raise click.ClickException(f"cannot start the coordinator: {error}") from error
+    from orchestrator.coordinator import actor
+
+    stopping = threading.Event()
+
+    def on_signal(_signal: int, _frame: FrameType | None) -> None:
+        stopping.set()
+
+    try:
+        actor.connect(config)
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+        if stop:
+            actor.stop_all(config)
+        else:
+            _watch(config, stopping)
+        actor.disconnect()
+    except actor.RayGone as error:
+        log.error("Ray is gone", error=str(error))
+        sys.stderr.flush()
+        os._exit(EXIT_RAY_GONE)  # ray's own exit handlers wait for the cluster
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The coordinator's configuration file, and the parts that it names."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from orchestrator.coordinator.ports import AgentDirectory
+from orchestrator.coordinator.supervisor import Limits
+from orchestrator.ledger.records import decode
+from orchestrator.ledger.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """`coordinator.json`. Every process of the coordinator, also inside Ray, is made from it."""
+
+    zookeeper: str
+    """host:port[,host:port...]"""
+    ray_address: str
+    """host:port of the head's GCS."""
+    ray_token_file: str = ""
+    """Empty: the cluster runs without token authentication."""
+    ray_namespace: str = "drover"
+    workers: int = 2
+    """Worker processes. One carries 1,000 migrations; the second is there for fail-over."""
+    max_arrivals: int = 0
+    """Migrations towards one host at a time; 0: as many as its memory takes."""
+    limits: Limits = field(default_factory=Limits)
+    store_factory: str = "orchestrator.ledger.zookeeper:ZooKeeperStore"
+    """module:callable, called with `zookeeper`, returns a Store."""
+    agents_factory: str = "orchestrator.coordinator.agents:RpcAgents"
+    """module:callable, called with nothing, returns an AgentDirectory."""
+
+
+def load(path: Path) -> CoordinatorConfig:
+    """Raises OSError, or BadRecord with the field that is wrong."""
+    return decode(CoordinatorConfig, path.read_bytes(), path=str(path))
+
+
+def _resolve(name: str) -> object:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def make_store(config: CoordinatorConfig) -> Store:
+    factory = _resolve(config.store_factory)
+    assert callable(factory)
+    return cast(Store, factory(config.zookeeper))
+
+
+def make_agents(config: CoordinatorConfig) -> AgentDirectory:
+    factory = _resolve(config.agents_factory)
+    assert callable(factory)
+    return cast(AgentDirectory, factory())
