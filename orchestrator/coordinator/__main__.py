@@ -26,7 +26,7 @@ EXIT_RAY_GONE = 3
 PING_S = 0.5
 PING_TIMEOUT_S = 3.0
 SILENT_S = 20.0
-"""An actor that answers nothing, or turns no round, for so long is killed; twice so long without answer: Ray is gone."""
+"""An actor that answers nothing, or turns no round, for so long is killed; twice so long silent: Ray is gone."""
 
 
 def _authenticate(config: CoordinatorConfig) -> None:

@@ -1,0 +1,182 @@
+"""The course of one migration, event by event; the driver's tests cover it with effects."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.core import handover
+from orchestrator.core.errors import AbortReason, FailureReason, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import HostRef
+from orchestrator.core.migration import (
+    Abort,
+    CallRefused,
+    Conduct,
+    ConductAnswer,
+    Course,
+    End,
+    FetchReport,
+    Finished,
+    NoPlace,
+    Open,
+    Prepare,
+    PrepareAnswer,
+    Prepared,
+    ReportAnswer,
+    Seen,
+    Settle,
+    Situation,
+    Stage,
+    Tick,
+    situation,
+    start,
+    step,
+    wake_ms,
+)
+from orchestrator.core.policy import MigrationPolicy
+from orchestrator.core.records import AttemptReport, MigrationPhase, MigrationSpec, MigrationState
+
+H1, H2 = HostRef("h1", "b1"), HostRef("h2", "b2")
+IDLE = GuestRecord("g", Ownership.IDLE, H1)
+OPEN1 = handover.open_attempt(IDLE, "m", 1, H2, epoch=1, writer="c")
+BOUND1 = handover.bind(OPEN1, "m", 1, "inc", writer="a")
+COMMITTED = handover.commit(BOUND1, "m", 1, "inc", writer="a")
+ARRIVED = handover.done(COMMITTED, "m", 1, "inc", writer="d")
+SPEC = MigrationSpec("m", "g", "web", policy=MigrationPolicy(max_attempts=2, prepare_timeout_ms=1000))
+ACTIVE = MigrationState(MigrationPhase.PREPARING, 1, "h1", "h2")
+READY = Prepared("inc", "tcp:1", "p")
+
+
+def aborted(reason: AbortReason = AbortReason.LATE_SWITCHOVER_ACK) -> GuestRecord:
+    return handover.abort(BOUND1, "m", 1, reason, writer="a")
+
+
+def seen(record: GuestRecord | None, state: MigrationState = ACTIVE, *reports: AttemptReport) -> tuple[Course, list]:
+    result = step(start(SPEC, now_ms=0), Seen(record, state, reports), now_ms=0)
+    return result.course, list(result.commands)
+
+
+@pytest.mark.parametrize(
+    ("record", "state", "expected"),
+    [
+        (None, ACTIVE, Situation.GONE),
+        (IDLE, MigrationState(), Situation.FREE),
+        (replace(BOUND1, migration="x"), MigrationState(), Situation.BUSY),
+        (OPEN1, ACTIVE, Situation.OPEN),
+        (BOUND1, ACTIVE, Situation.BOUND),
+        (COMMITTED, ACTIVE, Situation.COMMITTED),
+        (aborted(), ACTIVE, Situation.ABORTED),
+        (ARRIVED, ACTIVE, Situation.ARRIVED),
+        (handover.close(aborted(), "m", writer="api"), ACTIVE, Situation.STAYED),
+        (replace(OPEN1, migration="next"), ACTIVE, Situation.ARRIVED),
+        (replace(OPEN1, migration="next"), replace(ACTIVE, phase=MigrationPhase.RETRY_WAIT), Situation.STAYED),
+        (handover.crashed(BOUND1, writer="a"), ACTIVE, Situation.CRASHED),
+    ],
+)
+def test_situation_follows_from_the_records(record: GuestRecord | None, state: MigrationState, expected: str) -> None:
+    assert situation(record, "m", state) == expected
+
+
+def test_adoption_by_record() -> None:
+    assert seen(IDLE, MigrationState())[1] == [Open(1, "", ())]
+    assert seen(OPEN1)[1] == [Prepare(1)]
+    assert seen(BOUND1) == (seen(BOUND1)[0], [])
+    assert seen(BOUND1)[0].stage is Stage.FOLLOW
+    assert seen(COMMITTED)[0].stage is Stage.FOLLOW
+    assert seen(aborted())[1] == [FetchReport(1, "ABORTED")]
+    assert seen(ARRIVED)[1] == [FetchReport(1, "COMMITTED")]
+    assert seen(IDLE, replace(ACTIVE, phase=MigrationPhase.FAILED))[1] == [End()]
+
+
+def test_conduct_is_repeated_until_bound_and_then_left_to_the_agents() -> None:
+    course, _ = seen(OPEN1)
+    result = step(course, PrepareAnswer(1, READY), now_ms=10)
+    assert result.commands == (Conduct(1, READY, ""),)
+    course = step(result.course, ConductAnswer(1), now_ms=20).course
+    assert step(course, Tick(), now_ms=500).commands == ()
+    assert step(course, Seen(BOUND1, ACTIVE), now_ms=600).course.stage is Stage.FOLLOW
+    again = step(replace(course, deadline_ms=9999.0), Tick(), now_ms=1020)
+    assert again.commands == (Conduct(1, READY, ""),)
+
+
+def test_prepare_timeout_aborts_and_an_answer_too_late_is_ignored() -> None:
+    course, _ = seen(OPEN1)
+    assert wake_ms(course) == 1000
+    result = step(course, Tick(), now_ms=1000)
+    assert result.commands == (Abort(1, AbortReason.PREPARE_TIMEOUT),)
+    assert step(result.course, PrepareAnswer(1, READY), now_ms=1001).commands == ()
+
+
+@pytest.mark.rule("H6")
+def test_a_cancelled_record_is_never_opened_again() -> None:
+    course, _ = seen(aborted(AbortReason.CANCELLED))
+    result = step(course, ReportAnswer(AttemptReport(1, "ABORTED")), now_ms=1)
+    (settle,) = result.commands
+    assert isinstance(settle, Settle)
+    assert (settle.phase, settle.close) == (MigrationPhase.CANCELLED, True)
+
+
+@pytest.mark.rule("H6")
+def test_a_wish_to_cancel_in_retry_wait_closes() -> None:
+    waiting = replace(ACTIVE, phase=MigrationPhase.RETRY_WAIT, retry_wait_ms=500)
+    report = AttemptReport(1, "ABORTED", reason=AbortReason.ACK_TIMEOUT)
+    course, commands = seen(aborted(), waiting, report)
+    assert (course.stage, commands) == (Stage.RETRY_WAIT, [])
+    result = step(course, Seen(aborted(), replace(waiting, cancel_requested=True), (report,)), now_ms=1)
+    assert result.commands[0] == Settle(
+        MigrationPhase.CANCELLED, None, True, FailureReason.CANCELLED, "cancelled on request"
+    )
+    assert step(course, Tick(), now_ms=500).commands == (Open(2, "", ()),)
+
+
+def test_a_committed_guest_is_never_aborted() -> None:
+    course, _ = seen(COMMITTED, replace(ACTIVE, cancel_requested=True))
+    assert course.stage is Stage.FOLLOW
+    assert wake_ms(course) is None
+    assert step(course, Tick(), now_ms=1e9).commands == ()
+
+
+def test_own_write_under_way_is_waited_for() -> None:
+    course, _ = seen(IDLE, MigrationState())
+    assert step(course, Seen(IDLE, MigrationState()), now_ms=1).commands == ()
+    course = step(course, Finished(), now_ms=2).course
+    assert step(course, Seen(IDLE, MigrationState()), now_ms=3).commands == (Open(1, "", ()),)
+
+
+def test_silent_hosts_are_waited_for_but_not_for_ever() -> None:
+    course, _ = seen(IDLE, MigrationState())
+    quiet = NoPlace(RefusalReason.HOST_NOT_LIVE, "h2 is silent", transient=True)
+    waiting = step(course, quiet, now_ms=0)
+    assert waiting.commands == ()
+    retry = step(waiting.course, Tick(), now_ms=400)
+    assert retry.commands == (Open(1, "", ()),)
+    end = step(retry.course, quiet, now_ms=20_001).commands[0]
+    assert isinstance(end, Settle)
+    assert end.failure is FailureReason.DESTINATION_NOT_ELIGIBLE
+
+
+def test_fatal_refusal_of_a_call() -> None:
+    course, _ = seen(OPEN1)
+    refused = CallRefused(1, RefusalReason.DEVICE_NOT_MIGRATABLE, "gpu0 has no shim")
+    result = step(course, refused, now_ms=1)
+    assert result.commands == (Abort(1, AbortReason.PREPARE_FAILED),)
+    course = step(result.course, Finished(), now_ms=2).course
+    course = step(course, Seen(aborted(AbortReason.PREPARE_FAILED), ACTIVE), now_ms=3).course
+    (end,) = step(course, ReportAnswer(AttemptReport(1, "ABORTED")), now_ms=4).commands
+    assert isinstance(end, Settle)
+    assert (end.failure, end.close) == (FailureReason.DEVICE_NOT_MIGRATABLE, True)
+    assert "gpu0 has no shim" in end.message
+
+
+def test_total_budget_survives_a_restart_of_the_coordinator() -> None:
+    spent = AttemptReport(1, "ABORTED", duration_ms=599_000)
+    assert start(SPEC, now_ms=5000, reports=(spent,)).total_deadline_ms == 6000
+
+
+def test_backoff_is_scaled_by_the_jitter() -> None:
+    course, _ = seen(aborted())
+    (settle,) = step(course, ReportAnswer(AttemptReport(1, "ABORTED")), now_ms=0, jitter=0.5).commands
+    assert isinstance(settle, Settle)
+    assert (settle.phase, settle.retry_wait_ms, settle.close) == (MigrationPhase.RETRY_WAIT, 100, False)
