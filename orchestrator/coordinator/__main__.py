@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -36,6 +37,16 @@ def _authenticate(config: CoordinatorConfig) -> None:
         os.environ["RAY_AUTH_TOKEN"] = Path(config.ray_token_file).read_text().strip()
 
 
+def _head_listens(config: CoordinatorConfig) -> bool:
+    """Ray's own client takes 30 s and more to notice that its head is gone; the socket knows at once."""
+    host, _, port = config.ray_address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=1.0):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
 def _watch(config: CoordinatorConfig, stopping: threading.Event) -> None:
     """Returns on SIGTERM; raises RayGone."""
     from orchestrator.coordinator import actor
@@ -43,7 +54,7 @@ def _watch(config: CoordinatorConfig, stopping: threading.Event) -> None:
     handle = actor.start_or_find(config)
     answered = moved = time.monotonic()
     turns = -1
-    leading: object = None
+    told: object = None
     while not stopping.wait(PING_S):
         status = actor.ping(handle, PING_TIMEOUT_S)
         now = time.monotonic()
@@ -51,9 +62,12 @@ def _watch(config: CoordinatorConfig, stopping: threading.Event) -> None:
             answered = now
             if status["turns"] != turns:
                 turns, moved = status["turns"], now
-            if status.get("epoch") != leading:
-                leading = status.get("epoch")
+            seat = (status["pid"], status.get("epoch"))
+            if seat != told:
+                told = seat
                 log.info("coordinator", **status)
+        if status is None and not _head_listens(config):
+            raise actor.RayGone(f"nothing listens at {config.ray_address} any more")
         if now - answered > 2 * SILENT_S:
             raise actor.RayGone(f"the coordinator has not answered for {2 * SILENT_S:.0f} s")
         if now - moved > SILENT_S:
