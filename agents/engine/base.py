@@ -223,6 +223,10 @@ class Vmm(Protocol):
         """Tell the network where the guest's MAC address lives now."""
         ...
 
+    async def detach(self) -> None:
+        """Let go of the process and leave it as it is, for `adopt` by a later agent. This object is of no use then."""
+        ...
+
     async def destroy(self) -> None:
         """Kill the process and forget it; returns when it is gone. Idempotent."""
         ...

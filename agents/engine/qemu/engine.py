@@ -1,0 +1,450 @@
+"""QEMU behind the engine port: what each call means in QMP, and what has to be waited for afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from agents.engine import base
+from agents.engine.base import EngineError, EngineStatus, EngineTimeout, HoldStart, RunState, VmmMetadata, VmmState
+from agents.engine.qemu import process
+from agents.engine.qemu.qmp import QmpConnection
+
+_TRICKLE_BYTES_PER_S = 4096
+_TRICKLE_DOWNTIME_MS = 1
+_POLL_S = 0.003
+_CONNECT_S = 8.0
+_CANCEL_S = 1.0
+_OVER = (EngineStatus.NONE, EngineStatus.COMPLETED, EngineStatus.FAILED, EngineStatus.CANCELLED)
+_RUN_STATES = {
+    "running": RunState.RUNNING,
+    "inmigrate": RunState.INCOMING,
+    "finish-migrate": RunState.FINISHING,
+    "postmigrate": RunState.SEALED,
+    "shutdown": RunState.ENDED,
+    "guest-panicked": RunState.ENDED,
+    "internal-error": RunState.ENDED,
+}
+_STATUSES = {str(status): status for status in EngineStatus}
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What this QEMU offers, read from its own schema and not from its version."""
+
+    version: str
+    machine_types: tuple[str, ...]
+    capabilities: frozenset[str]
+    exit_on_error: bool
+    late_activation_always: bool
+    reconnect_ms: bool
+    switchover_bandwidth: bool
+    switchover_ack: str
+
+
+class QemuVmm:
+    """One QEMU process. See `base.Vmm`."""
+
+    def __init__(self, metadata: VmmMetadata, spec: base.VmmSpec, watched: process.Watched, features: Features) -> None:
+        self._metadata = metadata
+        self._spec = spec
+        self._process = watched
+        self._features = features
+        self._sinks: list[base.EventSink] = []
+        self._main = QmpConnection(f"{spec.inc}.main", self._on_event)
+        self._oob = QmpConnection(f"{spec.inc}.oob")
+        self._options: base.OutgoingOptions | None = None
+        self._released = True
+        self._tail: asyncio.Task[None] | None = None
+        self._parameters = asyncio.Lock()
+        watched.on_death = lambda: self._emit(base.VmmDied())
+
+    @property
+    def metadata(self) -> VmmMetadata:
+        return self._metadata
+
+    def subscribe(self, sink: base.EventSink) -> Callable[[], None]:
+        self._sinks.append(sink)
+        return lambda: self._sinks.remove(sink) if sink in self._sinks else None
+
+    def alive(self) -> bool:
+        return self._process.alive()
+
+    async def connect(self, timeout_s: float = _CONNECT_S) -> None:
+        """Both QMP connections; retried until QEMU has made its sockets. Raises EngineError with QEMU's last words."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._main = await self._connected(process.qmp_path(self._spec), self._on_event)
+                self._oob = await self._connected(process.oob_path(self._spec), None)
+        except TimeoutError as error:
+            raise EngineTimeout(f"QEMU of {self._spec.spec.name} did not answer in {timeout_s:g} s") from error
+
+    async def _connected(
+        self, path: Path, sink: Callable[[str, Mapping[str, Any], float], None] | None
+    ) -> QmpConnection:
+        while True:
+            connection = QmpConnection(path.name, sink)
+            try:
+                await connection.connect(path, 2.0)
+                return connection
+            except EngineError:
+                await connection.close()
+                if not self.alive():
+                    words = process.tail_of(process.log_path(self._spec))
+                    raise EngineError(f"QEMU ended at its start: {words}") from None
+                await asyncio.sleep(0.01)
+
+    async def state(self, timeout_s: float = 2.0) -> VmmState:
+        async with _bounded("state", timeout_s):
+            run = await self._execute("query-status", timeout_s=timeout_s)
+            info = await self._execute("query-migrate", timeout_s=timeout_s)
+        return VmmState(
+            _RUN_STATES.get(run["status"], RunState.PAUSED), _status(info), self._with_words(info.get("error-desc", ""))
+        )
+
+    async def progress(self) -> base.Progress:
+        info = await self._execute("query-migrate")
+        ram: dict[str, Any] = info.get("ram", {})
+        dirty_bytes_per_s = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
+        return base.Progress(
+            transferred_bytes=ram.get("transferred", 0),
+            remaining_bytes=ram.get("remaining", 0),
+            total_bytes=ram.get("total", 0),
+            bandwidth_mbps=ram.get("mbps", 0.0),
+            dirty_rate_mbps=dirty_bytes_per_s * 8 / 1e6,
+            iteration=ram.get("dirty-sync-count", 0),
+            expected_downtime_ms=info.get("expected-downtime", 0),
+            status=_status(info),
+        )
+
+    async def pause(self) -> None:
+        await self._execute("stop")
+
+    async def resume(self) -> None:
+        run = (await self._execute("query-status"))["status"]
+        if run == "inmigrate":
+            # QEMU would accept it, and start the guest by itself at the end of the load.
+            raise EngineError("the guest is not loaded yet: nothing to resume")
+        await self._execute("cont")
+
+    async def start_outgoing(self, options: base.OutgoingOptions) -> None:
+        await self._cleaned_up(2.0)
+        self._options = options
+        self._released = options.hold is HoldStart.OPEN
+        wanted = {"events": True, "return-path": True, "pause-before-switchover": True}
+        wanted |= {"multifd": options.multifd_channels > 1, "auto-converge": options.auto_converge}
+        await self.set_capabilities(wanted)
+        if options.multifd_channels > 1:
+            await self._execute("migrate-set-parameters", {"multifd-channels": options.multifd_channels})
+        await self._set_rate(full=options.hold is not HoldStart.TRICKLE, open_gate=self._released)
+        await self._execute("migrate", {"uri": options.endpoint})
+        if options.hold is HoldStart.TAIL:
+            self._tail = asyncio.create_task(self._watch_tail(options.tail_bytes))
+
+    async def hold(self) -> None:
+        async with self._parameters:
+            self._released = False
+            await self._set_rate(full=False, open_gate=False)
+
+    async def release(self) -> None:
+        async with self._parameters:
+            self._released = True
+            await self._set_rate(full=True, open_gate=True)
+
+    async def _set_rate(self, *, full: bool, open_gate: bool) -> None:
+        if self._options is None:
+            return
+        link = self._options.link_bytes_per_s
+        values = {
+            "max-bandwidth": link if full else _TRICKLE_BYTES_PER_S,
+            "downtime-limit": self._options.downtime_limit_ms if open_gate else _TRICKLE_DOWNTIME_MS,
+        }
+        if self._features.switchover_bandwidth:
+            values["avail-switchover-bandwidth"] = link if open_gate else _TRICKLE_BYTES_PER_S
+        await self._execute("migrate-set-parameters", values)
+
+    async def _watch_tail(self, tail_bytes: int) -> None:
+        """Drop to the trickle near the end. Ends by itself; a lost QEMU is reported elsewhere."""
+        with contextlib.suppress(EngineError):
+            while not self._released:
+                progress = await self.progress()
+                if progress.status not in (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.NONE):
+                    return
+                if progress.total_bytes > 0 and progress.remaining_bytes < tail_bytes:
+                    async with self._parameters:
+                        if not self._released:
+                            await self._set_rate(full=False, open_gate=False)
+                    return
+                await asyncio.sleep(_POLL_S)
+
+    async def proceed(self) -> None:
+        await self._execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def abort(self, timeout_s: float = 5.0) -> VmmState:
+        async with _bounded("abort", timeout_s):
+            with contextlib.suppress(EngineTimeout):
+                now = await self.state(_CANCEL_S)
+                if now.status in _OVER:
+                    return await self._settled()
+            over = False
+            with contextlib.suppress(EngineTimeout):
+                await self._execute("migrate_cancel", timeout_s=_CANCEL_S)
+                over = await self._over_within(_CANCEL_S)
+            if not over:
+                await self._yank()
+            final = await self._settled()
+        # The return socket is shut down before the status changes, so a cancel may end as a failure.
+        return replace(final, status=EngineStatus.CANCELLED) if final.status is EngineStatus.FAILED else final
+
+    async def _over_within(self, timeout_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while (await self.state(timeout_s)).status not in _OVER:  # noqa: ASYNC110 - no event tells it
+                    await asyncio.sleep(_POLL_S)
+                return True
+        return False
+
+    async def _yank(self) -> None:
+        instances = await self._oob.execute("query-yank", oob=False, timeout_s=0.3) if await self._answers() else None
+        if instances is None or {"type": "migration"} in instances:
+            with contextlib.suppress(EngineError):
+                await self._oob.execute("yank", {"instances": [{"type": "migration"}]}, timeout_s=1.0, oob=True)
+
+    async def _answers(self) -> bool:
+        try:
+            await self._execute("query-status", timeout_s=0.2)
+        except EngineTimeout:
+            return False
+        return True
+
+    async def _settled(self) -> VmmState:
+        """After the end: the vCPUs have their final state and QEMU has cleaned up. The caller bounds it."""
+        while True:
+            with contextlib.suppress(EngineTimeout):
+                now = await self.state(1.0)
+                if now.status in _OVER and now.run_state is not RunState.FINISHING:
+                    await self._cleaned_up(2.0)
+                    return now
+            await asyncio.sleep(_POLL_S)
+
+    async def _cleaned_up(self, timeout_s: float) -> None:
+        """QEMU <= 10.2 cleans up after it reports the end; new capabilities before that made it abort."""
+        async with _bounded("clean-up after a migration", timeout_s):
+            while {"type": "migration"} in await self._execute("query-yank"):  # noqa: ASYNC110 - as above
+                await asyncio.sleep(_POLL_S)
+
+    async def announce(self) -> None:
+        timing = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+        await self._execute("announce-self", timing)
+
+    async def detach(self) -> None:
+        if self._tail is not None:
+            self._tail.cancel()
+        await asyncio.gather(self._main.close(), self._oob.close())
+        self._process.close()
+
+    async def destroy(self) -> None:
+        self._process.kill()
+        async with _bounded("destroy", 5.0):
+            if self.alive():
+                await self._process.dead.wait()
+        await self.detach()
+        spec = self._spec
+        for path in (process.qmp_path(spec), process.oob_path(spec), process.metadata_path(spec), spec.console_path):
+            path.unlink(missing_ok=True)
+
+    async def listen(self, address: str, channels: int) -> str:
+        """Destination: accept one stream; returns the endpoint."""
+        wanted = {"events": True, "return-path": True, "multifd": channels > 1}
+        if "late-block-activate" in self._features.capabilities and not self._features.late_activation_always:
+            wanted["late-block-activate"] = True
+        await self.set_capabilities(wanted)
+        if channels > 1:
+            await self._execute("migrate-set-parameters", {"multifd-channels": channels})
+        arguments: dict[str, object] = {"uri": f"tcp:{address}:0"}
+        if self._features.exit_on_error:
+            arguments["exit-on-error"] = False
+        await self._execute("migrate-incoming", arguments)
+        sockets = (await self._execute("query-migrate")).get("socket-address", [])
+        if not sockets:
+            raise EngineError("QEMU listens but does not say where")
+        self._metadata = replace(self._metadata, endpoint=f"tcp:{sockets[0]['host']}:{sockets[0]['port']}")
+        process.write_metadata(process.metadata_path(self._spec), self._metadata)
+        return self._metadata.endpoint
+
+    async def set_capabilities(self, wanted: Mapping[str, bool]) -> None:
+        entries = [{"capability": name, "state": state} for name, state in wanted.items()]
+        await self._execute("migrate-set-capabilities", {"capabilities": entries})
+
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float = 2.0
+    ) -> Any:
+        if not self.alive():
+            raise EngineError(f"{command}: the QEMU process is gone; {self._with_words('')}")
+        return await self._main.execute(command, arguments, timeout_s=timeout_s)
+
+    def _with_words(self, error: str) -> str:
+        """A refused stream is explained in the destination's log only."""
+        if self._metadata.role != "incoming" and error:
+            return error
+        words = process.tail_of(process.log_path(self._spec)) if error or not self.alive() else ""
+        return f"{error} {words}".strip()
+
+    def _emit(self, event: base.EngineEvent) -> None:
+        for sink in tuple(self._sinks):
+            sink(event)
+
+    def _on_event(self, name: str, data: Mapping[str, Any], at_s: float) -> None:
+        if name == "MIGRATION":
+            self._emit(base.StatusChanged(_STATUSES.get(data["status"], EngineStatus.ACTIVE)))
+        elif name in ("STOP", "RESUME"):
+            self._emit(base.RunStateChanged(name == "RESUME", at_s))
+        elif name == "GUEST_PANICKED" or (name == "SHUTDOWN" and data.get("guest")):
+            self._emit(base.GuestEnded(str(data.get("reason", "panic"))))
+
+
+@contextlib.asynccontextmanager
+async def _bounded(what: str, timeout_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise EngineTimeout(f"{what}: not over after {timeout_s:g} s") from error
+
+
+def _status(info: Mapping[str, Any]) -> EngineStatus:
+    return _STATUSES.get(info.get("status", "none"), EngineStatus.ACTIVE)
+
+
+class QemuEngine:
+    """`image` is the guest's kernel, `accelerator` tcg or kvm. See `base.MigrationEngine`."""
+
+    def __init__(self, image: Path, binary: str = "qemu-system-x86_64", accelerator: str = "tcg") -> None:
+        self._image = image
+        self._binary = binary
+        self._accelerator = accelerator
+        self._features: Features | None = None
+        self._probing = asyncio.Lock()
+
+    async def probe(self) -> dict[str, str]:
+        features = await self._known()
+        return {
+            "version": features.version,
+            "machine_types": ",".join(features.machine_types),
+            "switchover_ack": features.switchover_ack,
+            "accelerator": self._accelerator,
+        }
+
+    async def start(self, spec: base.VmmSpec) -> QemuVmm:
+        vmm = await self._spawn(spec, "owner", "", 0)
+        return await _or_destroyed(vmm, vmm.connect())
+
+    async def prepare_incoming(self, spec: base.VmmSpec, migration: str, attempt: int) -> QemuVmm:
+        vmm = await self._spawn(spec, "incoming", migration, attempt)
+        await _or_destroyed(vmm, vmm.connect())
+        return await _or_destroyed(vmm, vmm.listen(spec.listen_address, spec.multifd_channels))
+
+    async def adopt(self, metadata: VmmMetadata, spec: base.VmmSpec) -> QemuVmm | None:
+        features = await self._known()
+        if process.start_time_of(metadata.pid) != metadata.start_time:
+            return None
+        vmm = QemuVmm(metadata, spec, process.Watched(metadata.pid, metadata.start_time), features)
+        try:
+            await vmm.connect(4.0)
+        except EngineError:
+            await vmm.detach()
+            if vmm.alive():
+                raise
+            return None
+        with contextlib.suppress(EngineError):
+            await vmm.set_capabilities({"events": True})
+        return vmm
+
+    async def _spawn(self, spec: base.VmmSpec, role: str, migration: str, attempt: int) -> QemuVmm:
+        features = await self._known()
+        if not self._image.is_file():
+            raise EngineError(f"no guest image at {self._image}: build it first (make)")
+        launch = process.Launch(self._binary, self._image, self._accelerator, features.reconnect_ms)
+        command = process.command_line(launch, spec, incoming=role == "incoming")
+        child = await asyncio.to_thread(process.popen, command, process.log_path(spec))
+        start_time = process.start_time_of(child.pid)
+        child_words = process.tail_of(process.log_path(spec))
+        if start_time is None:
+            await asyncio.to_thread(child.wait, 2.0)
+            raise EngineError(f"QEMU ended at its start: {child_words}")
+        metadata = VmmMetadata(spec.guest, spec.inc, child.pid, start_time, role, migration, attempt)
+        child.returncode = 0  # from here the pid is watched by descriptor; Popen must neither reap nor warn
+        process.write_metadata(process.metadata_path(spec), metadata)
+        return QemuVmm(metadata, spec, process.Watched(child.pid, start_time), features)
+
+    async def _known(self) -> Features:
+        async with self._probing:
+            if self._features is None:
+                self._features = await _read_features(self._binary)
+            return self._features
+
+
+async def _or_destroyed(vmm: QemuVmm, step: Any) -> QemuVmm:
+    """No process is left behind by a failed start."""
+    try:
+        await step
+    except BaseException:
+        await vmm.destroy()
+        raise
+    return vmm
+
+
+async def _read_features(binary: str) -> Features:
+    directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="drover-probe-"))
+    socket = directory / "q"
+    command = [binary, "-M", "none", "-nodefaults", "-display", "none", "-qmp", f"unix:{socket},server=on,wait=off"]
+    child = await asyncio.to_thread(process.popen, command, directory / "log")
+    connection = QmpConnection("probe")
+    try:
+        async with _bounded("probe of QEMU", 5.0):
+            while not socket.exists():
+                if child.poll() is not None:
+                    raise EngineError(f"{binary} does not start: {process.tail_of(directory / 'log')}")
+                await asyncio.sleep(0.01)
+        await connection.connect(socket, 2.0)
+        version = await connection.execute("query-version")
+        machines = await connection.execute("query-machines")
+        schema = await connection.execute("query-qmp-schema", timeout_s=4.0)
+    finally:
+        await connection.close()
+        child.kill()
+        await asyncio.to_thread(child.wait)
+        await asyncio.to_thread(shutil.rmtree, directory, True)
+    return _features(version, machines, schema)
+
+
+def _features(version: Mapping[str, Any], machines: list[dict[str, Any]], schema: list[dict[str, Any]]) -> Features:
+    by_name = {entry["name"]: entry for entry in schema}
+
+    def members(type_name: str) -> set[str]:
+        return {member["name"] for member in by_name[type_name].get("members", [])}
+
+    enums = [set(entry["values"]) for entry in schema if entry["meta-type"] == "enum"]
+    capabilities = next((values for values in enums if {"return-path", "xbzrle"} <= values), set[str]())
+    objects = [{m["name"] for m in entry["members"]} for entry in schema if entry["meta-type"] == "object"]
+    # The per-device acknowledgement came together with the top-level `remaining` of query-migrate.
+    per_device = "remaining" in members(by_name["query-migrate"]["ret-type"])
+    ack = "none" if "switchover-ack" not in capabilities else "per-device" if per_device else "legacy"
+    numbers = version["qemu"]
+    names = {machine["name"] for machine in machines} | {m["alias"] for m in machines if "alias" in m}
+    return Features(
+        version=f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}",
+        machine_types=tuple(sorted(names)),
+        capabilities=frozenset(capabilities),
+        exit_on_error="exit-on-error" in members(by_name["migrate-incoming"]["arg-type"]),
+        late_activation_always="blockdev-set-active" in by_name,
+        reconnect_ms=any("reconnect-ms" in names for names in objects),
+        switchover_bandwidth="avail-switchover-bandwidth" in members(by_name["migrate-set-parameters"]["arg-type"]),
+        switchover_ack=ack,
+    )

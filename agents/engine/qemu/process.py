@@ -1,0 +1,170 @@
+"""The QEMU process: its command line, its birth in a session of its own, and how its death is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from agents.engine.base import EngineError, VmmMetadata, VmmSpec
+
+_GUEST_TIMER_HZ = 100
+_MAX_SOCKET_PATH = 107
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What does not depend on the guest. `reconnect_ms`: QEMU 9.2 and later take the delay in milliseconds."""
+
+    binary: str
+    image: Path
+    accelerator: str
+    reconnect_ms: bool
+
+
+def qmp_path(spec: VmmSpec) -> Path:
+    return spec.directory / f"{spec.inc}.qmp"
+
+
+def oob_path(spec: VmmSpec) -> Path:
+    return spec.directory / f"{spec.inc}.oob"
+
+
+def log_path(spec: VmmSpec) -> Path:
+    return spec.directory / f"{spec.inc}.log"
+
+
+def metadata_path(spec: VmmSpec) -> Path:
+    return spec.directory / f"{spec.inc}.json"
+
+
+def kernel_arguments(spec: VmmSpec) -> str:
+    """The guest image's command line; its rates are per tick of the guest's 100 Hz timer."""
+    work = spec.spec.workload
+    rate = max(1, round(work.dirty_pages_per_s / _GUEST_TIMER_HZ)) if work.dirty_pages_per_s > 0 else 0
+    keys = {
+        "base": 4,
+        "pages": work.dirty_mib * 256,
+        "rate": rate,
+        "hz": _GUEST_TIMER_HZ,
+        "hb": max(1, round(_GUEST_TIMER_HZ / max(1, work.heartbeat_hz))),
+        "fill": 1,
+        "res": work.static_mib,
+        "dev": sum(1 for device in spec.spec.devices if device.shim == "companion"),
+        "devhz": work.doorbell_hz,
+    }
+    return " ".join(f"{key}={value}" for key, value in keys.items())
+
+
+def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
+    """Raises EngineError when a socket path is too long for the kernel."""
+    sockets = [qmp_path(spec), oob_path(spec), spec.console_path]
+    if spec.device_path is not None:
+        sockets.append(spec.device_path)
+    for path in sockets:
+        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+            raise EngineError(
+                f"socket path {path} is longer than {_MAX_SOCKET_PATH} bytes: use a shorter state directory"
+            )
+    device = "null,id=device"
+    if spec.device_path is not None:
+        delay = "reconnect-ms=100" if launch.reconnect_ms else "reconnect=1"
+        device = f"socket,id=device,path={_escaped(spec.device_path)},{delay}"
+    command = [launch.binary, "-name", f"guest={_escaped(spec.spec.name)}", "-M", spec.spec.machine]
+    command += ["-accel", launch.accelerator, "-m", str(spec.spec.memory_mib), "-smp", str(spec.spec.vcpus)]
+    # -no-shutdown: a guest that shuts down must not look like a VMM that died.
+    command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-shutdown"]
+    for path in (qmp_path(spec), oob_path(spec)):
+        command += ["-qmp", f"unix:{_escaped(path)},server=on,wait=off"]
+    command += ["-chardev", f"socket,id=console,path={_escaped(spec.console_path)},server=on,wait=off"]
+    command += ["-serial", "chardev:console", "-chardev", device, "-serial", "chardev:device"]
+    command += ["-kernel", str(launch.image), "-append", kernel_arguments(spec)]
+    return [*command, "-S", "-incoming", "defer"] if incoming else command
+
+
+def _escaped(value: object) -> str:
+    return str(value).replace(",", ",,")
+
+
+def start_time_of(pid: int) -> int | None:
+    """Field 22 of /proc/<pid>/stat; None when there is no such process, or only its zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def write_metadata(path: Path, metadata: VmmMetadata) -> None:
+    """Atomic: a reader sees the old text or the new."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(metadata)))
+    temporary.replace(path)
+
+
+def tail_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()[-400:]
+    except OSError:
+        return ""
+
+
+def popen(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Blocking. The session of its own lets the VMM outlive this process."""
+    sink: IO[bytes]
+    with log.open("ab") as sink:
+        try:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            raise EngineError(f"cannot run {command[0]}: {error}; is QEMU installed?") from error
+
+
+class Watched:
+    """A process known by pid and start time, child or not. `on_death` is called once, on the event loop."""
+
+    def __init__(self, pid: int, start_time: int) -> None:
+        self.pid = pid
+        self._start_time = start_time
+        self.dead = asyncio.Event()
+        self.on_death: Callable[[], None] | None = None
+        self._fd: int | None = None
+        try:
+            self._fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self.dead.set()
+            return
+        asyncio.get_running_loop().add_reader(self._fd, self._died)
+        if start_time_of(pid) != start_time:  # the pid was recycled before the descriptor was open
+            self._died()
+
+    def alive(self) -> bool:
+        return not self.dead.is_set() and start_time_of(self.pid) == self._start_time
+
+    def kill(self) -> None:
+        """Through the descriptor: a recycled pid cannot be hit."""
+        if self._fd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+
+    def close(self) -> None:
+        if self._fd is not None:
+            asyncio.get_running_loop().remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = None
+
+    def _died(self) -> None:
+        self.close()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
+        self.dead.set()
+        if self.on_death is not None:
+            self.on_death()

@@ -1,0 +1,229 @@
+"""What every engine promises (agents/engine/base.py), run against real QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agents.engine.base import (
+    EngineError,
+    EngineEvent,
+    EngineStatus,
+    HoldStart,
+    OutgoingOptions,
+    RunState,
+    RunStateChanged,
+    Vmm,
+    VmmDied,
+    VmmSpec,
+    VmmState,
+)
+from agents.engine.qemu.engine import QemuEngine
+from orchestrator.core.records import GuestSpec, Workload
+
+ROOT = Path(__file__).parents[2]
+LINK = 1 << 30
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.timeout(30),
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="no QEMU"),
+]
+
+
+def image() -> Path:
+    found = Path(os.environ.get("DROVER_GUEST_IMAGE", str(ROOT / "build" / "guest.elf")))
+    if found.is_file():
+        return found
+    build = ROOT / "agents" / "guests" / "image" / "build.sh"
+    if not build.is_file():
+        pytest.skip("no guest image: run make")
+    found.parent.mkdir(exist_ok=True)
+    subprocess.run(["sh", str(build), str(found)], check=True, capture_output=True)
+    return found
+
+
+class Pair:
+    """A running guest and how to make destinations for it; everything is destroyed at the end."""
+
+    def __init__(self, engine: QemuEngine, directory: Path) -> None:
+        self.engine = engine
+        self.directory = directory
+        self.vmms: list[Vmm] = []
+
+    def spec(self, inc: str, memory_mib: int = 64, static_mib: int = 0) -> VmmSpec:
+        workload = Workload(dirty_mib=1, dirty_pages_per_s=100, static_mib=static_mib)
+        guest = GuestSpec(name="g", memory_mib=memory_mib, workload=workload)
+        return VmmSpec("guest-1", inc, guest, self.directory, self.directory / f"{inc}.con", None, "127.0.0.1")
+
+    async def source(self, **sizes: int) -> Vmm:
+        vmm = await self.engine.start(self.spec("s", **sizes))
+        self.vmms.append(vmm)
+        return vmm
+
+    async def destination(self, inc: str = "d", **sizes: int) -> Vmm:
+        vmm = await self.engine.prepare_incoming(self.spec(inc, **sizes), "m", 1)
+        self.vmms.append(vmm)
+        return vmm
+
+    async def parked(self) -> tuple[Vmm, Vmm]:
+        source, destination = await self.source(), await self.destination()
+        await source.start_outgoing(options(destination))
+        await until(source, lambda s: s.status is EngineStatus.PARKED)
+        return source, destination
+
+
+def options(destination: Vmm, hold: HoldStart = HoldStart.OPEN, tail: int = 0) -> OutgoingOptions:
+    return OutgoingOptions(destination.metadata.endpoint, hold, tail, LINK, 300)
+
+
+async def until(vmm: Vmm, holds: Callable[[VmmState], bool], timeout_s: float = 5.0) -> VmmState:
+    async with asyncio.timeout(timeout_s):
+        while not holds(now := await vmm.state()):  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+        return now
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[Pair]:
+    directory = Path(tempfile.mkdtemp(prefix="de-"))
+    made = Pair(QemuEngine(image()), directory)
+    try:
+        yield made
+    finally:
+        for vmm in made.vmms:
+            await vmm.destroy()
+        shutil.rmtree(directory)
+
+
+async def test_clean_hand_over(pair: Pair) -> None:
+    source, destination = await pair.parked()
+    assert (await source.state()).run_state is RunState.FINISHING
+    began = time.monotonic()
+    await source.proceed()
+    sealed = await until(source, lambda s: s.status is EngineStatus.COMPLETED)
+    print(f"proceed -> completed {(time.monotonic() - began) * 1e3:.1f} ms")
+    sealed = await until(source, lambda s: s.run_state is RunState.SEALED)
+    assert sealed.status is EngineStatus.COMPLETED
+    loaded = await until(destination, lambda s: s.run_state is RunState.PAUSED)
+    assert loaded.status is EngineStatus.COMPLETED
+    await destination.resume()
+    assert (await destination.state()).run_state is RunState.RUNNING
+
+
+@pytest.mark.parametrize("start", [HoldStart.TRICKLE, HoldStart.TAIL])
+async def test_hold_keeps_the_guest_running_until_release(pair: Pair, start: HoldStart) -> None:
+    sizes = {"memory_mib": 64} if start is HoldStart.TRICKLE else {"memory_mib": 256, "static_mib": 160}
+    source, destination = await pair.source(**sizes), await pair.destination(**sizes)
+    await asyncio.sleep(0.3)
+    await source.start_outgoing(options(destination, start, 100 << 20))
+    await asyncio.sleep(1.0)
+    assert await source.state() == VmmState(RunState.RUNNING, EngineStatus.ACTIVE)
+    await source.release()
+    await until(source, lambda s: s.status is EngineStatus.PARKED)
+
+
+async def test_abort_in_active_leaves_the_guest_running(pair: Pair) -> None:
+    source, destination = await pair.source(), await pair.destination()
+    await source.start_outgoing(options(destination, HoldStart.TRICKLE))
+    assert await source.abort() == VmmState(RunState.RUNNING, EngineStatus.CANCELLED, (await source.state()).error)
+
+
+async def test_abort_when_parked_lets_the_guest_run_again(pair: Pair) -> None:
+    source, _ = await pair.parked()
+    seen: list[EngineEvent] = []
+    source.subscribe(seen.append)
+    began = time.time()
+    after = await source.abort()
+    print(f"abort from parked {(time.time() - began) * 1e3:.1f} ms, RESUME after", end=" ")
+    resumes = [event for event in seen if isinstance(event, RunStateChanged)]
+    print([f"{(event.at_s - began) * 1e3:.1f} ms" for event in resumes])
+    assert (after.run_state, after.status) == (RunState.RUNNING, EngineStatus.CANCELLED)
+    assert [event.running for event in resumes] == [True]
+
+
+async def test_abort_after_proceed_with_a_frozen_destination(pair: Pair) -> None:
+    source, destination = await pair.parked()
+    os.kill(destination.metadata.pid, signal.SIGSTOP)
+    await source.proceed()
+    await asyncio.sleep(0.05)
+    after = await source.abort()
+    assert (after.run_state, after.status) == (RunState.RUNNING, EngineStatus.CANCELLED)
+
+
+async def test_abort_of_a_sealed_source_says_so_and_resume_brings_it_back(pair: Pair) -> None:
+    source, destination = await pair.parked()
+    await source.proceed()
+    await until(source, lambda s: s.run_state is RunState.SEALED)
+    after = await source.abort()
+    assert (after.run_state, after.status) == (RunState.SEALED, EngineStatus.COMPLETED)
+    await destination.destroy()
+    await source.resume()
+    assert (await source.state()).run_state is RunState.RUNNING
+
+
+async def test_destination_lost_while_parked_fails_and_the_guest_runs(pair: Pair) -> None:
+    source, destination = await pair.parked()
+    await destination.destroy()
+    await source.proceed()
+    after = await until(source, lambda s: s.status is EngineStatus.FAILED and s.run_state is RunState.RUNNING)
+    assert after.error
+
+
+async def test_paused_guest_arrives_paused_and_an_abort_leaves_it_paused(pair: Pair) -> None:
+    source = await pair.source()
+    await source.pause()
+    first = await pair.destination("d1")
+    await source.start_outgoing(options(first))
+    await until(source, lambda s: s.status is EngineStatus.PARKED)
+    assert (await source.abort()).run_state is RunState.PAUSED
+    second = await pair.destination("d2")
+    await source.start_outgoing(options(second))
+    await until(source, lambda s: s.status is EngineStatus.PARKED)
+    await source.proceed()
+    await until(second, lambda s: s.run_state is RunState.PAUSED)
+
+
+async def test_adopt_after_detach_and_not_a_recycled_pid(pair: Pair) -> None:
+    source = await pair.source()
+    metadata = source.metadata
+    await source.detach()
+    assert await pair.engine.adopt(replace(metadata, start_time=metadata.start_time + 1), pair.spec("s")) is None
+    adopted = await pair.engine.adopt(metadata, pair.spec("s"))
+    assert adopted is not None
+    pair.vmms[:] = [adopted]
+    assert (await adopted.state()).run_state is RunState.RUNNING
+
+
+async def test_death_is_told_and_destroy_is_idempotent(pair: Pair) -> None:
+    source = await pair.source()
+    seen: list[EngineEvent] = []
+    source.subscribe(seen.append)
+    os.kill(source.metadata.pid, signal.SIGKILL)
+    async with asyncio.timeout(2):
+        while VmmDied() not in seen:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    assert not source.alive()
+    await source.destroy()
+    await source.destroy()
+
+
+async def test_memory_mismatch_is_explained_by_the_destination(pair: Pair) -> None:
+    source, destination = await pair.source(), await pair.destination(memory_mib=96)
+    await source.start_outgoing(options(destination))
+    assert (await until(destination, lambda s: s.status is EngineStatus.FAILED)).error
+
+
+async def test_unknown_machine_is_refused_with_the_words_of_the_vmm(pair: Pair) -> None:
+    spec = pair.spec("x")
+    with pytest.raises(EngineError, match="nonsense"):
+        await pair.engine.start(replace(spec, spec=replace(spec.spec, machine="nonsense")))
