@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from orchestrator.core.records import Cordon
-from orchestrator.ledger.ledger import op_create, op_set
+from orchestrator.ledger.ledger import Ledger, op_create, op_set
 from orchestrator.ledger.records import decode
+from orchestrator.ledger.store import Conflict, Done
+from tests.fakes.coordination import MemoryStore
 
 
 def test_operations_carry_a_record_that_reads_back_the_same() -> None:
@@ -14,3 +18,21 @@ def test_operations_carry_a_record_that_reads_back_the_same() -> None:
     assert decode(Cordon, created.data) == record
     assert decode(Cordon, changed.data) == record
     assert changed.version == 3
+
+
+def test_an_old_version_never_overwrites_and_listings_cross_shards() -> None:
+    async def story() -> None:
+        ledger = Ledger(MemoryStore())
+        await ledger.init_tree()
+        await ledger.store.ensure("/hosts/a")
+        await ledger.store.ensure("/migs/bb/bb1")
+        await ledger.store.ensure("/migs/aa/aa1")
+        assert isinstance(await ledger.store.multi([op_create("/hosts/a/cordon", Cordon())]), Done)
+        assert isinstance(await ledger.cas("/hosts/a/cordon", Cordon(True), 0), Done)
+        assert isinstance(await ledger.cas("/hosts/a/cordon", Cordon(), 0), Conflict)
+        assert await ledger.settle(lambda: ledger.read(Cordon, "/hosts/a/cordon")) == (Cordon(True), 1)
+        assert await ledger.list_migrations() == ("aa1", "bb1")
+        assert await ledger.list_hosts() == ("a",)
+        assert await ledger.read_guest("none") is None
+
+    asyncio.run(story())
