@@ -1,4 +1,4 @@
-"""What every engine promises (agents/engine/base.py), run against real QEMU."""
+"""What every engine promises (agents/engine/base.py), run against the fake and against real QEMU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,14 +31,12 @@ from agents.engine.base import (
 )
 from agents.engine.qemu.engine import QemuEngine
 from orchestrator.core.records import GuestSpec, Workload
+from tests.fakes.engine import FakeEngine, FakeVmm
 
 ROOT = Path(__file__).parents[2]
 LINK = 1 << 30
-pytestmark = [
-    pytest.mark.qemu,
-    pytest.mark.timeout(30),
-    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="no QEMU"),
-]
+pytestmark = pytest.mark.timeout(30)
+no_qemu = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="no QEMU")
 
 
 def image() -> Path:
@@ -55,7 +54,7 @@ def image() -> Path:
 class Pair:
     """A running guest and how to make destinations for it; everything is destroyed at the end."""
 
-    def __init__(self, engine: QemuEngine, directory: Path) -> None:
+    def __init__(self, engine: QemuEngine | FakeEngine, directory: Path) -> None:
         self.engine = engine
         self.directory = directory
         self.vmms: list[Vmm] = []
@@ -93,10 +92,24 @@ async def until(vmm: Vmm, holds: Callable[[VmmState], bool], timeout_s: float = 
         return now
 
 
-@pytest.fixture
-async def pair() -> AsyncIterator[Pair]:
+def kill(vmm: Vmm) -> None:
+    if isinstance(vmm, FakeVmm):
+        vmm.die()
+    else:
+        os.kill(vmm.metadata.pid, signal.SIGKILL)
+
+
+def freeze(pair: Pair, vmm: Vmm) -> None:
+    if isinstance(pair.engine, FakeEngine):
+        pair.engine.script.keep_in_device = True
+    else:
+        os.kill(vmm.metadata.pid, signal.SIGSTOP)
+
+
+@pytest.fixture(params=["fake", pytest.param("qemu", marks=[pytest.mark.qemu, no_qemu])])
+async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
     directory = Path(tempfile.mkdtemp(prefix="de-"))
-    made = Pair(QemuEngine(image()), directory)
+    made = Pair(FakeEngine() if request.param == "fake" else QemuEngine(image()), directory)
     try:
         yield made
     finally:
@@ -122,7 +135,7 @@ async def test_clean_hand_over(pair: Pair) -> None:
 
 @pytest.mark.parametrize("start", [HoldStart.TRICKLE, HoldStart.TAIL])
 async def test_hold_keeps_the_guest_running_until_release(pair: Pair, start: HoldStart) -> None:
-    sizes = {"memory_mib": 64} if start is HoldStart.TRICKLE else {"memory_mib": 256, "static_mib": 160}
+    sizes: dict[str, Any] = {"memory_mib": 64} if start is HoldStart.TRICKLE else {"memory_mib": 256, "static_mib": 160}
     source, destination = await pair.source(**sizes), await pair.destination(**sizes)
     await asyncio.sleep(0.3)
     await source.start_outgoing(options(destination, start, 100 << 20))
@@ -153,7 +166,7 @@ async def test_abort_when_parked_lets_the_guest_run_again(pair: Pair) -> None:
 
 async def test_abort_after_proceed_with_a_frozen_destination(pair: Pair) -> None:
     source, destination = await pair.parked()
-    os.kill(destination.metadata.pid, signal.SIGSTOP)
+    freeze(pair, destination)
     await source.proceed()
     await asyncio.sleep(0.05)
     after = await source.abort()
@@ -208,7 +221,7 @@ async def test_death_is_told_and_destroy_is_idempotent(pair: Pair) -> None:
     source = await pair.source()
     seen: list[EngineEvent] = []
     source.subscribe(seen.append)
-    os.kill(source.metadata.pid, signal.SIGKILL)
+    kill(source)
     async with asyncio.timeout(2):
         while VmmDied() not in seen:  # noqa: ASYNC110
             await asyncio.sleep(0.005)

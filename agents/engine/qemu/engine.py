@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -310,7 +310,7 @@ class QemuVmm:
 
 
 @contextlib.asynccontextmanager
-async def _bounded(what: str, timeout_s: float) -> AsyncIterator[None]:
+async def _bounded(what: str, timeout_s: float) -> AsyncGenerator[None, None]:
     try:
         async with asyncio.timeout(timeout_s):
             yield

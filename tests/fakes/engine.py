@@ -1,0 +1,221 @@
+"""An engine without processes or time: every step happens inside the call that causes it, and can be scripted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from agents.engine import base
+from agents.engine.base import EngineError, EngineStatus, HoldStart, RunState, VmmMetadata, VmmState
+
+
+@dataclass(slots=True)
+class Script:
+    """What goes wrong next. Each text is used once; the booleans stay until changed."""
+
+    fail_start: str = ""
+    fail_outgoing: str = ""
+    keep_in_device: bool = False
+    """`proceed` stops in DEVICE, as with a frozen destination."""
+
+
+class FakeVmm:
+    """See `base.Vmm`. `calls` has the names of the calls in order."""
+
+    def __init__(self, engine: FakeEngine, metadata: VmmMetadata, spec: base.VmmSpec, run: RunState) -> None:
+        self.engine = engine
+        self._metadata = metadata
+        self.spec = spec
+        self.run = run
+        self.status = EngineStatus.NONE
+        self.error = ""
+        self.calls: list[str] = []
+        self.peer: FakeVmm | None = None
+        self._sinks: list[base.EventSink] = []
+        self._before = run
+        self._dead = False
+
+    @property
+    def metadata(self) -> VmmMetadata:
+        return self._metadata
+
+    def subscribe(self, sink: base.EventSink) -> Callable[[], None]:
+        self._sinks.append(sink)
+        return lambda: self._sinks.remove(sink) if sink in self._sinks else None
+
+    def alive(self) -> bool:
+        return not self._dead
+
+    async def state(self, timeout_s: float = 2.0) -> VmmState:
+        self._called("state")
+        return VmmState(self.run, self.status, self.error)
+
+    async def progress(self) -> base.Progress:
+        self._called("progress")
+        total = self.spec.spec.memory_mib << 20
+        sent = total if self.status in (EngineStatus.PARKED, EngineStatus.COMPLETED) else total // 2
+        return base.Progress(sent, total - sent, total, status=self.status)
+
+    async def pause(self) -> None:
+        self._called("pause")
+        if self.run is RunState.RUNNING:
+            self._set_run(RunState.PAUSED)
+
+    async def resume(self) -> None:
+        self._called("resume")
+        if self.run in (RunState.INCOMING, RunState.FINISHING):
+            raise EngineError(f"cannot resume in {self.run}")
+        if self.run is not RunState.RUNNING:
+            self._set_run(RunState.RUNNING)
+
+    async def start_outgoing(self, options: base.OutgoingOptions) -> None:
+        self._called("start_outgoing")
+        self.error = ""
+        self._set_status(EngineStatus.SETUP)
+        self.peer = self.engine.listening.get(options.endpoint)
+        why, self.engine.script.fail_outgoing = self.engine.script.fail_outgoing, ""
+        if why or self.peer is None or not self.peer.alive():
+            self._fail(why or "connection refused")
+            return
+        if self.peer.spec.spec.memory_mib != self.spec.spec.memory_mib:
+            self.peer.error = "size mismatch of RAM"
+            self.peer._set_status(EngineStatus.FAILED)
+            self._fail("broken pipe")
+            return
+        self._set_status(EngineStatus.ACTIVE)
+        self.peer._set_status(EngineStatus.ACTIVE)
+        if options.hold is HoldStart.OPEN:
+            self.converge()
+
+    async def hold(self) -> None:
+        self._called("hold")
+
+    async def release(self) -> None:
+        self._called("release")
+        self.converge()
+
+    async def proceed(self) -> None:
+        self._called("proceed")
+        if self.status is not EngineStatus.PARKED or self.peer is None:
+            raise EngineError(f"not parked but {self.status}")
+        self._set_status(EngineStatus.DEVICE)
+        if not self.peer.alive():
+            self._fail("the destination is gone")
+        elif not self.engine.script.keep_in_device:
+            self.complete()
+
+    async def abort(self, timeout_s: float = 5.0) -> VmmState:
+        self._called("abort")
+        if self.status in (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.PARKED, EngineStatus.DEVICE):
+            self._set_status(EngineStatus.CANCELLING)
+            self._back()
+            self._set_status(EngineStatus.CANCELLED)
+            if self.peer is not None and self.peer.alive():
+                self.peer._set_status(EngineStatus.FAILED)
+        return VmmState(self.run, self.status, self.error)
+
+    async def announce(self) -> None:
+        self._called("announce")
+
+    async def detach(self) -> None:
+        self._called("detach")
+        self._sinks.clear()
+
+    async def destroy(self) -> None:
+        self.calls.append("destroy")
+        self.die()
+
+    def converge(self) -> None:
+        """The engine stops the guest by itself: also what a hold that came too late looks like."""
+        if self.status is not EngineStatus.ACTIVE or (
+            self._metadata.role == "incoming" and self.run is RunState.INCOMING
+        ):
+            return
+        self._before = self.run
+        if self.run is RunState.RUNNING:
+            self._set_run(RunState.FINISHING)
+        self.run = RunState.FINISHING
+        self._set_status(EngineStatus.PARKED)
+
+    def complete(self) -> None:
+        """The destination has loaded everything and says so."""
+        assert self.peer is not None
+        self.peer.run = RunState.PAUSED
+        self.peer._set_status(EngineStatus.COMPLETED)
+        self.run = RunState.SEALED
+        self._set_status(EngineStatus.COMPLETED)
+
+    def die(self) -> None:
+        if not self._dead:
+            self._dead = True
+            self.engine.processes.pop(self._metadata.pid, None)
+            self._emit(base.VmmDied())
+
+    def end_guest(self, how: str) -> None:
+        self.run = RunState.ENDED
+        self._emit(base.GuestEnded(how))
+
+    def _fail(self, why: str) -> None:
+        self.error = why
+        self._back()
+        self._set_status(EngineStatus.FAILED, why)
+
+    def _back(self) -> None:
+        if self.run is RunState.FINISHING:
+            if self._before is RunState.RUNNING:
+                self._set_run(RunState.RUNNING)
+            self.run = self._before
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if self._dead:
+            raise EngineError(f"{name}: the process is gone")
+
+    def _set_run(self, run: RunState) -> None:
+        self.run = run
+        self._emit(base.RunStateChanged(run is RunState.RUNNING, 0.0))
+
+    def _set_status(self, status: EngineStatus, error: str = "") -> None:
+        self.status = status
+        self._emit(base.StatusChanged(status, error))
+
+    def _emit(self, event: base.EngineEvent) -> None:
+        for sink in tuple(self._sinks):
+            sink(event)
+
+
+@dataclass(slots=True)
+class FakeEngine:
+    """Share `listening` and `processes` between the engines of several hosts to let guests move between them."""
+
+    script: Script = field(default_factory=Script)
+    listening: dict[str, FakeVmm] = field(default_factory=dict[str, FakeVmm])
+    processes: dict[int, FakeVmm] = field(default_factory=dict[int, FakeVmm])
+
+    async def probe(self) -> dict[str, str]:
+        return {"version": "fake", "machine_types": "pc", "switchover_ack": "none", "accelerator": "none"}
+
+    async def start(self, spec: base.VmmSpec) -> FakeVmm:
+        return self._make(spec, "owner", "", 0, RunState.RUNNING)
+
+    async def prepare_incoming(self, spec: base.VmmSpec, migration: str, attempt: int) -> FakeVmm:
+        vmm = self._make(spec, "incoming", migration, attempt, RunState.INCOMING)
+        endpoint = f"fake:{vmm.metadata.pid}"
+        vmm._metadata = replace(vmm.metadata, endpoint=endpoint)
+        self.listening[endpoint] = vmm
+        return vmm
+
+    async def adopt(self, metadata: VmmMetadata, spec: base.VmmSpec) -> FakeVmm | None:
+        vmm = self.processes.get(metadata.pid)
+        return vmm if vmm is not None and vmm.metadata.start_time == metadata.start_time else None
+
+    def _make(self, spec: base.VmmSpec, role: str, migration: str, attempt: int, run: RunState) -> FakeVmm:
+        why, self.script.fail_start = self.script.fail_start, ""
+        if why or spec.spec.machine not in ("pc", "q35"):
+            raise EngineError(why or f"unsupported machine type {spec.spec.machine}")
+        pid = 1000 + len(self.processes) + len(self.listening)
+        while pid in self.processes or f"fake:{pid}" in self.listening:
+            pid += 1
+        vmm = FakeVmm(self, VmmMetadata(spec.guest, spec.inc, pid, pid * 7, role, migration, attempt), spec, run)
+        self.processes[pid] = vmm
+        return vmm
