@@ -288,11 +288,12 @@ class Supervisor:
             await asyncio.sleep(2.0)
 
     async def _read_state(self, migration: str) -> tuple[MigrationState, str] | None:
-        """State and source host, None when the migration is over or not readable as a whole yet."""
+        """State and source host; None when the migration is over, or not written as a whole yet."""
         while True:
             try:
                 node = await self._store.read(paths.migration_state(migration))
                 if node is None or not node.data:
+                    self._known.discard(migration)  # its creator is not through yet: the next look finds it again
                     return None
                 state = decode(MigrationState, node.data, path=paths.migration_state(migration))
                 if state.phase.terminal:
