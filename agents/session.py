@@ -161,9 +161,10 @@ class Acked:
 
 @dataclass(frozen=True, slots=True)
 class RequestsWritten:
-    """Our requests are durable; `version` is `req`'s."""
+    """Our requests are durable. `version` covers everything that stands in the node, so `present` tells all of it."""
 
     entries: tuple[AckRequest, ...]
+    present: tuple[AckRequest, ...]
     version: int
 
 

@@ -114,9 +114,8 @@ def source_step(state: SourceState, event: Event) -> Step:
             return _requested(state, entry)
         case Acked(entry):
             return _gate(replace(state, acks=state.acks.ack(entry)))
-        case RequestsWritten(entries, version):
-            left = tuple(entry for entry in state.unwritten if entry not in entries)
-            return _gate(replace(state, unwritten=left, req_version=max(version, state.req_version)))
+        case RequestsWritten(entries, present, version):
+            return _requests_written(state, entries, present, version)
         case RequestsSeen(entries, version):
             return _requests_seen(state, entries, version)
         case Quiesced(newest):
@@ -181,6 +180,15 @@ def _requested(state: SourceState, entry: AckRequest) -> Step:
     noted = replace(state, acks=acks, unwritten=(*state.unwritten, entry))
     gated, commands = _gate(noted)
     return gated, (Note("request", f"{entry.device}/{entry.generation}"), WriteRequests((entry,)), *commands)
+
+
+def _requests_written(
+    state: SourceState, entries: tuple[AckRequest, ...], present: tuple[AckRequest, ...], version: int
+) -> Step:
+    """The version that we may check from now on covers what others wrote too, so theirs is learnt first."""
+    state, learnt = _requests_seen(state, present, version)
+    state, gated = _gate(replace(state, unwritten=tuple(e for e in state.unwritten if e not in entries)))
+    return state, (*learnt, *gated)
 
 
 def _requests_seen(state: SourceState, entries: tuple[AckRequest, ...], version: int) -> Step:

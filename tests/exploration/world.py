@@ -273,7 +273,8 @@ def _write_requests(world: World, state: SourceState, entries: tuple[AckRequest,
         yield "refused", True, feed_source(world, Seen.LEDGER_REFUSED)
         return
     written = world._replace(req=world.req + 1)
-    yield "ok", True, feed_source(written, words.RequestsWritten(entries, written.req))
+    present = (AckRequest("x", max(world.pending)),) if world.pending else entries
+    yield "ok", True, feed_source(written, words.RequestsWritten(entries, present, written.req))
 
 
 def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Move]:
