@@ -1,8 +1,5 @@
-/*
- * Multiboot 1 header, 32-bit entry, and the two interrupt stubs of the guest.
- * QEMU's -kernel loads the ELF file and jumps to _start in protected mode.
- */
-    .set FLAGS, 0x00000003          /* page aligned, memory information */
+/* Entry of the guest image: multiboot header, 32-bit start, interrupt stubs, flat segments. See README.md. */
+    .set FLAGS, 0x00000003              /* page-aligned modules, memory size wanted */
     .section .multiboot, "a"
     .align 4
     .long 0x1BADB002, FLAGS, -(0x1BADB002 + FLAGS)
@@ -11,22 +8,25 @@
     .globl _start
 _start:
     cli
+    cld
     mov $stack_top, %esp
-    push %ebx                       /* multiboot information */
-    push %eax                       /* multiboot magic */
-    call guest_main
+    push %ebx                           /* multiboot information */
+    push %eax                           /* multiboot magic */
+    call kmain
 1:  hlt
     jmp 1b
 
-    .globl timer_stub, other_stub
-timer_stub:
+    .globl timer_stub
+timer_stub:                             /* IRQ 0: count the tick, end of interrupt to the first PIC */
     pusha
     incl ticks
     movb $0x20, %al
-    outb %al, $0x20                 /* end of interrupt */
+    outb %al, $0x20
     popa
     iret
-other_stub:                         /* spurious: tell both controllers that it ended */
+
+    .globl spurious_stub
+spurious_stub:                          /* anything else: end of interrupt to both PICs */
     pusha
     movb $0x20, %al
     outb %al, $0xa0
@@ -35,7 +35,7 @@ other_stub:                         /* spurious: tell both controllers that it e
     iret
 
     .globl load_segments
-load_segments:
+load_segments:                          /* our own GDT: the loader's may be anywhere in the memory that we fill */
     lgdt gdt_pointer
     ljmp $8, $1f
 1:  mov $16, %ax
@@ -46,8 +46,10 @@ load_segments:
     mov %ax, %gs
     ret
 
+    .section .rodata
     .align 8
-gdt: .quad 0, 0x00cf9a000000ffff, 0x00cf92000000ffff
+gdt:
+    .quad 0, 0x00cf9a000000ffff, 0x00cf92000000ffff
 gdt_pointer:
     .word 23
     .long gdt
@@ -59,3 +61,5 @@ stack_top:
     .globl ticks
 ticks:
     .long 0
+
+    .section .note.GNU-stack, "", @progbits
