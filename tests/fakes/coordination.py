@@ -150,6 +150,10 @@ class MemoryStore:
                 deleted = any(isinstance(other, Delete) and other.path == op.path for other in ops[:index])
                 if node is not None and not deleted:
                     return Conflict(index, ConflictKind.EXISTS)
+                parent = op.path.rpartition("/")[0]
+                made = any(isinstance(other, Create) and other.path == parent for other in ops[:index])
+                if parent and parent not in nodes and not made:
+                    return Conflict(index, ConflictKind.MISSING)
             elif node is None:
                 return Conflict(index, ConflictKind.MISSING)
             elif node.version != op.version:

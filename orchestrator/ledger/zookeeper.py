@@ -1,0 +1,339 @@
+"""The coordination store on ZooKeeper. The only file that imports kazoo.
+
+kazoo runs threads of its own; every completion is handed to the event loop with `call_soon_threadsafe`. What it would
+do by itself and we must not have: it queues writes while disconnected (we refuse to enqueue), it retries under a new
+session (we never use `client.retry`), a transaction's result is a list that may hold exceptions (one wrapper reads it),
+and a half-open connection with steady traffic goes unnoticed (an operation without an answer in time cuts the socket).
+"""
+
+# kazoo ships no types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kazoo.client import KazooClient, KazooState
+from kazoo.exceptions import BadVersionError, KazooException, NodeExistsError, NoNodeError, RolledBackError
+from kazoo.exceptions import RuntimeInconsistency as Inconsistency
+from kazoo.retry import KazooRetry
+
+from orchestrator.ledger import paths
+from orchestrator.ledger.store import (
+    Check,
+    Conflict,
+    ConflictKind,
+    Create,
+    Delete,
+    Done,
+    Op,
+    OutcomeUnknown,
+    SessionState,
+    SetData,
+    StoreUnavailable,
+    Versioned,
+    WriteResult,
+)
+
+logging.getLogger("kazoo").setLevel(logging.ERROR)
+
+REREAD_S = 30.0
+"""Watches are hints: everything watched is read again this often, whatever was announced."""
+_RETRY_S = 0.25
+_STATES = {
+    KazooState.CONNECTED: SessionState.CONNECTED,
+    KazooState.SUSPENDED: SessionState.SUSPENDED,
+    KazooState.LOST: SessionState.LOST,
+}
+_CONFLICTS: dict[type[Exception], ConflictKind] = {
+    BadVersionError: ConflictKind.BAD_VERSION,
+    NodeExistsError: ConflictKind.EXISTS,
+    NoNodeError: ConflictKind.MISSING,
+}
+
+
+@dataclass(eq=False)
+class _Watch:
+    path: str
+    of_children: bool
+    callback: Callable[[Any], None]
+    task: asyncio.Task[None] | None = None
+    changed: asyncio.Event | None = None
+
+
+class ZooKeeperStore:
+    """`Store` (see `store.py` for the contract) with one kazoo client and one session."""
+
+    def __init__(self, hosts: str, *, chroot: str = paths.CHROOT, session_timeout_s: float = 6.0) -> None:
+        self._hosts, self._chroot, self._session_timeout_s = hosts, chroot, session_timeout_s
+        self._client: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._state = SessionState.LOST
+        self._listeners: list[Callable[[SessionState], None]] = []
+        self._watches: list[_Watch] = []
+        self._barrier_path = f"{paths.BARRIER}/{uuid.uuid4().hex}"
+        self._barrier_made = False
+        self._quorum_at = -math.inf
+
+    # --- session ------------------------------------------------------------------------------------------------------
+
+    async def start(self, timeout_s: float = 10.0) -> None:
+        if self._client is not None and self._client.connected:
+            return
+        self._loop = asyncio.get_running_loop()
+        await self._make_chroot(timeout_s)
+        self._client = self._new_client(self._hosts + self._chroot)
+        self._client.add_listener(self._on_kazoo_state)
+        await self._connect(self._client, timeout_s)
+
+    def _new_client(self, hosts: str) -> Any:
+        retry = KazooRetry(max_tries=-1, delay=0.05, backoff=2, max_delay=0.5, ignore_expire=False)
+        return KazooClient(hosts=hosts, timeout=self._session_timeout_s, connection_retry=retry)
+
+    async def _connect(self, client: Any, timeout_s: float) -> None:
+        started = client.start_async()
+        if not await asyncio.to_thread(started.wait, timeout_s):
+            await asyncio.to_thread(self._stop, client)
+            raise StoreUnavailable(f"no ZooKeeper at {self._hosts} within {timeout_s:g} s")
+
+    async def _make_chroot(self, timeout_s: float) -> None:
+        """A chroot must exist before a client can live in it."""
+        client = self._new_client(self._hosts)
+        await self._connect(client, timeout_s)
+        try:
+            await asyncio.to_thread(client.ensure_path, self._chroot)
+        except KazooException as error:
+            raise StoreUnavailable(f"cannot create {self._chroot}: {error!r}") from error
+        finally:
+            await asyncio.to_thread(self._stop, client)
+
+    @staticmethod
+    def _stop(client: Any) -> None:
+        with contextlib.suppress(Exception):
+            client.stop()
+            client.close()
+
+    async def close(self) -> None:
+        for watch in self._watches:
+            if watch.task is not None:
+                watch.task.cancel()
+        self._watches.clear()
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(self._stop, client), 5)
+        self._state = SessionState.LOST
+
+    def _on_kazoo_state(self, state: str) -> None:
+        """On kazoo's connection thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._session_changed, _STATES[state])
+
+    def _session_changed(self, state: SessionState) -> None:
+        if self._client is None:
+            return
+        self._state = state
+        if state is SessionState.CONNECTED:
+            for watch in self._watches:
+                if watch.changed is not None:
+                    watch.changed.set()
+        for listener in list(self._listeners):
+            listener(state)
+
+    @property
+    def session(self) -> SessionState:
+        return self._state
+
+    def on_session(self, callback: Callable[[SessionState], None]) -> None:
+        self._listeners.append(callback)
+
+    @property
+    def quorum_age_s(self) -> float:
+        return time.monotonic() - self._quorum_at
+
+    # --- operations ---------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> bool:
+        return self._client is not None and self._client.state == KazooState.CONNECTED and self._client.connected
+
+    async def _answer(self, result: Any, timeout_s: float) -> Any:
+        """Await a kazoo result on our loop. Raises its exception, or TimeoutError after cutting the connection."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def arrived(_: Any) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
+
+        result.rawlink(arrived)
+        try:
+            await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            self._cut()
+            raise
+        return result.get(block=False)
+
+    def _cut(self) -> None:
+        """A half-open connection never ends by itself while there is traffic: end it, kazoo tries another server."""
+        connection = getattr(self._client, "_connection", None)
+        socket = getattr(connection, "_socket", None)
+        if socket is not None:
+            with contextlib.suppress(OSError):
+                socket.shutdown(2)
+
+    async def _read(self, start: Callable[[], Any], timeout_s: float) -> Any:
+        if not self._ready():
+            raise StoreUnavailable("not connected to ZooKeeper")
+        try:
+            return await self._answer(start(), timeout_s)
+        except NoNodeError:
+            return None
+        except (KazooException, TimeoutError) as error:
+            raise StoreUnavailable(f"ZooKeeper did not answer: {error!r}") from error
+
+    async def read(self, path: str, timeout_s: float = 2.0) -> Versioned | None:
+        answer = await self._read(lambda: self._client.get_async(path), timeout_s)
+        return None if answer is None else Versioned(answer[0], answer[1].version, answer[1].mzxid)
+
+    async def children(self, path: str, timeout_s: float = 2.0) -> tuple[str, ...]:
+        answer = await self._read(lambda: self._client.get_children_async(path), timeout_s)
+        return tuple(sorted(answer or ()))
+
+    async def ensure(self, path: str, timeout_s: float = 2.0) -> None:
+        await self._read(lambda: self._client.ensure_path_async(path), timeout_s)
+
+    async def barrier(self, timeout_s: float = 2.0) -> None:
+        result = await self.multi([], timeout_s)
+        if not isinstance(result, Done):
+            raise StoreUnavailable(f"no quorum answered: {result}")
+
+    async def multi(self, ops: Sequence[Op], timeout_s: float = 2.0) -> WriteResult:
+        """Every transaction also sets a node of this client's own: it tells the zxid, and a barrier is just that."""
+        try:
+            await self._make_barrier(timeout_s)
+        except StoreUnavailable as error:
+            return OutcomeUnknown(sent=False, why=str(error))
+        if not self._ready():
+            return OutcomeUnknown(sent=False, why="not connected to ZooKeeper")
+        transaction = self._client.transaction()
+        for op in ops:
+            _add(transaction, op)
+        transaction.set_data(self._barrier_path, b"")
+        try:
+            results = await self._answer(transaction.commit_async(), timeout_s)
+        except (KazooException, TimeoutError) as error:
+            return OutcomeUnknown(why=repr(error))
+        return self._outcome(ops, results)
+
+    def _outcome(self, ops: Sequence[Op], results: Sequence[Any]) -> WriteResult:
+        for index, result in enumerate(results[: len(ops)]):
+            if isinstance(result, (RolledBackError, Inconsistency)) or not isinstance(result, Exception):
+                continue
+            kind = _CONFLICTS.get(type(result))
+            if kind is None:
+                return OutcomeUnknown(why=repr(result))
+            self._quorum_at = time.monotonic()
+            return Conflict(index, kind)
+        if isinstance(results[-1], Exception):
+            self._barrier_made = False
+            return OutcomeUnknown(sent=False, why=f"rolled back: {results[-1]!r}")
+        self._quorum_at = time.monotonic()
+        return Done(results[-1].mzxid, tuple(_version(op, result) for op, result in zip(ops, results, strict=False)))
+
+    async def _make_barrier(self, timeout_s: float) -> None:
+        if self._barrier_made:
+            return
+        await self.ensure(paths.BARRIER, timeout_s)
+        if not self._ready():
+            raise StoreUnavailable("not connected to ZooKeeper")
+        try:
+            await self._answer(self._client.create_async(self._barrier_path, b"", ephemeral=True), timeout_s)
+        except NodeExistsError:
+            pass
+        except (KazooException, TimeoutError) as error:
+            raise StoreUnavailable(f"ZooKeeper did not answer: {error!r}") from error
+        self._barrier_made = True
+
+    # --- watches ------------------------------------------------------------------------------------------------------
+
+    def watch(self, path: str, callback: Callable[[Versioned | None], None]) -> Callable[[], None]:
+        return self._add_watch(_Watch(path, False, callback))
+
+    def watch_children(self, path: str, callback: Callable[[tuple[str, ...]], None]) -> Callable[[], None]:
+        return self._add_watch(_Watch(path, True, callback))
+
+    def _add_watch(self, watch: _Watch) -> Callable[[], None]:
+        watch.changed = asyncio.Event()
+        watch.task = asyncio.get_running_loop().create_task(self._run_watch(watch))
+        self._watches.append(watch)
+
+        def end() -> None:
+            if watch in self._watches:
+                self._watches.remove(watch)
+            if watch.task is not None:
+                watch.task.cancel()
+
+        return end
+
+    async def _run_watch(self, watch: _Watch) -> None:
+        """Read, tell if it is news, wait for the next hint. One task per watch, so callbacks come in order."""
+        assert watch.changed is not None
+        last: object = watch
+        while True:
+            watch.changed.clear()
+            pause_s = REREAD_S
+            try:
+                seen = await self._look(watch)
+                if seen != last:
+                    last = seen
+                    watch.callback(seen)
+            except StoreUnavailable:
+                pause_s = _RETRY_S
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(watch.changed.wait(), pause_s)
+
+    async def _look(self, watch: _Watch) -> Any:
+        """Read and arm. A missing node is watched for its creation."""
+
+        def fired(_: Any) -> None:
+            if self._loop is not None and not self._loop.is_closed() and watch.changed is not None:
+                self._loop.call_soon_threadsafe(watch.changed.set)
+
+        if watch.of_children:
+            names = await self._read(lambda: self._client.get_children_async(watch.path, watch=fired), 2.0)
+            if names is not None:
+                return tuple(sorted(names))
+        else:
+            answer = await self._read(lambda: self._client.get_async(watch.path, watch=fired), 2.0)
+            if answer is not None:
+                return Versioned(answer[0], answer[1].version, answer[1].mzxid)
+        if await self._read(lambda: self._client.exists_async(watch.path, watch=fired), 2.0) is not None:
+            fired(None)  # made between the two looks
+        return () if watch.of_children else None
+
+
+def _add(transaction: Any, op: Op) -> None:
+    match op:
+        case Create(path, data, ephemeral):
+            transaction.create(path, data, ephemeral=ephemeral)
+        case SetData(path, data, version):
+            transaction.set_data(path, data, version)
+        case Check(path, version):
+            transaction.check(path, version)
+        case Delete(path, version):
+            transaction.delete(path, version)
+
+
+def _version(op: Op, result: Any) -> int:
+    if isinstance(op, SetData):
+        return int(result.version)
+    return 0 if isinstance(op, Create) else -1

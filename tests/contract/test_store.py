@@ -1,0 +1,202 @@
+"""The contract of the coordination store: the memory store and the real ZooKeeper pass the same cases."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+
+from orchestrator.ledger.store import (
+    Check,
+    Conflict,
+    ConflictKind,
+    Create,
+    Delete,
+    Done,
+    OutcomeUnknown,
+    SessionState,
+    SetData,
+    Store,
+    StoreUnavailable,
+    Versioned,
+)
+from orchestrator.ledger.zookeeper import ZooKeeperStore
+from tests.fakes.coordination import MemoryStore, Tree
+from tests.fakes.zookeeper import ZooKeeperServer, missing
+
+Connect = Callable[[], Store]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ZooKeeperServer]:
+    if missing():
+        pytest.skip(missing())
+    running = ZooKeeperServer(tmp_path_factory.mktemp("zk") / "server")
+    running.start()
+    yield running
+    running.kill()
+
+
+@pytest.fixture(params=["memory", pytest.param("zookeeper", marks=pytest.mark.zookeeper)])
+def connect(request: pytest.FixtureRequest) -> Connect:
+    """Makes clients that share one empty tree."""
+    if request.param == "memory":
+        tree = Tree()
+        return lambda: MemoryStore(tree)
+    running: ZooKeeperServer = request.getfixturevalue("server")
+    chroot = f"/{abs(hash(request.node.name)):x}"
+    return lambda: ZooKeeperStore(running.hosts, chroot=chroot, session_timeout_s=4)
+
+
+@pytest.fixture
+async def store(connect: Connect) -> AsyncIterator[Store]:
+    opened = connect()
+    await opened.start()
+    await opened.ensure("/a")
+    yield opened
+    await opened.close()
+
+
+async def done(store: Store, *ops: Create | SetData | Check | Delete) -> Done:
+    result = await store.multi(ops)
+    assert isinstance(result, Done), result
+    return result
+
+
+async def test_create_read_set(store: Store) -> None:
+    first = await done(store, Create("/a/x", b"1"))
+    assert first.versions == (0,)
+    second = await done(store, SetData("/a/x", b"2", 0))
+    assert second.versions == (1,)
+    assert second.zxid > first.zxid
+    assert await store.read("/a/x") == Versioned(b"2", 1, second.zxid)
+    assert await store.read("/a/none") is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [
+        (SetData("/a/x", b"", 7), ConflictKind.BAD_VERSION),
+        (Check("/a/x", 7), ConflictKind.BAD_VERSION),
+        (Delete("/a/x", 7), ConflictKind.BAD_VERSION),
+        (Create("/a/x", b""), ConflictKind.EXISTS),
+        (SetData("/a/none", b"", 0), ConflictKind.MISSING),
+        (Create("/a/none/y", b""), ConflictKind.MISSING),
+    ],
+    ids=str,
+)
+async def test_a_conflict_applies_nothing_and_says_which(
+    store: Store, bad: Create | SetData | Check | Delete, kind: ConflictKind
+) -> None:
+    await done(store, Create("/a/x", b"1"))
+    assert await store.multi([Create("/a/y", b""), bad, Create("/a/z", b"")]) == Conflict(1, kind)
+    assert await store.children("/a") == ("x",)
+    assert await store.read("/a/x") is not None
+
+
+async def test_check_delete_and_children(store: Store) -> None:
+    await done(store, Create("/a/x", b""), Create("/a/b", b""))
+    assert await store.children("/a") == ("b", "x")
+    assert (await done(store, Check("/a/b", 0), Delete("/a/x", 0))).versions == (-1, -1)
+    assert await store.children("/a") == ("b",)
+    assert await store.children("/none") == ()
+
+
+async def test_ensure_is_idempotent_and_keeps_content(store: Store) -> None:
+    await store.ensure("/p/q/r")
+    await done(store, SetData("/p/q", b"kept", 0))
+    await store.ensure("/p/q/r")
+    node = await store.read("/p/q")
+    assert node is not None
+    assert node.data == b"kept"
+
+
+async def test_a_barrier_proves_a_quorum(store: Store) -> None:
+    await store.barrier()
+    assert store.quorum_age_s < 5
+    assert store.session is SessionState.CONNECTED
+
+
+async def test_ephemeral_nodes_go_with_their_session(connect: Connect, store: Store) -> None:
+    other = connect()
+    await other.start()
+    await done(other, Create("/a/live", b"", ephemeral=True))
+    assert await store.read("/a/live") is not None
+    await other.close()
+    async with asyncio.timeout(8):
+        while await store.read("/a/live") is not None:  # noqa: ASYNC110 - another process removes it
+            await asyncio.sleep(0.05)
+
+
+async def wait_for(ready: Callable[[], bool], timeout_s: float = 10) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not ready():  # noqa: ASYNC110 - set from the store's callbacks
+            await asyncio.sleep(0.01)
+
+
+async def test_a_watch_tells_now_and_every_newest_content(connect: Connect, store: Store) -> None:
+    seen: list[bytes | None] = []
+    end = store.watch("/a/w", lambda node: seen.append(node.data if node else None))
+    await wait_for(lambda: seen == [None])
+    await done(store, Create("/a/w", b"1"))
+    await wait_for(lambda: seen[-1] == b"1")
+    other = connect()
+    await other.start()
+    await done(other, SetData("/a/w", b"2", 0))
+    await wait_for(lambda: seen[-1] == b"2")
+    await done(other, Delete("/a/w", 1))
+    await wait_for(lambda: seen[-1] is None)
+    end()
+    await done(other, Create("/a/w", b"3"))
+    await asyncio.sleep(0.2)
+    assert seen[-1] is None
+    await other.close()
+
+
+async def test_children_are_watched(store: Store) -> None:
+    seen: list[tuple[str, ...]] = []
+    store.watch_children("/a", seen.append)
+    await wait_for(lambda: bool(seen) and seen[-1] == ())
+    await done(store, Create("/a/x", b""))
+    await done(store, Create("/a/y", b""))
+    await wait_for(lambda: seen[-1] == ("x", "y"))
+
+
+@pytest.mark.zookeeper
+async def test_while_the_server_is_down_nothing_is_queued_and_watches_come_back(server: ZooKeeperServer) -> None:
+    store = ZooKeeperStore(server.hosts, chroot="/down", session_timeout_s=4)
+    await store.start()
+    await store.ensure("/a")
+    await done(store, Create("/a/x", b"1"))
+    states: list[SessionState] = []
+    seen: list[bytes] = []
+    store.on_session(states.append)
+    store.watch("/a/x", lambda node: seen.append(node.data if node else b""))
+    await wait_for(lambda: seen == [b"1"])
+    server.kill()
+    try:
+        await wait_for(lambda: store.session is not SessionState.CONNECTED)
+        result = await store.multi([SetData("/a/x", b"lost", 0)])
+        assert isinstance(result, OutcomeUnknown)
+        assert not result.sent
+        with pytest.raises(StoreUnavailable):
+            await store.read("/a/x")
+        with pytest.raises(StoreUnavailable):
+            await store.barrier()
+    finally:
+        server.start()
+    await wait_for(lambda: store.session is SessionState.CONNECTED, 20)
+    await wait_for(lambda: states[-1] is SessionState.CONNECTED)
+    node = await store.read("/a/x")
+    assert node is not None
+    assert node.data == b"1", "a write that was refused while disconnected must never arrive"
+    await done(store, SetData("/a/x", b"2", 0))
+    await wait_for(lambda: seen[-1] == b"2")
+    await store.close()
+
+
+async def test_no_server_is_said_within_the_bound() -> None:
+    store = ZooKeeperStore("127.0.0.1:1", session_timeout_s=4)
+    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1"):
+        await store.start(timeout_s=1)

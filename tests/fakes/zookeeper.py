@@ -1,0 +1,70 @@
+"""A real ZooKeeper for a test: one server on loopback with its own data, which survives `kill` and `start`."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+CLASS_PATH = ("/usr/share/java/zookeeper.jar", "/usr/share/java/slf4j-simple.jar")
+
+
+def missing() -> str:
+    """What keeps a ZooKeeper from starting here; empty when nothing does."""
+    if shutil.which("java") is None:
+        return "java is not installed (deploy/install-system.sh)"
+    return "" if Path(CLASS_PATH[0]).exists() else "ZooKeeper is not installed (deploy/install-system.sh)"
+
+
+class ZooKeeperServer:
+    def __init__(self, directory: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.directory = directory
+        self.process: subprocess.Popen[bytes] | None = None
+        (directory / "data").mkdir(parents=True)
+        (directory / "zoo.cfg").write_text(
+            f"tickTime=500\ninitLimit=10\nsyncLimit=5\nmaxClientCnxns=0\nadmin.enableServer=false\n"
+            f"4lw.commands.whitelist=*\npreAllocSize=1024\ndataDir={directory}/data\n"
+            f"clientPort={self.port}\nclientPortAddress=127.0.0.1\n"
+        )
+
+    @property
+    def hosts(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = "java -Xmx64m -Xms16m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Dzookeeper.jmx.log4j.disable=true"
+        with open(self.directory / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(*command.split(), "-cp", ":".join(CLASS_PATH)),
+                    "org.apache.zookeeper.server.quorum.QuorumPeerMain",
+                    str(self.directory / "zoo.cfg"),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            if b"Mode:" in self._ask(b"srvr"):
+                return
+            time.sleep(0.05)
+        raise RuntimeError((self.directory / "log").read_text()[-2000:])
+
+    def _ask(self, word: bytes) -> bytes:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 0.5) as connection:
+                connection.sendall(word)
+                return connection.recv(65536)
+        except OSError:
+            return b""
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
