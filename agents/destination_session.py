@@ -66,6 +66,7 @@ class DestinationState:
     marker: bool = False
     """Written in this power cycle: something here may have had an effect on the guest."""
     committed: bool = False
+    restarted: bool = False
 
 
 DestinationStep = tuple[DestinationState, tuple[Command, ...]]
@@ -75,7 +76,8 @@ def restarted_destination(
     ref: AttemptRef, here: HostRef, inc: str, *, vmm_alive: bool, marker: bool
 ) -> DestinationStep:
     """A new agent process: what was loaded is not known any more, so it reads and, if still open, gives up."""
-    state = DestinationState(ref, here, inc, vmm_dead=not vmm_alive, marker=marker, stage=DestinationStage.GIVING_UP)
+    state = DestinationState(ref, here, inc, vmm_dead=not vmm_alive, marker=marker, restarted=True)
+    state = replace(state, stage=DestinationStage.GIVING_UP)
     return state, (Note("restarted"), Do.READ)
 
 
@@ -168,7 +170,7 @@ def _is_newer(state: DestinationState, record: GuestRecord) -> bool:
 
 
 def _give_up_reason(state: DestinationState) -> AbortReason:
-    return AbortReason.DESTINATION_LOST if state.vmm_dead else AbortReason.DESTINATION_RESTARTED
+    return AbortReason.DESTINATION_RESTARTED if state.restarted else AbortReason.DESTINATION_LOST
 
 
 def _take_over(state: DestinationState) -> DestinationStep:
@@ -234,7 +236,7 @@ def _dead_owner(state: DestinationState) -> DestinationStep:
     if not state.committed:
         if state.stage is DestinationStage.GIVING_UP:
             return state, ()
-        return replace(state, stage=DestinationStage.GIVING_UP), (Do.SEND_FAILED, Do.READ)
+        return replace(state, stage=DestinationStage.GIVING_UP), (Do.SEND_FAILED, Do.GIVE_SOURCE_TIME)
     if state.marker:
         return replace(state, stage=DestinationStage.DECLARING), (Note("crashed"), Do.DECLARE_CRASHED)
     return replace(state, stage=DestinationStage.ROLLING_BACK), (Note("give_back"), Do.WRITE_ROLLBACK)
@@ -252,10 +254,13 @@ def _arrival_vmm_died(state: DestinationState) -> DestinationStep:
 
 
 def _give_up(state: DestinationState) -> DestinationStep:
-    """The stream broke or a device refused: this copy is useless. The source is told, the ledger decides."""
+    """The stream broke or a device refused: this copy is useless. The source is told, the ledger decides.
+
+    The source most often ended the attempt itself and is about to write why: our ABORT would hide its reason.
+    """
     if state.stage not in (DestinationStage.WAITING, DestinationStage.VALIDATING):
         return state, ()
-    return replace(state, stage=DestinationStage.GIVING_UP), (Note("give_up"), Do.SEND_FAILED, Do.READ)
+    return replace(state, stage=DestinationStage.GIVING_UP), (Note("give_up"), Do.SEND_FAILED, Do.GIVE_SOURCE_TIME)
 
 
 def _discard(state: DestinationState) -> DestinationStep:

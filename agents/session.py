@@ -50,6 +50,7 @@ class Do(StrEnum):
     DISCARD_DESTINATION = "discard_destination"  # Discarded
     WRITE_ROLLBACK = "write_rollback"  # RolledBack / LedgerRefused / LedgerUnknown
     RETRY_LATER = "retry_later"  # RetryDue, after a bounded pause
+    GIVE_SOURCE_TIME = "give_source_time"  # RetryDue, after the source had time to record its own reason
 
 
 class Timer(StrEnum):

@@ -407,7 +407,7 @@ def _destination_effect(world: World, command: Do) -> Iterator[Move]:
         yield "", True, feed(world._replace(copy=DEAD), Seen.DISCARDED)
     elif command is Do.READ:
         yield "", True, feed(world, words.RecordRead(read_record(world), world.req))
-    elif command is Do.RETRY_LATER:
+    elif command in (Do.RETRY_LATER, Do.GIVE_SOURCE_TIME):
         yield "", True, feed(world, Seen.RETRY_DUE)
     else:
         yield "", True, world
