@@ -1,0 +1,70 @@
+"""`python -m orchestrator.local --dir DIR`: the cluster process. `drover up` starts it; so may an init system.
+
+Runs until SIGTERM or SIGINT and then ends every part. Exit status: 0 stopped as told, 1 the cluster did not come up,
+2 it cannot be started (another one runs there, something is missing).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from orchestrator.local import config as configuration
+from orchestrator.local import lock as locking
+from orchestrator.local.layout import Layout, LocalClusterError, default_dir
+from orchestrator.local.supervisor import Supervisor
+
+
+def _serve(directory: Path, lock_fd: int | None, die_with_parent: bool) -> bool:
+    layout = Layout.of(directory)
+    layout.check()
+    if lock_fd is not None:
+        lock: locking.Lock | None = locking.Lock(lock_fd)
+    else:
+        lock = locking.acquire(layout, create=True)
+    if lock is None:
+        raise LocalClusterError(f"a cluster already runs in {layout.dir}; `drover status` shows it")
+    lock.keep()
+    lock.sign()
+    if die_with_parent:
+        _end_with_parent()
+    if layout.config_json.exists():
+        config = configuration.load(layout.config_json)
+    else:
+        config = configuration.make(dir=layout.dir)
+
+    async def run() -> bool:
+        return await Supervisor(config).run()
+
+    return asyncio.run(run())
+
+
+def _end_with_parent() -> None:
+    """SIGTERM for this process when the foreground `drover up` is killed."""
+    import ctypes
+    import signal
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+@click.command()
+@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), default=default_dir)
+@click.option("--lock-fd", type=int, hidden=True, help="Descriptor of the lock that the caller hands over.")
+@click.option("--die-with-parent", is_flag=True, hidden=True)
+def main(directory: Path, lock_fd: int | None, die_with_parent: bool) -> None:
+    """Run a local cluster until told to stop."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        came_up = _serve(directory, lock_fd, die_with_parent)
+    except LocalClusterError as error:
+        raise click.UsageError(str(error)) from None
+    sys.exit(0 if came_up else 1)
+
+
+if __name__ == "__main__":
+    main()

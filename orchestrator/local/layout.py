@@ -1,0 +1,171 @@
+"""Where one local cluster lives: its directory, the names of its namespaces, its addresses and ports.
+
+Standard library only: `drover down` and `drover status` read this and should start at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MAX_DIR_BYTES = 36
+"""A UNIX socket's path ends at 107 bytes; Ray's longest one adds 68 to the directory, the consoles' about as many."""
+
+RAY_ADDRESS = "127.0.0.2"
+"""Ray replaces 127.0.0.1 by the first interface's address and keeps this one, so its traffic stays on loopback."""
+
+CLUSTER_VARIABLE = "DROVER_CLUSTER"
+HOST_VARIABLE = "DROVER_HOST"
+PART_VARIABLE = "DROVER_PART"
+"""Set in every process that a cluster starts, and inherited: how a process is recognised after a crash."""
+
+
+class LocalClusterError(Exception):
+    """Something about the local cluster that the operator can mend; the text says what is wrong and what to do."""
+
+
+def default_dir() -> Path:
+    """The directory used when none is named: $DROVER_DIR, else ~/.drover."""
+    return Path(os.environ.get("DROVER_DIR") or Path.home() / ".drover")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The files of one cluster. Everything that it ever writes is below `dir`, apart from its namespaces' names."""
+
+    dir: Path
+
+    @classmethod
+    def of(cls, directory: Path | str) -> Layout:
+        """The same cluster whichever way its directory is spelt."""
+        return cls(Path(directory).expanduser().resolve())
+
+    def check(self) -> None:
+        """Raises LocalClusterError when sockets below the directory would have too long a path."""
+        if len(os.fsencode(self.dir)) > MAX_DIR_BYTES:
+            raise LocalClusterError(
+                f"the directory {self.dir} is too long ({len(os.fsencode(self.dir))} bytes, at most {MAX_DIR_BYTES}): "
+                "the sockets below it would exceed what the kernel allows; name a shorter one with --dir or DROVER_DIR"
+            )
+
+    @property
+    def id(self) -> str:
+        """Short name of the cluster, the same for the same directory."""
+        return hashlib.sha256(os.fsencode(self.dir)).hexdigest()[:6]
+
+    @property
+    def lock(self) -> Path:
+        """Held (flock) by whoever starts, runs or ends the cluster; also marks the directory as ours to empty."""
+        return self.dir / "lock"
+
+    @property
+    def cluster_json(self) -> Path:
+        return self.dir / "cluster.json"
+
+    @property
+    def config_json(self) -> Path:
+        return self.dir / "local.json"
+
+    @property
+    def supervisor_socket(self) -> Path:
+        return self.dir / "supervisor.sock"
+
+    @property
+    def supervisor_log(self) -> Path:
+        return self.logs / "supervisor.log"
+
+    @property
+    def api_socket(self) -> Path:
+        return self.dir / "api.sock"
+
+    @property
+    def api_json(self) -> Path:
+        return self.dir / "api.json"
+
+    @property
+    def coordinator_json(self) -> Path:
+        return self.dir / "coordinator.json"
+
+    @property
+    def console(self) -> Path:
+        return self.dir / "console"
+
+    @property
+    def serial(self) -> Path:
+        return self.dir / "serial"
+
+    @property
+    def logs(self) -> Path:
+        return self.dir / "logs"
+
+    @property
+    def zookeeper(self) -> Path:
+        return self.dir / "zk"
+
+    @property
+    def ray(self) -> Path:
+        return self.dir / "ray"
+
+    @property
+    def ray_token(self) -> Path:
+        return self.dir / "ray-token"
+
+    @property
+    def hosts(self) -> Path:
+        return self.dir / "hosts"
+
+    def host(self, name: str) -> Path:
+        return self.hosts / name
+
+    def agent_json(self, host: str) -> Path:
+        return self.host(host) / "agent.json"
+
+    def volatile(self, host: str) -> Path:
+        return self.host(host) / "volatile"
+
+    def power_cycle(self, host: str) -> Path:
+        """Holds the id of the host's current power cycle: its boot_id."""
+        return self.host(host) / "power_cycle"
+
+    @property
+    def namespace_prefix(self) -> str:
+        return f"drv{self.id}-"
+
+    @property
+    def management_namespace(self) -> str:
+        return f"{self.namespace_prefix}m"
+
+    def namespace(self, number: int) -> str:
+        return f"{self.namespace_prefix}h{number}"
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlace:
+    """Where a simulated host is reached. `namespace` is None where hosts are loopback addresses."""
+
+    name: str
+    address: str
+    namespace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The network as it was made, with the ports that its parts listen on."""
+
+    management_address: str
+    management_namespace: str | None
+    hosts: tuple[HostPlace, ...]
+    notes: tuple[str, ...] = field(default=())
+    """One line each for whatever could not be had: no namespaces, no bandwidth limit."""
+    zookeeper_port: int = 2181
+    ray_port: int = 6379
+    ray_client_port: int = 10001
+    api_port: int = 7700
+    control_port: int = 7701
+    peer_port: int = 7702
+
+    @property
+    def zookeeper(self) -> str:
+        return f"{self.management_address}:{self.zookeeper_port}"

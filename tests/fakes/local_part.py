@@ -1,0 +1,66 @@
+"""A stand-in for an agent, the API, the collector or the coordinator: a small process that listens where it should.
+
+`python local_part.py KIND CONFIG`. An agent's stand-in also starts one "guest", a sleeping process in a session of its
+own, noted down as real agents do; a restarted one finds it alive and leaves it be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+def listener(kind: str, config: Path) -> socket.socket | None:
+    if kind == "collector":
+        path = config.parent / "collector.sock"
+        path.unlink(missing_ok=True)
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(path))
+        server.listen()
+        return server
+    content = json.loads(config.read_text())
+    if kind == "agent":
+        return socket.create_server((content["address"], content["control_port"]))
+    if kind == "api":
+        address, _, port = content["listen"][1].rpartition(":")
+        return socket.create_server((address, int(port)))
+    return None
+
+
+def start_time(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def keep_guest(config: Path) -> None:
+    note = config.parent / "guests" / "one" / "vmm.json"
+    if note.exists():
+        known = json.loads(note.read_text())
+        try:
+            if start_time(known["pid"]) == known["start_time"]:
+                return
+        except OSError:
+            pass
+    # An empty environment and nothing on the command line: only the note, or the namespace, tells whose it is.
+    guest = subprocess.Popen(["sleep", "600"], start_new_session=True, env={"PATH": os.environ["PATH"]})
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps({"pid": guest.pid, "start_time": start_time(guest.pid)}))
+
+
+def main() -> None:
+    kind, config = sys.argv[1], Path(sys.argv[2])
+    server = listener(kind, config)
+    if kind == "agent":
+        keep_guest(config)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    while server:
+        server.accept()[0].close()
+    signal.pause()
+
+
+if __name__ == "__main__":
+    main()
