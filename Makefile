@@ -1,4 +1,4 @@
-# Drover. `make help` lists what can be made. On a bare machine `make demo` and `make test` do all the set-up first.
+# Drover. `make help` lists what can be made. On a bare machine `make test` does all the set-up first.
 # Everything that a target writes is under build/ and .venv/; a second call is instant.
 
 SHELL       := /bin/bash
@@ -17,10 +17,6 @@ export PYTHON VENV
 PYTEST := $(PY) -m pytest --durations=10
 
 ##@ Use
-.PHONY: demo
-demo: setup  ## run the main job on a local cluster and prove its promises (ARGS="--help" for its options)
-	$(PY) -m orchestrator.local.demo $(ARGS)
-
 .PHONY: setup
 setup: system venv guest  ## system packages, Python environment, guest image
 
