@@ -1,10 +1,10 @@
 """Who may run a guest, and how it changes hands: the guest record, its transitions and the decisions H1-H14.
 
-Two kinds of functions stand here. *Transitions* (`open_attempt`, `bind`, `commit`, `abort`, ...) take the record that was
-read and return the one to write; the caller writes it with the version that it read, so the first writer wins. One that
-the record does not allow raises `Refused`. *Decisions* (`may_run_at_destination`, `verdict`, ...) say what a party may do
-with the guest on the strength of what it has read. Each carries the rule of docs/protocol.md that it states, and each is
-one that a mutant of the exploration removes (tests/exploration).
+Two kinds of functions stand here. *Transitions* (`open_attempt`, `bind`, `commit`, `abort`, ...) take the record
+that was read and return the one to write; the caller writes it with the version that it read, so the first writer
+wins. One that the record does not allow raises `Refused`. *Decisions* (`may_run_at_destination`, `verdict`, ...)
+say what a party may do with the guest on the strength of what it has read. Each carries the rule of
+docs/protocol.md that it states, and each is one that a mutant of the exploration removes (tests/exploration).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The ACK ledger of one attempt: requests, acknowledgements, the gate, the freeze and the check.
 
-What "late" means (docs/protocol.md, 5.1): a request that is neither acknowledged nor in the baseline, at the check, or that
-was accepted into the ledger between freeze and COMMIT. The *baseline* is empty if the guest ran until the switchover stop;
-else it is what was pending when the operator or policy had stopped the guest, and then no request is late any more: there
-is no downtime left to protect.
+What "late" means (docs/protocol.md, 5.1): a request that is neither acknowledged nor in the baseline, at the check,
+or that was accepted into the ledger between freeze and COMMIT. The *baseline* is empty if the guest ran until the
+switchover stop; else it is what was pending when the operator or policy had stopped the guest, and then no request
+is late any more: there is no downtime left to protect.
 
 Pure values: every method returns a new one.
 """
@@ -39,7 +39,7 @@ class AckLedger:
     """Requests made, or left pending, while the guest was stopped: named in the result, never a reason to abort."""
 
     def request(self, entry: AckRequest) -> AckLedger:
-        """A device asks. Idempotent by (device, generation); an older generation than the known one is dropped (R13)."""
+        """A device asks. Idempotent by (device, generation); an older generation is dropped (R13)."""
         requests = _newest(self.requests, entry)
         if requests == self.requests:
             return self
