@@ -90,9 +90,14 @@ def up(config: LocalConfig, *, foreground: bool = False, out: TextIO = sys.stder
         lock = locking.acquire(layout, create=True, wait_s=0.2)
         if lock is None:
             return _already(layout, out)
-        child: subprocess.Popen[bytes] | None = None
         try:
             _require(config)
+            _refuse_over_guests(layout)
+        except LocalClusterError:
+            _leave_as_found(layout, lock)
+            raise
+        child: subprocess.Popen[bytes] | None = None
+        try:
             _clear_remains(layout, out)
             _check_interrupt(signals)
             _build_guest_image(config, layout, out)
@@ -167,13 +172,24 @@ def _require(config: LocalConfig) -> None:
         )
 
 
-def _clear_remains(layout: Layout, out: TextIO) -> None:
-    """Of a cluster that crashed, or was stopped without `down`. Running guests are not ours to kill without a word."""
+def _refuse_over_guests(layout: Layout) -> None:
+    """Guests that outlived their cluster are not to be killed without a word."""
     if guests := teardown.running_guests(layout):
         raise LocalClusterError(
             f"the supervisor of the cluster in {layout.dir} is gone, and {len(guests)} of its guests still run: "
             "`drover down` ends them and cleans up"
         )
+
+
+def _leave_as_found(layout: Layout, lock: locking.Lock) -> None:
+    """Take back the lock's file and the directory if nothing else is there."""
+    if all(path == layout.lock for path in layout.dir.iterdir()):
+        teardown.remove_files(layout)
+    lock.release()
+
+
+def _clear_remains(layout: Layout, out: TextIO) -> None:
+    """Of a cluster that crashed, or was stopped without `down`."""
     if layout.cluster_json.exists() or network.existing(layout):
         out.write(f"cleaning up what an earlier cluster left in {layout.dir}\n")
     _end_remains(layout)
@@ -322,7 +338,7 @@ def leftovers(directory: Path | str, *, keep: Collection[str] = ()) -> list[str]
 def _remove_everything(layout: Layout, keep: Collection[str] = ()) -> None:
     with _unstoppable():
         _stop_holder(layout)
-        lock = locking.acquire(layout, create=False, wait_s=STOP_TIMEOUT_S)
+        lock = locking.acquire(layout, create=False, wait_s=STOP_TIMEOUT_S, clearing=True)
         _end_remains(layout)
         if lock:
             teardown.remove_files(layout, keep)
@@ -330,16 +346,25 @@ def _remove_everything(layout: Layout, keep: Collection[str] = ()) -> None:
 
 
 def _stop_holder(layout: Layout) -> None:
-    """Ask whoever holds the lock (supervisor, or an `up` that starts one) to end, and insist."""
+    """Ask a supervisor, or an `up` that starts one, to end, and insist.
+
+    Another `down`, or an `up` that is clearing up after itself, holds the lock as well. It ends by itself and is only
+    waited for: it may be part of a larger program, and is never signalled.
+    """
     deadline = time.monotonic() + STOP_TIMEOUT_S
     asked: set[Identity] = set()
-    while locking.is_held(layout) and time.monotonic() < deadline:
+    while locking.is_held(layout):
         holder = locking.holder(layout)
-        if holder and holder.pid != os.getpid() and holder not in asked:
-            processes.send(holder, signal.SIGTERM)
-            asked.add(holder)
+        late = time.monotonic() >= deadline
+        if holder and holder.pid != os.getpid() and locking.may_be_stopped(layout):
+            if late:
+                teardown.kill([holder])
+            elif holder not in asked:
+                processes.send(holder, signal.SIGTERM)
+                asked.add(holder)
+        if late:
+            return
         time.sleep(0.02)
-    teardown.kill({identity for identity in asked if processes.is_alive(identity)})
 
 
 def _end_remains(layout: Layout) -> None:

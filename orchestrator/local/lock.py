@@ -6,6 +6,7 @@ in between. The file also marks the directory as made by Drover: nothing else is
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
@@ -21,12 +22,12 @@ class Lock:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
-    def sign(self, pid: int | None = None) -> None:
+    def sign(self, pid: int | None = None, role: str = "running") -> None:
         """Note down who holds it: this process, or the child that it is handed over to."""
         holder = processes.identify(pid or os.getpid())
         if holder:
             os.ftruncate(self.descriptor, 0)
-            os.pwrite(self.descriptor, f"{holder.pid} {holder.start_time}\n".encode(), 0)
+            os.pwrite(self.descriptor, f"{holder.pid} {holder.start_time} {role}\n".encode(), 0)
 
     def keep(self) -> None:
         """Not for our children: a lock lives as long as anybody has it."""
@@ -39,7 +40,7 @@ class Lock:
             self.descriptor = -1
 
 
-def acquire(layout: Layout, *, create: bool, wait_s: float = 0.0) -> Lock | None:
+def acquire(layout: Layout, *, create: bool, wait_s: float = 0.0, clearing: bool = False) -> Lock | None:
     """None: somebody else holds it, or (without `create`) there is no such directory.
 
     Raises LocalClusterError for a directory with other things in it than ours.
@@ -58,7 +59,7 @@ def acquire(layout: Layout, *, create: bool, wait_s: float = 0.0) -> Lock | None
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_current(layout, descriptor):
                 lock = Lock(descriptor)
-                lock.sign()
+                lock.sign(role="clearing" if clearing else "running")
                 return lock
         except BlockingIOError:
             if time.monotonic() >= deadline:
@@ -71,11 +72,18 @@ def acquire(layout: Layout, *, create: bool, wait_s: float = 0.0) -> Lock | None
 def holder(layout: Layout) -> Identity | None:
     """Who signed last, if that process lives: the one that starts, runs or ends the cluster."""
     try:
-        pid, start_time = layout.lock.read_text().split()
+        pid, start_time, _ = layout.lock.read_text().split()
         identity = Identity(int(pid), int(start_time))
     except (OSError, ValueError):
         return None
     return identity if processes.is_alive(identity) else None
+
+
+def may_be_stopped(layout: Layout) -> bool:
+    """Is the holder a cluster or its start, and not somebody who is ending one?"""
+    with contextlib.suppress(OSError):
+        return layout.lock.read_text().split()[2:] == ["running"]
+    return False
 
 
 def is_held(layout: Layout) -> bool:

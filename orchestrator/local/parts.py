@@ -53,6 +53,8 @@ class PartSpec:
     """Parts that must serve before this one is started."""
     prepare: Callable[[], None] | None = None
     """Called before each start."""
+    watched: bool = False
+    """Its process may outlive what it is there for: kill it when `probe` goes on failing."""
 
 
 def package_root() -> Path:
@@ -177,7 +179,7 @@ def build(config: LocalConfig, layout: Layout, places: Places) -> list[PartSpec]
         make.part(
             "coordinator",
             [sys.executable, "-m", "orchestrator.coordinator", "--config", str(layout.coordinator_json)],
-            make.registered(paths.leader()),
+            make.registered("coordinator", paths.leader()),
             environment=rayhead.client_environment(layout),
             after=("zookeeper", "ray"),
         ),
@@ -199,10 +201,10 @@ class _Maker:
         self._layout = layout
         self._places = places
 
-    def registered(self, path: str) -> Probe:
+    def registered(self, kind: PartKind, path: str) -> Probe:
         """Does the part hold its node in ZooKeeper? Stand-ins of tests hold none."""
         places = self._places
-        if self._config.commands:
+        if kind in self._config.commands:
             return _always
 
         async def probe() -> str | None:
@@ -218,7 +220,7 @@ class _Maker:
             [sys.executable, "-m", "agents", "--config", str(layout.agent_json(place.name))],
             _all(
                 _tcp_probe(place.address, self._places.control_port),
-                self.registered(paths.live(place.name)),
+                self.registered("agent", paths.live(place.name)),
             ),
             place=place,
             after=("zookeeper",),
@@ -260,6 +262,8 @@ class _Maker:
             host=place.name if place else None,
             after=after,
             prepare=prepare,
+            # While it is still starting, Ray's launcher does not notice that its GCS died, and waits for half a minute.
+            watched=kind == "ray",
         )
 
 

@@ -34,6 +34,9 @@ STEADY_S = 10.0
 FALSE_STARTS = 4
 """A part that ended so often before the cluster was ever ready will not come up at all."""
 PROBE_S = 0.05
+SILENT_PROBES = 3
+SILENT_PROBE_S = 0.4
+"""A watched part that fails so many probes in a row has died behind its process's back."""
 HEALTH_TIMEOUT_S = 3.0
 RAY_NOTE_S = 3.0
 RAY_SETTLED_S = 15.0
@@ -220,11 +223,23 @@ class Supervisor:
         return code
 
     async def _until_serving(self, part: Part) -> None:
+        """Note when it serves; to be cancelled when its process ends."""
         while await part.spec.probe():  # noqa: ASYNC110 - another process; nothing here could set an event
             await asyncio.sleep(PROBE_S)
         log.info("%s serves after %.2f s", part.spec.name, time.monotonic() - part.born)
         part.serving.set()
         self._move(part, PartState.RUNNING)
+        if part.spec.watched:
+            await self._until_silent(part)
+
+    async def _until_silent(self, part: Part) -> None:
+        """Kill a part whose process lives on after what it served has died."""
+        failures = 0
+        while failures < SILENT_PROBES:
+            await asyncio.sleep(SILENT_PROBE_S)
+            failures = failures + 1 if await part.spec.probe() else 0
+        if part.process and processes.send(part.process, signal.SIGKILL):
+            log.warning("%s no longer serves: killed", part.spec.name)
 
     async def _clean_up_after(self, part: Part, code: int) -> None:
         """Ray's parts hang together: a dead head takes its driver along, a driver without Ray asks for a new head."""
