@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
-from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.agent import AttemptSeen, ConductOrder
+from orchestrator.core.ids import AttemptRef
 from orchestrator.core.migration import Prepared
-from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import AttemptReport
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptSeen:
-    """What an agent knows about an attempt that it conducts or conducted."""
-
-    known: bool
-    ended: bool = False
-    report: AttemptReport | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ConductOrder:
-    """Everything the source agent needs to conduct one attempt."""
-
-    attempt: AttemptRef
-    epoch: int
-    prepared: Prepared
-    destination: HostRef
-    policy: MigrationPolicy
-    previous_reason: str = ""
 
 
 class AgentPort(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 
@@ -74,21 +75,45 @@ class RefusalReason(StrEnum):
     OUTCOME_UNKNOWN = "OUTCOME_UNKNOWN"
     LEDGER_UNREACHABLE = "LEDGER_UNREACHABLE"
     AGENT_UNREACHABLE = "AGENT_UNREACHABLE"
+    API_UNREACHABLE = "API_UNREACHABLE"
     INTERNAL = "INTERNAL"
 
 
 class DroverError(Exception):
     """A refusal with a reason that a program can act on and a sentence that a person can.
 
-    `field` names the offending part of a request or file, e.g. `guest.devices[0].name`.
+    `field` names the offending part of a request or file, e.g. `guest.devices[0].name`. `violations` has field and
+    sentence of everything that is wrong at once (`invalid` makes such an error). `details` are facts for programs, such
+    as the `zxid` of the commit that a cancel came too late for.
     """
 
-    def __init__(self, reason: RefusalReason, message: str, *, field: str = "") -> None:
+    def __init__(
+        self,
+        reason: RefusalReason,
+        message: str,
+        *,
+        field: str = "",
+        violations: Sequence[tuple[str, str]] = (),
+        details: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
         self.field = field
+        self.violations = tuple(violations) or (((field, message),) if field else ())
+        self.details = dict(details or {})
 
     def __str__(self) -> str:
         where = f"{self.field}: " if self.field else ""
         return f"{where}{self.message} [{self.reason}]"
+
+
+def invalid(violations: Sequence[tuple[str, str]]) -> DroverError:
+    """INVALID_ARGUMENT for everything that is wrong with a request or a file; there is at least one violation."""
+    if len(violations) == 1:
+        field, message = violations[0]
+        return DroverError(RefusalReason.INVALID_ARGUMENT, message, field=field)
+    said = "; ".join(f"{field}: {message}" for field, message in violations)
+    return DroverError(
+        RefusalReason.INVALID_ARGUMENT, f"{len(violations)} fields are wrong: {said}", violations=violations
+    )

@@ -323,6 +323,9 @@ class Host(_message.Message):
     CORDONED_FIELD_NUMBER: _builtins.int
     CORDON_REASON_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    MACHINE_TYPES_FIELD_NUMBER: _builtins.int
+    ACCELERATOR_FIELD_NUMBER: _builtins.int
+    SWITCHOVER_ACK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___HostState.ValueType
     boot_id: _builtins.str
@@ -337,6 +340,10 @@ class Host(_message.Message):
     cordoned: _builtins.bool
     cordon_reason: _builtins.str
     engine: _builtins.str
+    accelerator: _builtins.str
+    switchover_ack: _builtins.str
+    @_builtins.property
+    def machine_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -353,10 +360,13 @@ class Host(_message.Message):
         cordoned: _builtins.bool = ...,
         cordon_reason: _builtins.str = ...,
         engine: _builtins.str = ...,
+        machine_types: _abc.Iterable[_builtins.str] | None = ...,
+        accelerator: _builtins.str = ...,
+        switchover_ack: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_mbps", b"bandwidth_mbps", "boot_id", b"boot_id", "control_address", b"control_address", "cordon_reason", b"cordon_reason", "cordoned", b"cordoned", "engine", b"engine", "guests", b"guests", "memory_mib", b"memory_mib", "memory_reserved_mib", b"memory_reserved_mib", "memory_used_mib", b"memory_used_mib", "name", b"name", "peer_address", b"peer_address", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "bandwidth_mbps", b"bandwidth_mbps", "boot_id", b"boot_id", "control_address", b"control_address", "cordon_reason", b"cordon_reason", "cordoned", b"cordoned", "engine", b"engine", "guests", b"guests", "machine_types", b"machine_types", "memory_mib", b"memory_mib", "memory_reserved_mib", b"memory_reserved_mib", "memory_used_mib", b"memory_used_mib", "name", b"name", "peer_address", b"peer_address", "state", b"state", "switchover_ack", b"switchover_ack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -378,6 +388,7 @@ class DeviceSpec(_message.Message):
     dma: _builtins.str
     """Must be "none" for a companion device under QEMU."""
     initial_bytes: _builtins.int
+    """Not set: the default of docs/guest-file.md."""
     stop_copy_bytes: _builtins.int
     dirty_bytes_per_s: _builtins.int
     scenario: _builtins.str
@@ -388,16 +399,27 @@ class DeviceSpec(_message.Message):
         name: _builtins.str = ...,
         shim: Global___ShimKind.ValueType = ...,
         dma: _builtins.str = ...,
-        initial_bytes: _builtins.int = ...,
-        stop_copy_bytes: _builtins.int = ...,
-        dirty_bytes_per_s: _builtins.int = ...,
+        initial_bytes: _builtins.int | None = ...,
+        stop_copy_bytes: _builtins.int | None = ...,
+        dirty_bytes_per_s: _builtins.int | None = ...,
         scenario: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dirty_bytes_per_s", b"_dirty_bytes_per_s", "_initial_bytes", b"_initial_bytes", "_stop_copy_bytes", b"_stop_copy_bytes", "dirty_bytes_per_s", b"dirty_bytes_per_s", "initial_bytes", b"initial_bytes", "stop_copy_bytes", b"stop_copy_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dirty_bytes_per_s", b"dirty_bytes_per_s", "dma", b"dma", "initial_bytes", b"initial_bytes", "name", b"name", "scenario", b"scenario", "shim", b"shim", "stop_copy_bytes", b"stop_copy_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dirty_bytes_per_s", b"_dirty_bytes_per_s", "_initial_bytes", b"_initial_bytes", "_stop_copy_bytes", b"_stop_copy_bytes", "dirty_bytes_per_s", b"dirty_bytes_per_s", "dma", b"dma", "initial_bytes", b"initial_bytes", "name", b"name", "scenario", b"scenario", "shim", b"shim", "stop_copy_bytes", b"stop_copy_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__dirty_bytes_per_s: _TypeAlias = _typing.Literal["dirty_bytes_per_s"]  # noqa: Y015
+    _WhichOneofArgType__dirty_bytes_per_s: _TypeAlias = _typing.Literal["_dirty_bytes_per_s", b"_dirty_bytes_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__initial_bytes: _TypeAlias = _typing.Literal["initial_bytes"]  # noqa: Y015
+    _WhichOneofArgType__initial_bytes: _TypeAlias = _typing.Literal["_initial_bytes", b"_initial_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__stop_copy_bytes: _TypeAlias = _typing.Literal["stop_copy_bytes"]  # noqa: Y015
+    _WhichOneofArgType__stop_copy_bytes: _TypeAlias = _typing.Literal["_stop_copy_bytes", b"_stop_copy_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dirty_bytes_per_s) -> _WhichOneofReturnType__dirty_bytes_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__initial_bytes) -> _WhichOneofReturnType__initial_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_copy_bytes) -> _WhichOneofReturnType__stop_copy_bytes | None: ...
 
 Global___DeviceSpec: _TypeAlias = DeviceSpec  # noqa: Y015
 
@@ -453,6 +475,8 @@ Global___Workload: _TypeAlias = Workload  # noqa: Y015
 
 @_typing.final
 class GuestSpec(_message.Message):
+    """A field that is 0 or empty takes its default: 64 MiB, 1 vCPU, machine type "pc"."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final

@@ -1,0 +1,129 @@
+"""The words between agents and those who call them: what an agent is told to do, and what it says about its host.
+
+Statuses and progress are samples: they stream to whoever watches and are never stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
+from orchestrator.core.migration import Prepared
+from orchestrator.core.policy import MigrationPolicy
+from orchestrator.core.records import AttemptReport, MigrationPhase
+
+
+class RunState(StrEnum):
+    """Of a guest, as its users see it."""
+
+    RUNNING = "RUNNING"
+    PAUSED = "PAUSED"
+    """Stopped by the operator's wish."""
+    STOPPED = "STOPPED"
+    """Stopped by policy or for the switchover."""
+    STARTING = "STARTING"
+    ENDED = "ENDED"
+    UNKNOWN = "UNKNOWN"
+    """The owner's agent could not be asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One sample of one attempt, from its source."""
+
+    transferred_bytes: int = 0
+    remaining_bytes: int = 0
+    total_bytes: int = 0
+    bandwidth_mbps: float = 0.0
+    dirty_rate_mbps: float = 0.0
+    iteration: int = 0
+    expected_downtime_ms: int = 0
+    engine_status: str = ""
+    """The engine's own word, never a phase."""
+    gate_open: bool = False
+    pending_acks: tuple[AckRequest, ...] = ()
+    eta_s: float = 0.0
+    """0 when it cannot be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestStatus:
+    """One guest that an agent runs."""
+
+    guest: str
+    """Uuid."""
+    name: str
+    inc: str
+    run_state: RunState
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptStatus:
+    """One attempt that an agent takes part in. `phase` is None when the agent's word for it is not known here."""
+
+    ref: AttemptRef
+    phase: MigrationPhase | None
+    progress: Progress | None = None
+    ended: bool = False
+    """The attempt is over on this agent."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSample:
+    """One message of WatchAgent. It names what it is about; what it does not name has not changed."""
+
+    guests: tuple[GuestStatus, ...] = ()
+    attempts: tuple[AttemptStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatus:
+    """Everything an agent has, at one instant."""
+
+    host: HostRef
+    epoch: int
+    """Highest coordinator epoch it has seen."""
+    guests: tuple[GuestStatus, ...] = ()
+    attempts: tuple[AttemptStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSeen:
+    """What an agent knows about an attempt that it conducts or conducted."""
+
+    known: bool
+    ended: bool = False
+    report: AttemptReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConductOrder:
+    """Everything the source agent needs to conduct one attempt."""
+
+    attempt: AttemptRef
+    epoch: int
+    prepared: Prepared
+    destination: HostRef
+    policy: MigrationPolicy
+    previous_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareOrder:
+    """Everything a destination agent needs to wait for the stream of one attempt."""
+
+    attempt: AttemptRef
+    epoch: int
+    source_peer_address: str
+    timeout_ms: int
+    multifd_channels: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WishApplied:
+    """How far an operator's pause or resume got. `applied` False: queued until the hand-over ends."""
+
+    applied: bool
+    run_state: RunState
