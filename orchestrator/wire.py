@@ -1,0 +1,526 @@
+"""Between protos and the core: the one place that knows both.
+
+`X_to_proto` never fails for a value of the core whose numbers fit the field. `X_from_proto` raises DroverError
+INVALID_ARGUMENT with the field for a word that this version does not know where it must understand it (a request);
+where it only passes on what others said (a status), an unknown word becomes None or UNKNOWN.
+
+`word` and `to_json` make messages readable for people and scripts.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any, cast
+
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from orchestrator.core.agent import (
+    AgentSample,
+    AgentStatus,
+    AttemptSeen,
+    AttemptStatus,
+    ConductOrder,
+    GuestStatus,
+    PrepareOrder,
+    Progress,
+    RunState,
+    WishApplied,
+)
+from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
+from orchestrator.core.handover import Ownership
+from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
+from orchestrator.core.migration import Prepared
+from orchestrator.core.policy import MigrationPolicy, OnTimeout
+from orchestrator.core.records import (
+    AttemptReport,
+    DeviceSpec,
+    EvacuationPhase,
+    GuestSpec,
+    MigrationPhase,
+    ShimKind,
+    TimelineEntry,
+    Workload,
+)
+from protos.drover.v1 import agent_pb2, types_pb2
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+_ON_TIMEOUT = {value: types_pb2.OnTimeout.Value(f"ON_TIMEOUT_{value.name}") for value in OnTimeout}
+_SHIM_KIND = {value: types_pb2.ShimKind.Value(f"SHIM_KIND_{value.name}") for value in ShimKind}
+_OWNERSHIP = {value: types_pb2.OwnershipPhase.Value(f"OWNERSHIP_PHASE_{value.name}") for value in Ownership}
+_RUN_STATE = {value: types_pb2.RunState.Value(f"RUN_STATE_{value.name}") for value in RunState}
+_PHASE = {value: types_pb2.MigrationPhase.Value(f"MIGRATION_PHASE_{value.name}") for value in MigrationPhase}
+_EVACUATION = {value: types_pb2.EvacuationPhase.Value(f"EVACUATION_PHASE_{value.name}") for value in EvacuationPhase}
+
+_RUN_STATE_OF = {number: value for value, number in _RUN_STATE.items()}
+_PHASE_OF = {number: value for value, number in _PHASE.items()}
+_ON_TIMEOUT_OF = {number: value for value, number in _ON_TIMEOUT.items()}
+_SHIM_KIND_OF = {number: value for value, number in _SHIM_KIND.items()}
+
+
+def ownership_to_proto(phase: Ownership) -> types_pb2.OwnershipPhase.ValueType:
+    return _OWNERSHIP[phase]
+
+
+def run_state_to_proto(state: RunState) -> types_pb2.RunState.ValueType:
+    return _RUN_STATE[state]
+
+
+def run_state_from_proto(number: int) -> RunState:
+    """A word that is not known here says nothing: UNKNOWN."""
+    return _RUN_STATE_OF.get(cast(types_pb2.RunState.ValueType, number), RunState.UNKNOWN)
+
+
+def phase_to_proto(phase: MigrationPhase) -> types_pb2.MigrationPhase.ValueType:
+    return _PHASE[phase]
+
+
+def phase_from_proto(number: int) -> MigrationPhase | None:
+    return _PHASE_OF.get(cast(types_pb2.MigrationPhase.ValueType, number))
+
+
+def evacuation_phase_to_proto(phase: EvacuationPhase) -> types_pb2.EvacuationPhase.ValueType:
+    return _EVACUATION[phase]
+
+
+# --- policy -----------------------------------------------------------------------------------------------------------
+
+_POLICY_NUMBERS = tuple(
+    field.name for field in fields(MigrationPolicy) if field.name not in ("on_timeout", "auto_converge")
+)
+
+
+def policy_to_proto(policy: MigrationPolicy) -> types_pb2.MigrationPolicy:
+    """Every field set."""
+    numbers: dict[str, Any] = {name: getattr(policy, name) for name in _POLICY_NUMBERS}
+    return types_pb2.MigrationPolicy(
+        **numbers, auto_converge=policy.auto_converge, on_timeout=_ON_TIMEOUT[policy.on_timeout]
+    )
+
+
+def policy_from_proto(
+    message: types_pb2.MigrationPolicy, base: MigrationPolicy = MigrationPolicy(), *, field: str = "policy"
+) -> MigrationPolicy:
+    """`base` with what is set in the message."""
+    given: dict[str, Any] = {name: getattr(message, name) for name in _POLICY_NUMBERS if _is_set(message, name)}
+    if message.HasField("auto_converge"):
+        given["auto_converge"] = message.auto_converge
+    if message.on_timeout:
+        known = _ON_TIMEOUT_OF.get(message.on_timeout)
+        if known is None:
+            raise _unknown_word(f"{field}.on_timeout", message.on_timeout, OnTimeout)
+        given["on_timeout"] = known
+    return replace(base, **given)
+
+
+def policy_patch(given: Mapping[str, object] | None) -> types_pb2.MigrationPolicy | None:
+    """A part of a policy, by the field names of `MigrationPolicy`; what is not given stays unset. None stays None.
+
+    Raises DroverError INVALID_ARGUMENT for a field that there is not, or a value of the wrong kind.
+    """
+    if given is None:
+        return None
+    message = types_pb2.MigrationPolicy()
+    for name, value in given.items():
+        field = f"policy.{name}"
+        if name == "on_timeout":
+            known = next((word for word in OnTimeout if str(value).lower() == word.value), None)
+            if known is None:
+                raise _unknown_word(field, value, OnTimeout)
+            message.on_timeout = _ON_TIMEOUT[known]
+        elif name == "auto_converge":
+            if not isinstance(value, bool):
+                raise _wrong(field, f"must be true or false, not {value!r}")
+            message.auto_converge = value
+        elif name in _POLICY_NUMBERS:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+                raise _wrong(field, f"must be a whole number from 0 to {(1 << 31) - 1}, not {value!r}")
+            setattr(message, name, value)
+        else:
+            names = ", ".join(each.name for each in fields(MigrationPolicy))
+            raise _wrong(field, f"there is no such field; there are {names}")
+    return message
+
+
+def _wrong(field: str, said: str) -> DroverError:
+    return DroverError(RefusalReason.INVALID_ARGUMENT, said, field=field)
+
+
+def _unknown_word(field: str, value: object, words: Iterable[str]) -> DroverError:
+    return _wrong(field, f"must be one of {', '.join(words)}, not {value!r}")
+
+
+# --- guests -----------------------------------------------------------------------------------------------------------
+
+_WORKLOAD = tuple(field.name for field in fields(Workload))
+_DEVICE_SIZES = ("initial_bytes", "stop_copy_bytes", "dirty_bytes_per_s")
+
+
+def device_to_proto(device: DeviceSpec) -> types_pb2.DeviceSpec:
+    return types_pb2.DeviceSpec(
+        name=device.name,
+        shim=_SHIM_KIND[device.shim],
+        dma=device.dma,
+        initial_bytes=device.initial_bytes,
+        stop_copy_bytes=device.stop_copy_bytes,
+        dirty_bytes_per_s=device.dirty_bytes_per_s,
+        scenario=device.scenario,
+    )
+
+
+def device_from_proto(message: types_pb2.DeviceSpec, *, field: str = "device") -> DeviceSpec:
+    shim = _SHIM_KIND_OF.get(message.shim)
+    if shim is None:
+        raise _unknown_word(f"{field}.shim", message.shim or "", ShimKind)
+    sizes: dict[str, Any] = {name: getattr(message, name) for name in _DEVICE_SIZES if _is_set(message, name)}
+    return DeviceSpec(
+        name=message.name, shim=shim, dma=message.dma or DeviceSpec.dma, scenario=message.scenario, **sizes
+    )
+
+
+def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
+    """Raises INVALID_ARGUMENT when a number does not fit its field."""
+    try:
+        return types_pb2.GuestSpec(
+            name=spec.name,
+            memory_mib=spec.memory_mib,
+            vcpus=spec.vcpus,
+            machine=spec.machine,
+            workload=types_pb2.Workload(**{name: getattr(spec.workload, name) for name in _WORKLOAD}),
+            devices=[device_to_proto(device) for device in spec.devices],
+            labels=spec.labels,
+            policy=policy_to_proto(spec.policy),
+        )
+    except (ValueError, OverflowError) as error:
+        raise _wrong("spec", f"a number is too large: {error}") from error
+
+
+def guest_spec_from_proto(message: types_pb2.GuestSpec, *, field: str = "spec") -> GuestSpec:
+    workload = message.workload
+    given: dict[str, Any] = {name: getattr(workload, name) for name in _WORKLOAD if _is_set(workload, name)}
+    default = GuestSpec(message.name)
+    devices = enumerate(message.devices)
+    return GuestSpec(
+        name=message.name,
+        memory_mib=message.memory_mib or default.memory_mib,
+        vcpus=message.vcpus or default.vcpus,
+        machine=message.machine or default.machine,
+        workload=Workload(**given),
+        devices=tuple(device_from_proto(device, field=f"{field}.devices[{index}]") for index, device in devices),
+        labels=dict(message.labels),
+        policy=policy_from_proto(message.policy, field=f"{field}.policy"),
+    )
+
+
+def _is_set(message: Message, name: str) -> bool:
+    return message.HasField(name)
+
+
+# --- migrations -------------------------------------------------------------------------------------------------------
+
+
+def ack_to_proto(entry: AckRequest) -> types_pb2.AckRequest:
+    return types_pb2.AckRequest(device=entry.device, generation=entry.generation)
+
+
+def ack_from_proto(message: types_pb2.AckRequest) -> AckRequest:
+    return AckRequest(message.device, message.generation)
+
+
+def progress_to_proto(progress: Progress) -> types_pb2.Progress:
+    return types_pb2.Progress(
+        transferred_bytes=progress.transferred_bytes,
+        remaining_bytes=progress.remaining_bytes,
+        total_bytes=progress.total_bytes,
+        bandwidth_mbps=progress.bandwidth_mbps,
+        dirty_rate_mbps=progress.dirty_rate_mbps,
+        iteration=progress.iteration,
+        expected_downtime_ms=min(progress.expected_downtime_ms, (1 << 31) - 1),
+        engine_status=progress.engine_status,
+        gate_open=progress.gate_open,
+        pending_acks=map(ack_to_proto, progress.pending_acks),
+        eta_s=progress.eta_s,
+    )
+
+
+def progress_from_proto(message: types_pb2.Progress) -> Progress:
+    return Progress(
+        transferred_bytes=message.transferred_bytes,
+        remaining_bytes=message.remaining_bytes,
+        total_bytes=message.total_bytes,
+        bandwidth_mbps=message.bandwidth_mbps,
+        dirty_rate_mbps=message.dirty_rate_mbps,
+        iteration=message.iteration,
+        expected_downtime_ms=message.expected_downtime_ms,
+        engine_status=message.engine_status,
+        gate_open=message.gate_open,
+        pending_acks=tuple(map(ack_from_proto, message.pending_acks)),
+        eta_s=message.eta_s,
+    )
+
+
+def timeline_to_proto(entry: TimelineEntry) -> types_pb2.TimelineEntry:
+    return types_pb2.TimelineEntry(at_ms=entry.at_ms, where=entry.where, event=entry.event, detail=entry.detail)
+
+
+def timeline_from_proto(message: types_pb2.TimelineEntry) -> TimelineEntry:
+    return TimelineEntry(message.at_ms, message.where, message.event, message.detail)
+
+
+def report_to_proto(report: AttemptReport) -> types_pb2.AttemptReport:
+    return types_pb2.AttemptReport(
+        attempt=report.attempt,
+        outcome=report.outcome,
+        reason=report.reason or "",
+        devices=report.devices,
+        message=report.message,
+        source=report.source,
+        destination=report.destination,
+        inc=report.inc,
+        zxid=report.zxid,
+        requests=map(ack_to_proto, report.requests),
+        acks=map(ack_to_proto, report.acks),
+        requested_while_stopped=map(ack_to_proto, report.requested_while_stopped),
+        blackout_ms=report.blackout_ms,
+        transferred_bytes=report.transferred_bytes,
+        duration_ms=report.duration_ms,
+        ledger_writes=report.ledger_writes,
+        timeline=map(timeline_to_proto, report.timeline),
+    )
+
+
+def report_from_proto(message: types_pb2.AttemptReport) -> AttemptReport:
+    """A reason that is not known here is kept in the message."""
+    reason = AbortReason(message.reason) if message.reason in AbortReason.__members__ else None
+    unknown = f"{message.reason}: " if message.reason and reason is None else ""
+    return AttemptReport(
+        attempt=message.attempt,
+        outcome=message.outcome,
+        reason=reason,
+        devices=tuple(message.devices),
+        message=unknown + message.message,
+        source=message.source,
+        destination=message.destination,
+        inc=message.inc,
+        zxid=message.zxid,
+        requests=tuple(map(ack_from_proto, message.requests)),
+        acks=tuple(map(ack_from_proto, message.acks)),
+        requested_while_stopped=tuple(map(ack_from_proto, message.requested_while_stopped)),
+        blackout_ms=message.blackout_ms,
+        transferred_bytes=message.transferred_bytes,
+        duration_ms=message.duration_ms,
+        ledger_writes=message.ledger_writes,
+        timeline=tuple(map(timeline_from_proto, message.timeline)),
+    )
+
+
+def timestamp(wall_s: float) -> Timestamp | None:
+    """None for 0: not known."""
+    if wall_s <= 0:
+        return None
+    seconds = int(wall_s)
+    return Timestamp(seconds=seconds, nanos=int((wall_s - seconds) * 1e9))
+
+
+# --- AgentService -----------------------------------------------------------------------------------------------------
+
+
+def guest_status_to_proto(status: GuestStatus) -> agent_pb2.GuestStatus:
+    return agent_pb2.GuestStatus(
+        guest_uuid=status.guest,
+        name=status.name,
+        inc=status.inc,
+        run_state=_RUN_STATE[status.run_state],
+        pid=status.pid,
+    )
+
+
+def guest_status_from_proto(message: agent_pb2.GuestStatus) -> GuestStatus:
+    return GuestStatus(
+        message.guest_uuid, message.name, message.inc, run_state_from_proto(message.run_state), message.pid
+    )
+
+
+def attempt_status_to_proto(status: AttemptStatus) -> agent_pb2.AttemptStatus:
+    return agent_pb2.AttemptStatus(
+        guest_uuid=status.ref.guest,
+        migration=status.ref.migration,
+        attempt=status.ref.attempt,
+        phase=_PHASE[status.phase] if status.phase else types_pb2.MIGRATION_PHASE_UNSPECIFIED,
+        progress=progress_to_proto(status.progress) if status.progress else None,
+        ended=status.ended,
+    )
+
+
+def attempt_status_from_proto(message: agent_pb2.AttemptStatus) -> AttemptStatus:
+    return AttemptStatus(
+        ref=AttemptRef(message.guest_uuid, message.migration, message.attempt),
+        phase=phase_from_proto(message.phase),
+        progress=progress_from_proto(message.progress) if message.HasField("progress") else None,
+        ended=message.ended,
+    )
+
+
+def agent_sample_to_proto(sample: AgentSample) -> agent_pb2.WatchAgentResponse:
+    return agent_pb2.WatchAgentResponse(
+        attempts=map(attempt_status_to_proto, sample.attempts), guests=map(guest_status_to_proto, sample.guests)
+    )
+
+
+def agent_sample_from_proto(message: agent_pb2.WatchAgentResponse) -> AgentSample:
+    return AgentSample(
+        guests=tuple(map(guest_status_from_proto, message.guests)),
+        attempts=tuple(map(attempt_status_from_proto, message.attempts)),
+    )
+
+
+def agent_status_to_proto(status: AgentStatus) -> agent_pb2.GetAgentResponse:
+    return agent_pb2.GetAgentResponse(
+        host=status.host.host,
+        boot_id=status.host.boot_id,
+        epoch=status.epoch,
+        guests=map(guest_status_to_proto, status.guests),
+        attempts=map(attempt_status_to_proto, status.attempts),
+    )
+
+
+def agent_status_from_proto(message: agent_pb2.GetAgentResponse) -> AgentStatus:
+    return AgentStatus(
+        host=HostRef(message.host, message.boot_id),
+        epoch=message.epoch,
+        guests=tuple(map(guest_status_from_proto, message.guests)),
+        attempts=tuple(map(attempt_status_from_proto, message.attempts)),
+    )
+
+
+def prepare_order_to_proto(order: PrepareOrder) -> agent_pb2.PrepareDestinationRequest:
+    return agent_pb2.PrepareDestinationRequest(
+        guest_uuid=order.attempt.guest,
+        migration=order.attempt.migration,
+        attempt=order.attempt.attempt,
+        epoch=order.epoch,
+        source_peer_address=order.source_peer_address,
+        timeout_ms=order.timeout_ms,
+        multifd_channels=order.multifd_channels,
+    )
+
+
+def prepare_order_from_proto(message: agent_pb2.PrepareDestinationRequest) -> PrepareOrder:
+    return PrepareOrder(
+        attempt=AttemptRef(message.guest_uuid, message.migration, message.attempt),
+        epoch=message.epoch,
+        source_peer_address=message.source_peer_address,
+        timeout_ms=message.timeout_ms,
+        multifd_channels=message.multifd_channels,
+    )
+
+
+def prepared_to_proto(prepared: Prepared) -> agent_pb2.PrepareDestinationResponse:
+    return agent_pb2.PrepareDestinationResponse(
+        inc=prepared.inc, endpoint=prepared.endpoint, peer_address=prepared.peer_address
+    )
+
+
+def prepared_from_proto(message: agent_pb2.PrepareDestinationResponse) -> Prepared:
+    return Prepared(message.inc, message.endpoint, message.peer_address)
+
+
+def conduct_order_to_proto(order: ConductOrder) -> agent_pb2.ConductAttemptRequest:
+    return agent_pb2.ConductAttemptRequest(
+        guest_uuid=order.attempt.guest,
+        migration=order.attempt.migration,
+        attempt=order.attempt.attempt,
+        epoch=order.epoch,
+        inc=order.prepared.inc,
+        destination=order.destination.host,
+        destination_boot_id=order.destination.boot_id,
+        endpoint=order.prepared.endpoint,
+        peer_address=order.prepared.peer_address,
+        policy=policy_to_proto(order.policy),
+        previous_reason=order.previous_reason,
+    )
+
+
+def conduct_order_from_proto(message: agent_pb2.ConductAttemptRequest) -> ConductOrder:
+    return ConductOrder(
+        attempt=AttemptRef(message.guest_uuid, message.migration, message.attempt),
+        epoch=message.epoch,
+        prepared=Prepared(message.inc, message.endpoint, message.peer_address),
+        destination=HostRef(message.destination, message.destination_boot_id),
+        policy=policy_from_proto(message.policy),
+        previous_reason=message.previous_reason,
+    )
+
+
+def attempt_seen_to_proto(seen: AttemptSeen) -> agent_pb2.GetAttemptResponse:
+    report = report_to_proto(seen.report) if seen.report else None
+    return agent_pb2.GetAttemptResponse(known=seen.known, ended=seen.ended, report=report)
+
+
+def attempt_seen_from_proto(message: agent_pb2.GetAttemptResponse) -> AttemptSeen:
+    report = report_from_proto(message.report) if message.HasField("report") else None
+    return AttemptSeen(message.known, message.ended, report)
+
+
+def wish_applied_to_proto(wish: WishApplied) -> agent_pb2.ApplyWantRunResponse:
+    return agent_pb2.ApplyWantRunResponse(applied=wish.applied, run_state=_RUN_STATE[wish.run_state])
+
+
+def wish_applied_from_proto(message: agent_pb2.ApplyWantRunResponse) -> WishApplied:
+    return WishApplied(message.applied, run_state_from_proto(message.run_state))
+
+
+# --- for people and scripts -------------------------------------------------------------------------------------------
+
+
+def word(message: Message, field: str) -> str:
+    """The word of an enum field without its prefix, e.g. "RETRY_WAIT"; empty when it is not set.
+
+    A number that this version has no word for is given as a number.
+    """
+    descriptor = message.DESCRIPTOR.fields_by_name[field]
+    if descriptor.enum_type is None:
+        raise TypeError(f"{message.DESCRIPTOR.name}.{field} is not an enum")
+    return _word(descriptor.enum_type, getattr(message, field))
+
+
+def _word(enum: Any, number: int) -> str:
+    if number == 0:
+        return ""
+    names: dict[int, str] = {each.number: each.name for each in enum.values}
+    if number not in names:
+        return str(number)
+    return names[number].removeprefix(names[0].removesuffix("UNSPECIFIED"))
+
+
+def to_json(message: Message) -> dict[str, Any]:
+    """Snake-case names, enum words without prefix, 64-bit numbers as numbers, times as RFC 3339, bytes as base64.
+
+    Every field is there, empty or not, except those that tell "not set" from "empty" and are not set.
+    """
+    result: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        if field.has_presence and not message.HasField(field.name):
+            continue
+        value = getattr(message, field.name)
+        entry = field.message_type
+        if entry is not None and entry.GetOptions().map_entry:
+            result[field.name] = {str(key): _json(entry.fields_by_name["value"], value[key]) for key in sorted(value)}
+        elif field.is_repeated:
+            result[field.name] = [_json(field, item) for item in value]
+        else:
+            result[field.name] = _json(field, value)
+    return result
+
+
+def _json(field: Any, value: Any) -> Any:
+    if isinstance(value, Timestamp):
+        return value.ToJsonString()
+    if field.message_type is not None:
+        return to_json(value)
+    if field.enum_type is not None:
+        return _word(field.enum_type, value)
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else value
