@@ -1,0 +1,77 @@
+"""The only place where channels and servers are made: keepalive, message size, and one spot for credentials.
+
+Addresses are `host:port` or `unix:PATH`. Everything is made with insecure credentials today; mutual TLS comes in here
+and nowhere else.
+
+A peer that froze or lost its network keeps its TCP connection for many minutes. The pings below end it within seconds;
+`http2.ping_timeout_ms` is what does it, the keepalive options alone do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+from grpc import aio
+
+from orchestrator.core.errors import DroverError, RefusalReason
+
+MAX_MESSAGE_BYTES = 16 << 20
+"""A list of some thousand guests fits; pages of guest memory never travel here."""
+
+_COMMON: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.ping_timeout_ms", 3_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+_CHANNEL = (
+    *_COMMON,
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A peer that restarts is back within a second: look for it that often.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Hosts are reached directly, whatever the environment says about a proxy.
+    ("grpc.enable_http_proxy", 0),
+)
+_SERVER = (
+    *_COMMON,
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Two servers on one port would share its calls between them.
+    ("grpc.so_reuseport", 0),
+)
+
+
+def aio_channel(address: str) -> aio.Channel:
+    """For the running event loop. Connects with the first call."""
+    return aio.insecure_channel(address, options=_CHANNEL)
+
+
+def channel(address: str) -> grpc.Channel:
+    """For synchronous callers. Connects with the first call."""
+    return grpc.insecure_channel(address, options=_CHANNEL)
+
+
+def aio_server(interceptors: Sequence[aio.ServerInterceptor] = ()) -> aio.Server:
+    """A server that listens nowhere yet and is not started."""
+    return aio.server(interceptors=list(interceptors), options=_SERVER)
+
+
+def listen(server: aio.Server, address: str) -> int:
+    """Let a server that is not started listen there too; the port (0 for a unix socket's path).
+
+    Raises DroverError INVALID_ARGUMENT when the address cannot be used. A unix socket that lies there is replaced.
+    """
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise DroverError(
+            RefusalReason.INVALID_ARGUMENT, f"cannot listen at {address}: it is in use, or not an address of this host"
+        ) from error
+    return 0 if address.startswith("unix:") else port

@@ -1,0 +1,34 @@
+"""The API's messages for those who read them but may not import the stubs: the CLI, scripts.
+
+`OrchestratorClient` returns them. Import this for types only: it pulls in protobuf.
+"""
+
+from protos.drover.v1.orchestrator_pb2 import ChangeRunStateResponse, CreateEvacuationResponse, PlacementVerdict
+from protos.drover.v1.types_pb2 import (
+    AttemptReport,
+    DeviceSpec,
+    Evacuation,
+    EvacuationGuest,
+    Guest,
+    Host,
+    Migration,
+    MigrationPolicy,
+    Progress,
+    TimelineEntry,
+)
+
+__all__ = [
+    "AttemptReport",
+    "ChangeRunStateResponse",
+    "CreateEvacuationResponse",
+    "DeviceSpec",
+    "Evacuation",
+    "EvacuationGuest",
+    "Guest",
+    "Host",
+    "Migration",
+    "MigrationPolicy",
+    "PlacementVerdict",
+    "Progress",
+    "TimelineEntry",
+]
