@@ -1,0 +1,140 @@
+"""AgentService in the words of the core: a deadline on every call, DroverError on every failure."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from grpc import aio
+
+from orchestrator import wire
+from orchestrator.core.agent import (
+    AgentSample,
+    AgentStatus,
+    AttemptSeen,
+    ConductOrder,
+    GuestStatus,
+    PrepareOrder,
+    WishApplied,
+)
+from orchestrator.core.ids import AttemptRef
+from orchestrator.core.migration import Prepared
+from orchestrator.rpc.channels import aio_channel
+from orchestrator.rpc.errors import from_rpc_error
+from protos.drover.v1 import agent_pb2 as pb
+from protos.drover.v1.agent_pb2_grpc import AgentServiceAsyncStub, AgentServiceStub
+
+CALL_S = 3.0
+START_GUEST_S = 30.0
+END_GUEST_S = 15.0
+PREPARE_MARGIN_S = 1.0
+WATCH_S = 600.0
+"""A watch is renewed that often, so that neither side can keep one that the other has forgotten."""
+
+T = TypeVar("T")
+
+
+class AgentClient:
+    """One agent; passes for `orchestrator.coordinator.ports.AgentPort`. Connects with the first call, inside a loop.
+
+    Every call raises DroverError: the agent's own refusal, AGENT_UNREACHABLE when it could not be reached,
+    OUTCOME_UNKNOWN when it did not answer in time. After the latter two nothing is known of the call's effect; all
+    calls are idempotent and may be repeated. `timeout_s` shortens or lengthens a call's own bound.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel: aio.Channel | None = None
+        self._made: AgentServiceAsyncStub | None = None
+
+    @property
+    def _stub(self) -> AgentServiceAsyncStub:
+        if self._made is None:
+            self._channel = aio_channel(self.address)
+            self._made = AgentServiceStub(self._channel)
+        return self._made
+
+    async def close(self) -> None:
+        """Calls under way end as cancelled."""
+        channel, self._channel, self._made = self._channel, None, None
+        if channel is not None:
+            await channel.close()
+
+    async def _call(self, call: Callable[..., Awaitable[T]], request: Any, timeout_s: float) -> T:
+        try:
+            return await call(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: grpc.RpcError) -> Exception:
+        return from_rpc_error(error, peer=f"the agent at {self.address}")
+
+    async def get_agent(self, timeout_s: float = CALL_S) -> AgentStatus:
+        """Everything the agent has now."""
+        return wire.agent_status_from_proto(await self._call(self._stub.GetAgent, pb.GetAgentRequest(), timeout_s))
+
+    async def start_guest(self, guest: str, timeout_s: float = START_GUEST_S) -> GuestStatus:
+        """Execute a guest whose record is STARTING there. Once the agent refuses, the record is GONE."""
+        answer = await self._call(self._stub.StartGuest, pb.StartGuestRequest(guest_uuid=guest), timeout_s)
+        return wire.guest_status_from_proto(answer.guest)
+
+    async def end_guest(self, guest: str, timeout_s: float = END_GUEST_S) -> None:
+        """Kill the VMM of an idle guest and record its end."""
+        await self._call(self._stub.EndGuest, pb.EndGuestRequest(guest_uuid=guest), timeout_s)
+
+    async def apply_want_run(self, guest: str, sequence: int, timeout_s: float = CALL_S) -> WishApplied:
+        """The wish in the ledger has this sequence number by now: read it, apply it if the hand-over allows."""
+        request = pb.ApplyWantRunRequest(guest_uuid=guest, sequence=sequence)
+        return wire.wish_applied_from_proto(await self._call(self._stub.ApplyWantRun, request, timeout_s))
+
+    async def prepare_destination(
+        self,
+        attempt: AttemptRef,
+        *,
+        epoch: int,
+        source_peer_address: str,
+        timeout_ms: int,
+        multifd_channels: int,
+    ) -> Prepared:
+        """A paused VMM that waits for the stream of this attempt. The same attempt gets the same answer."""
+        order = PrepareOrder(attempt, epoch, source_peer_address, timeout_ms, multifd_channels)
+        timeout_s = timeout_ms / 1000 + PREPARE_MARGIN_S
+        request = wire.prepare_order_to_proto(order)
+        return wire.prepared_from_proto(await self._call(self._stub.PrepareDestination, request, timeout_s))
+
+    async def conduct_attempt(self, order: ConductOrder) -> None:
+        """Returns when the source has accepted: the transfer is its own from then on."""
+        await self._call(self._stub.ConductAttempt, wire.conduct_order_to_proto(order), CALL_S)
+
+    async def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:
+        request = pb.GetAttemptRequest(migration=migration, attempt=attempt)
+        return wire.attempt_seen_from_proto(await self._call(self._stub.GetAttempt, request, CALL_S))
+
+    async def nudge(self, guest: str, timeout_s: float = CALL_S) -> None:
+        """The guest's records changed: look now instead of at the next watch."""
+        await self._call(self._stub.Nudge, pb.NudgeRequest(guest_uuid=guest), timeout_s)
+
+    async def watch_agent(self, timeout_s: float = WATCH_S) -> AsyncIterator[AgentSample]:
+        """Everything the agent has, then changes and samples as they come, until `timeout_s` is over.
+
+        Ends normally at that bound: call again. Raises DroverError when the agent goes away earlier.
+        """
+        stream = self._stub.WatchAgent(pb.WatchAgentRequest(), timeout=timeout_s)
+        try:
+            async for message in stream:
+                yield wire.agent_sample_from_proto(message)
+        except aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise self._failed(error) from error
+        finally:
+            with contextlib.suppress(Exception):
+                stream.cancel()
+
+    async def inject_late_ack(
+        self, guest: str, device: str, at: str, times: int = 1, bytes: int = 0, timeout_s: float = CALL_S
+    ) -> str:
+        """Make a device of a guest ask for a late ACK at a hook, so often. The scenario now in force, as YAML."""
+        request = pb.InjectScenarioRequest(guest_uuid=guest, device=device, at=at, times=times, bytes=bytes)
+        return (await self._call(self._stub.InjectScenario, request, timeout_s)).scenario
