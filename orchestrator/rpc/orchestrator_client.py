@@ -1,0 +1,241 @@
+"""OrchestratorService for programs that want answers, not coroutines: the CLI, the demo, scripts."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+import grpc
+
+from orchestrator import wire
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.records import GuestSpec
+from orchestrator.rpc.channels import channel
+from orchestrator.rpc.errors import from_rpc_error
+from protos.drover.v1 import orchestrator_pb2 as pb
+from protos.drover.v1 import types_pb2
+from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
+
+SLOW_S = 60.0
+"""Least bound of calls that wait for a VMM to start or to end."""
+WATCH_S = 600.0
+"""A watch is renewed that often; each renewal begins with what is the case then."""
+_RECONNECT_S = 0.25
+
+Answer = TypeVar("Answer")
+
+Policy = Mapping[str, object]
+"""Part of a MigrationPolicy by its field names; `on_timeout` is "abort" or "suspend"."""
+
+
+class OrchestratorClient:
+    """One API, `host:port` or `unix:PATH`; connects with the first call. A context manager, or `close` it.
+
+    Every call raises DroverError: the API's refusal, API_UNREACHABLE when nothing answers there, OUTCOME_UNKNOWN when
+    no answer came within `timeout_s` and the call may have had its effect. A create call that ended so may be repeated
+    with the same `request_id`; one is made up when none is given.
+    """
+
+    def __init__(self, address: str, timeout_s: float = 10.0) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        self._channel = channel(address)
+        self._stub = OrchestratorServiceStub(self._channel)
+        self._closed = False
+
+    def __enter__(self) -> OrchestratorClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Watches under way end."""
+        self._closed = True
+        self._channel.close()
+
+    def _call(self, call: Callable[..., Answer], request: Any, timeout_s: float | None = None) -> Answer:
+        try:
+            return call(request, timeout=self.timeout_s if timeout_s is None else timeout_s)
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: grpc.RpcError) -> DroverError:
+        return from_rpc_error(error, peer=f"the API at {self.address}", unreachable=RefusalReason.API_UNREACHABLE)
+
+    @property
+    def _slow_s(self) -> float:
+        return max(self.timeout_s, SLOW_S)
+
+    # --- hosts --------------------------------------------------------------------------------------------------------
+
+    def get_host(self, name: str) -> types_pb2.Host:
+        return self._call(self._stub.GetHost, pb.GetHostRequest(name=name))
+
+    def list_hosts(self) -> list[types_pb2.Host]:
+        """By name."""
+        return list(self._call(self._stub.ListHosts, pb.ListHostsRequest()).hosts)
+
+    def cordon_host(self, name: str, reason: str = "") -> types_pb2.Host:
+        """New guests and migrations no longer go there. Idempotent."""
+        return self._call(self._stub.CordonHost, pb.CordonHostRequest(name=name, reason=reason))
+
+    def uncordon_host(self, name: str) -> types_pb2.Host:
+        return self._call(self._stub.UncordonHost, pb.UncordonHostRequest(name=name))
+
+    # --- guests -------------------------------------------------------------------------------------------------------
+
+    def create_guest(
+        self, spec: GuestSpec, host: str = "", *, validate_only: bool = False, request_id: str | None = None
+    ) -> types_pb2.Guest:
+        """Create and start a guest; returns when it runs. `host` empty: the eligible one with most free memory."""
+        request = pb.CreateGuestRequest(
+            request_id=_request_id(request_id),
+            spec=wire.guest_spec_to_proto(spec),
+            host=host,
+            validate_only=validate_only,
+        )
+        return self._call(self._stub.CreateGuest, request, self._slow_s)
+
+    def get_guest(self, name: str) -> types_pb2.Guest:
+        return self._call(self._stub.GetGuest, pb.GetGuestRequest(name=name))
+
+    def list_guests(self, host: str = "") -> list[types_pb2.Guest]:
+        """By name; of one host, or of all."""
+        return list(self._call(self._stub.ListGuests, pb.ListGuestsRequest(host=host)).guests)
+
+    def pause_guest(self, name: str) -> pb.ChangeRunStateResponse:
+        return self._call(self._stub.PauseGuest, pb.PauseGuestRequest(name=name))
+
+    def resume_guest(self, name: str) -> pb.ChangeRunStateResponse:
+        return self._call(self._stub.ResumeGuest, pb.ResumeGuestRequest(name=name))
+
+    def stop_guest(self, name: str) -> types_pb2.Guest:
+        """End the guest for good; a migration of it is cancelled first. Returns when it is gone."""
+        return self._call(self._stub.StopGuest, pb.StopGuestRequest(name=name), self._slow_s)
+
+    def watch_guests(self, names: Sequence[str] = ()) -> Iterator[types_pb2.Guest]:
+        """The named guests, or all, as they are and then each time they change; for ever."""
+        for answer in self._watch(self._stub.WatchGuests, pb.WatchGuestsRequest(names=names)):
+            yield answer.guest
+
+    # --- migrations ---------------------------------------------------------------------------------------------------
+
+    def create_migration(
+        self,
+        guest: str,
+        destination: str = "",
+        policy: Policy | None = None,
+        *,
+        validate_only: bool = False,
+        request_id: str | None = None,
+    ) -> types_pb2.Migration:
+        """Ask for a migration. `destination` empty: chosen by free memory. What `policy` leaves out is the guest's."""
+        request = pb.CreateMigrationRequest(
+            request_id=_request_id(request_id),
+            guest=guest,
+            destination=destination,
+            policy=wire.policy_patch(policy),
+            validate_only=validate_only,
+        )
+        return self._call(self._stub.CreateMigration, request)
+
+    def get_migration(self, name: str) -> types_pb2.Migration:
+        """With all its attempts and their time lines, also long after its end."""
+        return self._call(self._stub.GetMigration, pb.GetMigrationRequest(name=name))
+
+    def list_migrations(self, guest: str = "", *, active_only: bool = False) -> list[types_pb2.Migration]:
+        """Newest first, without the time lines of their attempts."""
+        request = pb.ListMigrationsRequest(guest=guest, active_only=active_only)
+        return list(self._call(self._stub.ListMigrations, request).migrations)
+
+    def cancel_migration(self, name: str) -> types_pb2.Migration:
+        """Returns when the migration will certainly never commit. ALREADY_COMMITTED (details: `zxid`): too late."""
+        return self._call(self._stub.CancelMigration, pb.CancelMigrationRequest(name=name))
+
+    def watch_migrations(self, names: Sequence[str] = ()) -> Iterator[types_pb2.Migration]:
+        """The named migrations until each is over, or all that are not over and those to come, for ever."""
+        for answer in self._watch(self._stub.WatchMigrations, pb.WatchMigrationsRequest(names=names)):
+            yield answer.migration
+
+    # --- evacuations --------------------------------------------------------------------------------------------------
+
+    def create_evacuation(
+        self,
+        host: str,
+        max_concurrent: int = 0,
+        policy: Policy | None = None,
+        *,
+        validate_only: bool = False,
+        request_id: str | None = None,
+    ) -> pb.CreateEvacuationResponse:
+        """Cordon a host and move its guests away, `max_concurrent` (0: 4) at a time; with a verdict per guest."""
+        _fits("max_concurrent", max_concurrent, 31)
+        request = pb.CreateEvacuationRequest(
+            request_id=_request_id(request_id),
+            host=host,
+            max_concurrent=max_concurrent,
+            policy=wire.policy_patch(policy),
+            validate_only=validate_only,
+        )
+        return self._call(self._stub.CreateEvacuation, request)
+
+    def get_evacuation(self, name: str) -> types_pb2.Evacuation:
+        return self._call(self._stub.GetEvacuation, pb.GetEvacuationRequest(name=name))
+
+    def list_evacuations(self) -> list[types_pb2.Evacuation]:
+        """Newest first."""
+        return list(self._call(self._stub.ListEvacuations, pb.ListEvacuationsRequest()).evacuations)
+
+    def cancel_evacuation(self, name: str) -> types_pb2.Evacuation:
+        """Migrations under way are cancelled; those past their commit arrive all the same. The host stays cordoned."""
+        return self._call(self._stub.CancelEvacuation, pb.CancelEvacuationRequest(name=name))
+
+    def watch_evacuations(self, names: Sequence[str] = ()) -> Iterator[types_pb2.Evacuation]:
+        """The named evacuations until each is over, or all that are not over and those to come, for ever."""
+        for answer in self._watch(self._stub.WatchEvacuations, pb.WatchEvacuationsRequest(names=names)):
+            yield answer.evacuation
+
+    # --- chaos --------------------------------------------------------------------------------------------------------
+
+    def inject_late_ack(self, guest: str, device: str, at: str, times: int = 1, bytes: int = 0) -> str:
+        """Make a device ask for late ACKs at a hook (docs/scenario.md). The scenario now in force, as YAML."""
+        _fits("times", times, 31)
+        _fits("bytes", bytes, 63)
+        request = pb.InjectLateAckRequest(guest=guest, device=device, at=at, times=times, bytes=bytes)
+        return self._call(self._stub.InjectLateAck, request).scenario
+
+    # --- watches ------------------------------------------------------------------------------------------------------
+
+    def _watch(self, call: Callable[..., Iterator[Answer]], request: Any) -> Iterator[Answer]:
+        """Answers until the API ends the stream. Renewed at its bound, and when the API went away and is back within
+        `timeout_s`: each subscription begins with the present state, so nothing is missed but what came in between."""
+        last_heard: float | None = None
+        while not self._closed:
+            try:
+                for answer in call(request, timeout=WATCH_S):
+                    last_heard = time.monotonic()
+                    yield answer
+                return
+            except grpc.RpcError as error:
+                code = cast(grpc.Call, error).code()
+                if code is grpc.StatusCode.DEADLINE_EXCEEDED or self._closed:
+                    continue
+                gone = code is grpc.StatusCode.UNAVAILABLE
+                if not gone or last_heard is None or time.monotonic() - last_heard > self.timeout_s:
+                    raise self._failed(error) from error
+            time.sleep(_RECONNECT_S)
+
+
+def _request_id(given: str | None) -> str:
+    return given or str(uuid.uuid4())
+
+
+def _fits(field: str, value: int, bits: int) -> None:
+    if not 0 <= value < 1 << bits:
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, f"must be from 0 to {(1 << bits) - 1}", field=field)
