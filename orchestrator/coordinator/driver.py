@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from orchestrator.coordinator.inventory import HostEntry, Inventory, Snapshot
 from orchestrator.coordinator.ports import AgentDirectory, AgentPort, ConductOrder
 from orchestrator.core import handover, migration
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -34,6 +33,7 @@ from orchestrator.core.records import (
     Reservations,
 )
 from orchestrator.ledger import paths
+from orchestrator.ledger.inventory import HostEntry, Inventory, Snapshot
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import (
     Check,

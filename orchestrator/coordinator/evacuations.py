@@ -10,7 +10,6 @@ from dataclasses import replace
 import structlog
 
 from orchestrator.coordinator.driver import STORE_RETRY_S, epoch_write
-from orchestrator.coordinator.inventory import Inventory
 from orchestrator.core import evacuation
 from orchestrator.core.records import (
     Attempts,
@@ -22,6 +21,7 @@ from orchestrator.core.records import (
     MigrationState,
 )
 from orchestrator.ledger import paths
+from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import Create, SetData, Store, StoreUnavailable
 

@@ -17,10 +17,10 @@ import structlog
 
 from orchestrator.coordinator.driver import STORE_RETRY_S, Deposed
 from orchestrator.coordinator.evacuations import EvacuationRunner
-from orchestrator.coordinator.inventory import Inventory
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import MigrationSpec, MigrationState
 from orchestrator.ledger import paths
+from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import (
     Create,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from orchestrator.coordinator.driver import STORE_RETRY_S, Deposed, Driver, Tools
-from orchestrator.coordinator.inventory import Inventory
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.core.records import MigrationSpec
 from orchestrator.ledger import paths
+from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.records import decode
 from orchestrator.ledger.store import Store, StoreUnavailable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from orchestrator.core.handover import GuestRecord
+from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.placement import GuestInput, HostInput, HostView, host_views
 from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations
 from orchestrator.ledger import paths
@@ -28,6 +28,8 @@ class HostEntry:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
+    """All hosts, and all guests whose life is not over."""
+
     hosts: dict[str, HostEntry]
     guests: dict[str, GuestInput]
 
@@ -42,6 +44,7 @@ class Inventory:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._specs: dict[str, GuestSpec] = {}
+        self._gone: set[str] = set()
         self._next: asyncio.Task[Snapshot] | None = None
         self._scan = asyncio.Lock()
 
@@ -91,7 +94,7 @@ class Inventory:
             async with bound:
                 return await self._guest(uuid)
 
-        uuids = await self._store.children(paths.GUESTS)
+        uuids = [uuid for uuid in await self._store.children(paths.GUESTS) if uuid not in self._gone]
         found = await asyncio.gather(*(one(uuid) for uuid in uuids))
         return {guest.uuid: guest for guest in found if guest is not None}
 
@@ -99,10 +102,13 @@ class Inventory:
         node = await self._store.read(paths.guest(uuid))
         if node is None:
             return None
-        spec = await self.spec(uuid)
-        if spec is None:
+        record = decode(GuestRecord, node.data, path=paths.guest(uuid))
+        if record.phase is Ownership.GONE:  # for good, while its node stays: never looked at again
+            self._gone.add(uuid)
+            self._specs.pop(uuid, None)
             return None
-        return GuestInput(uuid, decode(GuestRecord, node.data, path=paths.guest(uuid)), spec)
+        spec = await self.spec(uuid)
+        return None if spec is None else GuestInput(uuid, record, spec)
 
     async def spec(self, uuid: str) -> GuestSpec | None:
         """Immutable, so read once."""
