@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, cast
 
 from google.protobuf.message import Message
@@ -33,7 +33,7 @@ from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
-from orchestrator.core.policy import MigrationPolicy, OnTimeout
+from orchestrator.core.policy import MigrationPolicy, OnTimeout, override
 from orchestrator.core.records import (
     AttemptReport,
     DeviceSpec,
@@ -105,15 +105,22 @@ def policy_from_proto(
     message: types_pb2.MigrationPolicy, base: MigrationPolicy = MigrationPolicy(), *, field: str = "policy"
 ) -> MigrationPolicy:
     """`base` with what is set in the message."""
-    given: dict[str, Any] = {name: getattr(message, name) for name in _POLICY_NUMBERS if _is_set(message, name)}
+    return override(base, overrides_from_proto(message, field=field))
+
+
+def overrides_from_proto(message: types_pb2.MigrationPolicy, *, field: str = "policy") -> dict[str, int | bool | str]:
+    """What is set in the message, as `core.policy.override` takes it."""
+    given: dict[str, int | bool | str] = {
+        name: getattr(message, name) for name in _POLICY_NUMBERS if _is_set(message, name)
+    }
     if message.HasField("auto_converge"):
         given["auto_converge"] = message.auto_converge
     if message.on_timeout:
         known = _ON_TIMEOUT_OF.get(message.on_timeout)
         if known is None:
             raise _unknown_word(f"{field}.on_timeout", message.on_timeout, OnTimeout)
-        given["on_timeout"] = known
-    return replace(base, **given)
+        given["on_timeout"] = known.value
+    return given
 
 
 def policy_patch(given: Mapping[str, object] | None) -> types_pb2.MigrationPolicy | None:

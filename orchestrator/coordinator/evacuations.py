@@ -11,6 +11,7 @@ import structlog
 
 from orchestrator.coordinator.driver import STORE_RETRY_S, epoch_write
 from orchestrator.core import evacuation
+from orchestrator.core.policy import override
 from orchestrator.core.records import (
     Attempts,
     Cordon,
@@ -141,7 +142,7 @@ class EvacuationRunner:
             id=command.id,
             guest=command.guest,
             guest_name=command.name,
-            policy=spec.policy or guest_spec.policy,
+            policy=override(guest_spec.policy, spec.policy),
             evacuation=spec.id,
             requested_by=spec.requested_by,
             create_time_s=self._wall_s(),

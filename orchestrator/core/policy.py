@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 
 class OnTimeout(StrEnum):
@@ -42,6 +44,18 @@ class MigrationPolicy:
     multifd_channels: int = 0
     """0 or 1: one stream; n > 1: multifd with n channels."""
     auto_converge: bool = False
+
+
+PolicyOverrides = Mapping[str, int | bool | str]
+"""Some fields of a policy by name, as they are stored: `on_timeout` by its word."""
+
+
+def override(policy: MigrationPolicy, given: PolicyOverrides) -> MigrationPolicy:
+    """The policy with `given` in place of its own fields. Raises TypeError or ValueError for what no policy has."""
+    changed: dict[str, Any] = dict(given)
+    if "on_timeout" in changed:
+        changed["on_timeout"] = OnTimeout(changed["on_timeout"])
+    return replace(policy, **changed)
 
 
 def backoff_ms(policy: MigrationPolicy, attempt: int) -> int:

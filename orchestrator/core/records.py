@@ -223,8 +223,8 @@ class EvacuationSpec:
     id: str
     host: str
     max_concurrent: int = 4
-    policy: MigrationPolicy | None = None
-    """None: each guest's own policy."""
+    policy: dict[str, int | bool | str] = field(default_factory=dict[str, int | bool | str])
+    """Overrides these fields of each guest's own policy (`core.policy.override`)."""
     requested_by: str = ""
     create_time_s: float = 0.0
 
