@@ -1,6 +1,6 @@
 """Every interleaving of the production session machines with a small world: a ledger, two VMMs, a network, faults.
 
-Nothing that decides stands here: `agents/source_session.py`, `agents/destination_session.py` and
+Nothing that decides stands here: `agents/source_session.py`, `agents/destination_session.py`, `agents/keeping.py` and
 `orchestrator/core/handover.py` are the production files. The world only does what the outside does: it carries out
 commands (at once, late, twice, never), stops the guest when QEMU would, loses answers, kills agents, VMMs and hosts,
 asks for late ACKs, pauses and cancels.
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+from agents import keeping
 from agents import session as words
 from agents.destination_session import (
     DestinationState,
@@ -445,8 +446,8 @@ def coordinator_moves(world: World, bounds: Bounds) -> Iterator[Move]:
     record = world.record
     attempt = record.attempt
     idle = record.phase is Ownership.IDLE and record.owner == S1 and attempt == 0
-    free = world.source is None and world.conducting == 0
-    if free and world.destination is None and (idle or record.phase is Ownership.ABORTED) and attempt < bounds.attempts:
+    # The coordinator goes by the record alone: the sessions of the attempt before may still be at their ends.
+    if (idle or record.phase is Ownership.ABORTED) and attempt < bounds.attempts:
         where = D1
         opened = attempted(
             world,
@@ -484,7 +485,7 @@ def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
         yield "D prepares", True, world._replace(destination=state, copy=WAIT, copy_inc=k, prepared=k, marker=False)
     ready = world.prepared == k and world.copy == WAIT and world.copy_inc == k
     alive = world.source_up and world.vmm in (RUN, STOPPED) and not world.engine
-    if ready and alive and world.source is None and world.conducting < k and world.power in (0, 4) and not record.inc:
+    if ready and alive and world.source is None and world.power in (0, 4) and not record.inc:
         state = SourceState(
             ref(k), S1, f"i{k}", has_devices=bounds.devices, want_run=world.want, paused=world.wished_stop
         )
@@ -584,36 +585,19 @@ def record_is_live(world: World) -> bool:
 
 def recovery_moves(world: World) -> Iterator[Move]:
     if not world.source_up and world.power != 1:
-        up = world._replace(source_up=True)
-        if world.power != 3 and world.conducting and world.vmm != DEAD:
-            k = world.conducting
-            state, commands = restarted_source(
-                ref(k), S1, f"i{k}", want_run=world.want, parked=world.vmm == PARKED, sealed=world.vmm == SEALED
-            )
-            up = up._replace(source=state, todo_source=waiting(commands))
-        yield "S agent restarts", True, up
+        yield "S agent restarts", True, world._replace(source_up=True)
     if not world.destination_up and world.power != 2:
-        up = world._replace(destination_up=True)
-        alive = world.copy in (WAIT, LOADED, OWN)
-        k = world.prepared
-        if (
-            k
-            and world.power != 4
-            and world.copy != NONE
-            and not (world.record.phase is Ownership.IDLE and world.record.attempt == k)
-        ):
-            state, commands = restarted_destination(ref(k), D1, f"i{k}", vmm_alive=alive, marker=world.marker)
-            up = up._replace(destination=state, todo_destination=waiting(commands))
-        elif k and alive and world.record.owner != D1:
-            up = up._replace(copy=DEAD)  # nothing in the ledger speaks for it any more
-        yield "D agent restarts", True, up
+        yield "D agent restarts", True, world._replace(destination_up=True)
     if world.power == 1:
         yield "S host returns", True, world._replace(power=3, source_up=True, conducting=0)
         yield "fencer", True, _fence(world, "s")
     if world.power == 2:
         yield "D host returns", True, world._replace(power=4, destination_up=True)
         yield "fencer", True, _fence(world, "d")
-    yield from _keepers(world)
+    if world.source_up and world.source is None:
+        yield from _source_keeper(world)
+    if world.destination_up and world.destination is None:
+        yield from _destination_keeper(world)
 
 
 def _fence(world: World, host: str) -> World:
@@ -622,42 +606,61 @@ def _fence(world: World, host: str) -> World:
     return attempted(world, lambda: handover.crashed(world.record, writer="f")) or world
 
 
-def _keepers(world: World) -> Iterator[Move]:
-    """The agents' guest keepers: an owner whose VMM is dead and that no session speaks for."""
-    here_s = S2 if world.power == 3 else S1
-    if world.source_up and world.source is None:
-        alive = world.vmm != DEAD
-        if handover.must_declare_crashed(world.record, here_s, vmm_alive=alive, marker=False):
+def _source_keeper(world: World) -> Iterator[Move]:
+    """What `agents/keeping.py` makes of the source's VMM while no session speaks for it."""
+    record, here = read_record(world), S2 if world.power == 3 else S1
+    copy = keeping.Copy("s", False, running=world.vmm == RUN, sealed=world.vmm == SEALED, migrating=world.engine)
+    copies = () if world.vmm == DEAD else (copy,)
+    found = keeping.duty(record, here, copies, marker=False, want_run=world.want)
+    match found.do:
+        case keeping.Do.DECLARE_CRASHED:
             after = attempted(world, lambda: handover.crashed(world.record, writer="s"))
             if after is not None:
-                yield "S keeper", True, after
-        moved = handover.may_discard_source(world.record, here_s, f"i{world.record.attempt}")
-        if alive and world.conducting and moved:
+                yield "S keeper declares", True, after
+        case keeping.Do.DISCARD:
             yield "S keeper discards", True, world._replace(vmm=DEAD, engine=False, conducting=0)
-        stopped = world.vmm == STOPPED or (
-            world.vmm == SEALED and handover.may_resume_without_session(world.record, here_s)
-        )
-        applies = stopped if world.want else world.vmm == RUN
-        if world.record.owner == here_s and not world.engine and applies:
-            vmm = RUN if world.want else STOPPED
-            yield "S keeper applies the wish", True, world._replace(vmm=vmm, wished_stop=not world.want)
-    if world.destination_up and world.destination is None:
-        yield from _destination_keeper(world, D2 if world.power == 4 else D1)
+        case keeping.Do.RUN | keeping.Do.STOP:
+            run = found.do is keeping.Do.RUN
+            after = world._replace(vmm=RUN if run else STOPPED, wished_stop=not run)
+            yield "S keeper applies the wish", True, after
+        case keeping.Do.END_AS_SOURCE:
+            k = record.attempt
+            state, commands = restarted_source(
+                ref(k), here, f"i{k}", want_run=world.want, parked=world.vmm == PARKED, sealed=world.vmm == SEALED
+            )
+            yield "S keeper ends it", True, world._replace(source=state, todo_source=waiting(commands))
+        case _:
+            pass
 
 
-def _destination_keeper(world: World, here: HostRef) -> Iterator[Move]:
-    record, alive = world.record, world.copy in (LOADED, OWN)
-    if record.phase is Ownership.COMMITTED and record.owner.host == here.host and not alive:
-        back = attempted(
-            world, lambda: handover.roll_back(record, by=here, vmm_seen_dead=True, marker=world.marker, writer="d")
-        )
-        if back is not None:
-            yield "D keeper gives back", True, back
-            return
-    if handover.must_declare_crashed(record, here, vmm_alive=alive, marker=world.marker):
-        after = attempted(world, lambda: handover.crashed(record, writer="d"))
-        if after is not None:
-            yield "D keeper declares", True, after
+def _destination_keeper(world: World) -> Iterator[Move]:
+    record, here = read_record(world), D2 if world.power == 4 else D1
+    inc = f"i{world.copy_inc}"
+    own = world.copy == OWN
+    copy = keeping.Copy(inc, not own, MIGRATION, world.copy_inc, running=world.want if own else False)
+    copies = (copy,) if world.copy in (WAIT, LOADED, OWN) else ()
+    found = keeping.duty(record, here, copies, marker=world.marker, want_run=world.want)
+    match found.do:
+        case keeping.Do.GIVE_BACK:
+            back = attempted(
+                world,
+                lambda: handover.roll_back(
+                    world.record, by=here, vmm_seen_dead=not copies, marker=world.marker, writer="d"
+                ),
+            )
+            if back is not None:
+                yield "D keeper gives back", True, back
+        case keeping.Do.DECLARE_CRASHED:
+            after = attempted(world, lambda: handover.crashed(world.record, writer="d"))
+            if after is not None:
+                yield "D keeper declares", True, after
+        case keeping.Do.DISCARD:
+            yield "D keeper discards", True, world._replace(copy=DEAD)
+        case keeping.Do.END_AS_DESTINATION:
+            state, commands = restarted_destination(ref(world.copy_inc), here, inc, vmm_alive=True, marker=world.marker)
+            yield "D keeper ends it", True, world._replace(destination=state, todo_destination=waiting(commands))
+        case _:
+            pass
 
 
 def successors(world: World, bounds: Bounds) -> Iterator[Move]:

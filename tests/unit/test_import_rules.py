@@ -20,6 +20,8 @@ PURE_MODULES = (
     "agents.session",
     "agents.source_session",
     "agents.destination_session",
+    "agents.keeping",
+    "agents.report",
     "agents.shims.device",
     "orchestrator.local.evidence",
 )

@@ -1,0 +1,139 @@
+"""PURE. What an agent owes a guest of its host that no session speaks for: after a restart, a death, or at rest.
+
+A *copy* is one VMM process of the guest on this host. `duty` looks at the guest record, read behind a barrier, and at
+the copies, and names the one thing to do next; the shell does it and asks again. Rules H1-H14: docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from orchestrator.core import handover
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import HostRef
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One VMM process that is alive."""
+
+    inc: str
+    incoming: bool
+    """Made to receive the guest and not promoted yet; `migration` and `attempt` then say for which attempt."""
+    migration: str = ""
+    attempt: int = 0
+    running: bool = False
+    """The vCPUs run."""
+    sealed: bool = False
+    """Everything was sent; it cannot start by itself."""
+    migrating: bool = False
+    """A migration is under way in it, parked ones included."""
+    in_session: bool = False
+    """A session conducts it: hands off."""
+
+
+class Do(StrEnum):
+    NOTHING = "nothing"
+    FINISH_BIRTH = "finish_birth"
+    """The record says STARTING and the VMM runs: write IDLE."""
+    BURY = "bury"
+    """The record says STARTING and there is no VMM: it never started; GONE, and the name is free."""
+    DECLARE_CRASHED = "declare_crashed"
+    GIVE_BACK = "give_back"
+    """ROLLBACK: committed to us, the process is dead, no marker (H10)."""
+    PROMOTE = "promote"
+    """DONE names this copy: note down that it is the guest's now."""
+    END_AS_SOURCE = "end_as_source"
+    """An attempt without its conductor: a restarted source session ends it (H7)."""
+    END_AS_DESTINATION = "end_as_destination"
+    DISCARD = "discard"
+    RUN = "run"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    do: Do = Do.NOTHING
+    inc: str = ""
+    """Of the copy that it is about."""
+
+
+def own_copy(record: GuestRecord, copies: Sequence[Copy]) -> Copy | None:
+    """Which copy is the guest's, if this host is the owner: the one that DONE named, else the one born here."""
+    own = [copy for copy in copies if not copy.incoming or copy.inc == record.inc]
+    named = [copy for copy in own if copy.inc == record.inc]
+    return (named or sorted(own, key=lambda copy: copy.sealed) or [None])[0]
+
+
+def duty(record: GuestRecord, here: HostRef, copies: Sequence[Copy], *, marker: bool, want_run: bool) -> Duty:
+    """The next thing to do; NOTHING when all is well or a session is at it.
+
+    `marker`: there is one for record.inc. `copies` are those alive on this host, in no particular order.
+    """
+    if record.owner.host == here.host:
+        mine = _owned(record, here, copies, marker=marker, want_run=want_run)
+        if mine.do is not Do.NOTHING:
+            return mine
+    keep = own_copy(record, copies) if record.owner == here else None
+    for copy in copies:
+        if copy.in_session or copy is keep:
+            continue
+        found = _not_the_guest(record, here, copy)
+        if found.do is not Do.NOTHING:
+            return found
+    return Duty()
+
+
+def _owned(record: GuestRecord, here: HostRef, copies: Sequence[Copy], *, marker: bool, want_run: bool) -> Duty:
+    own = own_copy(record, copies)
+    if record.phase is Ownership.STARTING:
+        alive = own is not None and record.owner == here
+        return Duty(Do.FINISH_BIRTH, own.inc) if alive and own is not None else Duty(Do.BURY)
+    if record.phase in (Ownership.CRASHED, Ownership.GONE):
+        return Duty()
+    if record.phase is Ownership.COMMITTED:
+        return _committed_to_us(record, here, copies, marker=marker)
+    if handover.must_declare_crashed(record, here, vmm_alive=own is not None, marker=marker):
+        return Duty(Do.DECLARE_CRASHED)
+    if own is None or own.in_session:
+        return Duty()
+    if own.incoming:
+        return Duty(Do.PROMOTE, own.inc)
+    if own.migrating or own.sealed or (record.phase is Ownership.OPEN and record.inc):
+        return _unconducted(record, here, own, want_run=want_run)
+    if own.running != want_run:
+        return Duty(Do.RUN if want_run else Do.STOP, own.inc)
+    return Duty()
+
+
+def _unconducted(record: GuestRecord, here: HostRef, own: Copy, *, want_run: bool) -> Duty:
+    """A sealed guest that stays stopped on purpose, with the attempt closed, is at rest; everything else is ended."""
+    at_rest = own.sealed and not own.migrating and handover.may_resume_without_session(record, here)
+    if at_rest:
+        return Duty(Do.RUN, own.inc) if want_run else Duty()
+    return Duty(Do.END_AS_SOURCE, own.inc)
+
+
+def _committed_to_us(record: GuestRecord, here: HostRef, copies: Sequence[Copy], *, marker: bool) -> Duty:
+    copy = next((copy for copy in copies if copy.inc == record.inc), None)
+    if copy is not None and record.owner == here:
+        return Duty() if copy.in_session else Duty(Do.END_AS_DESTINATION, copy.inc)
+    if handover.may_roll_back(record, by=here, vmm_seen_dead=copy is None, marker=marker):
+        return Duty(Do.GIVE_BACK)
+    if handover.must_declare_crashed(record, here, vmm_alive=copy is not None, marker=marker):
+        return Duty(Do.DECLARE_CRASHED)
+    return Duty()
+
+
+def _not_the_guest(record: GuestRecord, here: HostRef, copy: Copy) -> Duty:
+    if copy.incoming:
+        over = handover.is_over_for_destination(record, copy.migration, copy.attempt, copy.inc)
+        return Duty(Do.DISCARD if over else Do.END_AS_DESTINATION, copy.inc)
+    if record.owner == here:
+        # A second copy that once was the guest: it left, came back as another process, and this one was forgotten.
+        return Duty(Do.DISCARD, copy.inc) if record.phase is not Ownership.COMMITTED and copy.sealed else Duty()
+    if record.phase is Ownership.GONE or handover.may_discard_source(record, here, record.inc):
+        return Duty(Do.DISCARD, copy.inc)
+    return Duty(Do.END_AS_SOURCE, copy.inc) if record.phase is Ownership.COMMITTED else Duty()
