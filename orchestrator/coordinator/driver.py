@@ -55,9 +55,15 @@ REPORT_WAIT_S = 3.0
 REPORT_POLL_S = 0.1
 WRITE_TRIES = 20
 
-_UNREACHABLE = frozenset(
-    {RefusalReason.AGENT_UNREACHABLE, RefusalReason.OUTCOME_UNKNOWN, RefusalReason.LEDGER_UNREACHABLE}
+_REPEATED = frozenset(
+    {
+        RefusalReason.AGENT_UNREACHABLE,
+        RefusalReason.OUTCOME_UNKNOWN,
+        RefusalReason.LEDGER_UNREACHABLE,
+        RefusalReason.BUSY,
+    }
 )
+"""Answers after which the same call is made again, until the attempt's deadline."""
 
 T = TypeVar("T")
 
@@ -534,4 +540,4 @@ def _refused(attempt: int, error: DroverError | StoreUnavailable) -> migration.E
         return migration.CallRefused(attempt, RefusalReason.LEDGER_UNREACHABLE, str(error), unreachable=True)
     if error.reason is RefusalReason.STALE_EPOCH:
         raise Deposed(error.message) from error
-    return migration.CallRefused(attempt, error.reason, error.message, unreachable=error.reason in _UNREACHABLE)
+    return migration.CallRefused(attempt, error.reason, error.message, unreachable=error.reason in _REPEATED)

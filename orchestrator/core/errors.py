@@ -66,6 +66,8 @@ class RefusalReason(StrEnum):
     ALREADY_ENDED = "ALREADY_ENDED"
     STALE_EPOCH = "STALE_EPOCH"
     STALE_ATTEMPT = "STALE_ATTEMPT"
+    BUSY = "BUSY"
+    """An earlier attempt is still being ended there: repeat the call in a moment."""
     CHAOS_DISABLED = "CHAOS_DISABLED"
     DEVICE_NOT_MIGRATABLE = "DEVICE_NOT_MIGRATABLE"
     MACHINE_TYPE_MISMATCH = "MACHINE_TYPE_MISMATCH"
