@@ -57,6 +57,7 @@ class Timer(StrEnum):
     PRECOPY = "precopy"
     ACK = "ack"
     SWITCHOVER = "switchover"
+    GATE_WAIT = "gate_wait"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,7 @@ class Seen(StrEnum):
     TIMER_PRECOPY = "timer_precopy"
     TIMER_ACK = "timer_ack"
     TIMER_SWITCHOVER = "timer_switchover"
+    TIMER_GATE_WAIT = "timer_gate_wait"
     # destination
     SHIMS_LOADED = "shims_loaded"  # END of every device arrived
     VALIDATED = "validated"

@@ -42,6 +42,8 @@ class SourceStage(StrEnum):
     NEW = "NEW"
     BINDING = "BINDING"
     PRECOPY = "PRECOPY"
+    GATE_WAIT = "GATE_WAIT"
+    """The engine stopped the guest under a closed gate, and policy allows a bounded wait for the ACK."""
     FREEZING = "FREEZING"
     """The engine has stopped the guest; shims are quiesced; the check comes."""
     LAST_PASS = "LAST_PASS"
@@ -75,6 +77,8 @@ class SourceState:
     inc: str
     suspend_on_timeout: bool = False
     has_devices: bool = True
+    gate_wait: bool = False
+    """Policy `gate_wait_ms` is not 0."""
     stage: SourceStage = SourceStage.NEW
     acks: AckLedger = field(default_factory=AckLedger)
     unwritten: tuple[AckRequest, ...] = ()
@@ -172,7 +176,7 @@ def _bound(state: SourceState) -> Step:
 
 
 def _requested(state: SourceState, entry: AckRequest) -> Step:
-    if state.acks.sealed_check or state.stage not in (SourceStage.PRECOPY, SourceStage.FREEZING):
+    if state.acks.sealed_check or state.stage not in _TAKES_REQUESTS:
         return state, (Note("request_too_late", f"{entry.device}/{entry.generation}"),)
     acks = state.acks.request(entry)
     if acks == state.acks:
@@ -198,7 +202,7 @@ def _requests_seen(state: SourceState, entries: tuple[AckRequest, ...], version:
     acks = state.acks
     for entry in entries:
         acks = acks.request(entry)
-    if state.stage is SourceStage.PRECOPY:
+    if state.stage in (SourceStage.PRECOPY, SourceStage.GATE_WAIT):
         return _gate(replace(state, acks=acks, req_version=version))
     if state.stage in (SourceStage.FREEZING, SourceStage.LAST_PASS) and not state.paused:
         return _abort(replace(state, acks=acks), AbortReason.LATE_SWITCHOVER_ACK, _names(acks.pending))
@@ -212,6 +216,8 @@ def gate_may_open(state: SourceState) -> bool:
 
 def _gate(state: SourceState) -> Step:
     """Open or close the gate while the guest is still the engine's to stop."""
+    if state.stage is SourceStage.GATE_WAIT and _gate_is_open(state):
+        return _freeze(state)
     if state.stage is not SourceStage.PRECOPY:
         return state, ()
     if gate_may_open(state):
@@ -232,10 +238,29 @@ def _parked(state: SourceState) -> Step:
     """The engine stopped the guest when it liked: the blackout has begun."""
     if state.stage is not SourceStage.PRECOPY:
         return state, ()
+    if _gate_is_open(state):
+        return _freeze(state)
+    if state.gate_wait:
+        waited_for = ",".join(_names(state.acks.pending))
+        return replace(state, stage=SourceStage.GATE_WAIT), (Note("gate_wait", waited_for), StartTimer(Timer.GATE_WAIT))
+    return _gate_stayed_closed(replace(state, stage=SourceStage.FREEZING))
+
+
+def _gate_is_open(state: SourceState) -> bool:
+    return state.acks.gate_open and (state.paused or not state.unwritten)
+
+
+def _gate_stayed_closed(state: SourceState) -> Step:
+    reason = AbortReason.LATE_SWITCHOVER_ACK if state.opened else AbortReason.GATE_CLOSED_AT_CONVERGENCE
+    return _abort(state, reason, _names(state.acks.pending))
+
+
+def _timer_gate_wait(state: SourceState) -> Step:
+    return _gate_stayed_closed(state) if state.stage is SourceStage.GATE_WAIT else (state, ())
+
+
+def _freeze(state: SourceState) -> Step:
     state = replace(state, stage=SourceStage.FREEZING)
-    if not state.acks.gate_open or (state.unwritten and not state.paused):
-        reason = AbortReason.LATE_SWITCHOVER_ACK if state.opened else AbortReason.GATE_CLOSED_AT_CONVERGENCE
-        return _abort(state, reason, _names(state.acks.pending))
     if not state.has_devices:
         return _check(state, ())
     return state, (Note("frozen"), Do.QUIESCE)
@@ -317,7 +342,9 @@ def _discarded(state: SourceState) -> Step:
 _GUEST_IS_OURS = frozenset({SourceStage.NEW, SourceStage.BINDING, SourceStage.PRECOPY})
 """Before the freeze: a wish is applied at once."""
 
-_UNILATERAL = frozenset({SourceStage.PRECOPY, SourceStage.FREEZING, SourceStage.LAST_PASS})
+_TAKES_REQUESTS = frozenset({SourceStage.PRECOPY, SourceStage.GATE_WAIT, SourceStage.FREEZING})
+
+_UNILATERAL = frozenset({SourceStage.PRECOPY, SourceStage.GATE_WAIT, SourceStage.FREEZING, SourceStage.LAST_PASS})
 
 
 def _abort(state: SourceState, reason: AbortReason, devices: tuple[str, ...] = ()) -> Step:
@@ -614,6 +641,7 @@ _SEEN = {
     Seen.RESUME_FAILED: _resume_failed,
     Seen.TIMER_PRECOPY: _timer_precopy,
     Seen.TIMER_ACK: _timer_ack,
+    Seen.TIMER_GATE_WAIT: _timer_gate_wait,
     Seen.TIMER_SWITCHOVER: _fails(AbortReason.SWITCHOVER_TIMEOUT),
     Seen.ENGINE_FAILED: _fails(AbortReason.ENGINE_FAILED),
     Seen.SHIM_FAILED: _fails(AbortReason.SHIM_FAILED),

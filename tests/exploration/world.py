@@ -54,6 +54,8 @@ class Bounds:
     cancels: int = 1
     power: int = 0
     devices: bool = True
+    gate_wait: bool = False
+    """The policy allows to wait for an ACK after the engine stopped the guest."""
 
 
 class World(NamedTuple):
@@ -487,7 +489,13 @@ def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
     alive = world.source_up and world.vmm in (RUN, STOPPED) and not world.engine
     if ready and alive and world.source is None and world.power in (0, 4) and not record.inc:
         state = SourceState(
-            ref(k), S1, f"i{k}", has_devices=bounds.devices, want_run=world.want, paused=world.wished_stop
+            ref(k),
+            S1,
+            f"i{k}",
+            has_devices=bounds.devices,
+            gate_wait=bounds.gate_wait,
+            want_run=world.want,
+            paused=world.wished_stop,
         )
         if world.wished_stop:
             state = replace(state, acks=state.acks.stop_by_wish())
@@ -522,7 +530,7 @@ def message_moves(world: World) -> Iterator[Move]:
     if world.pending and world.source is not None:
         newest = AckRequest("x", max(world.pending))
         yield "S sees req", True, feed_source(world, words.RequestsSeen((newest,), world.req))
-        if world.copy == WAIT and world.vmm in (RUN, STOPPED):
+        if world.copy == WAIT and (world.vmm in (RUN, STOPPED) or world.source.stage is SourceStage.GATE_WAIT):
             acked = feed_source(world._replace(pending=frozenset()), words.Acked(newest))
             yield "ACK", True, acked
 
@@ -531,10 +539,11 @@ def wish_moves(world: World) -> Iterator[Move]:
     record, state = world.record, world.source
     if world.requests and record.phase is Ownership.OPEN:
         asked = _ask(world)
-        frozen = world.vmm in (PARKED, DEVICE, SEALED) and state is not None and not world.wished_stop
+        waits = state is not None and state.stage is SourceStage.GATE_WAIT
+        frozen = world.vmm in (PARKED, DEVICE, SEALED) and state is not None and not world.wished_stop and not waits
         newest = max(asked.pending)
         yield "API asks", False, asked._replace(req=world.req + 1, late=world.late or frozen)
-        if state is not None and state.stage in (SourceStage.PRECOPY, SourceStage.FREEZING):
+        if state is not None and state.stage in (SourceStage.PRECOPY, SourceStage.GATE_WAIT, SourceStage.FREEZING):
             yield "device asks", False, feed_source(asked, words.Requested(AckRequest("x", newest)))
     if world.wishes and world.vmm != DEAD and record.owner.host == "s":
         want = not world.want
@@ -547,6 +556,8 @@ def wish_moves(world: World) -> Iterator[Move]:
     if world.wishes and state is not None and state.stage is SourceStage.PRECOPY and world.vmm == RUN:
         suspending = world._replace(source=replace(state, suspend_on_timeout=True), wishes=world.wishes - 1)
         yield "policy suspends", False, feed_source(suspending, Seen.TIMER_PRECOPY)
+    if state is not None and state.stage is SourceStage.GATE_WAIT:
+        yield "gate wait is over", True, feed_source(world, Seen.TIMER_GATE_WAIT)
     if state is not None and state.stage is SourceStage.LAST_PASS:
         yield "switchover timeout", True, feed_source(world, Seen.TIMER_SWITCHOVER)
 
