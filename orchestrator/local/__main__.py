@@ -19,7 +19,7 @@ from orchestrator.local.layout import Layout, LocalClusterError, default_dir
 from orchestrator.local.supervisor import Supervisor
 
 
-def _serve(directory: Path, lock_fd: int | None, die_with_parent: bool) -> bool:
+def _serve(directory: Path, lock_fd: int | None, die_with: int | None) -> bool:
     layout = Layout.of(directory)
     layout.check()
     if lock_fd is not None:
@@ -30,8 +30,8 @@ def _serve(directory: Path, lock_fd: int | None, die_with_parent: bool) -> bool:
         raise LocalClusterError(f"a cluster already runs in {layout.dir}; `drover status` shows it")
     lock.keep()
     lock.sign()
-    if die_with_parent:
-        _end_with_parent()
+    if die_with is not None:
+        _end_with(die_with)
     if layout.config_json.exists():
         config = configuration.load(layout.config_json)
     else:
@@ -43,24 +43,27 @@ def _serve(directory: Path, lock_fd: int | None, die_with_parent: bool) -> bool:
     return asyncio.run(run())
 
 
-def _end_with_parent() -> None:
-    """SIGTERM for this process when the foreground `drover up` is killed."""
+def _end_with(parent: int) -> None:
+    """SIGTERM for this process when its parent, the foreground `drover up`, is killed."""
     import ctypes
+    import os
     import signal
 
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise LocalClusterError("the `drover up` that started this is gone")
 
 
 @click.command()
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), default=default_dir)
 @click.option("--lock-fd", type=int, hidden=True, help="Descriptor of the lock that the caller hands over.")
-@click.option("--die-with-parent", is_flag=True, hidden=True)
-def main(directory: Path, lock_fd: int | None, die_with_parent: bool) -> None:
+@click.option("--die-with", type=int, hidden=True, help="Process id of the parent, whose end is the end of this.")
+def main(directory: Path, lock_fd: int | None, die_with: int | None) -> None:
     """Run a local cluster until told to stop."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        came_up = _serve(directory, lock_fd, die_with_parent)
+        came_up = _serve(directory, lock_fd, die_with)
     except LocalClusterError as error:
         raise click.UsageError(str(error)) from None
     sys.exit(0 if came_up else 1)

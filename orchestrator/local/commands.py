@@ -17,13 +17,13 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestrator.local import lock as locking
 from orchestrator.local import network, processes, state, teardown
-from orchestrator.local.layout import CLUSTER_VARIABLE, Layout, LocalClusterError
+from orchestrator.local.layout import CLUSTER_VARIABLE, Layout, LocalClusterError, StopReason
 from orchestrator.local.processes import Identity
 from orchestrator.local.state import ClusterRecord, ClusterState, PartState
 
@@ -34,7 +34,10 @@ STOP_TIMEOUT_S = 20.0
 """So long the supervisor has to end everything itself; then it is killed and `down` does it."""
 BUILD_TIMEOUT_S = 60.0
 _POLL_S = 0.05
-_REQUEST_TIMEOUT_S = 30.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STATUS_TIMEOUT_S = 6.0
+_POWER_TIMEOUT_S = 45.0
+"""Both longer than the supervisor gives itself for the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class ClusterStatus:
     parts: tuple[PartStatus, ...] = ()
     notes: tuple[str, ...] = ()
     ready_after_s: float | None = None
+    failure: str = ""
+    """In state failed: why."""
 
     @property
     def healthy(self) -> bool:
@@ -107,6 +112,8 @@ def up(config: LocalConfig, *, foreground: bool = False, out: TextIO = sys.stder
             lock.sign(child.pid)
             lock.release()  # the supervisor has it now
             _await_ready(layout, child, signals, out)
+            now = status(layout.dir)
+            _check_interrupt(signals)  # up to the last moment
         except BaseException:
             lock.release()
             if child:
@@ -115,7 +122,8 @@ def up(config: LocalConfig, *, foreground: bool = False, out: TextIO = sys.stder
             raise
         if foreground:
             _stay(layout, child, signals, out)
-        return status(layout.dir)
+            return status(layout.dir)
+        return now
 
 
 def _stop_child(child: subprocess.Popen[bytes]) -> None:
@@ -128,7 +136,10 @@ def _stop_child(child: subprocess.Popen[bytes]) -> None:
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM as a flag, so that no step of a start is cut in two. Only the main thread can be told."""
+    """Ctrl-C, SIGTERM and the end of the terminal as a flag, so that no step of a start is cut in two.
+
+    Only the main thread can be told. `nohup` is respected.
+    """
 
     def __init__(self) -> None:
         self.set = False
@@ -136,8 +147,9 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+            for number in _STOP_SIGNALS:
+                if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,7 +180,9 @@ def _require(config: LocalConfig) -> None:
         zookeeper.require()
     if "agent" not in config.commands and shutil.which(config.qemu) is None:
         raise LocalClusterError(
-            f"QEMU ({config.qemu}), which runs the guests, is missing; deploy/install-system.sh installs it"
+            f"QEMU ({config.qemu}), which runs the guests, is missing; deploy/install-system.sh installs it",
+            reason=StopReason.MISSING_SOFTWARE,
+            part="agent",
         )
 
 
@@ -217,6 +231,7 @@ def _build_guest_image(config: LocalConfig, layout: Layout, out: TextIO) -> None
             timeout=BUILD_TIMEOUT_S,
             check=False,
             start_new_session=True,
+            env=_marked(layout),  # so that the next `down` finds it if we are killed meanwhile
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LocalClusterError(f"cannot build the guest image: {error}") from error
@@ -224,11 +239,16 @@ def _build_guest_image(config: LocalConfig, layout: Layout, out: TextIO) -> None
         raise LocalClusterError(f"cannot build the guest image: {built.stderr.strip()}")
 
 
+def _marked(layout: Layout) -> dict[str, str]:
+    """The environment, with what tells that a process is this cluster's."""
+    return {**os.environ, CLUSTER_VARIABLE: str(layout.dir)}
+
+
 def _start_supervisor(layout: Layout, lock: locking.Lock, *, foreground: bool) -> subprocess.Popen[bytes]:
     layout.logs.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "orchestrator.local", "--dir", str(layout.dir), "--lock-fd", str(lock.descriptor)]
     if foreground:
-        command.append("--die-with-parent")
+        command += ["--die-with", str(os.getpid())]
     root = Path(__file__).resolve().parents[2]
     path = ":".join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     with layout.supervisor_log.open("ab") as log:
@@ -238,7 +258,7 @@ def _start_supervisor(layout: Layout, lock: locking.Lock, *, foreground: bool) -
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=layout.logs,
-            env={**os.environ, "PYTHONPATH": path, CLUSTER_VARIABLE: str(layout.dir)},
+            env={**_marked(layout), "PYTHONPATH": path},
             pass_fds=(lock.descriptor,),
             start_new_session=True,
         )
@@ -258,18 +278,24 @@ def _await_ready(layout: Layout, child: subprocess.Popen[bytes], signals: _Signa
             raise Interrupted
         if child.poll() is not None:
             progress.done("", ())
-            raise LocalClusterError(_why_ended(layout, child.returncode))
+            raise _why_ended(layout, child.returncode)
         time.sleep(_POLL_S)
 
 
-def _why_ended(layout: Layout, code: int) -> str:
+def _why_ended(layout: Layout, code: int) -> LocalClusterError:
     record = state.read(layout.cluster_json)
-    if record and record.error:
-        return f"the cluster did not come up: {record.error}"
+    if record and record.stop:
+        what = "did not come up" if record.ready_after_s is None else "ended"
+        return replace(record.stop, sentence=f"the cluster {what}: {record.stop.sentence}").error()
+    how = f"signal {-code}" if code < 0 else f"exit status {code}"
+    lines: list[str] = []
     with contextlib.suppress(OSError):
         lines = layout.supervisor_log.read_text(errors="replace").strip().splitlines()[-5:]
-        return "\n  ".join([f"the supervisor ended with status {code}:", *lines])
-    return f"the supervisor ended with status {code}"
+    return LocalClusterError(
+        f"the cluster process ended: {how}",
+        reason=StopReason.SUPERVISOR_FAILED,
+        detail="\n".join(f"  {line}" for line in lines),
+    )
 
 
 class _Progress:
@@ -310,10 +336,10 @@ def _stay(layout: Layout, child: subprocess.Popen[bytes], signals: _Signals, out
     while not signals.set and child.poll() is None:
         time.sleep(0.2)
     ended_alone = child.poll() is not None and not signals.set
-    why = _why_ended(layout, child.returncode) if ended_alone and child.returncode else ""
+    why = _why_ended(layout, child.returncode) if ended_alone and child.returncode else None
     _remove_everything(layout)
     if why:
-        raise LocalClusterError(why)
+        raise why
 
 
 # --- down ------------------------------------------------------------------------------------------------------------
@@ -379,7 +405,7 @@ def _unstoppable() -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in _STOP_SIGNALS}
     try:
         yield
     finally:
@@ -401,7 +427,7 @@ def status(directory: Path | str) -> ClusterStatus:
     health: dict[str, str] = {}
     with contextlib.suppress(LocalClusterError):
         if running:
-            health = _request(layout, op="status")["health"]
+            health = _request(layout, _STATUS_TIMEOUT_S, op="status")["health"]
             record = state.read(layout.cluster_json) or record
     ended = record.state in {ClusterState.STOPPED, ClusterState.FAILED}
     cluster_state = str(record.state) if running or ended else "crashed"
@@ -425,6 +451,7 @@ def status(directory: Path | str) -> ClusterStatus:
         ),
         notes=_notes(record),
         ready_after_s=record.ready_after_s,
+        failure=str(record.stop.error()) if record.stop else "",
     )
 
 
@@ -434,19 +461,19 @@ def power_cycle(directory: Path | str, host: str, *, off: bool = False) -> bool:
     Then it boots with a new boot_id (with `off` it stays dark until `power_on`). True: its agent serves again.
     Raises LocalClusterError for an unknown host or a cluster that does not run.
     """
-    answer = _request(Layout.of(directory), op="power_off" if off else "power_cycle", host=host)
+    answer = _request(Layout.of(directory), _POWER_TIMEOUT_S, op="power_off" if off else "power_cycle", host=host)
     return bool(answer.get("serving"))
 
 
 def power_on(directory: Path | str, host: str) -> bool:
     """Boot a host that is off. True: its agent serves. Raises LocalClusterError if it is on."""
-    return bool(_request(Layout.of(directory), op="power_on", host=host).get("serving"))
+    return bool(_request(Layout.of(directory), _POWER_TIMEOUT_S, op="power_on", host=host).get("serving"))
 
 
-def _request(layout: Layout, **question: Any) -> dict[str, Any]:
+def _request(layout: Layout, timeout_s: float, **question: Any) -> dict[str, Any]:
     try:
         with socket.socket(socket.AF_UNIX) as link:
-            link.settimeout(_REQUEST_TIMEOUT_S)
+            link.settimeout(timeout_s)
             link.connect(str(layout.supervisor_socket))
             link.sendall(json.dumps(question).encode() + b"\n")
             with link.makefile("rb") as answers:

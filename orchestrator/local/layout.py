@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 MAX_DIR_BYTES = 36
@@ -22,8 +23,34 @@ PART_VARIABLE = "DROVER_PART"
 """Set in every process that a cluster starts, and inherited: how a process is recognised after a crash."""
 
 
+class StopReason(StrEnum):
+    """Why a cluster could not start, or could not go on."""
+
+    MISSING_SOFTWARE = "MISSING_SOFTWARE"
+    """A program that it needs is not installed."""
+    PORT_IN_USE = "PORT_IN_USE"
+    """Somebody else listens where a part should."""
+    PART_FAILED = "PART_FAILED"
+    """A part ended each time that it was started."""
+    NOT_READY = "NOT_READY"
+    """A part runs and does not serve within the time for starting."""
+    SUPERVISOR_FAILED = "SUPERVISOR_FAILED"
+    """The cluster process itself ended: a bug, or the machine is out of something."""
+
+
 class LocalClusterError(Exception):
-    """Something about the local cluster that the operator can mend; the text says what is wrong and what to do."""
+    """Something about the local cluster that the operator can mend; the text says what is wrong and what to do.
+
+    `sentence` is one line, `detail` what a log says about it (may be empty), and the text is both. `reason` is set for
+    a cluster that could not start or go on, `part` if one part is to blame.
+    """
+
+    def __init__(self, sentence: str, *, reason: StopReason | None = None, part: str = "", detail: str = "") -> None:
+        super().__init__("\n".join(filter(None, (sentence, detail))))
+        self.sentence = sentence
+        self.reason = reason
+        self.part = part
+        self.detail = detail
 
 
 def default_dir() -> Path:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from orchestrator.local import processes
 from orchestrator.local.layout import HostPlace, Layout, Places
 
 NAMESPACES = Path("/run/netns")
@@ -27,6 +28,7 @@ TCP_RETRIES = 3
 """Retransmissions until a connection to a vanished peer fails: 3 means about 3 s, the kernel's 15 many minutes."""
 
 _CLONE_NEWNET = 0x40000000
+_LISTEN = "0A"
 _COMMAND_TIMEOUT_S = 10.0
 
 
@@ -209,6 +211,21 @@ def _free_port(addresses: Sequence[str], preferred: int) -> int:
         else:
             return candidate
     return preferred
+
+
+def listener(port: int) -> str | None:
+    """Who listens on a TCP port in this thread's namespace: "nginx (pid 12)". None: nobody, or it may not be seen."""
+    inodes: set[str] = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/thread-self/net/{table}").read_text().splitlines()[1:]:
+                _, local, _, state, *rest = line.split()
+                if state == _LISTEN and int(local.rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{rest[5]}]")
+    for seen in processes.scan() if inodes else ():
+        if not inodes.isdisjoint(seen.files()):
+            return f"{seen.name} (pid {seen.pid})"
+    return None
 
 
 def remove(layout: Layout) -> None:

@@ -53,6 +53,8 @@ class PartSpec:
     """Parts that must serve before this one is started."""
     prepare: Callable[[], None] | None = None
     """Called before each start."""
+    listens: tuple[tuple[str, int], ...] = ()
+    """Address and port of each TCP socket that nobody else may have when it starts."""
     watched: bool = False
     """Its process may outlive what it is there for: kill it when `probe` goes on failing."""
 
@@ -155,19 +157,26 @@ def build(config: LocalConfig, layout: Layout, places: Places) -> list[PartSpec]
     make = _Maker(config, layout, places)
     management = places.management_address
     parts = [
-        make.part("zookeeper", zookeeper.command(layout), _zookeeper_probe(places)),
+        make.part(
+            "zookeeper",
+            zookeeper.command(layout),
+            _zookeeper_probe(places),
+            listens=((management, places.zookeeper_port),),
+        ),
         make.part(
             "ray",
             rayhead.command(layout, places, config.ray_cpus),
             _tcp_probe(RAY_ADDRESS, places.ray_port),
             environment=rayhead.environment(layout),
             prepare=lambda: rayhead.prepare(layout),
+            listens=((RAY_ADDRESS, places.ray_port), (RAY_ADDRESS, places.ray_client_port)),
         ),
         make.part(
             "api",
             [sys.executable, "-m", "orchestrator.api", "--config", str(layout.api_json)],
             _tcp_probe(management, places.api_port),
             after=("zookeeper",),
+            listens=((management, places.api_port),),
             serves=f"{management}:{places.api_port}",
         ),
         make.part(
@@ -205,7 +214,7 @@ class _Maker:
         """Does the part hold its node in ZooKeeper? Stand-ins of tests hold none."""
         places = self._places
         if kind in self._config.commands:
-            return _always
+            return always
 
         async def probe() -> str | None:
             node = paths.CHROOT + path
@@ -224,6 +233,7 @@ class _Maker:
             ),
             place=place,
             after=("zookeeper",),
+            listens=((place.address, self._places.control_port), (place.address, self._places.peer_port)),
             serves=f"{place.address}:{self._places.control_port}",
         )
 
@@ -237,6 +247,7 @@ class _Maker:
         environment: dict[str, str] | None = None,
         after: tuple[str, ...] = (),
         prepare: Callable[[], None] | None = None,
+        listens: tuple[tuple[str, int], ...] = (),
         serves: str = "",
     ) -> PartSpec:
         layout = self._layout
@@ -262,6 +273,7 @@ class _Maker:
             host=place.name if place else None,
             after=after,
             prepare=prepare,
+            listens=listens,
             # While it is still starting, Ray's launcher does not notice that its GCS died, and waits for half a minute.
             watched=kind == "ray",
         )
@@ -282,7 +294,19 @@ def _inherited() -> dict[str, str]:
 _PROBE_TIMEOUT_S = 1.0
 
 
-async def _always() -> str | None:
+async def always() -> str | None:
+    return None
+
+
+async def taken(spec: PartSpec) -> str | None:
+    """What is wrong with its ports, as a clause; None: they are free.
+
+    Asked by connecting, since an address in another namespace cannot be bound here.
+    """
+    for address, port in spec.listens:
+        if await _connects(asyncio.open_connection(address, port)) is None:
+            owner = network.listener(port) or "another process"
+            return f"port {port} on {address} is in use by {owner}: end it"
     return None
 
 

@@ -50,6 +50,13 @@ class Seen:
             return (PROC / str(self.pid) / "cwd").readlink()
         return None
 
+    def files(self) -> Iterator[str]:
+        """What its descriptors refer to, as /proc shows them: paths, `socket:[inode]`, ..."""
+        with contextlib.suppress(OSError):
+            for descriptor in (PROC / str(self.pid) / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    yield str(descriptor.readlink())
+
     def network(self) -> tuple[int, int] | None:
         """Device and inode of its network namespace, comparable with those of a file in /run/netns."""
         with contextlib.suppress(OSError):

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from orchestrator.local.layout import HostPlace, Places
+from orchestrator.local.layout import HostPlace, LocalClusterError, Places, StopReason
 from orchestrator.local.processes import Identity
 
 VERSION = 1
@@ -21,7 +21,7 @@ class ClusterState(StrEnum):
     STARTING = "starting"
     READY = "ready"
     FAILED = "failed"
-    """It could not start; `error` says why. Nothing runs any more."""
+    """It could not start, or not go on; `stop` says why. Nothing runs any more."""
     STOPPING = "stopping"
     STOPPED = "stopped"
 
@@ -55,6 +55,23 @@ class PartRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class StopRecord:
+    """Why the cluster is in state `failed`: a LocalClusterError, written down."""
+
+    sentence: str
+    reason: StopReason | None = None
+    part: str = ""
+    detail: str = ""
+
+    @classmethod
+    def of(cls, error: LocalClusterError) -> StopRecord:
+        return cls(error.sentence, error.reason, error.part, error.detail)
+
+    def error(self) -> LocalClusterError:
+        return LocalClusterError(self.sentence, reason=self.reason, part=self.part, detail=self.detail)
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterRecord:
     """The whole file."""
 
@@ -66,7 +83,7 @@ class ClusterRecord:
     places: Places | None = None
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     ready_after_s: float | None = None
-    error: str = ""
+    stop: StopRecord | None = None
     ray_processes: tuple[Identity, ...] = ()
     """The head's descendants: two of them outlive it for half a minute and overwrite what they could be known by."""
 
@@ -93,12 +110,13 @@ def read(path: Path) -> ClusterRecord | None:
         raw: dict[str, Any] = json.loads(path.read_bytes())
         if raw.pop("version") != VERSION:
             return None
-        places = raw.pop("places")
+        places, stop = raw.pop("places"), raw.pop("stop")
         return ClusterRecord(
             state=ClusterState(raw.pop("state")),
             supervisor=Identity(**raw.pop("supervisor")),
             parts=tuple(_part(part) for part in raw.pop("parts")),
             places=_places(places) if places else None,
+            stop=_stop(stop) if stop else None,
             ray_processes=tuple(Identity(**one) for one in raw.pop("ray_processes")),
             **raw,
         )
@@ -109,6 +127,11 @@ def read(path: Path) -> ClusterRecord | None:
 def _part(raw: dict[str, Any]) -> PartRecord:
     process = raw.pop("process")
     return PartRecord(state=PartState(raw.pop("state")), process=Identity(**process) if process else None, **raw)
+
+
+def _stop(raw: dict[str, Any]) -> StopRecord:
+    reason = raw.pop("reason")
+    return StopRecord(reason=StopReason(reason) if reason else None, **raw)
 
 
 def _places(raw: dict[str, Any]) -> Places:

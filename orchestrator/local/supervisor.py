@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,10 +20,10 @@ from typing import Any, cast
 
 from orchestrator.local import network, parts, processes, state, teardown
 from orchestrator.local.config import LocalConfig
-from orchestrator.local.layout import LocalClusterError, Places
+from orchestrator.local.layout import LocalClusterError, Places, StopReason
 from orchestrator.local.parts import PartSpec
 from orchestrator.local.processes import Identity
-from orchestrator.local.state import ClusterRecord, ClusterState, PartRecord, PartState
+from orchestrator.local.state import ClusterRecord, ClusterState, PartRecord, PartState, StopRecord
 
 log = logging.getLogger("drover.local")
 
@@ -42,6 +43,8 @@ RAY_NOTE_S = 3.0
 RAY_SETTLED_S = 15.0
 EXIT_RAY_GONE = 3
 """The coordinator's word (its exit status) for: Ray no longer answers."""
+PORT_WAIT_S = 1.0
+"""A port may be busy for a moment after its owner was killed."""
 POWER_ON_TIMEOUT_S = 20.0
 LOG_TAIL_LINES = 15
 
@@ -56,6 +59,8 @@ class Part:
         self.since: float | None = None
         self.starts = 0
         self.last_exit = ""
+        """How it ended, or why it could not be started."""
+        self.port_taken = False
         self.born = 0.0
         self.serving = asyncio.Event()
         self.ended = asyncio.Event()
@@ -87,7 +92,7 @@ class Supervisor:
         self._started_at = time.time()
         self._begun = time.monotonic()
         self._ready_after_s: float | None = None
-        self._error = ""
+        self._stop: StopRecord | None = None
         self._places: Places | None = None
         self._parts: dict[str, Part] = {}
         self._ray_processes: set[Identity] = set()
@@ -109,12 +114,12 @@ class Supervisor:
         try:
             await asyncio.wait({keeping, stopped}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._error = self._error or _failure(keeping)
+            self._stop = _failure(keeping)
             for task in (keeping, stopped):
                 task.cancel()
             await asyncio.gather(keeping, stopped, return_exceptions=True)
             self._end()
-        return not self._error
+        return self._stop is None
 
     async def _keep_cluster(self) -> None:
         self._write()
@@ -145,10 +150,7 @@ class Supervisor:
                     await part.serving.wait()
         except TimeoutError:
             late = [part for part in self._parts.values() if not part.serving.is_set()]
-            names = ", ".join(part.spec.name for part in late)
-            raise LocalClusterError(
-                f"not ready after {self._config.start_timeout_s:.0f} s: {names}\n{_tail(late[0].spec) if late else ''}"
-            ) from None
+            raise _not_ready(late, self._config.start_timeout_s) from None
         self._ready_after_s = round(time.monotonic() - self._begun, 2)
         self._state = ClusterState.READY
         log.info("ready after %.2f s", self._ready_after_s)
@@ -159,14 +161,20 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
-        log.info("stopping%s", f": {self._error}" if self._error else "")
-        self._state = ClusterState.STOPPING
-        self._write()
+        log.info("stopping%s", f": {self._stop.error()}" if self._stop else "")
+        self._note_state(ClusterState.STOPPING)
         teardown.end_processes(self._layout, supervisor=self._me)
         network.remove(self._layout)
         teardown.remove_sockets(self._layout)
-        self._state = ClusterState.FAILED if self._error else ClusterState.STOPPED
-        self._write()
+        self._note_state(ClusterState.FAILED if self._stop else ClusterState.STOPPED)
+
+    def _note_state(self, to: ClusterState) -> None:
+        """Ending is more important than saying so: the disk may be full, the directory gone."""
+        self._state = to
+        try:
+            self._write()
+        except OSError as error:
+            log.error("cannot write %s: %s", self._layout.cluster_json, error)
 
     # --- one part ----------------------------------------------------------------------------------------------------
 
@@ -188,9 +196,8 @@ class Supervisor:
                 continue
             if time.monotonic() - part.born > STEADY_S:
                 delay_s = FIRST_DELAY_S
-            elif self._ready_after_s is None and part.starts >= FALSE_STARTS:
-                times = f"ended {part.starts} times, {part.last_exit}"
-                raise LocalClusterError(f"{part.spec.name} does not come up ({times})\n{_tail(part.spec)}")
+            elif self._ready_after_s is None and (part.port_taken or part.starts >= FALSE_STARTS):
+                raise _does_not_come_up(part)
             self._move(part, PartState.DOWN)
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, MAX_DELAY_S)
@@ -199,6 +206,12 @@ class Supervisor:
         """From its start to its end; its exit status (a signal's number is negative)."""
         part.born = time.monotonic()
         part.starts += 1
+        taken = await _taken(part.spec)
+        part.port_taken = taken is not None
+        if taken:
+            part.last_exit = taken
+            log.error("%s cannot be started: %s", part.spec.name, taken)
+            return 127
         try:
             child = _spawn(part.spec)
         except OSError as error:
@@ -280,7 +293,7 @@ class Supervisor:
             places=self._places,
             config=self._config.model_dump(mode="json"),
             ready_after_s=self._ready_after_s,
-            error=self._error,
+            stop=self._stop,
             ray_processes=tuple(self._ray_processes),
         )
         state.write(self._layout.cluster_json, record)
@@ -409,23 +422,74 @@ async def _ended(child: subprocess.Popen[bytes]) -> int:
     return child.wait()
 
 
-def _failure(keeping: asyncio.Task[None]) -> str:
+async def _taken(spec: PartSpec) -> str | None:
+    """Who has its ports; None once they are free, at the latest after PORT_WAIT_S."""
+    until = time.monotonic() + PORT_WAIT_S
+    while (taken := await parts.taken(spec)) and time.monotonic() < until:  # noqa: ASYNC110 - another process
+        await asyncio.sleep(PROBE_S)
+    return taken
+
+
+# --- why a cluster does not come up ----------------------------------------------------------------------------------
+
+
+def _failure(keeping: asyncio.Task[None]) -> StopRecord | None:
     """Why the cluster could not be kept, if it ended by itself."""
     if not keeping.done() or keeping.cancelled() or (error := keeping.exception()) is None:
-        return ""
+        return None
     while isinstance(error, BaseExceptionGroup):
         group = cast(BaseExceptionGroup[BaseException], error)
         error = group.exceptions[0]
     if not isinstance(error, LocalClusterError):
         log.error("the supervisor failed", exc_info=error)
-        return f"{type(error).__name__}: {error}"
-    return str(error)
+        return StopRecord(f"the supervisor failed: {type(error).__name__}: {error}", StopReason.SUPERVISOR_FAILED)
+    return StopRecord.of(error)
+
+
+def _not_ready(late: list[Part], timeout_s: float) -> LocalClusterError:
+    names = ", ".join(part.spec.name for part in late)
+    return LocalClusterError(
+        f"not ready after {timeout_s:.0f} s: {names}",
+        reason=StopReason.NOT_READY,
+        part=late[0].spec.name if late else "",
+        detail=_tail(late[0].spec) if late else "",
+    )
+
+
+def _does_not_come_up(part: Part) -> LocalClusterError:
+    name = part.spec.name
+    if part.port_taken:
+        return LocalClusterError(f"{name}: {part.last_exit}", reason=StopReason.PORT_IN_USE, part=name)
+    words = last_words(_log_lines(part.spec))
+    return LocalClusterError(
+        f"{name} does not come up: it ended {part.starts} times, {part.last_exit}{f': {words}' if words else ''}",
+        reason=StopReason.PORT_IN_USE if "address already in use" in words.lower() else StopReason.PART_FAILED,
+        part=name,
+        detail=_tail(part.spec),
+    )
+
+
+_COMPLAINT = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b:? ?")
+
+
+def last_words(lines: list[str]) -> str:
+    """The line of a log that says best why the process ended: its last exception or error, else its last line.
+
+    Lines of a trace are indented, in Python as in Java.
+    """
+    whole = [line.strip() for line in lines if line.strip() and not line[0].isspace()]
+    complaints = [line for line in whole if _COMPLAINT.match(line)]
+    return (complaints or whole or [""])[-1]
+
+
+def _log_lines(spec: PartSpec) -> list[str]:
+    try:
+        return spec.log.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _tail(spec: PartSpec) -> str:
     """The end of its log: the file itself goes with the cluster."""
-    try:
-        lines = spec.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    except OSError:
-        lines = []
+    lines = _log_lines(spec)[-LOG_TAIL_LINES:]
     return "\n".join([f"the end of its log ({spec.log.name}):", *(f"  {line}" for line in lines)])

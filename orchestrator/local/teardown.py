@@ -24,6 +24,7 @@ _COLLECTOR_GRACE_S = 2.0
 _PATIENCE_S = 10.0
 """A process that SIGKILL does not end in so long hangs in the kernel."""
 _RAY_TITLE = "ray::"
+_DEVICES_NOTE = ".devices.json"
 
 
 class _Marks:
@@ -40,14 +41,14 @@ class _Marks:
         record = state.read(layout.cluster_json)
         self.recorded = set(record.processes()) if record else set[Identity]()
         self.ray = set(record.ray_processes) if record else set[Identity]()
-        self.guests = guest_processes(layout)
+        self.noted = noted_processes(layout)
 
     def why(self, seen: Seen) -> str | None:
         """Why this process is ours; None if nothing says so. A mere mention of the directory is no proof."""
         if seen.identity in self.recorded:
             return "recorded"
-        if seen.identity in self.guests:
-            return f"guest process on {self.guests[seen.identity]}"
+        if seen.identity in self.noted:
+            return f"guest process on {self.noted[seen.identity]}"
         if seen.environment().get(CLUSTER_VARIABLE) == str(self.layout.dir):
             return "started by the cluster"
         if (place := seen.network()) in self.places:
@@ -64,8 +65,8 @@ class _Marks:
 
     def host_of(self, seen: Seen) -> str | None:
         """The simulated host on which this process runs, if any."""
-        if seen.identity in self.guests:
-            return self.guests[seen.identity]
+        if seen.identity in self.noted:
+            return self.noted[seen.identity]
         environment = seen.environment()
         if environment.get(CLUSTER_VARIABLE) == str(self.layout.dir) and HOST_VARIABLE in environment:
             return environment[HOST_VARIABLE]
@@ -76,9 +77,19 @@ class _Marks:
 
 
 def guest_processes(layout: Layout) -> dict[Identity, str]:
-    """The VMMs that agents noted down (hosts/<host>/guests/**/vmm.json), by host; any may be dead by now."""
+    """The VMMs that agents noted down (hosts/<host>/guests/*/<inc>.json), by host; any may be dead by now."""
+    return _notes(layout, lambda path: not path.name.endswith(_DEVICES_NOTE))
+
+
+def noted_processes(layout: Layout) -> dict[Identity, str]:
+    """`guest_processes`, and the processes that hold their devices (<inc>.devices.json)."""
+    return _notes(layout, lambda _: True)
+
+
+def _notes(layout: Layout, wanted: Callable[[Path], bool]) -> dict[Identity, str]:
     found: dict[Identity, str] = {}
-    for path in layout.hosts.glob("*/guests/**/vmm.json"):
+    for path in filter(wanted, layout.hosts.glob("*/guests/*/*.json")):
+        # Not every note is of a process, and one may be removed while we look.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             raw = json.loads(path.read_bytes())
             found[Identity(int(raw["pid"]), int(raw["start_time"]))] = path.relative_to(layout.hosts).parts[0]

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from orchestrator.local.layout import Layout, LocalClusterError, Places
+from orchestrator.local.layout import Layout, LocalClusterError, Places, StopReason
 
 TICK_MS = 500
 """Sessions may be 2 to 20 ticks long: 1 to 10 s."""
@@ -24,10 +24,18 @@ def _jar(name: str) -> Path | None:
 def require() -> None:
     """Raises LocalClusterError naming what ZooKeeper lacks on this machine."""
     if shutil.which("java") is None:
-        raise LocalClusterError(f"a Java runtime (the command java), which runs ZooKeeper, is missing; {_HINT}")
+        raise LocalClusterError(
+            f"a Java runtime (the command java), which runs ZooKeeper, is missing; {_HINT}",
+            reason=StopReason.MISSING_SOFTWARE,
+            part="zookeeper",
+        )
     if _jar("zookeeper.jar") is None:
         folders = ", ".join(map(str, _JAR_FOLDERS))
-        raise LocalClusterError(f"ZooKeeper (zookeeper.jar in {folders}) is missing; {_HINT}")
+        raise LocalClusterError(
+            f"ZooKeeper (zookeeper.jar in {folders}) is missing; {_HINT}",
+            reason=StopReason.MISSING_SOFTWARE,
+            part="zookeeper",
+        )
 
 
 def prepare(layout: Layout, places: Places) -> None:

@@ -1,7 +1,8 @@
 """A stand-in for an agent, the API, the collector or the coordinator: a small process that listens where it should.
 
-`python local_part.py KIND CONFIG`. An agent's stand-in also starts one "guest", a sleeping process in a session of its
-own, noted down as real agents do; a restarted one finds it alive and leaves it be.
+`python local_part.py KIND CONFIG [qemu]`. An agent's stand-in also starts one guest in a session of its own and notes
+it down as real agents do; a restarted one finds it alive and leaves it be. The guest is a sleeping process, or with
+`qemu` a real one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def start_time(pid: int) -> int:
 
 
 def keep_guest(config: Path) -> None:
-    note = config.parent / "guests" / "one" / "vmm.json"
+    note = config.parent / "guests" / "one" / "i1.json"
     if note.exists():
         known = json.loads(note.read_text())
         try:
@@ -46,9 +47,19 @@ def keep_guest(config: Path) -> None:
         except OSError:
             pass
     # An empty environment and nothing on the command line: only the note, or the namespace, tells whose it is.
-    guest = subprocess.Popen(["sleep", "600"], start_new_session=True, env={"PATH": os.environ["PATH"]})
+    guest = subprocess.Popen(guest_command(config), start_new_session=True, env={"PATH": os.environ["PATH"]})
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps({"pid": guest.pid, "start_time": start_time(guest.pid)}))
+
+
+def guest_command(config: Path) -> list[str]:
+    if "qemu" not in sys.argv[3:]:
+        return ["sleep", "600"]
+    agent = json.loads(config.read_text())
+    console = f"socket,id=console,path={agent['console_dir']}/{agent['host']}.one.i1.sock,server=on,wait=off"
+    command = [agent["qemu"], *"-accel tcg -M pc -m 64 -nodefaults -no-user-config -display none".split()]
+    command += ["-chardev", console, "-serial", "chardev:console"]
+    return [*command, "-kernel", agent["guest_image"], "-append", "hz=100 hb=2 rate=16 pages=1024"]
 
 
 def main() -> None:

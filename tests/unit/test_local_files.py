@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
+from agents.engine.base import VmmMetadata
+from agents.engine.qemu import process as engine
 from orchestrator.coordinator import wiring
-from orchestrator.local import config, lock, network, parts, rayhead, state, teardown
-from orchestrator.local.layout import Layout, LocalClusterError
+from orchestrator.local import config, lock, network, parts, rayhead, state, supervisor, teardown
+from orchestrator.local.layout import Layout, LocalClusterError, StopReason
 from orchestrator.local.processes import Identity
 
 
@@ -65,6 +69,7 @@ def a_record() -> state.ClusterRecord:
         parts=(part, waiting),
         places=places,
         config={"hosts": 2},
+        stop=state.StopRecord("api does not come up", StopReason.PART_FAILED, "api", "its log"),
         ray_processes=(Identity(12, 120),),
     )
 
@@ -117,6 +122,57 @@ def test_what_parts_are_told(tmp_path: Path) -> None:
     assert specs["agent-host-2"].environment["DROVER_HOST"] == "host-2"
     assert all(spec.environment["DROVER_CLUSTER"] == str(layout.dir) for spec in specs.values())
     assert not any("RAY_AUTH_TOKEN" in spec.environment for spec in specs.values() if spec.kind in {"agent", "api"})
+
+
+def test_processes_are_found_by_the_notes_that_agents_keep(tmp_path: Path) -> None:
+    layout = Layout.of(tmp_path)
+    guest = layout.host("host-2") / "guests" / "0123456789abcdef"
+    guest.mkdir(parents=True)
+    engine.write_metadata(guest / "i1.json", VmmMetadata("0123", "i1", 11, 110, "owner"))
+    (guest / "i1.devices.json").write_text('{"pid": 12, "start_time": 120}')
+    (guest / "guest.json").write_text('{"uuid": "0123", "spec": {}}')
+    (guest / "i2.json").write_text('{"pid": 1')
+    assert teardown.guest_processes(layout) == {Identity(11, 110): "host-2"}
+    assert teardown.noted_processes(layout) == {Identity(11, 110): "host-2", Identity(12, 120): "host-2"}
+
+
+def test_an_error_is_one_sentence_and_what_the_log_says() -> None:
+    error = LocalClusterError("no luck", reason=StopReason.PART_FAILED, part="api", detail="  line 1\n  line 2")
+    assert str(error) == "no luck\n  line 1\n  line 2"
+    again = state.StopRecord.of(error).error()
+    assert (again.sentence, again.reason, again.part, again.detail) == (
+        "no luck", StopReason.PART_FAILED, "api", "  line 1\n  line 2",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], ""),
+        (["Traceback (most recent call last):", '  File "x.py"', "ModuleNotFoundError: No module named 'grpc'"],
+         "ModuleNotFoundError: No module named 'grpc'"),
+        (["92 [main] ERROR - Unexpected exception", "java.net.BindException: Address already in use",
+          "\tat java.base/sun.nio.ch.Net.bind0(Native Method)", "94 [main] ERROR - Exiting JVM with code 1", ""],
+         "java.net.BindException: Address already in use"),
+        (["Error: cannot start the coordinator: no such file"], "Error: cannot start the coordinator: no such file"),
+        (["starting", "no room"], "no room"),
+    ],
+)  # fmt: skip
+def test_the_line_of_a_log_that_says_why(lines: list[str], said: str) -> None:
+    assert supervisor.last_words(lines) == said
+
+
+async def test_a_taken_port_is_named_with_its_owner() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        spec = parts.PartSpec(
+            "api", "api", (), {}, Path(), Path(), parts.always, parts.always, listens=(("127.0.0.1", port),)
+        )
+        said = await parts.taken(spec)
+        assert said
+        assert said.startswith(f"port {port} on 127.0.0.1 is in use by ")
+        assert f"(pid {os.getpid()})" in said
+    assert await parts.taken(spec) is None
 
 
 def test_a_missing_guest_image_is_named(tmp_path: Path) -> None:
