@@ -23,6 +23,7 @@ PURE_MODULES = (
     "agents.keeping",
     "agents.report",
     "agents.shims.device",
+    "agents.shims.device_state",
     "orchestrator.local.evidence",
 )
 
@@ -111,6 +112,7 @@ def test_the_check_itself_sees_what_it_should(source: str, expected: list[str]) 
         ("orchestrator.api", ("ray",)),
         ("orchestrator.coordinator.supervisor", ("ray",)),
         ("agents.session", ("ray", "grpc", "kazoo", "asyncio")),
+        ("agents.shims.device_process", ("ray", "grpc", "kazoo", "yaml", "structlog")),
         ("agents.servicer", ("ray",)),
         ("agents.__main__", ("ray",)),
     ],
