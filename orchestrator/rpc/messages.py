@@ -3,6 +3,8 @@
 `OrchestratorClient` returns them. Import this for types only: it pulls in protobuf.
 """
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from protos.drover.v1.orchestrator_pb2 import ChangeRunStateResponse, CreateEvacuationResponse, PlacementVerdict
 from protos.drover.v1.types_pb2 import (
     AttemptReport,
@@ -31,4 +33,5 @@ __all__ = [
     "PlacementVerdict",
     "Progress",
     "TimelineEntry",
+    "Timestamp",
 ]

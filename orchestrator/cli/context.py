@@ -1,0 +1,194 @@
+"""What every command has in common: options, the API's client, and finding what an argument means."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from orchestrator.cli.exits import CliError, Exit
+from orchestrator.cli.output import Printer
+from orchestrator.local.layout import Layout, default_dir
+
+if TYPE_CHECKING:
+    from orchestrator.rpc.messages import Evacuation, Migration
+    from orchestrator.rpc.orchestrator_client import OrchestratorClient
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_TIMEOUT_S = 10.0
+COMPLETION_TIMEOUT_S = 1.0
+FULL_ID = 32
+
+
+@dataclass
+class Settings:
+    """The common options of one call of `drover`."""
+
+    api: str = ""
+    directory: Path = field(default_factory=default_dir)
+    output: str = "table"
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+    @property
+    def address(self) -> str:
+        """Of the API: --api, else $DROVER_API, else the local cluster's socket."""
+        return self.api or os.environ.get("DROVER_API", "") or f"unix:{Layout.of(self.directory).api_socket}"
+
+    @property
+    def printer(self) -> Printer:
+        return Printer(self.output)
+
+    def client(self, timeout_s: float = 0.0) -> OrchestratorClient:
+        """A client of the API; a context manager."""
+        self._check_socket()
+        from orchestrator.rpc.orchestrator_client import OrchestratorClient
+
+        return OrchestratorClient(self.address, timeout_s=timeout_s or self.timeout_s)
+
+    def _check_socket(self) -> None:
+        """A missing socket is known at once, and which remedy there is."""
+        path = self.address.removeprefix("unix:")
+        if path == self.address or Path(path).exists():
+            return
+        raise CliError(
+            Exit.UNREACHABLE,
+            f"no API listens on {path}: no local cluster runs there",
+            hint="`drover up` starts one, --dir or DROVER_DIR names another, --api or DROVER_API another API",
+        )
+
+
+pass_settings = click.make_pass_decorator(Settings, ensure=True)
+
+
+def _into(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    """Keeps a common option's value in the settings; the innermost place where it is given wins."""
+
+    def store(context: click.Context, _: click.Parameter, value: Any) -> None:
+        settings = context.ensure_object(Settings)
+        if value is not None:
+            setattr(settings, name, value)
+
+    return store
+
+
+def api_option(command: F) -> F:
+    return click.option(
+        "--api",
+        metavar="ADDRESS",
+        expose_value=False,
+        callback=_into("api"),
+        help="The API: host:port or unix:PATH. Default: $DROVER_API, else the local cluster's.",
+    )(command)
+
+
+def dir_option(command: F) -> F:
+    return click.option(
+        "--dir",
+        "directory",
+        type=click.Path(file_okay=False, path_type=Path),
+        expose_value=False,
+        callback=_into("directory"),
+        help="Directory of the local cluster. Default: $DROVER_DIR, else ~/.drover.",
+    )(command)
+
+
+def output_option(command: F) -> F:
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(["table", "json", "yaml"]),
+        expose_value=False,
+        callback=_into("output"),
+        help="Form of the result.  [default: table]",
+    )(command)
+
+
+def timeout_option(command: F) -> F:
+    return click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(min=0, min_open=True, max=3600),
+        metavar="SECONDS",
+        expose_value=False,
+        callback=_into("timeout_s"),
+        help=f"How long one call to the API may take.  [default: {DEFAULT_TIMEOUT_S:.0f}]",
+    )(command)
+
+
+def remote(command: F) -> F:
+    """Options of a command that asks the API."""
+    return output_option(api_option(dir_option(timeout_option(command))))
+
+
+def local(command: F) -> F:
+    """Options of a command about the local cluster."""
+    return output_option(dir_option(command))
+
+
+def request_id_option(command: F) -> F:
+    return click.option(
+        "--request-id",
+        metavar="ID",
+        help="Makes the command repeat-safe: the same id and request is the same resource.  [default: a new one]",
+    )(command)
+
+
+# --- what an argument means -------------------------------------------------------------------------------------------
+
+
+def pick(wanted: str, known: Sequence[str], what: str) -> str:
+    """The one id that begins with `wanted`. Raises CliError: none (3), or several (2)."""
+    if wanted in known:
+        return wanted
+    found = sorted(one for one in known if one.startswith(wanted.lower()))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise CliError(Exit.NOT_FOUND, f"no {what} begins with {wanted!r}", hint=f"`drover {what} list` shows them")
+    some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    raise CliError(Exit.USAGE, f"{wanted!r} begins the id of {len(found)} {what}s ({some}): write more of it")
+
+
+def find_migration(client: OrchestratorClient, wanted: str) -> Migration:
+    """By id, or by a beginning of it that only one migration has."""
+    if len(wanted) >= FULL_ID:
+        return client.get_migration(wanted)
+    return client.get_migration(pick(wanted, [each.name for each in client.list_migrations()], "migration"))
+
+
+def find_evacuation(client: OrchestratorClient, wanted: str) -> Evacuation:
+    """By id, or by a beginning of it that only one evacuation has."""
+    if len(wanted) >= FULL_ID:
+        return client.get_evacuation(wanted)
+    return client.get_evacuation(pick(wanted, [each.name for each in client.list_evacuations()], "evacuation"))
+
+
+# --- completion -------------------------------------------------------------------------------------------------------
+
+_Names = Callable[["OrchestratorClient"], Iterable[str]]
+
+
+def _completer(names: _Names) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Names that the API knows; none when it does not answer at once: a completion must not complain."""
+
+    def complete(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        settings = context.find_object(Settings) or Settings()
+        try:
+            with settings.client(timeout_s=COMPLETION_TIMEOUT_S) as client:
+                return [CompletionItem(name) for name in names(client) if name.startswith(incomplete)]
+        except Exception:
+            return []
+
+    return complete
+
+
+complete_host = _completer(lambda client: [each.name for each in client.list_hosts()])
+complete_guest = _completer(lambda client: [each.name for each in client.list_guests()])
+complete_migration = _completer(lambda client: [each.name for each in client.list_migrations()])
+complete_evacuation = _completer(lambda client: [each.name for each in client.list_evacuations()])

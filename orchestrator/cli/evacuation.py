@@ -1,0 +1,319 @@
+"""`drover evacuate` and `drover evacuation`: empty a host, and look at evacuations."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.cli import units
+from orchestrator.cli.context import (
+    Settings,
+    complete_evacuation,
+    complete_host,
+    find_evacuation,
+    pass_settings,
+    remote,
+    request_id_option,
+)
+from orchestrator.cli.exits import Ended, Exit
+from orchestrator.cli.migration import took_s, unknown_outcome, wall_s, worst_of
+from orchestrator.cli.output import Cell, Column, Printer, note, pairs, styled, table
+from orchestrator.cli.policy_options import policy_of, policy_options
+from orchestrator.core.errors import DroverError
+
+if TYPE_CHECKING:
+    from orchestrator.rpc.messages import CreateEvacuationResponse, Evacuation, PlacementVerdict
+    from orchestrator.rpc.orchestrator_client import OrchestratorClient
+
+
+def phase_of(evacuation: Evacuation) -> str:
+    from orchestrator import wire
+
+    return wire.word(evacuation, "phase")
+
+
+@click.command()
+@click.argument("host", shell_complete=complete_host)
+@click.option("--watch", is_flag=True, help="Follow it to its end.")
+@click.option("--max-concurrent", type=click.IntRange(min=1), default=None, help="Guests at a time.  [default: 4]")
+@click.option("--validate-only", is_flag=True, help="Only say which guest can go where, and which cannot and why.")
+@request_id_option
+@policy_options
+@remote
+@pass_settings
+def evacuate(
+    settings: Settings,
+    host: str,
+    watch: bool,
+    max_concurrent: int | None,
+    validate_only: bool,
+    request_id: str | None,
+    **policy: Any,
+) -> None:
+    """Cordon HOST and move all its guests to other hosts.
+
+    Policy options take the place of each guest's own policy. With --watch the exit code is that of the evacuation:
+    0 the host is empty, 1 guests remain, 6 cancelled. With --validate-only: 0 every guest can go, 1 one cannot.
+    """
+    request_id = request_id or str(uuid.uuid4())
+    printer = settings.printer
+    with settings.client() as client:
+        try:
+            made = client.create_evacuation(
+                host, max_concurrent or 0, policy_of(policy), validate_only=validate_only, request_id=request_id
+            )
+        except DroverError as error:
+            raise (error if validate_only else unknown_outcome(error, "evacuation", request_id)) from None
+        if validate_only:
+            _say_verdicts(printer, host, made)
+        elif watch:
+            _watch(client, printer, made.evacuation.name)
+        else:
+            _say_created(printer, made)
+
+
+def _say_verdicts(printer: Printer, host: str, made: CreateEvacuationResponse) -> None:
+    """Raises Ended(FAILED) when a guest can go nowhere."""
+    from orchestrator import wire
+
+    stuck = [verdict for verdict in made.verdicts if verdict.reason]
+    if printer.machine:
+        printer.document(wire.to_json(made))
+    else:
+        ordered = sorted(made.verdicts, key=lambda verdict: units.natural(verdict.guest))
+        printer.table(_verdict_columns(), ordered, empty=f"there are no guests on {host}")
+        if made.verdicts:
+            can = len(made.verdicts) - len(stuck)
+            note(f"{can} of {units.count(len(made.verdicts), 'guest')} can leave {host}")
+    if stuck:
+        raise Ended(Exit.FAILED)
+
+
+def _verdict_columns() -> list[Column[PlacementVerdict]]:
+    return [
+        Column("GUEST", lambda verdict: verdict.guest),
+        Column("MiB", lambda verdict: str(verdict.memory_mib), right=True),
+        Column("TO", lambda verdict: verdict.destination or "nowhere"),
+        Column("REASON", lambda verdict: (verdict.reason, "red"), optional=True),
+        Column("MESSAGE", lambda verdict: verdict.message, elastic=True, optional=True),
+    ]
+
+
+def _say_created(printer: Printer, made: CreateEvacuationResponse) -> None:
+    from orchestrator import wire
+
+    if printer.machine:
+        printer.document(wire.to_json(made))
+        return
+    job = made.evacuation
+    guests = len(job.guests) or len(made.verdicts)
+    printer.show(f"evacuation {job.name} of {job.host}, {units.count(guests, 'guest')}: {phase_of(job)}")
+    for verdict in made.verdicts:
+        if verdict.reason:
+            note(f"{verdict.guest} can go nowhere now: {verdict.reason}: {verdict.message}")
+    note(f"`drover evacuation watch {job.name[: units.SHORTEST_ID]}` follows it")
+
+
+@click.group()
+def evacuation() -> None:
+    """Evacuations: list, show, watch and cancel them."""
+
+
+evacuation_argument = click.argument("evacuation", shell_complete=complete_evacuation)
+
+
+def _moved(job: Evacuation) -> str:
+    from orchestrator import wire
+
+    moved = sum(wire.word(guest, "phase") == "SUCCEEDED" for guest in job.guests)
+    return f"{moved} of {len(job.guests)}"
+
+
+def _took(job: Evacuation) -> str:
+    took = took_s(job.create_time, job.end_time)
+    return "" if took is None else units.seconds(took)
+
+
+def _power(job: Evacuation) -> Cell:
+    return ("safe", "green") if job.safe_to_power_off else "no"
+
+
+def _columns(short: dict[str, str], now_s: float) -> list[Column[Evacuation]]:
+    return [
+        Column("EVACUATION", lambda job: short[job.name]),
+        Column("HOST", lambda job: job.host),
+        Column("PHASE", lambda job: styled(phase_of(job))),
+        Column("MOVED", _moved, right=True),
+        Column("POWER OFF", _power),
+        Column("BEGAN", lambda job: units.clock(wall_s(job.create_time), now_s), rank=2),
+        Column("TOOK", _took, right=True, rank=1),
+        Column("MESSAGE", lambda job: job.message, elastic=True, optional=True),
+    ]
+
+
+@evacuation.command("list")
+@remote
+@pass_settings
+def list_(settings: Settings) -> None:
+    """List evacuations, the newest last."""
+    from orchestrator import wire
+
+    with settings.client() as client:
+        found = client.list_evacuations()
+    found.sort(key=lambda job: (wall_s(job.create_time), job.name))
+    printer = settings.printer
+    if printer.machine:
+        printer.document({"evacuations": [wire.to_json(job) for job in found]})
+    else:
+        short = units.abbreviate(job.name for job in found)
+        printer.table(_columns(short, time.time()), found, empty="there are no evacuations")
+
+
+@evacuation.command()
+@evacuation_argument
+@remote
+@pass_settings
+def show(settings: Settings, evacuation: str) -> None:
+    """Show one evacuation and its guests."""
+    with settings.client() as client:
+        _show(settings.printer, find_evacuation(client, evacuation))
+
+
+def _show(printer: Printer, job: Evacuation) -> None:
+    from orchestrator import wire
+    from orchestrator.cli import watch as watching
+
+    if printer.machine:
+        printer.document(wire.to_json(job))
+        return
+    printer.show(pairs(_facts(job)))
+    if job.guests:
+        lines = [watching.line_of_guest(guest, "") for guest in job.guests]
+        messages = {guest.guest: guest.message for guest in job.guests}
+        ordered = sorted(lines, key=lambda line: units.natural(line.guest))
+        printer.show("", table(_guest_columns(messages), ordered, printer.width))
+
+
+def _guest_columns(messages: dict[str, str]) -> list[Column[Any]]:
+    from orchestrator.cli.watch import Line
+
+    columns: list[Column[Line]] = [
+        Column("GUEST", lambda line: line.guest),
+        Column("MiB", lambda line: str(line.memory_mib), right=True, rank=3),
+        Column("TO", lambda line: line.destination),
+        Column("PHASE", lambda line: styled(line.phase)),
+        Column("TRY", lambda line: str(line.attempt or ""), right=True),
+        Column("MIGRATION", lambda line: line.migration[: units.SHORTEST_ID], rank=2),
+        Column("REASON", lambda line: (line.note, "yellow"), optional=True),
+        Column("MESSAGE", lambda line: messages[line.guest], elastic=True, optional=True, rank=1),
+    ]
+    return columns
+
+
+def _facts(job: Evacuation) -> Iterable[tuple[str, Cell]]:
+    yield "evacuation", job.name
+    yield "host", job.host
+    yield "phase", styled(phase_of(job))
+    yield "moved", f"{_moved(job)} guests"
+    yield "power off", ("safe: the host is cordoned and empty", "green") if job.safe_to_power_off else "not safe"
+    yield "failure", job.failure
+    yield "message", job.message
+    yield "at a time", str(job.max_concurrent or "")
+    yield "cancel", "requested" if job.cancel_requested and not job.end_time.seconds else ""
+    yield "began", units.clock(wall_s(job.create_time), time.time())
+    yield "took", _took(job)
+
+
+@evacuation.command()
+@evacuation_argument
+@remote
+@pass_settings
+def watch(settings: Settings, evacuation: str) -> None:
+    """Follow EVACUATION to its end.
+
+    Exit code 0: the host is empty, 1: guests remain, 6: cancelled.
+    """
+    with settings.client() as client:
+        _watch(client, settings.printer, find_evacuation(client, evacuation).name)
+
+
+class _Reasons:
+    """The last abort of each guest: an evacuation does not tell it, so it is asked for when an attempt has ended."""
+
+    def __init__(self, client: OrchestratorClient) -> None:
+        self._client = client
+        self._asked: dict[str, tuple[int, str]] = {}
+        self._known: dict[str, str] = {}
+
+    def of(self, migration: str, attempts: int, phase: str) -> str:
+        over = phase if phase in ("RETRY_WAIT", "CANCELLED", "FAILED") else ""
+        if migration and (attempts > 1 or over) and self._asked.get(migration) != (attempts, over):
+            self._ask(migration, attempts, over)
+        return self._known.get(migration, "")
+
+    def _ask(self, migration: str, attempts: int, over: str) -> None:
+        from orchestrator.cli.watch import last_abort
+
+        try:
+            self._known[migration] = last_abort(self._client.get_migration(migration).attempts)
+        except DroverError:
+            return  # asked again with the next change
+        self._asked[migration] = (attempts, over)
+
+
+def _watch(client: OrchestratorClient, printer: Printer, name: str) -> None:
+    """Raises Ended with the code of the evacuation."""
+    from orchestrator import wire
+    from orchestrator.cli import watch as watching
+
+    board = watching.Board(started_s=time.time())
+    reasons = _Reasons(client)
+
+    def take(job: Evacuation) -> bool:
+        board.title = f"evacuation {job.name[: units.SHORTEST_ID]} of {job.host}"
+        board.phase = phase_of(job)
+        board.started_s = wall_s(job.create_time) or board.started_s
+        board.ended_s = wall_s(job.end_time)
+        for guest in job.guests:
+            reason = reasons.of(guest.migration, guest.attempts, wire.word(guest, "phase"))
+            board.lines[guest.guest_uuid or guest.guest] = watching.line_of_guest(guest, reason)
+        return board.phase in watching.TERMINAL
+
+    def interrupted() -> str:
+        short = name[: units.SHORTEST_ID]
+        return (
+            f"the evacuation goes on; `drover evacuation cancel {short}` cancels it, "
+            f"`drover evacuation watch {short}` looks again"
+        )
+
+    watching.follow(
+        printer,
+        board,
+        lambda: client.watch_evacuations([name]),
+        take,
+        document=wire.to_json,
+        interrupted=interrupted,
+    )
+    job = client.get_evacuation(name)
+    if not printer.machine:
+        printer.show(*ending(job, board.lines.values()))
+    raise Ended(worst_of([phase_of(job)]))
+
+
+def ending(job: Evacuation, lines: Iterable[Any]) -> Sequence[str]:
+    """How an evacuation ended: a sentence, and one per guest that stays."""
+    from orchestrator.cli.watch import Line
+
+    told: list[Line] = list(lines)
+    took = f" in {_took(job)}" if _took(job) else ""
+    retries = sum(max(0, line.attempt - 1) for line in told)
+    again = f", {units.count(retries, 'attempt')} repeated" if retries else ""
+    power = f"; {job.host} is safe to power off" if job.safe_to_power_off else ""
+    said = [f"{phase_of(job)}: {_moved(job)} guests moved off {job.host}{took}{again}{power}"]
+    if job.message and phase_of(job) != "SUCCEEDED":
+        said.append(job.message)
+    return said

@@ -1,0 +1,91 @@
+"""How a command ends: exit codes that scripts can tell apart (docs/cli.md), and one sentence about what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+from orchestrator.core.errors import DroverError, RefusalReason
+
+
+class Exit(IntEnum):
+    """Exit codes of `drover`."""
+
+    OK = 0
+    FAILED = 1
+    """The operation ended badly: a migration FAILED, an evacuation left guests, a check found something wrong."""
+    USAGE = 2
+    """The command line, a guest file or a request is wrong."""
+    NOT_FOUND = 3
+    REFUSED = 4
+    """Not in the present state: the guest is migrating, the host is cordoned, there is no room, ..."""
+    UNREACHABLE = 5
+    """No answer in time. What a changing call did is then not known, and is said to be so."""
+    CANCELLED = 6
+    """The migration or evacuation that was waited for was cancelled."""
+    INTERRUPTED = 130
+
+
+class CliError(Exception):
+    """Ends the command with this sentence on stderr. `lines` follow it, one each: the single things that are wrong."""
+
+    def __init__(self, code: Exit, message: str, *, lines: Sequence[str] = (), hint: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.lines = tuple(lines)
+        self.hint = hint
+
+
+class Ended(Exception):
+    """The command is over, everything is said, this is its exit code."""
+
+    def __init__(self, code: Exit) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+_CODES = {
+    RefusalReason.INVALID_ARGUMENT: Exit.USAGE,
+    RefusalReason.DEADLINE_REQUIRED: Exit.USAGE,
+    RefusalReason.REQUEST_ID_REUSED: Exit.USAGE,
+    RefusalReason.NOT_FOUND: Exit.NOT_FOUND,
+    RefusalReason.OUTCOME_UNKNOWN: Exit.UNREACHABLE,
+    RefusalReason.LEDGER_UNREACHABLE: Exit.UNREACHABLE,
+    RefusalReason.AGENT_UNREACHABLE: Exit.UNREACHABLE,
+    RefusalReason.API_UNREACHABLE: Exit.UNREACHABLE,
+    RefusalReason.INTERNAL: Exit.FAILED,
+}
+"""Every other reason is a refusal in the present state."""
+
+_HINTS = {
+    RefusalReason.API_UNREACHABLE: "`drover up` starts a local cluster, `drover status` shows it, --api or DROVER_API "
+    "names another API",
+    RefusalReason.AGENT_UNREACHABLE: "`drover host list` shows which agents are alive",
+    RefusalReason.LEDGER_UNREACHABLE: "the API has lost ZooKeeper; try again when it is back",
+    RefusalReason.OUTCOME_UNKNOWN: "look at the resource before you repeat the command",
+    RefusalReason.GUEST_IS_MIGRATING: "`drover migration list --active` shows its migration; wait for it or cancel it",
+    RefusalReason.GUEST_NOT_RUNNING: "`drover guest show` says how it is",
+    RefusalReason.HOST_CORDONED: "`drover host uncordon` makes it eligible again",
+    RefusalReason.HOST_NOT_LIVE: "`drover host list` shows which agents are alive",
+    RefusalReason.NO_CAPACITY: "`drover host list` shows the free memory",
+    RefusalReason.ALREADY_COMMITTED: "it cannot be cancelled any more: the guest belongs to the destination",
+    RefusalReason.CHAOS_DISABLED: "start the cluster with `drover up --chaos`",
+    RefusalReason.REQUEST_ID_REUSED: "use a new --request-id for another request",
+    RefusalReason.INTERNAL: "the log of the API has the details",
+}
+
+
+def code_of(reason: RefusalReason) -> Exit:
+    """The exit code of a command that was refused for this reason."""
+    return _CODES.get(reason, Exit.REFUSED)
+
+
+def explain(error: DroverError) -> CliError:
+    """The refusal as it is said to a person; several wrong fields come one per line."""
+    hint = _HINTS.get(error.reason, "")
+    if len(error.violations) > 1:
+        lines = [f"{field}: {message}" if field else message for field, message in error.violations]
+        said = f"{len(lines)} fields are wrong [{error.reason}]"
+        return CliError(code_of(error.reason), said, lines=lines, hint=hint)
+    return CliError(code_of(error.reason), str(error), hint=hint)

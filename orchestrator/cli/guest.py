@@ -1,0 +1,355 @@
+"""`drover guest`: run guests from files, look at them, stop and go, and what their consoles say."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.cli import units
+from orchestrator.cli.context import Settings, complete_guest, complete_host, local, pass_settings, remote
+from orchestrator.cli.exits import CliError, Ended, Exit, explain
+from orchestrator.cli.output import Cell, Column, Printer, note, pairs, styled, table
+from orchestrator.core.errors import DroverError, RefusalReason
+
+if TYPE_CHECKING:
+    from orchestrator.core.records import GuestSpec
+    from orchestrator.local.console_client import ConsoleInfo
+    from orchestrator.rpc.messages import ChangeRunStateResponse, DeviceSpec, Guest
+    from orchestrator.rpc.orchestrator_client import OrchestratorClient
+
+AT_A_TIME = 4
+"""Guests that `run` lets start at the same time."""
+
+
+@click.group()
+def guest() -> None:
+    """Guests: run, list, pause, resume and stop them."""
+
+
+guest_argument = click.argument("guest", shell_complete=complete_guest)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+@guest.command()
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(dir_okay=False, allow_dash=True))
+@click.option("--host", default="", shell_complete=complete_host, help="Where.  [default: most free memory]")
+@click.option("--validate-only", is_flag=True, help="Check the files, and whether the guests could be run.")
+@remote
+@pass_settings
+def run(settings: Settings, files: tuple[str, ...], host: str, validate_only: bool) -> None:
+    """Run the guests that FILEs describe (docs/guest-file.md); - is standard input.
+
+    Nothing is run when anything is wrong with a file: every problem is told at once, with its line.
+    """
+    from orchestrator import wire
+
+    specs = _specs(files)
+    with settings.client() as client:
+        results = _create_all(client, specs, host, validate_only)
+    printer = settings.printer
+    made = [result for result in results if not isinstance(result, CliError)]
+    refused = [(spec.name, r) for spec, r in zip(specs, results, strict=True) if isinstance(r, CliError)]
+    if printer.machine:
+        printer.document({"guests": [wire.to_json(each) for each in made]})
+    elif made:
+        _say_made(printer, made, validate_only)
+    for name, error in refused:
+        note(f"drover: {name}: {error.message}")
+        for line in error.lines:
+            note(f"  {line}")
+    if refused:
+        for hint in dict.fromkeys(error.hint for _, error in refused if error.hint):
+            note(f"  {hint}")
+        raise Ended(refused[0][1].code)
+
+
+def _specs(files: Iterable[str]) -> list[GuestSpec]:
+    from orchestrator.cli import guest_file
+
+    texts: list[tuple[str, str]] = []
+    for name in files:
+        try:
+            texts.append((name, sys.stdin.read()) if name == "-" else (name, Path(name).read_text()))
+        except (OSError, UnicodeDecodeError) as error:
+            said = getattr(error, "strerror", None) or "it is not text"
+            raise CliError(Exit.USAGE, f"cannot read {name}: {said}", hint="name a guest file") from None
+    try:
+        return guest_file.load([("<stdin>" if name == "-" else name, text) for name, text in texts])
+    except guest_file.GuestFileError as error:
+        lines = [str(problem) for problem in error.problems]
+        said = f"{units.count(len(lines), 'problem')} in the guest files, nothing was run"
+        raise CliError(Exit.USAGE, said, lines=lines) from None
+
+
+def _create_all(
+    client: OrchestratorClient, specs: Sequence[GuestSpec], host: str, validate_only: bool
+) -> list[Guest | CliError]:
+    """One result per guest, in their order; a refusal of one does not keep the others from running."""
+
+    def create(spec: GuestSpec) -> Guest | CliError:
+        request_id = str(uuid.uuid4())
+        try:
+            return client.create_guest(spec, host, validate_only=validate_only, request_id=request_id)
+        except DroverError as error:
+            told = explain(error)
+            if error.reason is RefusalReason.OUTCOME_UNKNOWN:
+                told.hint = "`drover guest list` shows whether it runs"
+            return told
+
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        return list(pool.map(create, specs))
+
+
+def _say_made(printer: Printer, made: Sequence[Guest], validate_only: bool) -> None:
+    if validate_only:
+        where = [f"{each.spec.name or each.name} could run on {each.host}" for each in made]
+        printer.show(*where)
+        return
+    printer.table(_columns({}), made, empty="")
+
+
+# --- list and show ----------------------------------------------------------------------------------------------------
+
+
+def _state(each: Guest) -> Cell:
+    from orchestrator import wire
+
+    return styled(wire.word(each, "run_state") or wire.word(each, "ownership"))
+
+
+def _columns(short: dict[str, str]) -> list[Column[Guest]]:
+    def labels(each: Guest) -> str:
+        return ",".join(f"{key}={value}" for key, value in sorted(each.spec.labels.items()))
+
+    return [
+        Column("GUEST", lambda each: each.name),
+        Column("HOST", lambda each: each.host),
+        Column("STATE", _state),
+        Column("MiB", lambda each: str(each.spec.memory_mib), right=True),
+        Column("vCPUS", lambda each: str(each.spec.vcpus), right=True, rank=4),
+        Column("DEVICES", lambda each: ",".join(device.name for device in each.spec.devices), rank=2, optional=True),
+        Column("MIGRATION", lambda each: short.get(each.migration, ""), rank=1, optional=True),
+        Column("UUID", lambda each: each.uuid, rank=6),
+        Column("LABELS", labels, rank=5, optional=True, elastic=True),
+        Column("MESSAGE", lambda each: each.message, rank=3, optional=True, elastic=True),
+    ]
+
+
+@guest.command("list")
+@click.option("--host", default="", shell_complete=complete_host, help="Only on this host.")
+@remote
+@pass_settings
+def list_(settings: Settings, host: str) -> None:
+    """List the guests."""
+    from orchestrator import wire
+
+    with settings.client() as client:
+        found = sorted(client.list_guests(host), key=lambda each: units.natural(each.name))
+    printer = settings.printer
+    if printer.machine:
+        printer.document({"guests": [wire.to_json(each) for each in found]})
+    else:
+        short = units.abbreviate(each.migration for each in found if each.migration)
+        printer.table(_columns(short), found, empty=f"there are no guests on {host}" if host else "there are no guests")
+
+
+@guest.command()
+@guest_argument
+@remote
+@pass_settings
+def show(settings: Settings, guest: str) -> None:
+    """Show one guest."""
+    from orchestrator import wire
+
+    with settings.client() as client:
+        each = client.get_guest(guest)
+    printer = settings.printer
+    if printer.machine:
+        printer.document(wire.to_json(each))
+        return
+    printer.show(pairs(_facts(each)))
+    if each.spec.devices:
+        printer.show("", table(_device_columns(), list(each.spec.devices), printer.width))
+
+
+def _facts(each: Guest) -> Iterable[tuple[str, Cell]]:
+    from orchestrator import wire
+
+    spec, work = each.spec, each.spec.workload
+    yield "guest", each.name
+    yield "uuid", each.uuid
+    yield "host", each.host
+    yield "state", _state(each)
+    yield "wish", "run" if each.want_run else "paused by the operator"
+    yield "ownership", wire.word(each, "ownership")
+    yield "migration", each.migration
+    yield "message", each.message
+    yield "memory", f"{spec.memory_mib} MiB"
+    yield "vcpus", str(spec.vcpus)
+    yield "machine", spec.machine
+    dirties = f"dirties {work.dirty_mib} MiB at {work.dirty_pages_per_s} pages/s, {work.static_mib} MiB static"
+    yield "workload", f"{dirties}, {work.heartbeat_hz} heartbeats/s, {work.doorbell_hz} doorbells/s"
+    yield "labels", ", ".join(f"{key}={value}" for key, value in sorted(spec.labels.items()))
+
+
+def _device_columns() -> list[Column[DeviceSpec]]:
+    from orchestrator import wire
+
+    return [
+        Column("DEVICE", lambda device: device.name),
+        Column("SHIM", lambda device: wire.word(device, "shim").lower()),
+        Column("DMA", lambda device: device.dma, rank=2),
+        Column("INITIAL", lambda device: units.size(device.initial_bytes), right=True),
+        Column("STOP-COPY", lambda device: units.size(device.stop_copy_bytes), right=True),
+        Column("DIRTIES", lambda device: f"{units.size(device.dirty_bytes_per_s)}/s", right=True),
+        Column("SCENARIO", lambda device: " ".join(device.scenario.split()), elastic=True, optional=True, rank=1),
+    ]
+
+
+# --- pause, resume, stop ----------------------------------------------------------------------------------------------
+
+_WISHES = {
+    "APPLIED": "",
+    "QUEUED": "; it is in a switchover, and the wish takes effect before it runs again",
+    "RECORDED": "; its agent cannot be reached, and follows when it is back",
+}
+
+
+def _wish(settings: Settings, call: Callable[[OrchestratorClient], ChangeRunStateResponse], what: str) -> None:
+    from orchestrator import wire
+
+    with settings.client() as client:
+        answer = call(client)
+    if settings.printer.machine:
+        settings.printer.document(wire.to_json(answer))
+    else:
+        wish = wire.word(answer, "wish")
+        done = what if wish == "APPLIED" else f"to be {what}"
+        settings.printer.show(f"{answer.guest.name} is {done}{_WISHES.get(wish, f' ({wish})')}")
+
+
+@guest.command()
+@guest_argument
+@remote
+@pass_settings
+def pause(settings: Settings, guest: str) -> None:
+    """Stop the vCPUs of GUEST. It stays so when it moves."""
+    _wish(settings, lambda client: client.pause_guest(guest), "paused")
+
+
+@guest.command()
+@guest_argument
+@remote
+@pass_settings
+def resume(settings: Settings, guest: str) -> None:
+    """Let GUEST run again."""
+    _wish(settings, lambda client: client.resume_guest(guest), "running")
+
+
+@guest.command()
+@guest_argument
+@remote
+@pass_settings
+def stop(settings: Settings, guest: str) -> None:
+    """End GUEST for good. A migration of it is cancelled first."""
+    from orchestrator import wire
+
+    with settings.client() as client:
+        each = client.stop_guest(guest)
+    if settings.printer.machine:
+        settings.printer.document(wire.to_json(each))
+    else:
+        settings.printer.show(f"{each.name or guest} has ended")
+
+
+# --- consoles of the local cluster ------------------------------------------------------------------------------------
+
+
+@guest.command()
+@guest_argument
+@click.option("--lines", type=click.IntRange(1, 200), default=20, show_default=True, help="How many.")
+@local
+@pass_settings
+def console(settings: Settings, guest: str, lines: int) -> None:
+    """Show the last lines that GUEST wrote on its console (local cluster only), and how long ago."""
+    import asyncio
+
+    from orchestrator.local import console_client
+
+    name, _ = _console_of(settings, guest)
+    with _reachable():
+        found = asyncio.run(console_client.tail(settings.directory, name, lines=lines))
+    stamped = [(int(stamp), text) for stamp, _, text in (line.partition(" ") for line in found)]
+    printer = settings.printer
+    if printer.machine:
+        printer.document({"guest": guest, "lines": [{"monotonic_ns": ns, "text": text} for ns, text in stamped]})
+        return
+    now_ns = time.monotonic_ns()
+    for ns, text in stamped:
+        printer.out.write(f"{(ns - now_ns) / 1e9:9.3f} s  {text}\n")
+
+
+@guest.command()
+@guest_argument
+@click.option("--timeout", "timeout_s", type=click.FloatRange(0, 600, min_open=True), default=60, show_default=True)
+@local
+@pass_settings
+def verify(settings: Settings, guest: str, timeout_s: float) -> None:
+    """Let GUEST check all of its memory (local cluster only).
+
+    Exit code 0: every page is right, 1: one is wrong. A paused guest does not answer.
+    """
+    from orchestrator.local import console_client
+
+    name, consoles = _console_of(settings, guest)
+    if not any(each.connected for each in consoles):
+        raise CliError(Exit.REFUSED, f"the guest {guest} has ended: its consoles are closed")
+    with _reachable():
+        result = console_client.verify_sync(settings.directory, name, timeout_s=timeout_s)
+    where = result.console.host
+    if settings.printer.machine:
+        document: dict[str, Any] = {"guest": guest, "host": where, "ok": result.ok}
+        settings.printer.document({**document, "pages": result.pages, "bad_pages": result.bad})
+    elif result.ok:
+        settings.printer.show(f"{guest} on {where}: all {result.pages} pages are right")
+    else:
+        settings.printer.show(f"{guest} on {where}: {units.count(result.bad, 'page')} wrong")
+    if not result.ok:
+        raise Ended(Exit.FAILED)
+
+
+@contextlib.contextmanager
+def _reachable() -> Generator[None]:
+    """Turns what a console says against us into an error of the CLI."""
+    from orchestrator.local.console_client import ConsoleError
+
+    try:
+        yield
+    except ConsoleError as error:
+        raise CliError(Exit.UNREACHABLE, str(error)) from None
+
+
+def _console_of(settings: Settings, guest: str) -> tuple[str, list[ConsoleInfo]]:
+    """What the collector calls the guest (its name or its uuid), and its consoles."""
+    from orchestrator.local import console_client
+
+    with _reachable():
+        consoles = console_client.list_consoles_sync(settings.directory)
+    known = {each.vmm.guest for each in consoles}
+    name = guest
+    if guest not in known:
+        with settings.client() as client:
+            name = client.get_guest(guest).uuid
+        if name not in known:
+            raise CliError(Exit.NOT_FOUND, f"the collector knows no console of guest {guest}")
+    return name, [each for each in consoles if each.vmm.guest == name]

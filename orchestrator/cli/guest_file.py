@@ -1,0 +1,415 @@
+"""The guest file: guests as an operator writes them, in YAML (docs/guest-file.md has every key and an example of each).
+
+`load` reads files and tells everything that is wrong with them at once, with file, line and field; what it returns is
+sound for `CreateGuest`, apart from what only the cluster knows (names taken, room).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal, cast, get_type_hints
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from orchestrator import scenario_text
+from orchestrator.cli import marked_yaml, units
+from orchestrator.cli.marked_yaml import Marked, Path, YamlError
+from orchestrator.core.errors import DroverError
+from orchestrator.core.guest import guest_errors
+from orchestrator.core.policy import MigrationPolicy, OnTimeout
+from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
+
+MAX_COUNT = 1000
+_MERGED = ("workload", "labels", "policy")
+"""Defaults and a guest's own values are put together key by key here; elsewhere the guest's own take their place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with a guest file."""
+
+    file: str
+    line: int
+    """From 1; 0 when it concerns the file as a whole."""
+    field: str
+    """Such as `guests[0].devices[1].shim`; empty when it concerns the file as a whole."""
+    message: str
+
+    def __str__(self) -> str:
+        line = f":{self.line}" if self.line else ""
+        field = f"{self.field}: " if self.field else ""
+        return f"{self.file}{line}: {field}{self.message}"
+
+
+class GuestFileError(Exception):
+    """Everything that is wrong with the files; no guest of them is to be created."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = tuple(problems)
+
+
+# --- what may stand in it ---------------------------------------------------------------------------------------------
+
+
+def _size(parse: Callable[[str], int]) -> BeforeValidator:
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+
+
+_Mib = Annotated[int, _size(units.parse_mib)]
+_Bytes = Annotated[int, _size(units.parse_bytes)]
+_Text = Annotated[str, Field(max_length=4096)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _as(model: type[_Model]) -> PlainValidator:
+    """Of a type that only exists at run time."""
+    return PlainValidator(model.model_validate)
+
+
+def _model_of(record: type[Any], **types: Any) -> type[_Model]:
+    """A model with the fields of a record of the core, so that a new one can be written in a file at once.
+
+    The defaults stay the record's own: what a file leaves out is not set in the model.
+    """
+    hints = get_type_hints(record)
+    definitions: dict[str, Any] = {each.name: (types.get(each.name, hints[each.name]), None) for each in fields(record)}
+    return create_model(record.__name__, __base__=_Model, **definitions)
+
+
+_Workload = _model_of(Workload, dirty_mib=_Mib, static_mib=_Mib)
+_Policy = _model_of(MigrationPolicy, on_timeout=Literal["abort", "suspend"])
+
+
+class _Device(_Model):
+    name: _Text
+    shim: Literal["companion", "net"]
+    dma: _Text = "none"
+    initial_bytes: _Bytes = 0
+    stop_copy_bytes: _Bytes = 0
+    dirty_bytes_per_s: _Bytes = 0
+    scenario: _Text | dict[str, Any] = ""
+    """A mapping, or the name of a file beside the guest file."""
+
+    def spec(self, scenario: str) -> DeviceSpec:
+        given = self.model_dump(exclude={"shim", "scenario"}, exclude_unset=True)
+        return DeviceSpec(**given, shim=ShimKind(self.shim), scenario=scenario)
+
+
+class _Guest(_Model):
+    name: _Text
+    count: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    memory: _Mib = 0
+    vcpus: int = 0
+    machine: _Text = ""
+    workload: Annotated[_Model, _as(_Workload)] = _Model()
+    devices: list[_Device] = Field(default_factory=list[_Device])
+    labels: dict[str, _Text] = Field(default_factory=dict[str, str])
+    policy: Annotated[_Model, _as(_Policy)] = _Model()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_mapping(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("must be a mapping with at least a name, such as {name: web-1, memory: 64MiB}")
+        return cast("dict[str, Any]", value)
+
+    def spec(self, scenarios: Sequence[str]) -> GuestSpec:
+        given = self.model_dump(include={"name", "vcpus", "machine", "labels"}, exclude_unset=True)
+        if "memory" in self.model_fields_set:
+            given["memory_mib"] = self.memory
+        policy = self.policy.model_dump(exclude_unset=True)
+        if "on_timeout" in policy:
+            policy["on_timeout"] = OnTimeout(policy["on_timeout"])
+        return GuestSpec(
+            **given,
+            workload=Workload(**self.workload.model_dump(exclude_unset=True)),
+            devices=tuple(device.spec(scenario) for device, scenario in zip(self.devices, scenarios, strict=True)),
+            policy=MigrationPolicy(**policy),
+        )
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(files: Iterable[tuple[str, str]]) -> list[GuestSpec]:
+    """Guests of several files, each given as its name and its text, in the order in which they stand there.
+
+    Scenario files are looked for beside the guest file. Raises GuestFileError with everything that is wrong.
+    """
+    problems: list[Problem] = []
+    specs: list[GuestSpec] = []
+    places: dict[str, str] = {}
+    for file, text in files:
+        reader = _FileReader(file)
+        specs += reader.read(text)
+        for name, path in reader.names:
+            if name in places:
+                reader.add((*path, "name"), f"the name {name!r} is taken by the guest in {places[name]}")
+            places.setdefault(name, f"{file}:{reader.document.line(path)}")
+        problems += sorted(reader.problems, key=lambda problem: problem.line)
+    if problems:
+        raise GuestFileError(problems)
+    return specs
+
+
+class _FileReader:
+    """Reads one file and gathers what is wrong with it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.document = Marked(None)
+        self.problems: list[Problem] = []
+        self.names: list[tuple[str, Path]] = []
+        """Of all guests, also of those that something is wrong with."""
+
+    def add(self, path: Path, message: str, line: int = 0) -> None:
+        where = line or self.document.line(path)
+        self.problems.append(Problem(self.name, where, _dotted(path), message))
+
+    def read(self, text: str) -> list[GuestSpec]:
+        """The guests that are sound."""
+        try:
+            self.document = marked_yaml.parse(text)
+        except YamlError as error:
+            self.add((), error.message, error.line)
+            return []
+        for path, line, message in self.document.wrong:
+            self.add(path, message, line)
+        found: list[GuestSpec] = []
+        for path, entry in self._entries():
+            self.names += [(name, path) for name in _names(entry.value)]
+            found += self._guest(path, entry)
+        return found
+
+    def _entries(self) -> list[tuple[Path, Marked]]:
+        """Each guest's values, put together with the defaults, and its place in the file."""
+        top: object = self.document.value
+        if not isinstance(top, dict):
+            self.add((), "a guest file is a mapping: one guest (name: ...), or guests: with a list of them")
+            return []
+        keys = cast("dict[str, Any]", top)
+        if "guests" not in keys and "defaults" not in keys:
+            return [((), self.document)]
+        for key in keys.keys() - {"guests", "defaults"}:
+            self.add((key,), _unknown(key, ["guests", "defaults"], " (a guest's own keys stand below guests)"))
+        defaults = self._defaults(keys)
+        guests = keys.get("guests")
+        if not isinstance(guests, list) or not guests:
+            self.add(("guests",), "must be a list of guests, with at least one")
+            return []
+        places: list[Path] = [("guests", index) for index in range(len(cast("list[Any]", guests)))]
+        return [(path, _merged(defaults, self.document.part(path))) for path in places]
+
+    def _defaults(self, keys: dict[str, Any]) -> Marked:
+        """Checked once, here, so that a mistake in them is not told once per guest."""
+        if keys.get("defaults") is None:
+            return Marked({})
+        defaults = self.document.part(("defaults",))
+        shared: object = defaults.value
+        if not isinstance(shared, dict):
+            self.add(("defaults",), "must be a mapping with keys of a guest")
+            return Marked({})
+        values = cast("dict[str, Any]", shared)
+        for key in ("name", "count"):
+            if values.pop(key, None) is not None:
+                self.add(("defaults", key), "cannot be shared: it belongs to each guest")
+        try:
+            _Guest.model_validate({**values, "name": "name"})
+        except ValidationError as error:
+            for path, message in _told(error):
+                self.add(("defaults", *path), message)
+                values.pop(cast(str, path[0]), None)
+        return defaults
+
+    def _guest(self, path: Path, entry: Marked) -> list[GuestSpec]:
+        """The guests that one entry stands for; none when anything is wrong with it."""
+
+        def wrong(place: Path, message: str) -> None:
+            self.add((*path, *place), message, entry.line(place))
+
+        before = len(self.problems)
+        try:
+            guest = _Guest.model_validate(entry.value)
+        except ValidationError as error:
+            for place, message in _told(error):
+                wrong(place, message)
+            return []
+        scenarios = [
+            self._scenario(device, lambda below, said, index=index: wrong(("devices", index, "scenario", *below), said))
+            for index, device in enumerate(guest.devices)
+        ]
+        spec = guest.spec(scenarios)
+        for field, message in guest_errors(spec):
+            place = _parsed("memory" + field[10:] if field.startswith("memory_mib") else field)
+            wrong(place, message)
+        if len(self.problems) > before:
+            return []
+        return [replace(spec, name=name) for name in _numbered(guest.name, guest.count)]
+
+    def _scenario(self, device: _Device, wrong: Callable[[Path, str], None]) -> str:
+        """Its YAML text; empty when there is none, or a wrong one."""
+        if not device.scenario:
+            return ""
+        prefix = ""
+        if isinstance(device.scenario, str):
+            path = FilePath(self.name).parent / device.scenario
+            try:
+                text = path.read_text()
+            except (OSError, ValueError) as error:
+                said = getattr(error, "strerror", None) or error
+                wrong((), f"cannot read {path}: {said}; write the name of a scenario file, or the scenario itself")
+                return ""
+            prefix = f"{path}: "
+        else:
+            text = yaml.safe_dump(device.scenario, sort_keys=False, allow_unicode=True)
+        try:
+            scenario_text.parse_scenario(text)
+        except DroverError as error:
+            for field, message in error.violations or (("", error.message),):
+                inside = "" if field == "scenario" else field
+                if prefix:
+                    wrong((), f"{prefix}{inside}{': ' if inside else ''}{message}")
+                else:
+                    wrong(_parsed(inside), message)
+            return ""
+        return text
+
+
+def _merged(defaults: Marked, own: Marked) -> Marked:
+    """A guest's own values over the defaults. Each keeps the line on which it stands."""
+    value: object = own.value
+    if not isinstance(value, dict):
+        return own
+    mine = cast("dict[str, Any]", value)
+    shared = cast("dict[str, Any]", defaults.value)
+    both = {**shared, **mine}
+    replaced = [(key,) for key in mine]
+    for key in _MERGED:
+        if isinstance(shared.get(key), dict) and isinstance(mine.get(key), dict):
+            both[key] = {**shared[key], **mine[key]}
+            replaced.remove((key,))
+            replaced += [(key, inner) for inner in mine[key]]
+    inherited = {
+        path: line
+        for path, line in defaults.lines.items()
+        if path and not any(path[: len(place)] == place for place in replaced)
+    }
+    return Marked(both, {**inherited, **own.lines})
+
+
+def _numbered(name: str, count: int | None) -> list[str]:
+    return [name] if count is None else [f"{name}-{number}" for number in range(1, count + 1)]
+
+
+def _names(entry: Any) -> list[str]:
+    """The names that an entry stands for, as far as it can be read."""
+    keys = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
+    name, count = keys.get("name"), keys.get("count")
+    sane = isinstance(count, int) and 1 <= count <= MAX_COUNT
+    return _numbered(name, count if sane else None) if isinstance(name, str) else []
+
+
+# --- saying what is wrong ---------------------------------------------------------------------------------------------
+
+
+def _told(error: ValidationError) -> list[tuple[Path, str]]:
+    """Each problem once, where it is, in our words."""
+    found: dict[Path, str] = {}
+    for details in error.errors(include_url=False):
+        path = tuple(step for step in details["loc"] if step not in _UNION_BRANCHES)
+        found.setdefault(path, _sentence(details, path))
+    return list(found.items())
+
+
+_UNION_BRANCHES = frozenset({"dict[str,any]", "constrained-str", "constrained-int"})
+"""pydantic names the branch of a union that it tried; that is no part of the file."""
+
+_WANTED = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "string_type": "must be text (in quotes, if it looks like something else)",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+}
+
+
+def _sentence(details: ErrorDetails, path: Path) -> str:
+    kind, given = details["type"], details["input"]
+    context = details.get("ctx", {})
+    if path[-1:] == ("scenario",):
+        return f"must be a scenario, or the name of a scenario file, not {_short(given)}"
+    match kind:
+        case "missing":
+            return "is missing"
+        case "extra_forbidden":
+            return _unknown(str(path[-1]), _keys(path[:-1]))
+        case "literal_error":
+            return f"must be {context['expected']}, not {_short(given)}"
+        case "greater_than_equal" | "less_than_equal":
+            return f"must be between 1 and {MAX_COUNT}, not {_short(given)}"
+        case "value_error":
+            return str(context["error"])
+        case _ if kind in _WANTED:
+            return f"{_WANTED[kind]}, not {_short(given)}"
+        case _:
+            return f"{details['msg'][:1].lower()}{details['msg'][1:]}, not {_short(given)}"
+
+
+def _short(value: Any) -> str:
+    text = {True: "true", False: "false", None: "nothing"}.get(value) if isinstance(value, bool | None) else None
+    text = text or repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _keys(path: Path) -> list[str]:
+    """Of the mapping at this place of a guest."""
+    models: dict[Path, type[_Model]] = {
+        ("workload",): _Workload,
+        ("policy",): _Policy,
+        ("devices",): _Device,
+    }
+    return list(models.get(path[:1], _Guest).model_fields)
+
+
+def _unknown(key: str, known: list[str], otherwise: str = "") -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if close:
+        return f"there is no such key; did you mean {close[0]}?"
+    return f"there is no such key; there are {', '.join(known)}{otherwise}"
+
+
+def _dotted(path: Path) -> str:
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
+_STEP = re.compile(r"\['([^']*)'\]|\[(\d+)\]|([^.\[]+)")
+
+
+def _parsed(field: str) -> Path:
+    """ "devices[0].name" as a path."""
+    found = cast("list[tuple[str, str, str]]", _STEP.findall(field))
+    return tuple(int(index) if index else quoted or word for quoted, index, word in found)

@@ -1,0 +1,110 @@
+"""`drover`: the command line. Each group of commands has a file of its own; what is heavy is imported when needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from orchestrator.cli import chaos, cluster, evacuation, explain, guest, host, migration
+from orchestrator.cli.context import api_option, dir_option
+from orchestrator.cli.exits import CliError, Ended, Exit
+from orchestrator.cli.exits import explain as told
+from orchestrator.core.errors import DroverError
+from orchestrator.local.layout import LocalClusterError
+
+NAME = "drover"
+
+
+class _Root(click.Group):
+    """Commands under headings, in the order in which they are needed."""
+
+    sections = (
+        ("A cluster on this machine", ("up", "down", "status")),
+        ("Hosts and guests", ("host", "guest")),
+        ("Moving guests", ("migrate", "migration", "explain", "evacuate", "evacuation")),
+        ("Trying it out", ("chaos",)),
+    )
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in self.sections:
+            rows = [(name, self.commands[name].get_short_help_str(80)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=12)
+
+
+@click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@api_option
+@dir_option
+@click.version_option(package_name="drover", prog_name=NAME)
+def root() -> None:
+    """Move running guests between hosts, and never run one twice or lose one.
+
+    Exit codes: 0 done, 1 ended badly, 2 wrong input, 3 not found, 4 refused in the present state, 5 no answer,
+    6 cancelled, 130 Ctrl-C (docs/cli.md).
+    """
+
+
+for command in (
+    cluster.up,
+    cluster.down,
+    cluster.status,
+    host.host,
+    guest.guest,
+    migration.migrate,
+    migration.migration,
+    explain.explain,
+    evacuation.evacuate,
+    evacuation.evacuation,
+    chaos.chaos,
+):
+    root.add_command(command)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """One call of `drover`; its exit code. Everything that goes wrong is one sentence on stderr."""
+    try:
+        code = root.main(args=list(arguments), prog_name=NAME, standalone_mode=False)
+    except Ended as ended:
+        return ended.code
+    except CliError as error:
+        return _complain(error)
+    except DroverError as error:
+        return _complain(told(error))
+    except LocalClusterError as error:
+        return _complain(CliError(Exit.FAILED, str(error)))
+    except click.ClickException as error:
+        error.show()
+        return Exit.USAGE
+    except (click.Abort, KeyboardInterrupt):
+        sys.stderr.write("\n")
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        return _pipe_closed()
+    return code if isinstance(code, int) else Exit.OK
+
+
+def _complain(error: CliError) -> int:
+    hint = f"\n  {error.hint}" if error.hint else ""
+    lines = "".join(f"\n  {line}" for line in error.lines)
+    sys.stderr.write(f"{NAME}: {error.message}{lines}{hint}\n")
+    return error.code
+
+
+def _pipe_closed() -> int:
+    """The reader, such as `head`, has seen enough. What is still in the buffer must not raise once more at exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return Exit.FAILED
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""`drover migrate` and `drover migration`: move one guest, and look at migrations."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.cli import units
+from orchestrator.cli.context import (
+    Settings,
+    complete_guest,
+    complete_host,
+    complete_migration,
+    find_migration,
+    pass_settings,
+    remote,
+    request_id_option,
+)
+from orchestrator.cli.exits import CliError, Ended, Exit
+from orchestrator.cli.output import Cell, Column, Printer, note, pairs, styled, table
+from orchestrator.cli.policy_options import policy_of, policy_options
+from orchestrator.core.errors import DroverError, RefusalReason
+
+if TYPE_CHECKING:
+    from orchestrator.rpc.messages import AttemptReport, Migration, Timestamp
+    from orchestrator.rpc.orchestrator_client import OrchestratorClient
+
+
+def wall_s(stamp: Timestamp) -> float:
+    """Seconds since 1970; 0 when not set."""
+    return stamp.seconds + stamp.nanos / 1e9
+
+
+def took_s(start: Timestamp, end: Timestamp) -> float | None:
+    """From creation to the end; None before the end."""
+    return max(0.0, wall_s(end) - wall_s(start)) if end.seconds else None
+
+
+def phase_of(migration: Migration) -> str:
+    from orchestrator import wire
+
+    return wire.word(migration, "phase")
+
+
+def unknown_outcome(error: DroverError, what: str, request_id: str) -> DroverError:
+    """A create call without an answer: how to find out, and how to repeat it without doing it twice."""
+    if error.reason not in (RefusalReason.OUTCOME_UNKNOWN, RefusalReason.API_UNREACHABLE):
+        return error
+    said = (
+        f"{error.message}; whether the {what} was created is not known: the same command with "
+        f"--request-id {request_id} is safe to repeat"
+    )
+    return DroverError(error.reason, said, field=error.field, details=error.details)
+
+
+@click.command()
+@click.argument("guest", shell_complete=complete_guest)
+@click.option("--to", "destination", default="", shell_complete=complete_host, help="Host.  [default: chosen]")
+@click.option("--watch", is_flag=True, help="Follow it to its end.")
+@click.option("--validate-only", is_flag=True, help="Only say whether and where it could go.")
+@request_id_option
+@policy_options
+@remote
+@pass_settings
+def migrate(
+    settings: Settings,
+    guest: str,
+    destination: str,
+    watch: bool,
+    validate_only: bool,
+    request_id: str | None,
+    **policy: Any,
+) -> None:
+    """Move GUEST to another host.
+
+    Policy options take the place of the guest's own policy. With --watch the exit code is that of the migration:
+    0 SUCCEEDED, 1 FAILED, 6 CANCELLED.
+    """
+    from orchestrator import wire
+
+    request_id = request_id or str(uuid.uuid4())
+    with settings.client() as client:
+        try:
+            made = client.create_migration(
+                guest, destination, policy_of(policy), validate_only=validate_only, request_id=request_id
+            )
+        except DroverError as error:
+            raise (error if validate_only else unknown_outcome(error, "migration", request_id)) from None
+        printer = settings.printer
+        if validate_only:
+            if printer.machine:
+                printer.document(wire.to_json(made))
+            else:
+                printer.show(f"{made.guest} can go from {made.source} to {made.destination}")
+        elif watch:
+            _watch(client, printer, [made.name])
+        elif printer.machine:
+            printer.document(wire.to_json(made))
+        else:
+            printer.show(f"migration {made.name} of {made.guest}: {phase_of(made)}")
+            short = made.name[: units.SHORTEST_ID]
+            note(f"`drover migration watch {short}` follows it, `drover explain {short}` tells all of it")
+
+
+@click.group()
+def migration() -> None:
+    """Migrations: list, show, watch and cancel them."""
+
+
+migration_argument = click.argument("migration", shell_complete=complete_migration)
+
+
+def _took(each: Migration) -> str:
+    took = took_s(each.create_time, each.end_time)
+    return "" if took is None else units.seconds(took)
+
+
+def _reason(each: Migration) -> str:
+    from orchestrator.cli.watch import last_abort
+
+    return each.failure or last_abort(each.attempts)
+
+
+def _columns(short: dict[str, str], now_s: float) -> list[Column[Migration]]:
+    return [
+        Column("MIGRATION", lambda each: short[each.name]),
+        Column("GUEST", lambda each: each.guest),
+        Column("FROM", lambda each: each.source),
+        Column("TO", lambda each: each.destination),
+        Column("PHASE", lambda each: styled(phase_of(each))),
+        Column("TRY", lambda each: str(each.attempt or ""), right=True),
+        Column("BEGAN", lambda each: units.clock(wall_s(each.create_time), now_s), rank=2),
+        Column("TOOK", _took, right=True, rank=1),
+        Column("LAST REASON", _reason, elastic=True, optional=True),
+    ]
+
+
+@migration.command("list")
+@click.option("--guest", default="", shell_complete=complete_guest, help="Only of this guest.")
+@click.option("--active", is_flag=True, help="Only those that are not over.")
+@click.option("--last", type=click.IntRange(min=1), help="Only the newest so many.")
+@remote
+@pass_settings
+def list_(settings: Settings, guest: str, active: bool, last: int | None) -> None:
+    """List migrations, the newest last."""
+    from orchestrator import wire
+
+    with settings.client() as client:
+        found = client.list_migrations(guest, active_only=active)
+    found.sort(key=lambda each: (wall_s(each.create_time), each.name))
+    found = found[-last:] if last else found
+    printer = settings.printer
+    if printer.machine:
+        printer.document({"migrations": [wire.to_json(each) for each in found]})
+    else:
+        short = units.abbreviate(each.name for each in found)
+        printer.table(_columns(short, time.time()), found, empty="there are no such migrations")
+
+
+@migration.command()
+@migration_argument
+@remote
+@pass_settings
+def show(settings: Settings, migration: str) -> None:
+    """Show one migration and its attempts."""
+    with settings.client() as client:
+        show_migration(settings.printer, find_migration(client, migration))
+
+
+def show_migration(printer: Printer, each: Migration) -> None:
+    from orchestrator import wire
+
+    if printer.machine:
+        printer.document(wire.to_json(each))
+        return
+    printer.show(pairs(_facts(each)))
+    if each.attempts:
+        printer.show("", table(_attempt_columns(), list(each.attempts), printer.width))
+    note(f"`drover explain {each.name[: units.SHORTEST_ID]}` shows the time line")
+
+
+def _facts(each: Migration) -> Iterable[tuple[str, Cell]]:
+    now_s = time.time()
+    yield "migration", each.name
+    yield "guest", f"{each.guest} ({each.guest_uuid})" if each.guest_uuid else each.guest
+    yield "from", each.source
+    yield "to", each.destination
+    yield "phase", styled(phase_of(each))
+    yield "attempt", str(each.attempt or "")
+    yield "failure", ": ".join(filter(None, (each.failure, each.message)))
+    yield "evacuation", each.evacuation
+    yield "cancel", "requested" if each.cancel_requested and not each.end_time.seconds else ""
+    yield "began", units.clock(wall_s(each.create_time), now_s)
+    yield "took", _took(each)
+    if each.HasField("progress") and not each.end_time.seconds:
+        yield from _progress(each)
+    if each.HasField("policy"):
+        yield "policy", _policy(each)
+
+
+def _progress(each: Migration) -> Iterable[tuple[str, Cell]]:
+    sample = each.progress
+    yield "sent", f"{units.size(sample.transferred_bytes)}, {units.size(sample.remaining_bytes)} left to send"
+    yield "rate", f"{units.rate(sample.bandwidth_mbps)}, dirtied at {units.rate(sample.dirty_rate_mbps)}"
+    yield "iteration", str(sample.iteration or "")
+    yield "gate", "open" if sample.gate_open else "closed"
+    yield "pending ACKs", ", ".join(f"{ack.device}/{ack.generation}" for ack in sample.pending_acks)
+    if sample.expected_downtime_ms:
+        yield "downtime", f"{units.milliseconds(sample.expected_downtime_ms)} expected"
+
+
+def _policy(each: Migration) -> str:
+    """What differs from the defaults."""
+    from dataclasses import fields
+
+    from orchestrator import wire
+    from orchestrator.core.policy import MigrationPolicy
+
+    default, given = MigrationPolicy(), wire.policy_from_proto(each.policy)
+    names = [field.name for field in fields(default)]
+    differs = [f"{name}={getattr(given, name)}" for name in names if getattr(given, name) != getattr(default, name)]
+    return ", ".join(differs) or "default"
+
+
+def _attempt_columns() -> list[Column[AttemptReport]]:
+    from orchestrator.cli.watch import reason_of
+
+    return [
+        Column("TRY", lambda report: str(report.attempt), right=True),
+        Column("TO", lambda report: report.destination),
+        Column("OUTCOME", lambda report: styled(report.outcome)),
+        Column("TOOK", lambda report: units.milliseconds(report.duration_ms), right=True),
+        Column("SENT", lambda report: units.size(report.transferred_bytes), right=True),
+        Column("BLACKOUT", lambda report: units.milliseconds(report.blackout_ms), right=True),
+        Column("ZXID", lambda report: f"{report.zxid:#x}" if report.zxid else "", right=True, rank=1),
+        Column("REASON", reason_of, elastic=True, optional=True),
+        Column("MESSAGE", lambda report: report.message, elastic=True, optional=True, rank=2),
+    ]
+
+
+@migration.command()
+@click.argument("migrations", nargs=-1, shell_complete=complete_migration)
+@remote
+@pass_settings
+def watch(settings: Settings, migrations: tuple[str, ...]) -> None:
+    """Follow MIGRATIONS to their end; without any, all that run, until Ctrl-C.
+
+    The exit code is that of the worst: 1 when one FAILED, 6 when one was CANCELLED, else 0.
+    """
+    with settings.client() as client:
+        names = [find_migration(client, each).name for each in migrations]
+        _watch(client, settings.printer, names)
+
+
+def _watch(client: OrchestratorClient, printer: Printer, names: list[str]) -> None:
+    """Raises Ended with the code of the worst end."""
+    from orchestrator import wire
+    from orchestrator.cli import watch as watching
+
+    board = watching.Board(started_s=time.time())
+    ends: dict[str, str] = {}
+
+    def take(message: Migration) -> bool:
+        board.lines[message.name] = watching.line_of_migration(message)
+        if len(names) == 1:
+            board.started_s = wall_s(message.create_time) or board.started_s
+            board.ended_s = wall_s(message.end_time)
+        if phase_of(message) in watching.TERMINAL:
+            ends[message.name] = phase_of(message)
+        return bool(names) and all(name in ends for name in names)
+
+    def interrupted() -> str:
+        going = [name for name in (names or board.lines) if name not in ends]
+        if not going:
+            return "nothing is under way"
+        short = going[0][: units.SHORTEST_ID]
+        what = "the migration goes on" if len(going) == 1 else f"{len(going)} migrations go on"
+        return f"{what}; `drover migration cancel {short}` cancels it, `drover migration watch {short}` looks again"
+
+    watching.follow(
+        printer,
+        board,
+        lambda: client.watch_migrations(names),
+        take,
+        document=wire.to_json,
+        interrupted=interrupted,
+    )
+    for name in names:
+        if name not in ends:
+            ends[name] = phase_of(client.get_migration(name))
+    if not printer.machine:
+        for name in names:
+            printer.show(ending(client.get_migration(name)))
+    raise Ended(worst_of(ends.values()))
+
+
+def worst_of(phases: Iterable[str]) -> Exit:
+    """The exit code for how migrations or evacuations ended."""
+    ended = set(phases)
+    if "FAILED" in ended:
+        return Exit.FAILED
+    return Exit.CANCELLED if "CANCELLED" in ended else Exit.OK
+
+
+def ending(each: Migration) -> str:
+    """One sentence on how a migration ended."""
+    phase = phase_of(each)
+    took = f" after {_took(each)}" if _took(each) else ""
+    tries = units.count(max(1, each.attempt), "attempt")
+    if phase == "SUCCEEDED":
+        committed = [report for report in each.attempts if report.outcome == "COMMITTED"]
+        blackout = f", blackout {units.milliseconds(committed[-1].blackout_ms)}" if committed else ""
+        return f"{each.guest} is on {each.destination}{took}, {tries}{blackout}"
+    why = ": ".join(filter(None, (each.failure, each.message)))
+    return f"{each.guest} stays on {each.source}: {phase}{took}, {tries}{': ' if why else ''}{why}"
+
+
+@migration.command()
+@migration_argument
+@remote
+@pass_settings
+def cancel(settings: Settings, migration: str) -> None:
+    """Cancel MIGRATION. Exit code 0 means: it will never commit, the guest stays at its source."""
+    from orchestrator import wire
+
+    with settings.client() as client:
+        name = find_migration(client, migration).name
+        try:
+            each = client.cancel_migration(name)
+        except DroverError as error:
+            if error.reason is RefusalReason.ALREADY_COMMITTED and "zxid" in error.details:
+                raise CliError(Exit.REFUSED, f"{error} (commit {_hex(error.details['zxid'])})") from None
+            raise
+    if settings.printer.machine:
+        settings.printer.document(wire.to_json(each))
+    else:
+        settings.printer.show(f"migration {each.name} of {each.guest} is cancelled: it stays on {each.source}")
+
+
+def _hex(zxid: str) -> str:
+    return f"zxid {int(zxid):#x}" if zxid.isdecimal() else f"zxid {zxid}"
