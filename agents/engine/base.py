@@ -126,6 +126,8 @@ class VmmSpec:
     listen_address: str = ""
     """Destination only: address for the stream."""
     multifd_channels: int = 0
+    seed: int = 0
+    """32 bits that the guest's devices start from: the same for every VMM of a guest, another for each guest."""
 
 
 @dataclass(frozen=True, slots=True)

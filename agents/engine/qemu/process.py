@@ -70,7 +70,8 @@ def kernel_arguments(spec: VmmSpec) -> str:
         "fill": 1,
         "res": work.static_mib,
         "dev": sum(1 for device in spec.spec.devices if device.shim == "companion"),
-        "devhz": work.doorbell_hz,
+        "devhz": max(1, round(_GUEST_TIMER_HZ / max(1, work.doorbell_hz))),
+        "seed": spec.seed,
     }
     return " ".join(f"{key}={value}" for key, value in keys.items())
 
