@@ -11,7 +11,10 @@ from agents.engine.qemu.process import kernel_arguments
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
 
 
-def arguments(workload: Workload = Workload(), seed: int = 0, devices: tuple[DeviceSpec, ...] = ()) -> dict[str, int]:
+STANDARD = Workload()
+
+
+def arguments(workload: Workload = STANDARD, seed: int = 0, devices: tuple[DeviceSpec, ...] = ()) -> dict[str, int]:
     guest = GuestSpec("g", workload=workload, devices=devices)
     spec = VmmSpec("guest-1", "s", guest, Path("/x"), Path("/x/con"), None, seed=seed)
     return {key: int(value) for key, value in (word.split("=") for word in kernel_arguments(spec).split())}
