@@ -38,8 +38,9 @@ class DestinationRunner:
     marker: Path
     """In the host's volatile directory. Written before anything here can have an effect on the guest."""
     want_run: Callable[[], Awaitable[bool]]
-    """The operator's wish, read from the ledger when the guest is about to start."""
+    """The operator's wish, read from the ledger when the guest is about to start and no GO has brought it."""
     timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
+    _told_want_run: bool | None = None
     _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
     _commands: asyncio.Queue[Command] = field(default_factory=asyncio.Queue[Command])
     _tasks: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
@@ -48,6 +49,12 @@ class DestinationRunner:
 
     def feed(self, event: Event) -> None:
         self._events.put_nowait(event)
+
+    def go(self, inc: str, want_run: bool) -> None:
+        """GO brings what the source knows of the wish, so that nothing is read in the blackout."""
+        if inc == self.state.inc:
+            self._told_want_run = want_run
+        self.feed(words.GoSeen(inc))
 
     async def begin(self, session_number: int) -> None:
         """Devices -> RESUMING, before the source may send. Raises ShimError."""
@@ -72,11 +79,14 @@ class DestinationRunner:
             if len(self._ended) == len(self.shims):
                 self.feed(Seen.SHIMS_LOADED)
 
-    async def run(self) -> DestinationState:
+    async def run(self, first: Sequence[Command] = ()) -> DestinationState:
+        """To DONE or discard. `first`: what `restarted_destination` asked for."""
         loop = asyncio.get_running_loop()
         self._began = loop.time()
         ends = [self.vmm.subscribe(self._engine_event), self.ledger.watch_record(self._record_seen)]
         worker = loop.create_task(self._carry_out())
+        for command in first:
+            self._commands.put_nowait(command)
         try:
             while not self.state.stage.ended:
                 event = await self._next(worker)
@@ -96,11 +106,13 @@ class DestinationRunner:
 
     async def _next(self, worker: asyncio.Task[None]) -> Event:
         getter = asyncio.ensure_future(self._events.get())
-        await asyncio.wait({getter, worker}, return_when=asyncio.FIRST_COMPLETED)
-        if not getter.done():
+        try:
+            await asyncio.wait({getter, worker}, return_when=asyncio.FIRST_COMPLETED)
+            if not getter.done():
+                worker.result()
+            return getter.result()
+        finally:
             getter.cancel()
-            worker.result()
-        return getter.result()
 
     async def _carry_out(self) -> None:
         while True:
@@ -154,8 +166,11 @@ class DestinationRunner:
 
     async def _start_guest(self) -> Event | None:
         try:
-            if await self.want_run():
+            told = self._told_want_run
+            if await self.want_run() if told is None else told:
                 await self.vmm.resume()
+            # Before DONE: a restarted agent must know this copy as the guest even when the record has moved on.
+            await self.vmm.promote()
         except (engine.EngineError, StoreUnavailable) as error:
             self._note("start_failed", str(error))
             return Seen.ACTIVATION_FAILED
@@ -236,6 +251,8 @@ class DestinationRunner:
             case engine.StatusChanged(engine.EngineStatus.FAILED, error):
                 self._note("engine_failed", error)
                 self.feed(Seen.ENGINE_FAILED)
+            case engine.RunStateChanged(running, _):
+                self._note("vcpus run" if running else "vcpus stopped")
             case engine.VmmDied():
                 self.feed(Seen.VMM_DIED)
             case _:

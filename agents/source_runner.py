@@ -46,6 +46,9 @@ class SourceRunner:
     options: engine.OutgoingOptions
     session_number: int
     timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
+    transferred_bytes: int = 0
+    """Of the engine's stream, known once the attempt is over."""
+    duration_ms: float = 0.0
     _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
     _commands: asyncio.Queue[Command] = field(default_factory=asyncio.Queue[Command])
     _tasks: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
@@ -62,7 +65,8 @@ class SourceRunner:
         self._loaded = (inc, {load.device: load for load in loads})
         self._compare()
 
-    async def run(self) -> SourceState:
+    async def run(self, first: Sequence[Command] | None = None) -> SourceState:
+        """To the attempt's end. `first`: what `restarted_source` asked for, instead of a beginning."""
         loop = asyncio.get_running_loop()
         self._began = loop.time()
         ends = [
@@ -72,14 +76,19 @@ class SourceRunner:
         ]
         worker = loop.create_task(self._carry_out())
         vitals = loop.create_task(self._vitals())
-        self.feed(Seen.BEGIN)
+        if first is None:
+            self.feed(Seen.BEGIN)
+        for command in first or ():
+            self._commands.put_nowait(command)
         try:
             while not self.state.stage.ended:
                 event = await self._next(worker)
                 self.state, commands = source_step(self.state, event)
                 for command in commands:
                     self._commands.put_nowait(command)
+            await self._count_bytes()
         finally:
+            self.duration_ms = (loop.time() - self._began) * 1000
             for end in ends:
                 end()
             for task in (worker, vitals, *self._precopy, *self._tasks):
@@ -90,11 +99,13 @@ class SourceRunner:
     async def _next(self, worker: asyncio.Task[None]) -> Event:
         """The next event; a worker that died takes the runner with it instead of leaving the guest to a silent loop."""
         getter = asyncio.ensure_future(self._events.get())
-        await asyncio.wait({getter, worker}, return_when=asyncio.FIRST_COMPLETED)
-        if not getter.done():
+        try:
+            await asyncio.wait({getter, worker}, return_when=asyncio.FIRST_COMPLETED)
+            if not getter.done():
+                worker.result()
+            return getter.result()
+        finally:
             getter.cancel()
-            worker.result()
-        return getter.result()
 
     # --- commands -----------------------------------------------------------------------------------------------------
 
@@ -263,8 +274,8 @@ class SourceRunner:
         return Seen.RETRY_DUE
 
     async def _go(self) -> Event | None:
-        await self._hook("after_commit")
         self._spawn(self._repeat_go())
+        self._spawn(self._hook("after_commit"))
         return None
 
     async def _repeat_go(self) -> None:
@@ -274,11 +285,18 @@ class SourceRunner:
             await asyncio.sleep(_RETRY_S)
 
     async def _discard_source(self) -> Event | None:
+        await self._count_bytes()
         await self.vmm.destroy()
         for shim in self.shims:
             with contextlib.suppress(ShimError):
                 await shim.retire()
         return Seen.DISCARDED
+
+    async def _count_bytes(self) -> None:
+        """For the report; the blackout is over, and a VMM that is gone has told before."""
+        if self.vmm.alive():
+            with contextlib.suppress(engine.EngineError):
+                self.transferred_bytes = (await self.vmm.progress()).transferred_bytes
 
     async def _write_acks(self) -> Event | None:
         self._spawn(self.ledger.write_acks(self.state.acks.acks))
@@ -361,6 +379,7 @@ class SourceRunner:
             Timer.PRECOPY: (self.policy.precopy_timeout_ms, Seen.TIMER_PRECOPY),
             Timer.ACK: (self.policy.ack_timeout_ms, Seen.TIMER_ACK),
             Timer.SWITCHOVER: (self.policy.switchover_timeout_ms, Seen.TIMER_SWITCHOVER),
+            Timer.GATE_WAIT: (self.policy.gate_wait_ms, Seen.TIMER_GATE_WAIT),
         }[timer]
 
         async def ring() -> None:

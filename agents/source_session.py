@@ -87,6 +87,8 @@ class SourceState:
     released: bool = False
     opened: bool = False
     """The gate was open once: a request pending at the freeze is then late, not a gate that never opened."""
+    active: bool = False
+    """Every device has begun its session, and so asked for its first ACK; the engine has accepted the migration."""
     vitals: bool = False
     want_run: bool = True
     suspended: bool = False
@@ -175,6 +177,10 @@ def _bound(state: SourceState) -> Step:
     )
 
 
+def _active(state: SourceState) -> Step:
+    return _gate(replace(state, active=True))
+
+
 def _requested(state: SourceState, entry: AckRequest) -> Step:
     if state.acks.sealed_check or state.stage not in _TAKES_REQUESTS:
         return state, (Note("request_too_late", f"{entry.device}/{entry.generation}"),)
@@ -210,8 +216,11 @@ def _requests_seen(state: SourceState, entries: tuple[AckRequest, ...], version:
 
 
 def gate_may_open(state: SourceState) -> bool:
-    """Every request is durable and acknowledged, or the guest is stopped on purpose; peer and quorum are alive."""
-    return state.acks.gate_open and (state.paused or not state.unwritten) and state.vitals
+    """Every request is durable and acknowledged, or the guest is stopped on purpose; peer and quorum are alive.
+
+    Not before every device had its chance to ask: one that begins after another was acknowledged would be late.
+    """
+    return state.active and _gate_is_open(state) and state.vitals
 
 
 def _gate(state: SourceState) -> Step:
@@ -252,7 +261,7 @@ def _gate_is_open(state: SourceState) -> bool:
 
 def _gate_stayed_closed(state: SourceState) -> Step:
     reason = AbortReason.LATE_SWITCHOVER_ACK if state.opened else AbortReason.GATE_CLOSED_AT_CONVERGENCE
-    return _abort(state, reason, _names(state.acks.pending))
+    return _abort(state, reason, _names(tuple(sorted({*state.acks.pending, *state.unwritten}))))
 
 
 def _timer_gate_wait(state: SourceState) -> Step:
@@ -621,6 +630,7 @@ def _vitals(good: bool) -> Callable[[SourceState], Step]:
 _SEEN = {
     Seen.BEGIN: _begin,
     Seen.BOUND: _bound,
+    Seen.ACTIVE: _active,
     Seen.PARKED: _parked,
     Seen.COMPLETED: _completed,
     Seen.SHIMS_SENT: _sent,

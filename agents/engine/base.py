@@ -127,7 +127,7 @@ class VmmSpec:
     """Destination only: address for the stream."""
     multifd_channels: int = 0
     seed: int = 0
-    """32 bits that the guest's devices start from: the same for every VMM of a guest, another for each guest."""
+    """32 bits that the guest's devices start from, so that one guest's are never taken for another's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +219,10 @@ class Vmm(Protocol):
         blocked VMM is freed out of band (`yank`). If it had completed before the abort took effect, the state says
         SEALED/COMPLETED and nothing else happened. No-op when no migration runs.
         """
+        ...
+
+    async def promote(self) -> None:
+        """An incoming VMM became the guest: note that down for `adopt`. Idempotent. Raises EngineError (disk full)."""
         ...
 
     async def announce(self) -> None:

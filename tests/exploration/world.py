@@ -147,12 +147,13 @@ def feed_source(world: World, event: Event) -> World:
         world = world._replace(flaw="OPERATOR'S PAUSE LOST")
     todo = world.todo_source + waiting(commands)
     over = state.stage.ended
-    return world._replace(
+    world = world._replace(
         source=None if over else state,
         todo_source=() if over else todo,
         conducting=0 if over else world.conducting,
         prepared=world.prepared,
     )
+    return feed_source(world, Seen.ACTIVE) if Do.START_PRECOPY in commands else world
 
 
 def feed_destination(world: World, event: Event) -> World:

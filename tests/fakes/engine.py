@@ -114,6 +114,10 @@ class FakeVmm:
                 self.peer._set_status(EngineStatus.FAILED)
         return VmmState(self.run, self.status, self.error)
 
+    async def promote(self) -> None:
+        self._called("promote")
+        self._metadata = replace(self._metadata, role="owner")
+
     async def announce(self) -> None:
         self._called("announce")
 

@@ -19,7 +19,7 @@ from agents.destination_runner import DestinationRunner
 from agents.destination_session import DestinationStage, DestinationState
 from agents.engine.base import HoldStart, OutgoingOptions, RunState, Vmm, VmmSpec
 from agents.engine.qemu.engine import QemuEngine
-from agents.session import GoSeen, Seen
+from agents.session import Seen
 from agents.shims.base import Frame, Load
 from agents.source_runner import SourceRunner
 from agents.source_session import SourceStage, SourceState
@@ -64,7 +64,7 @@ class Link:
 
     async def go(self, zxid: int, want_run: bool) -> None:
         assert self.destination is not None
-        self.destination.feed(GoSeen(self.destination.state.inc))
+        self.destination.go(self.destination.state.inc, want_run)
 
     async def ack(self, entry: AckRequest) -> None:
         assert self.source is not None

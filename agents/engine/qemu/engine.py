@@ -239,6 +239,13 @@ class QemuVmm:
             while {"type": "migration"} in await self._execute("query-yank"):  # noqa: ASYNC110 - as above
                 await asyncio.sleep(_POLL_S)
 
+    async def promote(self) -> None:
+        self._metadata = replace(self._metadata, role="owner")
+        try:
+            process.write_metadata(process.metadata_path(self._spec), self._metadata)
+        except OSError as error:
+            raise EngineError(f"cannot note that the VMM is the guest's now: {error}") from error
+
     async def announce(self) -> None:
         timing = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
         await self._execute("announce-self", timing)

@@ -1,0 +1,122 @@
+"""`python -m agents --config agent.json`: the agent of one host.
+
+SIGTERM and SIGINT end it; its guests, devices and transfers go on and are adopted by the next one. Exit status 2: the
+configuration or the host cannot be used, said in one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import sys
+from pathlib import Path
+
+import click
+import grpc.aio
+import structlog
+
+from agents.config import AgentConfig, ConfigError, load
+from agents.engine.qemu.engine import QemuEngine
+from agents.identity import OneAgent, make_identity
+from agents.peer_rpc import DestinationClient, PeerServicer, SourceClient
+from agents.runner import Agent
+from agents.servicer import AgentServicer, translate
+from orchestrator.core.errors import DroverError
+from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.ledger.store import StoreUnavailable
+from orchestrator.ledger.zookeeper import ZooKeeperStore
+from orchestrator.rpc import channels
+from orchestrator.rpc.errors import Errors
+from orchestrator.telemetry import configure_logging
+from protos.drover.v1.agent_pb2_grpc import add_AgentServiceServicer_to_server, add_PeerServiceServicer_to_server
+
+log = structlog.get_logger(__name__)
+
+CONNECT_RETRY_S = 0.3
+STOP_S = 0.5
+
+
+class Peers:
+    """One warm channel per agent that we exchange guests with."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = channels.aio_channel(address)
+        return self._channels[address]
+
+    def destination(self, address: str, ref: AttemptRef, inc: str) -> DestinationClient:
+        return DestinationClient(self._channel(address), ref, inc)
+
+    def source(self, address: str, ref: AttemptRef, inc: str) -> SourceClient:
+        return SourceClient(self._channel(address), ref, inc)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+
+
+async def _connected(store: ZooKeeperStore) -> ZooKeeperStore:
+    while True:
+        try:
+            await store.start()
+            return store
+        except StoreUnavailable as error:
+            log.warning("ZooKeeper does not answer, trying again", error=str(error))
+            await asyncio.sleep(CONNECT_RETRY_S)
+
+
+async def _serve(config: AgentConfig, here: HostRef) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    store, commits = await asyncio.gather(
+        *(_connected(ZooKeeperStore(config.zookeeper, chroot=config.chroot)) for _ in range(2))
+    )
+    peers = Peers()
+    engine = QemuEngine(config.guest_image, config.qemu, config.accelerator)
+    agent = Agent(config, here, engine, (store, commits), peers)
+    errors = Errors(require_deadline=False, translate=translate)
+    control, hand_over = channels.aio_server([errors]), channels.aio_server([errors])
+    add_AgentServiceServicer_to_server(AgentServicer(agent), control)
+    add_PeerServiceServicer_to_server(PeerServicer(agent), hand_over)
+    channels.listen(control, f"{config.address}:{config.control_port}")
+    channels.listen(hand_over, f"{config.address}:{config.peer_port}")
+    await hand_over.start()  # sessions that are adopted speak to their peers at once
+    await agent.start()
+    await control.start()
+    # What lives for ever is never looked at again, so that collections stay short in a blackout.
+    gc.collect()
+    gc.freeze()
+    log.info("agent serves", host=here.host, boot_id=here.boot_id)
+    await stopping.wait()
+    await control.stop(STOP_S)
+    await agent.stop()
+    await hand_over.stop(STOP_S)
+    await peers.close()
+    await asyncio.gather(store.close(), commits.close())
+
+
+@click.command()
+@click.option("--config", "path", type=click.Path(dir_okay=False, path_type=Path), required=True)
+def main(path: Path) -> None:
+    """Run the agent of one host until told to stop."""
+    try:
+        config = load(path)
+        configure_logging(config.log_level)
+        identity = make_identity(config)
+        identity.check_volatile(config.volatile_dir)
+        lock = OneAgent(config.dir / "agent.lock")
+        lock.take()
+        here = identity.read()
+        structlog.contextvars.bind_contextvars(host=here.host)
+        asyncio.run(_serve(config, here))
+    except (ConfigError, DroverError, OSError) as error:
+        click.echo(f"drover-agent: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The agent's configuration file, `agent.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigError(Exception):
+    """The file cannot be used; the text says what is wrong with which key."""
+
+
+class IdentityConfig(BaseModel):
+    """Where the host's power-cycle id comes from: the kernel, or (simulated hosts share one kernel) a file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["kernel", "simulated"] = "kernel"
+    file: Path | None = None
+
+
+class AgentConfig(BaseModel):
+    """One host's agent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: Annotated[str, Field(min_length=1, max_length=63)]
+    address: str
+    """Where this host is reached: both services and the engines' streams listen here."""
+    control_port: Annotated[int, Field(ge=0, le=65535)] = 7701
+    peer_port: Annotated[int, Field(ge=0, le=65535)] = 7702
+    zookeeper: str
+    chroot: str = "/drover/v1"
+    dir: Path
+    """The agent's own: guests' sockets and notes, journal. Survives a restart of the agent and a loss of power."""
+    console_dir: Path
+    volatile_dir: Path
+    """Markers. Must vanish with the power."""
+    identity: IdentityConfig = IdentityConfig()
+    memory_mib: Annotated[int, Field(ge=1)]
+    bandwidth_mbps: Annotated[int, Field(ge=1)] = 1000
+    accelerator: Literal["tcg", "kvm"] = "kvm"
+    qemu: str = "qemu-system-x86_64"
+    guest_image: Path
+    chaos: bool = False
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def load(path: Path) -> AgentConfig:
+    """Raises ConfigError naming every key that is wrong."""
+    try:
+        return AgentConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'content'}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path}: {wrong}") from None

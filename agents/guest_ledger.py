@@ -1,0 +1,115 @@
+"""What an agent reads and writes about a guest outside of any attempt: birth, death, the wish, and a fresh record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orchestrator.core import handover
+from orchestrator.core.handover import GuestRecord, Ownership, Refused
+from orchestrator.core.ids import HostRef
+from orchestrator.core.records import GuestSpec, WantRun
+from orchestrator.ledger import paths
+from orchestrator.ledger.records import decode, encode
+from orchestrator.ledger.store import Delete, Done, Op, SetData, Store, StoreUnavailable, Versioned
+
+_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class GuestLedger:
+    """One guest's nodes. All reads raise StoreUnavailable and BadRecord."""
+
+    store: Store
+    uuid: str
+    writer: str
+
+    async def record(self) -> GuestRecord | None:
+        """Not older than this call (H13)."""
+        await self.store.barrier()
+        return (await self._read())[0]
+
+    async def _read(self) -> tuple[GuestRecord | None, int]:
+        path = paths.guest(self.uuid)
+        node = await self.store.read(path)
+        return (decode(GuestRecord, node.data, path=path), node.version) if node else (None, -1)
+
+    async def spec(self) -> GuestSpec | None:
+        path = paths.guest_spec(self.uuid)
+        node = await self.store.read(path)
+        return decode(GuestSpec, node.data, path=path) if node else None
+
+    async def want_run(self, at_least: int = 0) -> WantRun:
+        """The operator's wish, not older than sequence `at_least`."""
+        path = paths.want_run(self.uuid)
+        for fresh in (False, True):
+            if fresh:
+                await self.store.barrier()
+            node = await self.store.read(path)
+            wish = decode(WantRun, node.data, path=path) if node else WantRun()
+            if wish.sequence >= at_least:
+                break
+        return wish
+
+    async def started(self) -> bool:
+        """STARTING -> IDLE. False: the record does not allow it (any more)."""
+        return await self._change(lambda record: handover.started(record, writer=self.writer))
+
+    async def buried(self, here: HostRef) -> bool:
+        """-> GONE, and the name is free for another life. True when the record says GONE afterwards."""
+
+        def change(record: GuestRecord) -> GuestRecord:
+            if record.owner.host != here.host:
+                raise Refused(f"{record.name} is owned by {record.owner.host}")
+            return handover.gone(record, writer=self.writer)
+
+        return await self._change(change, free_name=True)
+
+    async def _name_freed(self, record: GuestRecord) -> list[Op]:
+        node = await self.store.read(paths.name(record.name))
+        mine = node is not None and node.data.decode(errors="replace").strip('"') == self.uuid
+        return [Delete(paths.name(record.name), node.version)] if node is not None and mine else []
+
+    async def _change(self, change: Callable[[GuestRecord], GuestRecord], *, free_name: bool = False) -> bool:
+        """A compare-and-set until it is certain. Raises StoreUnavailable while it is not."""
+        for _ in range(_TRIES):
+            record, version = await self._read()
+            if record is None:
+                return False
+            try:
+                wanted = change(record)
+            except Refused:
+                return record.phase is Ownership.GONE
+            ops: list[Op] = [SetData(paths.guest(self.uuid), encode(wanted), version)]
+            if free_name:
+                ops += await self._name_freed(record)
+            if isinstance(await self.store.multi(ops), Done):
+                return True
+            await self.store.barrier()  # lost the race, or the answer: what stands there now decides
+            record, _ = await self._read()
+            if record is not None and record.writer == self.writer and record.phase is wanted.phase:
+                return True
+        raise StoreUnavailable(f"guest {self.uuid} could not be written in {_TRIES} tries")
+
+    def watch(
+        self, on_record: Callable[[GuestRecord | None], None], on_wish: Callable[[WantRun], None]
+    ) -> Callable[[], None]:
+        """Hints; may be old. Returns a function that ends both watches."""
+
+        def record_seen(node: Versioned | None) -> None:
+            on_record(decode(GuestRecord, node.data) if node and node.data else None)
+
+        def wish_seen(node: Versioned | None) -> None:
+            if node is not None and node.data:
+                on_wish(decode(WantRun, node.data))
+
+        ends = (
+            self.store.watch(paths.guest(self.uuid), record_seen),
+            self.store.watch(paths.want_run(self.uuid), wish_seen),
+        )
+
+        def end() -> None:
+            for one in ends:
+                one()
+
+        return end

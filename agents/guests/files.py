@@ -1,0 +1,108 @@
+"""What a guest has on this host's disk: one short directory, what it is, and the notes of its VMM processes.
+
+<dir>/guests/<16 of the uuid>/guest.json        uuid and spec
+                              <inc>.json        one VMM process (VmmMetadata)
+                              <inc>.qmp .oob .dev .ctl   sockets
+<volatile>/<uuid>.<inc>                         marker: something here may have had an effect on the guest
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from agents.config import AgentConfig
+from agents.engine.base import VmmMetadata, VmmSpec
+from agents.shims.companion import DevicesSpec
+from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
+from orchestrator.ledger.records import BadRecord, decode, encode
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    uuid: str
+    spec: GuestSpec
+
+
+def seed_of(uuid: str) -> int:
+    """Mixed into the devices' first states, so that two guests' devices never look alike."""
+    return int(uuid.replace("-", "")[:8], 16)
+
+
+@dataclass(frozen=True, slots=True)
+class GuestFiles:
+    """The files of one guest. The directory name is short because the kernel bounds the paths of sockets."""
+
+    config: AgentConfig
+    uuid: str
+    spec: GuestSpec
+
+    @property
+    def directory(self) -> Path:
+        return self.config.dir / "guests" / self.uuid[:16]
+
+    def make(self) -> None:
+        """Idempotent. Raises OSError when the disk is full."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        note = self.directory / "guest.json"
+        if not note.exists():
+            temporary = note.with_suffix(".tmp")
+            temporary.write_bytes(encode(_Note(self.uuid, self.spec)))
+            temporary.replace(note)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def marker(self, inc: str) -> Path:
+        return self.config.volatile_dir / f"{self.uuid}.{inc}"
+
+    @property
+    def companions(self) -> tuple[DeviceSpec, ...]:
+        return tuple(device for device in self.spec.devices if device.shim is ShimKind.COMPANION)
+
+    def devices_spec(self, inc: str) -> DevicesSpec:
+        return DevicesSpec(self.uuid, inc, self.directory, self.companions, seed_of(self.uuid))
+
+    def vmm_spec(self, inc: str, *, multifd_channels: int = 0) -> VmmSpec:
+        return VmmSpec(
+            guest=self.uuid,
+            inc=inc,
+            spec=self.spec,
+            directory=self.directory,
+            console_path=self.config.console_dir / f"{self.config.host}.{self.spec.name}.{inc}.sock",
+            device_path=self.directory / f"{inc}.dev" if self.companions else None,
+            listen_address=self.config.address,
+            multifd_channels=multifd_channels,
+            seed=seed_of(self.uuid),
+        )
+
+    def processes(self) -> list[VmmMetadata]:
+        """The VMM processes that were noted down; any may be dead by now."""
+        found: list[VmmMetadata] = []
+        for path in sorted(self.directory.glob("*.json")):
+            if path.name == "guest.json" or path.name.endswith(".devices.json"):
+                continue
+            try:
+                found.append(VmmMetadata(**json.loads(path.read_bytes())))
+            except (OSError, ValueError, TypeError) as error:
+                log.warning("a VMM's note is unreadable", file=str(path), error=str(error))
+        return found
+
+
+def found_on_disk(config: AgentConfig) -> list[GuestFiles]:
+    """Every guest that an earlier agent of this host had to do with."""
+    found: list[GuestFiles] = []
+    for path in sorted((config.dir / "guests").glob("*/guest.json")):
+        try:
+            note = decode(_Note, path.read_bytes(), path=str(path))
+        except (BadRecord, OSError) as error:
+            log.error("a guest's note is unreadable", file=str(path), error=str(error))
+            continue
+        found.append(GuestFiles(config, note.uuid, note.spec))
+    return found
