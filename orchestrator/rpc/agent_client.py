@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from grpc import aio
@@ -24,7 +25,10 @@ from orchestrator.core.migration import Prepared
 from orchestrator.rpc.channels import aio_channel
 from orchestrator.rpc.errors import from_rpc_error
 from protos.drover.v1 import agent_pb2 as pb
-from protos.drover.v1.agent_pb2_grpc import AgentServiceAsyncStub, AgentServiceStub
+from protos.drover.v1.agent_pb2_grpc import AgentServiceStub
+
+if TYPE_CHECKING:  # stands in the type stubs only
+    from protos.drover.v1.agent_pb2_grpc import AgentServiceAsyncStub
 
 CALL_S = 3.0
 START_GUEST_S = 30.0
@@ -138,3 +142,22 @@ class AgentClient:
         """Make a device of a guest ask for a late ACK at a hook, so often. The scenario now in force, as YAML."""
         request = pb.InjectScenarioRequest(guest_uuid=guest, device=device, at=at, times=times, bytes=bytes)
         return (await self._call(self._stub.InjectScenario, request, timeout_s)).scenario
+
+
+class AgentClients:
+    """All agents by address: one channel each, kept."""
+
+    def __init__(self) -> None:
+        self._clients: dict[str, AgentClient] = {}
+
+    def at(self, control_address: str) -> AgentClient:
+        """The agent that serves there; connects when it is first called."""
+        client = self._clients.get(control_address)
+        if client is None:
+            client = self._clients[control_address] = AgentClient(control_address)
+        return client
+
+    async def close(self) -> None:
+        """End every channel; calls under way end as cancelled."""
+        clients, self._clients = list(self._clients.values()), {}
+        await asyncio.gather(*(client.close() for client in clients), return_exceptions=True)
