@@ -209,7 +209,7 @@ class CompanionSource:
     async def run_precopy(self, send: SendFrame) -> None:
         if self._session is None:
             raise ShimError(f"{self.device}: no session was begun")
-        while (frame := await self._read(_READ_WAIT_MS, _CALL_S)) is not None:
+        while (frame := await self._read(stopped=False)) is not None:
             await self._hand_over(send, frame)
 
     async def _hand_over(self, send: SendFrame, frame: Frame) -> None:
@@ -227,11 +227,17 @@ class CompanionSource:
             raise
         self._seq += 1
 
-    async def _read(self, wait_ms: int, timeout_s: float) -> Frame | None:
+    async def _read(self, *, stopped: bool) -> Frame | None:
         """The next frame; None when nothing more comes in the device's present state."""
+        wait_ms, timeout_s = (0, _BLACKOUT_S) if stopped else (_READ_WAIT_MS, _CALL_S)
         while True:
             header, data = await self._call(
-                "read", session=self._session, seq=self._seq + 1, wait_ms=wait_ms, timeout_s=timeout_s
+                "read",
+                session=self._session,
+                seq=self._seq + 1,
+                wait_ms=wait_ms,
+                stopped=stopped,
+                timeout_s=timeout_s,
             )
             word = str(header["frame"])
             if word == "over":
@@ -266,9 +272,9 @@ class CompanionSource:
             raise ShimError(self._broken)
         ended = False
         while not ended:
-            frame = await self._read(0, _BLACKOUT_S)
+            frame = await self._read(stopped=True)
             if frame is None:
-                raise ShimError(f"{self.device}: its state ended before its end: it is not in STOP_COPY")
+                raise ShimError(f"{self.device}: its session is over before all of its state was sent")
             self._seq += 1
             ended = frame.kind is FrameKind.END
             yield frame

@@ -14,8 +14,8 @@ It reads its description from standard input (JSON: `guest`, `inc`, `directory`,
 
       hello                                    -> guest, inc, devices {name: {state, live, session, asked}}
       begin       session by                   RUNNING -> PRE_COPY. `by`: who begins it; another one begins it anew
-      read        session seq wait_ms          -> frame, generation, total, digest, and data as the body.
-                  `seq` counts 1, 2, 3, ...: the last one again is the same frame. frame "": nothing in that time,
+      read        session seq wait_ms stopped  -> frame, generation, total, digest, and data as the body.
+                  `stopped`: refuse unless the device is in STOP_COPY. `seq` counts 1, 2, 3, ...: the last one again is the same frame. frame "": nothing in that time,
                   "over": nothing more in this state, or of this session
       hook        hook
       quiesce     session                      -> newest, stop_copy_bytes
@@ -335,6 +335,8 @@ class DeviceServer:
 
     async def _read(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
         seq = int(header["seq"])
+        if header["stopped"] and hosted.device.state is not DeviceState.STOP_COPY:
+            raise CallError(f"{hosted.name} is in {hosted.device.state.name}, not in STOP_COPY")
         until = _now() + min(int(header["wait_ms"]) / 1000, _MAX_WAIT_S)
         while True:
             if hosted.ended or header["session"] != hosted.session:
