@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
 import grpc
@@ -178,12 +178,16 @@ class Errors(aio.ServerInterceptor):
 
     def _stream(self, behaviour: Callable[..., AsyncIterator[Any]], method: str) -> Any:
         async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            answers = behaviour(request, context)
             try:
                 self._check_deadline(context)
-                async for answer in behaviour(request, context):
+                async for answer in answers:
                     yield answer
             except Exception as error:
                 await self._end(context, error, method)
+            finally:  # now, not when the garbage collector finds it: a watch holds things
+                if isinstance(answers, AsyncGenerator):
+                    await cast(AsyncGenerator[Any], answers).aclose()
 
         return call
 

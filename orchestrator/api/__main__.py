@@ -1,0 +1,48 @@
+"""`python -m orchestrator.api --config api.json`: serves OrchestratorService until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+from pathlib import Path
+
+import click
+
+from orchestrator.api import config as configuration
+from orchestrator.api.config import ApiConfig
+from orchestrator.api.server import ApiServer
+from orchestrator.core.errors import DroverError
+from orchestrator.ledger.records import BadRecord
+from orchestrator.ledger.zookeeper import ZooKeeperStore
+from orchestrator.telemetry import configure_logging
+
+
+async def _serve(config: ApiConfig) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    server = ApiServer(config, ZooKeeperStore(config.zookeeper, chroot=config.chroot))
+    try:
+        await server.start()
+        gc.freeze()  # what start-up made stays: later collections need not look at it
+        await stopping.wait()
+    finally:
+        await server.stop()
+
+
+@click.command()
+@click.option("--config", "path", type=click.Path(dir_okay=False, path_type=Path), required=True)
+def main(path: Path) -> None:
+    """Serve Drover's API."""
+    try:
+        config = configuration.load(path)
+        configure_logging(config.log_level)
+        asyncio.run(_serve(config))
+    except (OSError, BadRecord, ValueError, DroverError) as error:
+        raise click.ClickException(f"cannot start the API: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

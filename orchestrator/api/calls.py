@@ -1,0 +1,95 @@
+"""What every operation needs: the shared parts, who calls and how long they wait, and writes that come to an end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from google.protobuf.message import Message
+
+from orchestrator.api.fleet import Fleet
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.store import Conflict, Done, Op, OutcomeUnknown, Store, StoreUnavailable
+from orchestrator.rpc.agent_client import AgentClients
+
+WRITE_TRIES = 20
+RETRY_S = 0.05
+
+
+@dataclass(slots=True)
+class Tools:
+    """What the operations of one API process share."""
+
+    store: Store
+    agents: AgentClients
+    fleet: Fleet
+    inventory: Inventory
+    ledger: Ledger
+    chaos: bool = False
+    wall_s: Callable[[], float] = time.time
+    """Only for stamps that people read."""
+    placing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One placement at a time per process, so that it does not lose races against itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, and until when they wait, on the event loop's clock."""
+
+    by: str
+    deadline_s: float
+
+    def remaining_s(self, at_most_s: float = 3600.0) -> float:
+        """What is left, but never less than enough to try once."""
+        return min(at_most_s, max(0.05, self.deadline_s - asyncio.get_running_loop().time()))
+
+    @property
+    def out_of_time(self) -> bool:
+        return asyncio.get_running_loop().time() >= self.deadline_s
+
+
+async def write(tools: Tools, ops: Sequence[Op], caller: Caller) -> Done | Conflict | None:
+    """One transaction. None: its answer was lost, and a barrier stands behind it: what is read now decides.
+
+    Raises LEDGER_UNREACHABLE when it certainly never left, OUTCOME_UNKNOWN when that cannot be told in time.
+    """
+    result = await tools.store.multi(ops)
+    if not isinstance(result, OutcomeUnknown):
+        return result
+    if not result.sent:
+        raise DroverError(RefusalReason.LEDGER_UNREACHABLE, f"nothing was written: {result.why or 'no connection'}")
+    while True:
+        try:
+            await tools.store.barrier()
+            return None
+        except StoreUnavailable as error:
+            if caller.out_of_time:
+                raise DroverError(
+                    RefusalReason.OUTCOME_UNKNOWN,
+                    f"it is not known whether the request was written ({error}): look again, or repeat it as it is",
+                ) from error
+            await asyncio.sleep(RETRY_S)
+
+
+async def pause(caller: Caller) -> None:
+    """Between two tries of a write that lost a race. Raises OUTCOME_UNKNOWN when the caller's time is over."""
+    if caller.out_of_time:
+        raise contended()
+    await asyncio.sleep(RETRY_S)
+
+
+def contended() -> DroverError:
+    return DroverError(RefusalReason.OUTCOME_UNKNOWN, "others kept changing what this request changes: try again")
+
+
+def digest(method: str, request: Message, *, without: str = "request_id") -> str:
+    """Of a request's content: equal for the same request under the same id."""
+    content = type(request)()
+    content.CopyFrom(request)
+    content.ClearField(without)
+    return hashlib.sha256(method.encode() + b"\n" + content.SerializeToString(deterministic=True)).hexdigest()

@@ -1,0 +1,170 @@
+"""Evacuations: ask for one, say who can move where, look at it, cancel it."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+
+import structlog
+
+from orchestrator import wire
+from orchestrator.api import decisions, views
+from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
+from orchestrator.api.migrations import policy_violations
+from orchestrator.api.reads import EvacuationRead, not_found, read_evacuation
+from orchestrator.api.requests import Request
+from orchestrator.core.errors import DroverError, RefusalReason, invalid
+from orchestrator.core.guest import name_error
+from orchestrator.core.handover import Ownership
+from orchestrator.core.placement import GuestInput, Need, plan
+from orchestrator.core.records import Cordon, EvacuationPhase, EvacuationSpec, EvacuationState
+from orchestrator.ledger import paths
+from orchestrator.ledger.inventory import Snapshot
+from orchestrator.ledger.ledger import op_create, op_set
+from orchestrator.ledger.store import Check, Done, Op
+from protos.drover.v1 import orchestrator_pb2 as pb
+from protos.drover.v1 import types_pb2
+
+log = structlog.get_logger(__name__)
+
+DEFAULT_CONCURRENT = 4
+MAX_CONCURRENT = 1_000
+
+
+class Evacuations:
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    # --- look ---------------------------------------------------------------------------------------------------------
+
+    async def read(self, name: str) -> EvacuationRead:
+        return await read_evacuation(self._tools.ledger, name)
+
+    async def get(self, name: str) -> types_pb2.Evacuation:
+        return views.evacuation(await self.read(name), self._tools.fleet)
+
+    async def list(self) -> list[types_pb2.Evacuation]:
+        """Newest first."""
+        found = await asyncio.gather(*(self.get(job) for job in await self._tools.ledger.list_evacuations()))
+        return sorted(found, key=lambda each: (-each.create_time.ToNanoseconds(), each.name))
+
+    # --- ask ----------------------------------------------------------------------------------------------------------
+
+    async def create(self, request: pb.CreateEvacuationRequest, caller: Caller) -> pb.CreateEvacuationResponse:
+        _check(request)
+        asked = Request.of(request.request_id, digest("CreateEvacuation", request))
+        if not request.validate_only and (earlier := await asked.earlier(self._tools)):
+            return await self._answer(earlier)
+        for _ in range(WRITE_TRIES):
+            snapshot = await self._tools.inventory.snapshot()
+            if request.host not in snapshot.hosts:
+                raise not_found("host", request.host, field="host")
+            leaving = [each for each in snapshot.guests.values() if _leaves(each, request.host)]
+            if bad := policy_violations(request.policy, [each.spec.policy for each in leaving] or None):
+                raise invalid(bad)
+            spec = EvacuationSpec(
+                id=f"{request.host}-{uuid.uuid4().hex[:8]}",
+                host=request.host,
+                max_concurrent=request.max_concurrent or DEFAULT_CONCURRENT,
+                policy=wire.overrides_from_proto(request.policy),
+                requested_by=caller.by,
+                create_time_s=self._tools.wall_s(),
+            )
+            verdicts = _verdicts(snapshot, leaving)
+            if request.validate_only:
+                unsaved = EvacuationRead(replace(spec, id="", create_time_s=0.0), EvacuationState(), 0, None)
+                return _response(views.evacuation(unsaved, self._tools.fleet), verdicts)
+            await self._refuse_second(request.host, asked)
+            created = await asked.create(self._tools, f"evacuations/{spec.id}", _ops(spec, snapshot), caller)
+            if created:
+                log.info("evacuation asked for", evacuation=spec.id, host=request.host, by=caller.by)
+                return _response(await self.get(created.rpartition("/")[2]), verdicts)
+            await pause(caller)
+        raise contended()
+
+    async def _answer(self, operation: str) -> pb.CreateEvacuationResponse:
+        """Of a request that was carried out before: the job as it is, and verdicts on who is still there."""
+        evacuation = await self.get(operation.rpartition("/")[2])
+        snapshot = await self._tools.inventory.snapshot()
+        leaving = [each for each in snapshot.guests.values() if _leaves(each, evacuation.host)]
+        return _response(evacuation, _verdicts(snapshot, leaving))
+
+    async def _refuse_second(self, host: str, asked: Request) -> None:
+        for job in await self._tools.ledger.list_evacuations():
+            read = await self.read(job)
+            if read.spec.host == host and not read.state.phase.terminal and not await asked.earlier(self._tools):
+                said = f"evacuation {job} is emptying {host} already: watch that one, or cancel it first"
+                raise DroverError(RefusalReason.ALREADY_EXISTS, said, details={"evacuation": job})
+
+    # --- cancel -------------------------------------------------------------------------------------------------------
+
+    async def cancel(self, name: str, caller: Caller) -> types_pb2.Evacuation:
+        """The wish is durable when this returns. Migrations past their commit arrive all the same."""
+        for _ in range(WRITE_TRIES):
+            read = await self.read(name)
+            state = read.state
+            if state.cancel_requested or state.phase is EvacuationPhase.CANCELLED:
+                return await self.get(name)
+            if state.phase.terminal:
+                said = f"evacuation {name} is over: {state.phase}"
+                raise DroverError(RefusalReason.ALREADY_ENDED, said, details={"phase": state.phase})
+            wished = op_set(paths.evacuation_state(name), replace(state, cancel_requested=True), read.version)
+            if isinstance(await write(self._tools, [wished], caller), Done):
+                log.info("evacuation cancelled", evacuation=name, host=read.spec.host, by=caller.by)
+                return await self.get(name)
+            await pause(caller)
+        raise contended()
+
+
+# --- pure parts -------------------------------------------------------------------------------------------------------
+
+
+def _check(request: pb.CreateEvacuationRequest) -> None:
+    bad: list[tuple[str, str]] = []
+    if said := decisions.request_id_error(request.request_id):
+        bad.append(("request_id", said))
+    if said := name_error(request.host):
+        bad.append(("host", said))
+    if not 0 <= request.max_concurrent <= MAX_CONCURRENT:
+        said = f"must be between 1 and {MAX_CONCURRENT}, or 0 for {DEFAULT_CONCURRENT}, not {request.max_concurrent}"
+        bad.append(("max_concurrent", said))
+    bad += policy_violations(request.policy)
+    if bad:
+        raise invalid(bad)
+
+
+def _leaves(guest: GuestInput, host: str) -> bool:
+    """A guest that the evacuation has to move. A crashed one has nothing left to move."""
+    return guest.record.owner.host == host and guest.record.phase is not Ownership.CRASHED
+
+
+def _verdicts(snapshot: Snapshot, leaving: Sequence[GuestInput]) -> list[pb.PlacementVerdict]:
+    """Where each guest would go now, or why it cannot; by size, as they would be started. Guests that are on their way
+    already have their place."""
+    by_size = sorted(leaving, key=lambda each: (-each.spec.memory_mib, each.record.name))
+    staying = [each for each in by_size if not decisions.present_migration(each.record)]
+    needs = [
+        Need(each.uuid, each.record.name, each.record.owner.host, each.spec.memory_mib, each.spec.machine)
+        for each in staying
+    ]
+    planned = {each.need.guest: each for each in plan(snapshot.views(), needs)}
+    return [views.verdict(each, planned.get(each.uuid)) for each in by_size]
+
+
+def _ops(spec: EvacuationSpec, snapshot: Snapshot) -> list[Op]:
+    """The job, and the cordon that comes with it: nothing new goes to the host from this transaction on."""
+    entry = snapshot.hosts[spec.host]
+    path = paths.cordon(spec.host)
+    on = Cordon(on=True, why=f"evacuation {spec.id}", by=spec.requested_by)
+    cordon = Check(path, entry.cordon_version) if entry.input.cordon.on else op_set(path, on, entry.cordon_version)
+    return [
+        op_create(paths.evacuation(spec.id), spec),
+        op_create(paths.evacuation_state(spec.id), EvacuationState()),
+        cordon,
+    ]
+
+
+def _response(evacuation: types_pb2.Evacuation, verdicts: Sequence[pb.PlacementVerdict]) -> pb.CreateEvacuationResponse:
+    return pb.CreateEvacuationResponse(evacuation=evacuation, verdicts=verdicts)

@@ -1,0 +1,359 @@
+"""Guests: create, look at, pause, resume, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+import structlog
+
+from orchestrator import wire
+from orchestrator.api import decisions, views
+from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
+from orchestrator.api.decisions import StopStep
+from orchestrator.api.migrations import Migrations
+from orchestrator.api.reads import GuestRead, guest_uuid, not_found, read_guest
+from orchestrator.api.requests import Request
+from orchestrator.core import handover
+from orchestrator.core.agent import RunState
+from orchestrator.core.errors import DroverError, RefusalReason, invalid
+from orchestrator.core.guest import guest_errors, name_error
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import HostRef
+from orchestrator.core.placement import Choice, Need, choose
+from orchestrator.core.records import GuestSpec, HostRecord, Reservations, ShimKind, WantRun
+from orchestrator.core.scenario import HOOKS, MAX_BYTES, MAX_TIMES
+from orchestrator.ledger import paths
+from orchestrator.ledger.inventory import HostEntry
+from orchestrator.ledger.ledger import op_create, op_set
+from orchestrator.ledger.store import Check, Delete, Done, Op
+from orchestrator.rpc.agent_client import CALL_S, END_GUEST_S, START_GUEST_S, AgentClient
+from orchestrator.scenario_text import parse_scenario
+from protos.drover.v1 import orchestrator_pb2 as pb
+from protos.drover.v1 import types_pb2
+
+log = structlog.get_logger(__name__)
+
+_SILENT = frozenset({RefusalReason.AGENT_UNREACHABLE, RefusalReason.OUTCOME_UNKNOWN})
+_MOVED = frozenset({RefusalReason.NOT_FOUND, RefusalReason.GUEST_IS_MIGRATING, RefusalReason.GUEST_NOT_RUNNING})
+"""What an agent answers about a guest that is not, or not yet, its own to touch."""
+_LOOK_AGAIN_S = 0.5
+_WITH_WISH = frozenset({StopStep.END, StopStep.CANCEL, StopStep.WAIT})
+"""A guest that may run somewhere: whoever starts it next must see that it is not to run."""
+_OWNERS = 3
+"""Owners that are told of a wish, should the guest move meanwhile."""
+
+
+class Guests:
+    def __init__(self, tools: Tools, migrations: Migrations) -> None:
+        self._tools = tools
+        self._migrations = migrations
+
+    # --- look ---------------------------------------------------------------------------------------------------------
+
+    async def read(self, uuid: str) -> GuestRead:
+        return await read_guest(self._tools.ledger, uuid)
+
+    async def view(self, uuid: str) -> types_pb2.Guest:
+        return views.guest(await self.read(uuid), self._tools.fleet)
+
+    async def uuid_of(self, name: str, *, field: str = "name") -> str:
+        return await guest_uuid(self._tools.ledger, name, field=field)
+
+    async def get(self, name: str) -> types_pb2.Guest:
+        return await self.view(await self.uuid_of(name))
+
+    async def list(self, host: str) -> list[types_pb2.Guest]:
+        """By name; guests that are gone are left out."""
+        snapshot = await self._tools.inventory.snapshot()
+        if host and host not in snapshot.hosts:
+            raise not_found("host", host, field="host")
+        here = [each for each in snapshot.guests.values() if not host or each.record.owner.host == host]
+        found = await asyncio.gather(*(self._view_or_none(each.uuid) for each in here))
+        return sorted((each for each in found if each is not None), key=lambda each: (each.name, each.uuid))
+
+    async def _view_or_none(self, uuid: str) -> types_pb2.Guest | None:
+        read = await self.read(uuid)
+        return None if read.record.phase is Ownership.GONE else views.guest(read, self._tools.fleet)
+
+    # --- birth --------------------------------------------------------------------------------------------------------
+
+    async def create(self, request: pb.CreateGuestRequest, caller: Caller) -> types_pb2.Guest:
+        """The guest runs when this returns. A refusal of its agent has made the record GONE and the name free again."""
+        spec = _checked(request)
+        asked = Request.of(request.request_id, digest("CreateGuest", request))
+        if not request.validate_only and (earlier := await asked.earlier(self._tools)):
+            return await self._start(earlier.rpartition("/")[2], caller)
+        if await self._tools.store.read(paths.name(spec.name)) is not None:
+            raise DroverError(
+                RefusalReason.ALREADY_EXISTS, f"there is a guest {spec.name!r} already", field="spec.name"
+            )
+        if request.validate_only:
+            host, _ = await self._place(spec, request.host)
+            return types_pb2.Guest(name=spec.name, spec=wire.guest_spec_to_proto(spec), host=host.host, want_run=True)
+        return await self._start(await self._record(spec, request.host, asked, caller), caller)
+
+    async def _record(self, spec: GuestSpec, wanted: str, asked: Request, caller: Caller) -> str:
+        """Write the birth of a guest; its uuid, or that of an earlier call with the same request id."""
+        for _ in range(WRITE_TRIES):
+            born = str(uuid.uuid4())
+            async with self._tools.placing:
+                host, entry = await self._place(spec, wanted)
+                created = await asked.create(
+                    self._tools, f"guests/{born}", _birth(spec, born, host, entry, caller), caller
+                )
+            if created:
+                log.info("guest recorded", guest=spec.name, uuid=born, host=host.host, by=caller.by)
+                return created.rpartition("/")[2]
+            if earlier := await self._name_taken(spec, asked):
+                return earlier
+            await pause(caller)
+        raise contended()
+
+    async def _name_taken(self, spec: GuestSpec, asked: Request) -> str:
+        """Empty while the name is free; the guest's uuid when this very request took it just now. Else raises
+        ALREADY_EXISTS."""
+        if await self._tools.store.read(paths.name(spec.name)) is None:
+            return ""
+        if earlier := await asked.earlier(self._tools):
+            return earlier.rpartition("/")[2]
+        raise DroverError(RefusalReason.ALREADY_EXISTS, f"there is a guest {spec.name!r} already", field="spec.name")
+
+    async def _place(self, spec: GuestSpec, wanted: str) -> tuple[HostRef, HostEntry]:
+        """The host that has room, with the versions which must not have moved when the guest is recorded there."""
+        snapshot = await self._tools.inventory.snapshot()
+        need = Need(guest="", name=spec.name, source="", memory_mib=spec.memory_mib, machine=spec.machine)
+        choice: Choice = choose(snapshot.views(), need, wanted=wanted)
+        if choice.destination is None:
+            reason = choice.reason or RefusalReason.NO_CAPACITY
+            raise DroverError(reason, choice.message, field="host" if wanted else "")
+        return choice.destination, snapshot.hosts[choice.destination.host]
+
+    async def _start(self, uuid: str, caller: Caller) -> types_pb2.Guest:
+        """See to it that a recorded guest runs. May be repeated."""
+        read = await self.read(uuid)
+        decisions.need_alive(read.record)
+        if read.record.phase is Ownership.STARTING:
+            agent = await self._agent(read.record.owner.host)
+            try:
+                status = await agent.start_guest(uuid, caller.remaining_s(START_GUEST_S))
+            except DroverError as error:
+                raise _not_started(error, read.record) from error
+            log.info("guest started", guest=read.record.name, host=read.record.owner.host)
+            view = await self.view(uuid)
+            if view.run_state == types_pb2.RUN_STATE_UNKNOWN:  # its sample is still on its way
+                view.run_state = wire.run_state_to_proto(status.run_state)
+            return view
+        return await self.view(uuid)
+
+    async def _agent(self, host: str) -> AgentClient:
+        found = await self._tools.ledger.read(HostRecord, paths.host(host))
+        if found is None:
+            raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} has not registered an agent")
+        return self._tools.agents.at(found[0].control_address)
+
+    # --- the operator's wish ------------------------------------------------------------------------------------------
+
+    async def want_run(self, name: str, run: bool, caller: Caller) -> pb.ChangeRunStateResponse:
+        """Record the wish, then tell the owner's agent; the answer says how far it got."""
+        uuid = await self.uuid_of(name)
+        decisions.need_alive((await self.read(uuid)).record)
+        sequence = await self._wish(uuid, run, caller)
+        wish, told = await self._tell(uuid, sequence, caller)
+        guest = await self.view(uuid)
+        if told is not None:
+            guest.run_state = wire.run_state_to_proto(told)
+        return pb.ChangeRunStateResponse(guest=guest, wish=wish)
+
+    async def _wish(self, uuid: str, run: bool, caller: Caller) -> int:
+        """Write the wish if it does not stand there; its sequence number."""
+        path = paths.want_run(uuid)
+        for _ in range(WRITE_TRIES):
+            found = await self._tools.ledger.read(WantRun, path)
+            wanted = decisions.wish(found[0] if found else None, run, caller.by)
+            if wanted is None:
+                return found[0].sequence if found else 0
+            op = op_create(path, wanted) if found is None else op_set(path, wanted, found[1])
+            if isinstance(await write(self._tools, [op], caller), Done):
+                log.info("wish", uuid=uuid, run=run, sequence=wanted.sequence, by=caller.by)
+                return wanted.sequence
+            await pause(caller)
+        raise contended()
+
+    async def _tell(self, uuid: str, sequence: int, caller: Caller) -> tuple[pb.WishState.ValueType, RunState | None]:
+        """The owner applies or queues it. One that is silent, or is just losing the guest, follows by its watch."""
+        asked: set[HostRef] = set()
+        for _ in range(_OWNERS):
+            owner = (await self.read(uuid)).record.owner
+            if owner in asked:
+                break
+            asked.add(owner)
+            try:
+                agent = await self._agent(owner.host)
+                answer = await agent.apply_want_run(uuid, sequence, caller.remaining_s(CALL_S))
+            except DroverError as error:
+                log.info("wish is only recorded so far", uuid=uuid, host=owner.host, why=str(error))
+                continue
+            return (pb.WISH_STATE_APPLIED if answer.applied else pb.WISH_STATE_QUEUED), answer.run_state
+        return pb.WISH_STATE_RECORDED, None
+
+    # --- death --------------------------------------------------------------------------------------------------------
+
+    async def stop(self, name: str, caller: Caller) -> types_pb2.Guest:
+        """End the guest for good: wish it stopped, cancel its migration, wait until somebody owns it alone, end it.
+
+        Raises GUEST_IS_MIGRATING when that takes longer than the caller waits: the wish stands, repeat the call.
+        """
+        uuid = await self.uuid_of(name)
+        if decisions.stop_step((await self.read(uuid)).record) in _WITH_WISH:
+            await self._tell(uuid, await self._wish(uuid, False, caller), caller)
+        moved = asyncio.Event()
+        unwatch = self._tools.store.watch(paths.guest(uuid), lambda _node: moved.set())
+        try:
+            while True:
+                moved.clear()
+                read = await self.read(uuid)
+                step = decisions.stop_step(read.record)
+                if step is StopStep.ENDED:
+                    log.info("guest ended", guest=read.record.name, by=caller.by)
+                    return await self.view(uuid)
+                if await self._stop_once(step, read, caller):
+                    continue
+                if caller.out_of_time:
+                    raise _not_ended(read.record)
+                try:
+                    async with asyncio.timeout(caller.remaining_s(_LOOK_AGAIN_S)):
+                        await moved.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            unwatch()
+
+    async def _stop_once(self, step: StopStep, read: GuestRead, caller: Caller) -> bool:
+        """True: look at once; False: wait for a change."""
+        record = read.record
+        if step is StopStep.CANCEL:
+            try:
+                await self._migrations.ensure_cancelled(record.migration, caller)
+            except DroverError as error:
+                if error.reason not in (RefusalReason.ALREADY_COMMITTED, RefusalReason.ALREADY_ENDED):
+                    raise
+            return False
+        if step in (StopStep.END, StopStep.BURY):
+            try:
+                agent = await self._agent(record.owner.host)
+                await agent.end_guest(read.uuid, caller.remaining_s(END_GUEST_S))
+            except DroverError as error:
+                if step is StopStep.BURY and error.reason in _SILENT:
+                    return await self._bury(read, caller)
+                unknown = error.reason is RefusalReason.OUTCOME_UNKNOWN and not caller.out_of_time
+                if error.reason not in _MOVED and not unknown:
+                    raise
+                return False
+            return True
+        return False
+
+    async def _bury(self, read: GuestRead, caller: Caller) -> bool:
+        """A crashed guest runs nowhere, so its record and name need not wait for a host that may never come back."""
+        record, path = handover.gone(read.record, writer=f"api-{uuid.uuid4().hex}"), paths.name(read.record.name)
+        ops: list[Op] = [op_set(paths.guest(read.uuid), record, read.version)]
+        named = await self._tools.ledger.read(str, path)
+        if named is not None and named[0] == read.uuid:
+            ops.append(Delete(path, named[1]))
+        return isinstance(await write(self._tools, ops, caller), Done)
+
+    # --- chaos --------------------------------------------------------------------------------------------------------
+
+    async def inject_late_ack(self, request: pb.InjectLateAckRequest, caller: Caller) -> str:
+        """The scenario then in force for the device, as YAML."""
+        if not self._tools.chaos:
+            said = 'this cluster does not allow chaos: start it with "chaos" set to allow it'
+            raise DroverError(RefusalReason.CHAOS_DISABLED, said)
+        _check_injection(request)
+        read = await self.read(await self.uuid_of(request.guest, field="guest"))
+        decisions.need_alive(read.record)
+        device = next((each for each in read.spec.devices if each.name == request.device), None)
+        if device is None or device.shim is not ShimKind.COMPANION:
+            known = ", ".join(each.name for each in read.spec.devices if each.shim is ShimKind.COMPANION) or "none"
+            said = f"guest {read.record.name} has no companion device {request.device!r}; it has {known}"
+            raise DroverError(RefusalReason.NOT_FOUND, said, field="device")
+        agent = await self._agent(read.record.owner.host)
+        log.warning("chaos", guest=read.record.name, device=request.device, hook=request.at, times=request.times)
+        return await agent.inject_late_ack(
+            read.uuid, request.device, request.at, request.times or 1, request.bytes, caller.remaining_s(CALL_S)
+        )
+
+
+# --- pure parts -------------------------------------------------------------------------------------------------------
+
+
+def _checked(request: pb.CreateGuestRequest) -> GuestSpec:
+    """The specification. Raises INVALID_ARGUMENT with everything that is wrong with the request."""
+    bad: list[tuple[str, str]] = []
+    if said := decisions.request_id_error(request.request_id):
+        bad.append(("request_id", said))
+    if request.host and (said := name_error(request.host)):
+        bad.append(("host", said))
+    if not request.HasField("spec"):
+        raise invalid([*bad, ("spec", "is missing")])
+    try:
+        spec = wire.guest_spec_from_proto(request.spec)
+    except DroverError as error:
+        raise invalid([*bad, *error.violations]) from error
+    bad += [(f"spec.{field}", said) for field, said in guest_errors(spec)]
+    for index, device in enumerate(spec.devices):
+        try:
+            parse_scenario(device.scenario, f"spec.devices[{index}].scenario")
+        except DroverError as error:
+            bad += error.violations
+    if bad:
+        raise invalid(bad)
+    return spec
+
+
+def _birth(spec: GuestSpec, born: str, host: HostRef, entry: HostEntry, caller: Caller) -> list[Op]:
+    """Everything that a new guest is, in one transaction. The host's reservations are written as they are: their
+    version moves, so that two who saw the same free memory cannot both take it."""
+    promised = entry.input.reservations
+    path = paths.reservations(host.host)
+    taken = op_set(path, promised, entry.reservations_version)
+    if entry.reservations_version < 0:
+        taken = op_create(path, Reservations())
+    return [
+        op_create(paths.name(spec.name), born),
+        op_create(paths.guest(born), handover.birth(spec.name, host, writer=f"api-{born}")),
+        op_create(paths.guest_spec(born), spec),
+        op_create(paths.want_run(born), WantRun(by=caller.by)),
+        Check(paths.cordon(host.host), entry.cordon_version),
+        taken,
+    ]
+
+
+def _not_started(error: DroverError, record: GuestRecord) -> DroverError:
+    """What the agent said, or that nothing is known: then the guest may be running, or will be, or ends as GONE."""
+    if error.reason not in _SILENT:
+        return error
+    said = (
+        f"guest {record.name} is recorded on {record.owner.host}, whose agent did not say that it started "
+        f"({error.message}): repeat the request with the same request_id, or stop the guest"
+    )
+    return DroverError(error.reason, said, details={"host": record.owner.host})
+
+
+def _not_ended(record: GuestRecord) -> DroverError:
+    said = f"guest {record.name} is still {record.phase} on {record.owner.host}: its end is wished for, repeat the call"
+    return DroverError(RefusalReason.GUEST_IS_MIGRATING, said, details={"ownership": record.phase})
+
+
+def _check_injection(request: pb.InjectLateAckRequest) -> None:
+    bad: list[tuple[str, str]] = []
+    if said := name_error(request.guest):
+        bad.append(("guest", said))
+    if request.at not in HOOKS:
+        bad.append(("at", f"must be one of {', '.join(HOOKS)}, not {request.at!r}"))
+    if not 0 <= request.times <= MAX_TIMES:
+        bad.append(("times", f"must be between 1 and {MAX_TIMES}, not {request.times}"))
+    if not 0 <= request.bytes <= MAX_BYTES:
+        bad.append(("bytes", f"must be between 0 and {MAX_BYTES}, not {request.bytes}"))
+    if bad:
+        raise invalid(bad)

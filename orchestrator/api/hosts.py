@@ -1,0 +1,85 @@
+"""Hosts: look at them, make them ineligible, make them eligible again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import structlog
+
+from orchestrator.api import decisions, views
+from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, pause, write
+from orchestrator.api.reads import not_found
+from orchestrator.core.errors import invalid
+from orchestrator.core.guest import name_error
+from orchestrator.core.records import Cordon, EvacuationSpec, EvacuationState
+from orchestrator.ledger import paths
+from orchestrator.ledger.ledger import op_set
+from orchestrator.ledger.records import decode
+from orchestrator.ledger.store import Done, Op
+from protos.drover.v1 import types_pb2
+
+log = structlog.get_logger(__name__)
+
+MAX_REASON = 1_024
+
+
+class Hosts:
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    async def list(self) -> list[types_pb2.Host]:
+        return views.hosts(await self._tools.inventory.snapshot())
+
+    async def get(self, name: str) -> types_pb2.Host:
+        _check_name(name)
+        for host in await self.list():
+            if host.name == name:
+                return host
+        raise not_found("host", name)
+
+    async def cordon(self, name: str, why: str, caller: Caller) -> types_pb2.Host:
+        """New guests and migrations no longer go there: whoever places one checks the cordon's version."""
+        if len(why) > MAX_REASON:
+            raise invalid([("reason", f"at most {MAX_REASON} characters, not {len(why)}")])
+        await self._change(name, True, why, caller)
+        return await self.get(name)
+
+    async def uncordon(self, name: str, caller: Caller) -> types_pb2.Host:
+        """In the same transaction no evacuation says any more that the host may be powered off."""
+        await self._change(name, False, "", caller)
+        return await self.get(name)
+
+    async def _change(self, name: str, on: bool, why: str, caller: Caller) -> None:
+        _check_name(name)
+        path = paths.cordon(name)
+        for _ in range(WRITE_TRIES):
+            node = await self._tools.store.read(path)
+            if node is None:
+                raise not_found("host", name)
+            current = decode(Cordon, node.data, path=path) if node.data else Cordon()
+            wanted = decisions.cordon(current, on, why, caller.by)
+            if wanted is None:
+                return
+            ops: list[Op] = [op_set(path, wanted, node.version)]
+            if not on:
+                ops += await self._no_longer_safe(name)
+            if isinstance(await write(self._tools, ops, caller), Done):
+                log.info("cordon", host=name, on=on, why=why, by=caller.by)
+                return
+            await pause(caller)
+        raise contended()
+
+    async def _no_longer_safe(self, name: str) -> list[Op]:
+        ops: list[Op] = []
+        for job in await self._tools.ledger.list_evacuations():
+            spec = await self._tools.ledger.read(EvacuationSpec, paths.evacuation(job))
+            state = await self._tools.ledger.read(EvacuationState, paths.evacuation_state(job))
+            if spec is not None and state is not None and spec[0].host == name and state[0].safe_to_power_off:
+                unsafe = replace(state[0], safe_to_power_off=False)
+                ops.append(op_set(paths.evacuation_state(job), unsafe, state[1]))
+        return ops
+
+
+def _check_name(name: str) -> None:
+    if wrong := name_error(name):
+        raise invalid([("name", wrong)])

@@ -1,0 +1,254 @@
+"""Migrations: ask for one, look at it, cancel it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import structlog
+
+from orchestrator import wire
+from orchestrator.api import decisions, views
+from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
+from orchestrator.api.decisions import CancelStep
+from orchestrator.api.reads import GuestRead, MigrationRead, guest_uuid, read_guest, read_migration
+from orchestrator.api.requests import Request
+from orchestrator.core import handover
+from orchestrator.core.errors import AbortReason, DroverError, RefusalReason, invalid
+from orchestrator.core.guest import name_error
+from orchestrator.core.handover import GuestRecord
+from orchestrator.core.placement import Need, choose
+from orchestrator.core.policy import MigrationPolicy, policy_errors
+from orchestrator.core.records import Attempts, HostRecord, MigrationSpec, MigrationState
+from orchestrator.ledger import paths
+from orchestrator.ledger.ledger import op_create, op_set
+from orchestrator.ledger.store import Check, Done, Op, StoreUnavailable
+from protos.drover.v1 import orchestrator_pb2 as pb
+from protos.drover.v1 import types_pb2
+
+log = structlog.get_logger(__name__)
+
+MAX_LISTED = 1_000
+MAX_REMEMBERED = 10_000
+"""Migrations that are over and do not change any more, kept as they are listed."""
+_AT_ONCE = 32
+
+
+class Migrations:
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._over: OrderedDict[str, types_pb2.Migration] = OrderedDict()
+        self._nudges: set[asyncio.Task[None]] = set()
+
+    # --- look ---------------------------------------------------------------------------------------------------------
+
+    async def get(self, name: str) -> types_pb2.Migration:
+        """Also long after its end: the attempts' reports stay in the ledger."""
+        return views.migration(await self.read(name), self._tools.fleet)
+
+    async def read(self, name: str) -> MigrationRead:
+        return await read_migration(self._tools.ledger, name)
+
+    async def list(self, guest: str, *, active_only: bool) -> list[types_pb2.Migration]:
+        """Newest first, at most MAX_LISTED, without time lines."""
+        uuid_of = await guest_uuid(self._tools.ledger, guest, field="guest") if guest else ""
+        bound = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(name: str) -> types_pb2.Migration | None:
+            async with bound:
+                return await self._listed(name)
+
+        found = await asyncio.gather(*(one(name) for name in await self._tools.ledger.list_migrations()))
+        kept = [
+            each
+            for each in found
+            if each is not None
+            and (not uuid_of or each.guest_uuid == uuid_of)
+            and not (active_only and each.name in self._over)
+        ]
+        kept.sort(key=lambda each: (-each.create_time.ToNanoseconds(), each.name))
+        return kept[:MAX_LISTED]
+
+    async def _listed(self, name: str) -> types_pb2.Migration | None:
+        if name in self._over:
+            return self._over[name]
+        try:
+            read = await self.read(name)
+        except DroverError as error:
+            if error.reason is RefusalReason.NOT_FOUND:
+                return None
+            raise
+        shown = views.migration(read, self._tools.fleet, timelines=False)
+        if read.standing.state.phase.terminal:
+            self._over[name] = shown
+            while len(self._over) > MAX_REMEMBERED:
+                self._over.popitem(last=False)
+        return shown
+
+    def is_known_over(self, name: str) -> bool:
+        """Certainly over; False says nothing."""
+        return name in self._over
+
+    # --- ask ----------------------------------------------------------------------------------------------------------
+
+    async def create(self, request: pb.CreateMigrationRequest, caller: Caller) -> types_pb2.Migration:
+        _check(request)
+        asked = Request.of(request.request_id, digest("CreateMigration", request))
+        if not request.validate_only and (earlier := await asked.earlier(self._tools)):
+            return await self.get(earlier.rpartition("/")[2])
+        guest = await guest_uuid(self._tools.ledger, request.guest, field="guest")
+        for _ in range(WRITE_TRIES):
+            read = await read_guest(self._tools.ledger, guest)
+            decisions.need_movable(read.record)
+            spec = MigrationSpec(
+                id=uuid.uuid4().hex[:12],
+                guest=guest,
+                guest_name=read.record.name,
+                destination=request.destination,
+                policy=_policy(request, read),
+                requested_by=caller.by,
+                create_time_s=self._tools.wall_s(),
+            )
+            if request.validate_only:
+                return await self._validated(spec, read)
+            if request.destination:
+                await self._destination(read, request.destination)
+            created = await asked.create(self._tools, f"migrations/{spec.id}", await self._ops(spec, read), caller)
+            if created:
+                log.info("migration asked for", migration=spec.id, guest=read.record.name, by=caller.by)
+                return await self.get(created.rpartition("/")[2])
+            await pause(caller)
+        raise contended()
+
+    async def _ops(self, spec: MigrationSpec, read: GuestRead) -> list[Op]:
+        """What the coordinator expects to find of a migration, all at once; the guest as it was when it was judged."""
+        await self._tools.store.ensure(paths.migration_shard(spec.id))
+        return [
+            Check(paths.guest(spec.guest), read.version),
+            op_create(paths.migration(spec.id), spec),
+            op_create(paths.migration_state(spec.id), MigrationState()),
+            op_create(paths.attempts(spec.id), Attempts()),
+        ]
+
+    async def _destination(self, read: GuestRead, wanted: str) -> str:
+        """Where the guest would go now. Raises the refusal that stands against the wanted host, or against all."""
+        snapshot = await self._tools.inventory.snapshot()
+        record, spec = read.record, read.spec
+        need = Need(read.uuid, record.name, record.owner.host, spec.memory_mib, spec.machine)
+        choice = choose(snapshot.views(), need, wanted=wanted)
+        if choice.destination is None:
+            reason = choice.reason or RefusalReason.NO_CAPACITY
+            raise DroverError(reason, choice.message, field="destination" if wanted else "")
+        return choice.destination.host
+
+    async def _validated(self, spec: MigrationSpec, read: GuestRead) -> types_pb2.Migration:
+        return types_pb2.Migration(
+            guest=spec.guest_name,
+            guest_uuid=spec.guest,
+            source=read.record.owner.host,
+            destination=await self._destination(read, spec.destination),
+            policy=wire.policy_to_proto(spec.policy),
+        )
+
+    # --- cancel -------------------------------------------------------------------------------------------------------
+
+    async def cancel(self, name: str, caller: Caller) -> types_pb2.Migration:
+        """Returns once a write of ours, or of somebody before us, says that the migration will never commit (H6)."""
+        await self.ensure_cancelled(name, caller)
+        return await self.get(name)
+
+    async def ensure_cancelled(self, name: str, caller: Caller) -> None:
+        """Raises ALREADY_COMMITTED and ALREADY_ENDED."""
+        writer = f"api-{uuid.uuid4().hex}"
+        for _ in range(WRITE_TRIES):
+            read = await self.read(name)
+            step = decisions.cancel_step(name, read.standing)
+            if step is CancelStep.NOTHING:
+                return
+            result = await write(self._tools, self._cancel_ops(step, read, writer), caller)
+            if isinstance(result, Done):
+                log.info("cancelled", migration=name, guest=read.spec.guest_name, step=step, by=caller.by)
+                if step is CancelStep.ABORT and read.standing.record is not None:
+                    self._nudge(read.spec.guest, read.standing.record)
+                return
+            if result is not None:
+                await pause(caller)
+        raise contended()
+
+    def _cancel_ops(self, step: CancelStep, read: MigrationRead, writer: str) -> list[Op]:
+        spec, standing = read.spec, read.standing
+        record_path, state_path = paths.guest(spec.guest), paths.migration_state(spec.id)
+        over = decisions.cancelled_state(standing.state, wall_s=self._tools.wall_s())
+        if step is CancelStep.SETTLE or standing.record is None:
+            return [op_set(state_path, over, standing.state_version)]
+        if step is CancelStep.ABORT:
+            attempt = standing.record.attempt
+            aborted = handover.abort(standing.record, spec.id, attempt, AbortReason.CANCELLED, writer=writer)
+            return [op_set(record_path, aborted, standing.record_version)]
+        if step is CancelStep.CLOSE:
+            closed = handover.close(standing.record, spec.id, writer=writer)
+            return [
+                op_set(record_path, closed, standing.record_version),
+                op_set(state_path, over, standing.state_version),
+            ]
+        wished = decisions.cancel_wished(standing.state)
+        return [Check(record_path, standing.record_version), op_set(state_path, wished, standing.state_version)]
+
+    def _nudge(self, guest: str, record: GuestRecord) -> None:
+        """Both agents watch the record; this only saves them the delay of the watch."""
+        for host in (record.owner, record.destination):
+            if host is not None:
+                task = asyncio.create_task(self._nudge_one(guest, host.host))
+                self._nudges.add(task)
+                task.add_done_callback(self._nudges.discard)
+
+    async def _nudge_one(self, guest: str, host: str) -> None:
+        with contextlib.suppress(DroverError, StoreUnavailable):
+            found = await self._tools.ledger.read(HostRecord, paths.host(host))
+            if found is not None:
+                await self._tools.agents.at(found[0].control_address).nudge(guest)
+
+
+def _check(request: pb.CreateMigrationRequest) -> None:
+    """Everything that is wrong with the request by itself."""
+    bad: list[tuple[str, str]] = []
+    if said := decisions.request_id_error(request.request_id):
+        bad.append(("request_id", said))
+    if said := name_error(request.guest):
+        bad.append(("guest", said))
+    if request.destination and (said := name_error(request.destination)):
+        bad.append(("destination", said))
+    bad += policy_violations(request.policy)
+    if bad:
+        raise invalid(bad)
+
+
+_RELATED = {"backoff_initial_ms": "backoff_max_ms", "gate_wait_ms": "switchover_timeout_ms"}
+"""Fields whose bounds are other fields."""
+
+
+def policy_violations(
+    message: types_pb2.MigrationPolicy, bases: Sequence[MigrationPolicy] | None = None
+) -> list[tuple[str, str]]:
+    """What is wrong with a policy laid over each of `bases`, in the fields that the message sets; with what is wrong
+    whatever it is laid over when there are none."""
+    try:
+        given = wire.overrides_from_proto(message)
+        merged = [wire.policy_from_proto(message, base) for base in bases or [MigrationPolicy()]]
+    except DroverError as error:
+        return list(error.violations)
+    bad = [(field, said) for policy in merged for field, said in policy_errors(policy)]
+    if bases is None:
+        bad = [(field, said) for field, said in bad if field not in _RELATED]
+    ours = [(f"policy.{field}", said) for field, said in bad if field in given or _RELATED.get(field) in given]
+    return list(dict.fromkeys(ours))
+
+
+def _policy(request: pb.CreateMigrationRequest, read: GuestRead) -> MigrationPolicy:
+    """The guest's own with what the request sets. Raises INVALID_ARGUMENT when the two do not go together."""
+    if bad := policy_violations(request.policy, [read.spec.policy]):
+        raise invalid(bad)
+    return wire.policy_from_proto(request.policy, read.spec.policy)

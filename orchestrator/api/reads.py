@@ -1,0 +1,120 @@
+"""What is read of one resource before anything is said or done about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from orchestrator.api.decisions import Standing, is_id
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.guest import name_error
+from orchestrator.core.handover import GuestRecord
+from orchestrator.core.records import (
+    Attempts,
+    Cordon,
+    EvacuationSpec,
+    EvacuationState,
+    GuestSpec,
+    MigrationSpec,
+    MigrationState,
+    WantRun,
+)
+from orchestrator.ledger import paths
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.records import BadRecord
+
+T = TypeVar("T")
+
+_TRIES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class GuestRead:
+    uuid: str
+    record: GuestRecord
+    version: int
+    mzxid: int
+    spec: GuestSpec
+    want_run: WantRun | None
+    want_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationRead:
+    spec: MigrationSpec
+    standing: Standing
+
+
+@dataclass(frozen=True, slots=True)
+class EvacuationRead:
+    spec: EvacuationSpec
+    state: EvacuationState
+    version: int
+    cordon: Cordon | None
+    """Of its host, as it is now."""
+
+
+def not_found(kind: str, name: str, *, field: str = "name") -> DroverError:
+    return DroverError(RefusalReason.NOT_FOUND, f"there is no {kind} {name!r}", field=field)
+
+
+async def guest_uuid(ledger: Ledger, name: str, *, field: str = "name") -> str:
+    """Of the guest's present life. A uuid is taken as well, so that a life that is over can be looked at.
+
+    Raises INVALID_ARGUMENT for what can be no name, NOT_FOUND.
+    """
+    if wrong := name_error(name):
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, wrong, field=field)
+    found = await ledger.read(str, paths.name(name))
+    if found is not None:
+        return found[0]
+    if is_id(name) and await ledger.store.read(paths.guest(name)) is not None:
+        return name
+    raise not_found("guest", name, field=field)
+
+
+async def read_guest(ledger: Ledger, uuid: str) -> GuestRead:
+    """Raises NOT_FOUND."""
+    found = await ledger.read_guest(uuid)
+    spec = await ledger.read(GuestSpec, paths.guest_spec(uuid))
+    if found is None or spec is None:
+        raise not_found("guest", uuid)
+    want = await ledger.read(WantRun, paths.want_run(uuid))
+    record, version, mzxid = found
+    return GuestRead(uuid, record, version, mzxid, spec[0], want[0] if want else None, want[1] if want else -1)
+
+
+async def read_migration(ledger: Ledger, migration: str) -> MigrationRead:
+    """Raises NOT_FOUND.
+
+    State, record, state again: when the state did not move, the record belongs to it. Whatever opens or settles an
+    attempt moves both, so a half of such a write is never seen.
+    """
+    spec = await ledger.read(MigrationSpec, paths.migration(migration)) if is_id(migration) else None
+    if spec is None:
+        raise not_found("migration", migration)
+    path = paths.migration_state(migration)
+    before = await ledger.read(MigrationState, path)
+    for _ in range(_TRIES):
+        found = await ledger.read_guest(spec[0].guest)
+        attempts = await ledger.read(Attempts, paths.attempts(migration))
+        after = await ledger.read(MigrationState, path)
+        if before is None or after is None:
+            raise BadRecord(f"{path}: missing")
+        if before[1] == after[1]:
+            record, version, mzxid = found or (None, -1, 0)
+            reports = attempts[0].reports if attempts else ()
+            return MigrationRead(spec[0], Standing(record, version, mzxid, *after, reports))
+        before = after
+    raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"migration {migration} keeps moving: look again")
+
+
+async def read_evacuation(ledger: Ledger, job: str) -> EvacuationRead:
+    """Raises NOT_FOUND."""
+    spec = await ledger.read(EvacuationSpec, paths.evacuation(job)) if is_id(job) else None
+    state = await ledger.read(EvacuationState, paths.evacuation_state(job)) if spec else None
+    if spec is None or state is None:
+        raise not_found("evacuation", job)
+    cordon = await ledger.store.read(paths.cordon(spec[0].host))
+    known = await ledger.read(Cordon, paths.cordon(spec[0].host)) if cordon is not None and cordon.data else None
+    return EvacuationRead(spec[0], *state, known[0] if known else None)

@@ -1,0 +1,102 @@
+"""One API process: its parts, its server, its health."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from orchestrator.api.calls import Tools
+from orchestrator.api.config import ApiConfig
+from orchestrator.api.fleet import Fleet
+from orchestrator.api.requests import sweep_for_ever
+from orchestrator.api.servicer import OrchestratorServicer, translate
+from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
+from orchestrator.rpc.agent_client import AgentClients
+from orchestrator.rpc.channels import aio_server, listen
+from orchestrator.rpc.errors import Errors
+from protos.drover.v1 import orchestrator_pb2
+from protos.drover.v1.orchestrator_pb2_grpc import add_OrchestratorServiceServicer_to_server
+
+log = structlog.get_logger(__name__)
+
+SERVICE: str = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
+RETRY_S = 0.5
+GRACE_S = 1.0
+
+
+class ApiServer:
+    """`start`, then `stop`. Serves at once; while ZooKeeper is away calls say so and health is NOT_SERVING."""
+
+    def __init__(self, config: ApiConfig, store: Store) -> None:
+        self._config = config
+        self._store = store
+        agents = AgentClients()
+        self.tools = Tools(
+            store=store,
+            agents=agents,
+            fleet=Fleet(store, agents),
+            inventory=Inventory(store),
+            ledger=Ledger(store),
+            chaos=config.chaos,
+        )
+        self._health = health_aio.HealthServicer()
+        self._server = aio_server([Errors(require_deadline=True, translate=translate)])
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.ports: list[int] = []
+        """Where it listens, in the order of `listen`; 0 for a unix socket."""
+
+    async def start(self) -> None:
+        """Raises DroverError when an address cannot be used."""
+        await self._tell_health(False)
+        add_OrchestratorServiceServicer_to_server(OrchestratorServicer(self.tools), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.ports = [listen(self._server, address) for address in self._config.listen]
+        await self._server.start()
+        self._store.on_session(lambda state: self._spawn(self._tell_health(state is SessionState.CONNECTED)))
+        self._spawn(self._connect())
+
+    async def _connect(self) -> None:
+        while True:
+            try:
+                await self._store.start()
+                await self.tools.ledger.init_tree()
+                break
+            except StoreUnavailable as error:
+                log.warning("ledger is not reachable, trying again", error=str(error))
+                await asyncio.sleep(RETRY_S)
+        self.tools.fleet.start()
+        self._spawn(sweep_for_ever(self.tools))
+        await self._tell_health(self._store.session is SessionState.CONNECTED)
+        log.info("serving", at=self._config.listen)
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("task failed", exc_info=task.exception())
+
+    async def _tell_health(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    async def stop(self) -> None:
+        """Let calls under way end, within GRACE_S; then everything else."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(GRACE_S)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.tools.fleet.close()
+        await self.tools.agents.close()
+        await self._store.close()

@@ -1,0 +1,167 @@
+"""OrchestratorService on the wire: takes a call apart, passes it on, answers. Refusals are DroverErrors that
+`orchestrator.rpc.errors.Errors` turns into statuses."""
+
+# Handlers are named as the .proto names the calls.
+# ruff: noqa: N802
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
+from typing import Any
+
+from orchestrator.api.calls import Caller, Tools
+from orchestrator.api.evacuations import Evacuations
+from orchestrator.api.guests import Guests
+from orchestrator.api.hosts import Hosts
+from orchestrator.api.migrations import Migrations
+from orchestrator.api.sources import EvacuationSource, GuestSource, MigrationSource
+from orchestrator.api.watching import Hints, Source, Stream
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.ledger.records import BadRecord
+from orchestrator.ledger.store import StoreUnavailable
+from orchestrator.telemetry import about
+from protos.drover.v1 import orchestrator_pb2 as pb
+from protos.drover.v1 import types_pb2
+from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceServicer
+
+MARGIN_S = 0.2
+"""Kept back from the caller's time, so that "outcome unknown" is said before the call is cut off."""
+MAX_WATCHED = 1_000
+
+
+def translate(error: Exception) -> DroverError | None:
+    """For `rpc.errors.Errors`: what a handler lets through."""
+    if isinstance(error, StoreUnavailable):
+        return DroverError(RefusalReason.LEDGER_UNREACHABLE, f"ZooKeeper does not answer the API: {error}")
+    if isinstance(error, BadRecord):
+        return DroverError(RefusalReason.INTERNAL, f"the ledger holds what this version cannot read: {error}")
+    return None
+
+
+def _caller(context: Any) -> Caller:
+    now = asyncio.get_running_loop().time()
+    return Caller(by=str(context.peer()), deadline_s=now + max(0.0, float(context.time_remaining()) - MARGIN_S))
+
+
+class OrchestratorServicer(OrchestratorServiceServicer):
+    """Holds nothing that the ledger does not have, apart from what can be read again at any time."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._hints = Hints(tools.store)
+        self._hosts = Hosts(tools)
+        self._migrations = Migrations(tools)
+        self._guests = Guests(tools, self._migrations)
+        self._evacuations = Evacuations(tools)
+        self._guest_source = GuestSource(tools)
+        self._migration_source = MigrationSource(tools)
+        self._evacuation_source = EvacuationSource(tools)
+
+    # --- hosts --------------------------------------------------------------------------------------------------------
+
+    async def GetHost(self, request: pb.GetHostRequest, context: Any) -> types_pb2.Host:
+        return await self._hosts.get(request.name)
+
+    async def ListHosts(self, request: pb.ListHostsRequest, context: Any) -> pb.ListHostsResponse:
+        return pb.ListHostsResponse(hosts=await self._hosts.list())
+
+    async def CordonHost(self, request: pb.CordonHostRequest, context: Any) -> types_pb2.Host:
+        return await self._hosts.cordon(request.name, request.reason, _caller(context))
+
+    async def UncordonHost(self, request: pb.UncordonHostRequest, context: Any) -> types_pb2.Host:
+        return await self._hosts.uncordon(request.name, _caller(context))
+
+    # --- guests -------------------------------------------------------------------------------------------------------
+
+    async def CreateGuest(self, request: pb.CreateGuestRequest, context: Any) -> types_pb2.Guest:
+        with about(guest=request.spec.name):
+            return await self._guests.create(request, _caller(context))
+
+    async def GetGuest(self, request: pb.GetGuestRequest, context: Any) -> types_pb2.Guest:
+        return await self._guests.get(request.name)
+
+    async def ListGuests(self, request: pb.ListGuestsRequest, context: Any) -> pb.ListGuestsResponse:
+        return pb.ListGuestsResponse(guests=await self._guests.list(request.host))
+
+    async def PauseGuest(self, request: pb.PauseGuestRequest, context: Any) -> pb.ChangeRunStateResponse:
+        with about(guest=request.name):
+            return await self._guests.want_run(request.name, False, _caller(context))
+
+    async def ResumeGuest(self, request: pb.ResumeGuestRequest, context: Any) -> pb.ChangeRunStateResponse:
+        with about(guest=request.name):
+            return await self._guests.want_run(request.name, True, _caller(context))
+
+    async def StopGuest(self, request: pb.StopGuestRequest, context: Any) -> types_pb2.Guest:
+        with about(guest=request.name):
+            return await self._guests.stop(request.name, _caller(context))
+
+    async def WatchGuests(self, request: pb.WatchGuestsRequest, context: Any) -> AsyncIterator[pb.WatchGuestsResponse]:
+        uuids = [await self._guests.uuid_of(name, field="names") for name in _few(request.names)]
+        async with aclosing(self._watch(self._guest_source, uuids)) as guests:
+            async for guest in guests:
+                yield pb.WatchGuestsResponse(guest=guest)
+
+    # --- migrations ---------------------------------------------------------------------------------------------------
+
+    async def CreateMigration(self, request: pb.CreateMigrationRequest, context: Any) -> types_pb2.Migration:
+        with about(guest=request.guest):
+            return await self._migrations.create(request, _caller(context))
+
+    async def GetMigration(self, request: pb.GetMigrationRequest, context: Any) -> types_pb2.Migration:
+        return await self._migrations.get(request.name)
+
+    async def ListMigrations(self, request: pb.ListMigrationsRequest, context: Any) -> pb.ListMigrationsResponse:
+        found = await self._migrations.list(request.guest, active_only=request.active_only)
+        return pb.ListMigrationsResponse(migrations=found)
+
+    async def CancelMigration(self, request: pb.CancelMigrationRequest, context: Any) -> types_pb2.Migration:
+        with about(migration=request.name):
+            return await self._migrations.cancel(request.name, _caller(context))
+
+    async def WatchMigrations(
+        self, request: pb.WatchMigrationsRequest, context: Any
+    ) -> AsyncIterator[pb.WatchMigrationsResponse]:
+        async with aclosing(self._watch(self._migration_source, _few(request.names))) as migrations:
+            async for migration in migrations:
+                yield pb.WatchMigrationsResponse(migration=migration)
+
+    # --- evacuations --------------------------------------------------------------------------------------------------
+
+    async def CreateEvacuation(self, request: pb.CreateEvacuationRequest, context: Any) -> pb.CreateEvacuationResponse:
+        return await self._evacuations.create(request, _caller(context))
+
+    async def GetEvacuation(self, request: pb.GetEvacuationRequest, context: Any) -> types_pb2.Evacuation:
+        return await self._evacuations.get(request.name)
+
+    async def ListEvacuations(self, request: pb.ListEvacuationsRequest, context: Any) -> pb.ListEvacuationsResponse:
+        return pb.ListEvacuationsResponse(evacuations=await self._evacuations.list())
+
+    async def CancelEvacuation(self, request: pb.CancelEvacuationRequest, context: Any) -> types_pb2.Evacuation:
+        return await self._evacuations.cancel(request.name, _caller(context))
+
+    async def WatchEvacuations(
+        self, request: pb.WatchEvacuationsRequest, context: Any
+    ) -> AsyncIterator[pb.WatchEvacuationsResponse]:
+        async with aclosing(self._watch(self._evacuation_source, _few(request.names))) as evacuations:
+            async for evacuation in evacuations:
+                yield pb.WatchEvacuationsResponse(evacuation=evacuation)
+
+    # --- chaos --------------------------------------------------------------------------------------------------------
+
+    async def InjectLateAck(self, request: pb.InjectLateAckRequest, context: Any) -> pb.InjectLateAckResponse:
+        with about(guest=request.guest):
+            scenario = await self._guests.inject_late_ack(request, _caller(context))
+        return pb.InjectLateAckResponse(scenario=scenario)
+
+    def _watch(self, source: Source[Any, Any], names: Iterable[str]) -> Any:
+        return Stream(source, self._hints, self._tools.fleet, names).run()
+
+
+def _few(names: Iterable[str]) -> list[str]:
+    found = list(names)
+    if len(found) > MAX_WATCHED:
+        said = f"at most {MAX_WATCHED} names, not {len(found)}: leave them out to watch all"
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="names")
+    return found

@@ -1,0 +1,158 @@
+"""Resources as the API shows them: what was read, with what the agents say added. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from orchestrator import wire
+from orchestrator.api.decisions import (
+    cancel_is_wished,
+    is_safe_to_power_off,
+    migration_phase,
+    present_migration,
+    run_state,
+)
+from orchestrator.api.fleet import Fleet
+from orchestrator.api.reads import EvacuationRead, GuestRead, MigrationRead
+from orchestrator.core.agent import AttemptStatus
+from orchestrator.core.handover import Ownership
+from orchestrator.core.placement import GuestInput, HostView, PlannedGuest
+from orchestrator.core.records import AttemptReport, EvacuationGuest, HostRecord, MigrationPhase
+from orchestrator.ledger.inventory import Snapshot
+from protos.drover.v1 import orchestrator_pb2 as pb
+from protos.drover.v1 import types_pb2
+
+
+def host(record: HostRecord, view: HostView, guests: int) -> types_pb2.Host:
+    return types_pb2.Host(
+        name=record.name,
+        state=types_pb2.HOST_STATE_LIVE if view.live else types_pb2.HOST_STATE_SILENT,
+        boot_id=record.boot_id,
+        control_address=record.control_address,
+        peer_address=record.peer_address,
+        memory_mib=record.memory_mib,
+        memory_used_mib=view.used_mib,
+        memory_reserved_mib=view.reserved_mib,
+        bandwidth_mbps=record.bandwidth_mbps,
+        guests=guests,
+        cordoned=view.cordoned,
+        cordon_reason=view.cordon_reason,
+        engine=record.engine,
+        machine_types=record.machine_types,
+        accelerator=record.accelerator,
+        switchover_ack=record.switchover_ack,
+    )
+
+
+def hosts(snapshot: Snapshot) -> list[types_pb2.Host]:
+    """By name."""
+    views = {view.ref.host: view for view in snapshot.views()}
+    count: dict[str, int] = {}
+    for guest in snapshot.guests.values():
+        if guest.record.phase is not Ownership.CRASHED:
+            count[guest.record.owner.host] = count.get(guest.record.owner.host, 0) + 1
+    return [host(snapshot.hosts[name].input.record, views[name], count.get(name, 0)) for name in sorted(snapshot.hosts)]
+
+
+def guest(read: GuestRead, fleet: Fleet) -> types_pb2.Guest:
+    record = read.record
+    told = fleet.guest(record.owner.host, read.uuid)
+    return types_pb2.Guest(
+        name=record.name,
+        uuid=read.uuid,
+        spec=wire.guest_spec_to_proto(read.spec),
+        host=record.owner.host,
+        ownership=wire.ownership_to_proto(record.phase),
+        run_state=wire.run_state_to_proto(run_state(record, told)),
+        want_run=read.want_run is None or read.want_run.run,
+        migration=present_migration(record),
+        message=f"crashed on {record.owner.host}" if record.phase is Ownership.CRASHED else "",
+    )
+
+
+def _sample(migration: str, attempt: int, hosts: Sequence[str], fleet: Fleet) -> AttemptStatus | None:
+    found = (fleet.attempt(name, migration, attempt) for name in hosts if name)
+    return next((status for status in found if status is not None), None)
+
+
+def migration(read: MigrationRead, fleet: Fleet, *, timelines: bool = True) -> types_pb2.Migration:
+    """`timelines` False leaves out what only `explain` needs."""
+    spec, standing = read.spec, read.standing
+    state, record = standing.state, standing.record
+    over = state.phase.terminal
+    sample = None if over else _sample(spec.id, state.attempt, (state.source, state.destination), fleet)
+    source = state.source or (record.owner.host if record is not None and not over else "")
+    return types_pb2.Migration(
+        name=spec.id,
+        guest=spec.guest_name,
+        guest_uuid=spec.guest,
+        source=source,
+        destination=state.destination or spec.destination,
+        phase=wire.phase_to_proto(migration_phase(spec.id, standing, sample.phase if sample else None)),
+        attempt=state.attempt,
+        progress=wire.progress_to_proto(sample.progress) if sample is not None and sample.progress else None,
+        attempts=[wire.report_to_proto(report if timelines else _short(report)) for report in standing.reports],
+        failure=state.failure or "",
+        message=state.message,
+        cancel_requested=cancel_is_wished(spec.id, standing),
+        policy=wire.policy_to_proto(spec.policy),
+        evacuation=spec.evacuation,
+        create_time=wire.timestamp(spec.create_time_s),
+        end_time=wire.timestamp(state.end_time_s),
+    )
+
+
+def _short(report: AttemptReport) -> AttemptReport:
+    return replace(report, timeline=())
+
+
+def evacuation(read: EvacuationRead, fleet: Fleet) -> types_pb2.Evacuation:
+    spec, state = read.spec, read.state
+    return types_pb2.Evacuation(
+        name=spec.id,
+        host=spec.host,
+        phase=wire.evacuation_phase_to_proto(state.phase),
+        guests=[_evacuation_guest(one, spec.host, fleet) for one in state.guests],
+        max_concurrent=spec.max_concurrent,
+        policy=wire.policy_patch(spec.policy),
+        safe_to_power_off=is_safe_to_power_off(state, read.cordon),
+        failure=state.failure or "",
+        message=state.message,
+        cancel_requested=state.cancel_requested,
+        create_time=wire.timestamp(spec.create_time_s),
+        end_time=wire.timestamp(state.end_time_s),
+    )
+
+
+def _evacuation_guest(one: EvacuationGuest, source: str, fleet: Fleet) -> types_pb2.EvacuationGuest:
+    waiting = not one.migration or one.phase.terminal or one.phase is MigrationPhase.RETRY_WAIT
+    sample = None if waiting else _sample(one.migration, one.attempts, (source, one.destination), fleet)
+    phase = sample.phase if sample is not None and sample.phase is not None else one.phase
+    return types_pb2.EvacuationGuest(
+        guest=one.name,
+        guest_uuid=one.guest,
+        memory_mib=one.memory_mib,
+        migration=one.migration,
+        phase=wire.phase_to_proto(phase) if one.migration else types_pb2.MIGRATION_PHASE_UNSPECIFIED,
+        destination=one.destination,
+        failure=one.failure or "",
+        message=one.message,
+        attempts=one.attempts,
+        progress=wire.progress_to_proto(sample.progress) if sample is not None and sample.progress else None,
+    )
+
+
+def verdict(known: GuestInput, planned: PlannedGuest | None) -> pb.PlacementVerdict:
+    """One line of a plan; `planned` is None for a guest that is on its way already."""
+    record = known.record
+    line = pb.PlacementVerdict(guest=record.name, memory_mib=known.spec.memory_mib)
+    if planned is None:
+        line.destination = record.destination.host if record.destination else ""
+        line.message = f"in migration {present_migration(record)} already"
+    elif planned.choice.destination is not None:
+        line.destination = planned.choice.destination.host
+    else:
+        line.reason = planned.choice.reason or ""
+        line.message = planned.choice.message
+    return line
