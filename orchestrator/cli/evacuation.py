@@ -115,7 +115,7 @@ def _say_created(printer: Printer, made: CreateEvacuationResponse) -> None:
     for verdict in made.verdicts:
         if verdict.reason:
             note(f"{verdict.guest} can go nowhere now: {verdict.reason}: {verdict.message}")
-    note(f"`drover evacuation watch {job.name[: units.SHORTEST_ID]}` follows it")
+    note(f"`drover evacuation watch {job.name}` follows it")
 
 
 @click.group()
@@ -284,10 +284,9 @@ def _watch(client: OrchestratorClient, printer: Printer, name: str) -> None:
         return board.phase in watching.TERMINAL
 
     def interrupted() -> str:
-        short = name[: units.SHORTEST_ID]
         return (
-            f"the evacuation goes on; `drover evacuation cancel {short}` cancels it, "
-            f"`drover evacuation watch {short}` looks again"
+            f"the evacuation goes on; `drover evacuation cancel {name}` cancels it, "
+            f"`drover evacuation watch {name}` looks again"
         )
 
     watching.follow(

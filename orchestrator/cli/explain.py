@@ -126,7 +126,7 @@ def _columns() -> list[Column[Moment]]:
         Column("ms", lambda moment: f"{'~' if moment.placed else ''}{moment.at_ms:.1f}", right=True),
         Column("WHERE", lambda moment: moment.where),
         Column("PHASE", lambda moment: (moment.phase, STYLES.get(moment.phase, "cyan"))),
-        Column("EVENT", lambda moment: moment.text, elastic=True),
+        Column("EVENT", lambda moment: moment.text, elastic=True, wraps=True),
     ]
 
 
@@ -136,7 +136,8 @@ def _after(report: AttemptReport, story: Story) -> list[str]:
         lines.append(report.message)
     if report.blackout_ms:
         parts = " + ".join(f"{part.name} {units.milliseconds(part.ms)}" for part in story.stops)
-        stood = f"the guest stood still for {units.milliseconds(report.blackout_ms)}"
+        most = "at most " if report.outcome == "COMMITTED" else ""  # its end is known by word from the destination
+        stood = f"the guest stood still for {most}{units.milliseconds(report.blackout_ms)}"
         lines.append(f"{stood}: {parts}" if parts else stood)
     asked, acked = len(report.requests), len(report.acks)
     lines.append(

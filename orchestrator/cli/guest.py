@@ -139,7 +139,6 @@ def _columns(short: dict[str, str]) -> list[Column[Guest]]:
         Column("vCPUS", lambda each: str(each.spec.vcpus), right=True, rank=4),
         Column("DEVICES", lambda each: ",".join(device.name for device in each.spec.devices), rank=2, optional=True),
         Column("MIGRATION", lambda each: short.get(each.migration, ""), rank=1, optional=True),
-        Column("UUID", lambda each: each.uuid, rank=6),
         Column("LABELS", labels, rank=5, optional=True, elastic=True),
         Column("MESSAGE", lambda each: each.message, rank=3, optional=True, elastic=True),
     ]

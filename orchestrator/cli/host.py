@@ -30,7 +30,8 @@ def _state(each: Host) -> Cell:
 
 
 def _cordoned(each: Host) -> Cell:
-    return ("yes", "yellow") if each.cordoned else "no"
+    reason = f": {each.cordon_reason}" if each.cordon_reason else ""
+    return (f"yes{reason}", "yellow") if each.cordoned else "no"
 
 
 def _free_mib(each: Host) -> int:
@@ -45,14 +46,13 @@ def _columns() -> list[Column[Host]]:
     return [
         Column("HOST", lambda each: each.name),
         Column("STATE", _state),
-        Column("CORDONED", _cordoned),
         Column("GUESTS", lambda each: str(each.guests), right=True),
         Column("FREE MiB", lambda each: str(_free_mib(each)), right=True),
         Column("OF MiB", lambda each: str(each.memory_mib), right=True, rank=1),
         Column("PROMISED", lambda each: str(each.memory_reserved_mib), right=True, rank=2),
         Column("Mbit/s", lambda each: str(each.bandwidth_mbps), right=True, rank=3),
         Column("ENGINE", _engine, rank=4, elastic=True),
-        Column("REASON", lambda each: each.cordon_reason, elastic=True, optional=True, rank=5),
+        Column("CORDONED", _cordoned, elastic=True, least=20),
     ]
 
 
@@ -68,7 +68,7 @@ def _show(printer: Printer, each: Host) -> None:
             [
                 ("host", each.name),
                 ("state", _state(each)),
-                ("cordoned", f"yes: {each.cordon_reason}" if each.cordoned and each.cordon_reason else _cordoned(each)),
+                ("cordoned", _cordoned(each)),
                 ("guests", str(each.guests)),
                 ("memory", f"{each.memory_used_mib} of {each.memory_mib} MiB used{promised}, {_free_mib(each)} free"),
                 ("bandwidth", units.rate(each.bandwidth_mbps)),

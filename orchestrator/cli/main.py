@@ -77,14 +77,21 @@ def run(arguments: Sequence[str]) -> int:
     except LocalClusterError as error:
         return _complain(CliError(Exit.FAILED, str(error)))
     except click.ClickException as error:
-        error.show()
-        return Exit.USAGE
+        return _complain(_usage(error))
     except (click.Abort, KeyboardInterrupt):
         sys.stderr.write("\n")
         return Exit.INTERRUPTED
     except BrokenPipeError:
         return _pipe_closed()
     return code if isinstance(code, int) else Exit.OK
+
+
+def _usage(error: click.ClickException) -> CliError:
+    """What is wrong with the command line, and where to read on."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    message = error.format_message()
+    hint = f"`{context.command_path} --help` tells more" if context else ""
+    return CliError(Exit.USAGE, f"{message[:1].lower()}{message[1:]}".rstrip("."), hint=hint)
 
 
 def _complain(error: CliError) -> int:

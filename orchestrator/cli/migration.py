@@ -102,8 +102,7 @@ def migrate(
             printer.document(wire.to_json(made))
         else:
             printer.show(f"migration {made.name} of {made.guest}: {phase_of(made)}")
-            short = made.name[: units.SHORTEST_ID]
-            note(f"`drover migration watch {short}` follows it, `drover explain {short}` tells all of it")
+            note(f"`drover migration watch {made.name}` follows it")
 
 
 @click.group()
@@ -135,7 +134,7 @@ def _columns(short: dict[str, str], now_s: float) -> list[Column[Migration]]:
         Column("TRY", lambda each: str(each.attempt or ""), right=True),
         Column("BEGAN", lambda each: units.clock(wall_s(each.create_time), now_s), rank=2),
         Column("TOOK", _took, right=True, rank=1),
-        Column("LAST REASON", _reason, elastic=True, optional=True),
+        Column("LAST REASON", _reason, elastic=True, least=20, optional=True),
     ]
 
 
@@ -180,7 +179,7 @@ def show_migration(printer: Printer, each: Migration) -> None:
     printer.show(pairs(_facts(each)))
     if each.attempts:
         printer.show("", table(_attempt_columns(), list(each.attempts), printer.width))
-    note(f"`drover explain {each.name[: units.SHORTEST_ID]}` shows the time line")
+    note(f"`drover explain {each.name}` shows the time line")
 
 
 def _facts(each: Migration) -> Iterable[tuple[str, Cell]]:
@@ -277,9 +276,12 @@ def _watch(client: OrchestratorClient, printer: Printer, names: list[str]) -> No
         going = [name for name in (names or board.lines) if name not in ends]
         if not going:
             return "nothing is under way"
-        short = going[0][: units.SHORTEST_ID]
-        what = "the migration goes on" if len(going) == 1 else f"{len(going)} migrations go on"
-        return f"{what}; `drover migration cancel {short}` cancels it, `drover migration watch {short}` looks again"
+        if len(going) > 1:
+            return f"{len(going)} migrations go on; `drover migration cancel ID` cancels one, `list` shows them"
+        return (
+            f"the migration goes on; `drover migration cancel {going[0]}` cancels it, "
+            f"`drover migration watch {going[0]}` looks again"
+        )
 
     watching.follow(
         printer,

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 GAP = "  "
-ELASTIC_LEAST = 12
-"""An elastic column is cut down to this before another column is left out."""
-
 Cell = str | tuple[str, str]
 """Text, or text and its style."""
 
@@ -60,7 +57,10 @@ class Column(Generic[T]):
     cell: Callable[[T], Cell]
     right: bool = False
     elastic: bool = False
-    """May be cut, with an ellipsis."""
+    """May be cut, with an ellipsis, down to `least`."""
+    least: int = 12
+    wraps: bool = False
+    """Of an elastic last column: go on in the next line instead of being cut."""
     rank: int = 0
     """Left out on narrow terminals, highest first; 0: always shown."""
     optional: bool = False
@@ -87,8 +87,20 @@ def table(columns: Sequence[Column[T]], rows: Sequence[T], width: int | None) ->
     ]
     widths = _fit(columns, cells, shown, width)
     lines = [_line([(columns[i].header, "bold") for i in widths], columns, widths)]
-    lines += [_line([cells[i][row] for i in widths], columns, widths) for row in range(len(rows))]
+    for row in range(len(rows)):
+        lines += [_line(part, columns, widths) for part in _wrapped([cells[i][row] for i in widths], columns, widths)]
     return Text("\n").join(lines)
+
+
+def _wrapped(cells: Sequence[Cell], columns: Sequence[Column[T]], widths: dict[int, int]) -> list[list[Cell]]:
+    """The row as one line, or as several when its last column wraps."""
+    import textwrap
+
+    last = list(widths)[-1]
+    text, style = _text(cells[-1]), _style(cells[-1])
+    pieces = textwrap.wrap(text, widths[last]) if columns[last].wraps else [text]
+    blank: list[Cell] = ["" for _ in cells[:-1]]
+    return [[*(blank if index else cells[:-1]), (piece, style)] for index, piece in enumerate(pieces or [""])]
 
 
 def _fit(
@@ -105,10 +117,10 @@ def _fit(
         excess = sum(widths.values()) + len(GAP) * (len(widths) - 1) - width
         if excess <= 0:
             break
-        elastic = [i for i in widths if columns[i].elastic and widths[i] > ELASTIC_LEAST]
+        elastic = [i for i in widths if columns[i].elastic and widths[i] > columns[i].least]
         if elastic:
             widest = max(elastic, key=lambda i: widths[i])
-            widths[widest] = max(ELASTIC_LEAST, widths[widest] - excess)
+            widths[widest] = max(columns[widest].least, widths[widest] - excess)
             continue
         droppable = [i for i in widths if columns[i].rank]
         if not droppable:
@@ -197,7 +209,7 @@ class Printer:
     def show(self, *parts: Text | str) -> None:
         """For people."""
         for part in parts:
-            self.console.print(part, soft_wrap=True)
+            self.console.print(_filled(part, self.width) if isinstance(part, str) else part, soft_wrap=True)
 
     def table(self, columns: Sequence[Column[T]], rows: Sequence[T], *, empty: str) -> None:
         """A table for people, or the sentence `empty`, on stderr, when there is nothing to show."""
@@ -209,5 +221,21 @@ class Printer:
 
 def note(text: str) -> None:
     """A remark beside the result: stderr, so that a pipe sees the result only."""
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{_filled(text, _columns_of(sys.stderr))}\n")
     sys.stderr.flush()
+
+
+def _columns_of(out: TextIO) -> int | None:
+    import shutil
+
+    return shutil.get_terminal_size().columns if out.isatty() else None
+
+
+def _filled(text: str, width: int | None) -> str:
+    """Broken between words where the terminal would break within one: an id is to be copied whole."""
+    import textwrap
+
+    if width is None:
+        return text
+    lines = text.split("\n")
+    return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines)

@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 
 NAME = "qemu-system-x86_64"
+_NAMED = re.compile(rf"{NAME}(-\d+(\.\d+)*)?")
 _SAID = re.compile(r"version (\d+(?:\.\d+)+)")
 _TIMEOUT_S = 5.0
 
 
 def find() -> dict[str, str]:
-    """Version by binary: of every `qemu-system-x86_64*` on the PATH and in /opt/qemu-*/bin, in that order."""
+    """Version by binary: of `qemu-system-x86_64`, or with `-VERSION`, on the PATH and in /opt/qemu-*/bin, in that
+    order."""
     folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
     folders += sorted(Path("/opt").glob("qemu-*/bin"))
     found: dict[str, str] = {}
@@ -21,7 +23,7 @@ def find() -> dict[str, str]:
     for folder in folders:
         for binary in sorted(folder.glob(f"{NAME}*")):
             real = binary.resolve()
-            if real in seen or not os.access(binary, os.X_OK):
+            if real in seen or not _NAMED.fullmatch(binary.name) or not os.access(binary, os.X_OK):
                 continue
             seen.add(real)
             if version := _version(binary):

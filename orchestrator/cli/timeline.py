@@ -7,11 +7,13 @@ source knew of it. The middle of what these allow is taken, and half of its widt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.core.records import AttemptReport, TimelineEntry
 
+_ZXID = re.compile(r"zxid (\d+)")
 STOPPED, RUNS = "vcpus stopped", "vcpus run"
 
 _PHASES = {
@@ -130,7 +132,8 @@ def _moment(entry: TimelineEntry, *, there: bool, offset_ms: float) -> Moment:
     if known is None:
         text = f"{entry.event} {entry.detail}".strip()
     else:
-        text = known.format(detail=entry.detail) if "{detail}" in known else _with(known, entry.detail)
+        detail = _ZXID.sub(lambda found: f"zxid {int(found[1]):#x}", entry.detail)
+        text = known.format(detail=detail) if "{detail}" in known else _with(known, detail)
     phase = "" if there else _PHASES.get(entry.event, "")
     at_ms = round(entry.at_ms + offset_ms, 2)
     return Moment(at_ms, entry.where, entry.event, entry.detail, text, phase, placed=there)
@@ -161,14 +164,12 @@ def _stops(
     began = stops[-1]
     after = {entry.event: entry.at_ms for entry in reversed(here) if entry.at_ms >= began}
     if report.outcome == "COMMITTED":
+        marks = [("quiesce and check", after.get("check_passed")), ("last pass", after.get("submit"))]
         runs = _firsts(there).get("running")
-        marks = [
-            ("quiesce and check", after.get("check_passed")),
-            ("last pass", after.get("submit")),
-            ("commit", after.get("committed")),
-            ("take-over", None if runs is None else runs + offset_ms),
-            ("word of it" if runs is not None else "take-over", after.get("done")),
-        ]
+        if runs is None:
+            marks += [("commit", after.get("committed")), ("take-over", after.get("done"))]
+        else:  # the destination may see the commit before the source has its answer
+            marks += [("commit and take-over", runs + offset_ms), ("word of it", after.get("done"))]
     else:
         marks = [
             ("until the check passed", after.get("check_passed")),

@@ -36,6 +36,7 @@ WIDE = 100
 ACTIVE = frozenset({"PREPARING", "PRECOPY", "SWITCHOVER", "COMMITTED", "FINALIZING", "ABORTING", "RETRY_WAIT"})
 TERMINAL = frozenset({"SUCCEEDED", "CANCELLED", "FAILED"})
 _ARRIVED = frozenset({"COMMITTED", "FINALIZING", "SUCCEEDED"})
+_STUMBLED = frozenset({"ABORTING", "RETRY_WAIT", "CANCELLED", "FAILED"})
 _SENDING = frozenset({"PRECOPY", "SWITCHOVER"})
 
 
@@ -98,7 +99,7 @@ def line_of_guest(guest: EvacuationGuest, last_reason: str) -> Line:
     """A line of an evacuation; `last_reason` is the last abort of the guest's migration."""
     from orchestrator import wire
 
-    phase = wire.word(guest, "phase")
+    phase = wire.word(guest, "phase") or "PENDING"  # no migration of it exists yet
     return _line(
         Line(
             guest=guest.guest,
@@ -164,7 +165,8 @@ def eta_s(board: Board, now_s: float) -> float | None:
     elapsed = board.elapsed_s(now_s)
     if not total or not elapsed or done / total < 0.02:
         return None
-    return elapsed * (total - done) / done
+    longest = max((line.eta_s for line in lines), default=0.0)
+    return max(elapsed * (total - done) / done, longest)
 
 
 def summary(board: Board, now_s: float) -> str:
@@ -209,7 +211,7 @@ def columns(width: int | None, *, ascii_only: bool = False) -> list[Column[Line]
         Column("PROGRESS", progress),
         Column("Mbit/s", lambda line: f"{line.rate_mbps:.0f}" if line.rate_mbps else "", right=True, rank=2),
         Column("ETA", lambda line: units.seconds(line.eta_s) if line.eta_s else "", right=True, rank=1),
-        Column("LAST ABORT", note_cell, elastic=True),
+        Column("LAST ABORT", note_cell, elastic=True, least=20),
     ]
 
 
@@ -252,13 +254,19 @@ def _choose(lines: list[Line], room: int) -> tuple[list[Line], list[Line]]:
 
 def change(before: Line | None, after: Line) -> str:
     """What happened to a guest, on one line; empty when it is not worth one: progress alone is not."""
-    told = (after.phase, after.attempt, after.destination, after.reason, after.waits_for)
-    if before and told == (before.phase, before.attempt, before.destination, before.reason, before.waits_for):
-        return ""
-    where = f" to {after.destination}" if after.destination else ""
-    attempt = f" (attempt {after.attempt})" if after.attempt else ""
-    because = f": {after.note}" if after.note else ""
-    return f"{after.guest}{where}: {after.phase}{attempt}{because}"
+    told = _told(after)
+    return "" if before and _told(before) == told else told
+
+
+def _told(line: Line) -> str:
+    where = f" to {line.destination}" if line.destination else ""
+    again = (
+        f" after {line.reason}" if line.attempt > 1 and line.reason and line.phase not in _STUMBLED | TERMINAL else ""
+    )
+    attempt = f" (attempt {line.attempt}{again})" if line.attempt else ""
+    waits = f"waits for ACK: {', '.join(line.waits_for)}" if line.waits_for else ""
+    why = "; ".join(filter(None, (line.reason if line.phase in _STUMBLED else "", waits)))
+    return f"{line.guest}{where}: {line.phase}{attempt}{': ' if why else ''}{why}"
 
 
 # --- showing it -------------------------------------------------------------------------------------------------------
@@ -290,6 +298,8 @@ class _OnTerminal(_Reporter):
         from rich.live import Live
 
         self._board, self._printer = board, printer
+        self._whole = False
+        """What stays on the terminal at the end is not bound to its height."""
         console = printer.console
         self._ascii_only = not (console.encoding or "").lower().startswith("utf")
         self._live: Live = Live(
@@ -301,12 +311,14 @@ class _OnTerminal(_Reporter):
 
     def _render(self) -> Text:
         size = self._printer.console.size
-        return render(self._board, time.time(), width=size.width, height=size.height - 1, ascii_only=self._ascii_only)
+        height = len(self._board.lines) + size.height if self._whole else size.height - 1
+        return render(self._board, time.time(), width=size.width, height=height, ascii_only=self._ascii_only)
 
     def __enter__(self) -> None:
         self._live.start(refresh=True)
 
     def __exit__(self, *exit: object) -> None:
+        self._whole = True
         self._live.stop()
 
     def taken(self, document: Callable[[], dict[str, Any]]) -> None:
