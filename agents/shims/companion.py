@@ -386,7 +386,12 @@ class DeviceProcess:
             raise
         return found
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def alive(self) -> bool:
+        """The process exists (pid and start time)."""
         return self._process.alive()
 
     def source_shims(self) -> list[SourceShim]:

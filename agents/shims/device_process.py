@@ -15,7 +15,8 @@ It reads its description from standard input (JSON: `guest`, `inc`, `directory`,
       hello                                    -> guest, inc, devices {name: {state, live, session, asked}}
       begin       session by                   RUNNING -> PRE_COPY. `by`: who begins it; another one begins it anew
       read        session seq wait_ms stopped  -> frame, generation, total, digest, and data as the body.
-                  `stopped`: refuse unless the device is in STOP_COPY. `seq` counts 1, 2, 3, ...: the last one again is the same frame. frame "": nothing in that time,
+                  `stopped`: refuse unless the device is in STOP_COPY. `seq` counts 1, 2, 3, ...: the last one
+                  again is the same frame. frame "": nothing in that time,
                   "over": nothing more in this state, or of this session
       hook        hook
       quiesce     session                      -> newest, stop_copy_bytes
