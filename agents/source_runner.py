@@ -1,6 +1,7 @@
 """The shell of a source session: carries out the commands of `source_session.py` and feeds back what came of them.
 
-Commands run one after another in the order in which the machine gave them, events are taken in at any time: just what
+Commands run one after another in the order in which the machine gave them, but for the writes of requests, which have
+a lane of their own: an abort in the blackout does not wait for them. Events are taken in at any time. That is just what
 the exploration assumes. Nothing is decided here.
 """
 
@@ -51,6 +52,7 @@ class SourceRunner:
     duration_ms: float = 0.0
     _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
     _commands: asyncio.Queue[Command] = field(default_factory=asyncio.Queue[Command])
+    _writes: asyncio.Queue[WriteRequests] = field(default_factory=asyncio.Queue[WriteRequests])
     _tasks: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
     _precopy: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])
     _sent: dict[str, Load] = field(default_factory=dict[str, Load])
@@ -75,6 +77,7 @@ class SourceRunner:
             self.ledger.watch_requests(self._requests_seen),
         ]
         worker = loop.create_task(self._carry_out())
+        lane = loop.create_task(self._write_requests())
         vitals = loop.create_task(self._vitals())
         if first is None:
             self.feed(Seen.BEGIN)
@@ -82,27 +85,34 @@ class SourceRunner:
             self._commands.put_nowait(command)
         try:
             while not self.state.stage.ended:
-                event = await self._next(worker)
+                event = await self._next(worker, lane)
                 self.state, commands = source_step(self.state, event)
                 for command in commands:
-                    self._commands.put_nowait(command)
+                    self._queue(command)
             await self._count_bytes()
         finally:
             self.duration_ms = (loop.time() - self._began) * 1000
             for end in ends:
                 end()
-            for task in (worker, vitals, *self._precopy, *self._tasks):
+            for task in (worker, lane, vitals, *self._precopy, *self._tasks):
                 task.cancel()
-            await asyncio.gather(worker, vitals, *self._precopy, *self._tasks, return_exceptions=True)
+            await asyncio.gather(worker, lane, vitals, *self._precopy, *self._tasks, return_exceptions=True)
         return self.state
 
-    async def _next(self, worker: asyncio.Task[None]) -> Event:
+    def _queue(self, command: Command) -> None:
+        if isinstance(command, WriteRequests):
+            self._writes.put_nowait(command)
+        else:
+            self._commands.put_nowait(command)
+
+    async def _next(self, *workers: asyncio.Task[None]) -> Event:
         """The next event; a worker that died takes the runner with it instead of leaving the guest to a silent loop."""
         getter = asyncio.ensure_future(self._events.get())
         try:
-            await asyncio.wait({getter, worker}, return_when=asyncio.FIRST_COMPLETED)
-            if not getter.done():
-                worker.result()
+            await asyncio.wait({getter, *workers}, return_when=asyncio.FIRST_COMPLETED)
+            for worker in workers:
+                if worker.done():
+                    worker.result()
             return getter.result()
         finally:
             getter.cancel()
@@ -122,8 +132,6 @@ class SourceRunner:
                 self._note(event, detail)
             case StartTimer(timer):
                 self._start_timer(timer)
-            case WriteRequests(entries):
-                return await self.ledger.write_requests(entries) or Seen.LEDGER_UNKNOWN
             case Commit(version):
                 return await self.ledger.commit(version)
             case WriteAbort(reason, devices):
@@ -132,7 +140,14 @@ class SourceRunner:
                 return event
             case Do():
                 return await self._effects[command](self)
+            case WriteRequests():
+                raise AssertionError("has a lane of its own")
         return None
+
+    async def _write_requests(self) -> None:
+        while True:
+            command = await self._writes.get()
+            self.feed(await self.ledger.write_requests(command.entries) or Seen.LEDGER_UNKNOWN)
 
     async def _bind(self) -> Event | None:
         return await self.ledger.bind()

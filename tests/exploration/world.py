@@ -231,10 +231,17 @@ def start_at_destination(world: World) -> World:
 
 
 def run_source(world: World, bounds: Bounds) -> Iterator[Move]:
-    """The first command that waits at the source's shell."""
-    state, command = world.source, world.todo_source[0]
+    """The first command of either lane: writes of requests wait for each other only, everything else likewise."""
+    todo = world.todo_source
+    for lane in (True, False):
+        index = next((n for n, command in enumerate(todo) if isinstance(command, WriteRequests) is lane), None)
+        if index is not None:
+            yield from _run_source(world._replace(todo_source=todo[:index] + todo[index + 1 :]), todo[index])
+
+
+def _run_source(world: World, command: Command) -> Iterator[Move]:
+    state = world.source
     assert state is not None
-    world = world._replace(todo_source=world.todo_source[1:])
     name = type(command).__name__ if not isinstance(command, Do) else command.value
 
     def moves() -> Iterator[Move]:
