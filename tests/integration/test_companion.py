@@ -387,7 +387,7 @@ async def test_a_bad_description_is_explained_and_nothing_is_left(lab: Lab) -> N
 
 async def test_a_broken_connection_loses_neither_calls_nor_requests(lab: Lab) -> None:
     """Another socket stands between agent and device, and breaks after so many bytes, again and again."""
-    process = await lab.start("s", device(scenario="asks: [{at: gate_open, times: 40}]"))
+    process = await lab.start("s", device(scenario="asks: [{at: gate_open, times: always}]"))
     budget = [700]
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
