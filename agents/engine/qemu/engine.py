@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import subprocess
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -414,12 +415,8 @@ async def _read_features(binary: str) -> Features:
     child = await asyncio.to_thread(process.popen, command, directory / "log")
     connection = QmpConnection("probe")
     try:
-        async with _bounded("probe of QEMU", 5.0):
-            while not socket.exists():
-                if child.poll() is not None:
-                    raise EngineError(f"{binary} does not start: {process.tail_of(directory / 'log')}")
-                await asyncio.sleep(0.01)
-        await connection.connect(socket, 2.0)
+        async with _bounded("probe of QEMU", 10.0):
+            connection = await _first_answer(socket, child, binary, directory / "log")
         version = await connection.execute("query-version")
         machines = await connection.execute("query-machines")
         schema = await connection.execute("query-qmp-schema", timeout_s=4.0)
@@ -429,6 +426,20 @@ async def _read_features(binary: str) -> Features:
         await asyncio.to_thread(child.wait)
         await asyncio.to_thread(shutil.rmtree, directory, True)
     return _features(version, machines, schema)
+
+
+async def _first_answer(socket: Path, child: subprocess.Popen[bytes], binary: str, log: Path) -> QmpConnection:
+    """The socket's file is there before anybody listens on it, so it is tried until it answers. The caller bounds it."""
+    while True:
+        connection = QmpConnection("probe")
+        try:
+            await connection.connect(socket, 2.0)
+            return connection
+        except EngineError:
+            await connection.close()
+            if child.poll() is not None:
+                raise EngineError(f"{binary} does not start: {process.tail_of(log)}") from None
+            await asyncio.sleep(0.01)
 
 
 def _features(version: Mapping[str, Any], machines: list[dict[str, Any]], schema: list[dict[str, Any]]) -> Features:
