@@ -429,7 +429,7 @@ async def _read_features(binary: str) -> Features:
 
 
 async def _first_answer(socket: Path, child: subprocess.Popen[bytes], binary: str, log: Path) -> QmpConnection:
-    """The socket's file is there before anybody listens on it, so it is tried until it answers. The caller bounds it."""
+    """The socket's file is there before anybody listens on it: tried until it answers. The caller bounds it."""
     while True:
         connection = QmpConnection("probe")
         try:
