@@ -6,8 +6,6 @@ import asyncio
 from typing import Any
 
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 
 from orchestrator.api.calls import Tools
 from orchestrator.api.config import ApiConfig
@@ -20,6 +18,7 @@ from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 from orchestrator.rpc.agent_client import AgentClients
 from orchestrator.rpc.channels import aio_server, listen
 from orchestrator.rpc.errors import Errors
+from orchestrator.rpc.health import HealthService
 from protos.drover.v1 import orchestrator_pb2
 from protos.drover.v1.orchestrator_pb2_grpc import add_OrchestratorServiceServicer_to_server
 
@@ -45,7 +44,7 @@ class ApiServer:
             ledger=Ledger(store),
             chaos=config.chaos,
         )
-        self._health = health_aio.HealthServicer()
+        self._health = HealthService([SERVICE])
         self._server = aio_server([Errors(require_deadline=True, translate=translate)])
         self._tasks: set[asyncio.Task[Any]] = set()
         self.ports: list[int] = []
@@ -53,12 +52,12 @@ class ApiServer:
 
     async def start(self) -> None:
         """Raises DroverError when an address cannot be used."""
-        await self._tell_health(False)
+        await self._health.set(False)
         add_OrchestratorServiceServicer_to_server(OrchestratorServicer(self.tools), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._health.add_to(self._server)
         self.ports = [listen(self._server, address) for address in self._config.listen]
         await self._server.start()
-        self._store.on_session(lambda state: self._spawn(self._tell_health(state is SessionState.CONNECTED)))
+        self._store.on_session(lambda state: self._spawn(self._health.set(state is SessionState.CONNECTED)))
         self._spawn(self._connect())
 
     async def _connect(self) -> None:
@@ -72,7 +71,7 @@ class ApiServer:
                 await asyncio.sleep(RETRY_S)
         self.tools.fleet.start()
         self._spawn(sweep_for_ever(self.tools))
-        await self._tell_health(self._store.session is SessionState.CONNECTED)
+        await self._health.set(self._store.session is SessionState.CONNECTED)
         log.info("serving", at=self._config.listen)
 
     def _spawn(self, work: Any) -> None:
@@ -85,14 +84,9 @@ class ApiServer:
         if not task.cancelled() and task.exception() is not None:
             log.error("task failed", exc_info=task.exception())
 
-    async def _tell_health(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
-
     async def stop(self) -> None:
         """Let calls under way end, within GRACE_S; then everything else."""
-        await self._health.enter_graceful_shutdown()
+        await self._health.end()
         await self._server.stop(GRACE_S)
         for task in list(self._tasks):
             task.cancel()

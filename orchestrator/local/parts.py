@@ -269,7 +269,7 @@ class _Maker:
             directory=layout.host(place.name) if place else layout.logs,
             log=layout.host(place.name) / "agent.log" if place else layout.logs / f"{kind}.log",
             probe=probe,
-            health=_grpc_health(serves) if serves and override is None else probe,
+            health=_all(probe, _grpc_health(serves)) if serves and override is None else probe,
             host=place.name if place else None,
             after=after,
             prepare=prepare,
@@ -356,5 +356,9 @@ async def _connects(opening: Awaitable[tuple[asyncio.StreamReader, asyncio.Strea
 def _grpc_health(target: str) -> Probe:
     """The standard health service of a gRPC server; imported late, since only `drover status` asks for it."""
 
-    address, _, port = target.rpartition(":")
-    return _tcp_probe(address, int(port))
+    async def probe() -> str | None:
+        from orchestrator.rpc.health import check
+
+        return await check(target, _PROBE_TIMEOUT_S)
+
+    return probe
