@@ -104,9 +104,10 @@ class Memory:
         return bytes(self._data[start:end])
 
     def change(self, index: int, value: bytes) -> None:
-        """The device writes `value` at the head of a block."""
+        """The device writes `value`, or what fits of it, at the head of a block."""
         start, end = self._span(index)
-        self._data[start : start + len(value)] = value[: end - start]
+        fitting = value[: end - start]
+        self._data[start : start + len(fitting)] = fitting
         if index < self.tracked:
             self.dirty[index] = None
 

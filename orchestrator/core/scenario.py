@@ -53,6 +53,7 @@ FAULTY_CALLS = tuple(call.value for call in Call)
 MAX_BYTES = 1 << 30
 MAX_DELAY_MS = 60_000
 MAX_AFTER_MS = 3_600_000
+MIN_EVERY_MS = 10
 MAX_TIMES = 1_000
 MAX_ENTRIES = 32
 ALWAYS = "always"
@@ -249,7 +250,7 @@ def _ask(reader: _Reader, mapping: object, where: str) -> Ask:
     if "after_ms" in values:
         made["after_ms"] = reader.number(values["after_ms"], f"{where}.after_ms", 0, MAX_AFTER_MS, "ms")
     if "every_ms" in values:
-        made["every_ms"] = reader.number(values["every_ms"], f"{where}.every_ms", 1, MAX_AFTER_MS, "ms")
+        made["every_ms"] = reader.number(values["every_ms"], f"{where}.every_ms", MIN_EVERY_MS, MAX_AFTER_MS, "ms")
     if "bytes" in values:
         made["bytes"] = reader.number(values["bytes"], f"{where}.bytes", 0, MAX_BYTES, "bytes")
     if isinstance(mapping, Mapping):
