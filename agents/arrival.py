@@ -18,6 +18,7 @@ from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.core.migration import Prepared
 
 _WARM_S = 2.0
+_STARTED_S = 0.7
 
 
 @dataclass
@@ -47,8 +48,13 @@ class Arrival:
     async def frame(self, frame: Frame) -> None:
         await self.runner.frame(frame)
 
-    def go(self, inc: str, want_run: bool) -> None:
+    async def go(self, inc: str, want_run: bool) -> bool:
+        """True when the guest was started within the call, which tells the source when its blackout ended."""
         self.runner.go(inc, want_run)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STARTED_S):
+                await self.runner.started.wait()
+        return self.runner.started.is_set()
 
     async def receive(self, first: Sequence[Command] = ()) -> DestinationStage:
         """To DONE or discard."""

@@ -77,7 +77,8 @@ class Departure:
             destination=self.destination,
             zxid=runner.ledger.zxid,
             ledger_writes=runner.ledger.writes,
-            transferred_bytes=runner.transferred_bytes,
+            # QEMU forgets the figure of a cancelled migration: then the last sample stands.
+            transferred_bytes=max(runner.transferred_bytes, self.progress.transferred_bytes if self.progress else 0),
             duration_ms=runner.duration_ms,
         )
 

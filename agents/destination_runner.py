@@ -40,6 +40,8 @@ class DestinationRunner:
     want_run: Callable[[], Awaitable[bool]]
     """The operator's wish, read from the ledger when the guest is about to start and no GO has brought it."""
     timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    """The guest was started here, or left stopped as wished."""
     _told_want_run: bool | None = None
     _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
     _commands: asyncio.Queue[Command] = field(default_factory=asyncio.Queue[Command])
@@ -170,6 +172,7 @@ class DestinationRunner:
             if await self.want_run() if told is None else told:
                 await self.vmm.resume()
             # Before DONE: a restarted agent must know this copy as the guest even when the record has moved on.
+            self.started.set()
             await self.vmm.promote()
         except (engine.EngineError, StoreUnavailable) as error:
             self._note("start_failed", str(error))

@@ -97,8 +97,9 @@ class DestinationClient:
             async for reply in stream:
                 self.on_ack(AckRequest(reply.device, reply.ack_generation))
 
-    async def go(self, zxid: int, want_run: bool) -> None:
-        await _answered(self._stub.Go(pb.GoRequest(tag=self._tag, zxid=zxid, want_run=want_run), timeout=_CALL_S))
+    async def go(self, zxid: int, want_run: bool) -> bool:
+        request = pb.GoRequest(tag=self._tag, zxid=zxid, want_run=want_run)
+        return bool((await _answered(self._stub.Go(request, timeout=_CALL_S))).done)
 
     async def close(self) -> None:
         """End the device stream. Idempotent; never raises."""
@@ -161,7 +162,7 @@ class Arriving(Protocol):
 
     async def frame(self, frame: Frame) -> None: ...
 
-    def go(self, inc: str, want_run: bool) -> None: ...
+    async def go(self, inc: str, want_run: bool) -> bool: ...
 
 
 class Sessions(Protocol):
@@ -211,8 +212,7 @@ class PeerServicer(rpc.PeerServiceServicer):
         return pb.ReportLoadedResponse()
 
     async def Go(self, request: pb.GoRequest, context: Any) -> pb.GoResponse:
-        self._arriving(request.tag).go(request.tag.inc, request.want_run)
-        return pb.GoResponse()
+        return pb.GoResponse(done=await self._arriving(request.tag).go(request.tag.inc, request.want_run))
 
     async def ReportDone(self, request: pb.ReportDoneRequest, context: Any) -> pb.ReportDoneResponse:
         self._departing(request.tag).done([wire.timeline_from_proto(entry) for entry in request.timeline])

@@ -36,7 +36,7 @@ def blackout_ms(timeline: Sequence[TimelineEntry]) -> float:
     for entry in timeline:
         if entry.event == "vcpus stopped":
             stopped = entry.at_ms
-        elif entry.event in ("vcpus run", "done") and stopped is not None:
+        elif entry.event in ("vcpus run", "runs there", "done") and stopped is not None:
             total, stopped = entry.at_ms - stopped, None
     return round(total, 2)
 

@@ -82,7 +82,7 @@ class SourceRunner:
         if first is None:
             self.feed(Seen.BEGIN)
         for command in first or ():
-            self._commands.put_nowait(command)
+            self._queue(command)
         try:
             while not self.state.stage.ended:
                 event = await self._next(worker, lane)
@@ -100,10 +100,13 @@ class SourceRunner:
         return self.state
 
     def _queue(self, command: Command) -> None:
-        if isinstance(command, WriteRequests):
-            self._writes.put_nowait(command)
-        else:
-            self._commands.put_nowait(command)
+        match command:
+            case Note(event, detail):
+                self._note(event, detail)
+            case WriteRequests():
+                self._writes.put_nowait(command)
+            case _:
+                self._commands.put_nowait(command)
 
     async def _next(self, *workers: asyncio.Task[None]) -> Event:
         """The next event; a worker that died takes the runner with it instead of leaving the guest to a silent loop."""
@@ -128,8 +131,6 @@ class SourceRunner:
 
     async def _one(self, command: Command) -> Event | None:
         match command:
-            case Note(event, detail):
-                self._note(event, detail)
             case StartTimer(timer):
                 self._start_timer(timer)
             case Commit(version):
@@ -140,8 +141,8 @@ class SourceRunner:
                 return event
             case Do():
                 return await self._effects[command](self)
-            case WriteRequests():
-                raise AssertionError("has a lane of its own")
+            case Note() | WriteRequests():
+                raise AssertionError("carried out when it was queued, or in a lane of its own")
         return None
 
     async def _write_requests(self) -> None:
@@ -294,9 +295,12 @@ class SourceRunner:
         return None
 
     async def _repeat_go(self) -> None:
+        told = False
         while True:
             with contextlib.suppress(PeerUnavailable):
-                await self.peer.go(self.ledger.zxid, self.state.want_run)
+                if await self.peer.go(self.ledger.zxid, self.state.want_run) and not told:
+                    told = True
+                    self._note("runs there")
             await asyncio.sleep(_RETRY_S)
 
     async def _discard_source(self) -> Event | None:

@@ -780,6 +780,7 @@ class GoResponse(_message.Message):
 
     DONE_FIELD_NUMBER: _builtins.int
     done: _builtins.bool
+    """The guest was started there within the call."""
     def __init__(
         self,
         *,
