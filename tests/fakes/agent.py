@@ -1,0 +1,163 @@
+"""An agent behind a real gRPC server that works on a ledger in memory: births, deaths, wishes, samples on command.
+
+It keeps the contract of AgentService as far as the API can see it: a guest that it refuses to start is GONE and its
+name is free; it ends idle and crashed guests only; a watch begins with everything and then tells what is said.
+"""
+
+# Handlers are named as the .proto names the calls.
+# ruff: noqa: N802
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator import wire
+from orchestrator.core import handover
+from orchestrator.core.agent import AgentSample, AgentStatus, GuestStatus, RunState
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import HostRef
+from orchestrator.core.records import HostRecord, WantRun
+from orchestrator.ledger import paths
+from orchestrator.ledger.records import decode, encode
+from orchestrator.ledger.store import Delete, Done, Op, SetData, Store
+from orchestrator.rpc.channels import aio_server, listen
+from orchestrator.rpc.errors import Errors
+from protos.drover.v1 import agent_pb2 as pb
+from protos.drover.v1.agent_pb2_grpc import AgentServiceServicer, add_AgentServiceServicer_to_server
+
+
+@dataclass
+class FakeAgent(AgentServiceServicer):
+    """`start` it; `address` says where. `refusals` and `delays_s` are by method."""
+
+    host: str
+    store: Store
+    refusals: dict[str, DroverError] = field(default_factory=dict[str, DroverError])
+    delays_s: dict[str, float] = field(default_factory=dict[str, float])
+    queue_wishes: bool = False
+    calls: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    sample: AgentSample = field(default_factory=AgentSample)
+    """What a new watch begins with."""
+    watches: list[asyncio.Queue[AgentSample]] = field(default_factory=list[asyncio.Queue[AgentSample]])
+    address: str = ""
+
+    async def start(self) -> None:
+        self._server = aio_server([Errors(require_deadline=True)])
+        add_AgentServiceServicer_to_server(self, self._server)
+        self.address = f"127.0.0.1:{listen(self._server, self.address or '127.0.0.1:0')}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(None)
+
+    def record(self, memory_mib: int = 1024) -> HostRecord:
+        return HostRecord(
+            self.host, f"boot-{self.host}", self.address, f"{self.address}0", memory_mib, 1000, machine_types=("pc",)
+        )
+
+    def say(self, sample: AgentSample) -> None:
+        """To every watch, now and at the start of later ones."""
+        guests = {each.guest: each for each in (*self.sample.guests, *sample.guests)}
+        attempts = {each.ref.migration: each for each in (*self.sample.attempts, *sample.attempts)}
+        self.sample = AgentSample(tuple(guests.values()), tuple(attempts.values()))
+        for queue in self.watches:
+            queue.put_nowait(sample)
+
+    async def _called(self, method: str, about: str) -> None:
+        self.calls.append((method, about))
+        await asyncio.sleep(self.delays_s.get(method, 0))
+        if method in self.refusals:
+            raise self.refusals[method]
+
+    async def _read(self, uuid: str) -> tuple[GuestRecord, int]:
+        node = await self.store.read(paths.guest(uuid))
+        if node is None:
+            raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid}")
+        return decode(GuestRecord, node.data), node.version
+
+    async def _bury(self, uuid: str) -> None:
+        record, version = await self._read(uuid)
+        name = await self.store.read(paths.name(record.name))
+        ops: list[Op] = [SetData(paths.guest(uuid), encode(handover.gone(record, writer=self.host)), version)]
+        if name is not None and decode(str, name.data) == uuid:
+            ops.append(Delete(paths.name(record.name), name.version))
+        assert isinstance(await self.store.multi(ops), Done)
+
+    # --- AgentService -------------------------------------------------------------------------------------------------
+
+    async def GetAgent(self, request: pb.GetAgentRequest, context: Any) -> pb.GetAgentResponse:
+        await self._called("GetAgent", "")
+        return wire.agent_status_to_proto(AgentStatus(HostRef(self.host, f"boot-{self.host}"), 0))
+
+    async def StartGuest(self, request: pb.StartGuestRequest, context: Any) -> pb.StartGuestResponse:
+        uuid = request.guest_uuid
+        try:
+            await self._called("StartGuest", uuid)
+        except DroverError:
+            await self._bury(uuid)
+            raise
+        record, version = await self._read(uuid)
+        if record.phase is Ownership.STARTING:
+            started = SetData(paths.guest(uuid), encode(handover.started(record, writer=self.host)), version)
+            assert isinstance(await self.store.multi([started]), Done)
+        status = GuestStatus(uuid, record.name, "inc", RunState.RUNNING, 4711)
+        self.say(AgentSample(guests=(status,)))
+        return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
+
+    async def EndGuest(self, request: pb.EndGuestRequest, context: Any) -> pb.EndGuestResponse:
+        await self._called("EndGuest", request.guest_uuid)
+        record, _ = await self._read(request.guest_uuid)
+        if record.owner.host != self.host or record.phase not in (Ownership.IDLE, Ownership.CRASHED, Ownership.GONE):
+            raise DroverError(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
+        if record.phase is not Ownership.GONE:
+            await self._bury(request.guest_uuid)
+        return pb.EndGuestResponse()
+
+    async def ApplyWantRun(self, request: pb.ApplyWantRunRequest, context: Any) -> pb.ApplyWantRunResponse:
+        await self._called("ApplyWantRun", request.guest_uuid)
+        node = await self.store.read(paths.want_run(request.guest_uuid))
+        wish = decode(WantRun, node.data) if node else WantRun()
+        assert wish.sequence >= request.sequence
+        now = RunState.RUNNING if wish.run != self.queue_wishes else RunState.PAUSED
+        return pb.ApplyWantRunResponse(applied=not self.queue_wishes, run_state=wire.run_state_to_proto(now))
+
+    async def PrepareDestination(
+        self, request: pb.PrepareDestinationRequest, context: Any
+    ) -> pb.PrepareDestinationResponse:
+        order = wire.prepare_order_from_proto(request)
+        await self._called("PrepareDestination", order.attempt.guest)
+        return pb.PrepareDestinationResponse(inc=f"inc-{order.attempt.attempt}", endpoint="tcp:1", peer_address="p:1")
+
+    async def ConductAttempt(self, request: pb.ConductAttemptRequest, context: Any) -> pb.ConductAttemptResponse:
+        order = wire.conduct_order_from_proto(request)
+        await self._called("ConductAttempt", f"{order.attempt.guest} {order.destination.host} {order.previous_reason}")
+        return pb.ConductAttemptResponse()
+
+    async def GetAttempt(self, request: pb.GetAttemptRequest, context: Any) -> pb.GetAttemptResponse:
+        await self._called("GetAttempt", request.migration)
+        return pb.GetAttemptResponse()
+
+    async def Nudge(self, request: pb.NudgeRequest, context: Any) -> pb.NudgeResponse:
+        await self._called("Nudge", request.guest_uuid)
+        return pb.NudgeResponse()
+
+    async def WatchAgent(self, request: pb.WatchAgentRequest, context: Any) -> AsyncIterator[pb.WatchAgentResponse]:
+        await self._called("WatchAgent", "")
+        queue: asyncio.Queue[AgentSample] = asyncio.Queue()
+        self.watches.append(queue)
+        try:
+            yield wire.agent_sample_to_proto(self.sample)
+            while True:
+                yield wire.agent_sample_to_proto(await queue.get())
+        finally:
+            self.watches.remove(queue)
+
+    async def InjectScenario(self, request: pb.InjectScenarioRequest, context: Any) -> pb.InjectScenarioResponse:
+        await self._called("InjectScenario", request.guest_uuid)
+        return pb.InjectScenarioResponse(
+            scenario=f"ask:\n- {{at: {request.at}, times: {request.times}, bytes: {request.bytes}}}\n"
+        )

@@ -1,0 +1,100 @@
+"""The real API over real gRPC, on a ledger in memory and fake agents: what a client sees, without a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import pytest
+
+from orchestrator.api.config import ApiConfig
+from orchestrator.api.server import ApiServer
+from orchestrator.core.errors import DroverError
+from orchestrator.core.records import Cordon, Reservations
+from orchestrator.ledger import paths
+from orchestrator.ledger.ledger import op_create
+from orchestrator.ledger.store import Create, Done, Store
+from orchestrator.rpc.orchestrator_client import OrchestratorClient
+from tests.fakes.agent import FakeAgent
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass
+class ApiCluster:
+    """Hosts h1, h2, ... with an agent each, an API, a client of it. `call` runs a client's method beside the loop."""
+
+    store: Store
+    directory: Path
+    chaos: bool = False
+    agents: dict[str, FakeAgent] = field(default_factory=dict[str, FakeAgent])
+
+    async def host(self, name: str, memory_mib: int = 1024, *, live: bool = True) -> FakeAgent:
+        agent = self.agents[name] = FakeAgent(name, self.store)
+        await agent.start()
+        ops = [
+            op_create(paths.host(name), agent.record(memory_mib)),
+            op_create(paths.cordon(name), Cordon()),
+            op_create(paths.reservations(name), Reservations()),
+            *([Create(paths.live(name), b"")] if live else []),
+        ]
+        assert isinstance(await self.store.multi(ops), Done)
+        return agent
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self.directory}/api.sock"
+
+    async def start(self, hosts: int = 3) -> None:
+        self.server = ApiServer(ApiConfig((self.address, "127.0.0.1:0"), "", chaos=self.chaos), self.store)
+        await self.server.start()
+        self.client = OrchestratorClient(self.address, timeout_s=5)
+        async with asyncio.timeout(5):
+            while await self.store.read(paths.BARRIER) is None:
+                await asyncio.sleep(0.01)
+        for number in range(1, hosts + 1):
+            await self.host(f"h{number}")
+
+    async def hearing(self, *hosts: str) -> None:
+        """Until the API listens to these agents."""
+        await until(lambda: all(self.server.tools.fleet.hears(host) for host in hosts))
+
+    async def stop(self) -> None:
+        self.client.close()
+        await self.server.stop()
+        for agent in self.agents.values():
+            await agent.stop()
+
+    async def call(self, method: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        async with asyncio.timeout(20):
+            return await asyncio.to_thread(method, *args, **named)
+
+    async def refused(self, method: Callable[P, object], *args: P.args, **named: P.kwargs) -> DroverError:
+        with pytest.raises(DroverError) as caught:
+            await self.call(method, *args, **named)
+        return caught.value
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 8.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def api_cluster(
+    store: Store, directory: Path, *, chaos: bool = False, hosts: int = 3
+) -> AsyncIterator[ApiCluster]:
+    cluster = ApiCluster(store, directory, chaos)
+    await cluster.start(hosts)
+    try:
+        yield cluster
+    finally:
+        await cluster.stop()
+
+
