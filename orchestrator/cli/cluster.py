@@ -81,7 +81,7 @@ def _qemu(wanted: str) -> str:
 @dir_option
 @pass_settings
 def down(settings: Settings, keep: tuple[str, ...]) -> None:
-    """End the local cluster, its guests included, and remove all that it made."""
+    """End the local cluster and its guests, and remove all that it made."""
     from orchestrator.local import commands
 
     before = commands.status(settings.directory)

@@ -40,7 +40,7 @@ guest_argument = click.argument("guest", shell_complete=complete_guest)
 # --- run --------------------------------------------------------------------------------------------------------------
 
 
-@guest.command()
+@guest.command(short_help="Run the guests that files describe.")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(dir_okay=False, allow_dash=True))
 @click.option("--host", default="", shell_complete=complete_host, help="Where.  [default: most free memory]")
 @click.option("--validate-only", is_flag=True, help="Check the files, and whether the guests could be run.")
@@ -274,7 +274,7 @@ def stop(settings: Settings, guest: str) -> None:
 # --- consoles of the local cluster ------------------------------------------------------------------------------------
 
 
-@guest.command()
+@guest.command(short_help="Show what it wrote on its console (local cluster).")
 @guest_argument
 @click.option("--lines", type=click.IntRange(1, 200), default=20, show_default=True, help="How many.")
 @local
@@ -298,7 +298,7 @@ def console(settings: Settings, guest: str, lines: int) -> None:
         printer.out.write(f"{(ns - now_ns) / 1e9:9.3f} s  {text}\n")
 
 
-@guest.command()
+@guest.command(short_help="Let it check all of its memory (local cluster).")
 @guest_argument
 @click.option("--timeout", "timeout_s", type=click.FloatRange(0, 600, min_open=True), default=60, show_default=True)
 @local

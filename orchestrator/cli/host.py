@@ -138,7 +138,7 @@ def _changed(printer: Printer, each: Host) -> None:
         printer.show(f"{each.name} takes guests again")
 
 
-@host.command("power-cycle")
+@host.command("power-cycle", short_help="Cut its power and boot it (local cluster).")
 @host_argument
 @click.option("--off", is_flag=True, help="Leave it without power; `drover host power-on` boots it.")
 @local
@@ -154,7 +154,7 @@ def power_cycle(settings: Settings, host: str, off: bool) -> None:
     _powered(settings, host, commands.power_cycle(settings.directory, host, off=off), off=off)
 
 
-@host.command("power-on")
+@host.command("power-on", short_help="Boot it when it is off (local cluster).")
 @host_argument
 @local
 @pass_settings

@@ -76,6 +76,9 @@ def run(arguments: Sequence[str]) -> int:
         return _complain(told(error))
     except LocalClusterError as error:
         return _complain(CliError(Exit.FAILED, str(error)))
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.stderr.write(f"{error.format_message()}\n")
+        return Exit.USAGE
     except click.ClickException as error:
         return _complain(_usage(error))
     except (click.Abort, KeyboardInterrupt):

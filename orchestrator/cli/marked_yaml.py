@@ -39,7 +39,7 @@ class Marked:
         return Marked(value, lines)
 
 
-class YamlError(ValueError):
+class YamlError(Exception):
     """Not YAML. `line` is 0 when it cannot be told."""
 
     def __init__(self, message: str, line: int = 0) -> None:

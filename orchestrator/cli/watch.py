@@ -260,9 +260,8 @@ def change(before: Line | None, after: Line) -> str:
 
 def _told(line: Line) -> str:
     where = f" to {line.destination}" if line.destination else ""
-    again = (
-        f" after {line.reason}" if line.attempt > 1 and line.reason and line.phase not in _STUMBLED | TERMINAL else ""
-    )
+    repeated = line.attempt > 1 and line.reason and line.phase not in _STUMBLED | TERMINAL
+    again = f" after {line.reason}" if repeated else ""
     attempt = f" (attempt {line.attempt}{again})" if line.attempt else ""
     waits = f"waits for ACK: {', '.join(line.waits_for)}" if line.waits_for else ""
     why = "; ".join(filter(None, (line.reason if line.phase in _STUMBLED else "", waits)))
