@@ -111,9 +111,12 @@ def up(config: LocalConfig, *, foreground: bool = False, out: TextIO = sys.stder
             child = _start_supervisor(layout, lock, foreground=foreground)
             lock.sign(child.pid)
             lock.release()  # the supervisor has it now
-            _await_ready(layout, child, signals, out)
+            progress = _Progress(out)
+            record = _await_ready(layout, child, signals, progress)
             now = status(layout.dir)
-            _check_interrupt(signals)  # up to the last moment
+            _check_interrupt(signals)
+            # Whoever reads this may rely on it: from here on the cluster stays, unless it runs in the foreground.
+            progress.done(f"cluster {record.id} ready after {record.ready_after_s} s in {layout.dir}", _notes(record))
         except BaseException:
             lock.release()
             if child:
@@ -264,15 +267,15 @@ def _start_supervisor(layout: Layout, lock: locking.Lock, *, foreground: bool) -
         )
 
 
-def _await_ready(layout: Layout, child: subprocess.Popen[bytes], signals: _Signals, out: TextIO) -> None:
-    """Until the record says ready. The supervisor bounds its own start, so this ends."""
-    progress = _Progress(out)
+def _await_ready(
+    layout: Layout, child: subprocess.Popen[bytes], signals: _Signals, progress: _Progress
+) -> ClusterRecord:
+    """The record, once it says ready. The supervisor bounds its own start, so this ends."""
     while True:
         record = state.read(layout.cluster_json)
         progress.show(record)
         if record and record.state is ClusterState.READY:
-            progress.done(f"cluster {record.id} ready after {record.ready_after_s} s in {layout.dir}", _notes(record))
-            return
+            return record
         if signals.set:
             progress.done("interrupted: stopping", ())
             raise Interrupted
