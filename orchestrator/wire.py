@@ -182,10 +182,10 @@ def device_from_proto(message: types_pb2.DeviceSpec, *, field: str = "device") -
     shim = _SHIM_KIND_OF.get(message.shim)
     if shim is None:
         raise _unknown_word(f"{field}.shim", message.shim or "", ShimKind)
-    sizes: dict[str, Any] = {name: getattr(message, name) for name in _DEVICE_SIZES if _is_set(message, name)}
-    return DeviceSpec(
-        name=message.name, shim=shim, dma=message.dma or DeviceSpec.dma, scenario=message.scenario, **sizes
-    )
+    given: dict[str, Any] = {name: getattr(message, name) for name in _DEVICE_SIZES if _is_set(message, name)}
+    if message.dma:
+        given["dma"] = message.dma
+    return DeviceSpec(name=message.name, shim=shim, scenario=message.scenario, **given)
 
 
 def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
