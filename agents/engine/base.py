@@ -111,6 +111,23 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Nic:
+    """A network card of the guest. `device` is its name in the guest's specification."""
+
+    device: str
+    mac: str
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The network that the guests of a cluster share: frames in UDP multicast. The host sends from `host_address`."""
+
+    group: str
+    port: int
+    host_address: str
+
+
+@dataclass(frozen=True, slots=True)
 class VmmSpec:
     """Everything a VMM process is made of. `directory` is the guest's own below the agent's; it exists."""
 
@@ -128,6 +145,9 @@ class VmmSpec:
     multifd_channels: int = 0
     seed: int = 0
     """32 bits that the guest's devices start from, so that one guest's are never taken for another's."""
+    nics: tuple[Nic, ...] = ()
+    segment: Segment | None = None
+    """None: the cards are there and lead nowhere."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import structlog
 
 from agents.config import AgentConfig
 from agents.engine.base import VmmMetadata, VmmSpec
+from agents.shims import net
 from agents.shims.companion import DevicesSpec
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from orchestrator.ledger.records import BadRecord, decode, encode
@@ -80,6 +81,8 @@ class GuestFiles:
             listen_address=self.config.address,
             multifd_channels=multifd_channels,
             seed=seed_of(self.uuid),
+            nics=net.nics(self.uuid, self.spec.devices),
+            segment=net.segment_of(f"{self.config.zookeeper}{self.config.chroot}", self.config.address),
         )
 
     def processes(self) -> list[VmmMetadata]:
