@@ -20,6 +20,10 @@ PYTEST := $(PY) -m pytest --durations=10
 .PHONY: setup
 setup: system venv guest  ## system packages, Python environment, guest image
 
+.PHONY: qemu-11
+qemu-11:  ## QEMU 11.1 in build/qemu-11.1, for devices inside the VMM (`drover up --qemu 11.1`)
+	@deploy/qemu-11.sh
+
 ##@ Check
 .PHONY: test
 test: setup  ## all tests (ARGS="-k late_ack" for some of them)

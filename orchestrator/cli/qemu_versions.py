@@ -7,17 +7,21 @@ import re
 import subprocess
 from pathlib import Path
 
+import orchestrator
+
 NAME = "qemu-system-x86_64"
 _NAMED = re.compile(rf"{NAME}(-\d+(\.\d+)*)?")
 _SAID = re.compile(r"version (\d+(?:\.\d+)+)")
 _TIMEOUT_S = 5.0
+_PROJECT = Path(orchestrator.__file__ or "").resolve().parent.parent
 
 
 def find() -> dict[str, str]:
-    """Version by binary: of `qemu-system-x86_64`, or with `-VERSION`, on the PATH and in /opt/qemu-*/bin, in that
-    order."""
+    """Version by binary: of `qemu-system-x86_64`, or with `-VERSION`, on the PATH, in /opt/qemu-*/bin and in this
+    project's build/qemu-*/bin (deploy/qemu-11.sh), in that order."""
     folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
     folders += sorted(Path("/opt").glob("qemu-*/bin"))
+    folders += sorted(_PROJECT.glob("build/qemu-*/bin"))
     found: dict[str, str] = {}
     seen: set[Path] = set()
     for folder in folders:
