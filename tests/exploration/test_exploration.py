@@ -14,14 +14,16 @@ from tests.exploration.world import D1, MIGRATION, S1, Bounds, explore, ref
 
 QUICK = (
     Bounds(requests=2, cancels=0, faults=0),
-    Bounds(requests=2, cancels=0, faults=0, gate_wait=True),
+    Bounds(requests=1, cancels=0, faults=0, gate_wait=True),
     Bounds(requests=1, cancels=1, faults=0),
     Bounds(requests=0, cancels=1, faults=1),
     Bounds(requests=0, cancels=0, faults=1, power=1),
     Bounds(requests=0, cancels=0, faults=0, wishes=2),
-    Bounds(requests=0, cancels=0, faults=1, attempts=2),
+    Bounds(requests=0, cancels=1, faults=0, attempts=2),
 )
 WIDE = (
+    Bounds(requests=0, cancels=0, faults=1, attempts=2),
+    Bounds(requests=2, cancels=0, faults=0, gate_wait=True),
     Bounds(requests=1, cancels=0, faults=1),
     Bounds(requests=0, cancels=0, faults=2),
     Bounds(requests=1, cancels=0, faults=0, wishes=1),

@@ -11,7 +11,6 @@ free wish; progress is judged without them: from every state that was reached, h
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,7 +107,8 @@ def start(bounds: Bounds) -> World:
 
 
 Move = tuple[str, bool, World]
-_steps: dict[tuple[object, ...], tuple[object, tuple[Command, ...]]] = {}
+_steps: dict[tuple[object, ...], tuple[object, object, tuple[Command, ...]]] = {}
+"""What a machine answered, by the identity of its state (held here, so that no other state gets it) and the event."""
 
 
 def ref(attempt: int) -> AttemptRef:
@@ -137,11 +137,13 @@ def sent(world: World, commands: tuple[Command, ...]) -> World:
 def feed_source(world: World, event: Event) -> World:
     if world.source is None:
         return world
-    key = (world.source, event)
+    key = (id(world.source), event)
     if key not in _steps:
-        _steps[key] = source_step(world.source, event)
-    state, commands = _steps[key]
+        _steps[key] = (world.source, *source_step(world.source, event))
+    _, state, commands = _steps[key]
     assert isinstance(state, SourceState)
+    if state is world.source and not commands:
+        return world
     world = sent(world, commands)
     if Do.RESUME in commands and not world.want:
         world = world._replace(flaw="OPERATOR'S PAUSE LOST")
@@ -159,11 +161,13 @@ def feed_source(world: World, event: Event) -> World:
 def feed_destination(world: World, event: Event) -> World:
     if world.destination is None:
         return world
-    key = (world.destination, event)
+    key = (id(world.destination), event)
     if key not in _steps:
-        _steps[key] = destination_step(world.destination, event)
-    state, commands = _steps[key]
+        _steps[key] = (world.destination, *destination_step(world.destination, event))
+    _, state, commands = _steps[key]
     assert isinstance(state, DestinationState)
+    if state is world.destination and not commands:
+        return world
     world = sent(world, commands)
     todo = world.todo_destination + waiting(commands)
     if state.stage.ended:
@@ -737,50 +741,57 @@ class Result:
 
 
 def explore(bounds: Bounds, *, first: bool = False, limit: int = 2_000_000) -> Result:
-    """Breadth first over everything within `bounds`; `first` stops at the first flaw."""
+    """Breadth first over everything within `bounds`; `first` stops at the first flaw.
+
+    States are numbered as they are found: hashing one is what costs, so it is done once for each edge.
+    """
     _steps.clear()
-    begin = start(bounds)
-    came: dict[World, tuple[World, str] | None] = {begin: None}
-    queue, edges = deque([begin]), 0
-    flaws: dict[str, World] = {}
-    backwards: dict[World, list[World]] = {}
-    while queue and len(came) < limit and not (first and flaws):
-        world = queue.popleft()
-        for name, heal, after in successors(world, bounds):
-            if after == world:
+    worlds = [start(bounds)]
+    numbers = {worlds[0]: 0}
+    came: list[tuple[int, str]] = [(-1, "")]
+    backwards: list[list[int]] = [[]]
+    edges = number = 0
+    flaws: dict[str, int] = {}
+    while number < len(worlds) < limit and not (first and flaws):
+        world = worlds[number]
+        moves = successors(world, bounds) if not flaw(world) else iter(())
+        for name, heal, after in moves:
+            if after is world:
+                continue
+            reached = numbers.setdefault(after, len(worlds))
+            if reached == number:
                 continue
             edges += 1
-            if heal:
-                backwards.setdefault(after, []).append(world)
-            if after not in came:
-                came[after] = (world, name)
+            if reached == len(worlds):
+                worlds.append(after)
+                came.append((number, name))
+                backwards.append([])
                 found = flaw(after)
                 if found:
-                    flaws.setdefault(found, after)
-                else:
-                    queue.append(after)
-    dead = [] if first and flaws else _dead_ends(came, backwards, flaws)
+                    flaws.setdefault(found, reached)
+            if heal:
+                backwards[reached].append(number)
+        number += 1
+    dead = [] if first and flaws else _dead_ends(worlds, backwards)
     paths = {found: _path(came, world) for found, world in flaws.items()}
-    return Result(len(came), edges, paths, [_path(came, world) for world in dead[:3]] if dead else [], not queue)
+    return Result(len(worlds), edges, paths, [_path(came, world) for world in dead[:3]], number == len(worlds))
 
 
-def _dead_ends(
-    came: dict[World, tuple[World, str] | None], backwards: dict[World, list[World]], flaws: dict[str, World]
-) -> list[World]:
-    live = {world for world in came if is_end(world)} | set(flaws.values())
-    stack = list(live)
+def _dead_ends(worlds: list[World], backwards: list[list[int]]) -> list[int]:
+    """States from which healing steps alone lead to no end; one with a flaw has been reported as that."""
+    live = [is_end(world) or bool(flaw(world)) for world in worlds]
+    stack = [number for number, lives in enumerate(live) if lives]
     while stack:
-        for before in backwards.get(stack.pop(), ()):
-            if before not in live:
-                live.add(before)
+        for before in backwards[stack.pop()]:
+            if not live[before]:
+                live[before] = True
                 stack.append(before)
-    return [world for world in came if world not in live and not flaw(world)]
+    return [number for number, lives in enumerate(live) if not lives]
 
 
-def _path(came: dict[World, tuple[World, str] | None], world: World) -> list[str]:
+def _path(came: list[tuple[int, str]], number: int) -> list[str]:
     names: list[str] = []
-    step = came[world]
-    while step is not None:
-        names.append(step[1])
-        step = came[step[0]]
+    while number > 0:
+        number, name = came[number]
+        names.append(name)
     return names[::-1]
