@@ -19,6 +19,14 @@ def start_time_of(pid: int) -> int | None:
     return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
+def tail_of(path: Path) -> str:
+    """The last words in a process's log, for an error message."""
+    try:
+        return path.read_text(errors="replace").strip()[-400:]
+    except OSError:
+        return ""
+
+
 class Watched:
     """A process known by pid and start time, child or not. `on_death` is called once, on the event loop."""
 

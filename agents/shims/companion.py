@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import agents
-from agents.processes import Watched, start_time_of
+from agents.processes import Watched, start_time_of, tail_of
 from agents.shims import control
 from agents.shims.base import DestinationShim, FinalQuery, Frame, FrameKind, Load, SendFrame, ShimError, SourceShim
 from orchestrator.core.errors import DroverError
@@ -363,7 +363,7 @@ class DeviceProcess:
         try:
             await started._client.call("hello", timeout_s=_START_S)
         except BaseException as error:
-            words = _tail(spec.path("devices.log"))
+            words = tail_of(spec.path("devices.log"))
             await started.destroy()
             if isinstance(error, ShimError):
                 raise ShimError(f"the device process did not start: {error}; {words}") from None
@@ -510,10 +510,3 @@ def _known_process(spec: DevicesSpec) -> tuple[int, int] | None:
         return None
     ours = (known.get("guest"), known.get("inc")) == (spec.guest, spec.inc)
     return (pid, start_time) if ours and start_time_of(pid) == start_time else None
-
-
-def _tail(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()[-400:]
-    except OSError:
-        return ""

@@ -184,6 +184,8 @@ class DeviceServer:
         if self._port is not None:
             self._port.close()
         self._port = writer
+        for hosted in self._by_index.values():
+            self._answer(hosted)
         try:
             while line := await reader.readline():
                 self._ring(line)
@@ -204,12 +206,11 @@ class DeviceServer:
         self._answer(hosted)
 
     def _answer(self, hosted: Hosted) -> None:
-        """Say what the device may say. With nobody there, or nobody reading, the guest rings again."""
-        answers = [] if hosted.ended else hosted.device.take_answers()
+        """Say what the device may say. With nobody there, or nobody reading, doorbells wait or are rung again."""
         port = self._port
         if port is None or port.is_closing() or port.transport.get_write_buffer_size() > _MAX_UNSENT_ANSWERS:
             return
-        for n, answer in answers:
+        for n, answer in [] if hosted.ended else hosted.device.take_answers():
             port.write(f"A {hosted.device.identity.index:x} {n:08x} {answer:08x}\n".encode())
 
     # --- control ------------------------------------------------------------------------------------------------------
@@ -227,7 +228,8 @@ class DeviceServer:
             writer.close()
 
     async def _respond(self, header: dict[str, Any], body: bytes, writer: asyncio.StreamWriter) -> None:
-        key = str(header.get("key", ""))
+        # Frames are kept by their number instead, and only the last one: they are large.
+        key = "" if header.get("call") == "read" else str(header.get("key", ""))
         call = self._calls.get(key) if key else None
         if call is None:
             call = asyncio.ensure_future(self._carry_out(header, body))

@@ -80,7 +80,8 @@ class Memory:
         self.dirty: dict[int, None] = {}
         """Tracked blocks that changed since they were taken last, in the order of their change."""
         total = tracked_bytes + untracked_bytes
-        self._data = bytearray((content * (total // len(content) + 1))[:total] if content else total)
+        self._data = bytearray(content) * (total // len(content) + 1) if content else bytearray(total)
+        del self._data[total:]
         self._digests = [0] * self.blocks
         self.fold = 0
         """Digest of all blocks as they were last taken or put."""

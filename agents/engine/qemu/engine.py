@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from agents import processes
 from agents.engine import base
 from agents.engine.base import EngineError, EngineStatus, EngineTimeout, HoldStart, RunState, VmmMetadata, VmmState
 from agents.engine.qemu import process
@@ -52,7 +53,9 @@ class Features:
 class QemuVmm:
     """One QEMU process. See `base.Vmm`."""
 
-    def __init__(self, metadata: VmmMetadata, spec: base.VmmSpec, watched: process.Watched, features: Features) -> None:
+    def __init__(
+        self, metadata: VmmMetadata, spec: base.VmmSpec, watched: processes.Watched, features: Features
+    ) -> None:
         self._metadata = metadata
         self._spec = spec
         self._process = watched
@@ -97,7 +100,7 @@ class QemuVmm:
             except EngineError:
                 await connection.close()
                 if not self.alive():
-                    words = process.tail_of(process.log_path(self._spec))
+                    words = processes.tail_of(process.log_path(self._spec))
                     raise EngineError(f"QEMU ended at its start: {words}") from None
                 await asyncio.sleep(0.01)
 
@@ -301,7 +304,7 @@ class QemuVmm:
         """A refused stream is explained in the destination's log only."""
         if self._metadata.role != "incoming" and error:
             return error
-        words = process.tail_of(process.log_path(self._spec)) if error or not self.alive() else ""
+        words = processes.tail_of(process.log_path(self._spec)) if error or not self.alive() else ""
         return f"{error} {words}".strip()
 
     def _emit(self, event: base.EngineEvent) -> None:
@@ -360,9 +363,9 @@ class QemuEngine:
 
     async def adopt(self, metadata: VmmMetadata, spec: base.VmmSpec) -> QemuVmm | None:
         features = await self._known()
-        if process.start_time_of(metadata.pid) != metadata.start_time:
+        if processes.start_time_of(metadata.pid) != metadata.start_time:
             return None
-        vmm = QemuVmm(metadata, spec, process.Watched(metadata.pid, metadata.start_time), features)
+        vmm = QemuVmm(metadata, spec, processes.Watched(metadata.pid, metadata.start_time), features)
         try:
             await vmm.connect(4.0)
         except EngineError:
@@ -381,15 +384,15 @@ class QemuEngine:
         launch = process.Launch(self._binary, self._image, self._accelerator, features.reconnect_ms)
         command = process.command_line(launch, spec, incoming=role == "incoming")
         child = await asyncio.to_thread(process.popen, command, process.log_path(spec))
-        start_time = process.start_time_of(child.pid)
-        child_words = process.tail_of(process.log_path(spec))
+        start_time = processes.start_time_of(child.pid)
+        child_words = processes.tail_of(process.log_path(spec))
         if start_time is None:
             await asyncio.to_thread(child.wait, 2.0)
             raise EngineError(f"QEMU ended at its start: {child_words}")
         metadata = VmmMetadata(spec.guest, spec.inc, child.pid, start_time, role, migration, attempt)
         child.returncode = 0  # from here the pid is watched by descriptor; Popen must neither reap nor warn
         process.write_metadata(process.metadata_path(spec), metadata)
-        return QemuVmm(metadata, spec, process.Watched(child.pid, start_time), features)
+        return QemuVmm(metadata, spec, processes.Watched(child.pid, start_time), features)
 
     async def _known(self) -> Features:
         async with self._probing:
@@ -438,7 +441,7 @@ async def _first_answer(socket: Path, child: subprocess.Popen[bytes], binary: st
         except EngineError:
             await connection.close()
             if child.poll() is not None:
-                raise EngineError(f"{binary} does not start: {process.tail_of(log)}") from None
+                raise EngineError(f"{binary} does not start: {processes.tail_of(log)}") from None
             await asyncio.sleep(0.01)
 
 

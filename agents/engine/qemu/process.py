@@ -10,22 +10,6 @@ from pathlib import Path
 from typing import IO
 
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
-from agents.processes import Watched, start_time_of
-
-__all__ = [
-    "Launch",
-    "Watched",
-    "command_line",
-    "kernel_arguments",
-    "log_path",
-    "metadata_path",
-    "oob_path",
-    "popen",
-    "qmp_path",
-    "start_time_of",
-    "tail_of",
-    "write_metadata",
-]
 
 _GUEST_TIMER_HZ = 100
 _MAX_SOCKET_PATH = 107
@@ -125,13 +109,6 @@ def write_metadata(path: Path, metadata: VmmMetadata) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(metadata)))
     temporary.replace(path)
-
-
-def tail_of(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()[-400:]
-    except OSError:
-        return ""
 
 
 def popen(command: list[str], log: Path) -> subprocess.Popen[bytes]:
