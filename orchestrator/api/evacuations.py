@@ -54,8 +54,8 @@ class Evacuations:
 
     async def create(self, request: pb.CreateEvacuationRequest, caller: Caller) -> pb.CreateEvacuationResponse:
         _check(request)
-        asked = Request.of(request.request_id, digest("CreateEvacuation", request))
-        if not request.validate_only and (earlier := await asked.earlier(self._tools)):
+        asked = Request.of("" if request.validate_only else request.request_id, digest("CreateEvacuation", request))
+        if earlier := await asked.earlier(self._tools):
             return await self._answer(earlier)
         for _ in range(WRITE_TRIES):
             snapshot = await self._tools.inventory.snapshot()
@@ -79,8 +79,10 @@ class Evacuations:
             await self._refuse_second(request.host, asked)
             created = await asked.create(self._tools, f"evacuations/{spec.id}", _ops(spec, snapshot), caller)
             if created:
-                log.info("evacuation asked for", evacuation=spec.id, host=request.host, by=caller.by)
-                return _response(await self.get(created.rpartition("/")[2]), verdicts)
+                known = created.rpartition("/")[2]
+                if known == spec.id:
+                    log.info("evacuation asked for", evacuation=known, host=request.host, by=caller.by)
+                return _response(await self.get(known), verdicts)
             await pause(caller)
         raise contended()
 

@@ -81,13 +81,11 @@ class Guests:
     async def create(self, request: pb.CreateGuestRequest, caller: Caller) -> types_pb2.Guest:
         """The guest runs when this returns. A refusal of its agent has made the record GONE and the name free again."""
         spec = _checked(request)
-        asked = Request.of(request.request_id, digest("CreateGuest", request))
-        if not request.validate_only and (earlier := await asked.earlier(self._tools)):
+        asked = Request.of("" if request.validate_only else request.request_id, digest("CreateGuest", request))
+        if earlier := await asked.earlier(self._tools):
             return await self._start(earlier.rpartition("/")[2], caller)
-        if await self._tools.store.read(paths.name(spec.name)) is not None:
-            raise DroverError(
-                RefusalReason.ALREADY_EXISTS, f"there is a guest {spec.name!r} already", field="spec.name"
-            )
+        if earlier := await self._name_taken(spec, asked):
+            return await self._start(earlier, caller)
         if request.validate_only:
             host, _ = await self._place(spec, request.host)
             return types_pb2.Guest(name=spec.name, spec=wire.guest_spec_to_proto(spec), host=host.host, want_run=True)
@@ -103,8 +101,10 @@ class Guests:
                     self._tools, f"guests/{born}", _birth(spec, born, host, entry, caller), caller
                 )
             if created:
-                log.info("guest recorded", guest=spec.name, uuid=born, host=host.host, by=caller.by)
-                return created.rpartition("/")[2]
+                known = created.rpartition("/")[2]
+                if known == born:
+                    log.info("guest recorded", guest=spec.name, uuid=born, host=host.host, by=caller.by)
+                return known
             if earlier := await self._name_taken(spec, asked):
                 return earlier
             await pause(caller)

@@ -96,8 +96,8 @@ class Migrations:
 
     async def create(self, request: pb.CreateMigrationRequest, caller: Caller) -> types_pb2.Migration:
         _check(request)
-        asked = Request.of(request.request_id, digest("CreateMigration", request))
-        if not request.validate_only and (earlier := await asked.earlier(self._tools)):
+        asked = Request.of("" if request.validate_only else request.request_id, digest("CreateMigration", request))
+        if earlier := await asked.earlier(self._tools):
             return await self.get(earlier.rpartition("/")[2])
         guest = await guest_uuid(self._tools.ledger, request.guest, field="guest")
         for _ in range(WRITE_TRIES):
@@ -118,8 +118,10 @@ class Migrations:
                 await self._destination(read, request.destination)
             created = await asked.create(self._tools, f"migrations/{spec.id}", await self._ops(spec, read), caller)
             if created:
-                log.info("migration asked for", migration=spec.id, guest=read.record.name, by=caller.by)
-                return await self.get(created.rpartition("/")[2])
+                known = created.rpartition("/")[2]
+                if known == spec.id:
+                    log.info("migration asked for", migration=known, guest=read.record.name, by=caller.by)
+                return await self.get(known)
             await pause(caller)
         raise contended()
 
