@@ -241,6 +241,27 @@ def watch(settings: Settings, evacuation: str) -> None:
         _watch(client, settings.printer, find_evacuation(client, evacuation).name)
 
 
+@evacuation.command()
+@evacuation_argument
+@remote
+@pass_settings
+def cancel(settings: Settings, evacuation: str) -> None:
+    """Cancel EVACUATION. Guests on their way stay at their source, or arrive if they are past their commit.
+
+    The host stays cordoned; `drover host uncordon` lets guests go there again.
+    """
+    from orchestrator import wire
+
+    with settings.client() as client:
+        job = client.cancel_evacuation(find_evacuation(client, evacuation).name)
+    if settings.printer.machine:
+        settings.printer.document(wire.to_json(job))
+    else:
+        settings.printer.show(f"evacuation {job.name} of {job.host}: {phase_of(job)}; the host stays cordoned")
+        if not job.end_time.seconds:
+            note(f"`drover evacuation watch {job.name}` waits for its end")
+
+
 class _Reasons:
     """The last abort of each guest: an evacuation does not tell it, so it is asked for when an attempt has ended."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +74,20 @@ def _document(migration: dict[str, Any], stories: list[Story]) -> dict[str, Any]
 
 
 def _tell(printer: Printer, found: Migration, reports: list[AttemptReport], stories: list[Story]) -> None:
-    printer.show(*_head(found))
-    for report, story in zip(reports, stories, strict=True):
-        printer.show("", _attempt_head(report))
-        if story.moments:
-            printer.show(table(_columns(), story.moments, printer.width))
-        printer.show(*_after(report, story))
+    printer.show(*_head(found), *explain_lines(reports, stories, printer.width))
     if not reports:
         printer.show("", "no attempt has ended yet")
+
+
+def explain_lines(reports: Sequence[AttemptReport], stories: Sequence[Story], width: int | None) -> list[Text | str]:
+    """Each attempt with its time line, for a terminal of this width (None: as wide as it wants to be)."""
+    lines: list[Text | str] = []
+    for report, story in zip(reports, stories, strict=True):
+        lines += ["", _attempt_head(report)]
+        if story.moments:
+            lines.append(table(_columns(), story.moments, width))
+        lines += _after(report, story)
+    return lines
 
 
 def _head(found: Migration) -> list[Text | str]:

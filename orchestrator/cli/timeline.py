@@ -33,6 +33,7 @@ _TEXTS = {
     "ack": "the destination acknowledges {detail}",
     "gate_open": "gate open: every request is durable and acknowledged",
     "gate_closed": "gate closed, the guest is held in pre-copy: {detail} is pending",
+    "gate_wait": "the engine stopped the guest under a closed gate: waiting for {detail}, as policy says",
     "suspend": "pre-copy timeout: policy stops the guest",
     STOPPED: "the guest stops",
     RUNS: "the guest runs",
@@ -40,7 +41,8 @@ _TEXTS = {
     "check_passed": "check: no request is late, the last data goes",
     "submit": "the destination has loaded everything: commit submitted",
     "committed": "committed: the guest is the destination's",
-    "done": "the destination runs it: the source's copy is discarded",
+    "runs there": "the destination says that the guest runs there",
+    "done": "recorded as the destination's: the source's copy is discarded",
     "abort": "abort: {detail}",
     "abort_recorded": "abort recorded, {detail}",
     "ended": "the attempt is over, the guest is the source's",
@@ -52,6 +54,16 @@ _TEXTS = {
     "give_up": "this copy is useless now",
     "crashed": "the VMM died after it had taken over",
     "give_back": "the VMM died unused: the guest goes back",
+    "vmm_died": "the VMM died",
+    "resume_failed": "the guest could not be let run again",
+    "pause_failed": "the guest could not be stopped",
+    "marker_failed": "no marker could be written, so this copy is not used",
+    "activation_failed": "the devices could not be activated, tried again",
+    "start_failed": "the guest could not be started, tried again",
+    "roll_back_failed": "a device lost its state on the way back",
+    "shim_failed": "a device failed",
+    "engine_failed": "the engine failed",
+    "guest_ended": "the guest ended by itself",
     "restarted": "the agent was restarted and ends the attempt it finds",
 }
 _DESTINATION_TEXTS = {"done": "recorded as the guest's host"}
@@ -110,7 +122,9 @@ def _offset(here: Sequence[TimelineEntry], there: Sequence[TimelineEntry]) -> tu
     def bound(before: str, after: str, first: dict[str, float], then: dict[str, float]) -> list[float]:
         return [then[after] - first[before]] if before in first and after in then else []
 
-    most = bound("loaded", "submit", destination, source) + bound("running", "done", destination, source)
+    most = bound("loaded", "submit", destination, source)
+    for word in ("runs there", "done"):
+        most += bound("running", word, destination, source)
     least = [-value for value in bound("submit", "take_over", source, destination)]
     if most and least and max(least) <= min(most):
         low, high = max(least), min(most)
@@ -165,11 +179,11 @@ def _stops(
     after = {entry.event: entry.at_ms for entry in reversed(here) if entry.at_ms >= began}
     if report.outcome == "COMMITTED":
         marks = [("quiesce and check", after.get("check_passed")), ("last pass", after.get("submit"))]
-        runs = _firsts(there).get("running")
+        runs, known = _firsts(there).get("running"), after.get("runs there", after.get("done"))
         if runs is None:
-            marks += [("commit", after.get("committed")), ("take-over", after.get("done"))]
+            marks += [("commit", after.get("committed")), ("take-over", known)]
         else:  # the destination may see the commit before the source has its answer
-            marks += [("commit and take-over", runs + offset_ms), ("word of it", after.get("done"))]
+            marks += [("commit and take-over", runs + offset_ms), ("word of it", known)]
     else:
         marks = [
             ("until the check passed", after.get("check_passed")),

@@ -1,0 +1,821 @@
+"""`drover` against a real gRPC server with a service in memory: what is asked, what is printed, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from orchestrator.cli import main, qemu_versions, units
+from orchestrator.cli.exits import Exit, code_of
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.local import commands
+from orchestrator.local.commands import ClusterStatus, PartStatus
+from orchestrator.local.config import LocalConfig
+from protos.drover.v1 import orchestrator_pb2 as pb
+from protos.drover.v1 import types_pb2 as types
+from tests.fakes.orchestrator_service import FakeOrchestrator, host, serve
+
+R = RefusalReason
+ROOT = Path(__file__).resolve().parents[2]
+DROVER = [sys.executable, "-m", "orchestrator.cli.main"]
+
+Drover = Callable[..., "Ran"]
+
+
+class Ran:
+    """One call of `drover`."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def rows(self) -> list[list[str]]:
+        """The table's lines, header included, as cells."""
+        return [re.split(r" {2,}", line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def service() -> FakeOrchestrator:
+    fake = FakeOrchestrator()
+    fake.hosts = {name: host(name) for name in ("host-1", "host-2", "host-10")}
+    for name in ("web-2", "web-10", "db"):
+        fake.guests[name] = guest(name)
+    return fake
+
+
+@pytest.fixture
+def address(service: FakeOrchestrator, tmp_path: Path) -> Iterator[str]:
+    with serve(service, f"unix:{tmp_path}/api.sock") as listening:
+        yield listening
+
+
+@pytest.fixture
+def drover(address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Drover:
+    monkeypatch.setenv("DROVER_API", address)
+    return runner(capsys)
+
+
+def runner(capsys: pytest.CaptureFixture[str]) -> Drover:
+    def run(*arguments: str) -> Ran:
+        capsys.readouterr()
+        code = main.run(arguments)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run
+
+
+def guest(name: str, **values: Any) -> types.Guest:
+    device = types.DeviceSpec(name="flows", shim=types.SHIM_KIND_COMPANION, dma="none", initial_bytes=65536)
+    given: dict[str, Any] = {
+        "uuid": f"uuid-{name}",
+        "host": "host-1",
+        "ownership": types.OWNERSHIP_PHASE_IDLE,
+        "run_state": types.RUN_STATE_RUNNING,
+        "want_run": True,
+        "spec": types.GuestSpec(name=name, memory_mib=64, vcpus=1, machine="pc", devices=[device], labels={"a": "b"}),
+        **values,
+    }
+    return types.Guest(name=name, **given)
+
+
+def migration(name: str, phase: str = "SUCCEEDED", **values: Any) -> types.Migration:
+    begin = int(time.time()) - 100
+    given: dict[str, Any] = {
+        "guest": "web-2",
+        "source": "host-1",
+        "destination": "host-2",
+        "attempt": 1,
+        "create_time": Timestamp(seconds=begin),
+        "end_time": Timestamp(seconds=begin + 4) if phase in ("SUCCEEDED", "FAILED", "CANCELLED") else None,
+        **values,
+    }
+    return types.Migration(name=name, phase=types.MigrationPhase.Value(f"MIGRATION_PHASE_{phase}"), **given)
+
+
+def evacuation(phase: str, *guests: types.EvacuationGuest, **values: Any) -> types.Evacuation:
+    begin = int(time.time()) - 10
+    over = phase in ("SUCCEEDED", "FAILED", "CANCELLED")
+    return types.Evacuation(
+        name="e" * 32,
+        host="host-1",
+        phase=types.EvacuationPhase.Value(f"EVACUATION_PHASE_{phase}"),
+        guests=guests,
+        create_time=Timestamp(seconds=begin),
+        end_time=Timestamp(seconds=begin + 9) if over else None,
+        **values,
+    )
+
+
+def leaving(name: str, phase: str, **values: Any) -> types.EvacuationGuest:
+    number = types.MigrationPhase.Value(f"MIGRATION_PHASE_{phase}")
+    given: dict[str, Any] = {"destination": "host-2", "attempts": 1, "migration": f"m-{name}", **values}
+    return types.EvacuationGuest(guest=name, guest_uuid=f"uuid-{name}", memory_mib=64, phase=number, **given)
+
+
+# --- errors and exit codes --------------------------------------------------------------------------------------------
+
+
+def test_every_refusal_has_an_exit_code_of_its_kind() -> None:
+    usage = {R.INVALID_ARGUMENT, R.DEADLINE_REQUIRED, R.REQUEST_ID_REUSED}
+    away = {R.OUTCOME_UNKNOWN, R.LEDGER_UNREACHABLE, R.AGENT_UNREACHABLE, R.API_UNREACHABLE}
+    for reason in R:
+        expected = (
+            Exit.USAGE
+            if reason in usage
+            else Exit.UNREACHABLE
+            if reason in away
+            else {R.NOT_FOUND: Exit.NOT_FOUND, R.INTERNAL: Exit.FAILED}.get(reason, Exit.REFUSED)
+        )
+        assert code_of(reason) is expected, reason
+
+
+def test_exit_codes_are_documented() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text()
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert told == {int(code) for code in Exit}
+
+
+def test_each_command_is_documented() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text()
+
+    def walk(command: Any, path: str) -> Iterator[str]:
+        for name, child in getattr(command, "commands", {}).items():
+            yield from walk(child, f"{path} {name}") if hasattr(child, "commands") else [f"{path} {name}"]
+
+    assert [path for path in walk(main.root, "drover") if f"`{path}" not in page] == []
+
+
+def test_what_is_not_there_is_3(drover: Drover) -> None:
+    ran = drover("guest", "show", "nobody")
+    assert (ran.code, ran.out, ran.err) == (3, "", "drover: there is no guest 'nobody' [NOT_FOUND]\n")
+
+
+def test_a_refusal_in_the_present_state_is_4_and_says_what_to_do(drover: Drover, service: FakeOrchestrator) -> None:
+    service.failures["CreateMigration"] = DroverError(R.GUEST_IS_MIGRATING, "web-2 is in migration 55 already")
+    ran = drover("migrate", "web-2")
+    assert ran.code == 4
+    assert ran.err.splitlines() == [
+        "drover: web-2 is in migration 55 already [GUEST_IS_MIGRATING]",
+        "  `drover migration list --active` shows its migration; wait for it or cancel it",
+    ]
+
+
+def test_wrong_fields_come_one_per_line_and_are_2(drover: Drover, service: FakeOrchestrator) -> None:
+    wrong = [("policy.max_attempts", "must be positive"), ("destination", "is the source")]
+    service.failures["CreateMigration"] = DroverError(R.INVALID_ARGUMENT, "two are wrong", violations=wrong)
+    ran = drover("migrate", "web-2")
+    assert ran.code == 2
+    assert ran.err.splitlines() == [
+        "drover: 2 fields are wrong [INVALID_ARGUMENT]",
+        "  policy.max_attempts: must be positive",
+        "  destination: is the source",
+    ]
+
+
+def test_no_api_is_5_at_once(local: Drover) -> None:
+    ran = local("host", "list")
+    assert ran.code == 5
+    assert "`drover up` starts one" in ran.err
+    ran = local("host", "list", "--api", "127.0.0.1:1", "--timeout", "3")
+    assert ran.code == 5
+    assert "[API_UNREACHABLE]" in ran.err
+
+
+def test_a_create_without_an_answer_is_5_and_says_how_to_repeat_it(drover: Drover, service: FakeOrchestrator) -> None:
+    service.delays_s["CreateMigration"] = 3.0
+    ran = drover("migrate", "web-2", "--timeout", "0.2")
+    request_id = service.requests("CreateMigration")[0].request_id
+    assert ran.code == 5
+    assert "[OUTCOME_UNKNOWN]" in ran.err
+    assert f"--request-id {request_id} is safe to repeat" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["hosts"], "no such command 'hosts'"),
+        (["migrate"], "missing argument 'GUEST'"),
+        (["migrate", "web-2", "--precopy-timeout", "30"], "must be a time with its unit such as 500ms"),
+        (["migrate", "web-2", "--max-bandwidth", "fast"], "must be a bandwidth such as 500mbit or 2.5gbit"),
+        (["migrate", "web-2", "--on-timeout", "never"], "is not one of 'abort', 'suspend'"),
+        (["explain"], "name a MIGRATION, or a guest with --guest, and not both"),
+        (["explain", "55", "--guest", "web-2"], "name a MIGRATION, or a guest with --guest, and not both"),
+        (["chaos", "late-ack", "web-2", "flows", "--at", "never"], "is not one of 'precopy'"),
+        (["guest", "run", "/nowhere.yaml"], "cannot read /nowhere.yaml: No such file or directory"),
+        (["host", "list", "-o", "xml"], "is not one of 'table', 'json', 'yaml'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_2_and_one_sentence(drover: Drover, arguments: list[str], told: str) -> None:
+    ran = drover(*arguments)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert told in ran.err
+    assert ran.err.startswith("drover: ")
+
+
+def test_help_is_0(drover: Drover) -> None:
+    assert drover("--help").code == 0
+    assert "Cordon HOST and move all its guests" in drover("evacuate", "--help").out
+    assert drover("--version").out.startswith("drover, version ")
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def test_tables_have_natural_order_and_are_whole_on_a_pipe(drover: Drover, service: FakeOrchestrator) -> None:
+    service.hosts["host-2"].cordoned = True
+    service.hosts["host-2"].cordon_reason = "a reason " * 30
+    rows = drover("host", "list").rows()
+    assert rows[0] == ["HOST", "STATE", "GUESTS", "FREE MiB", "OF MiB", "PROMISED", "Mbit/s", "ENGINE", "CORDONED"]
+    assert [row[0] for row in rows[1:]] == ["host-1", "host-2", "host-10"]
+    assert rows[1][1:] == ["LIVE", "0", "7424", "8192", "0", "1000", "QEMU 10.0.3 (tcg)", "no"]
+    assert rows[2][-1] == ("yes: " + "a reason " * 30).rstrip()
+
+
+def test_json_and_yaml_are_one_document_with_stable_names(drover: Drover) -> None:
+    ran = drover("host", "list", "-o", "json")
+    assert [each["name"] for each in ran.json["hosts"]] == ["host-1", "host-2", "host-10"]
+    first = ran.json["hosts"][0]
+    assert (first["state"], first["memory_mib"], first["cordoned"]) == ("LIVE", 8192, False)
+    assert yaml.safe_load(drover("host", "list", "-o", "yaml").out) == ran.json
+    assert drover("host", "show", "host-1", "--output", "json").json == first
+
+
+def test_an_empty_list_says_so_beside_the_result(drover: Drover, service: FakeOrchestrator) -> None:
+    service.guests.clear()
+    ran = drover("guest", "list", "--host", "host-2")
+    assert (ran.code, ran.out, ran.err) == (0, "", "there are no guests on host-2\n")
+    assert drover("guest", "list", "-o", "json").json == {"guests": []}
+
+
+def test_global_options_stand_before_or_behind_the_command(
+    address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DROVER_API", "127.0.0.1:1")
+    drover = runner(capsys)
+    assert drover("--api", address, "host", "list").code == 0
+    assert drover("--api", "127.0.0.1:2", "host", "list", "--api", address).code == 0
+
+
+# --- hosts and guests -------------------------------------------------------------------------------------------------
+
+
+def test_cordon_and_uncordon(drover: Drover, service: FakeOrchestrator) -> None:
+    assert drover("host", "cordon", "host-1", "--reason", "disks").out.startswith("host-1 is cordoned")
+    assert service.hosts["host-1"].cordon_reason == "disks"
+    assert "yes: disks" in drover("host", "show", "host-1").out
+    assert drover("host", "uncordon", "host-1").out == "host-1 takes guests again\n"
+
+
+def test_guest_list_and_show(drover: Drover, service: FakeOrchestrator) -> None:
+    service.guests["db"].migration = "0123456789abcdef"
+    rows = drover("guest", "list").rows()
+    assert rows[0] == ["GUEST", "HOST", "STATE", "MiB", "vCPUS", "DEVICES", "MIGRATION", "LABELS"]
+    assert [row[0] for row in rows[1:]] == ["db", "web-2", "web-10"]
+    assert rows[1] == ["db", "host-1", "RUNNING", "64", "1", "flows", "01234567", "a=b"]
+    shown = drover("guest", "show", "db").out
+    assert re.search(r"^uuid +uuid-db$", shown, re.MULTILINE)
+    assert re.search(r"^flows +companion +none +64.0 KiB", shown, re.MULTILINE)
+
+
+def test_guest_run_makes_each_guest_of_the_files(drover: Drover, service: FakeOrchestrator, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("guests: [{name: a, count: 2, memory: 128MiB}, {name: b}]")
+    ran = drover("guest", "run", str(tmp_path / "a.yaml"), "--host", "host-2")
+    assert ran.code == 0, ran.err
+    assert [row[:4] for row in ran.rows()[1:]] == [
+        ["a-1", "host-2", "RUNNING", "128"],
+        ["a-2", "host-2", "RUNNING", "128"],
+        ["b", "host-2", "RUNNING", "64"],
+    ]
+    requests = service.requests("CreateGuest")
+    assert len({request.request_id for request in requests}) == 3
+
+
+def test_guest_run_with_a_wrong_file_runs_nothing(drover: Drover, service: FakeOrchestrator, tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text("name: good")
+    (tmp_path / "bad.yaml").write_text("name: bad\nvcpu: 2\nmemory: 3")
+    ran = drover("guest", "run", str(tmp_path / "good.yaml"), str(tmp_path / "bad.yaml"))
+    assert ran.code == 2
+    assert ran.err.splitlines() == [
+        "drover: 1 problem in the guest files, nothing was run",
+        f"  {tmp_path}/bad.yaml:2: vcpu: there is no such key; did you mean vcpus?",
+    ]
+    assert service.requests("CreateGuest") == []
+
+
+def test_guest_run_goes_on_when_one_guest_is_refused(drover: Drover, service: FakeOrchestrator, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("guests: [{name: db}, {name: new}]")
+    ran = drover("guest", "run", str(tmp_path / "a.yaml"))
+    assert ran.code == 4
+    assert "drover: db: there is a guest 'db' already [ALREADY_EXISTS]" in ran.err
+    assert "new" in service.guests
+    assert [row[0] for row in ran.rows()] == ["GUEST", "new"]
+
+
+def test_guest_run_can_only_check(drover: Drover, service: FakeOrchestrator, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: new")
+    ran = drover("guest", "run", str(tmp_path / "a.yaml"), "--validate-only")
+    assert ran.out == "new could run on host-1\n"
+    assert "new" not in service.guests
+
+
+@pytest.mark.parametrize(
+    ("wish", "told"),
+    [
+        ("APPLIED", "db is paused"),
+        ("QUEUED", "db is to be paused; it is in a switchover, and the wish takes effect before it runs again"),
+        ("RECORDED", "db is to be paused; its agent cannot be reached, and follows when it is back"),
+    ],
+)
+def test_pause_says_how_far_the_wish_got(drover: Drover, service: FakeOrchestrator, wish: str, told: str) -> None:
+    service.wish = pb.WishState.Value(f"WISH_STATE_{wish}")
+    assert drover("guest", "pause", "db").out == f"{told}\n"
+    assert drover("guest", "pause", "db", "-o", "json").json["wish"] == wish
+
+
+def test_resume_and_stop(drover: Drover, service: FakeOrchestrator) -> None:
+    assert drover("guest", "resume", "db").out == "db is running\n"
+    assert drover("guest", "stop", "db").out == "db has ended\n"
+    assert "db" not in service.guests
+
+
+def test_chaos(drover: Drover, service: FakeOrchestrator) -> None:
+    ran = drover("chaos", "late-ack", "db", "flows", "--at", "freeze", "--times", "3", "--bytes", "4KiB")
+    assert ran.out == "asks:\n- {at: freeze, times: 3, bytes: 4096}\n"
+    service.chaos = False
+    ran = drover("chaos", "late-ack", "db", "flows", "--at", "freeze")
+    assert ran.code == 4
+    assert "start the cluster with `drover up --chaos`" in ran.err
+
+
+# --- migrations -------------------------------------------------------------------------------------------------------
+
+
+def test_migrate_sends_what_was_given_and_nothing_else(drover: Drover, service: FakeOrchestrator) -> None:
+    ran = drover(
+        *("migrate", "db", "--to", "host-2", "--precopy-timeout", "20s", "--on-timeout", "suspend"),
+        *("--max-bandwidth", "1.5gbit", "--no-auto-converge", "--request-id", "mine"),
+    )
+    assert ran.code == 0, ran.err
+    assert ran.out == f"migration {'5' * 32} of db: PENDING\n"
+    (request,) = service.requests("CreateMigration")
+    assert (request.guest, request.destination, request.request_id) == ("db", "host-2", "mine")
+    assert {field.name: value for field, value in request.policy.ListFields()} == {
+        "precopy_timeout_ms": 20_000,
+        "on_timeout": types.ON_TIMEOUT_SUSPEND,
+        "max_bandwidth_mbps": 1500,
+        "auto_converge": False,
+    }
+    drover("migrate", "db")
+    assert not service.requests("CreateMigration")[1].HasField("policy")
+
+
+def test_migrate_can_only_check(drover: Drover, service: FakeOrchestrator) -> None:
+    assert drover("migrate", "db", "--validate-only").out == "db can go from host-1 to host-2\n"
+    assert service.migrations == {}
+
+
+@pytest.mark.parametrize(("phase", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELLED", 6)])
+def test_the_watch_of_a_migration_ends_with_its_code(
+    drover: Drover, service: FakeOrchestrator, phase: str, code: int
+) -> None:
+    name = "5" * 32
+    committed = types.AttemptReport(attempt=2, outcome="COMMITTED", blackout_ms=12.3)
+    late = types.AttemptReport(attempt=1, outcome="ABORTED", reason="LATE_SWITCHOVER_ACK", devices=["flows"])
+    attempts = [late, committed] if phase == "SUCCEEDED" else [late]
+    failure = "" if phase == "SUCCEEDED" else "ATTEMPTS_EXHAUSTED" if phase == "FAILED" else "CANCELLED"
+    pending = types.Progress(total_bytes=100, remaining_bytes=50, transferred_bytes=50, bandwidth_mbps=940, eta_s=3)
+    pending.pending_acks.add(device="flows", generation=2)
+    service.frames = [
+        [
+            migration(name, "PREPARING"),
+            migration(name, "PRECOPY"),
+            migration(name, "RETRY_WAIT", attempts=[late]),
+            migration(name, "PRECOPY", attempt=2, attempts=[late], progress=pending),
+            migration(name, phase, attempt=2, attempts=attempts, failure=failure),
+        ]
+    ]
+    ran = drover("migrate", "web-2", "--watch")
+    assert ran.code == code
+    lines = [line.split(" ", 1)[1] for line in ran.out.splitlines()[:4]]
+    assert lines == [
+        "web-2 to host-2: PREPARING (attempt 1)",
+        "web-2 to host-2: PRECOPY (attempt 1)",
+        "web-2 to host-2: RETRY_WAIT (attempt 1): LATE_SWITCHOVER_ACK (flows)",
+        "web-2 to host-2: PRECOPY (attempt 2 after LATE_SWITCHOVER_ACK (flows)): waits for ACK: flows",
+    ]
+    assert (
+        ran.out.splitlines()[-1]
+        == {
+            "SUCCEEDED": "web-2 is on host-2 after 4.0 s, 2 attempts, blackout 12.3 ms",
+            "FAILED": "web-2 stays on host-1: FAILED after 4.0 s, 2 attempts: ATTEMPTS_EXHAUSTED",
+            "CANCELLED": "web-2 stays on host-1: CANCELLED after 4.0 s, 2 attempts: CANCELLED",
+        }[phase]
+    )
+
+
+def test_a_watch_for_programs_is_one_document_per_line(drover: Drover, service: FakeOrchestrator) -> None:
+    same = migration("5" * 32, "PRECOPY")
+    service.frames = [[same, same, migration("5" * 32)]]
+    ran = drover("migrate", "web-2", "--watch", "-o", "json")
+    assert [json.loads(line)["phase"] for line in ran.out.splitlines()] == ["PRECOPY", "SUCCEEDED"]
+
+
+def test_a_watch_survives_a_restart_of_the_api(
+    drover: Drover, service: FakeOrchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.cli.watch.RETRY_S", 0.01)
+    name = "5" * 32
+    lost = DroverError(R.LEDGER_UNREACHABLE, "ZooKeeper is away")
+    quiet_s = 0.6  # the client itself bears a loss shortly after it heard something
+    service.frames = [[migration(name, "PRECOPY"), quiet_s, lost], [lost], [migration(name)]]
+    ran = drover("migrate", "web-2", "--watch", "--timeout", "0.3")
+    assert ran.code == 0
+    assert ran.err.count("lost the API, trying again: ZooKeeper is away") == 1
+
+
+def test_a_watch_gives_up_after_a_while_and_says_that_the_work_goes_on(
+    drover: Drover, service: FakeOrchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.cli.watch.RETRY_S", 0.01)
+    monkeypatch.setattr("orchestrator.cli.watch.PATIENCE_S", 0.2)
+    service.frames = [[DroverError(R.LEDGER_UNREACHABLE, "ZooKeeper is away")]]
+    ran = drover("migrate", "web-2", "--watch")
+    assert ran.code == 5
+    assert "the watch ends, but what it watched goes on: ZooKeeper is away" in ran.err
+
+
+def test_the_watch_of_several_ends_with_the_worst(drover: Drover, service: FakeOrchestrator) -> None:
+    first, second = "a" * 32, "b" * 32
+    service.migrations = {first: migration(first, "PRECOPY"), second: migration(second, "PRECOPY")}
+    service.frames = [[migration(first), migration(second, "CANCELLED", failure="CANCELLED")]]
+    assert drover("migration", "watch", "aa", "bb").code == 6
+    assert service.requests("WatchMigrations")[0].names == [first, second]
+
+
+def test_lists_abbreviate_ids_and_prefixes_are_accepted(drover: Drover, service: FakeOrchestrator) -> None:
+    long_ago = {"create_time": Timestamp(seconds=1), "end_time": Timestamp(seconds=9)}
+    one, two, other = "3f2a1b0c4" + "0" * 23, "3f2a1b0c5" + "0" * 23, "99" + "1" * 30
+    late = types.AttemptReport(attempt=1, outcome="ABORTED", reason="LATE_SWITCHOVER_ACK", devices=["flows"])
+    service.migrations = {
+        one: migration(one, attempts=[late], attempt=2),
+        two: migration(two, "FAILED", failure="NO_CAPACITY", **long_ago),
+        other: migration(other, "PRECOPY", guest="db"),
+    }
+    rows = drover("migration", "list").rows()
+    assert rows[0] == ["MIGRATION", "GUEST", "FROM", "TO", "PHASE", "TRY", "BEGAN", "TOOK", "LAST REASON"]
+    assert [row[0] for row in rows[1:]] == ["3f2a1b0c5", "3f2a1b0c4", "99111111"]
+    assert rows[1][-2:] == ["8.0 s", "NO_CAPACITY"]
+    assert rows[2][-1] == "LATE_SWITCHOVER_ACK (flows)"
+    assert [row[0] for row in drover("migration", "list", "--last", "1").rows()[1:]] == ["99111111"]
+    assert [row[0] for row in drover("migration", "list", "--guest", "db").rows()[1:]] == ["99111111"]
+    assert drover("migration", "show", "9", "-o", "json").json["name"] == other
+    ambiguous = drover("migration", "show", "3f2a1b0c")
+    assert ambiguous.code == 2
+    assert "begins the id of 2 migrations" in ambiguous.err
+    assert drover("migration", "show", "77").code == 3
+    assert drover("migration", "show", "7" * 32).code == 3
+
+
+def test_show_and_cancel(drover: Drover, service: FakeOrchestrator) -> None:
+    name = "ab" * 16
+    policy = types.MigrationPolicy(max_attempts=8)
+    service.migrations = {name: migration(name, "PRECOPY", policy=policy, progress=types.Progress(gate_open=True))}
+    shown = drover("migration", "show", "ab").out
+    assert re.search(r"^policy +max_attempts=8$", shown, re.MULTILINE)
+    assert re.search(r"^gate +open$", shown, re.MULTILINE)
+    assert drover("migration", "cancel", "ab").out == f"migration {name} of web-2 is cancelled: it stays on host-1\n"
+
+
+def test_a_cancel_that_came_too_late_is_4_with_the_commit(drover: Drover, service: FakeOrchestrator) -> None:
+    name = "ab" * 16
+    service.migrations = {name: migration(name, "COMMITTED")}
+    service.failures["CancelMigration"] = DroverError(R.ALREADY_COMMITTED, "too late", details={"zxid": "500"})
+    ran = drover("migration", "cancel", "ab")
+    assert ran.code == 4
+    assert "too late [ALREADY_COMMITTED] (commit zxid 0x1f4)" in ran.err
+
+
+# --- evacuations ------------------------------------------------------------------------------------------------------
+
+
+def test_evacuate_says_who_can_go_where(drover: Drover, service: FakeOrchestrator) -> None:
+    service.verdicts = [
+        pb.PlacementVerdict(guest="web-10", memory_mib=64, destination="host-2"),
+        pb.PlacementVerdict(guest="web-2", memory_mib=256, reason="NO_CAPACITY", message="host-2 has 9 MiB free"),
+    ]
+    ran = drover("evacuate", "host-1", "--validate-only")
+    assert ran.code == 1
+    assert ran.rows() == [
+        ["GUEST", "MiB", "TO", "REASON", "MESSAGE"],
+        ["web-2", "256", "nowhere", "NO_CAPACITY", "host-2 has 9 MiB free"],
+        ["web-10", "64", "host-2"],
+    ]
+    assert ran.err == "1 of 2 guests can leave host-1\n"
+    service.verdicts.pop()
+    assert drover("evacuate", "host-1", "--validate-only").code == 0
+    assert service.evacuations == {}
+
+
+def test_evacuate_starts_and_returns(drover: Drover, service: FakeOrchestrator) -> None:
+    ran = drover("evacuate", "host-1", "--max-concurrent", "2", "--max-attempts", "9")
+    assert ran.out == f"evacuation {'e' * 32} of host-1, 0 guests: PENDING\n"
+    (request,) = service.requests("CreateEvacuation")
+    assert (request.host, request.max_concurrent, request.policy.max_attempts) == ("host-1", 2, 9)
+    assert drover("evacuate", "host-9").code == 3
+
+
+@pytest.mark.parametrize(
+    ("phase", "why", "code", "told"),
+    [
+        ("SUCCEEDED", "", 0, "SUCCEEDED: 2 of 2 guests moved off host-1 in 9.0 s, 1 attempt repeated; host-1 is safe"),
+        ("FAILED", ": ATTEMPTS_EXHAUSTED", 1, "1 of 2 guests remain on host-1: db (ATTEMPTS_EXHAUSTED)"),
+        ("CANCELLED", ": LATE_SWITCHOVER_ACK (flows)", 6, "CANCELLED: 1 of 2 guests moved off host-1 in 9.0 s, 1"),
+    ],
+)
+def test_evacuate_and_watch(
+    drover: Drover, service: FakeOrchestrator, phase: str, why: str, code: int, told: str
+) -> None:
+    late = types.AttemptReport(attempt=1, outcome="ABORTED", reason="LATE_SWITCHOVER_ACK", devices=["flows"])
+    service.migrations["m-db"] = migration("m-db", "RETRY_WAIT", attempts=[late])
+    failure = "ATTEMPTS_EXHAUSTED" if phase == "FAILED" else ""
+    message = "1 of 2 guests remain on host-1: db (ATTEMPTS_EXHAUSTED)" if phase == "FAILED" else ""
+    waiting = types.EvacuationGuest(guest="db", guest_uuid="uuid-db", memory_mib=64)
+    service.frames = [
+        [
+            evacuation("PENDING"),
+            evacuation("RUNNING", leaving("web", "PRECOPY"), waiting),
+            evacuation("RUNNING", leaving("web", "SUCCEEDED"), leaving("db", "RETRY_WAIT")),
+            evacuation("RUNNING", leaving("web", "SUCCEEDED"), leaving("db", "PRECOPY", attempts=2)),
+            evacuation(
+                phase,
+                leaving("web", "SUCCEEDED"),
+                leaving("db", phase, attempts=2, failure=failure),
+                safe_to_power_off=phase == "SUCCEEDED",
+                message=message,
+            ),
+        ]
+    ]
+    ran = drover("evacuate", "host-1", "--watch")
+    assert ran.code == code
+    assert [line.split(" ", 1)[1] for line in ran.out.splitlines()[:6]] == [
+        "web to host-2: PRECOPY (attempt 1)",
+        "db: PENDING",
+        "web to host-2: SUCCEEDED (attempt 1)",
+        "db to host-2: RETRY_WAIT (attempt 1): LATE_SWITCHOVER_ACK (flows)",
+        "db to host-2: PRECOPY (attempt 2 after LATE_SWITCHOVER_ACK (flows))",
+        f"db to host-2: {phase} (attempt 2){why}",
+    ]
+    assert any(line.startswith(told) for line in ran.out.splitlines())
+
+
+def test_evacuation_list_show_and_cancel(drover: Drover, service: FakeOrchestrator) -> None:
+    service.evacuations["e" * 32] = evacuation(
+        "RUNNING", leaving("web-10", "SUCCEEDED"), leaving("web-2", "PRECOPY"), max_concurrent=4
+    )
+    rows = drover("evacuation", "list").rows()
+    assert rows[1][:5] == ["eeeeeeee", "host-1", "RUNNING", "1 of 2", "no"]
+    shown = drover("evacuation", "show", "ee").out
+    assert re.search(r"^power off +not safe$", shown, re.MULTILINE)
+    assert shown.index("web-2") < shown.index("web-10")
+    ran = drover("evacuation", "cancel", "ee")
+    assert ran.code == 0
+    assert service.evacuations["e" * 32].cancel_requested
+
+
+# --- interruption, pipes, completion: real processes ------------------------------------------------------------------
+
+
+def process(address: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*DROVER, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "DROVER_API": address, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_ctrl_c_leaves_the_evacuation_running_and_says_how_to_cancel_it(
+    address: str, service: FakeOrchestrator
+) -> None:
+    service.frames = [[evacuation("RUNNING", leaving("web", "PRECOPY")), 60.0]]
+    watch = process(address, "evacuate", "host-1", "--watch")
+    assert watch.stdout
+    assert watch.stdout.readline().endswith("web to host-2: PRECOPY (attempt 1)\n")
+    watch.send_signal(signal.SIGINT)
+    _, err = watch.communicate(timeout=20)
+    name = "e" * 32
+    assert watch.returncode == 130
+    assert err == (
+        f"the evacuation goes on; `drover evacuation cancel {name}` cancels it, "
+        f"`drover evacuation watch {name}` looks again\n"
+    )
+    assert service.requests("CancelEvacuation") == []
+
+
+def test_a_closed_pipe_is_no_complaint(address: str, service: FakeOrchestrator) -> None:
+    for number in range(3000):
+        service.guests[f"many-{number}"] = guest(f"many-{number}")
+    # Without a buffer Python itself would leave the rest unwritten, without an error.
+    listing = process(address, "guest", "list", "-o", "json", PYTHONUNBUFFERED="")
+    assert listing.stdout
+    assert listing.stdout.readline() == "{\n"
+    listing.stdout.close()
+    assert listing.stderr
+    assert listing.stderr.read() == ""
+    listing.stderr.close()
+    assert listing.wait(20) == Exit.FAILED
+
+
+def test_shell_completion(address: str) -> None:
+    def complete(words: str) -> list[str]:
+        count = str(len(words.split(" ")) - 1)
+        shell = process(address, _DROVER_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=count)
+        out, _ = shell.communicate(timeout=20)
+        return [line.partition(",")[2] for line in out.splitlines()]
+
+    assert complete("drover evac") == ["evacuate", "evacuation"]
+    assert complete("drover guest show web") == ["web-2", "web-10"]
+    assert complete("drover evacuate host-1") == ["host-1", "host-10"]
+
+
+def test_the_command_line_starts_without_what_it_does_not_need() -> None:
+    """Measured as modules, not as time, which depends on the machine."""
+    program = (
+        "import sys; from orchestrator.cli import main; code = main.run(['--help']); "
+        "print(sorted(set(sys.modules) & {'grpc', 'google.protobuf', 'pydantic', 'rich', 'yaml', 'asyncio'}))"
+    )
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+# --- the local cluster ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def local(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Drover:
+    monkeypatch.setenv("DROVER_DIR", str(tmp_path))
+    monkeypatch.delenv("DROVER_API", raising=False)
+    return runner(capsys)
+
+
+def test_status_of_nothing_is_5(local: Drover, tmp_path: Path) -> None:
+    ran = local("status")
+    assert (ran.code, ran.out) == (5, f"cluster in {tmp_path}: not running\n")
+    assert local("status", "-o", "json").json["running"] is False
+
+
+@pytest.mark.parametrize(("health", "code"), [("ok", 0), ("does not answer", 1)])
+def test_status_shows_each_part(
+    local: Drover, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, health: str, code: int
+) -> None:
+    part = PartStatus("agent-host-1", "agent", "host-1", 4711, time.time() - 90, 2, "running", health)
+    cluster = ClusterStatus(tmp_path, True, "ready", (part,), ("no namespaces: no bandwidth limit",), 7.5)
+    monkeypatch.setattr(commands, "status", lambda _: cluster)
+    ran = local("status")
+    assert ran.code == code
+    assert ran.out.splitlines()[:2] == [
+        f"cluster in {tmp_path}: ready, ready after 7.5 s",
+        "no namespaces: no bandwidth limit",
+    ]
+    assert (
+        ran.rows()[3] == ["agent-host-1", "running", "4711", "1 min 30 s", "2", health] or ran.rows()[3][-1] == health
+    )
+    document = local("status", "-o", "json").json
+    assert (document["healthy"], document["parts"][0]["pid"]) == (code == 0, 4711)
+
+
+def test_up_passes_the_options_on(local: Drover, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[LocalConfig, bool]] = []
+
+    def up(config: LocalConfig, *, foreground: bool) -> None:
+        seen.append((config, foreground))
+
+    monkeypatch.setattr(commands, "up", up)
+    options = ["--hosts", "3", "--bandwidth", "100mbit", "--no-shape", "--memory", "2GiB", "--chaos", "--foreground"]
+    assert local("up", *options, "--max-concurrent", "5", "--qemu", "bin/qemu").code == 0
+    assert local("up").code == 0
+    (given, foreground), (default, _) = seen
+    assert foreground
+    assert given.model_dump(exclude_defaults=True) == {
+        "hosts": 3,
+        "bandwidth": "100mbit",
+        "shape": False,
+        "memory_mib": 2048,
+        "chaos": True,
+        "max_concurrent_migrations": 5,
+        "qemu": str(Path("bin/qemu").resolve()),
+    }
+    assert given.dir == tmp_path
+    assert default == LocalConfig(dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--hosts", "99"], "hosts: "),
+        (["--bandwidth", "fast"], "not a bandwidth: 'fast'"),
+        (["--qemu", "11.1"], "there is no QEMU 11.1 here; found: 10.0.2 (/x/qemu-system-x86_64)"),
+    ],
+)
+def test_up_with_wrong_options_is_2(
+    local: Drover, monkeypatch: pytest.MonkeyPatch, options: list[str], told: str
+) -> None:
+    monkeypatch.setattr(qemu_versions, "find", lambda: {"/x/qemu-system-x86_64": "10.0.2"})
+    ran = local("up", *options)
+    assert ran.code == 2
+    assert told in ran.err
+
+
+def test_qemu_is_found_by_its_version(local: Drover, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, version in (("qemu-system-x86_64", "10.0.2 (Debian)"), ("qemu-system-x86_64-11.1", "11.1.3")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho 'QEMU emulator version {version}'\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "qemu-system-x86_64-microvm").write_text("#!/bin/sh\nexit 1\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    found = qemu_versions.find()
+    assert list(found.values())[:2] == ["10.0.2", "11.1.3"]
+    seen: list[LocalConfig] = []
+
+    def up(config: LocalConfig, *, foreground: bool) -> None:
+        seen.append(config)
+
+    monkeypatch.setattr(commands, "up", up)
+    assert local("up", "--qemu", "11.1").code == 0
+    assert seen[0].qemu == str(tmp_path / "qemu-system-x86_64-11.1")
+    assert local("up", "--qemu", "11.10").code == 2
+
+
+def test_down_says_what_is_left(local: Drover, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran = local("down", "--dir", str(tmp_path / "none"))
+    assert (ran.code, ran.err) == (0, f"no cluster ran in {tmp_path / 'none'}, nothing of it is left\n")
+    monkeypatch.setattr(commands, "down", lambda _, keep: ["process 7: qemu", f"kept {keep}"])
+    ran = local("down", "--keep", "serial")
+    assert ran.code == 1
+    assert ran.err.splitlines()[:3] == [
+        "drover: not everything could be removed",
+        "  process 7: qemu",
+        "  kept ('serial',)",
+    ]
+
+
+def test_power_needs_a_cluster_and_a_host_of_it(local: Drover, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert local("host", "power-cycle", "host-1").code == 5
+    part = PartStatus("agent-host-1", "agent", "host-1", 1, None, 0, "running", "ok")
+    monkeypatch.setattr(commands, "status", lambda _: ClusterStatus(tmp_path, True, "ready", (part,)))
+    ran = local("host", "power-cycle", "host-7")
+    assert ran.code == 3
+    assert "the local cluster has no host 'host-7'; there are host-1" in ran.err
+    monkeypatch.setattr(commands, "power_cycle", lambda _, host, *, off: not off)
+    assert local("host", "power-cycle", "host-1").out == "host-1 has booted and its agent serves\n"
+    assert local("host", "power-cycle", "host-1", "--off", "-o", "json").json == {
+        "host": "host-1",
+        "powered": False,
+        "serving": False,
+    }
+    monkeypatch.setattr(commands, "power_on", lambda _, host: False)
+    assert local("host", "power-on", "host-1").code == 1
+
+
+# --- units ------------------------------------------------------------------------------------------------------------
+
+
+def test_units() -> None:
+    assert [units.size(n) for n in (0, 512, 65536, 67_000_000, 3 << 30)] == [
+        *("0 B", "512 B", "64.0 KiB", "63.9 MiB", "3.0 GiB")
+    ]
+    assert [units.milliseconds(n) for n in (0, 6.25, 99.96, 840.4, 12_345)] == [
+        *("0.0 ms", "6.2 ms", "100.0 ms", "840 ms", "12 s")
+    ]
+    assert [units.seconds(n) for n in (-1, 4.21, 41.4, 200, 7500)] == [
+        *("0.0 s", "4.2 s", "41 s", "3 min 20 s", "2 h 5 min")
+    ]
+    assert [units.rate(n) for n in (0, 2.25, 940.2)] == ["0 Mbit/s", "2.2 Mbit/s", "940 Mbit/s"]
+    assert units.abbreviate(["abcdefgh1", "abcdefgh2", "zz"]) == {
+        "abcdefgh1": "abcdefgh1",
+        "abcdefgh2": "abcdefgh2",
+        "zz": "zz",
+    }
+    assert units.abbreviate(["a" * 32, "b" * 32, "a" * 32]) == {"a" * 32: "a" * 8, "b" * 32: "b" * 8}
+    assert sorted(["host-10", "host-2", "db"], key=units.natural) == ["db", "host-2", "host-10"]
+    assert [units.parse_ms(text) for text in ("500ms", "1.5s", "2m", "1h")] == [500, 1500, 120_000, 3_600_000]
+    assert [units.parse_mbps(text) for text in ("0", "500mbit", "2.5gbit")] == [0, 500, 2500]
