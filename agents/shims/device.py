@@ -328,7 +328,6 @@ class Device:
         except StreamError as error:
             raise DeviceError(errno.EINVAL, str(error)) from None
         self._memory, self._registers = memory, registers
-        self._memory.dirty.clear()
         self._rings.clear()
         self.has_content = self._just_loaded = True
 
@@ -574,10 +573,6 @@ class Device:
         answers = [(n, self._answer(n)) for n in self._rings]
         self._rings.clear()
         return answers
-
-    def drop_rings(self) -> None:
-        """Forget doorbells that wait: their guest is elsewhere now and rings again there."""
-        self._rings.clear()
 
     def _answer(self, n: int) -> int:
         registers, memory = self._registers, self._memory

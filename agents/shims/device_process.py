@@ -415,7 +415,6 @@ class DeviceServer:
             return
         hosted.new_course(None)
         hosted.ended, hosted.live = how, False
-        hosted.device.drop_rings()
         _log(f"{hosted.name} is {how}")
 
     # --- calls: the destination ---------------------------------------------------------------------------------------

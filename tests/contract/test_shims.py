@@ -388,7 +388,7 @@ async def test_segmentation_does_not_matter(pair: Pair) -> None:
     assert (await destination.validate()).bytes == len(data)
 
 
-@pytest.mark.parametrize("lost", ["first", "last", "end", "swapped"])
+@pytest.mark.parametrize("lost", ["first", "last", "end", "swapped", "other_end"])
 async def test_state_that_did_not_arrive_whole_is_never_loaded(pair: Pair, lost: str) -> None:
     course = Course(await pair.source(), None)
     await course.begin()
@@ -402,6 +402,8 @@ async def test_state_that_did_not_arrive_whole_is_never_loaded(pair: Pair, lost:
     if lost == "swapped":
         data = pieces[-1].data
         pieces[-1] = replace(pieces[-1], data=data[:-2] + data[-1:] + data[-2:-1])
+    if lost == "other_end":
+        end = replace(end, digest=blake2b(b"other", digest_size=16).digest())
     destination = await pair.destination()
     await destination.begin_load(1)
     with contextlib.suppress(ShimError):

@@ -386,6 +386,23 @@ async def test_a_bad_description_is_explained_and_nothing_is_left(lab: Lab) -> N
     assert list(lab.directory.iterdir()) == []
 
 
+async def test_a_session_is_begun_anew_by_whoever_did_not_begin_it(lab: Lab) -> None:
+    source, destination = await lab.start("s"), await lab.start("d", incoming=True)
+    forgotten: list[Frame] = []
+
+    async def forget(frame: Frame) -> None:
+        forgotten.append(frame)
+
+    first = source.source_shims()[0]
+    await first.begin(1, lambda entry: None)
+    running = asyncio.create_task(first.run_precopy(forget))
+    await wait_for(lambda: forgotten)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    requests, acks = await attempt(source, destination, 1)
+    assert requests == acks == [AckRequest("dpu", 2)]
+
+
 async def test_a_broken_connection_loses_neither_calls_nor_requests(lab: Lab) -> None:
     """Another socket stands between agent and device, and breaks after so many bytes, again and again."""
     process = await lab.start("s", device(scenario="asks: [{at: gate_open, times: always}]"))
