@@ -19,6 +19,7 @@ import structlog
 from agents.config import AgentConfig, ConfigError, load
 from agents.engine.qemu.engine import QemuEngine
 from agents.identity import OneAgent, make_identity
+from agents.metrics import Metrics
 from agents.peer_rpc import DestinationClient, PeerServicer, SourceClient
 from agents.runner import Agent
 from agents.servicer import AgentServicer, translate
@@ -77,7 +78,10 @@ async def _serve(config: AgentConfig, here: HostRef) -> None:
     )
     peers = Peers()
     engine = QemuEngine(config.guest_image, config.qemu, config.accelerator)
-    agent = Agent(config, here, engine, (store, commits), peers)
+    metrics = Metrics()
+    agent = Agent(config, here, engine, (store, commits), peers, metrics)
+    if config.metrics_port:
+        metrics.serve(config.address, config.metrics_port)
     errors = Errors(require_deadline=False, translate=translate)
     control, hand_over = channels.aio_server([errors]), channels.aio_server([errors])
     add_AgentServiceServicer_to_server(AgentServicer(agent), control)

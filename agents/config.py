@@ -31,6 +31,8 @@ class AgentConfig(BaseModel):
     """Where this host is reached: both services and the engines' streams listen here."""
     control_port: Annotated[int, Field(ge=0, le=65535)] = 7701
     peer_port: Annotated[int, Field(ge=0, le=65535)] = 7702
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 7703
+    """Prometheus reads here; 0: not served."""
     zookeeper: str
     chroot: str = "/drover/v1"
     dir: Path

@@ -30,6 +30,7 @@ from agents.guests.copies import Copy
 from agents.guests.files import GuestFiles
 from agents.journal import Journal
 from agents.keeping import Do, Duty
+from agents.metrics import Metrics
 from agents.peer_rpc import DestinationClient, SourceClient
 from agents.session import Command, Seen
 from agents.shims.base import ShimError
@@ -79,6 +80,7 @@ class Tools:
     """A session of its own for attempts: nothing may queue before a COMMIT."""
     journal: Journal
     peers: PeerChannels
+    metrics: Metrics
     changed: Callable[[], None]
     """Something that watchers of this agent want to know."""
 
@@ -444,6 +446,7 @@ class HostedGuest:
                 report = await departure.conduct(first)
                 if first is None or self._tools.journal.report(ref.migration, ref.attempt) is None:
                     self._tools.journal.keep(ref.migration, report)
+                    self._tools.metrics.attempt_over(report, self.files.companions)
                 log.info(
                     "departure ended",
                     migration=ref.migration,

@@ -17,6 +17,7 @@ from agents.guest_ledger import GuestLedger
 from agents.guests.files import GuestFiles, found_on_disk
 from agents.hosted import HostedGuest, PeerChannels, Tools
 from agents.journal import Journal
+from agents.metrics import Metrics
 from agents.peer_rpc import AttemptKey
 from orchestrator.core.agent import (
     AgentSample,
@@ -57,6 +58,7 @@ class Agent:
         mover: engine.MigrationEngine,
         stores: tuple[Store, Store],
         peers: PeerChannels,
+        metrics: Metrics,
     ) -> None:
         self._config = config
         self._journal = Journal(config.dir / "journal")
@@ -72,11 +74,17 @@ class Agent:
             commits=commits,
             journal=self._journal,
             peers=peers,
+            metrics=metrics,
             changed=self._notice,
         )
         self._guests: dict[str, HostedGuest] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._hosting = asyncio.Lock()
+        metrics.gauges(
+            guests=lambda: sum(1 for guest in list(self._guests.values()) if guest.is_here),
+            under_way=lambda: sum(1 for guest in list(self._guests.values()) if guest.departure is not None),
+            quorum_age_s=lambda: self._store.quorum_age_s,
+        )
 
     @property
     def here(self) -> HostRef:
