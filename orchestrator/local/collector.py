@@ -10,223 +10,43 @@ the guest, `<monotonic_ns> <text>`, stamped when its first byte arrived. Lines o
     TORN <text>   a connection ended within this line
     LAG <ms>      the collector got no CPU: stamps within the last <ms> may be late
 
-A guest's line that looks like one of these is written with `? ` before it. It answers on `collector.sock`
-(console_client.py): list the consoles, send text to a guest, ask and wait for an answer, show the last lines.
+A guest's line that looks like one of these is written with `? ` before it. A line that follows another one within 4 ms
+is stamped when both are read, up to 4 ms late; the lines of a heart that beats at 200 Hz or slower are not concerned.
+
+It answers on `collector.sock` (console_client.py): list the consoles, send text to a guest, ask and wait for an answer,
+show the last lines. One loop over one epoll does everything: an event loop of a library would cost more than the rest.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import json
 import logging
 import os
+import select
 import signal
+import socket
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import click
 
-from orchestrator.local.evidence import Vmm
+from orchestrator.local.consoles import RECENT_LINES, Console, Consoles
 from orchestrator.local.layout import Layout, LocalClusterError
 
-SCAN_S = 0.02
-FLUSH_S = 0.05
+LOOK_NS = 20_000_000
+FLUSH_NS = 50_000_000
 LAG_MS = 5
 """Below this the collector's own delay is not worth a line: evidence.TOLERANCE_NS allows for it."""
-GATHER_S = 0.004
-"""QEMU hands over a line byte by byte; one that has begun is left alone for up to this long and then read in one go."""
-RETRY_FIRST_S, RETRY_MOST_S = 0.02, 1.0
-CONNECT_TIMEOUT_S = 1.0
 ASK_MOST_S = 600.0
-LINE_MOST_BYTES = 4096
-UNWRITTEN_MOST_BYTES = 4 << 20
-RECENT_LINES = 200
-ENDED_KEPT = 500
-
-OWN_WORDS = ("CONNECTED", "EOF", "DETACHED", "TORN", "LAG")
+REQUEST_MOST_BYTES = 64 << 10
 
 log = logging.getLogger("collector")
-
-
-class LineFile:
-    """Appends stamped lines to one file, gathered until `flush`. Never truncates, never raises."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._fd: int | None = None
-        self._unwritten = bytearray()
-        self._failing = False
-
-    def add(self, ns: int, text: str) -> None:
-        if len(self._unwritten) < UNWRITTEN_MOST_BYTES:
-            self._unwritten += f"{ns} {text}\n".encode("ascii", "backslashreplace")
-
-    def flush(self) -> None:
-        """Hand over to the kernel what is gathered. A full disk keeps it in memory, bounded, for the next time."""
-        if not self._unwritten:
-            return
-        try:
-            if self._fd is None:
-                self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                self._end_cut_line()
-            del self._unwritten[: os.write(self._fd, self._unwritten)]
-            self._failing = False
-        except OSError as error:
-            if not self._failing:
-                log.error("cannot write %s: %s", self._path, error)
-            self._failing = True
-
-    def close(self) -> None:
-        self.flush()
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-
-    def _end_cut_line(self) -> None:
-        """A predecessor that was killed may have left half a line; nothing may be glued to it."""
-        with contextlib.suppress(OSError), self._path.open("rb") as written:
-            written.seek(-1, os.SEEK_END)
-            if written.read(1) != b"\n":
-                self._unwritten[:0] = b"\n"
-
-
-class Resting:
-    """Connections that are not read for a moment. They wake together: one timer for all of them."""
-
-    def __init__(self) -> None:
-        self._transports: list[asyncio.Transport] = []
-
-    def add(self, transport: asyncio.Transport) -> None:
-        if not self._transports:
-            asyncio.get_running_loop().call_later(GATHER_S, self._wake)
-        self._transports.append(transport)
-
-    def _wake(self) -> None:
-        transports, self._transports = self._transports, []
-        for transport in transports:
-            if not transport.is_closing():
-                transport.resume_reading()
-
-
-class Console(asyncio.BufferedProtocol):
-    """One VMM's console: its connection, its file and what it said last."""
-
-    def __init__(
-        self, vmm: Vmm, file: LineFile, resting: Resting, on_line: Callable[[Console, int, str], None]
-    ) -> None:
-        self.vmm = vmm
-        self.file = file
-        self.recent: deque[tuple[int, str]] = deque(maxlen=RECENT_LINES)
-        self.inode = 0
-        self.connecting = False
-        self.next_try_s = 0.0
-        self.retry_s = RETRY_FIRST_S
-        self._on_line = on_line
-        self._resting = resting
-        self._transport: asyncio.Transport | None = None
-        self._buffer = memoryview(bytearray(LINE_MOST_BYTES))
-        self._partial = bytearray()
-        self._partial_ns = 0
-        self._leaving = False
-
-    @property
-    def connected(self) -> bool:
-        return self._transport is not None
-
-    @property
-    def last_ns(self) -> int:
-        return self.recent[-1][0] if self.recent else 0
-
-    def send(self, text: str) -> None:
-        assert self._transport, "only connected consoles are chosen"
-        self._transport.write(text.encode("ascii", "replace"))
-
-    def mark(self, text: str) -> None:
-        """Write a line of the collector's own."""
-        self.file.add(time.monotonic_ns(), text)
-
-    def leave(self) -> None:
-        """The collector ends: close without claiming that the VMM did."""
-        self._leaving = True
-        if self._transport:
-            self._transport.abort()
-
-    def put_off(self) -> None:
-        """The VMM does not answer: try again later and later."""
-        self.next_try_s = time.monotonic() + self.retry_s
-        self.retry_s = min(self.retry_s * 2, RETRY_MOST_S)
-
-    # --- asyncio.BufferedProtocol: an ordinary one costs a fresh buffer of 256 KiB for each read
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self._partial.clear()
-        self.mark("CONNECTED")
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        now = time.monotonic_ns()
-        data = bytes(self._buffer[:nbytes])
-        if not self._partial:
-            self._partial_ns = now
-        self._partial += data
-        if b"\n" in data:
-            stamp = self._partial_ns
-            *lines, self._partial = self._partial.split(b"\n")
-            for line in lines:
-                self._take(stamp, line)
-                stamp = now
-            self._partial_ns = now
-            self.retry_s = RETRY_FIRST_S
-        elif len(self._partial) > LINE_MOST_BYTES:
-            self._end_torn()
-        if self._partial:
-            self._gather()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._end_torn()
-        self.mark("DETACHED" if self._leaving else "EOF")
-        self.file.close()
-        self._transport = None
-        self.put_off()
-
-    def _take(self, ns: int, line: bytearray) -> None:
-        text = line.decode("ascii", "backslashreplace").rstrip("\r")
-        if not text.isprintable():
-            text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-        if text.startswith(OWN_WORDS):
-            text = "? " + text
-        self.file.add(ns, text)
-        self.recent.append((ns, text))
-        self._on_line(self, ns, text)
-
-    def _end_torn(self) -> None:
-        if self._partial:
-            text = self._partial.decode("ascii", "backslashreplace")
-            self.file.add(self._partial_ns, "TORN " + "".join(c if c.isprintable() else "?" for c in text))
-            self._partial.clear()
-
-    def _gather(self) -> None:
-        """Sleep through the bytes of a line that has begun: its stamp is taken, and each byte read would cost."""
-        if self._transport and self._transport.is_reading():
-            self._transport.pause_reading()
-            self._resting.add(self._transport)
-
-
-@dataclass(slots=True)
-class _Waiter:
-    guest: str
-    prefix: str
-    answer: asyncio.Future[tuple[Console, int, str]]
 
 
 @dataclass(slots=True)
@@ -240,132 +60,173 @@ class BadRequestError(Exception):
 
 
 @dataclass(slots=True)
-class Collector:
-    """All consoles of one cluster. `run` until cancelled or `stop`ped."""
+class Client:
+    """Whoever asks: one connection, one request at a time."""
 
-    layout: Layout
-    consoles: dict[str, Console] = field(default_factory=dict[str, Console])
-    _refused: set[str] = field(default_factory=set[str])
-    _waiters: list[_Waiter] = field(default_factory=list[_Waiter])
-    _resting: Resting = field(default_factory=Resting)
-    _stop: asyncio.Event = field(default_factory=asyncio.Event)
+    connection: socket.socket
+    received: bytearray = field(default_factory=bytearray)
+    unsent: bytearray = field(default_factory=bytearray)
+    waits: Wait | None = None
 
     @property
-    def socket(self) -> Path:
-        return self.layout.dir / "collector.sock"
+    def busy(self) -> bool:
+        return self.waits is not None or bool(self.unsent)
 
-    def stop(self) -> None:
-        self._stop.set()
 
-    async def run(self) -> None:
+@dataclass(slots=True)
+class Wait:
+    """For a guest's next line with a prefix."""
+
+    asked: Console
+    prefix: str
+    timeout_s: float
+    deadline_ns: int
+
+
+class Collector:
+    """All consoles of one cluster, and those who ask about them. `run` until `stop`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._epoll = select.epoll()
+        self._consoles = Consoles(layout, self._epoll, self._heard)
+        self._socket = layout.dir / "collector.sock"
+        self._clients: dict[int, Client] = {}
+        self._stopping = False
+
+    def stop(self, *_: object) -> None:
+        """End `run` within LOOK_NS; also a signal handler."""
+        self._stopping = True
+
+    def run(self) -> None:
         """Collect until `stop`. Then everything is written and closed; sockets of the VMMs are left as they are."""
-        self.layout.console.mkdir(parents=True, exist_ok=True)
-        self.layout.serial.mkdir(parents=True, exist_ok=True)
-        self.socket.unlink(missing_ok=True)  # ours: the lock is held
-        server = await asyncio.start_unix_server(self._serve, self.socket)
-        self.socket.chmod(0o600)
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._scan(group)), group.create_task(self._flush())]
-                await self._stop.wait()
-                for task in tasks:
-                    task.cancel()
-        finally:
-            server.close()
-            self.socket.unlink(missing_ok=True)
-            for console in self.consoles.values():
-                console.leave()
-            await asyncio.sleep(0)  # the transports tell of their end in the next turn of the loop
-            for console in self.consoles.values():
-                console.file.close()
-
-    # --- finding and reading consoles
-
-    async def _scan(self, group: asyncio.TaskGroup) -> None:
-        while True:
+        self._layout.console.mkdir(parents=True, exist_ok=True)
+        self._layout.serial.mkdir(parents=True, exist_ok=True)
+        self._socket.unlink(missing_ok=True)  # ours: the lock is held
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.setblocking(False)
+            listener.bind(str(self._socket))
+            self._socket.chmod(0o600)
+            listener.listen()
+            self._epoll.register(listener.fileno(), select.EPOLLIN)
             try:
-                present = {entry.name: entry.inode() for entry in os.scandir(self.layout.console)}
-            except OSError as error:
-                log.error("cannot read %s: %s", self.layout.console, error)
-                present = {}
-                await asyncio.sleep(1)
-            for name, inode in present.items():
-                self._see(name, inode, group)
-            self._forget(present)
-            await asyncio.sleep(SCAN_S)
+                self._turn(listener)
+            finally:
+                self._socket.unlink(missing_ok=True)
+                self._consoles.close()
 
-    def _see(self, name: str, inode: int, group: asyncio.TaskGroup) -> None:
-        console = self.consoles.get(name)
-        if console is None:
-            vmm = Vmm.of_file(name) if name.endswith(".sock") else None
-            if vmm is None:
-                if name not in self._refused:
-                    self._refused.add(name)
-                    log.warning("skipped %r: not <host>.<guest>.<inc>.sock of letters, digits, - and _", name)
-                return
-            file = LineFile(self.layout.serial / f"{vmm.name}.log")
-            console = Console(vmm, file, self._resting, self._heard)
-            self.consoles[name] = console
-        if console.inode != inode:  # a new socket under a known name deserves a prompt try
-            console.inode, console.next_try_s, console.retry_s = inode, 0.0, RETRY_FIRST_S
-        if not console.connected and not console.connecting and time.monotonic() >= console.next_try_s:
-            console.connecting = True
-            group.create_task(self._connect(name, console))
+    def _turn(self, listener: socket.socket) -> None:
+        look_ns = 0
+        flush_ns = time.monotonic_ns() + FLUSH_NS
+        while not self._stopping:
+            due_ns = min(look_ns, flush_ns, self._consoles.due_ns or flush_ns)
+            events = self._epoll.poll(max(0, due_ns - time.monotonic_ns()) / 1e9)
+            now = time.monotonic_ns()
+            for descriptor, event in events:
+                if self._consoles.reported(descriptor, now):
+                    continue
+                if descriptor == listener.fileno():
+                    self._accept(listener)
+                else:
+                    self._attend(descriptor, event)
+            self._consoles.read(now)
+            if now >= flush_ns:
+                late_ms = (now - flush_ns) / 1e6
+                self._consoles.flush(round(late_ms + FLUSH_NS / 1e6) if late_ms > LAG_MS else 0)
+                self._expire(now)
+                flush_ns = now + FLUSH_NS
+            if now >= look_ns:
+                look_ns = now + self._look()
 
-    async def _connect(self, name: str, console: Console) -> None:
-        path = str(self.layout.console / name)
+    def _look(self) -> int:
+        """For new consoles; nanoseconds until the next time."""
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await asyncio.get_running_loop().create_unix_connection(lambda: console, path)
-        except (OSError, TimeoutError) as error:
-            if RETRY_MOST_S / 2 < console.retry_s < RETRY_MOST_S:  # once, on the way to the longest wait
-                log.warning("no answer from %s: %s", path, error or "timeout")
-            console.put_off()
-        finally:
-            console.connecting = False
+            self._consoles.look()
+        except OSError as error:
+            log.error("cannot read %s: %s", self._layout.console, error)
+            return 1_000_000_000
+        return LOOK_NS
 
-    def _forget(self, present: dict[str, int]) -> None:
-        """Keep the last lines of some VMMs that ended, not of all that ever lived."""
-        gone = [name for name, console in self.consoles.items() if name not in present and not console.connected]
-        for name in gone[: max(0, len(gone) - ENDED_KEPT)]:
-            del self.consoles[name]
-        self._refused &= present.keys()
+    # --- those who ask
 
-    async def _flush(self) -> None:
-        before = time.monotonic()
-        while True:
-            await asyncio.sleep(FLUSH_S)
-            now = time.monotonic()
-            late_ms = (now - before - FLUSH_S) * 1000
-            for console in self.consoles.values():
-                if late_ms > LAG_MS and console.connected:
-                    console.mark(f"LAG {round((now - before) * 1000)}")
-                console.file.flush()
-            before = now
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            self._clients[connection.fileno()] = Client(connection)
+            self._epoll.register(connection.fileno(), select.EPOLLIN)
+
+    def _attend(self, descriptor: int, event: int) -> None:
+        client = self._clients[descriptor]
+        try:
+            if event & select.EPOLLOUT:
+                self._send(client)
+            if event & ~select.EPOLLOUT:
+                data = client.connection.recv(REQUEST_MOST_BYTES)
+                client.received += data
+                if not data or len(client.received) > REQUEST_MOST_BYTES:
+                    raise ConnectionError
+            self._serve(client)
+        except BlockingIOError:
+            pass
+        except OSError:  # it went away, or sent a line without end
+            del self._clients[descriptor]
+            client.connection.close()
+
+    def _serve(self, client: Client) -> None:
+        """Answer what was asked, in order. Raises OSError."""
+        while not client.busy and b"\n" in client.received:
+            line, _, client.received = client.received.partition(b"\n")
+            try:
+                reply = self._answer(client, bytes(line))
+            except BadRequestError as error:
+                reply = {"ok": False, "error": error.reason}
+            if reply is not None:
+                self._reply(client, reply)
+
+    def _reply(self, client: Client, reply: dict[str, Any]) -> None:
+        client.unsent += json.dumps(reply).encode() + b"\n"
+        self._send(client)
+
+    def _send(self, client: Client) -> None:
+        with contextlib.suppress(BlockingIOError):
+            del client.unsent[: client.connection.send(client.unsent)]
+        more = select.EPOLLOUT if client.unsent else 0
+        self._epoll.modify(client.connection.fileno(), select.EPOLLIN | more)
+
+    def _finish(self, client: Client, reply: dict[str, Any]) -> None:
+        """Answer an `ask`, and go on with what the client asked after it."""
+        client.waits = None
+        try:
+            self._reply(client, reply)
+            self._serve(client)
+        except OSError:
+            self._clients.pop(client.connection.fileno(), None)
+            client.connection.close()
 
     def _heard(self, console: Console, ns: int, text: str) -> None:
-        for waiter in self._waiters:
-            if waiter.guest == console.vmm.guest and text.startswith(waiter.prefix) and not waiter.answer.done():
-                waiter.answer.set_result((console, ns, text))
+        if not self._clients:
+            return
+        for client in list(self._clients.values()):
+            wait = client.waits
+            if wait and wait.asked.vmm.guest == console.vmm.guest and text.startswith(wait.prefix):
+                console.file.flush()  # whoever has the answer may read it in the file
+                self._finish(client, {"ok": True, "console": console.vmm.name, "ns": ns, "line": text})
 
-    # --- answering
+    def _expire(self, now_ns: int) -> None:
+        for client in list(self._clients.values()):
+            wait = client.waits
+            if wait and now_ns >= wait.deadline_ns:
+                reason = (
+                    f"guest {wait.asked.vmm.guest} gave no line {wait.prefix!r} within {wait.timeout_s} s "
+                    f"(asked on {wait.asked.vmm.name}; is it paused?)"
+                )
+                self._finish(client, {"ok": False, "error": reason})
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while line := await reader.readline():
-                try:
-                    reply = await self._answer(line)
-                except BadRequestError as error:
-                    reply = {"ok": False, "error": error.reason}
-                writer.write(json.dumps(reply).encode() + b"\n")
-                async with asyncio.timeout(10):
-                    await writer.drain()
-        except (OSError, TimeoutError, ValueError):
-            pass  # the client went away, does not read, or sent a line without end
-        finally:
-            writer.close()
+    # --- answers
 
-    async def _answer(self, line: bytes) -> dict[str, Any]:
+    def _answer(self, client: Client, line: bytes) -> dict[str, Any] | None:
+        """None: later. Raises BadRequestError."""
         try:
             request = json.loads(line)
         except ValueError as error:
@@ -375,40 +236,28 @@ class Collector:
         fields = cast("dict[str, Any]", request)
         match fields.get("op"):
             case "list":
-                return {"ok": True, "consoles": [_describe(console) for console in self.consoles.values()]}
+                return {"ok": True, "consoles": [_describe(console) for console in self._consoles.known.values()]}
             case "send":
                 console = self._choose(fields)
-                console.send(_text(fields, "text"))
+                _type(console, _text(fields, "text"))
                 return {"ok": True, "console": console.vmm.name, "ns": time.monotonic_ns()}
             case "ask":
-                return await self._ask(fields)
+                client.waits = self._ask(fields)
+                return None
             case "tail":
                 return self._tail(fields)
             case other:
                 raise BadRequestError(f"unknown op {other!r}: known are list, send, ask, tail")
 
-    async def _ask(self, fields: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, fields: dict[str, Any]) -> Wait:
         """Send, and wait for the guest's next line with the prefix: it may come from another host if it moves."""
         prefix, text = _text(fields, "expect"), _text(fields, "text")
         timeout_s = fields.get("timeout_s", 30)
         if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= ASK_MOST_S:
             raise BadRequestError(f"timeout_s must be a number above 0 and at most {ASK_MOST_S:.0f}, not {timeout_s!r}")
         console = self._choose(fields)
-        waiter = _Waiter(console.vmm.guest, prefix, asyncio.get_running_loop().create_future())
-        self._waiters.append(waiter)
-        try:
-            console.send(text)
-            async with asyncio.timeout(timeout_s):
-                source, ns, line = await waiter.answer
-        except TimeoutError:
-            raise BadRequestError(
-                f"guest {console.vmm.guest} gave no line {prefix!r} within {timeout_s} s (asked on {console.vmm.name}; "
-                "is it paused?)"
-            ) from None
-        finally:
-            self._waiters.remove(waiter)
-        source.file.flush()  # whoever has the answer may read it in the file
-        return {"ok": True, "console": source.vmm.name, "ns": ns, "line": line}
+        _type(console, text)
+        return Wait(console, prefix, timeout_s, time.monotonic_ns() + int(timeout_s * 1e9))
 
     def _tail(self, fields: dict[str, Any]) -> dict[str, Any]:
         count = fields.get("lines", 20)
@@ -424,7 +273,7 @@ class Collector:
     def _choose(self, fields: dict[str, Any], *, ended_too: bool = False) -> Console:
         """The console meant: of several VMMs of a guest the one that spoke last, since that one runs."""
         guest = _text(fields, "guest")
-        of_guest = [console for console in self.consoles.values() if console.vmm.guest == guest]
+        of_guest = [console for console in self._consoles.known.values() if console.vmm.guest == guest]
         matching = [
             console
             for console in of_guest
@@ -435,6 +284,13 @@ class Collector:
         if not matching:
             raise BadRequestError(f"no console of guest {guest} is connected as asked; {_known(of_guest)}")
         return max(matching, key=lambda console: (console.last_ns, console.connected))
+
+
+def _type(console: Console, text: str) -> None:
+    try:
+        console.send(text)
+    except OSError as error:
+        raise BadRequestError(f"the console {console.vmm.name} takes no input: {error}") from None
 
 
 def _known(consoles: Iterable[Console]) -> str:
@@ -461,13 +317,6 @@ def _describe(console: Console) -> dict[str, Any]:
     }
 
 
-async def _collect(layout: Layout) -> None:
-    collector = Collector(layout)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, collector.stop)
-    await collector.run()
-
-
 @click.command()
 @click.option("--dir", "directory", required=True, type=click.Path(path_type=Path), help="directory of the cluster")
 def main(directory: Path) -> None:
@@ -486,7 +335,10 @@ def main(directory: Path) -> None:
             raise click.ClickException(f"a collector for {layout.dir} already runs: stop it first") from None
         with contextlib.suppress(OSError):  # a late stamp is noise in the evidence; without the right to it, so be it
             os.setpriority(os.PRIO_PROCESS, 0, -10)
-        asyncio.run(_collect(layout))
+        collector = Collector(layout)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, collector.stop)
+        collector.run()
 
 
 if __name__ == "__main__":
