@@ -45,12 +45,39 @@ class Call(StrEnum):
     ACTIVATE = "activate"
     ACK = "ack"
     """Its fault: the destination loads everything and never acknowledges."""
+    # A device inside the VMM has these besides, the VMM's own calls:
+    BEGIN = "begin"
+    """-> PRE_COPY."""
+    QUERY = "query"
+    """What is there to send? Asked again and again while the guest runs."""
+    LAST_LOOK = "last_look"
+    """The same question, once, after the guest was stopped."""
+    SIZE = "size"
+    """How much will stop-copy carry?"""
+    READ = "read"
+    WRITE = "write"
+    BEGIN_LOAD = "begin_load"
+    """-> RESUMING."""
+    RESET = "reset"
 
 
+class Lack(StrEnum):
+    """What a device inside the VMM cannot do, of what the best ones can."""
+
+    PRE_COPY = "precopy"
+    P2P = "p2p"
+    REINIT = "reinit"
+    """It cannot say that there is new initial data: what it asks for during pre-copy stays unknown to the VMM."""
+
+
+IN_VMM_CALLS = frozenset(
+    {Call.BEGIN, Call.QUERY, Call.LAST_LOOK, Call.SIZE, Call.READ, Call.WRITE, Call.BEGIN_LOAD, Call.RESET}
+)
 SLOW_CALLS = tuple(call.value for call in Call if call not in (Call.ROLL_BACK, Call.ACK))
 FAULTY_CALLS = tuple(call.value for call in Call)
 
 MAX_BYTES = 1 << 30
+MAX_ESTIMATE = (1 << 64) - 1
 MAX_DELAY_MS = 60_000
 MAX_AFTER_MS = 3_600_000
 MIN_EVERY_MS = 10
@@ -94,6 +121,15 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimates:
+    """What a device inside the VMM says in place of the truth. VFIO calls all three estimates: nobody relies on them."""
+
+    initial_bytes: int | None = None
+    dirty_bytes: int | None = None
+    stop_copy_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """Everything about one device that is scripted. Sizes that are None come from the guest's specification."""
 
@@ -105,6 +141,8 @@ class Scenario:
     asks: tuple[Ask, ...] = ()
     delays: tuple[Delay, ...] = ()
     faults: tuple[Fault, ...] = ()
+    estimates: Estimates = Estimates()
+    lacks: tuple[Lack, ...] = ()
 
 
 Entry = Ask | Delay | Fault
@@ -142,6 +180,23 @@ def scenario_from(mapping: object, where: str = "") -> Scenario:
     if reader.wrong:
         raise invalid(reader.wrong)
     return scenario
+
+
+def outside_errors(scenario: Scenario) -> list[tuple[str, str]]:
+    """Field and sentence for everything that only a device inside the VMM can do; empty for any other's scenario."""
+    bad: list[tuple[str, str]] = []
+    for kind in ("delays", "faults"):
+        entries: tuple[Delay | Fault, ...] = getattr(scenario, kind)
+        bad += [
+            (f"{kind}[{index}].call", f"{entry.call.value} is a call to a device inside the VMM (shim: vfio) only")
+            for index, entry in enumerate(entries)
+            if entry.call in IN_VMM_CALLS
+        ]
+    if scenario.estimates != Estimates():
+        bad.append(("estimates", "only a device inside the VMM (shim: vfio) gives estimates"))
+    if scenario.lacks:
+        bad.append(("lacks", "only a device inside the VMM (shim: vfio) can lack a feature"))
+    return bad
 
 
 def scenario_mapping(scenario: Scenario) -> dict[str, Any]:
@@ -233,6 +288,11 @@ def _scenario(reader: _Reader, mapping: object) -> Scenario:
                 made[name] = tuple(_delay(reader, entry, f"delays[{n}]") for n, entry in _numbered(reader, value, name))
             case "faults":
                 made[name] = tuple(_fault(reader, entry, f"faults[{n}]") for n, entry in _numbered(reader, value, name))
+            case "estimates":
+                made[name] = _estimates(reader, value)
+            case "lacks":
+                words = [Lack(reader.word(entry, f"lacks[{n}]", _LACKS)) for n, entry in _numbered(reader, value, name)]
+                made[name] = tuple(dict.fromkeys(words))
             case _:
                 made[name] = reader.number(value, name, 0, MAX_BYTES, "bytes/s" if name.endswith("_per_s") else "bytes")
     return Scenario(**made)
@@ -280,6 +340,13 @@ def _fault(reader: _Reader, mapping: object, where: str) -> Fault:
     return replace(_SOME_FAULT, **made)
 
 
+def _estimates(reader: _Reader, mapping: object) -> Estimates:
+    values = reader.mapping(mapping, "estimates", [field.name for field in fields(Estimates)])
+    return Estimates(
+        **{name: reader.number(value, f"estimates.{name}", 0, MAX_ESTIMATE, "bytes") for name, value in values.items()}
+    )
+
+
 def _limits(reader: _Reader, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`times` and `sessions`, which every entry may have."""
     made: dict[str, Any] = {}
@@ -308,14 +375,21 @@ def _mapping(value: Any, standard: Any) -> dict[str, Any]:
             entry = ALWAYS if usual is not None else None
         if entry == usual and field.name not in _ALWAYS_WRITTEN:
             continue
-        if isinstance(entry, tuple):
-            found[field.name] = [_mapping(one, _STANDARD[type(one)]) for one in cast(tuple[Any, ...], entry)]
-        else:
-            found[field.name] = entry.value if isinstance(entry, StrEnum) else entry
+        found[field.name] = _plain(entry)
     return found
+
+
+def _plain(entry: object) -> object:
+    if isinstance(entry, tuple):
+        return [_plain(one) for one in cast(tuple[object, ...], entry)]
+    if isinstance(entry, StrEnum):
+        return entry.value
+    standard = _STANDARD.get(type(entry))
+    return entry if standard is None else _mapping(entry, standard)
 
 
 _SOME_DELAY = Delay(Call.LOAD, 0)
 _SOME_FAULT = Fault(Call.LOAD)
 _ALWAYS_WRITTEN = ("call", "ms")
-_STANDARD: dict[type, object] = {Ask: Ask(), Delay: _SOME_DELAY, Fault: _SOME_FAULT}
+_LACKS = tuple(lack.value for lack in Lack)
+_STANDARD: dict[type, object] = {Ask: Ask(), Delay: _SOME_DELAY, Fault: _SOME_FAULT, Estimates: Estimates()}

@@ -14,15 +14,19 @@ from orchestrator.core.scenario import (
     MAX_BYTES,
     MAX_DELAY_MS,
     MAX_ENTRIES,
+    MAX_ESTIMATE,
     MAX_TIMES,
     SLOW_CALLS,
     Ask,
     Call,
     Delay,
+    Estimates,
     Fault,
     Hook,
+    Lack,
     Scenario,
     Used,
+    outside_errors,
     scenario_from,
     scenario_mapping,
 )
@@ -45,6 +49,7 @@ DELAYS = st.builds(
     Delay, st.sampled_from([Call(word) for word in SLOW_CALLS]), st.integers(1, MAX_DELAY_MS), TIMES, SESSIONS
 )
 FAULTS = st.builds(Fault, st.sampled_from([Call(word) for word in FAULTY_CALLS]), TIMES, SESSIONS)
+ESTIMATE = st.none() | st.integers(0, MAX_ESTIMATE)
 SCENARIOS = st.builds(
     Scenario,
     SIZE,
@@ -54,6 +59,8 @@ SCENARIOS = st.builds(
     st.lists(ASKS, max_size=4).map(tuple),
     st.lists(DELAYS, max_size=4).map(tuple),
     st.lists(FAULTS, max_size=4).map(tuple),
+    st.builds(Estimates, ESTIMATE, ESTIMATE, ESTIMATE),
+    st.lists(st.sampled_from(Lack), unique=True).map(tuple),
 )
 
 
@@ -122,6 +129,10 @@ WRONG = [
     ("faults: [{}]", "faults[0].call", "one of quiesce"),
     ("faults: [{call: load, ms: 3}]", "faults[0].ms", "not known here"),
     ("faults: [" + "{call: load}," * (MAX_ENTRIES + 1) + "]", "faults", "at most 32 entries"),
+    ("estimates: 3", "estimates", "must be a mapping"),
+    ("estimates: {dirty_bytes: -1}", "estimates.dirty_bytes", "between 0"),
+    ("estimates: {speed: 1}", "estimates.speed", "write one of initial_bytes"),
+    ("lacks: [p2p, wings]", "lacks[1]", "one of precopy, p2p, reinit, not 'wings'"),
     ("asks: []\nasks: []", "scenario", "line 2, column 1: 'asks' is given twice"),
     ("a: &x 1\nb: *x", "scenario", "references"),
     ("<<: {initial_bytes: 3}", "scenario", "must be a word"),
@@ -170,6 +181,13 @@ def test_any_content_is_a_scenario_or_a_drover_error(content: object) -> None:
             raise
         return
     assert scenario_from(scenario_mapping(scenario)) == scenario
+
+
+def test_what_only_a_device_inside_the_vmm_does_is_refused_for_any_other() -> None:
+    text = "delays: [{call: load, ms: 1}, {call: read, ms: 1}]\nfaults: [{call: reset}]\nestimates: {dirty_bytes: 1}\n"
+    wrong = outside_errors(parse_scenario(text + "lacks: [p2p]"))
+    assert [field for field, _ in wrong] == ["delays[1].call", "faults[0].call", "estimates", "lacks"]
+    assert not outside_errors(parse_scenario("faults: [{call: load}, {call: validate}]\nasks: [{at: freeze}]"))
 
 
 def test_used_up() -> None:
