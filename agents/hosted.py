@@ -42,7 +42,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
-from orchestrator.core.records import HostRecord, WantRun
+from orchestrator.core.records import HostRecord, ShimKind, WantRun
 from orchestrator.core.switchover import AckLedger
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
@@ -617,7 +617,11 @@ class HostedGuest:
         await copy.destroy()
 
     async def _run(self, duty: Duty, record: GuestRecord) -> None:
-        await self.copies[duty.inc].vmm.resume()
+        """A guest that arrived paused is announced now: QEMU sends nothing while the vCPUs stand."""
+        vmm = self.copies[duty.inc].vmm
+        await vmm.resume()
+        if any(device.shim is ShimKind.NET for device in self.files.spec.devices):
+            await vmm.announce()
 
     async def _stop(self, duty: Duty, record: GuestRecord) -> None:
         await self.copies[duty.inc].vmm.pause()
