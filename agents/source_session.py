@@ -208,7 +208,7 @@ def _requests_seen(state: SourceState, entries: tuple[AckRequest, ...], version:
     acks = state.acks
     for entry in entries:
         acks = acks.request(entry)
-    if state.stage in (SourceStage.PRECOPY, SourceStage.GATE_WAIT):
+    if state.stage in _BEFORE_FREEZE:
         return _gate(replace(state, acks=acks, req_version=version))
     if state.stage in (SourceStage.FREEZING, SourceStage.LAST_PASS) and not state.paused:
         return _abort(replace(state, acks=acks), AbortReason.LATE_SWITCHOVER_ACK, _names(acks.pending))
@@ -351,6 +351,8 @@ def _discarded(state: SourceState) -> Step:
 _GUEST_IS_OURS = frozenset({SourceStage.NEW, SourceStage.BINDING, SourceStage.PRECOPY})
 """Before the freeze: a wish is applied at once."""
 
+_BEFORE_FREEZE = _GUEST_IS_OURS | {SourceStage.GATE_WAIT}
+
 _TAKES_REQUESTS = frozenset({SourceStage.PRECOPY, SourceStage.GATE_WAIT, SourceStage.FREEZING})
 
 _UNILATERAL = frozenset({SourceStage.PRECOPY, SourceStage.GATE_WAIT, SourceStage.FREEZING, SourceStage.LAST_PASS})
@@ -474,7 +476,8 @@ def _submitted_verdict(state: SourceState, record: GuestRecord, verdict: Verdict
         case Verdict.REFUSED:
             if record.phase is Ownership.OPEN and record.attempt == state.ref.attempt and moved:
                 # The request won; the record is still open, so the abort itself is ours to write.
-                return replace(state, reason=AbortReason.LATE_SWITCHOVER_ACK), (_abort_command(state),)
+                late = replace(state, reason=AbortReason.LATE_SWITCHOVER_ACK, devices=_names(state.acks.pending))
+                return late, (_abort_command(late),)
             return _refused(replace(state, reason=record.reason or state.reason))
         case Verdict.CRASHED:
             return replace(state, stage=SourceStage.ENDED_CRASHED), ()
