@@ -134,7 +134,7 @@ class AttemptLedger:
                 return None
             if node is None or record.phase is not Ownership.OPEN or record.attempt != self.ref.attempt:
                 return None
-            known = {entry.device: entry for entry in decode(Requests, node.data, path=path).entries}
+            known = {entry.device: entry for entry in self._of_this_attempt(decode(Requests, node.data, path=path))}
             if all(known.get(e.device, AckRequest("", 0)).generation >= e.generation for e in entries):
                 return RequestsWritten(entries, tuple(sorted(known.values())), node.version)
             known |= {entry.device: entry for entry in entries}
@@ -146,6 +146,10 @@ class AttemptLedger:
                 self.writes += 1
                 return RequestsWritten(entries, tuple(sorted(known.values())), result.versions[1])
         return None
+
+    def _of_this_attempt(self, stored: Requests) -> tuple[AckRequest, ...]:
+        """What was asked in an earlier attempt ended with its device sessions; who needs an ACK asks again."""
+        return stored.entries if stored.attempt == self.ref.attempt else ()
 
     async def write_acks(self, entries: tuple[AckRequest, ...]) -> None:
         """Informative: a failure changes nothing."""
@@ -173,6 +177,6 @@ class AttemptLedger:
 
         def seen(node: Versioned | None) -> None:
             if node is not None and node.data:
-                callback(decode(Requests, node.data, path=path).entries, node.version)
+                callback(self._of_this_attempt(decode(Requests, node.data, path=path)), node.version)
 
         return self.store.watch(path, seen)

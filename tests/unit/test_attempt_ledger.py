@@ -1,0 +1,46 @@
+"""What a session writes and reads of the requests of its migration."""
+
+from __future__ import annotations
+
+import asyncio
+
+from agents.attempt_ledger import AttemptLedger
+from agents.session import RequestsWritten
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
+from orchestrator.core.records import Requests
+from orchestrator.ledger import paths
+from orchestrator.ledger.ledger import op_create
+from orchestrator.ledger.store import Done
+from tests.fakes.coordination import MemoryStore, Tree
+
+HERE, THERE = HostRef("h", "1"), HostRef("d", "1")
+
+
+async def second_attempt(*stored: AckRequest) -> AttemptLedger:
+    """`stored` were written by the attempt before."""
+    store = MemoryStore(Tree())
+    for path in (paths.guest("g"), paths.requests("m")):
+        await store.ensure(path.rpartition("/")[0])
+    record = GuestRecord("g", Ownership.OPEN, HERE, "m", 2, THERE, "i")
+    made = [op_create(paths.guest("g"), record), op_create(paths.requests("m"), Requests(stored, 1))]
+    assert isinstance(await store.multi(made), Done)
+    return AttemptLedger(store, AttemptRef("g", "m", 2), HERE, "i", "w")
+
+
+async def test_what_a_device_asked_in_an_earlier_attempt_is_not_asked_in_this_one() -> None:
+    """It ended with its session there; a device that still needs an ACK asks again."""
+    ledger = await second_attempt(AckRequest("a", 1), AckRequest("b", 1))
+    asked = (AckRequest("a", 2),)
+    assert await ledger.write_requests(asked) == RequestsWritten(asked, asked, 1)
+    assert await ledger.write_requests(asked) == RequestsWritten(asked, asked, 1), "written once"
+
+
+async def test_only_requests_of_this_attempt_are_seen_and_every_version() -> None:
+    ledger = await second_attempt(AckRequest("a", 1))
+    seen: list[tuple[tuple[AckRequest, ...], int]] = []
+    ledger.watch_requests(lambda entries, version: seen.append((entries, version)))
+    await ledger.write_requests((AckRequest("b", 1),))
+    await asyncio.sleep(0)  # the last call back is on its way
+    assert seen[0] == ((), 0)
+    assert seen[-1] == ((AckRequest("b", 1),), 1)
