@@ -1,0 +1,359 @@
+"""What a test of the hand-over does to a running cluster: make guests, move them, reach an instant, and hit a process.
+
+Guests are made and moved through the public API. To be at an exact instant a device's scenario holds the attempt there,
+or a process that is known by pid is stopped; that the instant is reached is read from the API, the ledger, the devices'
+control sockets and the notes of processes on disk, never from a log and never by sleeping.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from agents.shims import control
+from orchestrator import wire
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.handover import GuestRecord
+from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, ShimKind, WantRun, Workload
+from orchestrator.ledger import paths
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.zookeeper import ZooKeeperStore
+from orchestrator.local import evidence, processes, state
+from orchestrator.local.layout import Layout
+from orchestrator.local.processes import Identity
+from orchestrator.rpc.orchestrator_client import OrchestratorClient
+from protos.drover.v1 import types_pb2
+from tests.fakes.cluster import Cluster
+
+T = TypeVar("T")
+
+REACH_S = 20.0
+"""Bound of every wait for an instant; a loaded machine is slow, and a test that waits so long has failed."""
+POLL_S = 0.004
+CALL_S = 15.0
+QUIET = Workload(dirty_mib=2, dirty_pages_per_s=200)
+_TERMINAL = ("SUCCEEDED", "CANCELLED", "FAILED")
+
+
+def reach(true: Callable[[], T | None], what: str, timeout_s: float = REACH_S) -> T:
+    """The first true answer."""
+    begun = time.monotonic()
+    while not (answer := true()):
+        assert time.monotonic() - begun < timeout_s, f"not within {timeout_s:g} s: {what}"
+        time.sleep(POLL_S)
+    return answer
+
+
+def device(name: str = "dpu", scenario: str = "", initial_bytes: int = 65_536) -> DeviceSpec:
+    """A companion device. `scenario` as in docs/scenario.md."""
+    return DeviceSpec(name, ShimKind.COMPANION, initial_bytes=initial_bytes, scenario=scenario)
+
+
+class Observer:
+    """Reads the cluster's ledger from inside its management network, on a loop of its own."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = cluster.inside(self._start)
+        self.store = ZooKeeperStore(cluster.zookeeper)
+        self.ledger = Ledger(self.store)
+        self.run(self.store.start())
+
+    def _start(self) -> threading.Thread:
+        """A thread lives in the network of the thread that starts it."""
+        thread = threading.Thread(target=self._loop.run_forever, name="observer", daemon=True)
+        thread.start()
+        return thread
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = CALL_S) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    def read(self, kind: type[T], path: str) -> T | None:
+        found = self.run(self.ledger.read(kind, path))
+        return found[0] if found else None
+
+    def close(self) -> None:
+        self.run(self.store.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CALL_S)
+        self._loop.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A VMM or a device process of a guest, as its agent noted it down."""
+
+    host: str
+    uuid: str
+    inc: str
+    identity: Identity
+    role: str = ""
+    """Of a VMM: `owner` or `incoming`."""
+    attempt: int = 0
+
+    @property
+    def pid(self) -> int:
+        return self.identity.pid
+
+
+@dataclass
+class Born:
+    """A guest that the scene made."""
+
+    name: str
+    uuid: str
+    spec: GuestSpec
+    moved: list[str] = field(default_factory=list[str])
+    """Its migrations, in order."""
+    may_crash: bool = False
+    """The test kills the process that the ledger names as the guest: its end is CRASHED, and nothing runs."""
+
+
+def noted(layout: Layout, uuid: str = "", *, devices: bool = False) -> list[Process]:
+    """Living processes that agents noted down, of one guest or of all."""
+    found: list[Process] = []
+    for path in layout.hosts.glob(f"*/guests/{uuid[:16] or '*'}/*.json"):
+        if path.name.endswith(".devices.json") is not devices or path.name == "guest.json":
+            continue
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            raw = json.loads(path.read_bytes())
+            identity = Identity(int(raw["pid"]), int(raw["start_time"]))
+            if processes.is_alive(identity):
+                host = path.relative_to(layout.hosts).parts[0]
+                role, attempt = raw.get("role", ""), raw.get("attempt", 0)
+                found.append(Process(host, raw["guest"], raw["inc"], identity, role, attempt))
+    return found
+
+
+def consoles(layout: Layout, guest: str) -> list[evidence.ConsoleLog]:
+    """What every VMM of the guest has said so far."""
+    found: list[evidence.ConsoleLog] = []
+    for path in sorted(layout.serial.glob(f"*.{guest}.*.log")):
+        vmm = evidence.Vmm.of_file(path.name)
+        if vmm is not None and vmm.guest == guest:
+            found.append(evidence.parse_log(vmm, path.read_text(errors="replace").splitlines()))
+    return found
+
+
+class Scene:
+    """One test's view of the cluster. Everything that it stopped goes on when the test ends."""
+
+    def __init__(self, cluster: Cluster, client: OrchestratorClient, observer: Observer, prefix: str) -> None:
+        self.cluster = cluster
+        self.layout = cluster.layout
+        self.client = client
+        self.observer = observer
+        self.guests: list[Born] = []
+        self._prefix = prefix
+        self._frozen: list[Identity] = []
+        self._agents: dict[str, Identity] = {}
+
+    reach = staticmethod(reach)
+
+    # --- guests -------------------------------------------------------------------------------------------------------
+
+    def guest(
+        self,
+        *devices: DeviceSpec,
+        host: str = "host-1",
+        memory_mib: int = 64,
+        workload: Workload = QUIET,
+    ) -> Born:
+        """A guest with a name of its own, running on `host`, its heartbeat seen."""
+        spec = GuestSpec(
+            f"{self._prefix}-{len(self.guests)}", memory_mib=memory_mib, workload=workload, devices=tuple(devices)
+        )
+        made = self.client.create_guest(spec, host)
+        born = Born(spec.name, made.uuid, spec)
+        self.guests.append(born)
+        reach(lambda: self.beats(born) > 1, f"{born.name} beats")
+        return born
+
+    def beats(self, guest: Born, host: str = "") -> int:
+        """The number of the last heartbeat that anybody saw of it, or that came from `host`; 0: none."""
+        logs = [log for log in consoles(self.layout, guest.name) if log.beats and host in ("", log.vmm.host)]
+        return max((log.beats[-1].number for log in logs), default=0)
+
+    def record(self, guest: Born) -> GuestRecord:
+        record = self.observer.read(GuestRecord, paths.guest(guest.uuid))
+        assert record is not None
+        return record
+
+    def want_run(self, guest: Born) -> bool:
+        wish = self.observer.read(WantRun, paths.want_run(guest.uuid))
+        return wish is None or wish.run
+
+    def vmms(self, guest: Born, host: str = "") -> list[Process]:
+        """Its VMM processes that live, on one host or on all."""
+        return [each for each in noted(self.layout, guest.uuid) if host in ("", each.host)]
+
+    def incoming(self, guest: Born) -> Process:
+        """The one copy that waits for the guest or has not been told that it is the guest."""
+        found = reach(lambda: [v for v in self.vmms(guest) if v.role == "incoming"], f"a destination of {guest.name}")
+        assert len(found) == 1, found
+        return found[0]
+
+    def device_states(self, guest: Born, host: str) -> dict[str, str]:
+        """State of each companion device of the guest on this host, asked from the device process itself."""
+        for process in noted(self.layout, guest.uuid, devices=True):
+            if process.host == host:
+                folder = self.layout.host(host) / "guests" / guest.uuid[:16]
+                with contextlib.suppress(OSError, struct.error):
+                    return _hello(folder / f"{process.inc}.ctl")
+        return {}
+
+    def reach_device(self, guest: Born, host: str, state: str, name: str = "") -> None:
+        """Wait until a device (`name` empty: every device) of the guest on this host is in a state."""
+
+        def there() -> bool:
+            states = self.device_states(guest, host)
+            wanted = states.values() if not name else [states.get(name)]
+            return bool(states) and set(wanted) == {state}
+
+        reach(there, f"devices of {guest.name} on {host} in {state}")
+
+    # --- migrations ---------------------------------------------------------------------------------------------------
+
+    def migrate(self, guest: Born, destination: str = "", **policy: object) -> str:
+        """Ask for a migration; its name."""
+        name = self.client.create_migration(guest.name, destination, policy).name
+        guest.moved.append(name)
+        return name
+
+    def phase(self, migration: str) -> str:
+        return wire.word(self.client.get_migration(migration), "phase")
+
+    def reach_phase(self, migration: str, *phases: str, attempt: int = 0) -> types_pb2.Migration:
+        """Wait until the migration is in one of the phases, and in `attempt` if that is not 0. Fails if it ended."""
+
+        def there() -> types_pb2.Migration | None:
+            now = self.client.get_migration(migration)
+            phase = wire.word(now, "phase")
+            if phase in phases and attempt in (0, now.attempt):
+                return now
+            assert phase not in _TERMINAL, f"{phase} instead of {phases}: {now.failure} {now.message}"
+            return None
+
+        return reach(there, f"migration {migration} in {' or '.join(phases)}")
+
+    def ended(self, migration: str, timeout_s: float = 40.0) -> types_pb2.Migration:
+        """The migration when it is over, with its reports printed."""
+
+        def over() -> types_pb2.Migration | None:
+            now = self.client.get_migration(migration)
+            return now if wire.word(now, "phase") in _TERMINAL else None
+
+        now = reach(over, f"end of migration {migration}", timeout_s)
+        for report in now.attempts:
+            print(
+                f"attempt {report.attempt}: {report.outcome} {report.reason} {','.join(report.devices)} "
+                f"{report.source} -> {report.destination}, blackout {report.blackout_ms:.0f} ms, {report.message}"
+            )
+            for entry in report.timeline:
+                print(f"    {entry.at_ms:8.1f} {entry.where} {entry.event} {entry.detail}")
+        print(f"{wire.word(now, 'phase')} {now.failure} {now.message}")
+        return now
+
+    def succeeded(self, migration: str, timeout_s: float = 40.0) -> types_pb2.Migration:
+        now = self.ended(migration, timeout_s)
+        assert wire.word(now, "phase") == "SUCCEEDED", now
+        return now
+
+    # --- processes ----------------------------------------------------------------------------------------------------
+
+    def part(self, name: str) -> Identity:
+        """The process of a part as the supervisor recorded it."""
+
+        def recorded() -> Identity | None:
+            record = state.read(self.layout.cluster_json)
+            parts = record.parts if record else ()
+            return next((part.process for part in parts if part.name == name), None)
+
+        return reach(recorded, f"a process of {name}")
+
+    def agent(self, host: str) -> Identity:
+        return self.part(f"agent-{host}")
+
+    def kill(self, process: Identity | Process) -> None:
+        identity = process.identity if isinstance(process, Process) else process
+        assert processes.send(identity, signal.SIGKILL), f"{process} was gone already"
+
+    def freeze(self, process: Identity | Process) -> None:
+        """SIGSTOP, until `thaw`."""
+        identity = process.identity if isinstance(process, Process) else process
+        assert processes.send(identity, signal.SIGSTOP), f"{process} is gone"
+        self._frozen.append(identity)
+
+    def thaw(self, process: Identity | Process) -> None:
+        identity = process.identity if isinstance(process, Process) else process
+        processes.send(identity, signal.SIGCONT)
+        self._frozen.remove(identity)
+
+    @contextlib.contextmanager
+    def frozen(self, process: Identity | Process) -> Iterator[None]:
+        self.freeze(process)
+        try:
+            yield
+        finally:
+            self.thaw(process)
+
+    def kill_agent(self, host: str) -> None:
+        """SIGKILL; returns when the supervisor has its successor serving."""
+        old = self.agent(host)
+        self.kill(old)
+        self.agent_is_back(host, old)
+
+    def agent_is_back(self, host: str, old: Identity) -> None:
+        took_s = self.cluster.came_back(f"agent-{host}", old.pid, REACH_S)
+        print(f"agent of {host} serves again after {took_s:.2f} s")
+
+    def thaw_all(self) -> None:
+        for identity in list(self._frozen):
+            self.thaw(identity)
+
+    def host_record(self, host: str) -> HostRecord:
+        record = self.observer.read(HostRecord, paths.host(host))
+        assert record is not None
+        return record
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def cancel_all(self) -> None:
+        for guest in self.guests:
+            for migration in guest.moved:
+                with contextlib.suppress(DroverError):
+                    self.client.cancel_migration(migration)
+
+    def end_guests(self, guests: Sequence[Born]) -> None:
+        for guest in guests:
+            try:
+                self.client.stop_guest(guest.name)
+            except DroverError as error:
+                if error.reason is not RefusalReason.NOT_FOUND:
+                    raise
+
+
+def _hello(path: Path) -> dict[str, str]:
+    """One question to a device process, which takes any number of connections."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(2.0)
+        connection.connect(str(path))
+        connection.sendall(control.encode({"id": 1, "call": "hello"}))
+        with connection.makefile("rb") as reader:
+            while True:
+                (total,) = struct.unpack("!I", reader.read(4))
+                content = reader.read(total)
+                (length,) = struct.unpack("!I", content[:4])
+                header = json.loads(content[4 : 4 + length])
+                if header.get("id") == 1:
+                    return {name: each["state"] for name, each in header["devices"].items()}
