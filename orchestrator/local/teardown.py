@@ -207,12 +207,9 @@ def leftovers(layout: Layout, keep: Collection[str] = ()) -> list[str]:
     found = [f"process {identity.pid}: {_name(identity.pid)} ({why})" for identity, why in find(layout).items()]
     found += [f"namespace {name}" for name in network.existing(layout)]
     found += [f"mount {point}" for point in _mounts(layout)]
-    if layout.dir.exists():
+    if layout.lock.exists():  # else the directory is not ours
         kept = {*keep, layout.lock.name} if keep else set[str]()
-        files = sorted(path for path in layout.dir.iterdir() if path.name not in kept)
-        found += [f"file {path}" for path in files]
-        if not files and not keep:
-            found.append(f"file {layout.dir}")
+        found += [f"file {path}" for path in sorted(layout.dir.iterdir()) if path.name not in kept]
     return found
 
 

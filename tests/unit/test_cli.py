@@ -284,7 +284,7 @@ def test_cordon_and_uncordon(drover: Drover, service: FakeOrchestrator) -> None:
 
 
 def test_guest_list_and_show(drover: Drover, service: FakeOrchestrator) -> None:
-    service.guests["db"].migration = "0123456789abcdef"
+    service.guests["db"].migration = "01234567" * 4
     rows = drover("guest", "list").rows()
     assert rows[0] == ["GUEST", "HOST", "STATE", "MiB", "vCPUS", "DEVICES", "MIGRATION", "LABELS"]
     assert [row[0] for row in rows[1:]] == ["db", "web-2", "web-10"]
@@ -778,6 +778,13 @@ def test_down_says_what_is_left(local: Drover, monkeypatch: pytest.MonkeyPatch, 
     ]
 
 
+def test_down_names_no_files_of_a_directory_that_is_not_a_cluster(local: Drover, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").touch()
+    ran = local("down")
+    assert (ran.code, ran.err) == (0, f"no cluster ran in {tmp_path}, nothing of it is left\n")
+    assert (tmp_path / "mine.txt").exists()
+
+
 def test_power_needs_a_cluster_and_a_host_of_it(local: Drover, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert local("host", "power-cycle", "host-1").code == 5
     part = PartStatus("agent-host-1", "agent", "host-1", 1, None, 0, "running", "ok")
@@ -810,11 +817,9 @@ def test_units() -> None:
         *("0.0 s", "4.2 s", "41 s", "3 min 20 s", "2 h 5 min")
     ]
     assert [units.rate(n) for n in (0, 2.25, 940.2)] == ["0 Mbit/s", "2.2 Mbit/s", "940 Mbit/s"]
-    assert units.abbreviate(["abcdefgh1", "abcdefgh2", "zz"]) == {
-        "abcdefgh1": "abcdefgh1",
-        "abcdefgh2": "abcdefgh2",
-        "zz": "zz",
-    }
+    long = [f"abcdefgh{number}{'0' * 23}" for number in (1, 2)]
+    assert units.abbreviate(long) == {long[0]: "abcdefgh1", long[1]: "abcdefgh2"}
+    assert units.abbreviate(["host-1-49d755bc", "host-1-49d755bd"])["host-1-49d755bc"] == "host-1-49d755bc"
     assert units.abbreviate(["a" * 32, "b" * 32, "a" * 32]) == {"a" * 32: "a" * 8, "b" * 32: "b" * 8}
     assert sorted(["host-10", "host-2", "db"], key=units.natural) == ["db", "host-2", "host-10"]
     assert [units.parse_ms(text) for text in ("500ms", "1.5s", "2m", "1h")] == [500, 1500, 120_000, 3_600_000]
