@@ -207,7 +207,7 @@ def _guest_columns(messages: dict[str, str]) -> list[Column[Any]]:
         Column("TO", lambda line: line.destination),
         Column("PHASE", lambda line: styled(line.phase)),
         Column("TRY", lambda line: str(line.attempt or ""), right=True),
-        Column("MIGRATION", lambda line: line.migration[: units.SHORTEST_ID], rank=2),
+        Column("MIGRATION", lambda line: units.short(line.migration), rank=2),
         Column("REASON", lambda line: (line.note, "yellow"), optional=True),
         Column("MESSAGE", lambda line: messages[line.guest], elastic=True, optional=True, rank=1),
     ]
@@ -295,13 +295,14 @@ def _watch(client: OrchestratorClient, printer: Printer, name: str) -> None:
     reasons = _Reasons(client)
 
     def take(job: Evacuation) -> bool:
-        board.title = f"evacuation {job.name[: units.SHORTEST_ID]} of {job.host}"
+        board.title = f"evacuation {units.short(job.name)} of {job.host}"
         board.phase = phase_of(job)
         board.started_s = wall_s(job.create_time) or board.started_s
         board.ended_s = wall_s(job.end_time)
         for guest in job.guests:
             reason = reasons.of(guest.migration, guest.attempts, wire.word(guest, "phase"))
-            board.lines[guest.guest_uuid or guest.guest] = watching.line_of_guest(guest, reason)
+            key = guest.guest_uuid or guest.guest
+            board.lines[key] = watching.forward(board.lines.get(key), watching.line_of_guest(guest, reason))
         return board.phase in watching.TERMINAL
 
     def interrupted() -> str:

@@ -146,10 +146,9 @@ def _after(report: AttemptReport, story: Story) -> list[str]:
         most = "at most " if report.outcome == "COMMITTED" else ""  # its end is known by word from the destination
         stood = f"the guest stood still for {most}{units.milliseconds(report.blackout_ms)}"
         lines.append(f"{stood}: {parts}" if parts else stood)
-    asked, acked = len(report.requests), len(report.acks)
     lines.append(
         f"{units.milliseconds(report.duration_ms)} in all, {units.size(report.transferred_bytes)} sent, "
-        f"{units.count(asked, 'ACK request')} and {units.count(acked, 'ACK')}, "
+        f"{units.count(story.requests, 'ACK request')} and {units.count(story.acks, 'ACK')}, "
         f"{units.count(report.ledger_writes, 'ledger write')}"
     )
     if report.requested_while_stopped:

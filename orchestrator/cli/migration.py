@@ -264,7 +264,7 @@ def _watch(client: OrchestratorClient, printer: Printer, names: list[str]) -> No
     ends: dict[str, str] = {}
 
     def take(message: Migration) -> bool:
-        board.lines[message.name] = watching.line_of_migration(message)
+        board.lines[message.name] = watching.forward(board.lines.get(message.name), watching.line_of_migration(message))
         if len(names) == 1:
             board.started_s = wall_s(message.create_time) or board.started_s
             board.ended_s = wall_s(message.end_time)

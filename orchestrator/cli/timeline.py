@@ -66,7 +66,7 @@ _TEXTS = {
     "guest_ended": "the guest ended by itself",
     "restarted": "the agent was restarted and ends the attempt it finds",
 }
-_DESTINATION_TEXTS = {"done": "recorded as the guest's host"}
+_DESTINATION_TEXTS = {"done": "recorded as the guest's host", RUNS: "its vCPUs run", "running": "it has taken over"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,9 @@ class Story:
     moments: tuple[Moment, ...]
     off_by_ms: float | None
     """How far the destination's moments can be misplaced; None when there are none, or nothing bounds it."""
+    requests: int
+    """ACKs that devices asked for."""
+    acks: int
     stops: tuple[Part, ...]
     """What the last stop of the guest consisted of; empty when it did not stop, or stopped on purpose."""
 
@@ -112,7 +115,13 @@ def tell(report: AttemptReport) -> Story:
     moments = [_moment(entry, there=False, offset_ms=0.0) for entry in here]
     moments += [_moment(entry, there=True, offset_ms=offset) for entry in there]
     ordered = sorted(moments, key=lambda moment: moment.at_ms)
-    return Story(tuple(_phased(ordered)), off_by if there else None, _stops(report, here, there, offset))
+    return Story(
+        tuple(_phased(ordered)),
+        off_by if there else None,
+        max(len(report.requests), sum(entry.event == "request" for entry in here)),
+        max(len(report.acks), sum(entry.event == "ack" for entry in here)),
+        _stops(report, here, there, offset),
+    )
 
 
 def _offset(here: Sequence[TimelineEntry], there: Sequence[TimelineEntry]) -> tuple[float, float | None]:
@@ -139,6 +148,12 @@ def _firsts(entries: Sequence[TimelineEntry]) -> dict[str, float]:
     for entry in entries:
         found.setdefault(entry.event, entry.at_ms)
     return found
+
+
+def _runs(there: Sequence[TimelineEntry]) -> float | None:
+    """When the guest ran at the destination, on its clock."""
+    known = _firsts(there)
+    return known.get(RUNS, known.get("running"))
 
 
 def _moment(entry: TimelineEntry, *, there: bool, offset_ms: float) -> Moment:
@@ -179,7 +194,7 @@ def _stops(
     after = {entry.event: entry.at_ms for entry in reversed(here) if entry.at_ms >= began}
     if report.outcome == "COMMITTED":
         marks = [("quiesce and check", after.get("check_passed")), ("last pass", after.get("submit"))]
-        runs, known = _firsts(there).get("running"), after.get("runs there", after.get("done"))
+        runs, known = _runs(there), after.get("runs there", after.get("done"))
         if runs is None:
             marks += [("commit", after.get("committed")), ("take-over", known)]
         else:  # the destination may see the commit before the source has its answer

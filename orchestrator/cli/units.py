@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from datetime import datetime
 
 SHORTEST_ID = 8
-"""Ids are shown with at least so many characters, and with as many as tell them apart."""
+"""Long ids are shown with at least so many characters, and with as many as tell them apart."""
+
+LONG_ID = 24
+"""From this length on an id is abbreviated; a shorter one was made for people."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)?", re.IGNORECASE)
 _SIZES = {"b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -62,14 +65,19 @@ def count(number: int, noun: str) -> str:
 
 
 def abbreviate(ids: Iterable[str]) -> dict[str, str]:
-    """The shortest beginning that tells each id from the others, at least `SHORTEST_ID` characters."""
+    """The shortest beginning that tells each long id from the others, at least `SHORTEST_ID` characters."""
     ordered = sorted(set(ids))
     short: dict[str, str] = {}
     for index, one in enumerate(ordered):
         neighbours = ordered[max(0, index - 1) : index] + ordered[index + 1 : index + 2]
         need = max((_common(one, other) + 1 for other in neighbours), default=0)
-        short[one] = one[: max(SHORTEST_ID, need)]
+        short[one] = one if len(one) < LONG_ID else one[: max(SHORTEST_ID, need)]
     return short
+
+
+def short(one: str) -> str:
+    """An id where it stands alone."""
+    return one if len(one) < LONG_ID else one[:SHORTEST_ID]
 
 
 def _common(one: str, other: str) -> int:

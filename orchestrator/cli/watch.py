@@ -35,6 +35,21 @@ WIDE = 100
 
 ACTIVE = frozenset({"PREPARING", "PRECOPY", "SWITCHOVER", "COMMITTED", "FINALIZING", "ABORTING", "RETRY_WAIT"})
 TERMINAL = frozenset({"SUCCEEDED", "CANCELLED", "FAILED"})
+_ORDER = {
+    phase: place
+    for place, phases in enumerate(
+        (
+            "PENDING",
+            "PREPARING",
+            "PRECOPY",
+            "SWITCHOVER",
+            "ABORTING COMMITTED",
+            "FINALIZING RETRY_WAIT",
+            "SUCCEEDED CANCELLED FAILED",
+        )
+    )
+    for phase in phases.split()
+}
 _ARRIVED = frozenset({"COMMITTED", "FINALIZING", "SUCCEEDED"})
 _STUMBLED = frozenset({"ABORTING", "RETRY_WAIT", "CANCELLED", "FAILED"})
 _SENDING = frozenset({"PRECOPY", "SWITCHOVER"})
@@ -127,6 +142,14 @@ def _line(line: Line, progress: Progress) -> Line:
         eta_s=progress.eta_s,
         waits_for=tuple(dict.fromkeys(request.device for request in progress.pending_acks)),
     )
+
+
+def forward(before: Line | None, after: Line) -> Line:
+    """`after`, but within one attempt no phase comes back: samples and records reach the API by different ways."""
+    if before is None or (before.migration, before.attempt) != (after.migration, after.attempt):
+        return after
+    backwards = _ORDER.get(after.phase, 0) < _ORDER.get(before.phase, 0)
+    return replace(after, phase=before.phase, fraction=before.fraction) if backwards else after
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from orchestrator.cli import timeline, watch
 from orchestrator.cli.explain import explain_lines
 from orchestrator.cli.output import Column, Printer, pairs, table
 from orchestrator.cli.timeline import Part, tell
-from orchestrator.cli.watch import Board, Line, bar, change, eta_s, render, summary
+from orchestrator.cli.watch import Board, Line, bar, change, eta_s, forward, render, summary
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import AttemptReport, TimelineEntry
@@ -152,6 +152,16 @@ def test_time_left_follows_from_the_memory_that_has_gone() -> None:
     assert eta_s(Board(started_s=100.0, lines={"a": Line("a", memory_mib=64)}), 130.0) is None
     ended = Board(phase="SUCCEEDED", started_s=100.0, ended_s=110.0, lines=half.lines)
     assert summary(ended, 500.0).endswith("10 s elapsed")
+
+
+def test_no_phase_comes_back_within_an_attempt() -> None:
+    switchover = Line("g", "m", phase="SWITCHOVER", attempt=1, fraction=0.9)
+    late_news = Line("g", "m", phase="PREPARING", attempt=1)
+    assert forward(switchover, late_news) == switchover
+    for phase in ("ABORTING", "RETRY_WAIT", "COMMITTED", "SUCCEEDED", "FAILED"):
+        assert forward(switchover, Line("g", "m", phase=phase, attempt=1)).phase == phase
+    assert forward(switchover, Line("g", "m", phase="PREPARING", attempt=2)).phase == "PREPARING"
+    assert forward(switchover, Line("g", "other", phase="PENDING")).phase == "PENDING"
 
 
 def test_only_what_happened_is_told_on_a_pipe() -> None:
@@ -300,7 +310,7 @@ def test_explain_tells_it_all_within_the_terminal(width: int) -> None:
     assert "attempt 1  host-1 -> host-2  ABORTED LATE_SWITCHOVER_ACK (flows) at zxid 0x1f0" in text
     assert "attempt 2  host-1 -> host-2  COMMITTED at zxid 0x1f8" in text
     assert re.search(r"^ *3\.0  host-1 +a device asks for an ACK: flows/1$", text, re.MULTILINE)
-    assert re.search(r"^~653\.5  host-2 +the guest runs here$", text, re.MULTILINE)
+    assert re.search(r"^~653\.5  host-2 +it has taken over$", text, re.MULTILINE)
     assert "the guest stood still for 7.4 ms: until the abort 3.2 ms + roll-back 4.2 ms" in text
     assert "at most 16.0 ms: quiesce and check 2.0 ms + last pass 9.0 ms" in " ".join(text.split())
     assert "63.9 MiB sent, 1 ACK request and 1 ACK, 6 ledger writes" in text
