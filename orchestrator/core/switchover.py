@@ -5,14 +5,30 @@ or that was accepted into the ledger between freeze and COMMIT. The *baseline* i
 switchover stop; else it is what was pending when the operator or policy had stopped the guest, and then no request
 is late any more: there is no downtime left to protect.
 
+This is Drover's own accounting, by device and generation. QEMU's, by one number, is in `switchover_qemu.py`; where the
+two differ, docs/rules.md says so and why.
+
 Pure values: every method returns a new one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from orchestrator.core.ids import AckRequest
+
+
+class AckMode(StrEnum):
+    """What an ACK means in one migration; the same at both of its ends, or the hand-over goes wrong (R4)."""
+
+    OFF = "off"
+    """Nobody waits for the devices: the gate is always open and nothing is ever late."""
+    LEGACY = "legacy"
+    """QEMU 8.1 to 11.0, and later with the machine types of those: the destination acknowledges all devices at once,
+    one time. No ACK can be asked for again, so none can be late."""
+    PER_DEVICE = "per-device"
+    """QEMU 11.1, and every companion device: each device asks, whenever it needs to, and is answered for itself."""
 
 
 def _newest(entries: tuple[AckRequest, ...], entry: AckRequest) -> tuple[AckRequest, ...]:
@@ -37,6 +53,7 @@ class AckLedger:
     """The check passed: later requests are served in stop-copy (R30)."""
     while_stopped: tuple[AckRequest, ...] = ()
     """Requests made, or left pending, while the guest was stopped: named in the result, never a reason to abort."""
+    mode: AckMode = AckMode.PER_DEVICE
 
     def request(self, entry: AckRequest) -> AckLedger:
         """A device asks. Idempotent by (device, generation); an older generation is dropped (R13)."""
@@ -47,18 +64,32 @@ class AckLedger:
         return replace(self, requests=requests, while_stopped=noted)
 
     def ack(self, entry: AckRequest) -> AckLedger:
-        """The destination answered a generation. It never satisfies a newer one, nor another device's (R11, R13)."""
+        """The destination answered a generation. It never satisfies a newer one, nor another device's (R11, R13).
+
+        In legacy mode any ACK is the one for all devices, and it is never revoked (R7).
+        """
         return replace(self, acks=_newest(self.acks, entry))
 
     @property
     def pending(self) -> tuple[AckRequest, ...]:
-        """Requests whose own generation has no acknowledgement."""
-        acked = {known.device: known.generation for known in self.acks}
-        return tuple(entry for entry in self.requests if acked.get(entry.device, 0) < entry.generation)
+        """Requests that still wait for their ACK: per device, for that of their own generation."""
+        match self.mode:
+            case AckMode.OFF:
+                return ()
+            case AckMode.LEGACY:
+                return () if self.acks else self.requests
+            case AckMode.PER_DEVICE:
+                acked = {known.device: known.generation for known in self.acks}
+                return tuple(entry for entry in self.requests if acked.get(entry.device, 0) < entry.generation)
 
     @property
     def gate_open(self) -> bool:
-        """May the engine stop the guest? A guest that is stopped anyway has nothing to gain by waiting (R6)."""
+        """May the engine stop the guest? A guest that is stopped anyway has nothing to gain by waiting (R6).
+
+        In legacy mode it opens with the one ACK (R7), whether or not anybody said that it is needed.
+        """
+        if self.mode is AckMode.LEGACY:
+            return self.stopped or bool(self.acks)
         return self.stopped or not self.pending
 
     def stop_by_wish(self) -> AckLedger:
@@ -78,8 +109,13 @@ class AckLedger:
 
     @property
     def late(self) -> tuple[AckRequest, ...]:
-        """What aborts the attempt at the check; the same look later finds what the check could not have seen."""
-        return () if self.stopped else self.pending
+        """What aborts the attempt at the check; the same look later finds what the check could not have seen.
+
+        Only a device that may ask again can be late: there is no check in the other modes (R19).
+        """
+        if self.stopped or self.mode is not AckMode.PER_DEVICE:
+            return ()
+        return self.pending
 
     def pass_check(self) -> AckLedger:
         """R30: from here a device's own request is TOO_LATE and served in stop-copy."""
