@@ -88,4 +88,6 @@ def explain(error: DroverError) -> CliError:
         lines = [f"{field}: {message}" if field else message for field, message in error.violations]
         said = f"{len(lines)} fields are wrong [{error.reason}]"
         return CliError(code_of(error.reason), said, lines=lines, hint=hint)
-    return CliError(code_of(error.reason), str(error), hint=hint)
+    # Only of wrong input a person wants to know which field it was.
+    field = f"{error.field}: " if error.field and error.reason is RefusalReason.INVALID_ARGUMENT else ""
+    return CliError(code_of(error.reason), f"{field}{' '.join(error.message.split())} [{error.reason}]", hint=hint)

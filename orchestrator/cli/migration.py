@@ -315,7 +315,8 @@ def ending(each: Migration) -> str:
     tries = units.count(max(1, each.attempt), "attempt")
     if phase == "SUCCEEDED":
         committed = [report for report in each.attempts if report.outcome == "COMMITTED"]
-        blackout = f", blackout {units.milliseconds(committed[-1].blackout_ms)}" if committed else ""
+        stood_ms = committed[-1].blackout_ms if committed else 0.0
+        blackout = f", blackout {units.milliseconds(stood_ms)}" if stood_ms else ""
         return f"{each.guest} is on {each.destination}{took}, {tries}{blackout}"
     why = ": ".join(filter(None, (each.failure, each.message)))
     return f"{each.guest} stays on {each.source}: {phase}{took}, {tries}{': ' if why else ''}{why}"

@@ -176,6 +176,13 @@ def test_a_refusal_in_the_present_state_is_4_and_says_what_to_do(drover: Drover,
     ]
 
 
+def test_a_refusal_is_one_line_and_names_a_field_only_of_wrong_input(drover: Drover, service: FakeOrchestrator) -> None:
+    service.failures["GetHost"] = DroverError(R.NOT_FOUND, "there is\n  no host", field="name")
+    assert drover("host", "show", "x").err == "drover: there is no host [NOT_FOUND]\n"
+    service.failures["GetHost"] = DroverError(R.INVALID_ARGUMENT, "must be a name", field="name")
+    assert drover("host", "show", "x").err == "drover: name: must be a name [INVALID_ARGUMENT]\n"
+
+
 def test_wrong_fields_come_one_per_line_and_are_2(drover: Drover, service: FakeOrchestrator) -> None:
     wrong = [("policy.max_attempts", "must be positive"), ("destination", "is the source")]
     service.failures["CreateMigration"] = DroverError(R.INVALID_ARGUMENT, "two are wrong", violations=wrong)
