@@ -24,6 +24,7 @@ PURE_MODULES = (
     "agents.report",
     "agents.shims.device",
     "agents.shims.device_state",
+    "orchestrator.cli.demo.judge",
     "orchestrator.local.evidence",
 )
 
