@@ -1,4 +1,5 @@
-# Drover. `make help` lists what can be made. On a bare machine `make test` does all the set-up first.
+# Drover. `make help` lists what can be made. On a bare machine `make demo` and `make test` do
+# all the set-up first.
 # Everything that a target writes is under build/ and .venv/; a second call is instant.
 
 SHELL       := /bin/bash
@@ -9,6 +10,7 @@ SHELL       := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+QEMU   ?=
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 IMAGE  := agents/guests/image
@@ -17,6 +19,10 @@ export PYTHON VENV
 PYTEST := $(PY) -m pytest --durations=10
 
 ##@ Use
+.PHONY: demo
+demo: setup $(if $(filter 11%,$(QEMU)),qemu-11)  ## empty a host of twelve real guests (QEMU=11.1: with that QEMU)
+	@$(VENV)/bin/drover demo $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
+
 .PHONY: setup
 setup: system venv guest  ## system packages, Python environment, guest image
 

@@ -11,6 +11,7 @@ import click
 
 from orchestrator.cli import chaos, cluster, evacuation, explain, guest, host, migration
 from orchestrator.cli.context import api_option, dir_option
+from orchestrator.cli.demo import command as demo
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.exits import explain as told
 from orchestrator.core.errors import DroverError
@@ -26,7 +27,7 @@ class _Root(click.Group):
         ("A cluster on this machine", ("up", "down", "status")),
         ("Hosts and guests", ("host", "guest")),
         ("Moving guests", ("migrate", "migration", "explain", "evacuate", "evacuation")),
-        ("Trying it out", ("chaos",)),
+        ("Trying it out", ("chaos", "demo")),
     )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -60,6 +61,7 @@ for command in (
     evacuation.evacuate,
     evacuation.evacuation,
     chaos.chaos,
+    demo.demo,
 ):
     root.add_command(command)
 
