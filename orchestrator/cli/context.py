@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from orchestrator.cli.exits import CliError, Exit
 from orchestrator.cli.output import Printer
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.local.layout import Layout, default_dir
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_TIMEOUT_S = 10.0
 COMPLETION_TIMEOUT_S = 1.0
-FULL_ID = 32
 
 
 @dataclass
@@ -157,16 +157,30 @@ def pick(wanted: str, known: Sequence[str], what: str) -> str:
 
 def find_migration(client: OrchestratorClient, wanted: str) -> Migration:
     """By id, or by a beginning of it that only one migration has."""
-    if len(wanted) >= FULL_ID:
-        return client.get_migration(wanted)
-    return client.get_migration(pick(wanted, [each.name for each in client.list_migrations()], "migration"))
+    return _find(wanted, client.get_migration, client.list_migrations, "migration")
 
 
 def find_evacuation(client: OrchestratorClient, wanted: str) -> Evacuation:
     """By id, or by a beginning of it that only one evacuation has."""
-    if len(wanted) >= FULL_ID:
-        return client.get_evacuation(wanted)
-    return client.get_evacuation(pick(wanted, [each.name for each in client.list_evacuations()], "evacuation"))
+    return _find(wanted, client.get_evacuation, client.list_evacuations, "evacuation")
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=_Named)
+
+
+def _find(wanted: str, get: Callable[[str], Named], known: Callable[[], Sequence[Named]], what: str) -> Named:
+    """The whole id costs one call, however many there are."""
+    try:
+        return get(wanted)
+    except DroverError as error:
+        if error.reason is not RefusalReason.NOT_FOUND:
+            raise
+    return get(pick(wanted, [each.name for each in known()], what))
 
 
 # --- completion -------------------------------------------------------------------------------------------------------

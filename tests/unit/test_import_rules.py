@@ -26,6 +26,7 @@ PURE_MODULES = (
     "agents.shims.device_state",
     "orchestrator.cli.demo.judge",
     "orchestrator.local.evidence",
+    "orchestrator.cli.timeline",
 )
 
 DOORS = frozenset(
