@@ -7,7 +7,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +94,8 @@ def _create_all(
     client: OrchestratorClient, specs: Sequence[GuestSpec], host: str, validate_only: bool
 ) -> list[Guest | CliError]:
     """One result per guest, in their order; a refusal of one does not keep the others from running."""
+
+    from concurrent.futures import ThreadPoolExecutor
 
     def create(spec: GuestSpec) -> Guest | CliError:
         request_id = str(uuid.uuid4())
