@@ -47,6 +47,7 @@ class ApiServer:
         self._health = HealthService([SERVICE])
         self._server = aio_server([Errors(require_deadline=True, translate=translate)])
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._tree_is_there = False
         self.ports: list[int] = []
         """Where it listens, in the order of `listen`; 0 for a unix socket."""
 
@@ -57,7 +58,7 @@ class ApiServer:
         self._health.add_to(self._server)
         self.ports = [listen(self._server, address) for address in self._config.listen]
         await self._server.start()
-        self._store.on_session(lambda state: self._spawn(self._health.set(state is SessionState.CONNECTED)))
+        self._store.on_session(lambda _state: self._spawn(self._tell_health()))
         self._spawn(self._connect())
 
     async def _connect(self) -> None:
@@ -71,8 +72,12 @@ class ApiServer:
                 await asyncio.sleep(RETRY_S)
         self.tools.fleet.start()
         self._spawn(sweep_for_ever(self.tools))
-        await self._health.set(self._store.session is SessionState.CONNECTED)
+        self._tree_is_there = True
         log.info("serving", at=self._config.listen)
+        await self._tell_health()
+
+    async def _tell_health(self) -> None:
+        await self._health.set(self._tree_is_there and self._store.session is SessionState.CONNECTED)
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work)

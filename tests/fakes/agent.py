@@ -44,6 +44,8 @@ class FakeAgent(AgentServiceServicer):
     """What a new watch begins with."""
     watches: list[asyncio.Queue[AgentSample]] = field(default_factory=list[asyncio.Queue[AgentSample]])
     address: str = ""
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One birth or death at a time, as in a real agent."""
 
     async def start(self) -> None:
         self._server = aio_server([Errors(require_deadline=True)])
@@ -100,21 +102,27 @@ class FakeAgent(AgentServiceServicer):
         except DroverError:
             await self._bury(uuid)
             raise
-        record, version = await self._read(uuid)
-        if record.phase is Ownership.STARTING:
-            started = SetData(paths.guest(uuid), encode(handover.started(record, writer=self.host)), version)
-            assert isinstance(await self.store.multi([started]), Done)
+        async with self.turn:
+            record, version = await self._read(uuid)
+            if record.phase is Ownership.STARTING:
+                started = SetData(paths.guest(uuid), encode(handover.started(record, writer=self.host)), version)
+                assert isinstance(await self.store.multi([started]), Done)
         status = GuestStatus(uuid, record.name, "inc", RunState.RUNNING, 4711)
         self.say(AgentSample(guests=(status,)))
         return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
 
     async def EndGuest(self, request: pb.EndGuestRequest, context: Any) -> pb.EndGuestResponse:
         await self._called("EndGuest", request.guest_uuid)
-        record, _ = await self._read(request.guest_uuid)
-        if record.owner.host != self.host or record.phase not in (Ownership.IDLE, Ownership.CRASHED, Ownership.GONE):
-            raise DroverError(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
-        if record.phase is not Ownership.GONE:
-            await self._bury(request.guest_uuid)
+        async with self.turn:
+            record, _ = await self._read(request.guest_uuid)
+            if record.owner.host != self.host or record.phase not in (
+                Ownership.IDLE,
+                Ownership.CRASHED,
+                Ownership.GONE,
+            ):
+                raise DroverError(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
+            if record.phase is not Ownership.GONE:
+                await self._bury(request.guest_uuid)
         return pb.EndGuestResponse()
 
     async def ApplyWantRun(self, request: pb.ApplyWantRunRequest, context: Any) -> pb.ApplyWantRunResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -17,7 +17,7 @@ from orchestrator.core.errors import DroverError
 from orchestrator.core.records import Cordon, Reservations
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_create
-from orchestrator.ledger.store import Create, Done, Store
+from orchestrator.ledger.store import Create, Done, Store, StoreUnavailable
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from tests.fakes.agent import FakeAgent
 
@@ -54,11 +54,17 @@ class ApiCluster:
         self.server = ApiServer(ApiConfig((self.address, "127.0.0.1:0"), "", chaos=self.chaos), self.store)
         await self.server.start()
         self.client = OrchestratorClient(self.address, timeout_s=5)
-        async with asyncio.timeout(5):
-            while await self.store.read(paths.BARRIER) is None:
+        async with asyncio.timeout(10):
+            while not await self._tree_is_there():
                 await asyncio.sleep(0.01)
         for number in range(1, hosts + 1):
             await self.host(f"h{number}")
+
+    async def _tree_is_there(self) -> bool:
+        """The API has connected and made it."""
+        with suppress(StoreUnavailable):
+            return await self.store.read(paths.BARRIER) is not None
+        return False
 
     async def hearing(self, *hosts: str) -> None:
         """Until the API listens to these agents."""
@@ -91,10 +97,8 @@ async def api_cluster(
     store: Store, directory: Path, *, chaos: bool = False, hosts: int = 3
 ) -> AsyncIterator[ApiCluster]:
     cluster = ApiCluster(store, directory, chaos)
-    await cluster.start(hosts)
     try:
+        await cluster.start(hosts)
         yield cluster
     finally:
         await cluster.stop()
-
-

@@ -616,9 +616,16 @@ async def test_without_the_ledger_calls_say_so_and_nothing_is_written(
 
 
 async def test_health_follows_the_session(api: ApiCluster, store: MemoryStore) -> None:
+    assert await health.check(api.address) is None
+    store.down = True
     store.expire()
     async with asyncio.timeout(5):
         while await health.check(api.address) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    store.down = False
+    store.expire()
+    async with asyncio.timeout(5):
+        while await health.check(api.address) is not None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
