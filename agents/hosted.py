@@ -651,7 +651,8 @@ class HostedGuest:
     def status(self) -> GuestStatus:
         own = self._own()
         if own is None:
-            return GuestStatus(self.uuid, self.name, "", RunState.ENDED)
+            starting = self.record is None or self.record.phase is Ownership.STARTING
+            return GuestStatus(self.uuid, self.name, "", RunState.STARTING if starting else RunState.ENDED)
         if own.ended:
             state = RunState.ENDED
         elif own.running:
@@ -663,7 +664,7 @@ class HostedGuest:
     @property
     def is_here(self) -> bool:
         """This host owns the guest, as far as is known."""
-        return self.record is None or self.record.owner.host == self._tools.here.host
+        return self.record is not None and self.record.owner.host == self._tools.here.host
 
     # --- refusals -----------------------------------------------------------------------------------------------------
 
