@@ -14,7 +14,7 @@ from typing import Any
 
 import orchestrator
 from orchestrator.ledger import paths
-from orchestrator.local import network, rayhead, zookeeper
+from orchestrator.local import network, ray_head, zookeeper
 from orchestrator.local.config import LocalConfig, PartKind
 from orchestrator.local.layout import (
     CLUSTER_VARIABLE,
@@ -103,7 +103,7 @@ def write_files(config: LocalConfig, layout: Layout, places: Places) -> None:
             "log_level": config.log_level,
         },
     )
-    rayhead.token(layout)
+    ray_head.token(layout)
     _write_json(
         layout.coordinator_json,
         {
@@ -165,10 +165,10 @@ def build(config: LocalConfig, layout: Layout, places: Places) -> list[PartSpec]
         ),
         make.part(
             "ray",
-            rayhead.command(layout, places, config.ray_cpus),
+            ray_head.command(layout, places, config.ray_cpus),
             _tcp_probe(RAY_ADDRESS, places.ray_port),
-            environment=rayhead.environment(layout),
-            prepare=lambda: rayhead.prepare(layout),
+            environment=ray_head.environment(layout),
+            prepare=lambda: ray_head.prepare(layout),
             listens=((RAY_ADDRESS, places.ray_port), (RAY_ADDRESS, places.ray_client_port)),
         ),
         make.part(
@@ -189,7 +189,7 @@ def build(config: LocalConfig, layout: Layout, places: Places) -> list[PartSpec]
             "coordinator",
             [sys.executable, "-m", "orchestrator.coordinator", "--config", str(layout.coordinator_json)],
             make.registered("coordinator", paths.leader()),
-            environment=rayhead.client_environment(layout),
+            environment=ray_head.client_environment(layout),
             after=("zookeeper", "ray"),
         ),
     ]

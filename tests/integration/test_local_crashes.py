@@ -355,6 +355,18 @@ def test_ray_head_and_its_driver_come_back_together(directory: Path) -> None:
         print(f"down with Ray {time.monotonic() - begun:.2f} s")
 
 
+def test_another_ray_than_expected_is_started_by_its_own_command(directory: Path) -> None:
+    program = "import ray; ray.__version__ = '3.0.0'; from orchestrator.local import ray_head; ray_head.main()"
+    options = ["--port=6379", "--client-port=10001", "--cpus=1", "--dir={dir}/ray"]
+    config = a_config(directory, hosts=1, ray=True, commands={"ray": [sys.executable, "-c", program, *options]})
+    with running_cluster(config) as cluster:
+        launcher = processes.look(cluster.part("ray").pid or 0)
+        assert launcher
+        assert "ray.scripts.scripts" in launcher.arguments()
+        assert "using `ray start`" in (cluster.layout.logs / "ray.log").read_text()
+        until(lambda: "raylet" in ray_processes(cluster.layout), 10)
+
+
 def test_after_supervisor_and_launcher_were_killed_nothing_of_ray_stays(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

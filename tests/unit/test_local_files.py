@@ -12,7 +12,7 @@ import pytest
 from agents.engine.base import VmmMetadata
 from agents.engine.qemu import process as engine
 from orchestrator.coordinator import wiring
-from orchestrator.local import config, lock, network, parts, rayhead, state, supervisor, teardown
+from orchestrator.local import config, lock, network, parts, ray_head, state, supervisor, teardown
 from orchestrator.local.layout import Layout, LocalClusterError, StopReason
 from orchestrator.local.processes import Identity
 
@@ -115,7 +115,7 @@ def test_what_parts_are_told(tmp_path: Path) -> None:
     assert coordinator.ray_token_file == str(layout.ray_token)
     assert coordinator.limits.starts_per_s == 125
     assert layout.ray_token.stat().st_mode & 0o777 == 0o600
-    assert rayhead.token(layout) == rayhead.token(layout) == layout.ray_token.read_text()
+    assert ray_head.token(layout) == ray_head.token(layout) == layout.ray_token.read_text()
 
     specs = {spec.name: spec for spec in parts.build(options, layout, places)}
     assert list(specs) == ["zookeeper", "ray", "api", "collector", "agent-host-1", "agent-host-2", "coordinator"]
