@@ -97,12 +97,27 @@ async def srvr(address: str, port: int, timeout_s: float = 1.0) -> str | None:
 
 
 async def has_ephemeral(path: str, address: str, port: int, timeout_s: float = 1.0) -> str | None:
-    """Does a living session hold this node? None: yes. Asked with a four-letter word, so it needs no session."""
+    """Does a session that is connected hold this node? None: yes. Asked with four-letter words: it needs no session.
+
+    The session of a process that was killed goes on for seconds, its connection does not.
+    """
     try:
-        answer = await _ask("dump", address, port, timeout_s)
+        holder = _holder(await _ask("dump", address, port, timeout_s), path)
+        connected = holder and f"sid={holder}," in await _ask("cons", address, port, timeout_s)
     except OSError as error:
         return f"ZooKeeper: {_short(error)}"
-    return None if path in answer.split() else "not registered"
+    return None if connected else "not registered"
+
+
+def _holder(dump: str, path: str) -> str | None:
+    """The session that holds an ephemeral node: a dump has its id ("0x10a:") above the paths of its nodes."""
+    session = None
+    for line in map(str.strip, dump.splitlines()):
+        if line.startswith("0x"):
+            session = line.rstrip(":")
+        elif line == path:
+            return session
+    return None
 
 
 async def _ask(word: str, address: str, port: int, timeout_s: float) -> str:

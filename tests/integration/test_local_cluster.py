@@ -7,6 +7,7 @@ something of it is killed, or it is interrupted, is in test_local_crashes.py.
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.local import commands, console_client, evidence, network, processes, teardown
+from orchestrator.local import commands, console_client, evidence, network, processes, teardown, zookeeper
 from orchestrator.local.commands import ClusterStatus
 from orchestrator.local.config import LocalConfig
 from orchestrator.local.layout import Layout, LocalClusterError, StopReason
@@ -253,6 +254,32 @@ def test_zookeeper_keeps_what_was_written(directory: Path) -> None:
         cluster.inside(lambda: visit(lambda client: client.create("/kept", b"value")))
         cluster.came_back("zookeeper", cluster.kill("zookeeper"), 2)
         assert cluster.inside(lambda: visit(lambda client: client.get("/kept")))[0] == b"value"
+
+
+def test_the_node_of_a_dead_process_is_no_sign_of_life(directory: Path) -> None:
+    """Its session goes on for seconds; a part that was killed must not look as if it served already."""
+    program = (
+        "import sys, time; from kazoo.client import KazooClient\n"
+        "client = KazooClient(hosts=sys.argv[1], timeout=8); client.start(timeout=5)\n"
+        "client.create('/here', ephemeral=True); print('there', flush=True); time.sleep(60)\n"
+    )
+    with running_cluster(a_config(directory, hosts=1)) as cluster:
+        places = cluster.places
+
+        def look() -> str | None:
+            asking = zookeeper.has_ephemeral("/here", places.management_address, places.zookeeper_port)
+            return cluster.inside(lambda: asyncio.run(asking))
+
+        assert look() == "not registered"
+        words = [sys.executable, "-c", program, cluster.zookeeper]
+        holder = subprocess.Popen(network.command_in(places.management_namespace, words), stdout=subprocess.PIPE)
+        with holder:
+            assert holder.stdout
+            assert holder.stdout.readline() == b"there\n"
+            assert look() is None
+            holder.kill()
+            holder.wait()
+            until(lambda: look() == "not registered", 1)
 
 
 @pytest.mark.qemu
