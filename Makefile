@@ -14,6 +14,7 @@ QEMU   ?=
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 IMAGE  := agents/guests/image
+VFIO   := agents/shims/vfio
 export PYTHON VENV
 
 PYTEST := $(PY) -m pytest --durations=10
@@ -24,7 +25,7 @@ demo: setup $(if $(filter 11%,$(QEMU)),qemu-11)  ## empty a host of twelve real 
 	@$(VENV)/bin/drover demo $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
 
 .PHONY: setup
-setup: system venv guest  ## system packages, Python environment, guest image
+setup: system venv guest vfio  ## system packages, Python environment, guest image, what gives QEMU devices
 
 .PHONY: qemu-11
 qemu-11:  ## QEMU 11.1 in build/qemu-11.1, for devices inside the VMM (`drover up --qemu 11.1`)
@@ -38,6 +39,10 @@ test: setup  ## all tests (ARGS="-k late_ack" for some of them)
 .PHONY: test-fast
 test-fast: venv  ## unit, property and contract tests that need no QEMU, ZooKeeper or cluster
 	$(PYTEST) tests/unit tests/property tests/contract -m "not integration and not qemu and not zookeeper and not long" $(ARGS)
+
+.PHONY: rules
+rules: setup  ## the tests of each rule (R1-R31, H1-H14), and a table of them (docs/rules.md)
+	$(PYTEST) tests -m rule $(ARGS)
 
 .PHONY: explore
 explore: venv  ## the exploration of the hand-over with wider bounds (some minutes)
@@ -83,7 +88,7 @@ clean:  ## remove build/, .venv/ and every cache
 
 .PHONY: help
 help:  ## this list
-	@awk 'BEGIN { FS = ":.*##" } /^##@/ { printf "\n%s\n", substr($$0, 5) } /^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk 'BEGIN { FS = ":.*##" } /^##@/ { printf "\n%s\n", substr($$0, 5) } /^[a-z0-9-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
 
@@ -111,3 +116,9 @@ guest: build/guest.elf
 build/guest.elf: $(wildcard $(IMAGE)/*)
 	@mkdir -p $(@D)
 	$(IMAGE)/build.sh $@
+
+.PHONY: vfio
+vfio: build/vfio-preload.so
+
+build/vfio-preload.so: $(VFIO)/preload.c $(VFIO)/build.sh
+	$(VFIO)/build.sh $@

@@ -77,7 +77,7 @@ async def _serve(config: AgentConfig, here: HostRef) -> None:
         *(_connected(ZooKeeperStore(config.zookeeper, chroot=config.chroot)) for _ in range(2))
     )
     peers = Peers()
-    engine = QemuEngine(config.guest_image, config.qemu, config.accelerator)
+    engine = QemuEngine(config.guest_image, config.qemu, config.accelerator, config.vfio_preload)
     metrics = Metrics()
     agent = Agent(config, here, engine, (store, commits), peers, metrics)
     if config.metrics_port:

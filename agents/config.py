@@ -46,6 +46,8 @@ class AgentConfig(BaseModel):
     accelerator: Literal["tcg", "kvm"] = "kvm"
     qemu: str = "qemu-system-x86_64"
     guest_image: Path
+    vfio_preload: Path | None = None
+    """What gives QEMU devices inside the VMM on a machine without VFIO; None: no guest with such devices runs here."""
     chaos: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

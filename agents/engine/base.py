@@ -55,6 +55,7 @@ class EngineStatus(StrEnum):
     DEVICE = "device"
     COMPLETED = "completed"
     CANCELLING = "cancelling"
+    FAILING = "failing"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
@@ -83,6 +84,14 @@ class RunStateChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class SwitchoverAckLate:
+    """In place of StatusChanged(FAILED): the VMM ended the migration by itself, because so many devices inside it asked
+    for another ACK after it had decided to stop the guest. The guest runs again, or is about to."""
+
+    devices: int
+
+
+@dataclass(frozen=True, slots=True)
 class GuestEnded:
     """The guest shut down or panicked by itself."""
 
@@ -94,7 +103,7 @@ class VmmDied:
     """The process is gone."""
 
 
-EngineEvent = StatusChanged | RunStateChanged | GuestEnded | VmmDied
+EngineEvent = StatusChanged | SwitchoverAckLate | RunStateChanged | GuestEnded | VmmDied
 EventSink = Callable[[EngineEvent], None]
 
 
@@ -145,6 +154,8 @@ class VmmSpec:
     multifd_channels: int = 0
     seed: int = 0
     """32 bits that the guest's devices start from, so that one guest's are never taken for another's."""
+    vfio_path: Path | None = None
+    """Unix socket of the device process that holds the devices inside the VMM; None when there are none."""
     nics: tuple[Nic, ...] = ()
     segment: Segment | None = None
     """None: the cards are there and lead nowhere."""
@@ -164,6 +175,8 @@ class VmmMetadata:
     migration: str = ""
     attempt: int = 0
     endpoint: str = ""
+    machine: str = ""
+    """The machine type that the VMM really has: `pc` is another one in each version."""
     extra: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -208,12 +221,22 @@ class Vmm(Protocol):
 
     async def progress(self) -> Progress: ...
 
+    async def unmigratable(self) -> tuple[str, ...]:
+        """Why this VMM's guest cannot move without losing something, one sentence each; none: it can.
+
+        Devices whose state the VMM would leave behind without a word count as well as those that it refuses to move.
+        """
+        ...
+
     async def pause(self) -> None:
         """Operator's or policy's stop, before any switchover. An attempt goes on without its hold (see `release`)."""
         ...
 
     async def resume(self) -> None:
-        """Start the vCPUs (`cont`). Only where the hand-over protocol allows; the engine does not know."""
+        """Start the vCPUs (`cont`). Only where the hand-over protocol allows; the engine does not know.
+
+        Refused (EngineError) while a migration runs in a VMM with devices inside: they cannot go back to pre-copy.
+        """
         ...
 
     async def start_outgoing(self, options: OutgoingOptions) -> None:

@@ -20,6 +20,7 @@ MIGRATING = frozenset(
         engine.EngineStatus.PARKED,
         engine.EngineStatus.DEVICE,
         engine.EngineStatus.CANCELLING,
+        engine.EngineStatus.FAILING,
     }
 )
 

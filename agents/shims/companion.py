@@ -22,7 +22,20 @@ from typing import Any, cast
 import agents
 from agents.processes import Watched, start_time_of, tail_of
 from agents.shims import control
-from agents.shims.base import DestinationShim, FinalQuery, Frame, FrameKind, Load, SendFrame, ShimError, SourceShim
+from agents.shims.base import (
+    DestinationShim,
+    DeviceEvent,
+    FinalQuery,
+    Frame,
+    FrameKind,
+    InVmmDevice,
+    InVmmDevices,
+    Load,
+    SendFrame,
+    ShimError,
+    SourceShim,
+)
+from agents.shims.vfio import layout
 from orchestrator.core.errors import DroverError
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import DeviceSpec, ShimKind
@@ -45,7 +58,7 @@ _MAX_SOCKET_PATH = 107
 
 @dataclass(frozen=True, slots=True)
 class DevicesSpec:
-    """All companion devices of one VMM process. `directory` is the guest's own and exists."""
+    """All devices of one VMM process that a device process holds. `directory` is the guest's own and exists."""
 
     guest: str
     """Uuid."""
@@ -59,6 +72,10 @@ class DevicesSpec:
     @property
     def companions(self) -> tuple[DeviceSpec, ...]:
         return tuple(device for device in self.devices if device.shim == ShimKind.COMPANION)
+
+    @property
+    def in_vmm(self) -> tuple[DeviceSpec, ...]:
+        return tuple(device for device in self.devices if device.shim == ShimKind.VFIO)
 
     def path(self, suffix: str) -> Path:
         return self.directory / f"{self.inc}.{suffix}"
@@ -339,13 +356,32 @@ class CompanionDestination:
         return await self._client.call(name, body, timeout_s=timeout_s, device=self.device, fields=fields)
 
 
+class _InsideVmm:
+    """See `InVmmDevices`."""
+
+    def __init__(self, client: _Client) -> None:
+        self._client = client
+
+    async def look(self) -> tuple[InVmmDevice, ...]:
+        found, _ = await self._client.call("look", timeout_s=_BLACKOUT_S)
+        return tuple(map(_in_vmm_device, found["devices"]))
+
+
+def _in_vmm_device(told: Mapping[str, Any]) -> InVmmDevice:
+    plain = dict(told)
+    events = tuple(DeviceEvent(**event) for event in plain.pop("events"))
+    return InVmmDevice(**plain, events=events)
+
+
 class DeviceProcess:
-    """Handle to the process that holds a VMM's companion devices. It outlives the agent and the VMM."""
+    """Handle to the process that holds a VMM's devices. It outlives the agent and the VMM."""
 
     def __init__(self, spec: DevicesSpec, watched: Watched) -> None:
         self.spec = spec
         self.com_path = spec.path("dev")
         """Unix socket that the VMM's second serial port connects to."""
+        self.vfio_path = spec.path("vfio")
+        """Unix socket that the preload of a VMM with devices inside it connects to."""
         self._process = watched
         self._client = _Client(spec, watched.alive)
 
@@ -402,6 +438,10 @@ class DeviceProcess:
         """One per device, in the order of the specification. Each list is for one attempt."""
         return [CompanionDestination(device.name, self._client) for device in self.spec.companions]
 
+    def in_vmm(self) -> InVmmDevices | None:
+        """The devices inside the VMM; None when there are none."""
+        return _InsideVmm(self._client) if self.spec.in_vmm else None
+
     async def inject_late_ack(self, device: str, at: str, times: int, bytes: int) -> str:
         """Let the device ask for another ACK at a hook; returns the scenario that is now in force (YAML).
 
@@ -424,7 +464,7 @@ class DeviceProcess:
             async with asyncio.timeout(_END_S):
                 await self._process.dead.wait()
         await self.detach()
-        for suffix in ("dev", "ctl", "devices.json", "devices.tmp", "devices.log"):
+        for suffix in ("dev", "ctl", "vfio", "devices.json", "devices.tmp", "devices.log", "vfio.log"):
             self.spec.path(suffix).unlink(missing_ok=True)
 
     async def detach(self) -> None:
@@ -450,7 +490,8 @@ async def _spawned(spec: DevicesSpec, description: bytes) -> subprocess.Popen[by
 
 def _description(spec: DevicesSpec, *, incoming: bool) -> bytes:
     devices: list[dict[str, Any]] = []
-    for index, device in enumerate(spec.companions):
+    numbered = [*enumerate(spec.companions), *enumerate(spec.in_vmm, layout.FIRST_INDEX)]
+    for index, device in numbered:
         try:
             scenario = parse_scenario(device.scenario, f"{device.name}.scenario")
         except DroverError as error:
@@ -458,6 +499,7 @@ def _description(spec: DevicesSpec, *, incoming: bool) -> bytes:
         devices.append(
             {
                 "name": device.name,
+                "shim": device.shim.value,
                 "index": index,
                 "initial_bytes": device.initial_bytes,
                 "stop_copy_bytes": device.stop_copy_bytes,

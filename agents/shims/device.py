@@ -18,6 +18,7 @@ from hashlib import blake2b
 
 from agents.shims.device_state import (
     BLOCK_BYTES,
+    RECORD_BYTES,
     RUN_BLOCKS,
     DeviceIdentity,
     Incoming,
@@ -137,7 +138,7 @@ class _Outgoing:
         self.initial: deque[tuple[int, int]] = deque()
         """Runs of blocks (first, count) that are sent as initial data; a block may be in several."""
         self.queued_bytes = 0
-        """Of all these runs."""
+        """Of all these runs, as they will be read."""
         self.head_left = True
         self.state_left = True
         self.untracked_next = 0
@@ -155,7 +156,7 @@ class _Outgoing:
 
     def queue(self, memory: Memory, first: int, count: int) -> None:
         self.initial.append((first, count))
-        self.queued_bytes += memory.run_bytes(first, count)
+        self.queued_bytes += memory.run_bytes(first, count) + RECORD_BYTES * -(-count // RUN_BLOCKS)
 
     def next_run(self, memory: Memory) -> tuple[int, int]:
         """Blocks for one record."""
@@ -163,7 +164,7 @@ class _Outgoing:
         part = min(count, RUN_BLOCKS)
         if part < count:
             self.initial.appendleft((first + part, count - part))
-        self.queued_bytes -= memory.run_bytes(first, part)
+        self.queued_bytes -= memory.run_bytes(first, part) + RECORD_BYTES
         return first, part
 
     def out(self, limit: int) -> bytes:
@@ -174,7 +175,11 @@ class _Outgoing:
 
 
 class Device:
-    """See the module's docstring. `incoming`: it waits for a load; else it is newborn."""
+    """See the module's docstring.
+
+    `incoming`: it waits for a load; else it is newborn. `in_vmm`: a VMM drives it, which makes a device P2P not only on
+    its way to a stop.
+    """
 
     def __init__(
         self,
@@ -184,6 +189,7 @@ class Device:
         *,
         incoming: bool = False,
         features: Feature = Feature.P2P | Feature.PRE_COPY,
+        in_vmm: bool = False,
     ) -> None:
         self.identity = identity
         self.features = features
@@ -191,6 +197,7 @@ class Device:
         self.has_content = not incoming
         """It holds a state that a guest can go on with: newborn, or loaded and validated."""
         self.opted_in = False
+        self._in_vmm = in_vmm
         self._sizes = _merged(sizes, scenario)
         script = Script(scenario)
         self._memory = Memory(0, 0) if incoming else self._newborn_memory()
@@ -224,6 +231,11 @@ class Device:
     def sessions(self) -> int:
         """Sessions begun in the device's life, the present one included."""
         return self._registers.script.sessions
+
+    @property
+    def just_loaded(self) -> bool:
+        """It took over a state and has not run on it yet."""
+        return self._just_loaded
 
     @property
     def gets_dirty(self) -> bool:
@@ -307,19 +319,26 @@ class Device:
 
     def _break_where_scripted(self, step: DeviceState, want: DeviceState) -> None:
         script, here = self._registers.script, self.state
-        stopping = (here, step) in ((_S.PRE_COPY, _S.PRE_COPY_P2P), (_S.RUNNING, _S.RUNNING_P2P))
         broken: Call | None = None
-        if stopping and want is not _S.RESUMING and script.take_fault(Call.QUIESCE):
+        if self._quiesces(step, want) and script.take_fault(Call.QUIESCE):
             broken = Call.QUIESCE
         elif step is _S.STOP_COPY and script.take_fault(Call.STOP_COPY):
             broken = Call.STOP_COPY
-        elif here is _S.STOP and want is _S.RUNNING and self._just_loaded and script.take_fault(Call.ACTIVATE):
+        elif self._activates(step, want) and script.take_fault(Call.ACTIVATE):
             broken = Call.ACTIVATE
         elif here in SAVING and step not in SAVING and want is _S.RUNNING and script.take_fault(Call.ROLL_BACK):
             self.state, self._session = _S.ERROR, None
             raise DeviceError(errno.EIO, "the way back failed (the scenario says so): the device needs a reset")
         if broken is not None:
             raise DeviceError(errno.EIO, f"{broken.value} failed (the scenario says so)")
+
+    def _quiesces(self, step: DeviceState, want: DeviceState) -> bool:
+        if (self.state, step) == (_S.RUNNING, _S.RUNNING_P2P):
+            return want is not _S.RESUMING and not self._in_vmm
+        return (self.state, step) == (_S.PRE_COPY, _S.PRE_COPY_P2P)
+
+    def _activates(self, step: DeviceState, want: DeviceState) -> bool:
+        return self.state is _S.STOP and self._just_loaded and want in (_S.RUNNING, _S.RUNNING_P2P)
 
     def _integrate(self) -> None:
         assert self._loading is not None
@@ -362,10 +381,19 @@ class Device:
             raise DeviceError(errno.EINVAL, f"no pre-copy information in {self.state.name}")
         reinit = session.reinit and self.opted_in
         session.reinit = False
-        return PrecopyInfo(self._initial_left(session), self._memory.dirty_bytes, reinit)
+        said = self.scenario.estimates
+        return PrecopyInfo(
+            _first(said.initial_bytes, self._initial_left(session)),
+            _first(said.dirty_bytes, self._memory.dirty_bytes),
+            reinit,
+        )
 
     def stop_copy_length(self, now: float) -> int:
-        """What stop-copy would carry if the device were stopped now; legal in every state."""
+        """What stop-copy would carry if the device were stopped now, as the device says; legal in every state."""
+        return _first(self.scenario.estimates.stop_copy_bytes, self.stop_copy_bytes(now))
+
+    def stop_copy_bytes(self, now: float) -> int:
+        """The same, in truth."""
         self.advance(now)
         memory = self._memory
         if self._session is None:
@@ -422,6 +450,10 @@ class Device:
             staged = self._loading.registers if self._loading else None
             return staged.script.take_delay(call) if staged else 0
         return self._registers.script.take_delay(call)
+
+    def take_fault(self, call: Call) -> bool:
+        """Does this call, which the model knows nothing of otherwise, fail now that it happens?"""
+        return self._registers.script.take_fault(call)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -508,6 +540,20 @@ class Device:
         except StreamError as error:
             raise DeviceError(errno.EIO, str(error)) from None
 
+    @property
+    def load_ended(self) -> bool:
+        """The end of the state has been written: `check_load` tells at once whether it is whole."""
+        return self._loading is not None and self._loading.ended
+
+    def check_load(self) -> None:
+        """Raises DeviceError (EIO) for a state that could not be taken over. Changes nothing."""
+        if self._loading is None:
+            raise DeviceError(errno.EINVAL, f"nothing is loaded in {self.state.name}")
+        try:
+            self._loading.finish()
+        except StreamError as error:
+            raise DeviceError(errno.EIO, str(error)) from None
+
     def _initial_left(self, session: _Outgoing) -> int:
         memory = self._memory
         left = session.queued_bytes
@@ -574,6 +620,11 @@ class Device:
         self._rings.clear()
         return answers
 
+    @property
+    def answered(self) -> tuple[int, int]:
+        """The newest doorbell that was answered and its answer; 0 as doorbell: none yet."""
+        return self._registers.last_n, self._registers.word
+
     def _answer(self, n: int) -> int:
         registers, memory = self._registers, self._memory
         if n != registers.last_n:
@@ -595,14 +646,15 @@ class Device:
 def _merged(sizes: DeviceSizes, scenario: Scenario) -> DeviceSizes:
     """The scenario's sizes go before the specification's."""
 
-    def chosen(scripted: int | None, specified: int) -> int:
-        return specified if scripted is None else scripted
-
     return DeviceSizes(
-        chosen(scenario.initial_bytes, sizes.initial_bytes),
-        chosen(scenario.stop_copy_bytes, sizes.stop_copy_bytes),
-        chosen(scenario.dirty_bytes_per_s, sizes.dirty_bytes_per_s),
+        _first(scenario.initial_bytes, sizes.initial_bytes),
+        _first(scenario.stop_copy_bytes, sizes.stop_copy_bytes),
+        _first(scenario.dirty_bytes_per_s, sizes.dirty_bytes_per_s),
     )
+
+
+def _first(scripted: int | None, otherwise: int) -> int:
+    return otherwise if scripted is None else scripted
 
 
 def _spoiled(data: bytes) -> bytes:

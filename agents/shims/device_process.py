@@ -1,14 +1,17 @@
-"""The process that holds all companion devices of one VMM: `python -m agents.shims.device_process`.
+"""The process that holds all devices of one VMM, outside and inside it: `python -m agents.shims.device_process`.
 
 It lives in a session of its own and outlives agent and VMM, as a DPU would. It ends when it is told to, on SIGTERM, or
 when its directory or its metadata file vanishes, so that nothing is ever left behind.
 
 It reads its description from standard input (JSON: `guest`, `inc`, `directory`, `seed`, `incoming`, `devices` with
-`name`, `index`, sizes and `scenario`), writes `<inc>.devices.json` (pid and start time, for a later agent) and serves
+`name`, `shim`, `index`, sizes and `scenario`), writes `<inc>.devices.json` (pid and start time, for a later agent) and
+serves
 
 * `<inc>.dev`, the guest's second serial port: doorbells `R <d> <n>`, answers `A <d> <n> <answer>`
   (agents/guests/image/README.md). A device answers while it may speak; doorbells that came while it was stopped are
   answered when it runs again.
+* `<inc>.vfio`, if there are devices inside the VMM: the preload in it asks here what QEMU asks them (vfio/preload.c).
+  `<inc>.vfio.log` has each question with its answer (vfio/log.py);
 * `<inc>.ctl`, the control socket (frames: control.py). Any number of connections and of calls at a time. A call has a
   `key`: the same key again is the same call, and gets the same answer. Calls, with their fields besides `device`:
 
@@ -28,7 +31,8 @@ It reads its description from standard input (JSON: `guest`, `inc`, `directory`,
       validate    session                      RESUMING -> STOP -> bytes, digest
       activate                                 STOP -> RUNNING
       discard
-      inject      at times bytes               -> scenario
+      inject      at times bytes               -> scenario; also for devices inside the VMM
+      look                                     -> devices: what those inside the VMM tell of themselves
       end                                      the process ends
 
   The note `asked` (device, session, generation) goes to every connection, before the answer to the call that made it.
@@ -46,11 +50,15 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from agents.shims import control
 from agents.shims.device import Device, DeviceError, DeviceIdentity, DeviceSizes, DeviceState
+from agents.shims.vfio.endpoint import Endpoint, features_of
+from agents.shims.vfio.log import Log
+from agents.shims.vfio.server import VfioServer
 from orchestrator.core.errors import DroverError
 from orchestrator.core.scenario import Ask, Call, Hook, scenario_from, scenario_mapping
 
@@ -62,6 +70,8 @@ _MAX_WAIT_S = 5.0
 _WATCH_S = 1.0
 _KEPT_CALLS = 512
 _MAX_UNSENT_ANSWERS = 65_536
+_VFIO_BUFFER = 1 << 20
+"""QEMU reads and writes up to so much at a time."""
 
 Reply = tuple[dict[str, Any], bytes]
 
@@ -167,9 +177,10 @@ class Hosted:
 class DeviceServer:
     """All devices of one VMM behind their two sockets."""
 
-    def __init__(self, guest: str, inc: str, hosted: list[Hosted]) -> None:
+    def __init__(self, guest: str, inc: str, hosted: list[Hosted], endpoints: list[Endpoint]) -> None:
         self.guest, self.inc = guest, inc
         self.over = asyncio.Event()
+        self._endpoints = endpoints
         self._by_name = {one.name: one for one in hosted}
         self._by_index = {one.device.identity.index: one for one in hosted}
         self._port: asyncio.StreamWriter | None = None
@@ -252,6 +263,11 @@ class DeviceServer:
             elif name == "end":
                 self.over.set()
                 found = {}, b""
+            elif name == "look":
+                found = {"devices": [asdict(endpoint.look(_now())) for endpoint in self._endpoints]}, b""
+            elif name == "inject":
+                found = self._inject(str(header["device"]), header), b""
+                hosted = self._by_name.get(str(header["device"]))
             else:
                 hosted = self._by_name.get(str(header.get("device")))
                 handler = _CALLS.get(name)
@@ -479,27 +495,37 @@ class DeviceServer:
 
     # --- calls: chaos -------------------------------------------------------------------------------------------------
 
-    async def _inject(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
-        hosted.must_be_live()
+    def _inject(self, name: str, header: dict[str, Any]) -> dict[str, Any]:
+        device = self._live_device(name)
         entry = {"at": header["at"], "times": header["times"], "bytes": header["bytes"]}
         try:
             made: Ask = scenario_from({"asks": [entry]}).asks[0]
-            scenario = scenario_mapping(hosted.device.scenario)
+            scenario = scenario_mapping(device.scenario)
             scenario_from({**scenario, "asks": [*scenario.get("asks", []), entry]})
         except DroverError as error:
             raise CallError(str(error)) from None
-        hosted.device.inject(made, _now())
-        _log(f"{hosted.name} will ask at {header['at']}, {header['times']} times")
-        return {"scenario": scenario_mapping(hosted.device.scenario)}, b""
+        device.inject(made, _now())
+        _log(f"{name} will ask at {header['at']}, {header['times']} times")
+        return {"scenario": scenario_mapping(device.scenario)}
+
+    def _live_device(self, name: str) -> Device:
+        for endpoint in self._endpoints:
+            if endpoint.name == name:
+                if not endpoint.live:
+                    raise CallError(f"{name} is not the guest's device yet: its state has to arrive first")
+                return endpoint.device
+        hosted = self._by_name.get(name)
+        if hosted is None:
+            raise CallError(f"there is no device {name!r} here")
+        hosted.must_be_live()
+        return hosted.device
 
 
 _DOORBELL = re.compile(rb"R ([0-7]) ([0-9a-f]{1,8})")
 _Handler = Callable[[DeviceServer, Hosted, dict[str, Any], bytes], Awaitable[Reply]]
 _CALLS: dict[str, _Handler] = {
     name: getattr(DeviceServer, f"_{name}")
-    for name in (
-        "begin read hook quiesce stop_copy roll_back retire begin_load load validate activate discard inject".split()
-    )
+    for name in ("begin read hook quiesce stop_copy roll_back retire begin_load load validate activate discard".split())
 }
 
 
@@ -516,15 +542,25 @@ def _log(text: str) -> None:
 
 
 def hosted_from(description: dict[str, Any]) -> list[Hosted]:
-    """The devices of a description (see the module's docstring)."""
+    """The companion devices of a description (see the module's docstring)."""
     incoming = bool(description["incoming"])
-    found: list[Hosted] = []
-    for entry in description["devices"]:
-        identity = DeviceIdentity(description["guest"], entry["name"], entry["index"], description["seed"])
-        sizes = DeviceSizes(entry["initial_bytes"], entry["stop_copy_bytes"], entry["dirty_bytes_per_s"])
-        device = Device(identity, sizes, scenario_from(entry["scenario"]), incoming=incoming)
-        found.append(Hosted(device, live=not incoming))
-    return found
+    devices = [_device(description, entry) for entry in description["devices"] if entry["shim"] == "companion"]
+    return [Hosted(device, live=not incoming) for device in devices]
+
+
+def endpoints_from(description: dict[str, Any], record: Log) -> list[Endpoint]:
+    """The devices inside the VMM."""
+    devices = [_device(description, entry) for entry in description["devices"] if entry["shim"] == "vfio"]
+    return [Endpoint(device, record) for device in devices]
+
+
+def _device(description: dict[str, Any], entry: dict[str, Any]) -> Device:
+    identity = DeviceIdentity(description["guest"], entry["name"], entry["index"], description["seed"])
+    sizes = DeviceSizes(entry["initial_bytes"], entry["stop_copy_bytes"], entry["dirty_bytes_per_s"])
+    scenario, incoming = scenario_from(entry["scenario"]), bool(description["incoming"])
+    if entry["shim"] == "vfio":
+        return Device(identity, sizes, scenario, incoming=incoming, features=features_of(scenario), in_vmm=True)
+    return Device(identity, sizes, scenario, incoming=incoming)
 
 
 def _start_time() -> int:
@@ -533,11 +569,13 @@ def _start_time() -> int:
 
 async def _serve(description: dict[str, Any]) -> None:
     directory, inc = Path(description["directory"]), str(description["inc"])
-    server = DeviceServer(description["guest"], inc, hosted_from(description))
+    evidence = (directory / f"{inc}.vfio.log").open("a", buffering=1) if _has_vfio(description) else None
+    endpoints = endpoints_from(description, Log(evidence.write)) if evidence else []
+    server = DeviceServer(description["guest"], inc, hosted_from(description), endpoints)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.over.set)
-    metadata, port, ctl = (directory / f"{inc}.{suffix}" for suffix in ("devices.json", "dev", "ctl"))
+    metadata, port, ctl, vfio = (directory / f"{inc}.{suffix}" for suffix in ("devices.json", "dev", "ctl", "vfio"))
     made = {"guest": server.guest, "inc": inc, "pid": os.getpid(), "start_time": _start_time()}
     temporary = metadata.with_suffix(".tmp")
     temporary.write_text(json.dumps(made))
@@ -548,6 +586,9 @@ async def _serve(description: dict[str, Any]) -> None:
             await asyncio.start_unix_server(server.serve_port, port),
             await asyncio.start_unix_server(server.serve_control, ctl),
         ]
+        if endpoints:
+            inside = VfioServer(endpoints, _now)
+            listeners.append(await asyncio.start_unix_server(inside.serve, vfio, limit=_VFIO_BUFFER))
         _log(f"{inc}: {', '.join(entry['name'] for entry in description['devices'])}")
         while not server.over.is_set():
             with contextlib.suppress(TimeoutError):
@@ -559,8 +600,12 @@ async def _serve(description: dict[str, Any]) -> None:
             listener.close()
     finally:
         if _still_there(metadata, inode):
-            for path in (port, ctl, metadata):
+            for path in (port, ctl, vfio, metadata):
                 path.unlink(missing_ok=True)
+
+
+def _has_vfio(description: dict[str, Any]) -> bool:
+    return any(entry["shim"] == "vfio" for entry in description["devices"])
 
 
 def _still_there(metadata: Path, inode: int) -> bool:

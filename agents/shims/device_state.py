@@ -38,6 +38,8 @@ RUN_BLOCKS = 16
 """Blocks in one record at most."""
 _VERSION = 1
 _RECORD = struct.Struct("!BII")
+RECORD_BYTES = _RECORD.size
+"""Before the content of each record."""
 _MAX_RECORD = 1 << 20
 _HEAD, _BLOCKS, _STATE, _TRAILER = range(1, 5)
 _PATTERN_BYTES = 4099
@@ -274,6 +276,11 @@ class Incoming:
         self._arrived = bytearray()
         self._trailer = b""
         self._wrong = ""
+
+    @property
+    def ended(self) -> bool:
+        """The trailer arrived: whatever is not here now will not come."""
+        return bool(self._trailer)
 
     def digest(self) -> bytes:
         """blake2b-16 of everything that was fed."""

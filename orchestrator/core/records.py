@@ -16,6 +16,8 @@ from orchestrator.core.policy import MigrationPolicy
 class ShimKind(StrEnum):
     COMPANION = "companion"
     NET = "net"
+    VFIO = "vfio"
+    """A device inside the VMM; the VMM moves its state and asks for its ACKs."""
 
 
 @dataclass(frozen=True, slots=True)

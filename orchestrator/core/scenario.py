@@ -122,7 +122,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
-    """What a device inside the VMM says in place of the truth. VFIO calls all three estimates: nobody relies on them."""
+    """What a device inside the VMM says in place of the truth; VFIO calls all three estimates."""
 
     initial_bytes: int | None = None
     dirty_bytes: int | None = None

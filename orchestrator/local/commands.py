@@ -105,7 +105,7 @@ def up(config: LocalConfig, *, foreground: bool = False, out: TextIO = sys.stder
         try:
             _clear_remains(layout, out)
             _check_interrupt(signals)
-            _build_guest_image(config, layout, out)
+            _build_images(config, layout, out)
             _check_interrupt(signals)
             layout.config_json.write_text(config.model_dump_json(indent=1) + "\n")
             child = _start_supervisor(layout, lock, foreground=foreground)
@@ -215,20 +215,24 @@ def _clear_remains(layout: Layout, out: TextIO) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _build_guest_image(config: LocalConfig, layout: Layout, out: TextIO) -> None:
-    from orchestrator.local.parts import guest_image
+def _build_images(config: LocalConfig, layout: Layout, out: TextIO) -> None:
+    from orchestrator.local.parts import guest_image, vfio_preload
 
     if "agent" in config.commands:
         return
     image, script = guest_image(config, layout)
-    if script is None:
-        return
-    if not image.exists():
-        out.write("building the guest image\n")
+    if script is not None:
+        _build("the guest image", image, script, layout, out)
+    _build("what gives QEMU its devices", *vfio_preload(layout), layout, out)
+
+
+def _build(what: str, made: Path, script: Path, layout: Layout, out: TextIO) -> None:
+    if not made.exists():
+        out.write(f"building {what}\n")
     try:
         # A session of its own: Ctrl-C is ours to handle.
         built = subprocess.run(
-            [str(script), str(image)],
+            [str(script), str(made)],
             capture_output=True,
             text=True,
             timeout=BUILD_TIMEOUT_S,
@@ -237,9 +241,9 @@ def _build_guest_image(config: LocalConfig, layout: Layout, out: TextIO) -> None
             env=_marked(layout),  # so that the next `down` finds it if we are killed meanwhile
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise LocalClusterError(f"cannot build the guest image: {error}") from error
+        raise LocalClusterError(f"cannot build {what}: {error}") from error
     if built.returncode:
-        raise LocalClusterError(f"cannot build the guest image: {built.stderr.strip()}")
+        raise LocalClusterError(f"cannot build {what}: {built.stderr.strip()}")
 
 
 def _marked(layout: Layout) -> dict[str, str]:

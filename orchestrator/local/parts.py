@@ -78,8 +78,18 @@ def guest_image(config: LocalConfig, layout: Layout) -> tuple[Path, Path | None]
     script = root / "agents" / "guests" / "image" / "build.sh"
     if not script.is_file():
         raise LocalClusterError(f"{script} is missing: name a guest image with {GUEST_IMAGE_VARIABLE}=FILE")
+    return _build_directory(layout) / "guest.elf", script
+
+
+def vfio_preload(layout: Layout) -> tuple[Path, Path]:
+    """What gives QEMU devices on a machine without VFIO, and the script that builds it."""
+    return _build_directory(layout) / "vfio-preload.so", package_root() / "agents" / "shims" / "vfio" / "build.sh"
+
+
+def _build_directory(layout: Layout) -> Path:
+    root = package_root()
     in_repository = (root / "pyproject.toml").is_file() and os.access(root, os.W_OK)
-    return (root / "build" if in_repository else layout.dir) / "guest.elf", script
+    return root / "build" if in_repository else layout.dir
 
 
 def write_files(config: LocalConfig, layout: Layout, places: Places) -> None:
@@ -138,6 +148,7 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "accelerator": config.accelerator,
         "qemu": config.qemu,
         "guest_image": str(image),
+        "vfio_preload": str(vfio_preload(layout)[0]),
         "chaos": config.chaos,
         "log_level": config.log_level,
     }

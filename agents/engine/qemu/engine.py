@@ -15,7 +15,7 @@ from typing import Any
 from agents import processes
 from agents.engine import base
 from agents.engine.base import EngineError, EngineStatus, EngineTimeout, HoldStart, RunState, VmmMetadata, VmmState
-from agents.engine.qemu import process
+from agents.engine.qemu import process, verdict
 from agents.engine.qemu.qmp import QmpConnection
 
 _TRICKLE_BYTES_PER_S = 4096
@@ -34,6 +34,8 @@ _RUN_STATES = {
     "internal-error": RunState.ENDED,
 }
 _STATUSES = {str(status): status for status in EngineStatus}
+_SILENT_LOSSES = {"vfio-user-pci": "QEMU neither moves the state of a vfio-user device nor refuses to move the guest"}
+"""Device types that a migration leaves behind without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class QemuVmm:
         self._released = True
         self._tail: asyncio.Task[None] | None = None
         self._parameters = asyncio.Lock()
+        self._aborting = False
+        self._telling: asyncio.Task[None] | None = None
         watched.on_death = lambda: self._emit(base.VmmDied())
 
     @property
@@ -118,7 +122,7 @@ class QemuVmm:
         dirty_bytes_per_s = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
         return base.Progress(
             transferred_bytes=ram.get("transferred", 0),
-            remaining_bytes=ram.get("remaining", 0),
+            remaining_bytes=info.get("remaining", ram.get("remaining", 0)),
             total_bytes=ram.get("total", 0),
             bandwidth_mbps=ram.get("mbps", 0.0),
             dirty_rate_mbps=dirty_bytes_per_s * 8 / 1e6,
@@ -126,6 +130,16 @@ class QemuVmm:
             expected_downtime_ms=info.get("expected-downtime", 0),
             status=_status(info),
         )
+
+    async def unmigratable(self) -> tuple[str, ...]:
+        found: list[str] = []
+        for place in ("/machine/peripheral", "/machine/peripheral-anon"):
+            for entry in await self._execute("qom-list", {"path": place}):
+                kind = str(entry["type"]).removeprefix("child<").removesuffix(">")
+                if kind in _SILENT_LOSSES:
+                    found.append(f"device {entry['name']} is a {kind}: {_SILENT_LOSSES[kind]}")
+        found += (await self._execute("query-migrate")).get("blocked-reasons", [])
+        return tuple(found)
 
     async def pause(self) -> None:
         await self._execute("stop")
@@ -135,7 +149,22 @@ class QemuVmm:
         if run == "inmigrate":
             # QEMU would accept it, and start the guest by itself at the end of the load.
             raise EngineError("the guest is not loaded yet: nothing to resume")
+        if self._has_devices_inside and _status(await self._execute("query-migrate")) not in _OVER:
+            # QEMU would accept that too, and its devices would never be in pre-copy again: it hangs or fails later.
+            raise EngineError("a migration of a guest with devices inside the VMM is running: cancel it first")
         await self._execute("cont")
+
+    @property
+    def _has_devices_inside(self) -> bool:
+        return self._spec.vfio_path is not None
+
+    def _acknowledged(self) -> dict[str, bool]:
+        """Capabilities by which devices inside the VMM hold up the switchover until they agree: equal at both ends."""
+        if not self._has_devices_inside:
+            return {}
+        if "switchover-ack" not in self._features.capabilities:
+            raise EngineError(f"QEMU {self._features.version} has no switchover-ack, which devices inside it need")
+        return {"switchover-ack": True}
 
     async def start_outgoing(self, options: base.OutgoingOptions) -> None:
         await self._cleaned_up(2.0)
@@ -143,6 +172,8 @@ class QemuVmm:
         self._released = options.hold is HoldStart.OPEN
         wanted = {"events": True, "return-path": True, "pause-before-switchover": True}
         wanted |= {"multifd": options.multifd_channels > 1, "auto-converge": options.auto_converge}
+        wanted |= self._acknowledged()
+        self._aborting = False
         await self.set_capabilities(wanted)
         if options.multifd_channels > 1:
             await self._execute("migrate-set-parameters", {"multifd-channels": options.multifd_channels})
@@ -191,6 +222,7 @@ class QemuVmm:
         await self._execute("migrate-continue", {"state": "pre-switchover"})
 
     async def abort(self, timeout_s: float = 5.0) -> VmmState:
+        self._aborting = True
         async with _bounded("abort", timeout_s):
             with contextlib.suppress(EngineTimeout):
                 now = await self.state(_CANCEL_S)
@@ -255,8 +287,9 @@ class QemuVmm:
         await self._execute("announce-self", timing)
 
     async def detach(self) -> None:
-        if self._tail is not None:
-            self._tail.cancel()
+        for task in (self._tail, self._telling):
+            if task is not None:
+                task.cancel()
         await asyncio.gather(self._main.close(), self._oob.close())
         self._process.close()
 
@@ -270,9 +303,15 @@ class QemuVmm:
         for path in (process.qmp_path(spec), process.oob_path(spec), process.metadata_path(spec), spec.console_path):
             path.unlink(missing_ok=True)
 
+    async def note_machine(self) -> None:
+        """Keep what machine type this really is, for the other end to compare."""
+        kind = await self._execute("qom-get", {"path": "/machine", "property": "type"})
+        self._metadata = replace(self._metadata, machine=str(kind).removesuffix("-machine"))
+        process.write_metadata(process.metadata_path(self._spec), self._metadata)
+
     async def listen(self, address: str, channels: int) -> str:
         """Destination: accept one stream; returns the endpoint."""
-        wanted = {"events": True, "return-path": True, "multifd": channels > 1}
+        wanted = {"events": True, "return-path": True, "multifd": channels > 1, **self._acknowledged()}
         if "late-block-activate" in self._features.capabilities and not self._features.late_activation_always:
             wanted["late-block-activate"] = True
         await self.set_capabilities(wanted)
@@ -313,11 +352,24 @@ class QemuVmm:
 
     def _on_event(self, name: str, data: Mapping[str, Any], at_s: float) -> None:
         if name == "MIGRATION":
-            self._emit(base.StatusChanged(_STATUSES.get(data["status"], EngineStatus.ACTIVE)))
+            status = _STATUSES.get(data["status"], EngineStatus.ACTIVE)
+            if status is EngineStatus.FAILED and self._metadata.role != "incoming":
+                self._telling = asyncio.create_task(self._tell_failure())
+            else:
+                self._emit(base.StatusChanged(status))
         elif name in ("STOP", "RESUME"):
             self._emit(base.RunStateChanged(name == "RESUME", at_s))
         elif name == "GUEST_PANICKED" or (name == "SHUTDOWN" and data.get("guest")):
             self._emit(base.GuestEnded(str(data.get("reason", "panic"))))
+
+    async def _tell_failure(self) -> None:
+        """The event does not say why. A QEMU that does not answer has failed all the same."""
+        error = ""
+        with contextlib.suppress(EngineError):
+            info = await self._execute("query-migrate", timeout_s=_CANCEL_S)
+            error = str(info.get("error-desc", "")) if _status(info) is EngineStatus.FAILED else ""
+        late = None if self._aborting else verdict.late_devices(error)
+        self._emit(base.StatusChanged(EngineStatus.FAILED, error) if late is None else base.SwitchoverAckLate(late))
 
 
 @contextlib.asynccontextmanager
@@ -334,12 +386,22 @@ def _status(info: Mapping[str, Any]) -> EngineStatus:
 
 
 class QemuEngine:
-    """`image` is the guest's kernel, `accelerator` tcg or kvm. See `base.MigrationEngine`."""
+    """`image` is the guest's kernel, `accelerator` tcg or kvm, `vfio_preload` what gives QEMU devices without VFIO.
 
-    def __init__(self, image: Path, binary: str = "qemu-system-x86_64", accelerator: str = "tcg") -> None:
+    See `base.MigrationEngine`.
+    """
+
+    def __init__(
+        self,
+        image: Path,
+        binary: str = "qemu-system-x86_64",
+        accelerator: str = "tcg",
+        vfio_preload: Path | None = None,
+    ) -> None:
         self._image = image
         self._binary = binary
         self._accelerator = accelerator
+        self._vfio_preload = vfio_preload
         self._features: Features | None = None
         self._probing = asyncio.Lock()
 
@@ -354,11 +416,13 @@ class QemuEngine:
 
     async def start(self, spec: base.VmmSpec) -> QemuVmm:
         vmm = await self._spawn(spec, "owner", "", 0)
-        return await _or_destroyed(vmm, vmm.connect())
+        await _or_destroyed(vmm, vmm.connect())
+        return await _or_destroyed(vmm, vmm.note_machine())
 
     async def prepare_incoming(self, spec: base.VmmSpec, migration: str, attempt: int) -> QemuVmm:
         vmm = await self._spawn(spec, "incoming", migration, attempt)
         await _or_destroyed(vmm, vmm.connect())
+        await _or_destroyed(vmm, vmm.note_machine())
         return await _or_destroyed(vmm, vmm.listen(spec.listen_address, spec.multifd_channels))
 
     async def adopt(self, metadata: VmmMetadata, spec: base.VmmSpec) -> QemuVmm | None:
@@ -381,9 +445,10 @@ class QemuEngine:
         features = await self._known()
         if not self._image.is_file():
             raise EngineError(f"no guest image at {self._image}: build it first (make)")
-        launch = process.Launch(self._binary, self._image, self._accelerator, features.reconnect_ms)
+        launch = process.Launch(self._binary, self._image, self._accelerator, features.reconnect_ms, self._vfio_preload)
         command = process.command_line(launch, spec, incoming=role == "incoming")
-        child = await asyncio.to_thread(process.popen, command, process.log_path(spec))
+        environment = process.environment(launch, spec)
+        child = await asyncio.to_thread(process.popen, command, process.log_path(spec), environment)
         start_time = processes.start_time_of(child.pid)
         child_words = processes.tail_of(process.log_path(spec))
         if start_time is None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
+from agents.shims.vfio import layout
+from orchestrator.core.records import ShimKind
 
 _GUEST_TIMER_HZ = 100
 _MAX_SOCKET_PATH = 107
@@ -17,12 +20,15 @@ _MAX_SOCKET_PATH = 107
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What does not depend on the guest. `reconnect_ms`: QEMU 9.2 and later take the delay in milliseconds."""
+    """What does not depend on the guest."""
 
     binary: str
     image: Path
     accelerator: str
     reconnect_ms: bool
+    """QEMU 9.2 and later take the delay in milliseconds."""
+    vfio_preload: Path | None = None
+    """What gives QEMU devices where there is no VFIO (agents/shims/vfio/preload.c)."""
 
 
 def qmp_path(spec: VmmSpec) -> Path:
@@ -41,6 +47,22 @@ def metadata_path(spec: VmmSpec) -> Path:
     return spec.directory / f"{spec.inc}.json"
 
 
+def in_vmm(spec: VmmSpec) -> list[str]:
+    """Names of the devices inside the VMM."""
+    return [device.name for device in spec.spec.devices if device.shim is ShimKind.VFIO]
+
+
+def environment(launch: Launch, spec: VmmSpec) -> dict[str, str]:
+    """What QEMU needs besides the agent's own. Raises EngineError when devices cannot be had."""
+    names = in_vmm(spec)
+    if not names or spec.vfio_path is None:
+        return {}
+    if launch.vfio_preload is None or not launch.vfio_preload.is_file():
+        where = launch.vfio_preload or "this host: its configuration names none (vfio_preload)"
+        raise EngineError(f"devices inside the VMM ({', '.join(names)}) need the preload, and there is none at {where}")
+    return layout.environment(launch.vfio_preload, spec.vfio_path, len(names))
+
+
 def kernel_arguments(spec: VmmSpec) -> str:
     """The guest image's command line; its rates are per tick of the guest's 100 Hz timer."""
     work = spec.spec.workload
@@ -53,7 +75,8 @@ def kernel_arguments(spec: VmmSpec) -> str:
         "hb": max(1, round(_GUEST_TIMER_HZ / max(1, work.heartbeat_hz))),
         "fill": 1,
         "res": work.static_mib,
-        "dev": sum(1 for device in spec.spec.devices if device.shim == "companion"),
+        "dev": sum(1 for device in spec.spec.devices if device.shim is ShimKind.COMPANION),
+        "pci": len(in_vmm(spec)),
         "devhz": max(1, round(_GUEST_TIMER_HZ / max(1, work.doorbell_hz))),
         "seed": spec.seed,
     }
@@ -63,8 +86,7 @@ def kernel_arguments(spec: VmmSpec) -> str:
 def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     """Raises EngineError when a socket path is too long for the kernel."""
     sockets = [qmp_path(spec), oob_path(spec), spec.console_path]
-    if spec.device_path is not None:
-        sockets.append(spec.device_path)
+    sockets += [path for path in (spec.device_path, spec.vfio_path) if path is not None]
     for path in sockets:
         if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
             raise EngineError(
@@ -83,6 +105,8 @@ def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     command += ["-chardev", f"socket,id=console,path={_escaped(spec.console_path)},server=on,wait=off"]
     command += ["-serial", "chardev:console", "-chardev", device, "-serial", "chardev:device"]
     command += _network(spec)
+    if spec.vfio_path is not None:
+        command += layout.arguments(in_vmm(spec))
     command += ["-kernel", str(launch.image), "-append", kernel_arguments(spec)]
     return [*command, "-S", "-incoming", "defer"] if incoming else command
 
@@ -111,13 +135,18 @@ def write_metadata(path: Path, metadata: VmmMetadata) -> None:
     temporary.replace(path)
 
 
-def popen(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+def popen(command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Blocking. The session of its own lets the VMM outlive this process."""
     sink: IO[bytes]
     with log.open("ab") as sink:
         try:
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
             )
         except OSError as error:
             raise EngineError(f"cannot run {command[0]}: {error}; is QEMU installed?") from error

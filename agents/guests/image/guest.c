@@ -33,6 +33,15 @@ static inline u8 inb(u16 port)
     return value;
 }
 
+static inline void outl(u16 port, u32 value) { __asm__ volatile("outl %0,%1" ::"a"(value), "Nd"(port)); }
+
+static inline u32 inl(u16 port)
+{
+    u32 value;
+    __asm__ volatile("inl %1,%0" : "=a"(value) : "Nd"(port));
+    return value;
+}
+
 static struct gate {
     u16 low, selector;
     u8 zero, type;
@@ -143,7 +152,7 @@ static void end_line(struct port *port, struct line *line)
 /* ---- the command line ------------------------------------------------------------------------------------------- */
 
 static struct {
-    u32 base, pages, rate, hz, hb, fill, res, dev, devhz, seed;
+    u32 base, pages, rate, hz, hb, fill, res, dev, devhz, seed, pci;
 } config;
 
 static const struct key {
@@ -160,6 +169,7 @@ static const struct key {
     {"dev", &config.dev, 0, 0, 8},
     {"devhz", &config.devhz, 10, 1, 1u << 20},
     {"seed", &config.seed, 0, 0, 0xffffffff},
+    {"pci", &config.pci, 0, 0, 8},
 };
 #define KEYS (sizeof keys / sizeof keys[0])
 
@@ -394,7 +404,8 @@ static void verify_slice(void)
 
 /* ---- devices ---------------------------------------------------------------------------------------------------- */
 
-#define DEVICES 8u
+#define DEVICES 16u
+#define FIRST_PCI 8u /* devices below this are rung over the second port */
 #define DEVICE_TX_ROOM 1024u /* unsent doorbells beyond this only make duplicates: the peer does not read */
 
 static struct device {
@@ -404,6 +415,7 @@ static struct device {
     u32 rung_at;     /* tick of the last ring or re-ring of `n` */
     u32 again;       /* re-rings of `n`: that many duplicate answers are no error */
     u32 spare_n, spare_answer, spare; /* duplicates that may still come, for the doorbell before */
+    volatile u32 *bar; /* of a PCI device */
 } device[DEVICES];
 
 static u32 device_rings, device_errors, device_retries, device_reported;
@@ -415,9 +427,51 @@ static void reset_devices(void)
         device[d].state = hash((0xd0000000u + d) ^ config.seed);
 }
 
+/* ---- PCI devices: doorbells in a BAR. Firmware has given it an address, a migration keeps that. */
+
+#define PCI_ID 0xd07e1234u
+enum { BAR_MAGIC, BAR_INDEX, BAR_RING, BAR_ANSWERED, BAR_ANSWER }; /* words of the BAR */
+
+static u32 pci_address(u32 slot, u32 offset) { return 0x80000000u | slot << 11 | offset; }
+
+static u32 pci_read(u32 slot, u32 offset)
+{
+    outl(0xcf8, pci_address(slot, offset));
+    return inl(0xcfc);
+}
+
+static void find_pci_devices(void)
+{
+    u32 found = 0;
+    for (u32 slot = 0; slot < 32; slot++) {
+        if (pci_read(slot, 0) != PCI_ID)
+            continue;
+        outl(0xcf8, pci_address(slot, 4));
+        outl(0xcfc, inl(0xcfc) | 2); /* let it answer to memory accesses */
+        volatile u32 *bar = (volatile u32 *)(pci_read(slot, 0x10) & ~15u);
+        u32 d = bar ? bar[BAR_INDEX] : 0;
+        if (bar && bar[BAR_MAGIC] == 0x44524f56u && d >= FIRST_PCI && d < DEVICES && !device[d].bar)
+            device[d].bar = bar, found++;
+    }
+    if (found == config.pci)
+        return;
+    struct line line = {0};
+    add_text(&line, "FATAL pci devices (hex): wanted");
+    add_field(&line, config.pci);
+    add_text(&line, ", found");
+    add_field(&line, found);
+    refuse(&line);
+}
+
+static int is_there(u32 d) { return d < FIRST_PCI ? d < config.dev : !!device[d].bar; }
+
 static void send_ring(u32 d, u32 now)
 {
     device[d].rung_at = now;
+    if (device[d].bar) {
+        device[d].bar[BAR_RING] = device[d].n;
+        return;
+    }
     if (devices.head - devices.tail > DEVICE_TX_ROOM)
         return;
     struct line line = {0};
@@ -430,8 +484,10 @@ static void send_ring(u32 d, u32 now)
 /* One doorbell outstanding per device; one that stays unanswered for 2 s of the guest's time is rung again. */
 static void ring_devices(u32 now)
 {
-    for (u32 d = 0; d < config.dev; d++) {
+    for (u32 d = 0; d < DEVICES; d++) {
         struct device *dev = &device[d];
+        if (!is_there(d))
+            continue;
         if (dev->outstanding) {
             if (now - dev->rung_at >= 2 * config.hz) {
                 device_retries++, dev->again++;
@@ -452,7 +508,7 @@ static void device_error(u32 d, u32 n, u32 got, u32 want)
         return;
     struct line line = {0};
     add_text(&line, "D ");
-    add_char(&line, (char)('0' + d));
+    add_char(&line, "0123456789abcdef"[d]);
     add_field(&line, n);
     add_field(&line, got);
     add_field(&line, want);
@@ -508,9 +564,18 @@ static void parse_answer(const char *text)
     take_answer(d, n, got);
 }
 
+/* A PCI device answers in its registers, most often within the write that rang it. */
+static void read_pci_devices(void)
+{
+    for (u32 d = FIRST_PCI; d < DEVICES; d++)
+        if (device[d].bar && device[d].outstanding && device[d].bar[BAR_ANSWERED] == device[d].n)
+            take_answer(d, device[d].n, device[d].bar[BAR_ANSWER]);
+}
+
 static void read_devices(void)
 {
     int c;
+    read_pci_devices();
     for (u32 budget = 512; budget && (c = receive(&devices)) >= 0; budget--) {
         if (c == 'A')
             answer.length = 0; /* a line begins, even if the end of the one before was lost on the way */
@@ -577,6 +642,7 @@ void kmain(u32 magic, const u32 *info)
     total_pages = config.pages + config.res * 256;
     fill_memory();
     reset_devices();
+    find_pci_devices();
     send_boot();
 
     start_timer(config.hz);

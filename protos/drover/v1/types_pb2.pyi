@@ -66,12 +66,16 @@ class _ShimKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ShimKind.Val
     SHIM_KIND_UNSPECIFIED: _ShimKind.ValueType  # 0
     SHIM_KIND_COMPANION: _ShimKind.ValueType  # 1
     SHIM_KIND_NET: _ShimKind.ValueType  # 2
+    SHIM_KIND_VFIO: _ShimKind.ValueType  # 3
+    """A device inside the VMM: its state travels in the VMM's own stream."""
 
 class ShimKind(_ShimKind, metaclass=_ShimKindEnumTypeWrapper): ...
 
 SHIM_KIND_UNSPECIFIED: ShimKind.ValueType  # 0
 SHIM_KIND_COMPANION: ShimKind.ValueType  # 1
 SHIM_KIND_NET: ShimKind.ValueType  # 2
+SHIM_KIND_VFIO: ShimKind.ValueType  # 3
+"""A device inside the VMM: its state travels in the VMM's own stream."""
 Global___ShimKind: _TypeAlias = ShimKind  # noqa: Y015
 
 class _OwnershipPhase:

@@ -1,0 +1,16 @@
+"""PURE. What QEMU's own words about a failed migration mean to us. No other text of QEMU decides anything here."""
+
+from __future__ import annotations
+
+import re
+
+_LATE = re.compile(r"Switchover ACK was requested by (\d+) devices during switchover")
+
+
+def late_devices(error: str) -> int | None:
+    """How many devices asked for another ACK between QEMU's decision to stop the guest and its last look.
+
+    `error` is the `error-desc` of a migration whose status is `failed`. None: it failed for another reason.
+    """
+    found = _LATE.fullmatch(error.strip())
+    return int(found[1]) if found else None
