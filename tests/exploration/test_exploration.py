@@ -53,7 +53,11 @@ def test_wider_bounds(bounds: Bounds) -> None:
     _assert_sound(bounds)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def _marks(mutant: Mutant) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.rule(rule) for rule in mutant.rule.split() if rule.startswith("H")]
+
+
+@pytest.mark.parametrize("mutant", [pytest.param(each, id=each.name, marks=_marks(each)) for each in MUTANTS])
 def test_every_rule_is_needed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name, value in mutant.patches():
         monkeypatch.setattr(owner, name, value)
@@ -66,6 +70,7 @@ def test_every_rule_is_needed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -
         assert result.flaws, f"{mutant.name} was not caught in {result.states} states"
 
 
+@pytest.mark.rule("H8")
 def test_a_copy_of_another_incarnation_never_takes_over() -> None:
     """H8, mutant `any_inc`: the world has one destination process per attempt, so this case stands on its own."""
     loaded = DestinationState(ref(1), D1, "i1", stage=DestinationStage.LOADED)

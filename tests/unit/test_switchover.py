@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,17 +12,20 @@ from orchestrator.core.switchover import AckLedger
 A1, A2, B1 = AckRequest("a", 1), AckRequest("a", 2), AckRequest("b", 1)
 
 
+@pytest.mark.rule("R10")
 def test_without_a_request_the_gate_is_open() -> None:
     assert AckLedger().gate_open
     assert AckLedger().late == ()
 
 
+@pytest.mark.rule("R8")
 def test_a_request_closes_the_gate_until_its_own_ack() -> None:
     asked = AckLedger().request(A1)
     assert not asked.gate_open
     assert asked.ack(A1).gate_open
 
 
+@pytest.mark.rule("R11", "R13")
 def test_an_ack_answers_neither_another_device_nor_a_newer_generation() -> None:
     asked = AckLedger().request(A1).request(B1)
     assert asked.ack(B1).pending == (A1,)
@@ -40,10 +44,12 @@ def test_an_early_ack_counts_when_its_request_arrives() -> None:
     assert AckLedger().ack(A1).request(A1).gate_open
 
 
+@pytest.mark.rule("R17")
 def test_a_request_of_a_running_guest_is_late_at_the_check() -> None:
     assert AckLedger().request(A1).ack(A1).request(A2).freeze().late == (A2,)
 
 
+@pytest.mark.rule("R18", "R20")
 def test_r20_a_stopped_guest_is_not_aborted_for_what_was_pending() -> None:
     """The superseded first version of the patch failed on any pending request after the final query."""
     stopped = AckLedger().request(A1).stop_by_wish()
@@ -55,6 +61,7 @@ def test_r20_a_stopped_guest_is_not_aborted_for_what_was_pending() -> None:
     assert frozen.request(B1).while_stopped == (A1, B1)
 
 
+@pytest.mark.rule("R15")
 def test_a_resumed_guest_is_gated_again() -> None:
     stopped = AckLedger().request(A1).stop_by_wish()
     assert not stopped.resume_by_wish().gate_open

@@ -1,0 +1,62 @@
+"""Hooks for the whole suite. `rule` markers: see tests/rules.py and docs/rules.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.rules import PAGE, Proofs, rules_of
+
+_TESTS = Path(__file__).parent
+_proofs = pytest.StashKey[Proofs]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_proofs] = Proofs(rules_of(PAGE.read_text()))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    proofs = session.config.stash[_proofs]
+    for item in session.items:
+        ids = [str(each) for mark in item.iter_markers("rule") for each in mark.args]
+        if unknown := proofs.expect(item.nodeid, ids):
+            raise pytest.UsageError(f"{item.nodeid} carries {', '.join(unknown)}, which {PAGE.name} does not have")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if _running is not None:
+        _running.note(report.nodeid, report.outcome)
+
+
+_running: Proofs | None = None
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    global _running  # noqa: PLW0603 - reports come without their session
+    _running = session.config.stash[_proofs]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    passed = session.exitstatus == pytest.ExitCode.OK
+    if passed and _is_whole(session.config) and session.config.stash[_proofs].unproved():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    proofs = config.stash[_proofs]
+    if config.option.markexpr == "rule" and not config.option.collectonly:
+        terminalreporter.write_sep("=", "rules")
+        terminalreporter.write_line(proofs.table())
+    if _is_whole(config):
+        for rule, proof in proofs.unproved():
+            terminalreporter.write_line(f"rule {rule.id} is not proved: {proof.result}", red=True)
+
+
+def _is_whole(config: pytest.Config) -> bool:
+    """Every test that carries a rule was to run, so that none is a fault and not a choice."""
+    option = config.option
+    narrowed = option.keyword or option.deselect or option.collectonly or getattr(option, "lf", False)
+    arguments = [(config.invocation_params.dir / argument).resolve() for argument in config.args]
+    return not narrowed and option.markexpr in ("", "rule") and any(a in (_TESTS, _TESTS.parent) for a in arguments)
