@@ -85,7 +85,8 @@ class DestinationClient:
             try:
                 async with asyncio.timeout(_FRAME_S):
                     if self._stream is None:
-                        self._stream = self._stub.TransferDevices()
+                        # An agent that was away a moment ago is waited for, within the bound.
+                        self._stream = self._stub.TransferDevices(wait_for_ready=True)
                         self._acks = asyncio.create_task(self._read_acks(self._stream))
                         message.tag.CopyFrom(self._tag)
                     await self._stream.write(message)
