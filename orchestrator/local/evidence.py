@@ -18,7 +18,8 @@ overlap        beats that prove a second copy or time travel: stamped strictly i
                beat], or with a counter seen before, or with a lower counter than one stamped earlier. Each beat counts
                once. Two stamps closer than the tolerance, or within one LAG of the collector, have no order: then the
                counters alone decide, and a copy that runs twice repeats them.
-missing beats  counters between the lowest and the highest that no log has. Lost lines, no sign of a second copy.
+missing beats  counters between the lowest and the highest that no log has. Lost lines, no sign of a second copy. A line
+               that the move cut in two, the one half in each log, is not missing.
 running        a VMM runs while its beats come; a pause of more than `SPLIT_PERIODS` periods ends one interval and the
                next beat begins another. A paused guest has no running interval while it is paused.
 """
@@ -118,6 +119,10 @@ class ConsoleLog:
     lags: tuple[Window, ...] = ()
     unreadable: int = 0
     """Lines that are none of the known ones: torn at a migration, or cut by a crash of the collector."""
+    begun: tuple[str, ...] = ()
+    """Beginnings of lines that were cut by the end of a connection."""
+    rest: tuple[str, ...] = ()
+    """What could not be read, and may be the rest of a line that began elsewhere."""
 
     @property
     def extent(self) -> Window | None:
@@ -147,6 +152,8 @@ def parse_log(vmm: Vmm, lines: Iterable[str]) -> ConsoleLog:
     complaints: list[str] = []
     lags: list[Window] = []
     booted_ns = ended_ns = None
+    begun: list[str] = []
+    rest: list[str] = []
     unreadable = 0
     for line in lines:
         stamp, _, text = line.rstrip("\n").partition(" ")
@@ -171,6 +178,10 @@ def parse_log(vmm: Vmm, lines: Iterable[str]) -> ConsoleLog:
             lags.append(Window(ns - int(text[4:]) * 1_000_000, ns))
         elif text != "DETACHED":
             unreadable += 1
+            if word == "TORN":
+                begun.append(text.removeprefix("TORN "))
+            else:
+                rest.append(text)
     return ConsoleLog(
         vmm=vmm,
         beats=tuple(beats),
@@ -180,6 +191,8 @@ def parse_log(vmm: Vmm, lines: Iterable[str]) -> ConsoleLog:
         complaints=tuple(complaints),
         lags=tuple(lags),
         unreadable=unreadable,
+        begun=tuple(begun),
+        rest=tuple(rest),
     )
 
 
@@ -384,9 +397,15 @@ def overlapping_copies(logs: Sequence[ConsoleLog], *, tolerance_ns: int = TOLERA
 
 
 def missing_beats(logs: Sequence[ConsoleLog]) -> int:
-    """Counters between the lowest and the highest that nobody saw."""
+    """Counters between the lowest and the highest that nobody saw, in one piece or in two."""
     numbers = {beat.number for log in logs for beat in log.beats}
-    return max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
+    if not numbers:
+        return 0
+    missing = max(numbers) - min(numbers) + 1 - len(numbers)
+    ends = {end for log in logs for end in log.rest} if missing else set[str]()
+    joined = (parse_beat(0, start + end) for log in logs for start in log.begun for end in ends)
+    cut = {beat.number for beat in joined if beat and min(numbers) < beat.number < max(numbers)}
+    return missing - len(cut - numbers)
 
 
 # --- noise ----------------------------------------------------------------------------------------------------------

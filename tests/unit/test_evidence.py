@@ -155,6 +155,17 @@ def test_downtime_counts_beats_that_were_lost_at_the_destination_as_running():
     assert overlapping_copies([source, destination]) == 0
 
 
+def test_a_beat_that_the_move_cut_in_two_was_heard():
+    """Stopped within a line, the guest says the rest of it at the destination."""
+    whole = beat(1000, 51).partition(" ")[2]
+    for cut in (1, 9, len(whole) - 1):
+        source = log(SOURCE, *beats(0, 1, 50), f"{1100 * MS} TORN {whole[:cut]}")
+        destination = log(DESTINATION, f"{1050 * MS} {whole[cut:]}", *beats(1060, 52, 50))
+        assert missing_beats([source, destination]) == 0
+        assert missing_beats([source, log(DESTINATION, *beats(1060, 52, 50))]) == 1
+        assert missing_beats([log(SOURCE, *beats(0, 1, 50)), destination]) == 1
+
+
 def test_no_hand_over_has_no_downtime():
     source, destination = moved()
     assert downtime_ms(destination, source, PERIOD) is None
