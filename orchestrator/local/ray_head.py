@@ -62,6 +62,8 @@ def environment(layout: Layout) -> dict[str, str]:
         "RAY_enable_metrics_collection": "0",
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
+        # Actors run at nice 15 by default: on busy cores the coordinator would starve.
+        "RAY_worker_niceness": "0",
         # With a detached actor alive the head drains for 30 s when it is told to stop.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
         "RAY_DISABLE_IMPORT_WARNING": "1",

@@ -61,6 +61,7 @@ def make_config(
     directory: Path, *, stand_ins: Collection[PartKind] = (), without: Collection[PartKind] = (), **options: Any
 ) -> LocalConfig:
     """A configuration in which some parts are stand-ins and some are left out. `options` as in LocalConfig."""
+    options.setdefault("start_timeout_s", 150)  # many tests may share the cores
     options["commands"] = {
         **{kind: [sys.executable, "-S", "-E", str(STAND_IN), kind, "{config}"] for kind in stand_ins},
         **{kind: [] for kind in without},
