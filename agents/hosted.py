@@ -90,8 +90,14 @@ def session_number(ref: AttemptRef) -> int:
     return int(ref.migration.replace("-", "")[:10], 16) << 8 | ref.attempt & 0xFF
 
 
+class Forgotten(Exception):
+    """The keeper had nothing of the guest left and ended while the call waited for its turn: another one has to take
+    it. What this one made now, nobody would keep."""
+
+
 class HostedGuest:
-    """All calls are idempotent and raise DroverError; `wake` makes the keeper look."""
+    """All calls are idempotent and raise DroverError; `wake` makes the keeper look. `birth`, `end` and `prepare` raise
+    Forgotten as well."""
 
     def __init__(self, tools: Tools, files: GuestFiles) -> None:
         self._tools = tools
@@ -173,11 +179,16 @@ class HostedGuest:
                 self.departure.wish(wish.run)
         self.wake()
 
+    def _must_keep(self) -> None:
+        if self.forgotten:
+            raise Forgotten(self.uuid)
+
     # --- birth and death ----------------------------------------------------------------------------------------------
 
     async def birth(self) -> GuestStatus:
         """Execute a guest whose record says STARTING here."""
         async with self._turn:
+            self._must_keep()
             record = await self._fresh()
             if record.owner != self._tools.here or record.phase in (Ownership.GONE, Ownership.CRASHED):
                 raise self._refused(RefusalReason.GUEST_NOT_RUNNING, f"{record.phase}, owner {record.owner.host}")
@@ -203,6 +214,7 @@ class HostedGuest:
     async def end(self) -> None:
         """Stop the guest for good. It is stopped before its name is free, so that no two lives overlap."""
         async with self._turn:
+            self._must_keep()
             record = await self._fresh()
             if record.phase is Ownership.GONE:
                 return
@@ -255,6 +267,7 @@ class HostedGuest:
         """A paused copy that waits for the stream of this attempt. The same attempt gets the same answer."""
         ref = order.attempt
         async with self._turn:
+            self._must_keep()
             known = self.arrivals.get((ref.migration, ref.attempt))
             if known is not None:
                 return known.prepared

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 import structlog
 
@@ -15,7 +16,7 @@ from agents.departure import Departure
 from agents.engine import base as engine
 from agents.guest_ledger import GuestLedger
 from agents.guests.files import GuestFiles, found_on_disk
-from agents.hosted import HostedGuest, PeerChannels, Tools
+from agents.hosted import Forgotten, HostedGuest, PeerChannels, Tools
 from agents.journal import Journal
 from agents.metrics import Metrics
 from agents.peer_rpc import AttemptKey
@@ -40,6 +41,8 @@ from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import Create, Delete, Done, Op, SessionState, SetData, Store, StoreUnavailable
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 RETRY_S = 0.2
 FIRST_SCAN_S = 10.0
@@ -78,7 +81,7 @@ class Agent:
             changed=self._notice,
         )
         self._guests: dict[str, HostedGuest] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._hosting = asyncio.Lock()
         metrics.gauges(
             guests=lambda: sum(1 for guest in list(self._guests.values()) if guest.is_here),
@@ -274,17 +277,35 @@ class Agent:
         self._journal.see_epoch(epoch)
 
     async def start_guest(self, uuid: str) -> GuestStatus:
-        return await (await self._host(uuid)).birth()
+        return await self._to_its_end(self._kept(uuid, lambda guest: guest.birth()))
 
     async def end_guest(self, uuid: str) -> None:
-        await (await self._host(uuid)).end()
+        await self._to_its_end(self._kept(uuid, lambda guest: guest.end()))
+
+    async def _kept(self, uuid: str, call: Callable[[HostedGuest], Awaitable[T]]) -> T:
+        """By the guest's keeper, or by the next one when it has just ended."""
+        while True:
+            with contextlib.suppress(Forgotten):
+                return await call(await self._host(uuid))
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """A caller that is cut off ends its waiting, never a birth or a death half-way."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.info("call ended", error=str(task.exception()))
 
     async def apply_want_run(self, uuid: str, sequence: int) -> WishApplied:
         return await self._known(uuid).apply_wish(sequence)
 
     async def prepare_destination(self, order: PrepareOrder) -> Prepared:
         self.see_epoch(order.epoch)
-        return await (await self._host(order.attempt.guest)).prepare(order)
+        return await self._kept(order.attempt.guest, lambda guest: guest.prepare(order))
 
     async def conduct_attempt(self, order: ConductOrder) -> None:
         self.see_epoch(order.epoch)

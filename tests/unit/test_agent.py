@@ -1,0 +1,115 @@
+"""The agent over a fake engine and a ledger in memory: calls that meet a keeper just ending, calls that are cut off."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from agents.__main__ import Peers
+from agents.config import AgentConfig
+from agents.engine import base as engine
+from agents.metrics import Metrics
+from agents.runner import Agent
+from orchestrator.core import handover
+from orchestrator.core.agent import PrepareOrder, RunState
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.records import GuestSpec, WantRun
+from orchestrator.ledger import paths
+from tests.fakes.coordination import MemoryStore, World
+from tests.fakes.engine import FakeEngine, FakeVmm
+
+HERE, THERE = HostRef("h2", "boot-h2"), HostRef("h1", "boot-h1")
+G = "0f0e0d0c-0b0a-4987-8654-321001234567"
+REF = AttemptRef(G, "abcdef012345", 1)
+ORDER = PrepareOrder(REF, 0, "127.0.0.1:1", 5_000)
+
+
+class SlowEngine(FakeEngine):
+    """Starting a guest takes until `go`."""
+
+    go: asyncio.Event
+
+    async def start(self, spec: engine.VmmSpec) -> FakeVmm:
+        await self.go.wait()
+        return await super().start(spec)
+
+
+@pytest.fixture
+def world() -> World:
+    world = World(MemoryStore())
+    for root in paths.ROOTS:
+        world.put(root, WantRun())
+    world.put(paths.guest_spec(G), GuestSpec("web"))
+    world.put(paths.want_run(G), WantRun())
+    return world
+
+
+@pytest.fixture
+def mover() -> SlowEngine:
+    mover = SlowEngine()
+    mover.go = asyncio.Event()
+    return mover
+
+
+@pytest.fixture
+async def agent(world: World, mover: SlowEngine, tmp_path: Path) -> AsyncIterator[Agent]:
+    config = AgentConfig(
+        host="h2",
+        address="127.0.0.1",
+        zookeeper="",
+        dir=tmp_path / "h2",
+        console_dir=tmp_path,
+        volatile_dir=tmp_path,
+        memory_mib=1024,
+        guest_image=tmp_path / "guest.elf",
+    )
+    config.dir.mkdir()
+    stores = (world.store, MemoryStore(world.store.tree))
+    agent = Agent(config, HERE, cast(engine.MigrationEngine, mover), stores, Peers(), Metrics(CollectorRegistry()))
+    await agent.start()
+    yield agent
+    await agent.stop()
+
+
+def on_its_way_here(world: World) -> None:
+    idle = GuestRecord("web", Ownership.IDLE, THERE)
+    opened = handover.open_attempt(idle, REF.migration, REF.attempt, HERE, epoch=0, writer="c")
+    world.put(paths.guest(G), opened)
+
+
+async def test_a_destination_is_never_prepared_by_a_keeper_that_has_just_ended(agent: Agent, world: World) -> None:
+    """The guest left this host and comes back at once: its old keeper forgets it while the call waits for its turn.
+    The copy would have nobody, and the next scan would declare a running guest crashed."""
+    on_its_way_here(world)
+    old = await agent._host(G)
+    async with old._turn:
+        old.wake()
+        await asyncio.sleep(0.01)
+        preparing = asyncio.create_task(agent.prepare_destination(ORDER))
+        await asyncio.sleep(0.01)
+    prepared = await preparing
+    assert old.forgotten
+    keeper = agent._known(G)
+    assert list(keeper.copies) == [prepared.inc]
+    assert await agent.prepare_destination(ORDER) == prepared
+
+
+async def test_a_birth_goes_on_when_its_caller_is_cut_off(agent: Agent, world: World, mover: SlowEngine) -> None:
+    """Else the guest stays STARTING for ever, and its name taken."""
+    world.put(paths.guest(G), handover.birth("web", HERE, writer="api"))
+    calling = asyncio.create_task(agent.start_guest(G))
+    await asyncio.sleep(0.02)
+    calling.cancel()
+    await asyncio.gather(calling, return_exceptions=True)
+    mover.go.set()
+    async with asyncio.timeout(5):
+        while world.record(G).phase is not Ownership.IDLE:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    (status,) = agent.status().guests
+    assert status.run_state is RunState.RUNNING
