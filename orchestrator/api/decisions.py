@@ -246,6 +246,9 @@ class StopStep(StrEnum):
     """Ask the owner's agent to end it."""
     BURY = "BURY"
     """As END; nothing runs any more, so the record may be closed without its agent."""
+    FINISH_BIRTH = "FINISH_BIRTH"
+    """Ask the owner's agent to start it after all: its record leaves STARTING in no other way but by its agent, and
+    whoever asked for the start may be gone."""
     CANCEL = "CANCEL"
     WAIT = "WAIT"
     """For the record to change."""
@@ -258,7 +261,7 @@ _STOP = {
     Ownership.OPEN: StopStep.CANCEL,
     Ownership.ABORTED: StopStep.CANCEL,
     Ownership.COMMITTED: StopStep.WAIT,
-    Ownership.STARTING: StopStep.WAIT,
+    Ownership.STARTING: StopStep.FINISH_BIRTH,
 }
 
 

@@ -38,7 +38,7 @@ _SILENT = frozenset({RefusalReason.AGENT_UNREACHABLE, RefusalReason.OUTCOME_UNKN
 _MOVED = frozenset({RefusalReason.NOT_FOUND, RefusalReason.GUEST_IS_MIGRATING, RefusalReason.GUEST_NOT_RUNNING})
 """What an agent answers about a guest that is not, or not yet, its own to touch."""
 _LOOK_AGAIN_S = 0.5
-_WITH_WISH = frozenset({StopStep.END, StopStep.CANCEL, StopStep.WAIT})
+_WITH_WISH = frozenset({StopStep.END, StopStep.CANCEL, StopStep.WAIT, StopStep.FINISH_BIRTH})
 """A guest that may run somewhere: whoever starts it next must see that it is not to run."""
 _OWNERS = 3
 """Owners that are told of a wish, should the guest move meanwhile."""
@@ -239,19 +239,29 @@ class Guests:
                 if error.reason not in (RefusalReason.ALREADY_COMMITTED, RefusalReason.ALREADY_ENDED):
                     raise
             return False
-        if step in (StopStep.END, StopStep.BURY):
-            try:
-                agent = await self._agent(record.owner.host)
-                await agent.end_guest(read.uuid, caller.remaining_s(END_GUEST_S))
-            except DroverError as error:
-                if step is StopStep.BURY and error.reason in _SILENT:
-                    return await self._bury(read, caller)
-                unknown = error.reason is RefusalReason.OUTCOME_UNKNOWN and not caller.out_of_time
-                if error.reason not in _MOVED and not unknown:
-                    raise
-                return False
-            return True
-        return False
+        if step is StopStep.WAIT:
+            return False
+        agent_call = self._finish_birth if step is StopStep.FINISH_BIRTH else self._end
+        try:
+            await agent_call(read, caller)
+        except DroverError as error:
+            if step is StopStep.BURY and error.reason in _SILENT:
+                return await self._bury(read, caller)
+            if step is StopStep.FINISH_BIRTH and error.reason not in _SILENT:
+                return False  # it did not start: the record says so, or will
+            unknown = error.reason is RefusalReason.OUTCOME_UNKNOWN and not caller.out_of_time
+            if error.reason not in _MOVED and not unknown:
+                raise
+            return False
+        return True
+
+    async def _end(self, read: GuestRead, caller: Caller) -> None:
+        agent = await self._agent(read.record.owner.host)
+        await agent.end_guest(read.uuid, caller.remaining_s(END_GUEST_S))
+
+    async def _finish_birth(self, read: GuestRead, caller: Caller) -> None:
+        agent = await self._agent(read.record.owner.host)
+        await agent.start_guest(read.uuid, caller.remaining_s(START_GUEST_S))
 
     async def _bury(self, read: GuestRead, caller: Caller) -> bool:
         """A crashed guest runs nowhere, so its record and name need not wait for a host that may never come back."""

@@ -73,7 +73,7 @@ class ApiServer:
         self.tools.fleet.start()
         self._spawn(sweep_for_ever(self.tools))
         self._tree_is_there = True
-        log.info("serving", at=self._config.listen)
+        log.info("serving", listen=self._config.listen)
         await self._tell_health()
 
     async def _tell_health(self) -> None:

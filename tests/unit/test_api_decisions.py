@@ -225,7 +225,7 @@ def test_a_wish_counts_up_and_is_not_written_twice() -> None:
 @pytest.mark.parametrize(
     ("record", "step"),
     [
-        (handover.birth("web", H1, writer="a"), StopStep.WAIT),
+        (handover.birth("web", H1, writer="a"), StopStep.FINISH_BIRTH),
         (IDLE, StopStep.END),
         (BOUND, StopStep.CANCEL),
         (LATE, StopStep.CANCEL),

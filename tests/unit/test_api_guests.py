@@ -546,6 +546,21 @@ async def test_a_crashed_guest_is_buried_even_when_its_host_is_lost(
     assert nodes(world.store, paths.NAMES) == []
 
 
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_guest_that_nobody_finished_starting_can_be_stopped(
+    api: ApiCluster, client: OrchestratorClient, store: MemoryStore, refused: bool
+) -> None:
+    agent = api.agents["h1"]
+    await agent.stop()
+    await api.refused(client.create_guest, WEB, "h1")
+    await agent.start()
+    await api.hearing("h1")
+    if refused:
+        agent.refusals["StartGuest"] = DroverError(R.INTERNAL, "no memory")
+    assert wire.word(await api.call(client.stop_guest, "web"), "ownership") == "GONE"
+    assert nodes(store, paths.NAMES) == []
+
+
 async def test_a_guest_whose_agent_is_silent_is_not_declared_dead(
     api: ApiCluster, client: OrchestratorClient, store: MemoryStore
 ) -> None:
