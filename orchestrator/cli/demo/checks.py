@@ -14,6 +14,7 @@ from orchestrator.cli.demo.incidents import Incidents
 from orchestrator.cli.demo.judge import Answer, Attempt, Part
 from orchestrator.cli.demo.staging import beats, client_of
 from orchestrator.cli.migration import took_s
+from orchestrator.core.agent import RunState
 from orchestrator.local import console_client
 from orchestrator.local.console_client import ConsoleError
 from orchestrator.local.evidence import Beat
@@ -53,8 +54,8 @@ class Checks:
             self._verify()
             self._await_life()
             for part in self._parts:
-                ended = _run_state(client.get_guest(part.name))
-                self.answers[part.name] = replace(self.answers[part.name], state_at_end=ended)
+                ended = self._known(client, part.name)
+                self.answers[part.name] = replace(self.answers[part.name], state_at_end=_run_state(ended))
             if jobs := [job for job in client.list_evacuations() if job.host == source]:
                 self.evacuation_phase = wire.word(jobs[0], "phase")
                 self.safe_to_power_off = jobs[0].safe_to_power_off
@@ -64,7 +65,7 @@ class Checks:
             self.consoles[part.name] = tuple(sorted(hosts))
 
     def _arrived(self, client: OrchestratorClient, name: str) -> Answer:
-        guest = client.get_guest(name)
+        guest = self._known(client, name)
         sight = self._incidents.sights.get(name)
         answer = Answer(owner=guest.host, state_on_arrival=_run_state(guest))
         if sight is None:
@@ -78,6 +79,17 @@ class Checks:
             attempts=tuple(_attempt(report) for report in migration.attempts),
             took_s=_took_s(migration),
         )
+
+    def _known(self, client: OrchestratorClient, name: str) -> Guest:
+        """UNKNOWN says that the owner's agent was not heard just then, not how the guest is: ask again."""
+        found: list[Guest] = []
+
+        def known() -> bool:
+            found.append(client.get_guest(name))
+            return _run_state(found[-1]) != RunState.UNKNOWN
+
+        self._until(known)
+        return found[-1]
 
     def _resume_paused(self) -> None:
         if self._incidents.pauses:

@@ -196,7 +196,8 @@ class Demo:
             explain.main(arguments, prog_name="drover explain", standalone_mode=False)
         self._explanation.parent.mkdir(parents=True, exist_ok=True)
         self._explanation.write_text(told.getvalue())
-        self._type(f"drover explain --guest {latest.name} | grep -E '{_EXPLAINED}'")
+        command = f"drover explain --guest {latest.name} | grep -E '{_EXPLAINED}'"
+        self._type(command, f"all of it: {_near(self._explanation)}")
         for line in told.getvalue().splitlines():
             if re.search(_EXPLAINED, line):
                 self._printer.show(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
@@ -263,8 +264,7 @@ class Demo:
         self._printer.show(
             "",
             f"{units.seconds(sum(self._elapsed_s.values()))} in all: {steps}",
-            f"report: {_near(self._report)}, the guests' own words: {_near(self._serial)}/, "
-            f"explain in full: {_near(self._explanation)}",
+            f"report: {_near(self._report)}; what the guests said: {_near(self._serial)}/; logs: {_near(self._logs)}/",
         )
         if broken:
             for sentence in broken:

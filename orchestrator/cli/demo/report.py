@@ -15,7 +15,7 @@ from orchestrator.cli.output import Cell, Column, Printer, styled, table
 from orchestrator.core.errors import AbortReason
 from orchestrator.local.evidence import to_plain
 
-_SHORT = {AbortReason.LATE_SWITCHOVER_ACK.value: "late ACK"}
+_SHORT = {AbortReason.LATE_SWITCHOVER_ACK.value: "late"}
 
 
 # --- table ------------------------------------------------------------------------------------------------------------
@@ -30,9 +30,10 @@ def show(printer: Printer, run: Run, guests: Sequence[GuestReport]) -> None:
     printer.show(
         "DOWNTIME  by the guest's own heartbeats, which stop with it; ± is the noise floor of this run: the same",
         f"          measure on guests that nobody moved just then ({spread})",
-        "OWNER     by the guest's record in ZooKeeper; HEARD ON: the host where its heart beats",
+        "OWNER     by the guest's record in ZooKeeper; HEARD on the host where its heart beats",
         "PAGES     all of its memory, and ANSWERS of its devices, checked by the guest itself",
         "COPIES    heartbeats that prove a second running copy, or a step back in time",
+        "TRIES     attempts, and why some were aborted; late: LATE_SWITCHOVER_ACK",
     )
 
 
@@ -46,13 +47,13 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
         verify = guest.evidence.last_verify
         if verify is None:
             return "unchecked", "bold red"
-        return f"{verify.pages} right" if guest.evidence.memory_verified else (f"{verify.bad} wrong", "bold red")
+        return f"{verify.pages} ok" if guest.evidence.memory_verified else (f"{verify.bad} wrong", "bold red")
 
     def answers(guest: GuestReport) -> Cell:
         wrong = guest.evidence.device_errors
         if not guest.part.companions:
             return ""
-        return (f"{wrong} wrong", "bold red") if wrong else f"{guest.evidence.device_rings} right"
+        return (f"{wrong} wrong", "bold red") if wrong else f"{guest.evidence.device_rings} ok"
 
     def copies(guest: GuestReport) -> Cell:
         number = guest.evidence.overlap.copies
@@ -62,7 +63,7 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
         Column("GUEST", lambda guest: guest.part.name),
         Column("MiB", lambda guest: str(guest.part.memory_mib), right=True),
         Column("OWNER", lambda guest: guest.answer.owner),
-        Column("HEARD ON", lambda guest: guest.evidence.last_host or "nowhere"),
+        Column("HEARD", lambda guest: guest.evidence.last_host or "nowhere"),
         Column("TOOK", lambda guest: units.seconds(guest.answer.took_s), right=True),
         Column("SENT", lambda guest: f"{guest.sent_bytes / (1 << 20):.0f} MiB", right=True),
         Column("DOWNTIME", downtime, right=True),
@@ -70,19 +71,19 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
         Column("ANSWERS", answers, right=True),
         Column("COPIES", copies, right=True),
         Column("ARRIVED", lambda guest: styled(guest.answer.state_on_arrival)),
-        Column("TRIES", _tries),
+        Column("TRIES", _tries, elastic=True, least=10, wraps=True),
     ]
 
 
 def _tries(guest: GuestReport) -> str:
-    """ "4: 3 late ACK"."""
+    """ "4 (3 late)"."""
     reasons = Counter(attempt.reason for attempt in guest.answer.attempts if attempt.reason)
     said = ", ".join(f"{number} {_SHORT.get(reason, reason)}" for reason, number in reasons.items())
-    return f"{len(guest.answer.attempts)}: {said}" if said else str(len(guest.answer.attempts))
+    return f"{len(guest.answer.attempts)} ({said})" if said else str(len(guest.answer.attempts))
 
 
 def _ms(value: float | None) -> str:
-    return "?" if value is None else f"{value:.1f} ms"
+    return "?" if value is None else f"{round(value, 1) + 0.0:.1f} ms"  # no -0.0
 
 
 # --- report file ------------------------------------------------------------------------------------------------------
