@@ -76,12 +76,26 @@ def _sample(migration: str, attempt: int, hosts: Sequence[str], fleet: Fleet) ->
     return next((status for status in found if status is not None), None)
 
 
+_MOVING = frozenset(
+    {
+        MigrationPhase.PREPARING,
+        MigrationPhase.PRECOPY,
+        MigrationPhase.SWITCHOVER,
+        MigrationPhase.COMMITTED,
+        MigrationPhase.FINALIZING,
+    }
+)
+"""While an attempt is under way; afterwards its last sample says nothing any more."""
+
+
 def migration(read: MigrationRead, fleet: Fleet, *, timelines: bool = True) -> types_pb2.Migration:
     """`timelines` False leaves out what only `explain` needs."""
     spec, standing = read.spec, read.standing
     state, record = standing.state, standing.record
     over = state.phase.terminal
     sample = None if over else _sample(spec.id, state.attempt, (state.source, state.destination), fleet)
+    phase = migration_phase(spec.id, standing, sample.phase if sample else None)
+    progress = sample.progress if sample is not None and phase in _MOVING else None
     source = state.source or (record.owner.host if record is not None and not over else "")
     return types_pb2.Migration(
         name=spec.id,
@@ -89,9 +103,9 @@ def migration(read: MigrationRead, fleet: Fleet, *, timelines: bool = True) -> t
         guest_uuid=spec.guest,
         source=source,
         destination=state.destination or spec.destination,
-        phase=wire.phase_to_proto(migration_phase(spec.id, standing, sample.phase if sample else None)),
+        phase=wire.phase_to_proto(phase),
         attempt=state.attempt,
-        progress=wire.progress_to_proto(sample.progress) if sample is not None and sample.progress else None,
+        progress=wire.progress_to_proto(progress) if progress is not None else None,
         attempts=[wire.report_to_proto(report if timelines else _short(report)) for report in standing.reports],
         failure=state.failure or "",
         message=state.message,

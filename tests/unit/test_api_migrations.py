@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import wire
+from orchestrator.api.calls import digest
 from orchestrator.coordinator.evacuations import EvacuationRunner
 from orchestrator.coordinator.worker import Worker
 from orchestrator.core import handover
@@ -37,6 +38,7 @@ from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Op, StoreUnavailable, Versioned, WriteResult
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
+from protos.drover.v1 import orchestrator_pb2 as pb
 from tests.fakes.api import ApiCluster, api_cluster, until
 from tests.fakes.coordination import MemoryStore, World
 
@@ -334,6 +336,10 @@ async def test_samples_show_until_the_agent_falls_silent(
     shown = await api.call(client.get_migration, name)
     assert (wire.word(shown, "phase"), shown.progress.remaining_bytes) == ("SWITCHOVER", 7)
     assert fleet.attempt("h1", name, 2) is None, "never a sample of another attempt"
+    aborted = edit(world, web, lambda record: handover.abort(record, name, 1, AbortReason.CANCELLED, writer="a"))
+    shown = await api.call(client.get_migration, name)
+    assert (wire.word(shown, "phase"), shown.HasField("progress")) == ("ABORTING", False)
+    edit(world, web, lambda _record: replace(aborted, phase=Ownership.OPEN))
     await agent.stop()
     await until(lambda: not fleet.hears("h1"))
     shown = await api.call(client.get_migration, name)
@@ -648,6 +654,19 @@ async def test_an_evacuation_shows_its_guests_progress(
     await until(lambda: api.server.tools.fleet.attempt("h1", name, 1) is not None)
     (guest,) = (await api.call(client.get_evacuation, job)).guests
     assert (wire.word(guest, "phase"), guest.progress.transferred_bytes) == ("PRECOPY", 42)
+
+
+async def test_a_watch_of_too_many_names_is_refused(api: ApiCluster, client: OrchestratorClient) -> None:
+    error = await api.refused(lambda: next(client.watch_migrations(["m"] * 1001)))
+    assert (error.reason, error.field) == (R.INVALID_ARGUMENT, "names")
+
+
+def test_the_digest_of_a_request_is_of_its_content() -> None:
+    first = pb.CreateMigrationRequest(request_id="a", guest="web")
+    assert digest("M", first) == digest("M", pb.CreateMigrationRequest(request_id="b", guest="web"))
+    assert digest("M", first) != digest("M", pb.CreateMigrationRequest(request_id="a", guest="db"))
+    assert digest("M", first) != digest("N", first)
+    assert first.request_id == "a"
 
 
 def test_overrides_survive_the_ledger() -> None:

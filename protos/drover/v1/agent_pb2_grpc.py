@@ -149,7 +149,8 @@ class AgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchAgent(self, request, context):
-        """Samples of all attempts and guests of this host, at most four a second each, and every change at once.
+        """Samples of all attempts and guests of this host, at most four a second each, and every change at once. The first
+        message names everything, later ones what is new.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

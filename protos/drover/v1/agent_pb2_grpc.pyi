@@ -51,7 +51,9 @@ class AgentServiceStub:
     Nudge: _grpc.UnaryUnaryMultiCallable[_agent_pb2.NudgeRequest, _agent_pb2.NudgeResponse]
     """Something changed in the ledger for this guest (a cancel): look now instead of at the next watch."""
     WatchAgent: _grpc.UnaryStreamMultiCallable[_agent_pb2.WatchAgentRequest, _agent_pb2.WatchAgentResponse]
-    """Samples of all attempts and guests of this host, at most four a second each, and every change at once."""
+    """Samples of all attempts and guests of this host, at most four a second each, and every change at once. The first
+    message names everything, later ones what is new.
+    """
     InjectScenario: _grpc.UnaryUnaryMultiCallable[_agent_pb2.InjectScenarioRequest, _agent_pb2.InjectScenarioResponse]
 
 @_typing.type_check_only
@@ -77,7 +79,9 @@ class AgentServiceAsyncStub(AgentServiceStub):
     Nudge: _aio.UnaryUnaryMultiCallable[_agent_pb2.NudgeRequest, _agent_pb2.NudgeResponse]  # type: ignore[assignment]
     """Something changed in the ledger for this guest (a cancel): look now instead of at the next watch."""
     WatchAgent: _aio.UnaryStreamMultiCallable[_agent_pb2.WatchAgentRequest, _agent_pb2.WatchAgentResponse]  # type: ignore[assignment]
-    """Samples of all attempts and guests of this host, at most four a second each, and every change at once."""
+    """Samples of all attempts and guests of this host, at most four a second each, and every change at once. The first
+    message names everything, later ones what is new.
+    """
     InjectScenario: _aio.UnaryUnaryMultiCallable[_agent_pb2.InjectScenarioRequest, _agent_pb2.InjectScenarioResponse]  # type: ignore[assignment]
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -154,7 +158,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.WatchAgentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_agent_pb2.WatchAgentResponse], _abc.AsyncIterator[_agent_pb2.WatchAgentResponse]]:
-        """Samples of all attempts and guests of this host, at most four a second each, and every change at once."""
+        """Samples of all attempts and guests of this host, at most four a second each, and every change at once. The first
+        message names everything, later ones what is new.
+        """
 
     @_abc_1.abstractmethod
     def InjectScenario(
