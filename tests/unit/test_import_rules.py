@@ -25,6 +25,7 @@ PURE_MODULES = (
     "agents.shims.device",
     "agents.shims.device_state",
     "orchestrator.cli.demo.judge",
+    "orchestrator.api.decisions",
     "orchestrator.local.evidence",
     "orchestrator.cli.timeline",
 )
