@@ -168,7 +168,8 @@ class QemuSource:
         return replace(self, setup=replace(self.setup, capabilities=wanted))
 
     def migrate(self, devices: Iterable[DeviceAccount]) -> QemuSource:
-        """Start a migration: nothing of an earlier one counts (R9). Legacy waits for its one ACK from the start.
+        """Start a migration: nothing of an earlier one counts (R9). Legacy waits for its one ACK from the start, and
+        counts it even where the capability is off and nobody will send it.
 
         Each device that can migrate in pre-copy asks once, even without initial data (R10); one whose guest is stopped
         already never enters PRE_COPY, and so neither asks nor gets a marker.
@@ -182,8 +183,7 @@ class QemuSource:
         begun = tuple(
             replace(each, asks=asking and each.precopy, marked=False, quiesced=not self.running) for each in fresh
         )
-        preset = 1 if self.mode is AckMode.LEGACY else 0
-        return QemuSource(self.setup, QemuStage.ACTIVE, self.running, self.running, begun, preset)
+        return QemuSource(self.setup, QemuStage.ACTIVE, self.running, self.running, begun, int(self.setup.legacy))
 
     def stop(self) -> QemuSource:
         """The operator stops the guest in pre-copy. Each device gets its last look now, before `quiesce`."""
@@ -215,7 +215,8 @@ class QemuSource:
     def failed_look(self, name: str) -> QemuSource:
         """The device did not answer: taken for one without initial data. The last look counts as a request (R31)."""
         device = self._looked_at(name)
-        return self._with(replace(device, initial_bytes=0, asks=device.asks or not self.running))
+        is_last = not self.running and self.gets_last_look(name)
+        return self._with(replace(device, initial_bytes=0, asks=device.asks or is_last))
 
     def read(self, name: str, count: int) -> QemuSource:
         """So many bytes of the device have left, initial data first."""
@@ -239,7 +240,10 @@ class QemuSource:
         return replace(self._with(replace(self.device(name), marked=True)), markers=self.markers + 1)
 
     def query(self, kind: Query) -> QemuSource:
-        """Collect what devices ask for. What the final query collects itself is late, nothing else (R17, R18, R27)."""
+        """Collect what devices ask for. What the final query collects itself is late, nothing else (R17, R18, R27).
+
+        Only in per-device mode is there anything to collect (R19).
+        """
         self._only(QemuStage.DEVICE if kind is Query.FINAL else QemuStage.ACTIVE)
         collected = sum(each.asks for each in self.devices)
         queried = replace(
@@ -251,8 +255,7 @@ class QemuSource:
         if kind is not Query.FINAL:
             return queried
         queried = replace(queried, final=Final(self.before, collected, queried.pending))
-        late = collected if self.mode is AckMode.PER_DEVICE else 0
-        return queried.fail(late_text(late)) if late else queried
+        return queried.fail(late_text(collected)) if collected else queried
 
     def acked(self) -> QemuSource:
         """An ACK arrived; which device's, nobody knows. One too many makes the number wrap around (R4)."""

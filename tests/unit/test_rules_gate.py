@@ -8,8 +8,8 @@ from agents.session import Acked, Do, Requested, RequestsWritten, Seen
 from agents.source_session import SourceState, source_step
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.switchover import AckLedger, AckMode
-from orchestrator.core.switchover_qemu import DeviceAccount, QemuSource, QemuStage, Query
-from tests.oracle.pair import begun, last_look, served, setup, stopped_for_switchover, without_reinit
+from orchestrator.core.switchover_qemu import RETURN_PATH, AckSetup, DeviceAccount, QemuSource, QemuStage, Query
+from tests.oracle.pair import Pair, begun, last_look, served, setup, stopped_for_switchover, without_reinit
 
 A1, A2, B1 = AckRequest("a", 1), AckRequest("a", 2), AckRequest("b", 1)
 
@@ -19,6 +19,8 @@ def test_with_acks_off_nobody_waits() -> None:
     source = begun("a", mode=AckMode.OFF, initial_bytes=1 << 20).query(Query.EXACT)
     assert (source.requests, source.may_switch_over) == (0, True)
     assert not source.read("a", 1 << 20).marks("a"), "the destination would die of a marker"
+    legacy = QemuSource(AckSetup(frozenset({RETURN_PATH}), legacy=True)).migrate([DeviceAccount("a")])
+    assert (legacy.pending, legacy.may_switch_over) == (1, True), "counted, and of no consequence"
     ours = AckLedger(mode=AckMode.OFF).request(A1)
     assert ours.gate_open
     assert ours.pending == ()
@@ -43,6 +45,14 @@ def test_the_legacy_ack_comes_once_and_is_never_revoked() -> None:
     assert source.may_switch_over
     source = source.look("a", 4096, reinit=True).query(Query.EXACT).read("a", 4096)
     assert (source.may_switch_over, source.marks("a")) == (True, False)
+
+
+@pytest.mark.rule("R7")
+def test_a_legacy_destination_without_devices_acknowledges_at_once() -> None:
+    pair = Pair(setup(AckMode.LEGACY), setup(AckMode.LEGACY))
+    assert (pair.acks, pair.source.may_switch_over) == (1, False)
+    pair.deliver()
+    assert pair.source.may_switch_over
 
 
 @pytest.mark.rule("R7")
