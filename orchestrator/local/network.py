@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from orchestrator.local import processes
@@ -36,15 +37,23 @@ class _CommandFailed(Exception):
     pass
 
 
-def _run(*command: str) -> str:
+def _run(*command: str, text: str | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _CommandFailed(str(error)) from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise _CommandFailed(f"{' '.join(command)}: {lines[0]}")
     return done.stdout
+
+
+def _batch(tool: str, namespace: str | None, lines: Sequence[str]) -> None:
+    """Several commands of `ip` or `tc` by one process: starting one for each would take longer than all else here."""
+    where = ["-n", namespace] if namespace else []
+    _run(tool, *where, "-batch", "-", text="\n".join(lines) + "\n")
 
 
 def command_in(namespace: str | None, command: Sequence[str]) -> list[str]:
@@ -113,47 +122,51 @@ def _obstacle() -> str | None:
 
 def _create_namespaces(layout: Layout, hosts: int, rate_bps: int | None) -> Places:
     management = layout.management_namespace
-    _add_namespace(management)
+    numbers = range(1, hosts + 1)
+    places = [HostPlace(f"host-{n}", f"{SUBNET}.{FIRST_HOST + n - 1}", layout.namespace(n)) for n in numbers]
+    namespaces = [management, *(layout.namespace(n) for n in numbers)]
+    _add_namespaces(namespaces)
     # Being able to make one does not mean being allowed to enter it (seccomp profiles of containers).
     _run(*command_in(management, ["true"]))
-    _run("ip", "-n", management, "link", "add", "br0", "type", "bridge")
-    _run("ip", "-n", management, "addr", "add", f"{SUBNET}.1/24", "dev", "br0")
-    _run("ip", "-n", management, "link", "set", "br0", "up")
-    places: list[HostPlace] = []
-    for number in range(1, hosts + 1):
-        place = HostPlace(f"host-{number}", f"{SUBNET}.{FIRST_HOST + number - 1}", layout.namespace(number))
-        _add_host(management, f"h{number}", place)
-        places.append(place)
-    notes = _tune(management, places) + (_shape(management, places, rate_bps) if rate_bps else ())
+    _batch("ip", None, [
+        f"link add eth0 netns {layout.namespace(n)} type veth peer name {_port(n)} netns {management}" for n in numbers
+    ])  # fmt: skip
+    bridge = ["link set lo up", "link add br0 type bridge", f"addr add {SUBNET}.1/24 dev br0", "link set br0 up"]
+    _batch("ip", management, bridge + [f"link set {_port(n)} master br0 up" for n in numbers])
+    for place in places:
+        _batch("ip", place.namespace, ["link set lo up", f"addr add {place.address}/24 dev eth0", "link set eth0 up"])
+    notes = _tune(namespaces) + (_shape(management, places, rate_bps) if rate_bps else ())
     return Places(f"{SUBNET}.1", management, tuple(places), notes)
 
 
-def _add_namespace(name: str) -> None:
+def _port(number: int) -> str:
+    """The bridge's end of a host's cable."""
+    return f"h{number}"
+
+
+def _add_namespaces(names: Sequence[str]) -> None:
+    lines = [f"netns add {name}" for name in names]
     try:
-        _run("ip", "netns", "add", name)
+        _batch("ip", None, lines)
     except _CommandFailed:
         # Another cluster that ends at this moment may have taken /run/netns away under our hands.
         time.sleep(0.05)
-        _remove_namespace(name)
-        _run("ip", "netns", "add", name)
-    _run("ip", "-n", name, "link", "set", "lo", "up")
+        for name in names:
+            _remove_namespace(name)
+        _batch("ip", None, lines)
 
 
-def _add_host(management: str, port: str, place: HostPlace) -> None:
-    namespace = place.namespace or ""
-    _add_namespace(namespace)
-    _run(*f"ip link add eth0 netns {namespace} type veth peer name {port} netns {management}".split())
-    _run("ip", "-n", namespace, "addr", "add", f"{place.address}/24", "dev", "eth0")
-    _run("ip", "-n", namespace, "link", "set", "eth0", "up")
-    _run("ip", "-n", management, "link", "set", port, "master", "br0", "up")
+def _tune(namespaces: Sequence[str]) -> tuple[str, ...]:
+    def write() -> None:
+        for namespace in namespaces:
+            enter(namespace)
+            Path("/proc/sys/net/ipv4/tcp_retries2").write_text(str(TCP_RETRIES))
 
-
-def _tune(management: str, places: Sequence[HostPlace]) -> tuple[str, ...]:
-    script = f"echo {TCP_RETRIES} > /proc/sys/net/ipv4/tcp_retries2"
     try:
-        for namespace in (management, *(place.namespace for place in places)):
-            _run(*command_in(namespace, ["sh", "-c", script]))
-    except _CommandFailed:
+        # In a thread of its own, which then ends: the caller stays where it is.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(write).result()
+    except OSError:
         return ("a lost link is noticed late: net.ipv4.tcp_retries2 cannot be set here",)
     return ()
 
@@ -162,11 +175,11 @@ def _shape(management: str, places: Sequence[HostPlace], rate_bps: int) -> tuple
     """Limit each host both ways: what it sends at its own end, what it receives at the bridge's port."""
     # Two milliseconds' worth, and room for some of the 64 KiB packets that the kernel hands over in one piece.
     burst_bytes = max(256 * 1024, rate_bps // 8 // 500)
-    limit = f"root tbf rate {rate_bps}bit burst {burst_bytes} latency 50ms".split()
+    limit = f"root tbf rate {rate_bps}bit burst {burst_bytes} latency 50ms"
     try:
-        for number, place in enumerate(places, start=1):
-            _run("tc", "-n", place.namespace or "", "qdisc", "replace", "dev", "eth0", *limit)
-            _run("tc", "-n", management, "qdisc", "replace", "dev", f"h{number}", *limit)
+        for place in places:
+            _batch("tc", place.namespace, [f"qdisc replace dev eth0 {limit}"])
+        _batch("tc", management, [f"qdisc replace dev {_port(n)} {limit}" for n in range(1, len(places) + 1)])
     except _CommandFailed as error:
         return (f"no bandwidth limit: {error}",)
     return ()

@@ -76,7 +76,7 @@ def start_up(config: LocalConfig, *options: str) -> subprocess.Popen[str]:
 
 
 def end(starting: subprocess.Popen[str]) -> str:
-    _, said = starting.communicate(timeout=30)
+    _, said = starting.communicate(timeout=60)
     return said
 
 
@@ -148,7 +148,7 @@ def test_ctrl_c_while_ray_starts_leaves_nothing(directory: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_the_end_of_a_foreground_cluster_ends_all_of_it(directory: Path, number: signal.Signals) -> None:
     staying = start_up(a_config(directory, hosts=1), "--foreground")
-    until(lambda: commands.status(directory).state == "ready", 10)
+    until(lambda: commands.status(directory).state == "ready", 30)
     time.sleep(0.3)
     assert staying.poll() is None
     staying.send_signal(number)
@@ -162,7 +162,7 @@ def test_the_end_of_a_foreground_cluster_ends_all_of_it(directory: Path, number:
 
 def test_a_foreground_cluster_that_ends_by_itself_says_so(directory: Path) -> None:
     staying = start_up(a_config(directory, hosts=1), "--foreground")
-    until(lambda: commands.status(directory).state == "ready", 10)
+    until(lambda: commands.status(directory).state == "ready", 30)
     Cluster(a_config(directory), "").kill_supervisor()
     assert "the cluster process ended: signal 9" in end(staying)
     assert staying.returncode == 1
@@ -191,7 +191,7 @@ KINDS = ("supervisor", "zookeeper", "ray", "gcs_server", "raylet", "agent-host-1
 @pytest.mark.parametrize("victim", KINDS)
 def test_after_kill_9_down_leaves_nothing(directory: Path, chance: random.Random, victim: str) -> None:
     with running_cluster(a_config(directory, ray=True)) as cluster:
-        until(lambda: "raylet" in ray_processes(cluster.layout), 10)
+        until(lambda: "raylet" in ray_processes(cluster.layout), 30)
         there = victims(cluster)
         for name in there if victim == "all at once" else [victim]:
             with contextlib.suppress(ProcessLookupError):
@@ -299,7 +299,7 @@ def test_a_supervisor_that_cannot_write_still_ends_everything(directory: Path) -
         cluster.layout.cluster_json.unlink()
         cluster.layout.cluster_json.mkdir()
         kill(agent)
-        until(lambda: not processes.is_alive(supervisor), 5)
+        until(lambda: not processes.is_alive(supervisor), 15)
         assert teardown.find(cluster.layout) == {}
         assert network.existing(cluster.layout) == []
         assert "the supervisor failed" in cluster.layout.supervisor_log.read_text()
@@ -341,15 +341,15 @@ def test_ray_head_and_its_driver_come_back_together(directory: Path) -> None:
         driver, head = cluster.part("coordinator").pid, cluster.part("ray").pid
         assert driver
         assert head
-        until(lambda: "raylet" in ray_processes(cluster.layout), 5)
+        until(lambda: "raylet" in ray_processes(cluster.layout), 30)
         old = ray_processes(cluster.layout)
         kill(old["gcs_server"].pid)
-        print(f"GCS killed: Ray serves again after {cluster.came_back('ray', head, 15):.2f} s")
-        print(f"its driver after {cluster.came_back('coordinator', driver, 5):.2f} s more")
+        print(f"GCS killed: Ray serves again after {cluster.came_back('ray', head):.2f} s")
+        print(f"its driver after {cluster.came_back('coordinator', driver):.2f} s more")
         assert not any(map(processes.is_alive, old.values()))  # nothing of the old head
 
         head = cluster.kill("ray")
-        print(f"launcher killed: serves again after {cluster.came_back('ray', head, 15):.2f} s")
+        print(f"launcher killed: serves again after {cluster.came_back('ray', head):.2f} s")
         begun = time.monotonic()
         assert commands.down(directory) == []
         print(f"down with Ray {time.monotonic() - begun:.2f} s")
@@ -364,7 +364,7 @@ def test_another_ray_than_expected_is_started_by_its_own_command(directory: Path
         assert launcher
         assert "ray.scripts.scripts" in launcher.arguments()
         assert "using `ray start`" in (cluster.layout.logs / "ray.log").read_text()
-        until(lambda: "raylet" in ray_processes(cluster.layout), 10)
+        until(lambda: "raylet" in ray_processes(cluster.layout), 30)
 
 
 def test_after_supervisor_and_launcher_were_killed_nothing_of_ray_stays(
@@ -373,7 +373,7 @@ def test_after_supervisor_and_launcher_were_killed_nothing_of_ray_stays(
     """Without namespaces, where Ray's agents can be told by nothing but the directory that they were started in."""
     monkeypatch.setenv(network.NO_NAMESPACES_VARIABLE, "1")
     with running_cluster(a_config(directory, hosts=1, ray=True)) as cluster:
-        until(lambda: any(name.startswith("ray::") for name in ray_processes(cluster.layout)), 10)
+        until(lambda: any(name.startswith("ray::") for name in ray_processes(cluster.layout)), 30)
         launcher = cluster.part("ray").pid
         cluster.kill_supervisor()
         kill(launcher)

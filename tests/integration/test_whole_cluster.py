@@ -43,11 +43,12 @@ def test_every_part_is_well_when_up_returns(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("name", ["agent-host-1", "api", "collector", "coordinator", "zookeeper"])
 def test_a_killed_part_is_started_again_at_once_and_serves_soon(cluster: Cluster, name: str) -> None:
-    old = cluster.kill(name)
-    started_s = until(lambda: cluster.part(name).pid not in {None, old}, 1.5)
-    serves_s = started_s + cluster.came_back(name, old, 20)
+    killed_at, old = time.time(), cluster.kill(name)
+    serves_s = cluster.came_back(name, old, 40)
+    started_s = cluster.started_again(name, old) - killed_at
     print(f"{name} killed: started again after {started_s:.2f} s, serves after {serves_s:.2f} s")
-    until(lambda: cluster.status().healthy, 20)
+    assert started_s < 1
+    until(lambda: cluster.status().healthy, 40)
 
 
 def test_a_host_that_lost_power_comes_back_as_another(cluster: Cluster) -> None:
@@ -56,14 +57,14 @@ def test_a_host_that_lost_power_comes_back_as_another(cluster: Cluster) -> None:
     assert commands.power_cycle(cluster.dir, "host-2")
     print(f"host-2 serves {time.monotonic() - begun:.2f} s after its power cycle")
     assert cluster.layout.power_cycle("host-2").read_text() != before
-    until(lambda: cluster.status().healthy, 20)
+    until(lambda: cluster.status().healthy, 40)
 
 
 def test_all_of_ray_killed(cluster: Cluster) -> None:
     driver, head = cluster.part("coordinator").pid, cluster.kill("ray")
     assert driver
-    took_s = cluster.came_back("ray", head, 30)
-    took_s += cluster.came_back("coordinator", driver, 30)
+    took_s = cluster.came_back("ray", head, 60)
+    took_s += cluster.came_back("coordinator", driver, 60)
     print(f"Ray killed: the coordinator leads again after {took_s:.2f} s")
 
 
