@@ -55,7 +55,7 @@ class ApiCluster:
         await self.server.start()
         self.client = OrchestratorClient(self.address, timeout_s=5)
         async with asyncio.timeout(10):
-            while not await self._tree_is_there():
+            while not await self._tree_is_there():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         for number in range(1, hosts + 1):
             await self.host(f"h{number}")

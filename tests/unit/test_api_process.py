@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from orchestrator.api import __main__ as process
 from orchestrator.api import config
-from orchestrator.api.__main__ import main
 from orchestrator.api.config import ApiConfig
 from orchestrator.ledger import paths
 from orchestrator.telemetry import configure_logging
@@ -34,14 +34,22 @@ def test_the_configuration_that_a_local_cluster_writes(tmp_path: Path) -> None:
         ('{"listen": [], "chaos": "perhaps", "zookeeper": "z"}', "chaos"),
         ('{"listen": []}', "zookeeper"),
         ('{"listen": [], "zookeeper": "z", "log_level": "loud"}', "log level must be one of"),
-        ('{"listen": ["nowhere.invalid:x"], "zookeeper": "127.0.0.1:1"}', "nowhere.invalid"),
     ],
 )
 def test_why_it_cannot_start(tmp_path: Path, text: str | None, said: str) -> None:
+    refused(tmp_path, text, said)
+
+
+def test_an_address_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "configure_logging", lambda _level: None)  # it is for the whole process, ours too
+    refused(tmp_path, '{"listen": ["nowhere.invalid:x"], "zookeeper": "127.0.0.1:1"}', "nowhere.invalid")
+
+
+def refused(tmp_path: Path, text: str | None, said: str) -> None:
     file = tmp_path / "api.json"
     if text is not None:
         file.write_text(text)
-    result = CliRunner().invoke(main, ["--config", str(file)])
+    result = CliRunner().invoke(process.main, ["--config", str(file)])
     assert result.exit_code == 1
     assert said in result.output
     assert "cannot start the API" in result.output
