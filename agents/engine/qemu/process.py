@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -140,7 +141,7 @@ def popen(command: list[str], log: Path, environment: Mapping[str, str] | None =
     sink: IO[bytes]
     with log.open("ab") as sink:
         try:
-            return subprocess.Popen(
+            child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
@@ -150,3 +151,8 @@ def popen(command: list[str], log: Path, environment: Mapping[str, str] | None =
             )
         except OSError as error:
             raise EngineError(f"cannot run {command[0]}: {error}; is QEMU installed?") from error
+    if os.getpriority(os.PRIO_PROCESS, 0) < 0:
+        # The agent goes before the guests, so that a stopped one comes back at once; guests go like everybody else.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, child.pid, 0)
+    return child
