@@ -26,10 +26,11 @@ from agents.runner import Agent
 from agents.servicer import AgentServicer, translate
 from orchestrator.core.errors import DroverError
 from orchestrator.core.ids import AttemptRef, HostRef
-from orchestrator.ledger.store import StoreUnavailable
+from orchestrator.ledger.store import SessionState, StoreUnavailable
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.rpc import channels
 from orchestrator.rpc.errors import Errors
+from orchestrator.rpc.health import HealthService
 from orchestrator.telemetry import configure_logging
 from protos.drover.v1.agent_pb2_grpc import add_AgentServiceServicer_to_server, add_PeerServiceServicer_to_server
 
@@ -38,6 +39,7 @@ log = structlog.get_logger(__name__)
 CONNECT_RETRY_S = 0.3
 STOP_S = 0.5
 NICENESS = -10
+SERVICE = "drover.v1.AgentService"
 
 
 class Peers:
@@ -71,6 +73,16 @@ async def _connected(store: ZooKeeperStore) -> ZooKeeperStore:
             await asyncio.sleep(CONNECT_RETRY_S)
 
 
+def _follow(health: HealthService, state: SessionState) -> None:
+    """An agent without ZooKeeper keeps its guests and begins no switchover."""
+    task = asyncio.ensure_future(health.set(state is SessionState.CONNECTED))
+    _following.add(task)
+    task.add_done_callback(_following.discard)
+
+
+_following: set[asyncio.Future[None]] = set()
+
+
 async def _serve(config: AgentConfig, here: HostRef) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -88,6 +100,8 @@ async def _serve(config: AgentConfig, here: HostRef) -> None:
     control, hand_over = channels.aio_server([errors]), channels.aio_server([errors])
     add_AgentServiceServicer_to_server(AgentServicer(agent), control)
     add_PeerServiceServicer_to_server(PeerServicer(agent), hand_over)
+    health = HealthService([SERVICE])
+    health.add_to(control)
     channels.listen(control, f"{config.address}:{config.control_port}")
     channels.listen(hand_over, f"{config.address}:{config.peer_port}")
     await hand_over.start()  # sessions that are adopted speak to their peers at once
@@ -96,8 +110,11 @@ async def _serve(config: AgentConfig, here: HostRef) -> None:
     # What lives for ever is never looked at again, so that collections stay short in a blackout.
     gc.collect()
     gc.freeze()
+    store.on_session(lambda state: _follow(health, state))
+    await health.set(True)
     log.info("agent serves", host=here.host, boot_id=here.boot_id)
     await stopping.wait()
+    await health.end()
     await control.stop(STOP_S)
     await agent.stop()
     await hand_over.stop(STOP_S)
