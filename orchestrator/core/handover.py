@@ -267,8 +267,12 @@ def must_declare_crashed(record: GuestRecord, here: HostRef, *, vmm_alive: bool,
 
 
 def may_resume_without_session(record: GuestRecord, here: HostRef) -> bool:
-    """The owner's agent, with no attempt under way, may start even a sealed VMM: no COMMIT can succeed any more."""
-    return record.owner == here and record.phase in (Ownership.IDLE, Ownership.ABORTED)
+    """The owner's agent, with no attempt under way, may start even a sealed VMM: no COMMIT can succeed any more.
+
+    An attempt that is open and not bound has not begun, and what was sealed in the one before is over.
+    """
+    unbound = record.phase is Ownership.OPEN and not record.inc
+    return record.owner == here and (unbound or record.phase in (Ownership.IDLE, Ownership.ABORTED))
 
 
 def may_declare_dead(*, certificate: bool) -> bool:

@@ -17,6 +17,7 @@ from orchestrator.core.ids import HostRef
 HERE, THERE, BEFORE = HostRef("a", "1"), HostRef("b", "1"), HostRef("a", "0")
 IDLE = GuestRecord("g", Ownership.IDLE, HERE)
 LEAVING = GuestRecord("g", Ownership.OPEN, HERE, "m", 1, THERE, "there")
+OPENED_AGAIN = replace(LEAVING, attempt=2, inc="")
 GIVEN = GuestRecord("g", Ownership.COMMITTED, THERE, "m", 1, THERE, "there", source=HERE)
 GONE_THERE = GuestRecord("g", Ownership.IDLE, THERE, "m", 1, THERE, "there", source=HERE)
 COMING = GuestRecord("g", Ownership.OPEN, THERE, "m", 1, HERE, "here")
@@ -58,6 +59,14 @@ CASES = {
     "H7: sealed, outcome open": (do(LEAVING, SEALED), (Do.END_AS_SOURCE, "born")),
     "sealed, attempt over, wish to run": (do(CLOSED, SEALED), (Do.RUN, "born")),
     "sealed, attempt over, stays paused": (do(CLOSED, SEALED, want_run=False), (Do.NOTHING, "")),
+    "sealed, the next attempt is opened, wish to run": (
+        do(replace(LEAVING, attempt=2, inc=""), SEALED),
+        (Do.RUN, "born"),
+    ),
+    "sealed, the next attempt is opened, stays paused": (
+        do(replace(LEAVING, attempt=2, inc=""), SEALED, want_run=False),
+        (Do.NOTHING, ""),
+    ),
     "H9: committed, not DONE": (do(GIVEN, SEALED), (Do.END_AS_SOURCE, "born")),
     "H9: DONE": (do(GONE_THERE, SEALED), (Do.DISCARD, "born")),
     "crashed at the destination": (do(replace(GIVEN, phase=Ownership.CRASHED), SEALED), (Do.DISCARD, "born")),
