@@ -117,6 +117,8 @@ class HostedGuest:
         """A record that says STARTING may be of a birth that is about to be asked for; only a restart is sure."""
         self.forgotten = False
         """Nothing of the guest is here any more."""
+        self._all_known = False
+        """Every process that an earlier agent left was adopted, or is dead."""
 
     @property
     def uuid(self) -> str:
@@ -135,14 +137,27 @@ class HostedGuest:
 
     async def adopt(self) -> None:
         """Find the processes that an earlier agent left, before anything is decided about them."""
+        try:
+            await self._adopt_left()
+        except (DroverError, BadRecord) as error:
+            log.error("nothing is done to a guest yet", guest=self.name, error=str(error))
+
+    async def _adopt_left(self) -> None:
+        """Raises BUSY while a process that was left is alive and does not answer, BadRecord for a note that cannot be
+        read: what is not known is not dead, and nothing may be decided before."""
+        if self._all_known:
+            return
         for metadata in self.files.processes():
+            if metadata.inc in self.copies:
+                continue
             try:
                 copy = await making.adopt(self._tools.mover, self.files, metadata)
             except (engine.EngineError, ShimError) as error:
-                log.error("a VMM does not answer", guest=self.name, inc=metadata.inc, error=str(error))
-                continue
+                said = f"its process {metadata.inc} does not answer: {error}"
+                raise self._refused(RefusalReason.BUSY, said) from error
             if copy is not None:
                 self._add(copy)
+        self._all_known = True
 
     async def stop(self) -> None:
         """Let go of everything and leave it to a later agent."""
@@ -383,12 +398,14 @@ class HostedGuest:
             raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"guest {self.name}: {error}") from error
         if own.in_session or state.status in making.MIGRATING:
             raise self._refused(RefusalReason.BUSY, "an earlier attempt is still being ended")
+        wish = await self.ledger.want_run()
         if state.run_state is engine.RunState.SEALED:
+            if wish.run:
+                raise self._refused(RefusalReason.BUSY, "it is about to run again after its last attempt")
             said = "it was stopped after its last attempt had sent everything; QEMU moves it again once it has run"
             raise self._refused(RefusalReason.RETRY_NEEDS_RUN, said)
         if state.run_state is engine.RunState.ENDED:
             raise self._refused(RefusalReason.GUEST_NOT_RUNNING, "it has shut down")
-        wish = await self.ledger.want_run()
         paused = state.run_state is engine.RunState.PAUSED
         session = SourceState(
             order.attempt,
@@ -663,6 +680,8 @@ class HostedGuest:
 
     def status(self) -> GuestStatus:
         own = self._own()
+        if own is None and not self._all_known:
+            return GuestStatus(self.uuid, self.name, "", RunState.UNKNOWN)
         if own is None:
             starting = self.record is None or self.record.phase is Ownership.STARTING
             return GuestStatus(self.uuid, self.name, "", RunState.STARTING if starting else RunState.ENDED)
@@ -682,7 +701,8 @@ class HostedGuest:
     # --- refusals -----------------------------------------------------------------------------------------------------
 
     async def _fresh(self) -> GuestRecord:
-        """Raises StoreUnavailable as well."""
+        """The record, once all processes are known. Raises StoreUnavailable and BadRecord as well."""
+        await self._adopt_left()
         record = await self.ledger.record()
         if record is None:
             raise self._refused(RefusalReason.NOT_FOUND, "it has no record")

@@ -255,6 +255,7 @@ class Agent:
                 raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid}")
             guest = HostedGuest(self._tools, GuestFiles(self._config, uuid, spec))
             guest.may_bury = False
+            await guest.adopt()  # its own note on the disk may be what was lost
             self._guests[uuid] = guest
             guest.start()
             return guest

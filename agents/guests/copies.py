@@ -132,17 +132,23 @@ async def prepare(
 async def adopt(mover: engine.MigrationEngine, files: GuestFiles, metadata: engine.VmmMetadata) -> Copy | None:
     """The copy of an earlier agent; None when the VMM is gone, and then nothing of it is left.
 
-    Raises EngineError when the process lives and does not answer: it is kept as it is and asked again later.
+    Raises EngineError or ShimError when a process lives and does not answer: it is left as it is, to be asked again.
     """
     spec = files.vmm_spec(metadata.inc)
     devices = await DeviceProcess.adopt(files.devices_spec(metadata.inc)) if files.companions else None
-    vmm = await mover.adopt(metadata, spec)
-    if vmm is None:
-        with contextlib.suppress(ShimError):
-            if devices is not None:
-                await devices.destroy()
-        for path in (*files.directory.glob(f"{metadata.inc}.*"), spec.console_path):
-            await asyncio.to_thread(path.unlink, missing_ok=True)
-        return None
-    state = await vmm.state()
-    return Copy(files, vmm, devices, running=state.run_state is engine.RunState.RUNNING)
+    vmm: engine.Vmm | None = None
+    try:
+        vmm = await mover.adopt(metadata, spec)
+        if vmm is not None:
+            state = await vmm.state()
+            return Copy(files, vmm, devices, running=state.run_state is engine.RunState.RUNNING)
+    except BaseException:
+        for held in filter(None, (vmm, devices)):
+            await held.detach()
+        raise
+    with contextlib.suppress(ShimError):
+        if devices is not None:
+            await devices.destroy()
+    for path in (*files.directory.glob(f"{metadata.inc}.*"), spec.console_path):
+        await asyncio.to_thread(path.unlink, missing_ok=True)
+    return None

@@ -86,15 +86,17 @@ class GuestFiles:
         )
 
     def processes(self) -> list[VmmMetadata]:
-        """The VMM processes that were noted down; any may be dead by now."""
+        """The VMM processes that were noted down; any may be dead by now. Raises BadRecord: and that one alive."""
         found: list[VmmMetadata] = []
         for path in sorted(self.directory.glob("*.json")):
             if path.name == "guest.json" or path.name.endswith(".devices.json"):
                 continue
             try:
                 found.append(VmmMetadata(**json.loads(path.read_bytes())))
+            except FileNotFoundError:
+                continue  # its process was just destroyed
             except (OSError, ValueError, TypeError) as error:
-                log.warning("a VMM's note is unreadable", file=str(path), error=str(error))
+                raise BadRecord(f"{path}: the note of a VMM cannot be read ({error}): mend or remove it") from error
         return found
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -13,10 +15,12 @@ from prometheus_client import CollectorRegistry
 from agents.__main__ import Peers
 from agents.config import AgentConfig
 from agents.engine import base as engine
+from agents.guests.files import GuestFiles
 from agents.metrics import Metrics
 from agents.runner import Agent
 from orchestrator.core import handover
 from orchestrator.core.agent import PrepareOrder, RunState
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.records import GuestSpec, WantRun
@@ -31,9 +35,15 @@ ORDER = PrepareOrder(REF, 0, "127.0.0.1:1", 5_000)
 
 
 class SlowEngine(FakeEngine):
-    """Starting a guest takes until `go`."""
+    """Starting a guest takes until `go`; a `deaf` one's processes do not answer whoever adopts them."""
 
     go: asyncio.Event
+    deaf = False
+
+    async def adopt(self, metadata: engine.VmmMetadata, spec: engine.VmmSpec) -> FakeVmm | None:
+        if self.deaf:
+            raise engine.EngineTimeout("no answer")
+        return await super().adopt(metadata, spec)
 
     async def start(self, spec: engine.VmmSpec) -> FakeVmm:
         await self.go.wait()
@@ -58,7 +68,7 @@ def mover() -> SlowEngine:
 
 
 @pytest.fixture
-async def agent(world: World, mover: SlowEngine, tmp_path: Path) -> AsyncIterator[Agent]:
+def config(tmp_path: Path) -> AgentConfig:
     config = AgentConfig(
         host="h2",
         address="127.0.0.1",
@@ -70,8 +80,17 @@ async def agent(world: World, mover: SlowEngine, tmp_path: Path) -> AsyncIterato
         guest_image=tmp_path / "guest.elf",
     )
     config.dir.mkdir()
+    return config
+
+
+def made(config: AgentConfig, world: World, mover: SlowEngine) -> Agent:
     stores = (world.store, MemoryStore(world.store.tree))
-    agent = Agent(config, HERE, cast(engine.MigrationEngine, mover), stores, Peers(), Metrics(CollectorRegistry()))
+    return Agent(config, HERE, cast(engine.MigrationEngine, mover), stores, Peers(), Metrics(CollectorRegistry()))
+
+
+@pytest.fixture
+async def agent(config: AgentConfig, world: World, mover: SlowEngine) -> AsyncIterator[Agent]:
+    agent = made(config, world, mover)
     await agent.start()
     yield agent
     await agent.stop()
@@ -113,3 +132,56 @@ async def test_a_birth_goes_on_when_its_caller_is_cut_off(agent: Agent, world: W
             await asyncio.sleep(0.01)
     (status,) = agent.status().guests
     assert status.run_state is RunState.RUNNING
+
+
+async def left_by_an_earlier_agent(config: AgentConfig, world: World, mover: SlowEngine) -> GuestFiles:
+    """A guest that runs here, with its files."""
+    world.put(paths.guest(G), GuestRecord("web", Ownership.IDLE, HERE))
+    files = GuestFiles(config, G, GuestSpec("web"))
+    files.make()
+    mover.go.set()
+    vmm = await mover.start(files.vmm_spec("i1"))
+    (files.directory / "i1.json").write_text(json.dumps(asdict(vmm.metadata)))
+    return files
+
+
+async def until_it_runs(agent: Agent) -> None:
+    async with asyncio.timeout(20):
+        while [each.run_state for each in agent.status().guests] != [RunState.RUNNING]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_vmm_that_does_not_answer_is_not_dead(config: AgentConfig, world: World, mover: SlowEngine) -> None:
+    """Nothing is decided about its guest before it answers: not that it crashed, and not its end."""
+    await left_by_an_earlier_agent(config, world, mover)
+    mover.deaf = True
+    agent = made(config, world, mover)
+    await agent.start()
+    await asyncio.sleep(0.1)
+    with pytest.raises(DroverError) as refused:
+        await agent.end_guest(G)
+    assert refused.value.reason is RefusalReason.BUSY
+    assert world.record(G).phase is Ownership.IDLE
+    assert [each.run_state for each in agent.status().guests] in ([], [RunState.UNKNOWN])
+    mover.deaf = False
+    await until_it_runs(agent)
+    await agent.stop()
+
+
+@pytest.mark.parametrize("lost", ["guest.json", "i1.json"])
+async def test_a_note_that_cannot_be_read_loses_no_guest(
+    config: AgentConfig, world: World, mover: SlowEngine, lost: str
+) -> None:
+    files = await left_by_an_earlier_agent(config, world, mover)
+    note = files.directory / lost
+    whole = note.read_bytes()
+    note.write_bytes(whole[:10])
+    agent = made(config, world, mover)
+    await agent.start()
+    await asyncio.sleep(0.1)
+    assert world.record(G).phase is Ownership.IDLE
+    assert len(mover.processes) == 1
+    note.write_bytes(whole)
+    agent.nudge(G)
+    await until_it_runs(agent)
+    await agent.stop()
