@@ -187,6 +187,21 @@ class Quiesced:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundLate:
+    """The VMM's own verdict on the devices inside it: they asked for another ACK after it had stopped the guest."""
+
+    devices: tuple[str, ...] = ()
+    """As far as their names are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesLost:
+    """Devices inside the VMM were reset on the attempt's way out, or on its way in: what they held is gone."""
+
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedReport:
     """LOADED from the destination; `equal`: bytes and digest of every device are those that were sent."""
 
@@ -228,6 +243,8 @@ Event = (
     | RequestsWritten
     | RequestsSeen
     | Quiesced
+    | FoundLate
+    | DevicesLost
     | LoadedReport
     | WantRunSeen
     | RecordRead

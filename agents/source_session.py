@@ -13,8 +13,10 @@ from agents.session import (
     Acked,
     Command,
     Commit,
+    DevicesLost,
     Do,
     Event,
+    FoundLate,
     GoSeen,
     LoadedReport,
     Note,
@@ -77,6 +79,9 @@ class SourceState:
     inc: str
     suspend_on_timeout: bool = False
     has_devices: bool = True
+    """Devices of ours outside the VMM take part."""
+    inside: bool = False
+    """There are devices inside the VMM: it asks for their ACKs itself, and a stopped one cannot go back to pre-copy."""
     gate_wait: bool = False
     """Policy `gate_wait_ms` is not 0."""
     stage: SourceStage = SourceStage.NEW
@@ -102,6 +107,8 @@ class SourceState:
     vmm_dead: bool = False
     reason: AbortReason | None = None
     devices: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    """Devices inside the VMM that lost their state in this attempt."""
     refused: bool = False
     """The ledger already says that this attempt never commits: no ABORT needs to be written."""
     restarted: bool = False
@@ -126,6 +133,10 @@ def source_step(state: SourceState, event: Event) -> Step:
             return _requests_seen(state, entries, version)
         case Quiesced(newest):
             return _check(state, newest)
+        case FoundLate(devices):
+            return _abort(state, AbortReason.LATE_SWITCHOVER_ACK, devices)
+        case DevicesLost(devices):
+            return _devices_lost(state, devices)
         case LoadedReport(inc, equal):
             return _loaded(state, inc, equal)
         case WantRunSeen(run):
@@ -382,6 +393,14 @@ def _shims_back_reset(state: SourceState) -> Step:
     return _shims_back(replace(state, reason=AbortReason.DEVICE_RESET))
 
 
+def _devices_lost(state: SourceState, devices: tuple[str, ...]) -> Step:
+    """The guest runs on with devices that do not know it: that is what the attempt came to, whatever ended it."""
+    if state.stage is not SourceStage.ROLLING_BACK:
+        return state, ()
+    state = replace(state, lost=devices, devices=devices, reason=AbortReason.DEVICE_RESET)
+    return state, (Note("devices_lost", ",".join(devices)),)
+
+
 def _engine_over(state: SourceState) -> Step:
     """The attempt is over in the VMM. Apply the wish before anything else (5.2)."""
     if state.stage is not SourceStage.ROLLING_BACK:
@@ -545,7 +564,15 @@ def _want_run(state: SourceState, run: bool) -> Step:
         return state, ()
     if not run:
         return state, () if state.suspended else (Do.PAUSE,)
-    return state, (Do.RESUME,) if state.paused and not state.suspended else ()
+    if not state.paused or state.suspended:
+        return state, ()
+    return (state, (Do.RESUME,)) if may_resume_in_place(state) else _abort(state, AbortReason.GUEST_RESUMED)
+
+
+def may_resume_in_place(state: SourceState) -> bool:
+    """A device inside the VMM that was stopped in pre-copy is never in pre-copy again: the migration is cancelled first
+    and the guest starts when it is over."""
+    return not state.inside or state.stage is not SourceStage.PRECOPY
 
 
 def _paused(state: SourceState) -> Step:

@@ -25,6 +25,8 @@ class AbortReason(StrEnum):
     SHIM_FAILED = "SHIM_FAILED"
     DEVICE_RESET = "DEVICE_RESET"
     GUEST_ENDED = "GUEST_ENDED"
+    GUEST_RESUMED = "GUEST_RESUMED"
+    """Resumed during pre-copy: devices inside its VMM cannot go back to pre-copy, so this attempt had to end."""
     LEDGER_UNREACHABLE = "LEDGER_UNREACHABLE"
     ROLLED_BACK = "ROLLED_BACK"
 

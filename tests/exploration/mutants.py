@@ -175,9 +175,18 @@ def forget_pause() -> list[Patch]:
     return [(source_session, "_restore", restore)]
 
 
+def resume_in_place() -> list[Patch]:
+    return [(source_session, "may_resume_in_place", lambda state: True)]
+
+
+def forget_reset() -> list[Patch]:
+    return [(source_session, "_devices_lost", lambda state, devices: (state, ()))]
+
+
 _REQUEST = Bounds(requests=1, cancels=0, faults=0)
 _CANCEL = Bounds(requests=0, cancels=1, faults=0)
 _STOP = Bounds(requests=0, cancels=0, faults=0, wishes=1)
+_INSIDE = Bounds(requests=0, cancels=0, faults=0, devices=False, inside=True)
 
 MUTANTS = (
     Mutant("run_uncommitted", "H1 H8", run_uncommitted),
@@ -201,4 +210,6 @@ MUTANTS = (
     Mutant("no_req_check", "H14", no_req_check, _REQUEST),
     Mutant("late_when_stopped", "H14", late_when_stopped, Bounds(requests=1, cancels=0, faults=0, wishes=1)),
     Mutant("forget_pause", "5.2", forget_pause, _STOP),
+    Mutant("resume_in_place", "5.2", resume_in_place, replace(_INSIDE, wishes=2)),
+    Mutant("forget_reset", "DEVICE_RESET", forget_reset, replace(_INSIDE, requests=1)),
 )

@@ -55,6 +55,8 @@ class Bounds:
     devices: bool = True
     gate_wait: bool = False
     """The policy allows to wait for an ACK after the engine stopped the guest."""
+    inside: bool = False
+    """Devices inside the VMM: the engine has a verdict of its own, and can reset them."""
 
 
 class World(NamedTuple):
@@ -97,12 +99,15 @@ class World(NamedTuple):
     flaw: str
     stopped_at_park: bool
     """The guest had been stopped on purpose when the engine parked."""
+    lost: bool
+    """A device inside the source VMM was reset in this attempt."""
 
 
 def start(bounds: Bounds) -> World:
     return World(
         BORN, 0, None, (), None, (), True, True, RUN, False, False, NONE, 0, False, 0, 0, frozenset(), frozenset(),
         False, False, False, True, bounds.faults, bounds.requests, bounds.wishes, bounds.cancels, 0, False, "", False,
+        False,
     )  # fmt: skip
 
 
@@ -144,6 +149,9 @@ def feed_source(world: World, event: Event) -> World:
     assert isinstance(state, SourceState)
     if state is world.source and not commands:
         return world
+    if Do.START_PRECOPY in commands and Do.RESUME in world.todo_source:  # here the shell's order matters
+        world = world._replace(todo_source=(*world.todo_source, Do.START_PRECOPY))
+        commands = tuple(command for command in commands if command is not Do.START_PRECOPY)
     world = sent(world, commands)
     if Do.RESUME in commands and not world.want:
         world = world._replace(flaw="OPERATOR'S PAUSE LOST")
@@ -254,6 +262,9 @@ def _run_source(world: World, command: Command) -> Iterator[Move]:
                 yield from _commit(world, state, -1 if version is None else version)
             case WriteAbort(reason, devices):
                 attempt = state.ref.attempt
+                if world.lost and world.source_up and reason is not AbortReason.DEVICE_RESET:
+                    yield "", True, world._replace(flaw="A LOST DEVICE WAS NOT REPORTED")
+                    return
                 applied = attempted(
                     world, lambda: handover.abort(world.record, MIGRATION, attempt, reason, devices, writer="s")
                 )
@@ -302,11 +313,10 @@ def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Mo
             yield "", True, _pause(world)
         case Do.RESUME:
             yield "", True, _resume(world)
+        case Do.START_PRECOPY:
+            yield "", True, feed_source(sent(world, (command,)), Seen.ACTIVE)
         case Do.QUIESCE:
-            yield "", True, feed_source(world, words.Quiesced(()))
-            if world.requests:
-                asked = _ask(world)
-                yield "asks", False, feed_source(asked, words.Quiesced((AckRequest("x", max(asked.pending)),)))
+            yield from _quiesce(world)
         case Do.PROCEED:
             if world.vmm == PARKED:
                 late = world.late or (bool(world.pending) and not world.wished_stop)
@@ -316,7 +326,7 @@ def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Mo
         case Do.ROLL_BACK_SHIMS:
             yield "", True, feed_source(world, Seen.SHIMS_BACK)
         case Do.ABORT_ENGINE:
-            yield "", True, _abort_engine(world)
+            yield from _engine_aborts(world, state)
         case Do.READ:
             yield "", True, feed_source(world, words.RecordRead(read_record(world), world.req))
         case Do.DISCARD_SOURCE:
@@ -331,6 +341,13 @@ def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Mo
             yield "", True, world
 
 
+def _quiesce(world: World) -> Iterator[Move]:
+    yield "", True, feed_source(world, words.Quiesced(()))
+    if world.requests:
+        asked = _ask(world)
+        yield "asks", False, feed_source(asked, words.Quiesced((AckRequest("x", max(asked.pending)),)))
+
+
 def _pause(world: World) -> World:
     if world.vmm == RUN:
         return feed_source(world._replace(vmm=STOPPED, wished_stop=True), Seen.PAUSED)
@@ -340,6 +357,8 @@ def _pause(world: World) -> World:
 
 
 def _resume(world: World) -> World:
+    if world.engine and world.vmm in (RUN, STOPPED) and world.source is not None and world.source.inside:
+        return world._replace(flaw="VCPUS STARTED UNDER A MIGRATION WITH DEVICES INSIDE")
     if world.vmm in (PARKED, DEVICE):
         return world
     if world.vmm == DEAD:
@@ -352,6 +371,13 @@ def _back(world: World) -> str:
     return STOPPED if world.wished_stop else RUN
 
 
+def _engine_aborts(world: World, state: SourceState) -> Iterator[Move]:
+    yield "", True, _abort_engine(world)
+    if state.inside and world.engine and world.requests:
+        reset = world._replace(lost=True, requests=world.requests - 1)
+        yield "resets a device", False, _abort_engine(reset)
+
+
 def _abort_engine(world: World) -> World:
     if world.vmm == SEALED:
         return feed_source(world, Seen.ENGINE_SEALED)
@@ -361,6 +387,8 @@ def _abort_engine(world: World) -> World:
     back = world._replace(vmm=_back(world), engine=False, copy=gone)
     if gone != world.copy:
         back = feed_destination(back, Seen.VMM_DIED)
+    if world.lost:
+        back = feed_source(back, words.DevicesLost(("x",)))
     return feed_source(back, Seen.ENGINE_OVER)
 
 
@@ -454,6 +482,21 @@ def engine_moves(world: World) -> Iterator[Move]:
         gone = DEAD if world.copy == WAIT else world.copy
         resumed = feed_source(world._replace(vmm=_back(world), engine=False, copy=gone), Seen.ENGINE_FAILED)
         yield "Q resumes by itself", True, feed_destination(resumed, Seen.VMM_DIED) if gone == DEAD else resumed
+        if world.source is not None and world.source.inside:
+            yield from _verdicts(world, gone)
+
+
+def _verdicts(world: World, gone: str) -> Iterator[Move]:
+    """QEMU's own ends of a migration with devices inside. Each uses up one of the requests."""
+    if not world.requests:
+        return
+    ended = world._replace(vmm=_back(world), engine=False, copy=gone, requests=world.requests - 1)
+    ends: list[tuple[str, World, Event]] = [("Q resets a device", ended._replace(lost=True), Seen.ENGINE_FAILED)]
+    if not world.wished_stop:
+        ends.append(("Q finds a late request", ended, words.FoundLate(("x",))))
+    for name, after, event in ends:
+        seen = feed_source(after, event)
+        yield name, False, feed_destination(seen, Seen.VMM_DIED) if gone == DEAD else seen
 
 
 def coordinator_moves(world: World, bounds: Bounds) -> Iterator[Move]:
@@ -468,7 +511,7 @@ def coordinator_moves(world: World, bounds: Bounds) -> Iterator[Move]:
             lambda: handover.open_attempt(record, MIGRATION, attempt + 1, where, epoch=1, writer="c"),
         )
         if opened is not None and world.power == 0:
-            yield "C opens", True, opened._replace(late=False, pending=frozenset())
+            yield "C opens", True, opened._replace(late=False, pending=frozenset(), lost=False)
     if record.phase is Ownership.ABORTED:
         closed = attempted(world, lambda: handover.close(record, MIGRATION, writer="c"))
         if closed is not None:
@@ -505,6 +548,7 @@ def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
             S1,
             f"i{k}",
             has_devices=bounds.devices,
+            inside=bounds.inside,
             gate_wait=bounds.gate_wait,
             want_run=world.want,
             paused=world.wished_stop,
