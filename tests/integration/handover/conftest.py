@@ -73,6 +73,7 @@ def scene(clusters: Clusters, request: pytest.FixtureRequest) -> Iterator[Scene]
     try:
         yield made
         made.thaw_all()
+        made.agents_are_back()
         if request.node.stash.get(_FAILED, False):
             made.cancel_all()  # what it had under way; a test that passed waited for it
         for verdict in judge(made, made.guests):

@@ -100,6 +100,8 @@ class Process:
     role: str = ""
     """Of a VMM: `owner` or `incoming`."""
     attempt: int = 0
+    endpoint: str = ""
+    """Where an incoming VMM listens."""
 
     @property
     def pid(self) -> int:
@@ -130,8 +132,8 @@ def noted(layout: Layout, uuid: str = "", *, devices: bool = False) -> list[Proc
             identity = Identity(int(raw["pid"]), int(raw["start_time"]))
             if processes.is_alive(identity):
                 host = path.relative_to(layout.hosts).parts[0]
-                role, attempt = raw.get("role", ""), raw.get("attempt", 0)
-                found.append(Process(host, raw["guest"], raw["inc"], identity, role, attempt))
+                more = {name: raw[name] for name in ("role", "attempt", "endpoint") if name in raw}
+                found.append(Process(host, raw["guest"], raw["inc"], identity, **more))
     return found
 
 
@@ -156,7 +158,9 @@ class Scene:
         self.guests: list[Born] = []
         self._prefix = prefix
         self._frozen: list[Identity] = []
-        self._agents: dict[str, Identity] = {}
+        self._killed: list[tuple[str, Identity, float]] = []
+        self.agents_away_ms = 0.0
+        """So long killed agents took to come back, which nothing here can shorten."""
 
     reach = staticmethod(reach)
 
@@ -183,6 +187,12 @@ class Scene:
         """The number of the last heartbeat that anybody saw of it, or that came from `host`; 0: none."""
         logs = [log for log in consoles(self.layout, guest.name) if log.beats and host in ("", log.vmm.host)]
         return max((log.beats[-1].number for log in logs), default=0)
+
+    def longest_stop_ms(self, guest: Born) -> float:
+        """As far as its heartbeats tell by now, hand-overs and wished pauses included."""
+        said = evidence.examine(consoles(self.layout, guest.name))
+        within = said.largest_pause.pause_ms if said.largest_pause else 0.0
+        return max([within, *(over.downtime_ms or 0.0 for over in said.hand_overs)])
 
     def record(self, guest: Born) -> GuestRecord:
         record = self.observer.read(GuestRecord, paths.guest(guest.uuid))
@@ -269,6 +279,11 @@ class Scene:
         assert wire.word(now, "phase") == "SUCCEEDED", now
         return now
 
+    @staticmethod
+    def hold_on(seconds: float) -> None:
+        """Let others act on something that cannot be seen from here; nothing may rest on how far they came."""
+        time.sleep(seconds)
+
     # --- processes ----------------------------------------------------------------------------------------------------
 
     def part(self, name: str) -> Identity:
@@ -308,14 +323,19 @@ class Scene:
             self.thaw(process)
 
     def kill_agent(self, host: str) -> None:
-        """SIGKILL; returns when the supervisor has its successor serving."""
-        old = self.agent(host)
-        self.kill(old)
-        self.agent_is_back(host, old)
+        """SIGKILL; the supervisor starts a successor (`agents_are_back`)."""
+        agent = self.agent(host)
+        self.kill(agent)
+        self._killed.append((host, agent, time.monotonic()))
 
-    def agent_is_back(self, host: str, old: Identity) -> None:
-        took_s = self.cluster.came_back(f"agent-{host}", old.pid, REACH_S)
-        print(f"agent of {host} serves again after {took_s:.2f} s")
+    def agents_are_back(self) -> None:
+        """Wait until a successor of each killed agent serves."""
+        for host, agent, at in self._killed:
+            self.cluster.came_back(f"agent-{host}", agent.pid, REACH_S * 2)
+            away_ms = (time.monotonic() - at) * 1000
+            self.agents_away_ms += away_ms
+            print(f"the agent of {host} serves again, away for at most {away_ms:.0f} ms")
+        self._killed.clear()
 
     def thaw_all(self) -> None:
         for identity in list(self._frozen):
