@@ -192,8 +192,9 @@ def _require(config: LocalConfig) -> None:
 def _refuse_over_guests(layout: Layout) -> None:
     """Guests that outlived their cluster are not to be killed without a word."""
     if guests := teardown.running_guests(layout):
+        run = "runs" if len(guests) == 1 else "run"
         raise LocalClusterError(
-            f"the supervisor of the cluster in {layout.dir} is gone, and {len(guests)} of its guests still run: "
+            f"the supervisor of the cluster in {layout.dir} is gone, and {len(guests)} of its guests still {run}: "
             "`drover down` ends them and cleans up"
         )
 

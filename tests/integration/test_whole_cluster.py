@@ -8,7 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.local import commands, network
+from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
+from orchestrator.local import commands, network, processes, teardown
+from orchestrator.local.layout import LocalClusterError
+from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from tests.fakes.cluster import Cluster, make_config, missing, running_cluster, short_directory, until
 
 pytestmark = [
@@ -68,12 +71,27 @@ def test_all_of_ray_killed(cluster: Cluster) -> None:
     print(f"Ray killed: the coordinator leads again after {took_s:.2f} s")
 
 
-def test_a_whole_cluster_without_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the other one: on loopback every port is the whole machine's."""
+def test_guests_outlive_agent_and_supervisor_and_end_with_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the other cluster and without namespaces, where marks are all that tells whose a process is."""
     monkeypatch.setenv(network.NO_NAMESPACES_VARIABLE, "1")
     directory = short_directory()
     try:
         with running_cluster(make_config(directory, hosts=2)) as other:
             assert other.status().healthy
+            device = DeviceSpec("dpu", ShimKind.COMPANION, initial_bytes=65_536)
+            with OrchestratorClient(other.api, timeout_s=30) as client:
+                client.create_guest(GuestSpec("web", devices=(device,)), "host-1")
+            processes_of_guest = set(teardown.noted_processes(other.layout))
+            assert len(other.guests()) == 1
+            assert len(processes_of_guest) == 2
+            other.came_back("agent-host-1", other.kill("agent-host-1"), 40)
+            assert set(teardown.noted_processes(other.layout)) == processes_of_guest
+            other.kill_supervisor()
+            assert all(map(processes.is_alive, processes_of_guest))
+            with pytest.raises(LocalClusterError, match=r"1 of its guests still runs: "):
+                commands.up(other.config)
+            assert all(map(processes.is_alive, processes_of_guest))
+            assert commands.down(directory) == []
+            assert not any(map(processes.is_alive, processes_of_guest))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
