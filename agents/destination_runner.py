@@ -16,14 +16,16 @@ from agents.attempt_ledger import AttemptLedger
 from agents.destination_session import DestinationState, destination_step
 from agents.engine import base as engine
 from agents.peer import PeerUnavailable, SourcePeer
+from agents.report import DEVICES_LOST, device_entries
 from agents.session import Command, Do, Event, Note, Seen, WriteAbort
-from agents.shims.base import DestinationShim, Frame, FrameKind, Load, ShimError
+from agents.shims.base import DestinationShim, Frame, FrameKind, InVmmDevices, Load, ShimError
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import TimelineEntry
 from orchestrator.ledger.store import StoreUnavailable
 
 _RETRY_S = 0.1
 _SOURCE_TIME_S = 2.0
+_LOOK_S = 0.5
 
 
 @dataclass
@@ -39,6 +41,7 @@ class DestinationRunner:
     """In the host's volatile directory. Written before anything here can have an effect on the guest."""
     want_run: Callable[[], Awaitable[bool]]
     """The operator's wish, read from the ledger when the guest is about to start and no GO has brought it."""
+    in_vmm: InVmmDevices | None = None
     timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """The guest was started here, or left stopped as wished."""
@@ -174,10 +177,22 @@ class DestinationRunner:
             # Before DONE: a restarted agent must know this copy as the guest even when the record has moved on.
             self.started.set()
             await self.vmm.promote()
+            await self._note_inside()
         except (engine.EngineError, StoreUnavailable) as error:
             self._note("start_failed", str(error))
             return Seen.ACTIVATION_FAILED
         return Seen.STARTED
+
+    async def _note_inside(self) -> None:
+        """A device that could not be set going was reset by the VMM: the guest runs, with a device that forgot it."""
+        if self.in_vmm is None:
+            return
+        with contextlib.suppress(ShimError, TimeoutError):
+            async with asyncio.timeout(_LOOK_S):
+                inside = await self.in_vmm.look()
+            self.timeline.extend(device_entries(inside, self._began, self.state.here.host))
+            if lost := ",".join(one.device for one in inside if one.lost):
+                self._note(DEVICES_LOST, lost)
 
     async def _announce(self) -> Event | None:
         with contextlib.suppress(engine.EngineError):
@@ -254,8 +269,9 @@ class DestinationRunner:
             case engine.StatusChanged(engine.EngineStatus.FAILED, error):
                 self._note("engine_failed", error)
                 self.feed(Seen.ENGINE_FAILED)
-            case engine.RunStateChanged(running, _):
-                self._note("vcpus run" if running else "vcpus stopped")
+            case engine.RunStateChanged(running, at_s):
+                # The engine's own stamp beside ours: what a guest stood still is read from it to the microsecond.
+                self._note("vcpus run" if running else "vcpus stopped", f"{at_s:.6f}")
             case engine.VmmDied():
                 self.feed(Seen.VMM_DIED)
             case _:

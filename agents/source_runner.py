@@ -19,8 +19,9 @@ from agents import session as words
 from agents.attempt_ledger import AttemptLedger
 from agents.engine import base as engine
 from agents.peer import DestinationPeer, PeerUnavailable
+from agents.report import device_entries
 from agents.session import Command, Commit, Do, Event, Note, Seen, StartTimer, Timer, WriteAbort, WriteRequests
-from agents.shims.base import Frame, FrameKind, Load, ShimError, SourceShim
+from agents.shims.base import Frame, FrameKind, InVmmDevice, InVmmDevices, Load, ShimError, SourceShim
 from agents.source_session import SourceState, source_step
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.ids import AckRequest
@@ -32,6 +33,8 @@ _RETRY_S = 0.1
 _VITALS_S = 0.25
 _FRESH_S = 1.0
 _HOOK_S = 2.0
+_NAMES_S = 0.5
+"""So long an abort waits to learn which devices inside the VMM it is about."""
 
 
 @dataclass
@@ -46,6 +49,9 @@ class SourceRunner:
     policy: MigrationPolicy
     options: engine.OutgoingOptions
     session_number: int
+    in_vmm: InVmmDevices | None = None
+    inside: tuple[InVmmDevice, ...] = ()
+    """The devices inside the VMM, as they were last seen."""
     timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
     transferred_bytes: int = 0
     """Of the engine's stream, known once the attempt is over."""
@@ -90,6 +96,8 @@ class SourceRunner:
                 for command in commands:
                     self._queue(command)
             await self._count_bytes()
+            await self.look_inside()
+            self._note_inside()
         finally:
             self.duration_ms = (loop.time() - self._began) * 1000
             for end in ends:
@@ -275,6 +283,9 @@ class SourceRunner:
                 await asyncio.sleep(_RETRY_S)
                 continue
             self._note("guest", f"{state.run_state}")
+            await self.look_inside()
+            if lost := tuple(one.device for one in self.inside if one.lost):
+                self.feed(words.DevicesLost(lost))
             return Seen.ENGINE_SEALED if state.run_state is engine.RunState.SEALED else Seen.ENGINE_OVER
         return Seen.VMM_DIED
 
@@ -343,6 +354,28 @@ class SourceRunner:
         Do.DECLARE_CRASHED: _declare_crashed,
     }
 
+    # --- devices inside the VMM ---------------------------------------------------------------------------------------
+
+    async def look_inside(self) -> None:
+        """Refresh `inside`. What cannot be asked stays as it was."""
+        if self.in_vmm is None:
+            return
+        with contextlib.suppress(ShimError, TimeoutError):
+            async with asyncio.timeout(_NAMES_S):
+                self.inside = await self.in_vmm.look()
+
+    async def _found_late(self, count: int) -> None:
+        """The VMM's verdict has a number only; the devices that we can ask know who it was."""
+        await self.look_inside()
+        names = tuple(one.device for one in self.inside if one.late)
+        self._note("engine_found_late", f"{count}: {', '.join(names)}" if names else str(count))
+        self.feed(words.FoundLate(names))
+
+    def _note_inside(self) -> None:
+        """What QEMU did to the devices, where it belongs on the time line."""
+        if entries := device_entries(self.inside, self._began, self.state.here.host):
+            self.timeline[:] = sorted([*self.timeline, *entries], key=lambda entry: entry.at_ms)
+
     # --- what comes in by itself --------------------------------------------------------------------------------------
 
     def acked(self, entry: AckRequest) -> None:
@@ -367,8 +400,11 @@ class SourceRunner:
                 }.get(status)
                 if known is not None:
                     self.feed(known)
-            case engine.RunStateChanged(running, _):
-                self._note("vcpus run" if running else "vcpus stopped")
+            case engine.SwitchoverAckLate(count):
+                self._spawn(self._found_late(count))
+            case engine.RunStateChanged(running, at_s):
+                # The engine's own stamp beside ours: what a guest stood still is read from it to the microsecond.
+                self._note("vcpus run" if running else "vcpus stopped", f"{at_s:.6f}")
             case engine.GuestEnded(how):
                 self._note("guest_ended", how)
                 self.feed(Seen.GUEST_ENDED)
