@@ -142,6 +142,8 @@ class ZooKeeperStore:
         if self._client is None:
             return
         self._state = state
+        if state is SessionState.LOST:
+            self._barrier_made = False  # it went with the session
         if state is SessionState.CONNECTED:
             for watch in self._watches:
                 if watch.changed is not None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+from kazoo.client import KazooClient
 
 from orchestrator.ledger.store import (
     Check,
@@ -194,6 +195,30 @@ async def test_while_the_server_is_down_nothing_is_queued_and_watches_come_back(
     await done(store, SetData("/a/x", b"2", 0))
     await wait_for(lambda: seen[-1] == b"2")
     await store.close()
+
+
+async def test_the_first_write_of_a_new_session_is_as_good_as_any(server: ZooKeeperServer) -> None:
+    """The server ends the session; what belonged to it is made again before it is missed."""
+    store = ZooKeeperStore(server.hosts, chroot="/expired", session_timeout_s=4)
+    await store.start()
+    await done(store, Create("/n", b"1"))
+    states: list[SessionState] = []
+    store.on_session(states.append)
+    await asyncio.to_thread(end_session, server.hosts, *store._client.client_id)
+    async with asyncio.timeout(10):
+        while states[-1:] != [SessionState.CONNECTED]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert SessionState.LOST in states
+    await done(store, SetData("/n", b"2", 0))
+    await store.close()
+
+
+def end_session(hosts: str, session: int, password: bytes) -> None:
+    """Somebody else takes the session over and closes it, which is how it ends at the server."""
+    twin = KazooClient(hosts=hosts, client_id=(session, password))
+    twin.start(timeout=5)
+    twin.stop()
+    twin.close()
 
 
 async def test_no_server_is_said_within_the_bound() -> None:
