@@ -36,6 +36,7 @@ class Departure:
 
     def __post_init__(self) -> None:
         self.peer.on_ack = self.runner.acked
+        self.peer.on_lost = self.destination_failed
 
     @property
     def ref(self) -> AttemptRef:

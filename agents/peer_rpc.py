@@ -64,8 +64,11 @@ class DestinationClient:
         self._stream: Any = None
         self._acks: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
+        self._closed = False
         self.on_ack: Callable[[AckRequest], None] = lambda _entry: None
         """Called on the event loop for each ACK of a destination device."""
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called once if the device stream ends and we did not end it: the destination's agent died or refused it."""
 
     async def ping(self) -> bool:
         reply = await _answered(self._stub.Ping(pb.PingRequest(tag=self._tag), timeout=_PING_S))
@@ -97,6 +100,8 @@ class DestinationClient:
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             async for reply in stream:
                 self.on_ack(AckRequest(reply.device, reply.ack_generation))
+        if not self._closed:
+            self.on_lost()
 
     async def go(self, zxid: int, want_run: bool) -> bool:
         request = pb.GoRequest(tag=self._tag, zxid=zxid, want_run=want_run)
@@ -104,6 +109,7 @@ class DestinationClient:
 
     async def close(self) -> None:
         """End the device stream. Idempotent; never raises."""
+        self._closed = True
         if self._stream is not None:
             self._stream.cancel()
         if self._acks is not None:

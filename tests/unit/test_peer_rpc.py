@@ -87,3 +87,28 @@ async def test_devices_reach_an_agent_that_was_away_a_moment_ago(channel: tuple[
     assert await acked(client) == AckRequest("dpu", 1)
     await client.close()
     await server.stop(None)
+
+
+async def test_a_source_hears_at_once_that_its_device_stream_is_gone(channel: tuple[str, grpc.aio.Channel]) -> None:
+    """In the blackout the guest would stay stopped until the switchover's deadline."""
+    address, to_it = channel
+    server = await serve(address)
+    client, lost = DestinationClient(to_it, REF, INC), asyncio.Event()
+    client.on_lost = lost.set
+    await acked(client)
+    await server.stop(None)
+    async with asyncio.timeout(2):
+        await lost.wait()
+    await client.close()
+
+
+async def test_a_device_stream_that_the_source_ends_is_not_lost(channel: tuple[str, grpc.aio.Channel]) -> None:
+    address, to_it = channel
+    server = await serve(address)
+    client, lost = DestinationClient(to_it, REF, INC), asyncio.Event()
+    client.on_lost = lost.set
+    await acked(client)
+    await client.close()
+    await server.stop(None)
+    await asyncio.sleep(0.1)
+    assert not lost.is_set()
