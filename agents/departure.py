@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from agents.engine import base as engine
 from agents.guests.copies import Copy
 from agents.peer_rpc import AttemptKey, DestinationClient
-from agents.report import phase_of, report_of
+from agents.report import device_progress, phase_of, report_of
 from agents.session import Command, Seen, WantRunSeen
 from agents.shims.base import Load
 from agents.source_runner import SourceRunner
 from agents.source_session import SourceStage
 from orchestrator.core.agent import AttemptStatus, Progress
 from orchestrator.core.ids import AckRequest, AttemptRef
-from orchestrator.core.records import AttemptReport, TimelineEntry
+from orchestrator.core.records import AttemptReport, DeviceProgress, TimelineEntry
 
 _SAMPLED = frozenset({SourceStage.BINDING, SourceStage.PRECOPY})
 """No questions to the VMM in the blackout."""
@@ -75,6 +75,7 @@ class Departure:
             runner.state,
             runner.timeline,
             self.arrival_timeline,
+            inside=runner.inside,
             destination=self.destination,
             zxid=runner.ledger.zxid,
             ledger_writes=runner.ledger.writes,
@@ -105,10 +106,18 @@ class Departure:
         with contextlib.suppress(engine.EngineError):
             async with asyncio.timeout(1.0):
                 seen = await self.runner.vmm.progress()
-            self.progress = progress_of(seen, gate_open=state.released, pending=state.acks.pending)
+                await self.runner.look_inside()
+            devices = tuple(map(device_progress, self.runner.inside))
+            self.progress = progress_of(seen, gate_open=state.released, pending=state.acks.pending, devices=devices)
 
 
-def progress_of(seen: engine.Progress, *, gate_open: bool, pending: Sequence[AckRequest]) -> Progress:
+def progress_of(
+    seen: engine.Progress,
+    *,
+    gate_open: bool,
+    pending: Sequence[AckRequest],
+    devices: tuple[DeviceProgress, ...] = (),
+) -> Progress:
     """The engine's sample in the words of its users. The ETA is a division, and is not made while it would mislead."""
     shrinking = seen.bandwidth_mbps > seen.dirty_rate_mbps
     bits_left = seen.remaining_bytes * 8
@@ -125,4 +134,5 @@ def progress_of(seen: engine.Progress, *, gate_open: bool, pending: Sequence[Ack
         gate_open=gate_open,
         pending_acks=tuple(pending),
         eta_s=round(eta_s, 2),
+        devices=devices,
     )

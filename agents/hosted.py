@@ -303,13 +303,20 @@ class HostedGuest:
             if device.shim == "companion" and device.dma != "none":
                 said = f"device {device.name} writes guest memory (dma: {device.dma}), which QEMU cannot be told of"
                 raise DroverError(RefusalReason.DEVICE_NOT_MIGRATABLE, said)
+        host = self._tools.here.host
+        probed = await self._probed()
+        if self.files.spec.machine not in probed["machine_types"].split(","):
+            said = f"{host} has no machine type {self.files.spec.machine}"
+            raise DroverError(RefusalReason.MACHINE_TYPE_MISMATCH, said)
+        if self.files.in_vmm and not (self._tools.config.vfio_preload and probed["devices_inside"]):
+            said = f"{host} cannot give QEMU {probed['version']} the devices that guest {self.name} has inside its VMM"
+            raise DroverError(RefusalReason.DEVICE_NOT_MIGRATABLE, said)
+
+    async def _probed(self) -> dict[str, str]:
         try:
-            known = (await self._tools.mover.probe())["machine_types"].split(",")
+            return await self._tools.mover.probe()
         except engine.EngineError as error:
             raise DroverError(RefusalReason.INTERNAL, f"{self._tools.here.host}: {error}") from error
-        if self.files.spec.machine not in known:
-            said = f"{self._tools.here.host} has no machine type {self.files.spec.machine}"
-            raise DroverError(RefusalReason.MACHINE_TYPE_MISMATCH, said)
 
     async def _make_arrival(self, order: PrepareOrder) -> Arrival:
         ref, inc = order.attempt, secrets.token_hex(8)
@@ -321,7 +328,7 @@ class HostedGuest:
             said = f"{self._tools.here.host} cannot prepare guest {self.name}: {error}"
             raise DroverError(RefusalReason.INTERNAL, said) from error
         self._add(copy)
-        state = DestinationState(ref, self._tools.here, inc, has_devices=bool(copy.devices))
+        state = DestinationState(ref, self._tools.here, inc, has_devices=bool(self.files.companions))
         peer = self._tools.peers.source(order.source_peer_address, ref, inc)
         try:
             runner = self._destination_runner(copy, state, peer)
@@ -332,7 +339,9 @@ class HostedGuest:
             raise DroverError(RefusalReason.INTERNAL, f"devices of guest {self.name}: {error}") from error
         config = self._tools.config
         address = f"{config.address}:{config.peer_port}"
-        return Arrival(runner, copy, peer, Prepared(inc, copy.vmm.metadata.endpoint, address))
+        made = copy.vmm.metadata
+        acks = (await self._probed())["switchover_ack"]
+        return Arrival(runner, copy, peer, Prepared(inc, made.endpoint, address, made.machine, acks))
 
     def _destination_runner(self, copy: Copy, state: DestinationState, peer: SourceClient) -> DestinationRunner:
         async def want_run() -> bool:
@@ -347,6 +356,7 @@ class HostedGuest:
             peer,
             self.files.marker(copy.inc),
             want_run,
+            in_vmm=copy.in_vmm(),
         )
 
     def _receive(self, arrival: Arrival, first: tuple[Command, ...] = ()) -> None:
@@ -406,13 +416,15 @@ class HostedGuest:
             raise self._refused(RefusalReason.RETRY_NEEDS_RUN, said)
         if state.run_state is engine.RunState.ENDED:
             raise self._refused(RefusalReason.GUEST_NOT_RUNNING, "it has shut down")
+        await self._must_be_movable(own, order.prepared)
         paused = state.run_state is engine.RunState.PAUSED
         session = SourceState(
             order.attempt,
             self._tools.here,
             order.prepared.inc,
             suspend_on_timeout=order.policy.on_timeout is OnTimeout.SUSPEND,
-            has_devices=bool(own.devices),
+            has_devices=bool(self.files.companions),
+            inside=bool(self.files.in_vmm),
             gate_wait=order.policy.gate_wait_ms > 0,
             want_run=wish.run,
             paused=paused,
@@ -422,6 +434,22 @@ class HostedGuest:
         options = self._outgoing(order, paused=paused)
         runner = self._source_runner(own, session, peer, order.policy, options)
         return Departure(runner, own, peer, order.destination.host)
+
+    async def _must_be_movable(self, own: Copy, prepared: Prepared) -> None:
+        """What a VMM would lose, or load as something else, is refused while nothing has happened (`handover.md` 9)."""
+        try:
+            obstacles = await own.vmm.unmigratable()
+        except engine.EngineError as error:
+            raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"guest {self.name}: {error}") from error
+        if obstacles:
+            raise self._refused(RefusalReason.DEVICE_NOT_MIGRATABLE, "; ".join(obstacles))
+        here = (own.vmm.metadata.machine, (await self._probed())["switchover_ack"])
+        for what, mine, theirs in zip(
+            ("machine type", "switchover-ack mode"), here, (prepared.machine, prepared.switchover_ack), strict=True
+        ):
+            if mine and theirs and mine != theirs:
+                said = f"{what} differs: {mine} here, {theirs} at the destination"
+                raise self._refused(RefusalReason.MACHINE_TYPE_MISMATCH, said)
 
     def _outgoing(self, order: ConductOrder, *, paused: bool) -> engine.OutgoingOptions:
         spec, policy = self.files.spec, order.policy
@@ -464,6 +492,7 @@ class HostedGuest:
             policy,
             options,
             session_number(state.ref),
+            in_vmm=copy.in_vmm(),
         )
 
     def _depart(self, departure: Departure, first: tuple[Command, ...] | None = None) -> None:
@@ -512,11 +541,12 @@ class HostedGuest:
     async def inject_late_ack(self, device: str, at: str, times: int, bytes: int) -> str:
         """The scenario that is in force for the device afterwards."""
         own = self._own()
-        if own is None or own.devices is None or device not in {d.name for d in self.files.companions}:
-            names = ", ".join(d.name for d in self.files.companions) or "none"
+        known = [known.name for known in (*self.files.companions, *self.files.in_vmm)]
+        if own is None or own.devices is None or device not in known:
+            names = ", ".join(known) or "none"
             raise DroverError(
                 RefusalReason.NOT_FOUND,
-                f"guest {self.name} has no companion device {device} here; it has: {names}",
+                f"guest {self.name} has no device {device} here that could be told to; it has: {names}",
                 field="device",
             )
         try:

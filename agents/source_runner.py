@@ -21,7 +21,8 @@ from agents.engine import base as engine
 from agents.peer import DestinationPeer, PeerUnavailable
 from agents.report import device_entries
 from agents.session import Command, Commit, Do, Event, Note, Seen, StartTimer, Timer, WriteAbort, WriteRequests
-from agents.shims.base import Frame, FrameKind, InVmmDevice, InVmmDevices, Load, ShimError, SourceShim
+from agents.shims.base import Frame, FrameKind, InVmmDevices, Load, ShimError, SourceShim
+from agents.shims.inside import InVmmDevice
 from agents.source_session import SourceState, source_step
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.ids import AckRequest

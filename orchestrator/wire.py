@@ -36,6 +36,7 @@ from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy, OnTimeout, override
 from orchestrator.core.records import (
     AttemptReport,
+    DeviceProgress,
     DeviceSpec,
     EvacuationPhase,
     GuestSpec,
@@ -237,6 +238,32 @@ def ack_from_proto(message: types_pb2.AckRequest) -> AckRequest:
     return AckRequest(message.device, message.generation)
 
 
+def device_progress_to_proto(device: DeviceProgress) -> types_pb2.DeviceProgress:
+    return types_pb2.DeviceProgress(
+        name=device.name,
+        initial_bytes=device.initial_bytes,
+        stop_copy_bytes=device.stop_copy_bytes,
+        precopy_sent_bytes=device.precopy_sent_bytes,
+        stop_copy_sent_bytes=device.stop_copy_sent_bytes,
+        reinits=device.reinits,
+        late=device.late,
+        lost=device.lost,
+    )
+
+
+def device_progress_from_proto(message: types_pb2.DeviceProgress) -> DeviceProgress:
+    return DeviceProgress(
+        name=message.name,
+        initial_bytes=message.initial_bytes,
+        stop_copy_bytes=message.stop_copy_bytes,
+        precopy_sent_bytes=message.precopy_sent_bytes,
+        stop_copy_sent_bytes=message.stop_copy_sent_bytes,
+        reinits=message.reinits,
+        late=message.late,
+        lost=message.lost,
+    )
+
+
 def progress_to_proto(progress: Progress) -> types_pb2.Progress:
     return types_pb2.Progress(
         transferred_bytes=progress.transferred_bytes,
@@ -250,6 +277,7 @@ def progress_to_proto(progress: Progress) -> types_pb2.Progress:
         gate_open=progress.gate_open,
         pending_acks=map(ack_to_proto, progress.pending_acks),
         eta_s=progress.eta_s,
+        devices=map(device_progress_to_proto, progress.devices),
     )
 
 
@@ -266,6 +294,7 @@ def progress_from_proto(message: types_pb2.Progress) -> Progress:
         gate_open=message.gate_open,
         pending_acks=tuple(map(ack_from_proto, message.pending_acks)),
         eta_s=message.eta_s,
+        devices=tuple(map(device_progress_from_proto, message.devices)),
     )
 
 
@@ -296,6 +325,7 @@ def report_to_proto(report: AttemptReport) -> types_pb2.AttemptReport:
         duration_ms=report.duration_ms,
         ledger_writes=report.ledger_writes,
         timeline=map(timeline_to_proto, report.timeline),
+        device_progress=map(device_progress_to_proto, report.device_progress),
     )
 
 
@@ -321,6 +351,7 @@ def report_from_proto(message: types_pb2.AttemptReport) -> AttemptReport:
         duration_ms=message.duration_ms,
         ledger_writes=message.ledger_writes,
         timeline=tuple(map(timeline_from_proto, message.timeline)),
+        device_progress=tuple(map(device_progress_from_proto, message.device_progress)),
     )
 
 
@@ -427,12 +458,16 @@ def prepare_order_from_proto(message: agent_pb2.PrepareDestinationRequest) -> Pr
 
 def prepared_to_proto(prepared: Prepared) -> agent_pb2.PrepareDestinationResponse:
     return agent_pb2.PrepareDestinationResponse(
-        inc=prepared.inc, endpoint=prepared.endpoint, peer_address=prepared.peer_address
+        inc=prepared.inc,
+        endpoint=prepared.endpoint,
+        peer_address=prepared.peer_address,
+        machine=prepared.machine,
+        switchover_ack=prepared.switchover_ack,
     )
 
 
-def prepared_from_proto(message: agent_pb2.PrepareDestinationResponse) -> Prepared:
-    return Prepared(message.inc, message.endpoint, message.peer_address)
+def prepared_from_proto(message: agent_pb2.PrepareDestinationResponse | agent_pb2.ConductAttemptRequest) -> Prepared:
+    return Prepared(message.inc, message.endpoint, message.peer_address, message.machine, message.switchover_ack)
 
 
 def conduct_order_to_proto(order: ConductOrder) -> agent_pb2.ConductAttemptRequest:
@@ -448,6 +483,8 @@ def conduct_order_to_proto(order: ConductOrder) -> agent_pb2.ConductAttemptReque
         peer_address=order.prepared.peer_address,
         policy=policy_to_proto(order.policy),
         previous_reason=order.previous_reason,
+        machine=order.prepared.machine,
+        switchover_ack=order.prepared.switchover_ack,
     )
 
 
@@ -455,7 +492,7 @@ def conduct_order_from_proto(message: agent_pb2.ConductAttemptRequest) -> Conduc
     return ConductOrder(
         attempt=AttemptRef(message.guest_uuid, message.migration, message.attempt),
         epoch=message.epoch,
-        prepared=Prepared(message.inc, message.endpoint, message.peer_address),
+        prepared=prepared_from_proto(message),
         destination=HostRef(message.destination, message.destination_boot_id),
         policy=policy_from_proto(message.policy),
         previous_reason=message.previous_reason,

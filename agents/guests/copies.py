@@ -1,4 +1,4 @@
-"""One VMM process of a guest with the process of its companion devices: made, adopted and ended together."""
+"""One VMM process of a guest with the process that holds its devices: made, adopted and ended together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 from agents import keeping
 from agents.engine import base as engine
 from agents.guests.files import GuestFiles
-from agents.shims.base import DestinationShim, ShimError, SourceShim
+from agents.shims.base import DestinationShim, InVmmDevices, ShimError, SourceShim
 from agents.shims.companion import DeviceProcess
 
 MIGRATING = frozenset(
@@ -65,6 +65,10 @@ class Copy:
     def destination_shims(self) -> list[DestinationShim]:
         return self.devices.destination_shims() if self.devices else []
 
+    def in_vmm(self) -> InVmmDevices | None:
+        """The devices inside the VMM; None when there are none."""
+        return self.devices.in_vmm() if self.devices else None
+
     async def look(self) -> keeping.Copy:
         """What the keeper needs to know, asked from the VMM now. Raises EngineError when it does not answer."""
         metadata = self.vmm.metadata
@@ -95,7 +99,7 @@ class Copy:
 
 
 async def _devices(files: GuestFiles, inc: str, *, incoming: bool) -> DeviceProcess | None:
-    if not files.companions:
+    if not files.has_devices:
         return None
     return await DeviceProcess.start(files.devices_spec(inc), incoming=incoming)
 
@@ -135,7 +139,7 @@ async def adopt(mover: engine.MigrationEngine, files: GuestFiles, metadata: engi
     Raises EngineError or ShimError when a process lives and does not answer: it is left as it is, to be asked again.
     """
     spec = files.vmm_spec(metadata.inc)
-    devices = await DeviceProcess.adopt(files.devices_spec(metadata.inc)) if files.companions else None
+    devices = await DeviceProcess.adopt(files.devices_spec(metadata.inc)) if files.has_devices else None
     vmm: engine.Vmm | None = None
     try:
         vmm = await mover.adopt(metadata, spec)

@@ -2,7 +2,7 @@
 
 <dir>/guests/<16 of the uuid>/guest.json        uuid and spec
                               <inc>.json        one VMM process (VmmMetadata)
-                              <inc>.qmp .oob .dev .ctl   sockets
+                              <inc>.qmp .oob .dev .ctl .vfio   sockets
 <volatile>/<uuid>.<inc>                         marker: something here may have had an effect on the guest
 """
 
@@ -67,8 +67,19 @@ class GuestFiles:
     def companions(self) -> tuple[DeviceSpec, ...]:
         return tuple(device for device in self.spec.devices if device.shim is ShimKind.COMPANION)
 
+    @property
+    def in_vmm(self) -> tuple[DeviceSpec, ...]:
+        """Devices inside the VMM."""
+        return tuple(device for device in self.spec.devices if device.shim is ShimKind.VFIO)
+
+    @property
+    def has_devices(self) -> bool:
+        """A device process goes with each of the guest's VMMs."""
+        return bool(self.companions or self.in_vmm)
+
     def devices_spec(self, inc: str) -> DevicesSpec:
-        return DevicesSpec(self.uuid, inc, self.directory, self.companions, seed_of(self.uuid))
+        """Of everything that a device process holds."""
+        return DevicesSpec(self.uuid, inc, self.directory, (*self.companions, *self.in_vmm), seed_of(self.uuid))
 
     def vmm_spec(self, inc: str, *, multifd_channels: int = 0) -> VmmSpec:
         return VmmSpec(
@@ -81,6 +92,7 @@ class GuestFiles:
             listen_address=self.config.address,
             multifd_channels=multifd_channels,
             seed=seed_of(self.uuid),
+            vfio_path=self.directory / f"{inc}.vfio" if self.in_vmm else None,
             nics=net.nics(self.uuid, self.spec.devices),
             segment=net.segment_of(f"{self.config.zookeeper}{self.config.chroot}", self.config.address),
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from agents.shims.inside import InVmmDevice
 from orchestrator.core.ids import AckRequest
 
 
@@ -68,36 +69,6 @@ class FinalQuery:
 
     newest: AckRequest | None
     stop_copy_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceEvent:
-    """Something that a device inside the VMM did or was asked. `at_s`: the machine's monotonic clock."""
-
-    at_s: float
-    what: str
-
-
-@dataclass(frozen=True, slots=True)
-class InVmmDevice:
-    """What a device inside the VMM tells of its present session, or of its last one. The VMM alone drives it."""
-
-    device: str
-    session: int
-    """Which one in the device's life; 0: none yet."""
-    initial_bytes: int = 0
-    """Still to be read before it agrees to the switchover."""
-    stop_copy_bytes: int = 0
-    """What stop-copy would carry now."""
-    precopy_sent_bytes: int = 0
-    stop_copy_sent_bytes: int = 0
-    reinits: int = 0
-    """How often it told the VMM of new initial data, each time a demand for another ACK."""
-    late: bool = False
-    """The last of them came after the VMM had stopped the guest."""
-    lost: bool = False
-    """The VMM reset it after a failed change of state: it lost what it held."""
-    events: tuple[DeviceEvent, ...] = ()
 
 
 class InVmmDevices(Protocol):

@@ -24,17 +24,16 @@ from agents.processes import Watched, start_time_of, tail_of
 from agents.shims import control
 from agents.shims.base import (
     DestinationShim,
-    DeviceEvent,
     FinalQuery,
     Frame,
     FrameKind,
-    InVmmDevice,
     InVmmDevices,
     Load,
     SendFrame,
     ShimError,
     SourceShim,
 )
+from agents.shims.inside import DeviceEvent, InVmmDevice
 from agents.shims.vfio import layout
 from orchestrator.core.errors import DroverError
 from orchestrator.core.ids import AckRequest

@@ -17,7 +17,7 @@ from orchestrator.api.requests import Request
 from orchestrator.core import handover
 from orchestrator.core.agent import RunState
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
-from orchestrator.core.guest import guest_errors, name_error
+from orchestrator.core.guest import guest_errors, name_error, scenario_problems
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.placement import Choice, Need, choose
@@ -283,15 +283,19 @@ class Guests:
         read = await self.read(await self.uuid_of(request.guest, field="guest"))
         decisions.need_alive(read.record)
         device = next((each for each in read.spec.devices if each.name == request.device), None)
-        if device is None or device.shim is not ShimKind.COMPANION:
-            known = ", ".join(each.name for each in read.spec.devices if each.shim is ShimKind.COMPANION) or "none"
-            said = f"guest {read.record.name} has no companion device {request.device!r}; it has {known}"
+        if device is None or device.shim not in _SCRIPTED:
+            known = ", ".join(each.name for each in read.spec.devices if each.shim in _SCRIPTED) or "none"
+            said = f"guest {read.record.name} has no companion or vfio device {request.device!r}; it has {known}"
             raise DroverError(RefusalReason.NOT_FOUND, said, field="device")
         agent = await self._agent(read.record.owner.host)
         log.warning("chaos", guest=read.record.name, device=request.device, hook=request.at, times=request.times)
         return await agent.inject_late_ack(
             read.uuid, request.device, request.at, request.times or 1, request.bytes, caller.remaining_s(CALL_S)
         )
+
+
+_SCRIPTED = (ShimKind.COMPANION, ShimKind.VFIO)
+"""Devices that can be told to ask for another ACK."""
 
 
 # --- pure parts -------------------------------------------------------------------------------------------------------
@@ -312,10 +316,13 @@ def _checked(request: pb.CreateGuestRequest) -> GuestSpec:
         raise invalid([*bad, *error.violations]) from error
     bad += [(f"spec.{field}", said) for field, said in guest_errors(spec)]
     for index, device in enumerate(spec.devices):
+        where = f"spec.devices[{index}].scenario"
         try:
-            parse_scenario(device.scenario, f"spec.devices[{index}].scenario")
+            scenario = parse_scenario(device.scenario, where)
         except DroverError as error:
             bad += error.violations
+        else:
+            bad += [(f"{where}.{field}", said) for field, said in scenario_problems(device.shim, scenario)]
     if bad:
         raise invalid(bad)
     return spec

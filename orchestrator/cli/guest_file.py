@@ -30,7 +30,7 @@ from orchestrator import scenario_text
 from orchestrator.cli import marked_yaml, units
 from orchestrator.cli.marked_yaml import Marked, Path, YamlError
 from orchestrator.core.errors import DroverError
-from orchestrator.core.guest import guest_errors
+from orchestrator.core.guest import guest_errors, scenario_problems
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
 
@@ -101,7 +101,7 @@ _Policy = _model_of(MigrationPolicy, on_timeout=Literal["abort", "suspend"])
 
 class _Device(_Model):
     name: _Text
-    shim: Literal["companion", "net"]
+    shim: Literal["companion", "net", "vfio"]
     dma: _Text = "none"
     initial_bytes: _Bytes = 0
     stop_copy_bytes: _Bytes = 0
@@ -282,16 +282,16 @@ class _FileReader:
         else:
             text = yaml.safe_dump(device.scenario, sort_keys=False, allow_unicode=True)
         try:
-            scenario_text.parse_scenario(text)
+            problems = scenario_problems(ShimKind(device.shim), scenario_text.parse_scenario(text))
         except DroverError as error:
-            for field, message in error.violations or (("", error.message),):
-                inside = "" if field == "scenario" else field
-                if prefix:
-                    wrong((), f"{prefix}{inside}{': ' if inside else ''}{message}")
-                else:
-                    wrong(_parsed(inside), message)
-            return ""
-        return text
+            problems = error.violations or (("", error.message),)
+        for field, message in problems:
+            inside = "" if field == "scenario" else field
+            if prefix:
+                wrong((), f"{prefix}{inside}{': ' if inside else ''}{message}")
+            else:
+                wrong(_parsed(inside), message)
+        return "" if problems else text
 
 
 def _merged(defaults: Marked, own: Marked) -> Marked:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import AttemptReport, MigrationPhase
+from orchestrator.core.records import AttemptReport, DeviceProgress, MigrationPhase
 
 
 class RunState(StrEnum):
@@ -45,6 +45,8 @@ class Progress:
     pending_acks: tuple[AckRequest, ...] = ()
     eta_s: float = 0.0
     """0 when it cannot be told."""
+    devices: tuple[DeviceProgress, ...] = ()
+    """Devices inside the VMM."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ import re
 
 from orchestrator.core.policy import policy_errors
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
+from orchestrator.core.scenario import Scenario, outside_errors
 
 Problem = tuple[str, str]
 """Field, relative to the specification, and a sentence."""
 
 MAX_DEVICES = 8
-"""The built-in guest image rings at most so many devices."""
+"""The built-in guest image rings at most so many devices of either kind: companions, and those inside the VMM."""
 IMAGE_MIB = 6
 """Memory below the region that the guest dirties, and above what it checks."""
 MAX_DEVICE_BYTES = 1 << 30
@@ -67,9 +68,10 @@ def _workload(workload: Workload, memory_mib: int) -> list[Problem]:
 
 def _devices(devices: tuple[DeviceSpec, ...]) -> list[Problem]:
     bad: list[Problem] = []
-    companions = sum(device.shim is ShimKind.COMPANION for device in devices)
-    if companions > MAX_DEVICES:
-        bad.append(("devices", f"at most {MAX_DEVICES} companion devices per guest, not {companions}"))
+    for kind in (ShimKind.COMPANION, ShimKind.VFIO):
+        count = sum(device.shim is kind for device in devices)
+        if count > MAX_DEVICES:
+            bad.append(("devices", f"at most {MAX_DEVICES} {kind.value} devices per guest, not {count}"))
     seen: set[str] = set()
     for index, device in enumerate(devices):
         where = f"devices[{index}]"
@@ -84,6 +86,8 @@ def _device(device: DeviceSpec) -> list[Problem]:
     bad: list[Problem] = []
     if wrong := name_error(device.name):
         bad.append(("name", wrong))
+    if device.shim is ShimKind.VFIO and device.dma != "none":
+        bad.append(("dma", f"must be none, not {device.dma!r}: the emulated device writes no memory of the guest"))
     if device.shim is ShimKind.COMPANION and device.dma != "none":
         bad.append(
             ("dma", f"a companion device must say none, not {device.dma!r}: QEMU cannot be told of pages it wrote")
@@ -91,9 +95,14 @@ def _device(device: DeviceSpec) -> list[Problem]:
     bad += _range("initial_bytes", device.initial_bytes, 0, MAX_DEVICE_BYTES, "bytes")
     bad += _range("stop_copy_bytes", device.stop_copy_bytes, 0, MAX_DEVICE_BYTES, "bytes")
     bad += _range("dirty_bytes_per_s", device.dirty_bytes_per_s, 0, MAX_DEVICE_BYTES, "bytes/s")
-    if device.shim is not ShimKind.COMPANION and device.scenario:
-        bad.append(("scenario", f"only a companion device follows a scenario, not {device.shim.value}"))
+    if device.shim is ShimKind.NET and device.scenario:
+        bad.append(("scenario", "only companion and vfio devices follow a scenario, not net"))
     return bad
+
+
+def scenario_problems(shim: ShimKind, scenario: Scenario) -> list[Problem]:
+    """What a scenario asks of a device that only another kind of device can do."""
+    return outside_errors(scenario) if shim is not ShimKind.VFIO else []
 
 
 def _labels(labels: dict[str, str]) -> list[Problem]:

@@ -70,6 +70,10 @@ class Prepared:
     inc: str
     endpoint: str
     peer_address: str
+    machine: str = ""
+    """The machine type that it really has; the source's must be the same. Empty: not known."""
+    switchover_ack: str = ""
+    """How its VMM handles ACKs (none, legacy, per-device); likewise."""
 
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -406,9 +410,15 @@ def _arrived(course: Course) -> Step:
     record = course.record
     ours = record is not None and record.migration == course.spec.id
     course = _at_attempt(course) if ours else replace(course, attempt=course.durable.attempt)
-    if any(report.attempt == course.attempt for report in course.reports):
-        return _settle(course, MigrationPhase.SUCCEEDED, None, "")
-    return _fetch(course, "COMMITTED")
+    settled = next((report for report in course.reports if report.attempt == course.attempt), None)
+    return _fetch(course, "COMMITTED") if settled is None else _settle_arrived(course, settled)
+
+
+def _settle_arrived(course: Course, report: AttemptReport | None) -> Step:
+    """The guest is at the destination. One that runs there with a device that lost its state was not moved whole."""
+    if report is not None and report.reason is AbortReason.DEVICE_RESET:
+        return _settle(course, MigrationPhase.FAILED, FailureReason.DEVICE_RESET, report.message)
+    return _settle(course, MigrationPhase.SUCCEEDED, None, "")
 
 
 def _fetch(course: Course, outcome: str) -> Step:
@@ -423,7 +433,7 @@ def _judge(course: Course, now_ms: float, jitter: float) -> Step:
     record, policy = course.record, course.spec.policy
     where = situation(record, course.spec.id, course.durable)
     if where is Situation.ARRIVED:
-        return _settle(course, MigrationPhase.SUCCEEDED, None, "")
+        return _settle_arrived(course, course.report)
     if where is not Situation.ABORTED or record is None:
         return Step(replace(course, stage=Stage.LOOK))  # crashed or gone meanwhile: the next look says so
     if course.durable.cancel_requested or not may_retry(record):

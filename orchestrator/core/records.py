@@ -175,6 +175,25 @@ class TimelineEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceProgress:
+    """One device inside the VMM in one attempt; the VMM moves its state and asks for its ACKs."""
+
+    name: str
+    initial_bytes: int = 0
+    """Still to be sent before it agrees to the switchover."""
+    stop_copy_bytes: int = 0
+    """What only goes once the guest has stopped."""
+    precopy_sent_bytes: int = 0
+    stop_copy_sent_bytes: int = 0
+    reinits: int = 0
+    """How often it asked for another ACK."""
+    late: bool = False
+    """The last time after the guest had been stopped."""
+    lost: bool = False
+    """It was reset and lost its state."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptReport:
     """What one attempt came to; kept in `/migs/<aa>/<m>/attempts` after the agents forgot it."""
 
@@ -198,6 +217,8 @@ class AttemptReport:
     duration_ms: float = 0.0
     ledger_writes: int = 0
     timeline: tuple[TimelineEntry, ...] = ()
+    device_progress: tuple[DeviceProgress, ...] = ()
+    """Devices inside the VMM, at the attempt's end."""
 
 
 @dataclass(frozen=True, slots=True)

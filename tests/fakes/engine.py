@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from agents.engine import base
 from agents.engine.base import EngineError, EngineStatus, HoldStart, RunState, VmmMetadata, VmmState
 
+_UNDER_WAY = (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.PARKED, EngineStatus.DEVICE)
+
 
 @dataclass(slots=True)
 class Script:
@@ -17,6 +19,9 @@ class Script:
     fail_outgoing: str = ""
     keep_in_device: bool = False
     """`proceed` stops in DEVICE, as with a frozen destination."""
+    late_devices: int = 0
+    """So many devices inside the VMM ask after the decision, once: `proceed` ends in the VMM's own verdict."""
+    unmigratable: tuple[str, ...] = ()
 
 
 class FakeVmm:
@@ -56,6 +61,10 @@ class FakeVmm:
         sent = total if self.status in (EngineStatus.PARKED, EngineStatus.COMPLETED) else total // 2
         return base.Progress(sent, total - sent, total, status=self.status)
 
+    async def unmigratable(self) -> tuple[str, ...]:
+        self._called("unmigratable")
+        return self.engine.script.unmigratable
+
     async def pause(self) -> None:
         self._called("pause")
         if self.run is RunState.RUNNING:
@@ -65,6 +74,8 @@ class FakeVmm:
         self._called("resume")
         if self.run in (RunState.INCOMING, RunState.FINISHING):
             raise EngineError(f"cannot resume in {self.run}")
+        if self.spec.vfio_path is not None and self.status in _UNDER_WAY:
+            raise EngineError("a migration of a guest with devices inside the VMM is running: cancel it first")
         if self.run is not RunState.RUNNING:
             self._set_run(RunState.RUNNING)
 
@@ -99,14 +110,17 @@ class FakeVmm:
         if self.status is not EngineStatus.PARKED or self.peer is None:
             raise EngineError(f"not parked but {self.status}")
         self._set_status(EngineStatus.DEVICE)
+        late, self.engine.script.late_devices = self.engine.script.late_devices, 0
         if not self.peer.alive():
             self._fail("the destination is gone")
+        elif late:
+            self._find_late(late)
         elif not self.engine.script.keep_in_device:
             self.complete()
 
     async def abort(self, timeout_s: float = 5.0) -> VmmState:
         self._called("abort")
-        if self.status in (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.PARKED, EngineStatus.DEVICE):
+        if self.status in _UNDER_WAY:
             self._set_status(EngineStatus.CANCELLING)
             self._back()
             self._set_status(EngineStatus.CANCELLED)
@@ -159,6 +173,15 @@ class FakeVmm:
         self.run = RunState.ENDED
         self._emit(base.GuestEnded(how))
 
+    def _find_late(self, devices: int) -> None:
+        """The guest runs before the failure is told, as on QEMU 11.1."""
+        self.error = f"Switchover ACK was requested by {devices} devices during switchover"
+        self._back()
+        self.status = EngineStatus.FAILED
+        if self.peer is not None:
+            self.peer._set_status(EngineStatus.FAILED)
+        self._emit(base.SwitchoverAckLate(devices))
+
     def _fail(self, why: str) -> None:
         self.error = why
         self._back()
@@ -197,7 +220,8 @@ class FakeEngine:
     processes: dict[int, FakeVmm] = field(default_factory=dict[int, FakeVmm])
 
     async def probe(self) -> dict[str, str]:
-        return {"version": "fake", "machine_types": "pc", "switchover_ack": "none", "accelerator": "none"}
+        known = {"version": "fake", "machine_types": "pc", "switchover_ack": "none", "accelerator": "none"}
+        return known | {"devices_inside": "yes"}
 
     async def start(self, spec: base.VmmSpec) -> FakeVmm:
         return self._make(spec, "owner", "", 0, RunState.RUNNING)
@@ -220,6 +244,11 @@ class FakeEngine:
         pid = 1000 + len(self.processes) + len(self.listening)
         while pid in self.processes or f"fake:{pid}" in self.listening:
             pid += 1
-        vmm = FakeVmm(self, VmmMetadata(spec.guest, spec.inc, pid, pid * 7, role, migration, attempt), spec, run)
+        vmm = FakeVmm(
+            self,
+            VmmMetadata(spec.guest, spec.inc, pid, pid * 7, role, migration, attempt, machine=spec.spec.machine),
+            spec,
+            run,
+        )
         self.processes[pid] = vmm
         return vmm

@@ -35,8 +35,8 @@ from agents.engine.base import (
     VmmState,
 )
 from agents.engine.qemu.engine import QemuEngine, QemuVmm
-from agents.shims.base import InVmmDevice
 from agents.shims.companion import DeviceProcess, DevicesSpec
+from agents.shims.inside import InVmmDevice
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
 from tests.contract.test_engine import image
 

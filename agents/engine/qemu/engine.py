@@ -50,6 +50,8 @@ class Features:
     reconnect_ms: bool
     switchover_bandwidth: bool
     switchover_ack: str
+    devices_inside: bool
+    """It can be given vfio-pci devices by descriptor, and waits for their ACKs."""
 
 
 class QemuVmm:
@@ -409,6 +411,7 @@ class QemuEngine:
             "version": features.version,
             "machine_types": ",".join(features.machine_types),
             "switchover_ack": features.switchover_ack,
+            "devices_inside": "yes" if features.devices_inside else "",
             "accelerator": self._accelerator,
         }
 
@@ -480,18 +483,21 @@ async def _read_features(binary: str) -> Features:
     command = [binary, "-M", "none", "-nodefaults", "-display", "none", "-qmp", f"unix:{socket},server=on,wait=off"]
     child = await asyncio.to_thread(process.popen, command, directory / "log")
     connection = QmpConnection("probe")
+    vfio: list[dict[str, Any]] = []
     try:
         async with _bounded("probe of QEMU", 10.0):
             connection = await _first_answer(socket, child, binary, directory / "log")
         version = await connection.execute("query-version")
         machines = await connection.execute("query-machines")
         schema = await connection.execute("query-qmp-schema", timeout_s=4.0)
+        with contextlib.suppress(EngineError):  # a QEMU without that device
+            vfio = await connection.execute("device-list-properties", {"typename": "vfio-pci"})
     finally:
         await connection.close()
         child.kill()
         await asyncio.to_thread(child.wait)
         await asyncio.to_thread(shutil.rmtree, directory, True)
-    return _features(version, machines, schema)
+    return _features(version, machines, schema, {entry["name"] for entry in vfio})
 
 
 async def _first_answer(socket: Path, child: subprocess.Popen[bytes], binary: str, log: Path) -> QmpConnection:
@@ -508,7 +514,9 @@ async def _first_answer(socket: Path, child: subprocess.Popen[bytes], binary: st
             await asyncio.sleep(0.01)
 
 
-def _features(version: Mapping[str, Any], machines: list[dict[str, Any]], schema: list[dict[str, Any]]) -> Features:
+def _features(
+    version: Mapping[str, Any], machines: list[dict[str, Any]], schema: list[dict[str, Any]], vfio: set[str]
+) -> Features:
     by_name = {entry["name"]: entry for entry in schema}
 
     def members(type_name: str) -> set[str]:
@@ -531,4 +539,5 @@ def _features(version: Mapping[str, Any], machines: list[dict[str, Any]], schema
         reconnect_ms=any("reconnect-ms" in names for names in objects),
         switchover_bandwidth="avail-switchover-bandwidth" in members(by_name["migrate-set-parameters"]["arg-type"]),
         switchover_ack=ack,
+        devices_inside=ack != "none" and {"fd", "iommufd", "migration-events"} <= vfio,
     )

@@ -56,12 +56,14 @@ def in_vmm(spec: VmmSpec) -> list[str]:
 def environment(launch: Launch, spec: VmmSpec) -> dict[str, str]:
     """What QEMU needs besides the agent's own. Raises EngineError when devices cannot be had."""
     names = in_vmm(spec)
-    if not names or spec.vfio_path is None:
+    if not names:
         return {}
+    if spec.vfio_path is None:
+        raise EngineError(f"no device process was made for the devices inside the VMM ({', '.join(names)})")
     if launch.vfio_preload is None or not launch.vfio_preload.is_file():
         where = launch.vfio_preload or "this host: its configuration names none (vfio_preload)"
         raise EngineError(f"devices inside the VMM ({', '.join(names)}) need the preload, and there is none at {where}")
-    return layout.environment(launch.vfio_preload, spec.vfio_path, len(names))
+    return layout.environment(str(launch.vfio_preload), str(spec.vfio_path), len(names))
 
 
 def kernel_arguments(spec: VmmSpec) -> str:

@@ -11,8 +11,8 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from agents.shims.base import DeviceEvent, InVmmDevice
 from agents.shims.device import Device, DeviceError, DeviceState, Feature, next_step
+from agents.shims.inside import DeviceEvent, InVmmDevice
 from agents.shims.vfio import layout, uapi
 from agents.shims.vfio.layout import Kind, Register
 from agents.shims.vfio.uapi import FeatureNumber, Ioctl, MigrationFlag, Operation

@@ -8,7 +8,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
-from pathlib import Path
 
 MAX_DEVICES = 8
 """Inside one VMM."""
@@ -56,9 +55,9 @@ class Register(IntEnum):
 MAGIC = 0x44524F56
 
 
-def environment(preload: Path, socket: Path, count: int) -> dict[str, str]:
-    """What a QEMU with `count` devices needs in its environment."""
-    return {"LD_PRELOAD": str(preload), "DROVER_VFIO": f"{count}:{socket}"}
+def environment(preload: str, socket: str, count: int) -> dict[str, str]:
+    """What a QEMU with `count` devices needs in its environment; both are paths."""
+    return {"LD_PRELOAD": preload, "DROVER_VFIO": f"{count}:{socket}"}
 
 
 def arguments(names: Sequence[str]) -> list[str]:

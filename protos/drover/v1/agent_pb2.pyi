@@ -324,20 +324,27 @@ class PrepareDestinationResponse(_message.Message):
     INC_FIELD_NUMBER: _builtins.int
     ENDPOINT_FIELD_NUMBER: _builtins.int
     PEER_ADDRESS_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
+    SWITCHOVER_ACK_FIELD_NUMBER: _builtins.int
     inc: _builtins.str
     endpoint: _builtins.str
     """Where the engine's stream goes, e.g. tcp:10.0.0.2:40123"""
     peer_address: _builtins.str
+    machine: _builtins.str
+    """What the VMM there really is; `pc` is another machine type in each version."""
+    switchover_ack: _builtins.str
     def __init__(
         self,
         *,
         inc: _builtins.str = ...,
         endpoint: _builtins.str = ...,
         peer_address: _builtins.str = ...,
+        machine: _builtins.str = ...,
+        switchover_ack: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "inc", b"inc", "peer_address", b"peer_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "inc", b"inc", "machine", b"machine", "peer_address", b"peer_address", "switchover_ack", b"switchover_ack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -358,6 +365,8 @@ class ConductAttemptRequest(_message.Message):
     PEER_ADDRESS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     PREVIOUS_REASON_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
+    SWITCHOVER_ACK_FIELD_NUMBER: _builtins.int
     guest_uuid: _builtins.str
     migration: _builtins.str
     attempt: _builtins.int
@@ -369,6 +378,9 @@ class ConductAttemptRequest(_message.Message):
     peer_address: _builtins.str
     previous_reason: _builtins.str
     """Reason of the attempt before this one, empty for the first: decides how the hold starts."""
+    machine: _builtins.str
+    """Of the destination's VMM, as it said."""
+    switchover_ack: _builtins.str
     @_builtins.property
     def policy(self) -> _types_pb2.MigrationPolicy: ...
     def __init__(
@@ -385,10 +397,12 @@ class ConductAttemptRequest(_message.Message):
         peer_address: _builtins.str = ...,
         policy: _types_pb2.MigrationPolicy | None = ...,
         previous_reason: _builtins.str = ...,
+        machine: _builtins.str = ...,
+        switchover_ack: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "destination", b"destination", "destination_boot_id", b"destination_boot_id", "endpoint", b"endpoint", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "inc", b"inc", "migration", b"migration", "peer_address", b"peer_address", "policy", b"policy", "previous_reason", b"previous_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "destination", b"destination", "destination_boot_id", b"destination_boot_id", "endpoint", b"endpoint", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "inc", b"inc", "machine", b"machine", "migration", b"migration", "peer_address", b"peer_address", "policy", b"policy", "previous_reason", b"previous_reason", "switchover_ack", b"switchover_ack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -629,6 +629,7 @@ class Progress(_message.Message):
     GATE_OPEN_FIELD_NUMBER: _builtins.int
     PENDING_ACKS_FIELD_NUMBER: _builtins.int
     ETA_S_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     transferred_bytes: _builtins.int
     remaining_bytes: _builtins.int
     total_bytes: _builtins.int
@@ -643,6 +644,10 @@ class Progress(_message.Message):
     """0 when it cannot be told."""
     @_builtins.property
     def pending_acks(self) -> _containers.RepeatedCompositeFieldContainer[Global___AckRequest]: ...
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceProgress]:
+        """Devices inside the VMM; its own gate and its own ACKs."""
+
     def __init__(
         self,
         *,
@@ -657,14 +662,62 @@ class Progress(_message.Message):
         gate_open: _builtins.bool = ...,
         pending_acks: _abc.Iterable[Global___AckRequest] | None = ...,
         eta_s: _builtins.float = ...,
+        devices: _abc.Iterable[Global___DeviceProgress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_mbps", b"bandwidth_mbps", "dirty_rate_mbps", b"dirty_rate_mbps", "engine_status", b"engine_status", "eta_s", b"eta_s", "expected_downtime_ms", b"expected_downtime_ms", "gate_open", b"gate_open", "iteration", b"iteration", "pending_acks", b"pending_acks", "remaining_bytes", b"remaining_bytes", "total_bytes", b"total_bytes", "transferred_bytes", b"transferred_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_mbps", b"bandwidth_mbps", "devices", b"devices", "dirty_rate_mbps", b"dirty_rate_mbps", "engine_status", b"engine_status", "eta_s", b"eta_s", "expected_downtime_ms", b"expected_downtime_ms", "gate_open", b"gate_open", "iteration", b"iteration", "pending_acks", b"pending_acks", "remaining_bytes", b"remaining_bytes", "total_bytes", b"total_bytes", "transferred_bytes", b"transferred_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
+class DeviceProgress(_message.Message):
+    """One device inside the VMM, in one attempt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    INITIAL_BYTES_FIELD_NUMBER: _builtins.int
+    STOP_COPY_BYTES_FIELD_NUMBER: _builtins.int
+    PRECOPY_SENT_BYTES_FIELD_NUMBER: _builtins.int
+    STOP_COPY_SENT_BYTES_FIELD_NUMBER: _builtins.int
+    REINITS_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    initial_bytes: _builtins.int
+    """Still to be sent before it agrees to the switchover."""
+    stop_copy_bytes: _builtins.int
+    """What only goes once the guest has stopped."""
+    precopy_sent_bytes: _builtins.int
+    stop_copy_sent_bytes: _builtins.int
+    reinits: _builtins.int
+    """How often it asked for another ACK."""
+    late: _builtins.bool
+    """The last time after the guest had been stopped."""
+    lost: _builtins.bool
+    """It was reset and lost its state."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        initial_bytes: _builtins.int = ...,
+        stop_copy_bytes: _builtins.int = ...,
+        precopy_sent_bytes: _builtins.int = ...,
+        stop_copy_sent_bytes: _builtins.int = ...,
+        reinits: _builtins.int = ...,
+        late: _builtins.bool = ...,
+        lost: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["initial_bytes", b"initial_bytes", "late", b"late", "lost", b"lost", "name", b"name", "precopy_sent_bytes", b"precopy_sent_bytes", "reinits", b"reinits", "stop_copy_bytes", b"stop_copy_bytes", "stop_copy_sent_bytes", b"stop_copy_sent_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceProgress: _TypeAlias = DeviceProgress  # noqa: Y015
 
 @_typing.final
 class TimelineEntry(_message.Message):
@@ -715,6 +768,7 @@ class AttemptReport(_message.Message):
     DURATION_MS_FIELD_NUMBER: _builtins.int
     LEDGER_WRITES_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
+    DEVICE_PROGRESS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     outcome: _builtins.str
     """COMMITTED or ABORTED."""
@@ -739,6 +793,8 @@ class AttemptReport(_message.Message):
     def requested_while_stopped(self) -> _containers.RepeatedCompositeFieldContainer[Global___AckRequest]: ...
     @_builtins.property
     def timeline(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineEntry]: ...
+    @_builtins.property
+    def device_progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceProgress]: ...
     def __init__(
         self,
         *,
@@ -759,10 +815,11 @@ class AttemptReport(_message.Message):
         duration_ms: _builtins.float = ...,
         ledger_writes: _builtins.int = ...,
         timeline: _abc.Iterable[Global___TimelineEntry] | None = ...,
+        device_progress: _abc.Iterable[Global___DeviceProgress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "attempt", b"attempt", "blackout_ms", b"blackout_ms", "destination", b"destination", "devices", b"devices", "duration_ms", b"duration_ms", "inc", b"inc", "ledger_writes", b"ledger_writes", "message", b"message", "outcome", b"outcome", "reason", b"reason", "requested_while_stopped", b"requested_while_stopped", "requests", b"requests", "source", b"source", "timeline", b"timeline", "transferred_bytes", b"transferred_bytes", "zxid", b"zxid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "attempt", b"attempt", "blackout_ms", b"blackout_ms", "destination", b"destination", "device_progress", b"device_progress", "devices", b"devices", "duration_ms", b"duration_ms", "inc", b"inc", "ledger_writes", b"ledger_writes", "message", b"message", "outcome", b"outcome", "reason", b"reason", "requested_while_stopped", b"requested_while_stopped", "requests", b"requests", "source", b"source", "timeline", b"timeline", "transferred_bytes", b"transferred_bytes", "zxid", b"zxid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
