@@ -130,7 +130,8 @@ class ZooKeeperStore:
         client, self._client = self._client, None
         if client is not None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.to_thread(self._stop, client), 5)
+                async with asyncio.timeout(5):
+                    await asyncio.to_thread(self._stop, client)
         self._state = SessionState.LOST
 
     def _on_kazoo_state(self, state: str) -> None:
@@ -178,7 +179,8 @@ class ZooKeeperStore:
 
         result.rawlink(arrived)
         try:
-            await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await future
         except TimeoutError:
             self._cut()
             raise
@@ -301,7 +303,8 @@ class ZooKeeperStore:
             except StoreUnavailable:
                 pause_s = _RETRY_S
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(watch.changed.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await watch.changed.wait()
 
     async def _look(self, watch: _Watch) -> Any:
         """Read and arm. A missing node is watched for its creation."""
