@@ -142,7 +142,7 @@ BROKEN: dict[str, tuple[Callable[[], Story], str]] = {
     ),
     "late ACK that did not abort": (
         lambda: replace(late().answered(attempts=(COMMITTED,)), seen=Sightings(consoles=(THERE,))),
-        "late: 0 attempts ended with LATE_SWITCHOVER_ACK, the script asks for 2",
+        "late: LATE_SWITCHOVER_ACK ended 0 of its attempts, the script asks for 2",
     ),
     "abort without its device": (
         lambda: late().answered(attempts=(LATE, replace(LATE, number=2, devices=()), replace(COMMITTED, number=3))),

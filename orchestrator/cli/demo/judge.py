@@ -225,7 +225,8 @@ def _attempts(guest: GuestReport) -> list[str]:
     part, attempts = guest.part, guest.answer.attempts
     told: list[str] = []
     if guest.late_acks != part.late_acks:
-        told.append(f"{guest.late_acks} attempts ended with LATE_SWITCHOVER_ACK, the script asks for {part.late_acks}")
+        counted = f"{guest.late_acks} of its attempts, the script asks for {part.late_acks}"
+        told.append(f"LATE_SWITCHOVER_ACK ended {counted}")
     for attempt in attempts:
         if attempt.is_late and not set(attempt.devices) & set(part.companions):
             told.append(f"attempt {attempt.number} was aborted for a late ACK and names none of its devices")

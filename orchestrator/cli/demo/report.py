@@ -111,7 +111,7 @@ def document(
         "safe_to_power_off": run.safe_to_power_off,
         "guests": [guest_document(guest, files(guest)) for guest in guests],
         "late_ack_aborts": sum(guest.late_acks for guest in guests),
-        "noise_floor_ms": run.noise.p95_ms,
+        "noise_floor_ms": None if run.noise.p95_ms is None else round(run.noise.p95_ms, 3),
         "noise_floor": to_plain(run.noise),
         "elapsed_s": round(sum(elapsed_s.values()), 3),
         "elapsed_by_step_s": {step: round(seconds, 3) for step, seconds in elapsed_s.items()},
