@@ -74,6 +74,8 @@ def scene(clusters: Clusters, request: pytest.FixtureRequest) -> Iterator[Scene]
         yield made
         made.thaw_all()
         made.agents_are_back()
+        made.coordinator_is_back()
+        made.uncordon()
         if request.node.stash.get(_FAILED, False):
             made.cancel_all()  # what it had under way; a test that passed waited for it
         for verdict in judge(made, made.guests):

@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +27,9 @@ from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, ShimKind, WantRun, Workload
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.store import StoreUnavailable
 from orchestrator.ledger.zookeeper import ZooKeeperStore
-from orchestrator.local import evidence, processes, state
+from orchestrator.local import evidence, processes, state, teardown
 from orchestrator.local.layout import Layout
 from orchestrator.local.processes import Identity
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
@@ -39,6 +40,8 @@ T = TypeVar("T")
 
 REACH_S = 20.0
 """Bound of every wait for an instant; a loaded machine is slow, and a test that waits so long has failed."""
+RAY_S = 60.0
+"""Ray starts anew, and its processes are many."""
 POLL_S = 0.004
 CALL_S = 15.0
 QUIET = Workload(dirty_mib=2, dirty_pages_per_s=200)
@@ -46,12 +49,23 @@ _TERMINAL = ("SUCCEEDED", "CANCELLED", "FAILED")
 
 
 def reach(true: Callable[[], T | None], what: str, timeout_s: float = REACH_S) -> T:
-    """The first true answer."""
+    """The first true answer. While the ledger is away there is none."""
     begun = time.monotonic()
-    while not (answer := true()):
+    while not (answer := _unless_away(true)):
         assert time.monotonic() - begun < timeout_s, f"not within {timeout_s:g} s: {what}"
         time.sleep(POLL_S)
     return answer
+
+
+def _unless_away(call: Callable[[], T]) -> T | None:
+    try:
+        return call()
+    except StoreUnavailable:
+        return None
+    except DroverError as error:
+        if error.reason is RefusalReason.LEDGER_UNREACHABLE:
+            return None
+        raise
 
 
 def device(name: str = "dpu", scenario: str = "", initial_bytes: int = 65_536) -> DeviceSpec:
@@ -115,8 +129,6 @@ class Born:
     name: str
     uuid: str
     spec: GuestSpec
-    moved: list[str] = field(default_factory=list[str])
-    """Its migrations, in order."""
     may_crash: bool = False
     """The test kills the process that the ledger names as the guest: its end is CRASHED, and nothing runs."""
 
@@ -157,10 +169,11 @@ class Scene:
         self.observer = observer
         self.guests: list[Born] = []
         self._prefix = prefix
-        self._frozen: list[Identity] = []
+        self._frozen: dict[Identity, float] = {}
+        self._epoch: int | None = None
         self._killed: list[tuple[str, Identity, float]] = []
-        self.agents_away_ms = 0.0
-        """So long killed agents took to come back, which nothing here can shorten."""
+        self.away_ms = 0.0
+        """So long the processes that the test killed or stopped were away, which nothing can shorten."""
 
     reach = staticmethod(reach)
 
@@ -236,9 +249,7 @@ class Scene:
 
     def migrate(self, guest: Born, destination: str = "", **policy: object) -> str:
         """Ask for a migration; its name."""
-        name = self.client.create_migration(guest.name, destination, policy).name
-        guest.moved.append(name)
-        return name
+        return self.client.create_migration(guest.name, destination, policy).name
 
     def phase(self, migration: str) -> str:
         return wire.word(self.client.get_migration(migration), "phase")
@@ -307,12 +318,12 @@ class Scene:
         """SIGSTOP, until `thaw`."""
         identity = process.identity if isinstance(process, Process) else process
         assert processes.send(identity, signal.SIGSTOP), f"{process} is gone"
-        self._frozen.append(identity)
+        self._frozen[identity] = time.monotonic()
 
     def thaw(self, process: Identity | Process) -> None:
         identity = process.identity if isinstance(process, Process) else process
         processes.send(identity, signal.SIGCONT)
-        self._frozen.remove(identity)
+        self.away_ms += (time.monotonic() - self._frozen.pop(identity)) * 1000
 
     @contextlib.contextmanager
     def frozen(self, process: Identity | Process) -> Iterator[None]:
@@ -333,13 +344,64 @@ class Scene:
         for host, agent, at in self._killed:
             self.cluster.came_back(f"agent-{host}", agent.pid, REACH_S * 2)
             away_ms = (time.monotonic() - at) * 1000
-            self.agents_away_ms += away_ms
+            self.away_ms += away_ms
             print(f"the agent of {host} serves again, away for at most {away_ms:.0f} ms")
         self._killed.clear()
+
+    def kill_ray(self) -> None:
+        """Head, GCS, raylet, all actors, and the driver that waits for them, by the pids that the cluster recorded."""
+        self._epoch = self.epoch()
+        doomed = teardown.find_ray(self.layout) | {self.part("ray"), self.part("coordinator")}
+        for process in doomed:
+            processes.send(process, signal.SIGKILL)
+        print(f"killed {len(doomed)} processes of Ray")
+
+    def epoch(self) -> int:
+        """Of the coordinator that leads, or led last."""
+        node = self.observer.run(self.observer.store.read(paths.epoch()))
+        return node.version if node else -1
+
+    def coordinator_is_back(self) -> None:
+        """After `kill_ray`: another one leads."""
+        if self._epoch is not None:
+            begun, killed = time.monotonic(), self._epoch
+            reach(lambda: self.epoch() > killed, "another coordinator", RAY_S)
+            print(f"a coordinator leads again, {time.monotonic() - begun:.1f} s later")
+            self._epoch = None
 
     def thaw_all(self) -> None:
         for identity in list(self._frozen):
             self.thaw(identity)
+
+    def restart_zookeeper(self) -> None:
+        """SIGKILL; returns when the supervisor has it serving again, and everybody found it."""
+        old = self.part("zookeeper")
+        begun = time.monotonic()
+        self.kill(old)
+        self.cluster.came_back("zookeeper", old.pid, REACH_S)
+        self.ledger_is_back()
+        took_ms = (time.monotonic() - begun) * 1000
+        print(f"ZooKeeper serves API and tests again after {took_ms:.0f} ms")
+        self.away_ms += took_ms
+
+    def ledger_is_back(self) -> None:
+        """The API reads from it, every agent has a session, and so have we."""
+        reach(lambda: all(wire.word(h, "state") == "LIVE" for h in self.client.list_hosts()), "live hosts")
+        reach(lambda: self.epoch() >= 0, "an epoch")
+
+    def is_live(self, host: str) -> bool:
+        """The agent's session in the ledger."""
+        return self.observer.run(self.observer.store.read(paths.live(host))) is not None
+
+    @staticmethod
+    def answer(call: Callable[[], object]) -> str:
+        """The reason of a refusal; empty when there was none."""
+        try:
+            call()
+        except DroverError as error:
+            print(error)
+            return error.reason
+        return ""
 
     def host_record(self, host: str) -> HostRecord:
         record = self.observer.read(HostRecord, paths.host(host))
@@ -348,19 +410,28 @@ class Scene:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
+    def uncordon(self) -> None:
+        for host in self.client.list_hosts():
+            if host.cordoned:
+                self.client.uncordon_host(host.name)
+
     def cancel_all(self) -> None:
         for guest in self.guests:
-            for migration in guest.moved:
+            for migration in self.client.list_migrations(guest.name, active_only=True):
                 with contextlib.suppress(DroverError):
-                    self.client.cancel_migration(migration)
+                    self.client.cancel_migration(migration.name)
 
     def end_guests(self, guests: Sequence[Born]) -> None:
         for guest in guests:
-            try:
-                self.client.stop_guest(guest.name)
-            except DroverError as error:
-                if error.reason is not RefusalReason.NOT_FOUND:
-                    raise
+            reach(lambda guest=guest: self._ended(guest), f"the end of {guest.name}")
+
+    def _ended(self, guest: Born) -> bool:
+        try:
+            self.client.stop_guest(guest.name)
+        except DroverError as error:
+            if error.reason is not RefusalReason.NOT_FOUND:
+                raise
+        return True
 
 
 def _hello(path: Path) -> dict[str, str]:

@@ -27,7 +27,7 @@ def went_on(scene: Scene, guest: Born, migration: str) -> types_pb2.Migration:
     assert scene.record(guest).owner.host == "host-2"
     stopped_ms = scene.longest_stop_ms(guest)
     print(f"stopped for at most {stopped_ms:.0f} ms")
-    assert stopped_ms < STOPPED_MOST_MS + scene.agents_away_ms
+    assert stopped_ms < STOPPED_MOST_MS + scene.away_ms
     return over
 
 
