@@ -102,7 +102,7 @@ class Bench:
                     self.broken.append(f"{guest}: {len(reports)} attempts, policy allows {max_attempts}")
                 return reports
             time.sleep(0.02)
-        raise TimeoutError(f"{guest} is still {now}")
+        raise TimeoutError(f"migration {name} of {guest} did not end in time")
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
