@@ -98,6 +98,13 @@ class Departure:
         stage = self.runner.state.stage
         return AttemptStatus(self.ref, phase_of(stage), self.progress, ended=stage.ended)
 
+    async def share_again(self) -> None:
+        """The link is shared by more or fewer than before; no word to the VMM once the guest is stopped."""
+        state = self.runner.state
+        if state.stage is SourceStage.PRECOPY and state.released:
+            with contextlib.suppress(engine.EngineError):
+                await self.runner.vmm.release()
+
     async def sample(self) -> None:
         """Refresh `progress`, unless the guest is stopped for the switchover: then the last one stands."""
         state = self.runner.state

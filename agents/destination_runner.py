@@ -24,6 +24,7 @@ from orchestrator.core.records import TimelineEntry
 from orchestrator.ledger.store import StoreUnavailable
 
 _RETRY_S = 0.1
+_END_S = 5.0
 _SOURCE_TIME_S = 2.0
 _LOOK_S = 0.5
 
@@ -106,7 +107,7 @@ class DestinationRunner:
                 end()
             for task in (worker, *self._tasks):
                 task.cancel()
-            await asyncio.gather(worker, *self._tasks, return_exceptions=True)
+            await asyncio.wait([worker, *self._tasks], timeout=_END_S)
         return self.state
 
     async def _next(self, worker: asyncio.Task[None]) -> Event:

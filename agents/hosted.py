@@ -81,6 +81,10 @@ class Tools:
     journal: Journal
     peers: PeerChannels
     metrics: Metrics
+    departures: Callable[[], int]
+    """Attempts that this host is the source of: they share its link."""
+    link_shared: Callable[[], None]
+    """Their number changed."""
     changed: Callable[[], None]
     """Something that watchers of this agent want to know."""
 
@@ -472,6 +476,7 @@ class HostedGuest:
             downtime_limit_ms=max(1, policy.downtime_limit_ms - beside_ms),
             multifd_channels=policy.multifd_channels,
             auto_converge=policy.auto_converge,
+            sharing=self._tools.departures,
         )
 
     def _source_runner(
@@ -524,11 +529,13 @@ class HostedGuest:
             finally:
                 departure.copy.in_session = False
                 self.departure = None
+                self._tools.link_shared()
                 self.wake()
                 self._tools.changed()
 
         self._spawn(run())
         self._spawn(self._sample(departure))
+        self._tools.link_shared()
 
     async def _sample(self, departure: Departure) -> None:
         while self.departure is departure:

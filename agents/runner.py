@@ -78,6 +78,8 @@ class Agent:
             journal=self._journal,
             peers=peers,
             metrics=metrics,
+            departures=self._departures,
+            link_shared=self._link_shared,
             changed=self._notice,
         )
         self._guests: dict[str, HostedGuest] = {}
@@ -85,7 +87,7 @@ class Agent:
         self._hosting = asyncio.Lock()
         metrics.gauges(
             guests=lambda: sum(1 for guest in list(self._guests.values()) if guest.is_here),
-            under_way=lambda: sum(1 for guest in list(self._guests.values()) if guest.departure is not None),
+            under_way=self._departures,
             quorum_age_s=lambda: self._store.quorum_age_s,
         )
 
@@ -96,6 +98,17 @@ class Agent:
     def _notice(self) -> None:
         self._changes += 1
         self._changed.set()
+
+    def _departures(self) -> int:
+        return sum(1 for guest in list(self._guests.values()) if guest.departure is not None)
+
+    def _link_shared(self) -> None:
+        """Every engine that may stop its guest is told its new share of the link."""
+        for guest in self._guests.values():
+            if guest.departure is not None:
+                task = asyncio.create_task(guest.departure.share_again())
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 

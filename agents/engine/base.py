@@ -191,6 +191,10 @@ class HoldStart(StrEnum):
     """Full rate until less than `tail_bytes` remain, then a trickle until release."""
 
 
+def _alone() -> int:
+    return 1
+
+
 @dataclass(frozen=True, slots=True)
 class OutgoingOptions:
     endpoint: str
@@ -201,6 +205,9 @@ class OutgoingOptions:
     downtime_limit_ms: int
     multifd_channels: int = 0
     auto_converge: bool = False
+    sharing: Callable[[], int] = _alone
+    """How many outgoing migrations share the link, asked whenever the gate opens (also by a repeated `release`): what
+    is left of the guest must fit into the downtime limit at that share of the rate."""
 
 
 class Vmm(Protocol):

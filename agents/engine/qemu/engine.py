@@ -203,7 +203,8 @@ class QemuVmm:
             "downtime-limit": self._options.downtime_limit_ms if open_gate else _TRICKLE_DOWNTIME_MS,
         }
         if self._features.switchover_bandwidth:
-            values["avail-switchover-bandwidth"] = link if open_gate else _TRICKLE_BYTES_PER_S
+            share = link // max(1, self._options.sharing())
+            values["avail-switchover-bandwidth"] = share if open_gate else _TRICKLE_BYTES_PER_S
         await self._execute("migrate-set-parameters", values)
 
     async def _watch_tail(self, tail_bytes: int) -> None:
