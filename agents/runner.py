@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
@@ -44,6 +45,8 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
+_UUID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
+"""Of a guest, as it stands in paths: of the ledger, and of this host's disk."""
 RETRY_S = 0.2
 FIRST_SCAN_S = 10.0
 SCAN_S = 60.0
@@ -263,7 +266,8 @@ class Agent:
             known = self._guests.get(uuid)
             if known is not None and not known.forgotten:
                 return known
-            spec = await GuestLedger(self._store, uuid, self._tools.writer).spec()
+            known_form = _UUID.fullmatch(uuid) is not None
+            spec = await GuestLedger(self._store, uuid, self._tools.writer).spec() if known_form else None
             if spec is None:
                 raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid}")
             guest = HostedGuest(self._tools, GuestFiles(self._config, uuid, spec))

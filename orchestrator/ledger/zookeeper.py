@@ -45,6 +45,7 @@ from orchestrator.ledger.store import (
 )
 
 logging.getLogger("kazoo").setLevel(logging.ERROR)
+log = logging.getLogger(__name__)
 
 REREAD_S = 30.0
 """Watches are hints: everything watched is read again this often, whatever was announced."""
@@ -299,12 +300,20 @@ class ZooKeeperStore:
                 seen = await self._look(watch)
                 if seen != last:
                     last = seen
-                    watch.callback(seen)
+                    self._tell(watch, seen)
             except StoreUnavailable:
                 pause_s = _RETRY_S
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await watch.changed.wait()
+
+    @staticmethod
+    def _tell(watch: _Watch, seen: Any) -> None:
+        """A callback that cannot read today's content must hear of the one that mends it."""
+        try:
+            watch.callback(seen)
+        except Exception as error:
+            log.error("what was seen at %s is not taken in: %s", watch.path, error)
 
     async def _look(self, watch: _Watch) -> Any:
         """Read and arm. A missing node is watched for its creation."""

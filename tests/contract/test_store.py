@@ -155,6 +155,27 @@ async def test_a_watch_tells_now_and_every_newest_content(connect: Connect, stor
     await other.close()
 
 
+async def test_a_callback_that_fails_ends_no_watch(connect: Connect, store: Store) -> None:
+    """What it cannot read today may be mended tomorrow."""
+    await done(store, Create("/a/w", b"bad"))
+    seen: list[bytes] = []
+
+    def callback(node: Versioned | None) -> None:
+        assert node is not None
+        if node.data == b"bad":
+            raise ValueError("bad")
+        seen.append(node.data)
+
+    end = store.watch("/a/w", callback)
+    await asyncio.sleep(0.2)
+    await done(store, SetData("/a/w", b"good", 0))
+    async with asyncio.timeout(5):
+        while not seen:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert seen == [b"good"]
+    end()
+
+
 async def test_children_are_watched(store: Store) -> None:
     seen: list[tuple[str, ...]] = []
     store.watch_children("/a", seen.append)
