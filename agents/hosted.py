@@ -592,8 +592,13 @@ class HostedGuest:
         settled = self.record is not None and self.record.phase is Ownership.IDLE and own is not None
         return not (settled and own is not None and own.running == self._wish.run and len(self.copies) == 1)
 
+    def _spoken_for(self) -> bool:
+        """Sessions conduct all that is here, and wake the keeper at their ends: a look before that costs a write."""
+        conducted = bool(self.copies) and all(copy.in_session for copy in self.copies.values())
+        return self.departure is not None or conducted
+
     async def _keep_once(self) -> None:
-        while self.departure is None and not self.forgotten:
+        while not self._spoken_for() and not self.forgotten:
             record = await self._fresh()
             wish = await self.ledger.want_run()
             self._wish = wish
