@@ -145,7 +145,7 @@ def test_ctrl_c_at_any_moment_without_namespaces(chance: random.Random, monkeypa
 @pytest.mark.parametrize("loopback", [pytest.param("0", marks=long), pytest.param("1", marks=long)])
 def test_ctrl_c_at_many_moments(chance: random.Random, monkeypatch: pytest.MonkeyPatch, loopback: str) -> None:
     monkeypatch.setenv(network.NO_NAMESPACES_VARIABLE, loopback)
-    interrupt_ups(chance, 200, ray=True)
+    interrupt_ups(chance, 120, ray=True)
 
 
 def test_ctrl_c_while_ray_starts_leaves_nothing(directory: Path) -> None:
