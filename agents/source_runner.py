@@ -34,6 +34,7 @@ _RETRY_S = 0.1
 _VITALS_S = 0.25
 _FRESH_S = 1.0
 _HOOK_S = 2.0
+_END_S = 5.0
 _NAMES_S = 0.5
 """So long an abort waits to learn which devices inside the VMM it is about."""
 
@@ -105,7 +106,8 @@ class SourceRunner:
                 end()
             for task in (worker, lane, vitals, *self._precopy, *self._tasks):
                 task.cancel()
-            await asyncio.gather(worker, lane, vitals, *self._precopy, *self._tasks, return_exceptions=True)
+            # Bounded: a call that swallows its cancellation must not make the guest unmovable.
+            await asyncio.wait([worker, lane, vitals, *self._precopy, *self._tasks], timeout=_END_S)
         return self.state
 
     def _queue(self, command: Command) -> None:
@@ -285,6 +287,8 @@ class SourceRunner:
                 continue
             self._note("guest", f"{state.run_state}")
             await self.look_inside()
+            if state.late_devices:
+                self._found_late(state.late_devices)
             if lost := tuple(one.device for one in self.inside if one.lost):
                 self.feed(words.DevicesLost(lost))
             return Seen.ENGINE_SEALED if state.run_state is engine.RunState.SEALED else Seen.ENGINE_OVER
@@ -365,9 +369,12 @@ class SourceRunner:
             async with asyncio.timeout(_NAMES_S):
                 self.inside = await self.in_vmm.look()
 
-    async def _found_late(self, count: int) -> None:
-        """The VMM's verdict has a number only; the devices that we can ask know who it was."""
+    async def _name_late(self, count: int) -> None:
         await self.look_inside()
+        self._found_late(count)
+
+    def _found_late(self, count: int) -> None:
+        """The VMM's verdict has a number only; the devices that we can ask know who it was."""
         names = tuple(one.device for one in self.inside if one.late)
         self._note("engine_found_late", f"{count}: {', '.join(names)}" if names else str(count))
         self.feed(words.FoundLate(names))
@@ -402,7 +409,7 @@ class SourceRunner:
                 if known is not None:
                     self.feed(known)
             case engine.SwitchoverAckLate(count):
-                self._spawn(self._found_late(count))
+                self._spawn(self._name_late(count))
             case engine.RunStateChanged(running, at_s):
                 # The engine's own stamp beside ours: what a guest stood still is read from it to the microsecond.
                 self._note("vcpus run" if running else "vcpus stopped", f"{at_s:.6f}")

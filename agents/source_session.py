@@ -134,7 +134,7 @@ def source_step(state: SourceState, event: Event) -> Step:
         case Quiesced(newest):
             return _check(state, newest)
         case FoundLate(devices):
-            return _abort(state, AbortReason.LATE_SWITCHOVER_ACK, devices)
+            return _found_late(state, devices)
         case DevicesLost(devices):
             return _devices_lost(state, devices)
         case LoadedReport(inc, equal):
@@ -393,6 +393,16 @@ def _shims_back_reset(state: SourceState) -> Step:
     return _shims_back(replace(state, reason=AbortReason.DEVICE_RESET))
 
 
+_SYMPTOMS = frozenset({AbortReason.DESTINATION_LOST, AbortReason.ENGINE_FAILED})
+"""What the engine's own verdict looks like from elsewhere: the destination only sees its stream break."""
+
+
+def _found_late(state: SourceState, devices: tuple[str, ...]) -> Step:
+    if state.stage is SourceStage.ROLLING_BACK and state.reason in _SYMPTOMS and not state.refused:
+        return replace(state, reason=AbortReason.LATE_SWITCHOVER_ACK, devices=devices), ()
+    return _abort(state, AbortReason.LATE_SWITCHOVER_ACK, devices)
+
+
 def _devices_lost(state: SourceState, devices: tuple[str, ...]) -> Step:
     """The guest runs on with devices that do not know it: that is what the attempt came to, whatever ended it."""
     if state.stage is not SourceStage.ROLLING_BACK:
@@ -606,11 +616,14 @@ def _resume_failed(state: SourceState) -> Step:
 
 
 def _timer_precopy(state: SourceState) -> Step:
-    if state.stage is not SourceStage.PRECOPY or state.paused:
+    """The second time of a guest that policy stopped for the migration's sake: it does not end for all that."""
+    if state.stage is not SourceStage.PRECOPY or (state.paused and not state.suspended):
         return state, ()
-    if state.suspend_on_timeout:
-        return replace(state, suspended=True), (Note("suspend"), Do.PAUSE)
     pending = _names(state.acks.pending)
+    if state.suspended:
+        return _abort(state, AbortReason.NOT_CONVERGING, pending)
+    if state.suspend_on_timeout:
+        return replace(state, suspended=True), (Note("suspend"), StartTimer(Timer.PRECOPY), Do.PAUSE)
     return _abort(state, AbortReason.ACK_TIMEOUT if pending else AbortReason.NOT_CONVERGING, pending)
 
 

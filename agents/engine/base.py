@@ -67,6 +67,8 @@ class VmmState:
     run_state: RunState
     status: EngineStatus
     error: str = ""
+    late_devices: int = 0
+    """The migration failed by the VMM's own verdict (see SwitchoverAckLate), whatever else was done to it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -374,8 +374,10 @@ def _back(world: World) -> str:
 def _engine_aborts(world: World, state: SourceState) -> Iterator[Move]:
     yield "", True, _abort_engine(world)
     if state.inside and world.engine and world.requests:
-        reset = world._replace(lost=True, requests=world.requests - 1)
-        yield "resets a device", False, _abort_engine(reset)
+        less = world._replace(requests=world.requests - 1)
+        yield "resets a device", False, _abort_engine(less._replace(lost=True))
+        if world.vmm == DEVICE and not world.wished_stop:
+            yield "found late before", False, _abort_engine(feed_source(less, words.FoundLate(("x",))))
 
 
 def _abort_engine(world: World) -> World:
@@ -612,6 +614,8 @@ def wish_moves(world: World) -> Iterator[Move]:
     if world.wishes and state is not None and state.stage is SourceStage.PRECOPY and world.vmm == RUN:
         suspending = world._replace(source=replace(state, suspend_on_timeout=True), wishes=world.wishes - 1)
         yield "policy suspends", False, feed_source(suspending, Seen.TIMER_PRECOPY)
+    if state is not None and state.stage is SourceStage.PRECOPY and state.suspended and world.wished_stop:
+        yield "suspended in vain", True, feed_source(world, Seen.TIMER_PRECOPY)
     if state is not None and state.stage is SourceStage.GATE_WAIT:
         yield "gate wait is over", True, feed_source(world, Seen.TIMER_GATE_WAIT)
     if state is not None and state.stage is SourceStage.LAST_PASS:

@@ -71,7 +71,6 @@ class QemuVmm:
         self._released = True
         self._tail: asyncio.Task[None] | None = None
         self._parameters = asyncio.Lock()
-        self._aborting = False
         self._telling: asyncio.Task[None] | None = None
         watched.on_death = lambda: self._emit(base.VmmDied())
 
@@ -114,9 +113,10 @@ class QemuVmm:
         async with _bounded("state", timeout_s):
             run = await self._execute("query-status", timeout_s=timeout_s)
             info = await self._execute("query-migrate", timeout_s=timeout_s)
-        return VmmState(
-            _RUN_STATES.get(run["status"], RunState.PAUSED), _status(info), self._with_words(info.get("error-desc", ""))
-        )
+        status, error = _status(info), str(info.get("error-desc", ""))
+        late = verdict.late_devices(error) if status is EngineStatus.FAILED else None
+        run_state = _RUN_STATES.get(run["status"], RunState.PAUSED)
+        return VmmState(run_state, status, self._with_words(error), late or 0)
 
     async def progress(self) -> base.Progress:
         info = await self._execute("query-migrate")
@@ -175,7 +175,6 @@ class QemuVmm:
         wanted = {"events": True, "return-path": True, "pause-before-switchover": True}
         wanted |= {"multifd": options.multifd_channels > 1, "auto-converge": options.auto_converge}
         wanted |= self._acknowledged()
-        self._aborting = False
         await self.set_capabilities(wanted)
         if options.multifd_channels > 1:
             await self._execute("migrate-set-parameters", {"multifd-channels": options.multifd_channels})
@@ -225,7 +224,6 @@ class QemuVmm:
         await self._execute("migrate-continue", {"state": "pre-switchover"})
 
     async def abort(self, timeout_s: float = 5.0) -> VmmState:
-        self._aborting = True
         async with _bounded("abort", timeout_s):
             over = False
             with contextlib.suppress(EngineTimeout):
@@ -369,7 +367,7 @@ class QemuVmm:
         with contextlib.suppress(EngineError):
             info = await self._execute("query-migrate", timeout_s=_CANCEL_S)
             error = str(info.get("error-desc", "")) if _status(info) is EngineStatus.FAILED else ""
-        late = None if self._aborting else verdict.late_devices(error)
+        late = verdict.late_devices(error)
         self._emit(base.StatusChanged(EngineStatus.FAILED, error) if late is None else base.SwitchoverAckLate(late))
 
 
