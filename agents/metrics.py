@@ -57,6 +57,15 @@ class Metrics:
             ("kind",),
             registry=registry,
         )
+        self._inside_bytes = Counter(
+            "drover_device_sent_bytes",
+            "Sent by devices inside the VMM: in pre-copy, and after the stop",
+            ("kind",),
+            registry=registry,
+        )
+        self._reinits = Counter(
+            "drover_device_reinits", "Further ACKs that devices inside the VMM asked it for", registry=registry
+        )
         self._ledger_writes = Counter("drover_ledger_writes", "Writes of attempts to ZooKeeper", registry=registry)
         self._guests = Gauge("drover_guests", "Guests that this host owns", registry=registry)
         self._under_way = Gauge(
@@ -78,6 +87,10 @@ class Metrics:
             self._ack_wait.observe(wait_s)
         self._sent.inc(report.transferred_bytes)
         self._ledger_writes.inc(report.ledger_writes)
+        for device in report.device_progress:
+            self._inside_bytes.labels("precopy").inc(device.precopy_sent_bytes)
+            self._inside_bytes.labels("stop_copy").inc(device.stop_copy_sent_bytes)
+            self._reinits.inc(device.reinits)
         if report.outcome == "COMMITTED":
             self._device_bytes.labels("initial").inc(sum(device.initial_bytes for device in devices))
             self._device_bytes.labels("stop_copy").inc(sum(device.stop_copy_bytes for device in devices))

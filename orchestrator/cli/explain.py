@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from orchestrator.cli.timeline import Moment, Story
-    from orchestrator.core.records import AttemptReport
+    from orchestrator.core.records import AttemptReport, DeviceProgress
     from orchestrator.rpc.messages import Migration
     from orchestrator.rpc.orchestrator_client import OrchestratorClient
 
@@ -137,6 +137,15 @@ def _columns() -> list[Column[Moment]]:
     ]
 
 
+def _inside(device: DeviceProgress) -> str:
+    """One line on a device inside the VMM."""
+    before, after = units.size(device.precopy_sent_bytes), units.size(device.stop_copy_sent_bytes)
+    asked = f", asked for {units.count(device.reinits, 'further ACK')}" if device.reinits else ""
+    late = ", the last one late" if device.late else ""
+    lost = "; reset, its state is lost" if device.lost else ""
+    return f"device {device.name} inside the VMM: {before} before the stop, {after} after it{asked}{late}{lost}"
+
+
 def _after(report: AttemptReport, story: Story) -> list[str]:
     lines: list[str] = []
     if report.message:
@@ -151,6 +160,7 @@ def _after(report: AttemptReport, story: Story) -> list[str]:
         f"{units.count(story.requests, 'ACK request')} and {units.count(story.acks, 'ACK')}, "
         f"{units.count(report.ledger_writes, 'ledger write')}"
     )
+    lines += [_inside(device) for device in report.device_progress]
     if report.requested_while_stopped:
         names = ", ".join(f"{ack.device}/{ack.generation}" for ack in report.requested_while_stopped)
         lines.append(f"pending when the guest had been stopped on purpose, so not late: {names}")

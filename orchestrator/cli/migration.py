@@ -208,6 +208,9 @@ def _progress(each: Migration) -> Iterable[tuple[str, Cell]]:
     yield "iteration", str(sample.iteration or "")
     yield "gate", "open" if sample.gate_open else "closed"
     yield "pending ACKs", ", ".join(f"{ack.device}/{ack.generation}" for ack in sample.pending_acks)
+    for device in sample.devices:
+        rest = f"{units.size(device.initial_bytes)} to send, {units.size(device.stop_copy_bytes)} after the stop"
+        yield f"device {device.name}", f"{rest}; asked for {units.count(device.reinits, 'further ACK')}"
     if sample.expected_downtime_ms:
         yield "downtime", f"{units.milliseconds(sample.expected_downtime_ms)} expected"
 

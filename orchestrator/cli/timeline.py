@@ -202,10 +202,12 @@ def _stops(
         else:  # the destination may see the commit before the source has its answer
             marks += [("commit and take-over", runs + offset_ms), ("word of it", known)]
     else:
+        abort, runs = after.get("abort", after.get("refused")), after.get(RUNS)
+        by_itself = abort is not None and runs is not None and runs < abort
         marks = [
             ("until the check passed", after.get("check_passed")),
-            ("until the abort", after.get("abort", after.get("refused"))),
-            ("roll-back", after.get(RUNS)),
+            ("until the abort", None if by_itself else abort),
+            ("until the engine let it run" if by_itself else "roll-back", runs),
         ]
     parts: list[Part] = []
     for name, at in marks:

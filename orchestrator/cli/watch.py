@@ -140,8 +140,15 @@ def _line(line: Line, progress: Progress) -> Line:
         fraction=1.0 - left if progress.transferred_bytes else 0.0,
         rate_mbps=progress.bandwidth_mbps,
         eta_s=progress.eta_s,
-        waits_for=tuple(dict.fromkeys(request.device for request in progress.pending_acks)),
+        waits_for=_waits_for(progress),
     )
+
+
+def _waits_for(progress: Progress) -> tuple[str, ...]:
+    """Outside the VMM: as requests tell. Inside: a device that still has initial data has not agreed."""
+    outside = [request.device for request in progress.pending_acks]
+    inside = [device.name for device in progress.devices if device.initial_bytes]
+    return tuple(dict.fromkeys([*outside, *inside]))
 
 
 def forward(before: Line | None, after: Line) -> Line:
