@@ -326,7 +326,7 @@ def test_labels_say_what_is_in_store():
     [
         (spec(late_acks="some"), "web: the label late-acks must be a number, not 'some'"),
         (spec(stopped_by="me"), "web: the label stopped-by must be operator or policy, not 'me'"),
-        (replace(spec(late_acks="1"), devices=()), "web: without a companion device nobody asks for an ACK"),
+        (replace(spec(late_acks="1"), devices=()), "web: without a device nobody asks for an ACK"),
     ],
 )
 def test_labels_that_make_no_sense_are_refused(wrong: GuestSpec, sentence: str):

@@ -123,8 +123,7 @@ class Checks:
             for name, beat in now.items():
                 before.setdefault(name, beat)
             return all(
-                part.name in now
-                and (not part.companions or now[part.name].device_rings > before[part.name].device_rings)
+                part.name in now and (not part.devices or now[part.name].device_rings > before[part.name].device_rings)
                 for part in self._parts
             )
 

@@ -54,12 +54,13 @@ class _Stopped(BaseException):
 )
 @click.option(
     "--guests",
-    "guest_file",
+    "guest_files",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Other guests.  [default: deploy/demo/guests.yaml]",
+    multiple=True,
+    help="Other guests.  [default: deploy/demo/guests.yaml, with QEMU 11 also guests-11.yaml]",
 )
 @click.option("--qemu", default="", metavar="BINARY|VERSION", help="As of `drover up`.")
-def demo(directory: Path | None, report: Path, guest_file: Path | None, qemu: str) -> None:
+def demo(directory: Path | None, report: Path, guest_files: tuple[Path, ...], qemu: str) -> None:
     """Empty a host of real guests, and let the guests prove what became of them.
 
     Starts a cluster of its own with four hosts and twelve guests on one of them. On the way devices ask for late ACKs,
@@ -70,16 +71,16 @@ def demo(directory: Path | None, report: Path, guest_file: Path | None, qemu: st
 
     directory = directory or Path.home() / ".drover-demo"
     staging.refuse_running(directory)
-    Demo(directory, report.resolve(), guest_file or staging.GUESTS, qemu).perform()
+    Demo(directory, report.resolve(), guest_files or staging.guest_files(qemu), qemu).perform()
 
 
 class Demo:
     """One performance."""
 
-    def __init__(self, directory: Path, report: Path, guest_file: Path, qemu: str) -> None:
+    def __init__(self, directory: Path, report: Path, guest_files: Sequence[Path], qemu: str) -> None:
         self._directory = directory
         self._report = report
-        self._guest_file = guest_file
+        self._guest_files = guest_files
         self._qemu = qemu
         self._printer = Printer("table")
         self._elapsed_s: dict[str, float] = {}
@@ -141,25 +142,26 @@ class Demo:
         from orchestrator.cli.demo import staging
         from orchestrator.cli.demo.judge import PartError, part_of
 
-        specs = staging.read_guests(self._guest_file)
+        specs = staging.read_guests(self._guest_files)
         try:
             parts = [part_of(spec) for spec in specs]
         except PartError as error:
-            raise CliError(Exit.USAGE, f"{self._guest_file}: {error}") from None
+            raise CliError(Exit.USAGE, str(error)) from None
         with self._step("up"):
             self._type(f"drover up --hosts {staging.HOSTS}{f' --qemu {self._qemu}' if self._qemu else ''}")
             staging.raise_cluster(self._directory, self._qemu)
         with self._step("guests"):
-            self._type(f"drover guest run {_near(self._guest_file)} --host {SOURCE}")
+            files = " ".join(str(_near(path)) for path in self._guest_files)
+            self._type(f"drover guest run {files} --host {SOURCE}")
             staging.run_guests(self._directory, specs, SOURCE)
         self._tell_parts(parts)
         return parts
 
     def _tell_parts(self, parts: Sequence[Part]) -> None:
-        devices = sum(bool(part.companions) for part in parts)
+        devices = sum(bool(part.devices) for part in parts)
         memory_mib = sum(part.memory_mib for part in parts)
         guests = units.count(len(parts), "guest")
-        self._printer.show(f"{guests} on {SOURCE} with {memory_mib} MiB, {devices} of them with companion devices:")
+        self._printer.show(f"{guests} on {SOURCE} with {memory_mib} MiB, {devices} of them with devices of their own:")
         for part in parts:
             if story := _story(part):
                 self._printer.show(f"  {part.name:<12} {story}")
@@ -317,7 +319,7 @@ def _story(part: Part) -> str:
     """What is in store for it; empty when it just moves."""
     from orchestrator.cli.demo.judge import OPERATOR, POLICY
 
-    device = ", ".join(part.companions)
+    device = ", ".join(part.devices)
     if part.late_acks:
         times = "once" if part.late_acks == 1 else f"{part.late_acks} times in a row"
         return f"its device {device} will ask for another ACK when the guest has stopped already, {times}"

@@ -25,13 +25,17 @@ class PartError(Exception):
     """A label of the guest file that says what the demo expects of a guest makes no sense."""
 
 
+_ASKING = (ShimKind.COMPANION, ShimKind.VFIO)
+"""Devices with a say in the switchover, and with answers that the guest checks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A guest and what the script of the demo has in store for it, by its labels `late-acks` and `stopped-by`."""
 
     name: str
     memory_mib: int
-    companions: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
     late_acks: int = 0
     """So many attempts are to end with LATE_SWITCHOVER_ACK."""
     stopped_by: str = ""
@@ -45,10 +49,10 @@ def part_of(spec: GuestSpec) -> Part:
         raise PartError(f"{spec.name}: the label {_LATE_ACKS} must be a number, not {late!r}")
     if stopped_by not in ("", OPERATOR, POLICY):
         raise PartError(f"{spec.name}: the label {_STOPPED_BY} must be {OPERATOR} or {POLICY}, not {stopped_by!r}")
-    companions = tuple(device.name for device in spec.devices if device.shim is ShimKind.COMPANION)
-    if (late != "0" or stopped_by) and not companions:
-        raise PartError(f"{spec.name}: without a companion device nobody asks for an ACK")
-    return Part(spec.name, spec.memory_mib, companions, int(late), stopped_by)
+    devices = tuple(device.name for device in spec.devices if device.shim in _ASKING)
+    if (late != "0" or stopped_by) and not devices:
+        raise PartError(f"{spec.name}: without a device nobody asks for an ACK")
+    return Part(spec.name, spec.memory_mib, devices, int(late), stopped_by)
 
 
 # --- what is known of a guest -----------------------------------------------------------------------------------------
@@ -228,7 +232,7 @@ def _attempts(guest: GuestReport) -> list[str]:
         counted = f"{guest.late_acks} of its attempts, the script asks for {part.late_acks}"
         told.append(f"LATE_SWITCHOVER_ACK ended {counted}")
     for attempt in attempts:
-        if attempt.is_late and not set(attempt.devices) & set(part.companions):
+        if attempt.is_late and not set(attempt.devices) & set(part.devices):
             told.append(f"attempt {attempt.number} was aborted for a late ACK and names none of its devices")
         if not attempt.zxid:
             told.append(f"attempt {attempt.number} ({attempt.outcome}) has no zxid: where was it written?")
@@ -261,7 +265,7 @@ def _paused_by_operator(guest: GuestReport) -> list[str]:
     if pause is None:
         return ["the operator never saw it wait for an ACK in pre-copy, so it was not paused"]
     told: list[str] = []
-    if not set(pause.pending) & set(guest.part.companions):
+    if not set(pause.pending) & set(guest.part.devices):
         told.append("no ACK of its devices was pending when the operator paused it")
     if pause.effective_ns is None:
         told.append("the operator's pause was not applied in pre-copy")
@@ -287,7 +291,7 @@ def _suspended_by_policy(guest: GuestReport) -> list[str]:
 
 def _was_pending(guest: GuestReport) -> list[str]:
     pending = {device for attempt in guest.answer.attempts for device in attempt.pending_when_stopped}
-    if pending & set(guest.part.companions):
+    if pending & set(guest.part.devices):
         return []
     return ["the report names no ACK that was pending when it was stopped on purpose"]
 
@@ -315,7 +319,7 @@ def _devices(guest: GuestReport) -> list[str]:
     evidence = guest.evidence
     if evidence.device_errors:
         return [f"{evidence.device_errors} answers of its devices were wrong"]
-    if not guest.part.companions or not evidence.hand_overs:
+    if not guest.part.devices or not evidence.hand_overs:
         return []
     at_arrival = evidence.hand_overs[-1].first_destination.device_rings
     return [] if evidence.device_rings > at_arrival else ["its devices answered nothing after its arrival"]

@@ -51,7 +51,7 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
 
     def answers(guest: GuestReport) -> Cell:
         wrong = guest.evidence.device_errors
-        if not guest.part.companions:
+        if not guest.part.devices:
             return ""
         return (f"{wrong} wrong", "bold red") if wrong else f"{guest.evidence.device_rings} ok"
 
