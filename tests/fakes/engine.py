@@ -39,6 +39,7 @@ class FakeVmm:
         self._sinks: list[base.EventSink] = []
         self._before = run
         self._dead = False
+        self._late = 0
 
     @property
     def metadata(self) -> VmmMetadata:
@@ -53,7 +54,11 @@ class FakeVmm:
 
     async def state(self, timeout_s: float = 2.0) -> VmmState:
         self._called("state")
-        return VmmState(self.run, self.status, self.error)
+        return self._now()
+
+    def _now(self) -> VmmState:
+        late = self._late if self.status is EngineStatus.FAILED else 0
+        return VmmState(self.run, self.status, self.error, late)
 
     async def progress(self) -> base.Progress:
         self._called("progress")
@@ -81,7 +86,7 @@ class FakeVmm:
 
     async def start_outgoing(self, options: base.OutgoingOptions) -> None:
         self._called("start_outgoing")
-        self.error = ""
+        self.error, self._late = "", 0
         self._set_status(EngineStatus.SETUP)
         self.peer = self.engine.listening.get(options.endpoint)
         why, self.engine.script.fail_outgoing = self.engine.script.fail_outgoing, ""
@@ -126,7 +131,7 @@ class FakeVmm:
             self._set_status(EngineStatus.CANCELLED)
             if self.peer is not None and self.peer.alive():
                 self.peer._set_status(EngineStatus.FAILED)
-        return VmmState(self.run, self.status, self.error)
+        return self._now()
 
     async def promote(self) -> None:
         self._called("promote")
@@ -176,6 +181,7 @@ class FakeVmm:
     def _find_late(self, devices: int) -> None:
         """The guest runs before the failure is told, as on QEMU 11.1."""
         self.error = f"Switchover ACK was requested by {devices} devices during switchover"
+        self._late = devices
         self._back()
         self.status = EngineStatus.FAILED
         if self.peer is not None:

@@ -217,7 +217,8 @@ class Rig:
         """Runs QEMU with more options than the product gives it."""
         wrapper = self.directory / name
         words = " ".join(f"'{option}'" for option in options)
-        wrapper.write_text(f'#!/bin/sh\nexec {binary} "$@" {words}\n')
+        probe = f'case "$*" in *"-M none"*) exec {binary} "$@" ;; esac'  # of what it can, without a machine
+        wrapper.write_text(f'#!/bin/sh\n{probe}\nexec {binary} "$@" {words}\n')
         wrapper.chmod(0o755)
         return QemuEngine(image(), str(wrapper), vfio_preload=preload())
 

@@ -7,12 +7,15 @@ each other. `pytest tests/integration/test_vfio.py -k late -s` prints how long Q
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +40,7 @@ from orchestrator.ledger.ledger import Ledger, op_create, op_set
 from orchestrator.ledger.store import Done
 from tests.fakes.coordination import MemoryStore, Tree
 from tests.fakes.vfio_rig import LINK, End, Rig, device, qemu, until
+from tests.fakes.vfio_user import Command, VfioUserDevice
 
 pytestmark = [pytest.mark.qemu, pytest.mark.integration, pytest.mark.timeout(90)]
 S, D = HostRef("host-1", "boot-1"), HostRef("host-2", "boot-2")
@@ -554,3 +558,25 @@ async def test_a_late_device_inside_rolls_the_companions_back() -> None:
         await made.stayed(AbortReason.LATE_SWITCHOVER_ACK, "nic")
         await made.run()
         await made.moved()
+
+
+# --- what would be lost without a word --------------------------------------------------------------------------------
+
+
+async def test_a_vfio_user_device_is_refused_before_it_is_lost() -> None:
+    """QEMU 11.1 moves the guest, says `completed`, and never asked the device about its state."""
+    other = VfioUserDevice()
+    with tempfile.TemporaryDirectory(prefix="du-") as directory:
+        path = Path(directory) / "s"
+        await other.start(path)
+        options = {"driver": "vfio-user-pci", "id": "vu0", "socket": {"type": "unix", "path": str(path)}}
+        try:
+            async with Rig(qemu("11.1"), source_options=["-device", json.dumps(options)], traces=()) as rig:
+                (said,) = await rig.source.vmm.unmigratable()
+                assert "vu0" in said
+                assert "vfio-user" in said
+                assert await rig.destination.vmm.unmigratable() == ()
+                assert Command.FEATURE not in other.asked, "it was never asked what it can"
+                assert "blocked-reasons" not in await rig.source.qmp("query-migrate")
+        finally:
+            other.close()

@@ -19,11 +19,13 @@ from agents.guests.files import GuestFiles
 from agents.metrics import Metrics
 from agents.runner import Agent
 from orchestrator.core import handover
-from orchestrator.core.agent import PrepareOrder, RunState
+from orchestrator.core.agent import ConductOrder, PrepareOrder, RunState
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
-from orchestrator.core.records import GuestSpec, WantRun
+from orchestrator.core.migration import Prepared
+from orchestrator.core.policy import MigrationPolicy
+from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, WantRun
 from orchestrator.ledger import paths
 from tests.fakes.coordination import MemoryStore, World
 from tests.fakes.engine import FakeEngine, FakeVmm
@@ -185,3 +187,44 @@ async def test_a_note_that_cannot_be_read_loses_no_guest(
     agent.nudge(G)
     await until_it_runs(agent)
     await agent.stop()
+
+
+async def leaving(agent: Agent, world: World, mover: SlowEngine, prepared: Prepared) -> ConductOrder:
+    """A guest that runs here, and an open attempt to move it."""
+    world.put(paths.guest(G), handover.birth("web", HERE, writer="api"))
+    mover.go.set()
+    await agent.start_guest(G)
+    opened = handover.open_attempt(world.record(G), REF.migration, REF.attempt, THERE, epoch=0, writer="c")
+    world.put(paths.guest(G), opened)
+    return ConductOrder(REF, 0, prepared, THERE, MigrationPolicy())
+
+
+@pytest.mark.parametrize(
+    ("machine", "acks", "says"),
+    [("pc-i440fx-11.1", "none", "machine type differs: pc here"), ("pc", "per-device", "switchover-ack mode differs")],
+)
+async def test_what_would_load_as_another_machine_is_refused_while_nothing_has_happened(
+    agent: Agent, world: World, mover: SlowEngine, machine: str, acks: str, says: str
+) -> None:
+    order = await leaving(agent, world, mover, Prepared("inc", "fake:1", "127.0.0.1:1", machine, acks))
+    with pytest.raises(DroverError, match=says) as caught:
+        await agent.conduct_attempt(order)
+    assert caught.value.reason is RefusalReason.MACHINE_TYPE_MISMATCH
+    assert world.record(G).inc == ""
+
+
+async def test_a_device_whose_state_would_stay_behind_is_refused(agent: Agent, world: World, mover: SlowEngine) -> None:
+    mover.script.unmigratable = ("device vu0 is a vfio-user-pci",)
+    order = await leaving(agent, world, mover, Prepared("inc", "fake:1", "127.0.0.1:1"))
+    with pytest.raises(DroverError, match="vu0") as caught:
+        await agent.conduct_attempt(order)
+    assert caught.value.reason is RefusalReason.DEVICE_NOT_MIGRATABLE
+
+
+async def test_a_host_that_cannot_give_a_guest_its_devices_refuses_it(agent: Agent, world: World) -> None:
+    """No preload is configured here."""
+    world.put(paths.guest_spec(G), GuestSpec("web", devices=(DeviceSpec("nic", ShimKind.VFIO),)))
+    on_its_way_here(world)
+    with pytest.raises(DroverError, match="inside its VMM") as caught:
+        await agent.prepare_destination(ORDER)
+    assert caught.value.reason is RefusalReason.DEVICE_NOT_MIGRATABLE

@@ -180,3 +180,17 @@ def test_backoff_is_scaled_by_the_jitter() -> None:
     (settle,) = step(course, ReportAnswer(AttemptReport(1, "ABORTED")), now_ms=0, jitter=0.5).commands
     assert isinstance(settle, Settle)
     assert (settle.phase, settle.retry_wait_ms, settle.close) == (MigrationPhase.RETRY_WAIT, 100, False)
+
+
+def test_a_guest_that_arrived_with_a_device_that_lost_its_state_is_no_success() -> None:
+    report = AttemptReport(1, "COMMITTED", AbortReason.DEVICE_RESET, ("nic",), "nic lost its state")
+    course, _ = seen(ARRIVED)
+    for commands in (step(course, ReportAnswer(report), now_ms=1).commands, tuple(seen(ARRIVED, ACTIVE, report)[1])):
+        (settle,) = commands
+        assert isinstance(settle, Settle)
+        assert (settle.phase, settle.failure, settle.close) == (
+            MigrationPhase.FAILED,
+            FailureReason.DEVICE_RESET,
+            False,
+        )
+        assert settle.message == "nic lost its state"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from agents.session import (
     Acked,
     Command,
     Commit,
+    DevicesLost,
     Do,
+    FoundLate,
     LoadedReport,
     Note,
     Quiesced,
@@ -15,6 +19,9 @@ from agents.session import (
     RequestsSeen,
     RequestsWritten,
     Seen,
+    StartTimer,
+    Timer,
+    WantRunSeen,
     WriteAbort,
 )
 from agents.source_session import SourceStage, SourceState, source_step
@@ -78,3 +85,76 @@ def test_a_request_that_beat_the_commit_is_the_reason_that_is_written_down() -> 
     assert [command for command in commands if isinstance(command, WriteAbort)] == [
         WriteAbort(AbortReason.LATE_SWITCHOVER_ACK, ())
     ]
+
+
+# --- devices inside the VMM -------------------------------------------------------------------------------------------
+
+
+def inside(*events: object) -> SourceState:
+    """In pre-copy, with devices inside the VMM and none outside."""
+    state = SourceState(AttemptRef("g", "m", 1), HostRef("h", "1"), "i", has_devices=False, inside=True)
+    return after(state, Seen.BEGIN, Seen.BOUND, Seen.VITALS_GOOD, Seen.ACTIVE, *events)[0]
+
+
+def aborts(commands: list[Command]) -> list[WriteAbort]:
+    return [command for command in commands if isinstance(command, WriteAbort)]
+
+
+def test_nothing_waits_in_pre_switchover_when_only_the_vmm_can_look() -> None:
+    state, commands = after(inside(), Seen.PARKED)
+    assert state.stage is SourceStage.LAST_PASS
+    assert Do.PROCEED in commands
+    assert Do.QUIESCE not in commands
+
+
+def test_the_engines_verdict_is_a_late_ack_with_its_names() -> None:
+    state, commands = after(inside(Seen.PARKED), FoundLate(("nic",)), Seen.SHIMS_BACK, Seen.ENGINE_OVER)
+    assert state.stage is SourceStage.RECORDING
+    assert aborts(commands) == [WriteAbort(AbortReason.LATE_SWITCHOVER_ACK, ("nic",))]
+
+
+def test_the_engines_verdict_is_the_cause_of_what_was_heard_before_it() -> None:
+    """The destination only sees its stream break, and may say so first."""
+    for symptom in (Seen.DEST_FAILED, Seen.ENGINE_FAILED):
+        _, commands = after(inside(Seen.PARKED), symptom, Seen.SHIMS_BACK, FoundLate(("nic",)), Seen.ENGINE_OVER)
+        assert aborts(commands) == [WriteAbort(AbortReason.LATE_SWITCHOVER_ACK, ("nic",))]
+    _, commands = after(
+        inside(Seen.PARKED), Seen.TIMER_SWITCHOVER, Seen.SHIMS_BACK, FoundLate(("nic",)), Seen.ENGINE_OVER
+    )
+    assert aborts(commands) == [WriteAbort(AbortReason.SWITCHOVER_TIMEOUT)]
+
+
+def test_a_lost_device_is_what_the_attempt_came_to() -> None:
+    events = (FoundLate(("nic",)), Seen.SHIMS_BACK, DevicesLost(("gpu",)), Seen.ENGINE_OVER)
+    state, commands = after(inside(Seen.PARKED), *events)
+    assert aborts(commands) == [WriteAbort(AbortReason.DEVICE_RESET, ("gpu",))]
+    assert state.lost == ("gpu",)
+
+
+def test_a_wish_to_run_ends_the_attempt_before_it_is_fulfilled() -> None:
+    paused, _ = after(inside(), WantRunSeen(False), Seen.PAUSED)
+    assert paused.paused
+    state, commands = after(paused, WantRunSeen(True))
+    assert Do.RESUME not in commands
+    assert state.reason is AbortReason.GUEST_RESUMED
+    state, commands = after(state, Seen.SHIMS_BACK, Seen.ENGINE_OVER)
+    assert commands[-1] is Do.RESUME
+    _, commands = after(state, Seen.RESUMED)
+    assert aborts(commands) == [WriteAbort(AbortReason.GUEST_RESUMED)]
+
+
+def test_without_devices_inside_the_guest_runs_on_within_its_attempt() -> None:
+    state, _ = after(begun(), Seen.ACTIVE, WantRunSeen(False), Seen.PAUSED)
+    state, commands = after(state, WantRunSeen(True))
+    assert commands == [Do.RESUME]
+    assert state.stage is SourceStage.PRECOPY
+
+
+def test_a_guest_that_policy_stopped_in_vain_runs_again() -> None:
+    suspending = replace(begun(), suspend_on_timeout=True)
+    state, commands = after(suspending, Seen.ACTIVE, Seen.TIMER_PRECOPY)
+    assert commands[-2:] == [StartTimer(Timer.PRECOPY), Do.PAUSE]
+    state, _ = after(state, Seen.PAUSED, Seen.TIMER_PRECOPY)
+    assert state.reason is AbortReason.NOT_CONVERGING
+    _, commands = after(state, Seen.SHIMS_BACK, Seen.ENGINE_OVER)
+    assert commands[-1] is Do.RESUME
