@@ -10,7 +10,6 @@ from agents.engine.base import VmmSpec
 from agents.engine.qemu.process import kernel_arguments
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
 
-
 STANDARD = Workload()
 
 
