@@ -420,6 +420,23 @@ async def test_paused_with_an_ack_pending_it_moves_and_stays_paused(version: str
         await _sound(there)
 
 
+async def test_a_guest_that_arrived_paused_moves_on_at_the_second_try(version: str) -> None:
+    """Until the guest runs its device is in RESUMING, from where QEMU begins no migration; failing, it mends that."""
+    async with Rig(qemu(version), device("nic"), traces=()) as rig:
+        await rig.source.vmm.pause()
+        await rig.migrate()
+        assert (await rig.over()).status is EngineStatus.COMPLETED
+        rig.source = rig.destination
+        ends: list[EngineStatus] = []
+        for _ in range(2):
+            await rig.new_destination()
+            await rig.migrate()
+            ends.append((await rig.over()).status)
+        assert ends == [EngineStatus.FAILED, EngineStatus.COMPLETED]
+        await rig.hand_over()
+        await _sound(rig.destination)
+
+
 async def test_resume_ends_the_attempt_and_never_starts_vcpus_under_it(version: str) -> None:
     async with course(version, device("nic")) as made:
 
