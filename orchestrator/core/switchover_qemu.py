@@ -19,7 +19,6 @@ Pure values: every method returns a new one. Names in quotes are QEMU's own word
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -34,7 +33,6 @@ SWITCHOVER_ACK, RETURN_PATH, PAUSE, POSTCOPY = (
 )
 IN_PROGRESS = "There's a migration process in progress"
 UNDERFLOW = "Switchover ack pending num underflowed"
-_PER_DEVICE_SINCE = (11, 1)
 _U32 = 1 << 32
 
 
@@ -75,35 +73,9 @@ class AckSetup:
         return AckMode.LEGACY if self.legacy else AckMode.PER_DEVICE
 
 
-def is_legacy(machine: str) -> bool:
-    """Does QEMU 11.1 or later use the legacy ACK for this machine type? One without a version is the newest."""
-    version = re.search(r"-(\d+)\.(\d+)$", machine)
-    return version is not None and (int(version[1]), int(version[2])) < _PER_DEVICE_SINCE
-
-
-def setup_errors(source: AckSetup, destination: AckSetup, *, devices: bool) -> list[str]:
-    """Why an attempt between these ends must not start, one sentence each; empty when it may (R1, R3, R4, R29)."""
-    wrong: list[str] = []
-    for name, end in (("source", source), ("destination", destination)):
-        if end.mode is not AckMode.OFF and RETURN_PATH not in end.capabilities:
-            wrong.append(f"the {name} has {SWITCHOVER_ACK} without {RETURN_PATH}, on which the ACKs travel: set both")
-        if devices and POSTCOPY in end.capabilities:
-            wrong.append(f"the {name} has {POSTCOPY}, which VFIO devices do not survive: unset it")
-    if source.mode is not destination.mode:
-        said = f"switchover-ack is {source.mode} at the source and {destination.mode} at the destination"
-        wrong.append(f"{said}: set the capability at both ends and use one machine type")
-    return wrong
-
-
 def late_text(count: int) -> str:
     """`error-desc` of a migration that failed because `count` devices asked for an ACK after the decision (R17)."""
     return f"Switchover ACK was requested by {count} devices during switchover"
-
-
-def late_devices(error: str) -> int:
-    """How many devices asked too late, by QEMU's own words; 0 for every other error. Never read it after a cancel."""
-    found = re.fullmatch(r"Switchover ACK was requested by (\d+) devices during switchover", error)
-    return int(found[1]) if found else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +87,8 @@ class DeviceAccount:
     """It migrates in pre-copy at all. One that does not never asks (R10)."""
     reinit: bool = True
     """It can say that its initial data began anew (VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2)."""
+    p2p: bool = True
+    """It has PRE_COPY_P2P, in which it does no DMA to other devices. One without gets no last look."""
     initial_bytes: int = 0
     """Left to send: what the newest look said, less what was read since."""
     asks: bool = False
@@ -122,7 +96,7 @@ class DeviceAccount:
     marked: bool = False
     """The marker of the present initial data has left."""
     quiesced: bool = False
-    """Past PRE_COPY, from where no way leads back in this migration: no look, no marker."""
+    """Past PRE_COPY and PRE_COPY_P2P, from where no way leads back in this migration: no look, no marker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,10 +258,11 @@ class QemuSource:
     def gets_last_look(self, name: str) -> bool:
         """With the guest stopped, before PRE_COPY_P2P. Later REINITs, and those of other devices, are never seen."""
         device = self.device(name)
-        return self.mode is AckMode.PER_DEVICE and device.precopy and device.reinit and not device.quiesced
+        able = device.precopy and device.reinit and device.p2p
+        return self.mode is AckMode.PER_DEVICE and able and not device.quiesced
 
     def quiesce(self, name: str) -> QemuSource:
-        """PRE_COPY -> PRE_COPY_P2P."""
+        """PRE_COPY -> PRE_COPY_P2P -> STOP_COPY. In between nobody looks, except at an operator's stop."""
         return self._with(replace(self.device(name), quiesced=True))
 
     def proceed(self) -> QemuSource:

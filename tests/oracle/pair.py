@@ -89,7 +89,7 @@ class Pair:
             self.source, self.acks = self.source.acked(), self.acks - 1
 
 
-def without_reinit(source: QemuSource, name: str) -> QemuSource:
-    """The same source with a device that cannot say REINIT."""
-    devices = tuple(replace(each, reinit=each.name != name) for each in source.devices)
+def lacking(source: QemuSource, name: str, feature: str) -> QemuSource:
+    """The same source with a device that lacks `reinit` or `p2p`."""
+    devices = tuple(replace(each, **{feature: False}) if each.name == name else each for each in source.devices)
     return replace(source, devices=devices)

@@ -9,7 +9,7 @@ from agents.source_session import SourceState, source_step
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.switchover import AckLedger, AckMode
 from orchestrator.core.switchover_qemu import RETURN_PATH, AckSetup, DeviceAccount, QemuSource, QemuStage, Query
-from tests.oracle.pair import Pair, begun, last_look, served, setup, stopped_for_switchover, without_reinit
+from tests.oracle.pair import Pair, begun, lacking, last_look, served, setup, stopped_for_switchover
 
 A1, A2, B1 = AckRequest("a", 1), AckRequest("a", 2), AckRequest("b", 1)
 
@@ -161,9 +161,9 @@ def test_growth_without_the_flag_is_no_request() -> None:
     source = served(begun("a"), "a")
     grown = source.look("a", 2 << 20).query(Query.EXACT)
     assert (grown.pending, grown.may_switch_over, grown.device("a").initial_bytes) == (0, True, 2 << 20)
-    unable = without_reinit(source, "a").look("a", 2 << 20, reinit=True).query(Query.EXACT)
+    unable = lacking(source, "a", "reinit").look("a", 2 << 20, reinit=True).query(Query.EXACT)
     assert unable.pending == 0, "the flags of a device that did not opt in mean nothing"
-    assert not without_reinit(source, "a").gets_last_look("a")
+    assert not lacking(source, "a", "reinit").gets_last_look("a")
 
 
 @pytest.mark.rule("R15")

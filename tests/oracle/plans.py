@@ -1,0 +1,207 @@
+"""What is to happen in one real migration, what must come of it, and how to make such plans by the hundred.
+
+The devices' part of a plan is scenarios as in docs/scenario.md. `foretell` works out the result from the plan alone, by
+the rules of docs/rules.md: no machine and no QEMU is asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from hypothesis import strategies as st
+
+from orchestrator.core.scenario import Ask, Call, Delay, Fault, Hook, Lack, Scenario
+from orchestrator.core.switchover import AckMode
+from orchestrator.core.switchover_qemu import DeviceAccount, QemuStage, late_text
+
+MAX_DEVICES = 4
+PENDING_MS = 400
+"""So long the first ACK of a plan with Stop.PENDING is held back."""
+
+
+class Stop(StrEnum):
+    """When the operator stops the guest."""
+
+    NEVER = "never"
+    BEFORE = "before"
+    """Before the migration."""
+    PENDING = "pending"
+    """In pre-copy, while an ACK is pending."""
+    ACKED = "acked"
+    """In pre-copy, when all are acknowledged and only the downtime limit holds the guest."""
+
+
+class Ending(StrEnum):
+    THROUGH = "through"
+    CONTINUE = "continue"
+    """Parks in pre-switchover and is told to go on."""
+    CANCEL = "cancel"
+    """Parks in pre-switchover and is cancelled."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    mode: AckMode
+    devices: tuple[Scenario, ...]
+    stop: Stop = Stop.NEVER
+    ending: Ending = Ending.THROUGH
+    reopened: tuple[int, ...] = ()
+    """Devices (by number) that ask again, one after the other, each when everything is acknowledged."""
+
+    @property
+    def held(self) -> bool:
+        """The downtime limit keeps the guest running until the test lets go."""
+        return self.stop is Stop.ACKED or bool(self.reopened)
+
+    def accounts(self) -> tuple[DeviceAccount, ...]:
+        return tuple(
+            DeviceAccount(
+                f"vfio-d{index}", precopy=takes_part(each), reinit=says_reinit(each), p2p=Lack.P2P not in each.lacks
+            )
+            for index, each in enumerate(self.devices)
+        )
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """The result. None: depends on who is faster."""
+
+    stage: QemuStage
+    error: str
+    runs: bool
+    """The guest, on the source, at the end."""
+    requests: int | None
+    acks: int | None
+    pending: int | None
+    """After the final query; None as well if there is none."""
+
+
+def takes_part(scenario: Scenario) -> bool:
+    """The device migrates in pre-copy."""
+    return Lack.PRE_COPY not in scenario.lacks
+
+
+def says_reinit(scenario: Scenario) -> bool:
+    return takes_part(scenario) and Lack.REINIT not in scenario.lacks
+
+
+def is_looked_at_last(scenario: Scenario) -> bool:
+    return says_reinit(scenario) and Lack.P2P not in scenario.lacks
+
+
+def asks_at(scenario: Scenario, hook: Hook) -> int:
+    """In how many of the times that this hook is reached the device asks."""
+    return max((ask.times or 0 for ask in scenario.asks if ask.at is hook), default=0)
+
+
+def fails(scenario: Scenario, call: Call) -> bool:
+    return any(fault.call is call for fault in scenario.faults)
+
+
+def requests_in_precopy(plan: Plan) -> int:
+    """Before anything is stopped: each device's first, and its REINITs whenever it has nothing left to send."""
+    if plan.mode is not AckMode.PER_DEVICE or plan.stop is Stop.BEFORE:
+        return 0
+    first = sum(takes_part(each) for each in plan.devices)
+    return first + sum(asks_at(each, Hook.GATE_OPEN) for each in plan.devices if says_reinit(each))
+
+
+def asking_last(plan: Plan) -> int:
+    """Devices whose last look asks: by REINIT, or by failing (R31)."""
+    if plan.mode is not AckMode.PER_DEVICE or plan.stop is Stop.BEFORE:
+        return 0
+    looked_at = [each for each in plan.devices if is_looked_at_last(each)]
+    return sum(bool(asks_at(each, Hook.FREEZE)) or fails(each, Call.LAST_LOOK) for each in looked_at)
+
+
+def foretell(plan: Plan) -> Foretold:
+    last = asking_last(plan)
+    cancelled = plan.ending is Ending.CANCEL
+    late = last if plan.stop is Stop.NEVER and not cancelled else 0
+    stage = QemuStage.CANCELLED if cancelled else QemuStage.FAILED if late else QemuStage.COMPLETED
+    runs = plan.stop is Stop.NEVER and stage is not QemuStage.COMPLETED
+    known = plan.stop is not Stop.PENDING
+    asked = requests_in_precopy(plan) + len(plan.reopened)
+    if plan.mode is AckMode.PER_DEVICE:
+        collected = not cancelled or plan.stop is Stop.ACKED  # the last looks' requests, by whatever query
+        requests, acks = asked + (last if collected else 0), asked
+        pending = requests - acks
+    else:
+        requests, acks = 0, int(plan.mode is AckMode.LEGACY and not _never_acked(plan))
+        pending = int(plan.mode is AckMode.LEGACY) - acks
+    # A device that asks at the operator's stop may be in the middle of its turn: then its marker leaves all the same.
+    countable = known and not (plan.stop is Stop.ACKED and last)
+    return Foretold(
+        stage,
+        late_text(late) if late else "",
+        runs,
+        requests if known else None,
+        acks if countable else None,
+        pending if countable and not cancelled else None,
+    )
+
+
+def _never_acked(plan: Plan) -> bool:
+    """Legacy: some device waits for a marker that a stopped guest's device never sends."""
+    return plan.stop is Stop.BEFORE and any(takes_part(each) for each in plan.devices)
+
+
+# --- making plans -----------------------------------------------------------------------------------------------------
+
+_BYTES = st.sampled_from([0, 1, 4096, 65_536]) | st.integers(0, 400_000)
+_NEW_BYTES = st.sampled_from([0, 1, 4096]) | st.integers(0, 200_000)
+_GATE_OPEN = st.builds(Ask, at=st.just(Hook.GATE_OPEN), bytes=_NEW_BYTES, times=st.integers(1, 3))
+_OTHER = st.builds(
+    Ask,
+    at=st.sampled_from([Hook.PRECOPY, Hook.FREEZE, Hook.FREEZE, Hook.FINAL_QUERY, Hook.AFTER_CHECK]),
+    bytes=_NEW_BYTES,
+    times=st.just(1),
+)
+_ASKS = st.tuples(st.lists(_OTHER, max_size=2), st.lists(_GATE_OPEN, max_size=1)).map(lambda two: (*two[0], *two[1]))
+_LACKS = st.sampled_from([(), (), (), (), (Lack.REINIT,), (Lack.PRE_COPY,), (Lack.P2P,)])
+_FAULTS = st.sampled_from([(), (), (), (), (), (Fault(Call.LAST_LOOK),), (Fault(Call.SIZE),)])
+_DELAYS = st.sampled_from([(), (), (Delay(Call.LOAD, 20),), (Delay(Call.LAST_LOOK, 5),)])
+_DEVICES = st.builds(
+    Scenario,
+    initial_bytes=_BYTES,
+    stop_copy_bytes=st.integers(4096, 65_536),
+    asks=_ASKS,
+    delays=_DELAYS,
+    faults=_FAULTS,
+    lacks=_LACKS,
+)
+_MODES = st.sampled_from([AckMode.PER_DEVICE, AckMode.PER_DEVICE, AckMode.PER_DEVICE, AckMode.LEGACY, AckMode.OFF])
+_STOPS = st.sampled_from([Stop.NEVER, Stop.NEVER, Stop.NEVER, Stop.BEFORE, Stop.PENDING, Stop.ACKED])
+_ENDINGS = st.sampled_from([*[Ending.THROUGH] * 6, Ending.CONTINUE, Ending.CONTINUE, Ending.CANCEL])
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Bounded, and mostly about what matters: per device, running guests."""
+    mode, ending, stop = draw(_MODES), draw(_ENDINGS), draw(_STOPS)
+    devices = tuple(draw(st.lists(_DEVICES, min_size=1, max_size=MAX_DEVICES)))
+    if len(devices) > 1:  # QEMU starts with several devices only if all of them have P2P
+        devices = tuple(replace(each, lacks=tuple(set(each.lacks) - {Lack.P2P})) for each in devices)
+    if mode is AckMode.OFF and stop in (Stop.PENDING, Stop.ACKED):
+        stop = Stop.BEFORE  # nothing is ever pending
+    if stop is Stop.PENDING:
+        devices = _slowed(devices)
+    reopened: tuple[int, ...] = ()
+    able = [number for number, each in enumerate(devices) if says_reinit(each)]
+    if mode is AckMode.PER_DEVICE and stop in (Stop.NEVER, Stop.ACKED) and able:
+        reopened = tuple(draw(st.lists(st.sampled_from(able), max_size=2)))
+    return Plan(mode, devices, stop, ending, reopened)
+
+
+def _slowed(devices: tuple[Scenario, ...]) -> tuple[Scenario, ...]:
+    """The first device takes part in pre-copy, and the destination takes its time over it, and so over all."""
+    first = devices[0]
+    slow = Scenario(
+        first.initial_bytes,
+        first.stop_copy_bytes,
+        asks=first.asks,
+        delays=(Delay(Call.LOAD, PENDING_MS),),
+        faults=first.faults,
+    )
+    return (slow, *devices[1:])

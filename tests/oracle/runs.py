@@ -1,0 +1,166 @@
+"""Carries a plan out on real QEMU, and holds everything that came of it against the machine, the plan and the log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from agents.engine.base import EngineStatus, RunState
+from agents.shims.vfio.endpoint import Entry
+from orchestrator.core.switchover import AckMode
+from orchestrator.core.switchover_qemu import PAUSE, RETURN_PATH, SWITCHOVER_ACK, AckSetup, Final, QemuSource, QemuStage
+from tests.oracle import trace
+from tests.oracle.lab import HELD, OPEN, OVER, End, Lab, Pair
+from tests.oracle.plans import Ending, Foretold, Plan, Stop, foretell, requests_in_precopy
+from tests.oracle.replay import Replay
+
+_ACKED = "source_return_path_thread_switchover_acked"
+_MARKER = "vfio_send_init_data_flag"
+_LOOKS = ("PRECOPY_INFO", "LAST_LOOK")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one real migration left behind."""
+
+    plan: Plan
+    status: str
+    error: str
+    runs: bool
+    """The guest, on the source, at the end."""
+    output: str
+    destination_output: str
+    log: tuple[Entry, ...]
+    destination_log: tuple[Entry, ...]
+    loaded: bool
+    """The destination is a whole paused copy."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All sides agreed, on this."""
+
+    machine: QemuSource
+    final: Final | None
+    steps: int
+    replay: Replay = field(compare=False)
+
+
+async def carry_out(lab: Lab, plan: Plan) -> Run:
+    """Raises TimeoutError when QEMU does not come to where the plan says it must."""
+    async with lab.pair(plan.devices, plan.mode) as pair:
+        source = pair.source
+        if plan.stop is Stop.BEFORE:
+            await source.qmp("stop")
+        if plan.ending is not Ending.THROUGH:
+            await source.vmm.set_capabilities({PAUSE: True})
+        await source.qmp("migrate-set-parameters", dict(HELD if plan.held else OPEN))
+        await source.qmp("migrate", {"uri": pair.destination.vmm.metadata.endpoint})
+        await _in_precopy(source, plan)
+        if plan.ending is not Ending.THROUGH:
+            await _parked(source, plan)
+        await source.reached(*OVER)
+        return await _result(plan, pair)
+
+
+async def _in_precopy(source: End, plan: Plan) -> None:
+    if plan.stop is Stop.PENDING:
+        await source.said(_MARKER)
+        await source.qmp("stop")
+    if not plan.held:
+        return
+    acks = 1 if plan.mode is AckMode.LEGACY else requests_in_precopy(plan)
+    if acks:
+        await source.said(_ACKED, acks)
+    for number in plan.reopened:
+        acks += 1
+        source.devices[f"d{number}"].ask(4096)
+        await source.said(_ACKED, acks)
+    if plan.stop is Stop.ACKED:
+        await source.qmp("stop")
+    await source.qmp("migrate-set-parameters", dict(OPEN))
+
+
+async def _parked(source: End, plan: Plan) -> None:
+    await source.reached(EngineStatus.PARKED, *OVER)
+    if plan.ending is Ending.CONTINUE:
+        await source.qmp("migrate-continue", {"state": "pre-switchover"})
+    else:
+        await source.qmp("migrate_cancel")
+
+
+async def _result(plan: Plan, pair: Pair) -> Run:
+    source, destination = pair.source, pair.destination
+    now = await source.settled()
+    info = await source.qmp("query-migrate")
+    loaded = False
+    if now.status is EngineStatus.COMPLETED:
+        await destination.reached(*OVER)
+        there = await destination.settled()
+        loaded = (there.status, there.run_state) == (EngineStatus.COMPLETED, RunState.PAUSED)
+    return Run(
+        plan,
+        info["status"],
+        info.get("error-desc", ""),
+        now.run_state is RunState.RUNNING,
+        source.output(),
+        destination.output(),
+        tuple(source.log),
+        tuple(destination.log),
+        loaded,
+    )
+
+
+def judge(run: Run) -> Verdict:
+    """Holds QEMU, the machine, the plan and the devices' own log against each other. Raises AssertionError."""
+    plan = run.plan
+    off = plan.mode is AckMode.OFF
+    capabilities = {RETURN_PATH} | (set() if off else {SWITCHOVER_ACK})
+    capabilities |= set() if plan.ending is Ending.THROUGH else {PAUSE}
+    replay = Replay(
+        AckSetup(frozenset(capabilities), legacy=plan.mode is AckMode.LEGACY),
+        plan.accounts(),
+        trace.approvals_of(run.destination_output),
+        stopped_before=plan.stop is Stop.BEFORE,
+    ).play(trace.events_of(run.output))
+    assert not replay.broken, f"the stream broke: {run.error}; {run.destination_output[-400:]}"
+    _check_plan(run, replay, foretell(plan))
+    _check_log(run, replay)
+    final = replay.finals[0] if replay.finals else None
+    return Verdict(replay.machine, final, sum(replay.steps.values()), replay)
+
+
+def _check_plan(run: Run, replay: Replay, foretold: Foretold) -> None:
+    machine = replay.machine
+    error = run.error if foretold.stage is not QemuStage.CANCELLED else ""  # a cancel leaves words of its own
+    assert (run.status, error, run.runs) == (foretold.stage.value, foretold.error, foretold.runs)
+    assert (machine.stage, machine.error) == (foretold.stage, foretold.error)
+    assert run.loaded == (foretold.stage is QemuStage.COMPLETED)
+    seen = {"requests": machine.requests, "acks": machine.acks}
+    if replay.finals:
+        seen["pending"] = replay.finals[0].pending
+    expected = {"requests": foretold.requests, "acks": foretold.acks, "pending": foretold.pending}
+    wrong = {
+        name: f"{seen.get(name)}, foretold {number}"
+        for name, number in expected.items()
+        if number is not None and seen.get(name) != number
+    }
+    assert not wrong, wrong
+
+
+def _check_log(run: Run, replay: Replay) -> None:
+    """QEMU's looks, as its trace tells them, are those that the devices answered, and the last ones were the last."""
+    for account in run.plan.accounts():
+        name = account.name
+        answered = [entry for entry in run.log if entry.call in _LOOKS and f"vfio-{entry.device}" == name]
+        told = [
+            None if "errno" in entry.answer else tuple(entry.answer[key] for key in ("initial", "dirty", "reinit"))
+            for entry in answered
+        ]
+        traced = [
+            None if look.failed else (look.initial, look.dirty, int(look.reinit)) for look in replay.looks.get(name, [])
+        ]
+        assert traced == told, f"looks at {name}"
+        last = [entry for entry in answered if entry.call == "LAST_LOOK"]
+        if run.plan.stop is Stop.NEVER:  # the operator's stop may come between the two questions of a query
+            assert len(last) == (name in replay.last_looks), f"last looks at {name}: {last}"
+    assert len(trace.approvals_of(run.destination_output)) >= replay.machine.acks or run.plan.mode is AckMode.LEGACY
