@@ -44,6 +44,10 @@ test-fast: venv  ## unit, property and contract tests that need no QEMU, ZooKeep
 rules: setup  ## the tests of each rule (R1-R31, H1-H14), and a table of them (docs/rules.md)
 	$(PYTEST) tests -m rule $(ARGS)
 
+.PHONY: oracle
+oracle: setup qemu-11  ## 200 real migrations of QEMU 11.1 against our machine of its ACKs (DROVER_SEED=n repeats one)
+	DROVER_LONG=1 $(PYTEST) tests/oracle $(ARGS)
+
 .PHONY: explore
 explore: venv  ## the exploration of the hand-over with wider bounds (some minutes)
 	DROVER_LONG=1 $(PYTEST) tests/exploration -s $(ARGS)
