@@ -296,6 +296,7 @@ def test_a_reader_that_stands_still_stops_neither_the_guest_nor_a_line(lab: Lab)
         ("pages=12x", "FATAL bad argument: pages=12x"),
         ("colour=1", "FATAL bad argument: colour=1"),
         ("res=100", "FATAL base, pages and res need"),
+        ("pci=2", "FATAL pci devices (hex): wanted 00000002, found 00000000"),
     ],
 )
 def test_a_guest_says_what_is_wrong_with_its_command_line(lab: Lab, append: str, reason: str):

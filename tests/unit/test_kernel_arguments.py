@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from agents.engine.base import VmmSpec
-from agents.engine.qemu.process import kernel_arguments
+from agents.engine.base import EngineError, VmmSpec
+from agents.engine.qemu.process import Launch, command_line, environment, kernel_arguments
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
 
 STANDARD = Workload()
@@ -24,7 +25,28 @@ def test_doorbells_are_counted_in_ticks(hz: int, ticks: int) -> None:
     assert arguments(Workload(doorbell_hz=hz))["devhz"] == ticks
 
 
-def test_the_devices_start_from_the_guests_seed_and_only_companions_are_rung() -> None:
-    devices = (DeviceSpec("dpu", ShimKind.COMPANION), DeviceSpec("nic", ShimKind.NET))
+def test_the_devices_start_from_the_guests_seed_and_each_kind_is_rung_in_its_way() -> None:
+    kinds = (ShimKind.COMPANION, ShimKind.NET, ShimKind.VFIO, ShimKind.VFIO)
+    devices = tuple(DeviceSpec(f"d{n}", kind) for n, kind in enumerate(kinds))
     told = arguments(seed=0xFFFFFFFF, devices=devices)
-    assert (told["seed"], told["dev"]) == (0xFFFFFFFF, 1)
+    assert (told["seed"], told["dev"], told["pci"]) == (0xFFFFFFFF, 1, 2)
+
+
+def test_a_device_inside_the_vmm_is_never_left_out_in_silence(tmp_path: Path) -> None:
+    guest = GuestSpec("g", devices=(DeviceSpec("nic", ShimKind.VFIO),))
+    spec = VmmSpec("guest-1", "s", guest, Path("/x"), Path("/x/con"), None)
+    launch = Launch("qemu-system-x86_64", Path("/x/guest.elf"), "tcg", reconnect_ms=True)
+    with pytest.raises(EngineError, match="no device process"):
+        environment(launch, spec)
+    spec = replace(spec, vfio_path=Path("/x/s.vfio"))
+    with pytest.raises(EngineError, match="need the preload"):
+        environment(launch, spec)
+    preload = tmp_path / "preload.so"
+    preload.touch()
+    assert environment(replace(launch, vfio_preload=preload), spec) == {
+        "LD_PRELOAD": str(preload),
+        "DROVER_VFIO": "1:/x/s.vfio",
+    }
+    words = command_line(launch, spec, incoming=False)
+    (described,) = [word for word in words if word.startswith("vfio-pci,")]
+    assert "id=vfio-nic,fd=401" in described
