@@ -49,7 +49,7 @@ _TERMINAL = ("SUCCEEDED", "CANCELLED", "FAILED")
 
 
 def reach(true: Callable[[], T | None], what: str, timeout_s: float = REACH_S) -> T:
-    """The first true answer. While the ledger is away there is none."""
+    """The first true answer. While the ledger or an agent is away there is none."""
     begun = time.monotonic()
     while not (answer := _unless_away(true)):
         assert time.monotonic() - begun < timeout_s, f"not within {timeout_s:g} s: {what}"
@@ -63,7 +63,7 @@ def _unless_away(call: Callable[[], T]) -> T | None:
     except StoreUnavailable:
         return None
     except DroverError as error:
-        if error.reason is RefusalReason.LEDGER_UNREACHABLE:
+        if error.reason in (RefusalReason.LEDGER_UNREACHABLE, RefusalReason.AGENT_UNREACHABLE):
             return None
         raise
 
@@ -169,6 +169,7 @@ class Scene:
         self.observer = observer
         self.guests: list[Born] = []
         self._prefix = prefix
+        self._made = 0
         self._frozen: dict[Identity, float] = {}
         self._epoch: int | None = None
         self._killed: list[tuple[str, Identity, float]] = []
@@ -188,9 +189,12 @@ class Scene:
     ) -> Born:
         """A guest with a name of its own, running on `host`, its heartbeat seen."""
         spec = GuestSpec(
-            f"{self._prefix}-{len(self.guests)}", memory_mib=memory_mib, workload=workload, devices=tuple(devices)
+            f"{self._prefix}-{self._made}", memory_mib=memory_mib, workload=workload, devices=tuple(devices)
         )
-        made = self.client.create_guest(spec, host)
+        request_id = f"birth-{spec.name}"
+        # The API may have to find an agent again that was away a moment ago.
+        made = reach(lambda: self.client.create_guest(spec, host, request_id=request_id), f"the birth of {spec.name}")
+        self._made += 1
         born = Born(spec.name, made.uuid, spec)
         self.guests.append(born)
         reach(lambda: self.beats(born) > 1, f"{born.name} beats")
@@ -313,6 +317,9 @@ class Scene:
     def kill(self, process: Identity | Process) -> None:
         identity = process.identity if isinstance(process, Process) else process
         assert processes.send(identity, signal.SIGKILL), f"{process} was gone already"
+
+    def kill_if_alive(self, process: Process) -> None:
+        processes.send(process.identity, signal.SIGKILL)
 
     def freeze(self, process: Identity | Process) -> None:
         """SIGSTOP, until `thaw`."""

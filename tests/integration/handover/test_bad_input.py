@@ -262,6 +262,18 @@ def test_calls_between_agents_that_mean_no_attempt_of_theirs(scene: Scene) -> No
     assert [report.outcome for report in over.attempts] == ["COMMITTED"]
 
 
+def put(scene: Scene, path: str, content: bytes) -> None:
+    """Whatever stands there by now."""
+
+    def written() -> bool:
+        now = scene.observer.run(scene.observer.store.read(path))
+        assert now
+        result = scene.observer.run(scene.observer.store.multi([SetData(path, content, now.version)]))
+        return isinstance(result, Done)
+
+    scene.reach(written, f"a write of {path}")
+
+
 @pytest.mark.parametrize("node", ["record", "wish", "specification", "host", "promises"])
 def test_a_node_that_cannot_be_read(scene: Scene, node: str) -> None:
     """Nothing is done to what it is about, and it is named; once it is mended everything goes on."""
@@ -273,13 +285,10 @@ def test_a_node_that_cannot_be_read(scene: Scene, node: str) -> None:
         "host": paths.host("host-2"),
         "promises": paths.reservations("host-2"),
     }[node]
-    store, run = scene.observer.store, scene.observer.run
-    found = run(store.read(path))
+    found = scene.observer.run(scene.observer.store.read(path))
     assert found
     for content in (b"", b"{", b'{"phase": "OPEN"}', os.urandom(50)):
-        now = run(store.read(path))
-        assert now
-        assert isinstance(run(store.multi([SetData(path, content, now.version)])), Done)
+        put(scene, path, content)
         said = scene.answer(lambda: scene.client.create_migration(guest.name, "host-2"))
         assert said in (RefusalReason.INTERNAL, RefusalReason.NOT_FOUND, RefusalReason.HOST_NOT_LIVE, ""), said
         if not said:
@@ -288,9 +297,7 @@ def test_a_node_that_cannot_be_read(scene: Scene, node: str) -> None:
     scene.agents_are_back()
     beats = scene.beats(guest), scene.beats(other)
     scene.reach(lambda: scene.beats(guest) > beats[0] and scene.beats(other) > beats[1], "heartbeats of both")
-    now = run(store.read(path))
-    assert now
-    assert isinstance(run(store.multi([SetData(path, found.data, now.version)])), Done)
+    put(scene, path, found.data)
     scene.reach(lambda: scene.record(guest).phase is Ownership.IDLE, "a guest at rest")
     for each in (guest, other):
         scene.succeeded(scene.reach(lambda each=each: scene.migrate(each, "host-2"), "a migration"))
@@ -300,14 +307,9 @@ def test_a_node_that_cannot_be_read(scene: Scene, node: str) -> None:
 def test_an_agent_sees_what_is_written_after_what_it_could_not_read(scene: Scene) -> None:
     """A wish that is only recorded, as while the API cannot reach the agent, is followed all the same."""
     guest = scene.guest()
-    store, run, path = scene.observer.store, scene.observer.run, paths.want_run(guest.uuid)
-    scene.hold_on(0.5)  # for it to watch
-    contents = [b"{", encode(WantRun(run=False, by="test", sequence=7))]
-    for content in contents:
-        now = run(store.read(path))
-        assert now
-        assert isinstance(run(store.multi([SetData(path, content, now.version)])), Done)
-        scene.hold_on(0.5)
+    for content in (b"{", encode(WantRun(run=False, by="test", sequence=7))):
+        scene.hold_on(0.5)  # for the agent to watch, and to see each of them
+        put(scene, paths.want_run(guest.uuid), content)
 
     def silent() -> bool:
         before = scene.beats(guest)

@@ -80,6 +80,8 @@ def test_precopy(scene: Scene, lose: Lose, devices: int) -> None:
     migration = scene.migrate(guest, max_bandwidth_mbps=0 if devices else 8)
     scene.reach(lambda: scene.record(guest).inc, "an attempt that is bound")
     scene.reach_phase(migration, "PRECOPY")
+    if devices:
+        scene.reach_device(guest, "host-1", "PRE_COPY")
     lose(scene, guest)
     brought_away(scene, guest, migration)
 
@@ -118,7 +120,13 @@ def test_loaded(scene: Scene, lose: Lose) -> None:
         scene.reach_device(guest, vmm.host, "STOP")
         assert scene.record(guest).phase is Ownership.OPEN
         lose(scene, guest)
-    brought_away(scene, guest, migration)
+    scene.agents_are_back()
+    over = scene.succeeded(migration)
+    if over.attempts[0].outcome == "ABORTED":
+        brought_away(scene, guest, migration)
+    else:  # LOADED was on its way already, and the agent's successor found itself committed
+        assert lose is lose_agent
+        assert scene.record(guest).owner.host == vmm.host
 
 
 def held_after_commit(scene: Scene) -> tuple[Born, str]:

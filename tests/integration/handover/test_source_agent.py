@@ -44,6 +44,8 @@ def test_precopy(scene: Scene, devices: int) -> None:
     migration = scene.migrate(guest, "host-2", max_bandwidth_mbps=0 if devices else 8)
     scene.reach(lambda: scene.record(guest).inc, "an attempt that is bound")
     scene.reach_phase(migration, "PRECOPY")
+    if devices:
+        scene.reach_device(guest, "host-1", "PRE_COPY")
     scene.kill_agent("host-1")
     assert ended_by_its_successor(went_on(scene, guest, migration))
 
