@@ -73,6 +73,7 @@ def scene(clusters: Clusters, request: pytest.FixtureRequest) -> Iterator[Scene]
     try:
         yield made
         made.thaw_all()
+        made.ledger_is_back()
         made.agents_are_back()
         made.coordinator_is_back()
         made.uncordon()
