@@ -13,7 +13,6 @@ from tests.exploration.mutants import MUTANTS, Mutant
 from tests.exploration.world import D1, MIGRATION, S1, Bounds, explore, ref
 
 QUICK = (
-    Bounds(requests=2, cancels=0, faults=0),
     Bounds(requests=1, cancels=0, faults=0, gate_wait=True),
     Bounds(requests=1, cancels=1, faults=0),
     Bounds(requests=0, cancels=1, faults=1),
@@ -24,6 +23,7 @@ QUICK = (
     Bounds(requests=0, cancels=0, faults=0, wishes=2, devices=False, inside=True),
 )
 WIDE = (
+    Bounds(requests=2, cancels=0, faults=0),
     Bounds(requests=1, cancels=0, faults=0, wishes=2, devices=False, inside=True),
     Bounds(requests=1, cancels=0, faults=1, devices=False, inside=True),
     Bounds(requests=0, cancels=0, faults=1, attempts=2),
