@@ -120,6 +120,8 @@ class QemuSource:
     """The guest ran until this switchover stopped it, so it runs again if the switchover fails (R21)."""
     devices: tuple[DeviceAccount, ...] = ()
     pending: int = 0
+    collected: int = 0
+    """By the query that is under way."""
     requests: int = 0
     """Collected in this migration, ever."""
     acks: int = 0
@@ -187,10 +189,11 @@ class QemuSource:
         return self._with(replace(device, initial_bytes=initial_bytes, asks=asks, marked=marked))
 
     def failed_look(self, name: str) -> QemuSource:
-        """The device did not answer: taken for one without initial data. The last look counts as a request (R31)."""
+        """The device did not answer: taken for one without initial data. The last look counts as REINIT does (R31)."""
         device = self._looked_at(name)
         is_last = not self.running and self.gets_last_look(name)
-        return self._with(replace(device, initial_bytes=0, asks=device.asks or is_last))
+        asks, marked = device.asks or is_last, device.marked and not is_last
+        return self._with(replace(device, initial_bytes=0, asks=asks, marked=marked))
 
     def read(self, name: str, count: int) -> QemuSource:
         """So many bytes of the device have left, initial data first."""
@@ -214,22 +217,29 @@ class QemuSource:
         return replace(self._with(replace(self.device(name), marked=True)), markers=self.markers + 1)
 
     def query(self, kind: Query) -> QemuSource:
-        """Collect what devices ask for. What the final query collects itself is late, nothing else (R17, R18, R27).
+        """All devices, one after the other, and the sum."""
+        queried = self
+        for device in self.devices:
+            queried = queried.query_device(device.name)
+        return queried.sum_up(kind)
+
+    def query_device(self, name: str) -> QemuSource:
+        """One device's part of a query: what it asks for is collected."""
+        device = self.device(name)
+        return replace(self._with(replace(device, asks=False)), collected=self.collected + device.asks)
+
+    def sum_up(self, kind: Query) -> QemuSource:
+        """The end of a query. What the final query collected itself is late, nothing else (R17, R18, R27).
 
         Only in per-device mode is there anything to collect (R19).
         """
         self._only(QemuStage.DEVICE if kind is Query.FINAL else QemuStage.ACTIVE)
-        collected = sum(each.asks for each in self.devices)
-        queried = replace(
-            self,
-            devices=tuple(replace(each, asks=False) for each in self.devices),
-            pending=self.pending + collected,
-            requests=self.requests + collected,
-        )
+        count = self.collected
+        counted = replace(self, collected=0, pending=self.pending + count, requests=self.requests + count)
         if kind is not Query.FINAL:
-            return queried
-        queried = replace(queried, final=Final(self.before, collected, queried.pending))
-        return queried.fail(late_text(collected)) if collected else queried
+            return counted
+        counted = replace(counted, final=Final(self.before, count, counted.pending))
+        return counted.fail(late_text(count)) if count else counted
 
     def acked(self) -> QemuSource:
         """An ACK arrived; which device's, nobody knows. One too many makes the number wrap around (R4)."""

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +109,12 @@ class End:
 class Pair:
     source: End
     destination: End
+    _more: Callable[[], Awaitable[End]]
+
+    async def new_destination(self) -> End:
+        """A fresh one; it is `destination` from now on."""
+        self.destination = await self._more()
+        return self.destination
 
 
 class Lab:
@@ -139,24 +145,29 @@ class Lab:
 
     @asynccontextmanager
     async def pair(
-        self, scenarios: Sequence[Scenario], mode: AckMode, destination_mode: AckMode | None = None
+        self, scenarios: Sequence[Scenario], mode: AckMode, legacy: tuple[bool, bool] | None = None
     ) -> AsyncIterator[Pair]:
-        """A running guest, its capabilities set, and a destination that listens. The devices are d0, d1, ..."""
+        """A running guest, its capabilities set, and a destination that listens. The devices are d0, d1, ...
+
+        `legacy`: whether source and destination have a machine type with legacy ACKs; by default as `mode` says.
+        """
         directory = self._directory / str(next(self._numbers))
         directory.mkdir()
+        old = legacy or (mode is AckMode.LEGACY,) * 2
         ends: list[End] = []
         servers: list[_DeviceServer] = []
+
+        async def more() -> End:
+            inc = f"d{len(ends)}" if ends else "s"
+            engine = self._engine(legacy=old[bool(ends)], source=not ends)
+            ends.append(await self._end(engine, directory, scenarios, servers, inc))
+            return ends[-1]
+
         try:
-            for incoming, legacy in (
-                (False, mode is AckMode.LEGACY),
-                (True, (destination_mode or mode) is AckMode.LEGACY),
-            ):
-                engine = self._engine(legacy=legacy, source=not incoming)
-                ends.append(await self._end(engine, directory, scenarios, servers, incoming=incoming))
-            source = ends[0]
+            pair = Pair(await more(), await more(), more)
             wanted = {"events": True, RETURN_PATH: True, SWITCHOVER_ACK: mode is not AckMode.OFF}
-            await source.vmm.set_capabilities(wanted)
-            yield Pair(*ends)
+            await pair.source.vmm.set_capabilities(wanted)
+            yield pair
         finally:
             await asyncio.gather(*(end.vmm.destroy() for end in ends))
             await asyncio.gather(*(server.end() for server in servers))
@@ -169,10 +180,9 @@ class Lab:
         directory: Path,
         scenarios: Sequence[Scenario],
         servers: list[_DeviceServer],
-        *,
-        incoming: bool,
+        inc: str,
     ) -> End:
-        inc = "d" if incoming else "s"
+        incoming = inc != "s"
         log: list[Entry] = []
         devices = {f"d{index}": _device(index, scenario, incoming=incoming) for index, scenario in enumerate(scenarios)}
         path = directory / f"{inc}.vfio"

@@ -6,6 +6,7 @@ the rules of docs/rules.md: no machine and no QEMU is asked.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -48,6 +49,12 @@ class Plan:
     ending: Ending = Ending.THROUGH
     reopened: tuple[int, ...] = ()
     """Devices (by number) that ask again, one after the other, each when everything is acknowledged."""
+    old_machine: bool = False
+    """With ACKs off: the machine type is one whose ACKs would be legacy ones."""
+
+    @property
+    def legacy(self) -> bool:
+        return self.mode is AckMode.LEGACY or self.old_machine
 
     @property
     def held(self) -> bool:
@@ -67,9 +74,9 @@ class Plan:
 class Foretold:
     """The result. None: depends on who is faster."""
 
-    stage: QemuStage
-    error: str
-    runs: bool
+    stage: QemuStage | None
+    error: str | None
+    runs: bool | None
     """The guest, on the source, at the end."""
     requests: int | None
     acks: int | None
@@ -116,20 +123,23 @@ def asking_last(plan: Plan) -> int:
 
 
 def foretell(plan: Plan) -> Foretold:
+    timed = any(ask.at is None for each in plan.devices if says_reinit(each) for ask in each.asks)
+    if plan.stop is Stop.NEVER and plan.mode is AckMode.PER_DEVICE and timed and plan.ending is not Ending.CANCEL:
+        return Foretold(None, None, None, None, None, None)  # it may fall due in the gap itself
     last = asking_last(plan)
     cancelled = plan.ending is Ending.CANCEL
     late = last if plan.stop is Stop.NEVER and not cancelled else 0
     stage = QemuStage.CANCELLED if cancelled else QemuStage.FAILED if late else QemuStage.COMPLETED
     runs = plan.stop is Stop.NEVER and stage is not QemuStage.COMPLETED
-    known = plan.stop is not Stop.PENDING
     asked = requests_in_precopy(plan) + len(plan.reopened)
     if plan.mode is AckMode.PER_DEVICE:
         collected = not cancelled or plan.stop is Stop.ACKED  # the last looks' requests, by whatever query
         requests, acks = asked + (last if collected else 0), asked
         pending = requests - acks
     else:
-        requests, acks = 0, int(plan.mode is AckMode.LEGACY and not _never_acked(plan))
-        pending = int(plan.mode is AckMode.LEGACY) - acks
+        requests, acks = 0, int(plan.legacy and _is_acked(plan))
+        pending = int(plan.legacy) - acks
+    known = plan.stop is not Stop.PENDING and not timed
     # A device that asks at the operator's stop may be in the middle of its turn: then its marker leaves all the same.
     countable = known and not (plan.stop is Stop.ACKED and last)
     return Foretold(
@@ -142,14 +152,16 @@ def foretell(plan: Plan) -> Foretold:
     )
 
 
-def _never_acked(plan: Plan) -> bool:
-    """Legacy: some device waits for a marker that a stopped guest's device never sends."""
-    return plan.stop is Stop.BEFORE and any(takes_part(each) for each in plan.devices)
+def _is_acked(plan: Plan) -> bool:
+    """The one legacy ACK comes: at once where no device takes part, else when all have sent their marker."""
+    waited_for = any(takes_part(each) for each in plan.devices)
+    return not waited_for or (plan.mode is AckMode.LEGACY and plan.stop is not Stop.BEFORE)
 
 
 # --- making plans -----------------------------------------------------------------------------------------------------
 
-_BYTES = st.sampled_from([0, 1, 4096, 65_536]) | st.integers(0, 400_000)
+_BYTES = st.sampled_from([0, 1, 4096, 65_536, 3 << 20]) | st.integers(0, 400_000)
+"""QEMU reads a MiB in one turn at most."""
 _NEW_BYTES = st.sampled_from([0, 1, 4096]) | st.integers(0, 200_000)
 _GATE_OPEN = st.builds(Ask, at=st.just(Hook.GATE_OPEN), bytes=_NEW_BYTES, times=st.integers(1, 3))
 _OTHER = st.builds(
@@ -158,10 +170,15 @@ _OTHER = st.builds(
     bytes=_NEW_BYTES,
     times=st.just(1),
 )
-_ASKS = st.tuples(st.lists(_OTHER, max_size=2), st.lists(_GATE_OPEN, max_size=1)).map(lambda two: (*two[0], *two[1]))
+_TIMED = st.builds(Ask, after_ms=st.integers(0, 80), bytes=_NEW_BYTES, times=st.just(1))
+_ASKS = st.tuples(
+    st.lists(_OTHER, max_size=2), st.lists(_GATE_OPEN, max_size=1), st.just(()) | st.just(()) | st.tuples(_TIMED)
+).map(lambda asks: tuple(itertools.chain(*asks)))
 _LACKS = st.sampled_from([(), (), (), (), (Lack.REINIT,), (Lack.PRE_COPY,), (Lack.P2P,)])
-_FAULTS = st.sampled_from([(), (), (), (), (), (Fault(Call.LAST_LOOK),), (Fault(Call.SIZE),)])
-_DELAYS = st.sampled_from([(), (), (Delay(Call.LOAD, 20),), (Delay(Call.LAST_LOOK, 5),)])
+_FAULTS = st.sampled_from(
+    [(), (), (), (), (), (Fault(Call.LAST_LOOK),), (Fault(Call.SIZE),), (Fault(Call.QUERY, times=2),)]
+)
+_DELAYS = st.sampled_from([(), (), (Delay(Call.LOAD, 20),), (Delay(Call.LAST_LOOK, 5),), (Delay(Call.READ, 10),)])
 _DEVICES = st.builds(
     Scenario,
     initial_bytes=_BYTES,
@@ -191,7 +208,7 @@ def plans(draw: st.DrawFn) -> Plan:
     able = [number for number, each in enumerate(devices) if says_reinit(each)]
     if mode is AckMode.PER_DEVICE and stop in (Stop.NEVER, Stop.ACKED) and able:
         reopened = tuple(draw(st.lists(st.sampled_from(able), max_size=2)))
-    return Plan(mode, devices, stop, ending, reopened)
+    return Plan(mode, devices, stop, ending, reopened, old_machine=mode is AckMode.OFF and draw(st.booleans()))
 
 
 def _slowed(devices: tuple[Scenario, ...]) -> tuple[Scenario, ...]:

@@ -53,7 +53,7 @@ class DisagreementError(AssertionError):
 
 @dataclass
 class Replay:
-    """One migration of one source. `approvals`: whose markers the destination loaded, in order."""
+    """All migrations of one source. `approvals`: whose markers the destination loaded, in order."""
 
     setup: AckSetup
     devices: tuple[DeviceAccount, ...]
@@ -79,10 +79,10 @@ class Replay:
     """Devices that the operator's stop quiesced in this iteration."""
     _must_decide: bool | None = None
     """After an exact query, as far as was known then: an ACK may still open the gate before QEMU looks at it."""
-    _passed: set[str] = field(default_factory=set[str])
-    """Devices whose part of the running query is done."""
-    _too_late: set[str] = field(default_factory=set[str])
-    """Devices that asked after their part of the running query, at the operator's stop: the next one collects it."""
+    _asked_first: set[str] = field(default_factory=set[str])
+    """Devices that have asked in this migration."""
+    _approved: int = 0
+    """How many of the approvals have been answered to."""
     _generations: Counter[str] = field(default_factory=Counter[str])
     _answered: Counter[str] = field(default_factory=Counter[str])
     _late: set[str] = field(default_factory=set[str])
@@ -134,10 +134,12 @@ class Replay:
                 self._look(event)
             case DeviceQueried(device, asks, initial, kind):
                 account = self.machine.device(device)
-                self._passed.add(device)
                 self._same(f"{device} asks in the {kind} query", asks, account.asks)
                 if not account.quiesced:
                     self._same(f"initial bytes of {device}", initial, account.initial_bytes)
+                if asks and device not in self._asked_first:  # the first request of each comes without a look
+                    self._asks_ours(device)
+                self.machine = self.machine.query_device(device)
             case Read(device, count):
                 self.machine = self.machine.read(device, count)
             case RanDry(device):
@@ -155,6 +157,9 @@ class Replay:
                 self._marked.discard(device)
             case DeviceState(device, word):
                 if word == "STOP_COPY":
+                    if self.machine.stage is not QemuStage.ACTIVE and not self.machine.device(device).quiesced:
+                        due = self.machine.gets_last_look(device)
+                        self._same(f"{device} had a last look", device in self.last_looks, due)
                     if self.machine.stage is QemuStage.ACTIVE and not self.machine.device(device).quiesced:
                         self._interrupted.add(device)
                     self.machine = self.machine.quiesce(device)
@@ -172,6 +177,12 @@ class Replay:
         match word:
             case "setup":
                 self.machine = self.machine.migrate(self.devices)
+                self.ours = AckLedger(stopped=not self.machine.running, mode=self.setup.mode)
+                self._answered = self._generations.copy()  # of an earlier migration: nothing answers those any more
+                self.threshold_bytes = 0
+                self.last_looks.clear()
+                self._late.clear()
+                self._asked_first.clear()
             case "pre-switchover":
                 self._same("parks", True, PAUSE in self.setup.capabilities)
             case "device":
@@ -226,8 +237,6 @@ class Replay:
         self._same(f"{look.device} asks in a look", look.asks, asks)
         if asks and not look.failed:
             self._asks_ours(look.device)
-        if asks and look.device in self._passed:
-            self._too_late.add(look.device)
         if self.machine.stage is not QemuStage.ACTIVE:
             self._same(f"{look.device} has a last look", True, machine.gets_last_look(look.device))
             self.last_looks.add(look.device)
@@ -235,22 +244,15 @@ class Replay:
                 self._late.add(look.device)
 
     def _asks_ours(self, device: str) -> None:
+        self._asked_first.add(device)
         self._generations[device] += 1
         self.ours = self.ours.request(AckRequest(device, self._generations[device]))
 
     def _queried(self, queried: Queried) -> None:
-        for device in self.machine.devices:  # the first request of each comes without a look
-            if device.asks and not self._generations[device.name]:
-                self._asks_ours(device.name)
         if queried.kind is Query.ESTIMATE:  # with which each iteration begins
             self._interrupted.clear()
         before = self.machine.requests
-        waiting = {each.name for each in self.machine.devices if each.asks and each.name in self._too_late}
-        self._set_asking(waiting, False)
-        self.machine = self.machine.query(queried.kind)
-        self._set_asking(waiting, True)
-        self._passed.clear()
-        self._too_late.clear()
+        self.machine = self.machine.sum_up(queried.kind)
         self._same(f"collected by the {queried.kind} query", queried.collected, self.machine.requests - before)
         self._acked_early(queried.pending)
         self._same(f"pending after the {queried.kind} query", queried.pending, self.machine.pending)
@@ -259,10 +261,6 @@ class Replay:
         if queried.kind is Query.FINAL and self.machine.final is not None:
             self.finals.append(self.machine.final)
             self._check_ours(self.machine.final)
-
-    def _set_asking(self, names: set[str], asks: bool) -> None:
-        devices = tuple(replace(each, asks=asks) if each.name in names else each for each in self.machine.devices)
-        self.machine = replace(self.machine, devices=devices)
 
     def _check_ours(self, final: Final) -> None:
         """The same verdict, but for the rules where ours differs: R25 and what a failed look means (R31)."""
@@ -284,7 +282,7 @@ class Replay:
 
     def _take_ack(self) -> None:
         self.machine = self.machine.acked()
-        number = self.machine.acks - 1
+        number, self._approved = self._approved, self._approved + 1
         if self.setup.mode is AckMode.LEGACY:
             self.ours = self.ours.ack(AckRequest("all", 1))
         elif number < len(self.approvals):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from agents.engine.base import EngineStatus, RunState
 from agents.shims.vfio.endpoint import Entry
@@ -47,7 +47,7 @@ class Verdict:
 
 async def carry_out(lab: Lab, plan: Plan) -> Run:
     """Raises TimeoutError when QEMU does not come to where the plan says it must."""
-    async with lab.pair(plan.devices, plan.mode) as pair:
+    async with lab.pair(plan.devices, plan.mode, legacy=(plan.legacy, plan.legacy)) as pair:
         source = pair.source
         if plan.stop is Stop.BEFORE:
             await source.qmp("stop")
@@ -117,7 +117,7 @@ def judge(run: Run) -> Verdict:
     capabilities = {RETURN_PATH} | (set() if off else {SWITCHOVER_ACK})
     capabilities |= set() if plan.ending is Ending.THROUGH else {PAUSE}
     replay = Replay(
-        AckSetup(frozenset(capabilities), legacy=plan.mode is AckMode.LEGACY),
+        AckSetup(frozenset(capabilities), legacy=plan.legacy),
         plan.accounts(),
         trace.approvals_of(run.destination_output),
         stopped_before=plan.stop is Stop.BEFORE,
@@ -131,18 +131,22 @@ def judge(run: Run) -> Verdict:
 
 def _check_plan(run: Run, replay: Replay, foretold: Foretold) -> None:
     machine = replay.machine
-    error = run.error if foretold.stage is not QemuStage.CANCELLED else ""  # a cancel leaves words of its own
-    assert (run.status, error, run.runs) == (foretold.stage.value, foretold.error, foretold.runs)
-    assert (machine.stage, machine.error) == (foretold.stage, foretold.error)
-    assert run.loaded == (foretold.stage is QemuStage.COMPLETED)
-    seen = {"requests": machine.requests, "acks": machine.acks}
-    if replay.finals:
-        seen["pending"] = replay.finals[0].pending
-    expected = {"requests": foretold.requests, "acks": foretold.acks, "pending": foretold.pending}
+    cancelled = machine.stage is QemuStage.CANCELLED
+    error = "" if cancelled else run.error  # a cancel leaves words of its own
+    assert (run.status, error, run.runs) == (machine.stage.value, machine.error, machine.running)
+    assert run.loaded == (machine.stage is QemuStage.COMPLETED)
+    seen = {
+        "stage": machine.stage,
+        "error": machine.error,
+        "runs": machine.running,
+        "requests": machine.requests,
+        "acks": machine.acks,
+        "pending": replay.finals[0].pending if replay.finals else None,
+    }
     wrong = {
-        name: f"{seen.get(name)}, foretold {number}"
-        for name, number in expected.items()
-        if number is not None and seen.get(name) != number
+        name: f"{seen[name]}, foretold {expected}"
+        for name, expected in asdict(foretold).items()
+        if expected is not None and seen[name] != expected
     }
     assert not wrong, wrong
 
@@ -163,4 +167,4 @@ def _check_log(run: Run, replay: Replay) -> None:
         last = [entry for entry in answered if entry.call == "LAST_LOOK"]
         if run.plan.stop is Stop.NEVER:  # the operator's stop may come between the two questions of a query
             assert len(last) == (name in replay.last_looks), f"last looks at {name}: {last}"
-    assert len(trace.approvals_of(run.destination_output)) >= replay.machine.acks or run.plan.mode is AckMode.LEGACY
+    assert len(trace.approvals_of(run.destination_output)) >= replay.machine.acks or run.plan.legacy

@@ -37,7 +37,7 @@ from orchestrator.core.switchover_qemu import (
 )
 from tests.fakes import vfio_rig
 from tests.oracle import trace, variants
-from tests.oracle.lab import LINK, OPEN, OVER, Lab
+from tests.oracle.lab import HELD, LINK, OPEN, OVER, Lab
 from tests.oracle.pair import setup
 from tests.oracle.plans import Ending, Plan, Stop, plans
 from tests.oracle.replay import Replay
@@ -77,6 +77,8 @@ def device(*asks: Ask, **other: Any) -> Scenario:
 
 LATE = Ask(at=Hook.FREEZE, bytes=4096)
 AGAIN = Ask(at=Hook.GATE_OPEN, bytes=4096, times=2)
+MIDWAY = Ask(after_ms=150, bytes=4096)
+READS = (Delay(Call.READ, 100),)
 SLOW = (Delay(Call.LOAD, SLOW_MS),)
 
 
@@ -92,6 +94,7 @@ CASES = [
     case(Plan(NEW, (device(LATE),), stop=Stop.BEFORE), "R6", "R10", id="stopped before"),
     case(Plan(NEW, (device(AGAIN), device()), reopened=(0, 1)), "R12", "R28", id="asks again and again"),
     case(Plan(NEW, (device(Ask(at=Hook.PRECOPY, bytes=8192)),)), "R13", id="REINIT before the marker"),
+    case(Plan(NEW, (device(MIDWAY, initial_bytes=4 << 20, delays=READS),)), "R13", id="REINIT while data is left"),
     case(Plan(NEW, (device(AGAIN, delays=SLOW),)), "R13", id="REINIT between marker and ACK"),
     case(Plan(NEW, (device(AGAIN, LATE, lacks=(Lack.REINIT,)),)), "R14", "R24", id="cannot say REINIT"),
     case(Plan(NEW, (device(LATE, lacks=(Lack.P2P,)),)), "R24", id="no P2P, so no last look"),
@@ -101,12 +104,14 @@ CASES = [
     case(Plan(LEGACY, (device(AGAIN, LATE), device())), "R7", "R19", id="legacy"),
     case(Plan(LEGACY, (device(),), stop=Stop.BEFORE), "R6", id="legacy, stopped before"),
     case(Plan(OFF, (device(AGAIN, LATE), device())), "R5", "R19", id="off"),
+    case(Plan(OFF, (device(AGAIN, LATE),), old_machine=True), "R5", "R19", id="off, where it would be legacy"),
+    case(Plan(OFF, (device(lacks=(Lack.PRE_COPY,)),), old_machine=True), "R5", id="off, and acknowledged at once"),
     case(Plan(NEW, (device(LATE),), ending=Ending.CANCEL), "R23", id="late, but cancelled"),
     case(Plan(NEW, (device(LATE),), ending=Ending.CONTINUE), "R24", id="late, parked meanwhile"),
     case(Plan(NEW, (device(Ask(at=Hook.FINAL_QUERY, bytes=8192)),)), "R24", "R30", id="asks in P2P"),
     case(Plan(NEW, (device(Ask(at=Hook.AFTER_CHECK, bytes=8192)),)), "R30", id="asks in STOP_COPY"),
     case(Plan(NEW, (device(faults=(Fault(Call.LAST_LOOK),)),)), "R31", id="last look fails"),
-    case(Plan(NEW, (device(faults=(Fault(Call.QUERY),)),)), "R31", id="look in pre-copy fails"),
+    case(Plan(NEW, (device(faults=(Fault(Call.QUERY, times=2),)),)), "R31", id="looks in pre-copy fail"),
     case(Plan(NEW, (device(faults=(Fault(Call.SIZE),)),)), "R31", id="size unknown at first"),
 ]
 
@@ -226,7 +231,7 @@ class Mismatch:
 
 async def _mismatched(lab: Lab, scenarios: tuple[Scenario, ...], source: AckMode, destination: AckMode) -> Mismatch:
     """Until it is over, or until the source has asked in vain for a while after its last ACK."""
-    async with lab.pair(scenarios, source, destination) as pair:
+    async with lab.pair(scenarios, source, (source is LEGACY, destination is LEGACY)) as pair:
         await pair.source.qmp("migrate-set-parameters", dict(OPEN))
         await pair.source.qmp("migrate", {"uri": pair.destination.vmm.metadata.endpoint})
         if destination is LEGACY:
@@ -269,6 +274,61 @@ def test_a_legacy_source_runs_again_beside_a_whole_copy(bench: Bench) -> None:
     assert (found.status, found.error, found.runs) == ("failed", UNDERFLOW, True)
     assert (machine.stage, machine.running, machine.pending) == (QemuStage.FAILED, True, 2**32 - 1)
     assert found.copy_is_whole
+
+
+# --- what takes more than one command ---------------------------------------------------------------------------------
+
+
+async def _again(lab: Lab) -> tuple[list[str], str, list[str]]:
+    """A late ACK, and at once the next migration, to another process."""
+    errors: list[str] = []
+    async with lab.pair((device(LATE), device()), NEW) as pair:
+        await pair.source.qmp("migrate-set-parameters", dict(OPEN))
+        approvals: list[str] = []
+        for _ in range(2):
+            pair.source.statuses.clear()
+            await pair.source.qmp("migrate", {"uri": pair.destination.vmm.metadata.endpoint})
+            await pair.source.reached(*OVER)
+            await pair.source.settled()
+            errors.append((await pair.source.qmp("query-migrate")).get("error-desc", ""))
+            approvals += trace.approvals_of(pair.destination.output())
+            if len(errors) == 1:
+                await pair.new_destination()
+        return errors, pair.source.output(), approvals
+
+
+@pytest.mark.rule("R9", "R22")
+def test_after_a_late_ack_the_next_migration_starts_anew(bench: Bench) -> None:
+    errors, output, approvals = bench.do(_again(bench.lab))
+    replay = Replay(setup(NEW), Plan(NEW, (device(),) * 2).accounts(), approvals).play(trace.events_of(output))
+    assert errors == [late_text(1), ""]
+    assert replay.finals == [Final(before=0, collected=1, pending=1), Final(before=0, collected=0, pending=0)]
+    assert (replay.machine.stage, replay.machine.requests) == (QemuStage.COMPLETED, 2)
+
+
+async def _stopped_and_continued(lab: Lab) -> tuple[str, str]:
+    """In the middle of the device's initial data, of which a MiB leaves with each turn."""
+    async with lab.pair((device(initial_bytes=24 << 20, delays=READS),), NEW) as pair:
+        await pair.source.qmp("migrate-set-parameters", dict(HELD))
+        await pair.source.qmp("migrate", {"uri": pair.destination.vmm.metadata.endpoint})
+        await pair.source.said("vfio_save_iterate")
+        await pair.source.qmp("stop")
+        await pair.source.qmp("cont")
+        await pair.source.qmp("migrate-set-parameters", dict(OPEN))
+        asked = pair.source.output().count("exact=1")
+        await pair.source.said("exact=1", asked + 100)
+        before = (await pair.source.qmp("query-migrate"))["status"]
+        await pair.source.qmp("migrate_cancel")
+        await pair.source.reached(*OVER)
+        return before, pair.source.output()
+
+
+@pytest.mark.rule("R15")
+def test_a_guest_continued_in_pre_copy_waits_for_an_ack_that_cannot_come(bench: Bench) -> None:
+    status, output = bench.do(_stopped_and_continued(bench.lab))
+    machine = Replay(setup(NEW), Plan(NEW, (device(),)).accounts()).play(trace.events_of(output)).machine
+    assert (status, machine.stage) == ("active", QemuStage.CANCELLED)
+    assert (machine.requests, machine.acks, machine.markers, machine.pending) == (1, 0, 0, 1)
 
 
 # --- plans that nobody thought of -------------------------------------------------------------------------------------

@@ -324,6 +324,7 @@ def test_a_last_look_that_fails_counts_as_a_request(marked: bool) -> None:
     source = source.switch_over() if marked else source
     failed = source.failed_look("a").quiesce("a")
     assert failed.device("a").asks
+    assert not failed.device("a").marked, "at an operator's stop another marker may still leave"
     if marked:
         assert finals(failed).error == late_text(1)
     else:
