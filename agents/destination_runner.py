@@ -155,6 +155,10 @@ class DestinationRunner:
         return None
 
     async def _write_marker(self) -> Event | None:
+        if not self.vmm.alive():
+            # Its death is on its way here as an event. Without a marker the guest can be given back.
+            self._note("marker_not_written", "the VMM is dead")
+            return Seen.MARKER_FAILED
         try:
             self.marker.touch()
         except OSError as error:

@@ -1,0 +1,40 @@
+"""What the destination's shell does on its own: the marker is evidence, so it is not written without need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from agents.attempt_ledger import AttemptLedger
+from agents.destination_runner import DestinationRunner
+from agents.destination_session import DestinationState
+from agents.engine.base import VmmSpec
+from agents.peer import SourcePeer
+from agents.session import Seen
+from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.records import GuestSpec
+from tests.fakes.coordination import MemoryStore
+from tests.fakes.engine import FakeEngine
+
+HERE, REF = HostRef("d", "1"), AttemptRef("g", "m", 1)
+
+
+async def test_no_marker_is_written_for_a_vmm_that_is_dead(tmp_path: Path) -> None:
+    """Killed just before the commit: whoever hears of that only afterwards can still prove that it never ran here."""
+    engine = FakeEngine()
+    spec = VmmSpec("g", "i", GuestSpec("web"), tmp_path, tmp_path / "con", None)
+    vmm = await engine.prepare_incoming(spec, "m", 1)
+
+    async def want_run() -> bool:
+        return True
+
+    ledger = AttemptLedger(MemoryStore(), REF, HERE, "i", "w")
+    peer, marker = cast(SourcePeer, None), tmp_path / "marker"
+    runner = DestinationRunner(DestinationState(REF, HERE, "i"), vmm, (), ledger, peer, marker, want_run)
+    runner._began = 0.0
+    vmm._dead = True
+    assert await runner._write_marker() is Seen.MARKER_FAILED
+    assert not marker.exists()
+    vmm._dead = False
+    assert await runner._write_marker() is Seen.MARKER_WRITTEN
+    assert marker.exists()
