@@ -120,6 +120,7 @@ def test_loaded(scene: Scene, lose: Lose) -> None:
         scene.reach_device(guest, vmm.host, "STOP")
         assert scene.record(guest).phase is Ownership.OPEN
         lose(scene, guest)
+        scene.hold_on(0.5)  # for the other end to notice before anything can be committed to it
     scene.agents_are_back()
     over = scene.succeeded(migration)
     if over.attempts[0].outcome == "ABORTED":
