@@ -68,12 +68,12 @@ class Replay:
     looks: dict[str, list[Look]] = field(default_factory=dict[str, list[Look]])
     last_looks: set[str] = field(default_factory=set[str])
     """Devices that were looked at between the decision and the end."""
-    broken: bool = False
-    """The stream broke in pre-copy, for reasons that are not the machine's."""
     _events: Sequence[Event] = ()
     _place: int = 0
     _early: int = 0
     """ACKs that took effect before their line."""
+    _unbroken: QemuSource | None = None
+    """What the machine was before the stream broke in pre-copy, for reasons that are not the machine's."""
     _marked: set[str] = field(default_factory=set[str])
     _interrupted: set[str] = field(default_factory=set[str])
     """Devices that the operator's stop quiesced in this iteration."""
@@ -83,6 +83,8 @@ class Replay:
     """Devices that have asked in this migration."""
     _approved: int = 0
     """How many of the approvals have been answered to."""
+    _in_flight: set[str] = field(default_factory=set[str])
+    """Devices whose look at the operator's stop asks, until QEMU goes on to change their state."""
     _generations: Counter[str] = field(default_factory=Counter[str])
     _answered: Counter[str] = field(default_factory=Counter[str])
     _late: set[str] = field(default_factory=set[str])
@@ -103,6 +105,11 @@ class Replay:
             except ValueError as error:
                 self._differs(f"our machine refuses the step: {error}")
         return self
+
+    @property
+    def broken(self) -> bool:
+        """The stream broke in pre-copy."""
+        return self._unbroken is not None
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -132,14 +139,8 @@ class Replay:
         match event:
             case Look():
                 self._look(event)
-            case DeviceQueried(device, asks, initial, kind):
-                account = self.machine.device(device)
-                self._same(f"{device} asks in the {kind} query", asks, account.asks)
-                if not account.quiesced:
-                    self._same(f"initial bytes of {device}", initial, account.initial_bytes)
-                if asks and device not in self._asked_first:  # the first request of each comes without a look
-                    self._asks_ours(device)
-                self.machine = self.machine.query_device(device)
+            case DeviceQueried():
+                self._device_queried(event)
             case Read(device, count):
                 self.machine = self.machine.read(device, count)
             case RanDry(device):
@@ -156,6 +157,7 @@ class Replay:
                     self.machine = self.machine.quiesce(device)
                 self._marked.discard(device)
             case DeviceState(device, word):
+                self._in_flight.discard(device)
                 if word == "STOP_COPY":
                     if self.machine.stage is not QemuStage.ACTIVE and not self.machine.device(device).quiesced:
                         due = self.machine.gets_last_look(device)
@@ -165,6 +167,17 @@ class Replay:
                     self.machine = self.machine.quiesce(device)
             case _:
                 pass
+
+    def _device_queried(self, event: DeviceQueried) -> None:
+        device, account = event.device, self.machine.device(event.device)
+        if device in self._in_flight and not event.asks:
+            return  # its request comes after this query has passed it
+        self._same(f"{device} asks in the {event.kind} query", event.asks, account.asks)
+        if not account.quiesced:
+            self._same(f"initial bytes of {device}", event.initial, account.initial_bytes)
+        if event.asks and device not in self._asked_first:  # the first request of each comes without a look
+            self._asks_ours(device)
+        self.machine = self.machine.query_device(device)
 
     def _in_its_turn(self, device: str) -> QemuSource:
         """A device that the operator's stop quiesced in this iteration may have its turn to send nevertheless."""
@@ -189,10 +202,11 @@ class Replay:
                 if self.machine.stage is QemuStage.PARKED:
                     self.machine = self.machine.proceed()
                 self.ours = self.ours.freeze()
-            case "cancelling":
-                self.machine = self.machine.cancel()
+            case "cancelling":  # which may find the stream broken that it closed itself a moment before
+                self.machine = (self._unbroken or self.machine).cancel()
+                self._unbroken = None
             case "failing" if self.machine.stage is QemuStage.ACTIVE:
-                self.broken, self.machine = True, self.machine.fail("")
+                self._unbroken, self.machine = self.machine, self.machine.fail("")
             case "failing" if self.machine.stage is not QemuStage.FAILED:
                 self.machine = self.machine.finish()
                 self._same("stage", QemuStage.FAILED, self.machine.stage)
@@ -237,6 +251,8 @@ class Replay:
         self._same(f"{look.device} asks in a look", look.asks, asks)
         if asks and not look.failed:
             self._asks_ours(look.device)
+        if asks and self.machine.stage is QemuStage.ACTIVE and not self.machine.running:
+            self._in_flight.add(look.device)
         if self.machine.stage is not QemuStage.ACTIVE:
             self._same(f"{look.device} has a last look", True, machine.gets_last_look(look.device))
             self.last_looks.add(look.device)
@@ -292,9 +308,10 @@ class Replay:
 
     def _acked_early(self, pending: int) -> None:
         """QEMU counts fewer than the machine: ACKs whose lines are still to come, but must come."""
+        if self.machine.pending <= pending:
+            return
         coming = sum(isinstance(event, Acked) for event in self._events[self._place + 1 :]) - self._early
-        while self.machine.pending > pending and coming > 0:
-            coming -= 1
+        for _ in range(min(coming, self.machine.pending - pending)):
             self._early += 1
             self._take_ack()
 
