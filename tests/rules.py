@@ -128,6 +128,6 @@ def _names(tests: Iterable[str]) -> list[str]:
 
 
 def _parameters(parameters: list[str]) -> str:
-    if parameters == [""]:
-        return ""
+    if not any(parameters):
+        return "" if len(parameters) == 1 else f" ({len(parameters)} tests)"
     return f" [{', '.join(parameters)}]" if len(parameters) <= _SHOWN else f" ({len(parameters)} cases)"

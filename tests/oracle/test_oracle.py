@@ -157,7 +157,7 @@ def test_the_first_version_would_fail_what_qemu_completes(bench: Bench) -> None:
 
 
 @pytest.mark.rule("R17", "R20")
-def test_the_first_version_is_right_about_a_request_in_the_gap(bench: Bench) -> None:
+def test_the_first_version_is_right_where_a_real_device_asked_in_the_gap(bench: Bench) -> None:
     run, verdict = bench.run(Plan(NEW, (device(LATE),)))
     assert verdict.final is not None
     assert verdict.final == Final(before=0, collected=1, pending=1)
