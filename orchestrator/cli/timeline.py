@@ -57,6 +57,7 @@ _TEXTS = {
     "vmm_died": "the VMM died",
     "resume_failed": "the guest could not be let run again",
     "pause_failed": "the guest could not be stopped",
+    "marker_not_written": "this copy is not used: {detail}",
     "marker_failed": "no marker could be written, so this copy is not used",
     "activation_failed": "the devices could not be activated, tried again",
     "start_failed": "the guest could not be started, tried again",

@@ -240,3 +240,24 @@ async def test_unknown_machine_is_refused_with_the_words_of_the_vmm(pair: Pair) 
     spec = pair.spec("x")
     with pytest.raises(EngineError, match="nonsense"):
         await pair.engine.start(replace(spec, spec=replace(spec.spec, machine="nonsense")))
+
+
+@no_qemu
+@pytest.mark.parametrize(("ends_early", "answers"), [(1, True), (9, False)])
+async def test_a_probe_that_qemu_does_not_survive_is_made_once_more(
+    tmp_path: Path, ends_early: int, answers: bool
+) -> None:
+    binary, count = tmp_path / "qemu", tmp_path / "count"
+    count.touch()
+    binary.write_text(f"""#!/bin/sh
+echo >> {count}
+[ $(wc -l < {count}) -gt {ends_early} ] || {{ echo out of luck >&2; exit 3; }}
+exec qemu-system-x86_64 "$@"
+""")
+    binary.chmod(0o755)
+    engine = QemuEngine(image=tmp_path / "none", binary=str(binary))
+    if answers:
+        assert (await engine.probe())["switchover_ack"] in ("legacy", "per-device")
+    else:
+        with pytest.raises(EngineError, match="out of luck"):
+            await engine.probe()

@@ -12,11 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from agents import processes
 from agents.engine import base
 from agents.engine.base import EngineError, EngineStatus, EngineTimeout, HoldStart, RunState, VmmMetadata, VmmState
 from agents.engine.qemu import process, verdict
 from agents.engine.qemu.qmp import QmpConnection
+
+log = structlog.get_logger(__name__)
+
+_PROBES = 2
+"""A QEMU that ended under its first probe is asked once more."""
 
 _TRICKLE_BYTES_PER_S = 4096
 _TRICKLE_DOWNTIME_MS = 1
@@ -461,9 +468,21 @@ class QemuEngine:
 
     async def _known(self) -> Features:
         async with self._probing:
-            if self._features is None:
-                self._features = await _read_features(self._binary)
+            for attempt in range(1, _PROBES + 1):
+                if self._features is None:
+                    self._features = await self._probe(attempt)
+            assert self._features is not None
             return self._features
+
+    async def _probe(self, attempt: int) -> Features | None:
+        """None when it may be tried again: a host that cannot probe its VMM takes no guest at all."""
+        try:
+            return await _read_features(self._binary)
+        except EngineError as error:
+            if attempt == _PROBES:
+                raise
+            log.warning("a probe of QEMU failed, trying again", binary=self._binary, error=str(error))
+            return None
 
 
 async def _or_destroyed(vmm: QemuVmm, step: Any) -> QemuVmm:
@@ -477,6 +496,7 @@ async def _or_destroyed(vmm: QemuVmm, step: Any) -> QemuVmm:
 
 
 async def _read_features(binary: str) -> Features:
+    """Raises EngineError with QEMU's own last words."""
     directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="drover-probe-"))
     socket = directory / "q"
     command = [binary, "-M", "none", "-nodefaults", "-display", "none", "-qmp", f"unix:{socket},server=on,wait=off"]
@@ -491,6 +511,9 @@ async def _read_features(binary: str) -> Features:
         schema = await connection.execute("query-qmp-schema", timeout_s=4.0)
         with contextlib.suppress(EngineError):  # a QEMU without that device
             vfio = await connection.execute("device-list-properties", {"typename": "vfio-pci"})
+    except EngineError as error:
+        ended = "QEMU runs" if child.poll() is None else f"QEMU ended with {child.returncode}"
+        raise EngineError(f"{error} ({ended}: {processes.tail_of(directory / 'log')})") from error
     finally:
         await connection.close()
         child.kill()

@@ -15,7 +15,7 @@ from tests.fakes.cluster import Cluster, make_config, missing, running_cluster, 
 from tests.integration.handover.judge import judge, nothing_is_left
 from tests.integration.handover.scene import Observer, Scene
 
-HOSTS = 3
+HOSTS = ("host-1", "host-2", "host-3")
 
 
 _FAILED = pytest.StashKey[bool]()
@@ -37,16 +37,22 @@ class Clusters:
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self._running: tuple[Cluster, OrchestratorClient, Observer] | None = None
+        self._turn = -1
 
     def get(self) -> tuple[Cluster, OrchestratorClient, Observer]:
         if self._running is None:
             directory = short_directory()
             self._stack.callback(shutil.rmtree, directory, ignore_errors=True)
-            cluster = self._stack.enter_context(running_cluster(make_config(directory, hosts=HOSTS, chaos=True)))
+            cluster = self._stack.enter_context(running_cluster(make_config(directory, hosts=len(HOSTS), chaos=True)))
             client = self._stack.enter_context(OrchestratorClient(cluster.api))
             observer = self._stack.enter_context(contextlib.closing(Observer(cluster)))
             self._running = cluster, client, observer
         return self._running
+
+    def roles(self) -> tuple[str, ...]:
+        """The hosts in another order each time: an agent that is killed again and again is started ever later."""
+        self._turn += 1
+        return tuple(HOSTS[(self._turn + n) % len(HOSTS)] for n in range(len(HOSTS)))
 
     def end(self) -> None:
         stack, self._stack, self._running = self._stack, contextlib.ExitStack(), None
@@ -69,7 +75,7 @@ def scene(clusters: Clusters, request: pytest.FixtureRequest) -> Iterator[Scene]
     """Judged after the test, whatever it did; if its guests do not end well, the next test gets a new cluster."""
     cluster, client, observer = clusters.get()
     name = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower()).strip("-")
-    made = Scene(cluster, client, observer, f"{name[:40].strip('-')}-{os.urandom(2).hex()}")
+    made = Scene(cluster, client, observer, f"{name[:40].strip('-')}-{os.urandom(2).hex()}", clusters.roles())
     try:
         yield made
         made.thaw_all()

@@ -162,12 +162,21 @@ def consoles(layout: Layout, guest: str) -> list[evidence.ConsoleLog]:
 class Scene:
     """One test's view of the cluster. Everything that it stopped goes on when the test ends."""
 
-    def __init__(self, cluster: Cluster, client: OrchestratorClient, observer: Observer, prefix: str) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        client: OrchestratorClient,
+        observer: Observer,
+        prefix: str,
+        hosts: Sequence[str] = ("host-1", "host-2", "host-3"),
+    ) -> None:
         self.cluster = cluster
         self.layout = cluster.layout
         self.client = client
         self.observer = observer
         self.guests: list[Born] = []
+        self.here, self.there, self.third = hosts
+        """Where its guests begin, where they are to go, and one more."""
         self._prefix = prefix
         self._made = 0
         self._frozen: dict[Identity, float] = {}
@@ -183,17 +192,20 @@ class Scene:
     def guest(
         self,
         *devices: DeviceSpec,
-        host: str = "host-1",
+        host: str = "",
         memory_mib: int = 64,
         workload: Workload = QUIET,
     ) -> Born:
-        """A guest with a name of its own, running on `host`, its heartbeat seen."""
+        """A guest with a name of its own, running `here` or on `host`, its heartbeat seen."""
         spec = GuestSpec(
             f"{self._prefix}-{self._made}", memory_mib=memory_mib, workload=workload, devices=tuple(devices)
         )
         request_id = f"birth-{spec.name}"
         # The API may have to find an agent again that was away a moment ago.
-        made = reach(lambda: self.client.create_guest(spec, host, request_id=request_id), f"the birth of {spec.name}")
+        made = reach(
+            lambda: self.client.create_guest(spec, host or self.here, request_id=request_id),
+            f"the birth of {spec.name}",
+        )
         self._made += 1
         born = Born(spec.name, made.uuid, spec)
         self.guests.append(born)

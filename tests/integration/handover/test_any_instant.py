@@ -38,11 +38,11 @@ Blow = Callable[[Scene, Born, str, random.Random], None]
 
 
 def kill_source_agent(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    scene.kill_agent("host-1")
+    scene.kill_agent(scene.here)
 
 
 def kill_destination_agent(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    scene.kill_agent("host-2")
+    scene.kill_agent(scene.there)
 
 
 def kill_incoming(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
@@ -53,7 +53,7 @@ def kill_incoming(scene: Scene, guest: Born, migration: str, chance: random.Rand
 
 
 def stop_for_a_while(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    part = chance.choice(["agent-host-1", "agent-host-2", "zookeeper", "api"])
+    part = chance.choice([f"agent-{scene.here}", f"agent-{scene.there}", "zookeeper", "api"])
     print(f"  ({part})")
     with scene.frozen(scene.part(part)):
         scene.hold_on(chance.uniform(0.05, 3))
@@ -71,7 +71,7 @@ def kill_api(scene: Scene, guest: Born, migration: str, chance: random.Random) -
 
 def lose_power(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
     """Of either host, for a moment: its guests are gone, and it comes back as another power cycle."""
-    host = chance.choice(["host-1", "host-2"])
+    host = chance.choice([scene.here, scene.there])
     print(f"  ({host})")
     guest.may_crash = True
     agent = scene.agent(host)
@@ -129,7 +129,7 @@ def test_blows(scene: Scene, chance: random.Random) -> None:
         blows = [chance.choice(BLOWS) for _ in after_s]
         said = [f"{blow.__name__} after {s:.3f} s" for blow, s in zip(blows, after_s, strict=True)]
         print(f"round {number}: {[each.scenario for each in devices]} {said}")
-        migration = scene.migrate(guest, "host-2")
+        migration = scene.migrate(guest, scene.there)
         for blow, seconds in zip(blows, after_s, strict=True):
             scene.hold_on(seconds)
             blow(scene, guest, migration, chance)

@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[Call, RefusalReason, str]] = {
     "no guest to stop": (lambda c, g: c.stop_guest("nobody"), NOT_FOUND, "name"),
     "no guest to move": (lambda c, g: c.create_migration("nobody"), NOT_FOUND, "guest"),
     "to no host": (lambda c, g: c.create_migration(g, "host-9"), NOT_FOUND, "destination"),
-    "to where it is": (lambda c, g: c.create_migration(g, "host-1"), WRONG, "destination"),
+    "to where it is": (lambda c, g: c.create_migration(g, c.get_guest(g).host), WRONG, "destination"),
     "a policy field that is none": (lambda c, g: c.create_migration(g, policy={"speed": 1}), WRONG, "policy.speed"),
     "a policy word that is none": (
         lambda c, g: c.create_migration(g, policy={"on_timeout": "panic"}),
@@ -124,18 +124,19 @@ def test_requests_are_refused_with_reason_and_field(scene: Scene) -> None:
 
 def test_a_request_id_means_one_request(scene: Scene) -> None:
     guest = scene.guest()
-    first = scene.client.create_migration(guest.name, "host-2", request_id=f"once-{guest.uuid}").name
-    assert scene.client.create_migration(guest.name, "host-2", request_id=f"once-{guest.uuid}").name == first
-    other = scene.answer(lambda: scene.client.create_migration(guest.name, "host-3", request_id=f"once-{guest.uuid}"))
+    once = f"once-{guest.uuid}"
+    first = scene.client.create_migration(guest.name, scene.there, request_id=once).name
+    assert scene.client.create_migration(guest.name, scene.there, request_id=once).name == first
+    other = scene.answer(lambda: scene.client.create_migration(guest.name, scene.third, request_id=once))
     assert other == RefusalReason.REQUEST_ID_REUSED
     scene.succeeded(first)
 
 
 def test_a_guest_that_is_on_its_way_is_not_moved_or_ended_beside_that(scene: Scene) -> None:
     guest = scene.guest(device("dpu", "delays: [{call: load, ms: 2500, times: 1}]"))
-    migration = scene.migrate(guest, "host-2")
-    scene.reach_device(guest, "host-1", "PRE_COPY")
-    second = scene.answer(lambda: scene.client.create_migration(guest.name, "host-3"))
+    migration = scene.migrate(guest, scene.there)
+    scene.reach_device(guest, scene.here, "PRE_COPY")
+    second = scene.answer(lambda: scene.client.create_migration(guest.name, scene.third))
     assert second == RefusalReason.GUEST_IS_MIGRATING
     scene.succeeded(migration)
 
@@ -177,7 +178,7 @@ def test_noise_at_every_socket(scene: Scene) -> None:
     guest = scene.guest(device())
     layout, places = scene.layout, scene.cluster.places
     sockets: list[Path | tuple[str, int]] = [layout.api_socket, layout.dir / "collector.sock", layout.supervisor_socket]
-    folder = layout.host("host-1") / "guests" / guest.uuid[:16]
+    folder = layout.host(scene.here) / "guests" / guest.uuid[:16]
     sockets += sorted(folder.glob("*.ctl"))
     sockets += [(places.management_address, places.api_port)]
     for host in places.hosts:
@@ -193,7 +194,7 @@ def test_noise_at_every_socket(scene: Scene) -> None:
     now = scene.cluster.status()
     assert {part.name: part.pid for part in now.parts} == before, "nothing died of it"
     assert now.healthy, now
-    scene.succeeded(scene.migrate(guest, "host-2"))
+    scene.succeeded(scene.migrate(guest, scene.there))
 
 
 PEER_CALLS = """
@@ -244,12 +245,12 @@ asyncio.run(main(address, peer, guest, migration, int(attempt), inc))
 def test_calls_between_agents_that_mean_no_attempt_of_theirs(scene: Scene) -> None:
     """In the middle of one: what is said of another attempt or process moves nothing."""
     guest = scene.guest(device("dpu", "delays: [{call: load, ms: 3000, times: 1}]"))
-    migration = scene.migrate(guest, "host-2")
+    migration = scene.migrate(guest, scene.there)
     scene.reach(lambda: scene.record(guest).inc, "an attempt that is bound")
-    scene.reach_device(guest, "host-1", "PRE_COPY")
+    scene.reach_device(guest, scene.here, "PRE_COPY")
     record = scene.record(guest)
     about = [guest.uuid, migration, str(record.attempt), record.inc]
-    for host in ("host-1", "host-2"):
+    for host in (scene.here, scene.there):
         known = scene.host_record(host)
         program = [sys.executable, "-c", PEER_CALLS, known.control_address, known.peer_address, *about]
         command = network.command_in(scene.cluster.places.management_namespace, program)
@@ -282,25 +283,25 @@ def test_a_node_that_cannot_be_read(scene: Scene, node: str) -> None:
         "record": paths.guest(guest.uuid),
         "wish": paths.want_run(guest.uuid),
         "specification": paths.guest_spec(guest.uuid),
-        "host": paths.host("host-2"),
-        "promises": paths.reservations("host-2"),
+        "host": paths.host(scene.there),
+        "promises": paths.reservations(scene.there),
     }[node]
     found = scene.observer.run(scene.observer.store.read(path))
     assert found
     for content in (b"", b"{", b'{"phase": "OPEN"}', os.urandom(50)):
         put(scene, path, content)
-        said = scene.answer(lambda: scene.client.create_migration(guest.name, "host-2"))
+        said = scene.answer(lambda: scene.client.create_migration(guest.name, scene.there))
         assert said in (RefusalReason.INTERNAL, RefusalReason.NOT_FOUND, RefusalReason.HOST_NOT_LIVE, ""), said
         if not said:
             scene.cancel_all()
-    scene.kill_agent("host-1")  # its successor begins with what it finds
+    scene.kill_agent(scene.here)  # its successor begins with what it finds
     scene.agents_are_back()
     beats = scene.beats(guest), scene.beats(other)
     scene.reach(lambda: scene.beats(guest) > beats[0] and scene.beats(other) > beats[1], "heartbeats of both")
     put(scene, path, found.data)
     scene.reach(lambda: scene.record(guest).phase is Ownership.IDLE, "a guest at rest")
     for each in (guest, other):
-        scene.succeeded(scene.reach(lambda each=each: scene.migrate(each, "host-2"), "a migration"))
+        scene.succeeded(scene.reach(lambda each=each: scene.migrate(each, scene.there), "a migration"))
     print(wire.word(scene.client.pause_guest(guest.name), "wish"))
 
 
@@ -322,9 +323,9 @@ def test_an_agent_sees_what_is_written_after_what_it_could_not_read(scene: Scene
 def test_files_that_an_agent_cannot_read(scene: Scene) -> None:
     """Its journal, its lock and what it noted of devices are spoiled while it is away: its guests run on."""
     guest = scene.guest(device())
-    scene.succeeded(scene.migrate(guest, "host-2"))
-    scene.succeeded(scene.migrate(guest, "host-1"))
-    folder = scene.layout.host("host-1")
+    scene.succeeded(scene.migrate(guest, scene.there))
+    scene.succeeded(scene.migrate(guest, scene.here))
+    folder = scene.layout.host(scene.here)
     spoiled = [*folder.glob("journal/*.json"), *folder.glob("journal/attempts/*.json"), folder / "agent.lock"]
     assert len(spoiled) >= 3
     for path in spoiled:
@@ -332,13 +333,13 @@ def test_files_that_an_agent_cannot_read(scene: Scene) -> None:
     (folder / "guests" / "not-a-guest").mkdir()
     (folder / "guests" / "not-a-guest" / "guest.json").write_text("{}")
     (folder / "volatile" / "not-a-marker").touch()
-    scene.kill_agent("host-1")
+    scene.kill_agent(scene.here)
     scene.agents_are_back()
     (folder / "guests" / "not-a-guest" / "guest.json").unlink()
     (folder / "guests" / "not-a-guest").rmdir()
     (folder / "volatile" / "not-a-marker").unlink()
     assert scene.longest_stop_ms(guest) < 1000
-    scene.succeeded(scene.migrate(guest, "host-2"))
+    scene.succeeded(scene.migrate(guest, scene.there))
 
 
 @pytest.mark.parametrize("lost", ["guest.json", "note"])
@@ -346,18 +347,18 @@ def test_a_note_of_a_guest_that_cannot_be_read(scene: Scene, lost: str) -> None:
     """Its agent cannot know whether the guest runs, so it does nothing, and goes on when the note is mended."""
     guest = scene.guest(device())
     (vmm,) = scene.vmms(guest)
-    folder = scene.layout.host("host-1") / "guests" / guest.uuid[:16]
+    folder = scene.layout.host(scene.here) / "guests" / guest.uuid[:16]
     note = folder / (lost if lost == "guest.json" else f"{vmm.inc}.json")
     whole = note.read_bytes()
     note.write_bytes(whole[:20])
-    scene.kill_agent("host-1")
+    scene.kill_agent(scene.here)
     scene.agents_are_back()
     first = scene.beats(guest)
     scene.reach(lambda: scene.beats(guest) > first + 50, "heartbeats")
     assert scene.record(guest).phase is Ownership.IDLE
     note.write_bytes(whole)
     assert [each.pid for each in noted(scene.layout, guest.uuid)] == [vmm.pid]
-    scene.succeeded(scene.migrate(guest, "host-2"))
+    scene.succeeded(scene.migrate(guest, scene.there))
 
 
 def test_the_command_line_says_what_is_wrong_and_how_it_ends(scene: Scene, tmp_path: Path) -> None:
@@ -377,7 +378,7 @@ def test_the_command_line_says_what_is_wrong_and_how_it_ends(scene: Scene, tmp_p
     assert code == 2
     assert f"{bad}:2" in said.replace(str(bad.name), str(bad)) or "bad.yaml:2" in said
     assert drover("migrate", "nobody")[0] == 3
-    assert drover("migrate", guest.name, "--to", "host-1")[0] in (2, 4)
+    assert drover("migrate", guest.name, "--to", scene.here)[0] in (2, 4)
     assert drover("migrate", guest.name, "--wings", "2")[0] == 2
     assert [each.name for each in scene.client.list_guests()] == [guest.name]
     shown = subprocess.run(

@@ -51,12 +51,12 @@ def is_cancelled(scene: Scene, guest: Born, migration: str) -> None:
     over = scene.ended(migration)
     assert wire.word(over, "phase") == CANCELLED
     assert all(report.outcome == "ABORTED" for report in over.attempts)
-    assert scene.record(guest).owner.host == "host-1"
+    assert scene.record(guest).owner.host == scene.here
 
 
 def is_committed(scene: Scene, guest: Born, migration: str) -> None:
     assert wire.word(scene.ended(migration), "phase") == "SUCCEEDED"
-    assert scene.record(guest).owner.host == "host-2"
+    assert scene.record(guest).owner.host == scene.there
 
 
 def test_pending(scene: Scene) -> None:
@@ -65,7 +65,7 @@ def test_pending(scene: Scene) -> None:
     held = teardown.find_ray(scene.layout)
     for process in held:
         scene.freeze(process)
-    migration = scene.migrate(guest, "host-2")
+    migration = scene.migrate(guest, scene.there)
     assert scene.phase(migration) == "PENDING"
     assert cancel(scene, migration) == CANCELLED
     assert scene.phase(migration) == CANCELLED
@@ -76,8 +76,8 @@ def test_pending(scene: Scene) -> None:
 def test_preparing(scene: Scene) -> None:
     """The destination's agent does not answer."""
     guest = scene.guest()
-    with scene.frozen(scene.agent("host-2")):
-        migration = scene.migrate(guest, "host-2")
+    with scene.frozen(scene.agent(scene.there)):
+        migration = scene.migrate(guest, scene.there)
         scene.reach_phase(migration, "PREPARING")
         assert cancel(scene, migration) == CANCELLED
         is_cancelled(scene, guest, migration)
@@ -85,34 +85,34 @@ def test_preparing(scene: Scene) -> None:
 
 def held_in_precopy(scene: Scene) -> tuple[Born, str]:
     guest = scene.guest(device("dpu", "faults: [{call: ack, times: always}]"))
-    migration = scene.migrate(guest, "host-2")
-    scene.reach_device(guest, "host-1", "PRE_COPY")
+    migration = scene.migrate(guest, scene.there)
+    scene.reach_device(guest, scene.here, "PRE_COPY")
     scene.reach_phase(migration, "PRECOPY")
     return guest, migration
 
 
 def held_parked(scene: Scene) -> tuple[Born, str]:
     guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1500}]"))
-    migration = scene.migrate(guest, "host-2")
-    scene.reach_device(guest, "host-1", "PRE_COPY_P2P")
+    migration = scene.migrate(guest, scene.there)
+    scene.reach_device(guest, scene.here, "PRE_COPY_P2P")
     return guest, migration
 
 
 def held_after_continue(scene: Scene) -> tuple[Born, str]:
     """The destination has everything and takes long to validate it."""
     guest = scene.guest(device("dpu", "delays: [{call: validate, ms: 2500}]"))
-    migration = scene.migrate(guest, "host-2")
-    scene.reach_device(guest, "host-1", "STOP_COPY")
+    migration = scene.migrate(guest, scene.there)
+    scene.reach_device(guest, scene.here, "STOP_COPY")
     return guest, migration
 
 
 def held_in_device(scene: Scene) -> tuple[Born, str]:
     """The engine's last pass is under way and the destination's VMM takes nothing: only the second monitor helps."""
     guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1500}]"))
-    migration = scene.migrate(guest, "host-2")
-    scene.reach_device(guest, "host-1", "PRE_COPY_P2P")
+    migration = scene.migrate(guest, scene.there)
+    scene.reach_device(guest, scene.here, "PRE_COPY_P2P")
     scene.freeze(scene.incoming(guest))
-    scene.reach_device(guest, "host-1", "STOP_COPY")
+    scene.reach_device(guest, scene.here, "STOP_COPY")
     return guest, migration
 
 
@@ -129,7 +129,7 @@ def test_submitted(scene: Scene) -> None:
     guest, migration = held_after_continue(scene)
     zookeeper = scene.part("zookeeper")
     scene.freeze(zookeeper)
-    scene.reach_device(guest, "host-2", "STOP")
+    scene.reach_device(guest, scene.there, "STOP")
     with ThreadPoolExecutor(1) as caller:
         answer = caller.submit(cancel, scene, migration)
         scene.hold_on(0.3)
@@ -144,7 +144,7 @@ def test_submitted(scene: Scene) -> None:
 
 def test_committed(scene: Scene) -> None:
     guest = scene.guest(device("dpu", "delays: [{call: activate, ms: 1500}]"))
-    migration = scene.migrate(guest, "host-2")
+    migration = scene.migrate(guest, scene.there)
     scene.reach(lambda: scene.record(guest).phase is Ownership.COMMITTED, "COMMITTED")
     assert came_too_late(cancel(scene, migration))
     is_committed(scene, guest, migration)
@@ -152,7 +152,7 @@ def test_committed(scene: Scene) -> None:
 
 def test_retry_wait(scene: Scene) -> None:
     guest = scene.guest(device("dpu", "asks: [{at: freeze}]"))
-    migration = scene.migrate(guest, "host-2", backoff_initial_ms=20_000, backoff_max_ms=20_000)
+    migration = scene.migrate(guest, scene.there, backoff_initial_ms=20_000, backoff_max_ms=20_000)
     scene.reach_phase(migration, "RETRY_WAIT")
     assert cancel(scene, migration) == CANCELLED
     assert scene.phase(migration) == CANCELLED
@@ -162,11 +162,11 @@ def test_retry_wait(scene: Scene) -> None:
 def test_over(scene: Scene) -> None:
     """Too late for both ends: the answer is that it arrived, or that it was cancelled before."""
     guest = scene.guest()
-    arrived = scene.migrate(guest, "host-2")
+    arrived = scene.migrate(guest, scene.there)
     scene.succeeded(arrived)
     assert came_too_late(cancel(scene, arrived))
-    assert scene.record(guest).owner.host == "host-2"
-    with scene.frozen(scene.agent("host-3")):
-        cancelled = scene.migrate(guest, "host-3")
+    assert scene.record(guest).owner.host == scene.there
+    with scene.frozen(scene.agent(scene.third)):
+        cancelled = scene.migrate(guest, scene.third)
         assert cancel(scene, cancelled) == CANCELLED
     assert cancel(scene, cancelled) == CANCELLED

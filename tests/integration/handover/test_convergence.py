@@ -20,10 +20,10 @@ NARROW = {"max_bandwidth_mbps": 24, "downtime_limit_ms": 50, "precopy_timeout_ms
 def test_abort(scene: Scene, devices: int) -> None:
     """It stays and runs on, and no attempt follows that could only end the same way."""
     guest = scene.guest(*[device()][:devices], workload=BUSY)
-    over = scene.ended(scene.migrate(guest, "host-2", **NARROW))
+    over = scene.ended(scene.migrate(guest, scene.there, **NARROW))
     assert (wire.word(over, "phase"), over.failure) == ("FAILED", FailureReason.NOT_CONVERGING)
     assert [report.reason for report in over.attempts] == [AbortReason.NOT_CONVERGING]
-    assert scene.record(guest).owner.host == "host-1"
+    assert scene.record(guest).owner.host == scene.here
     assert scene.longest_stop_ms(guest) < 1000
 
 
@@ -31,13 +31,13 @@ def test_abort(scene: Scene, devices: int) -> None:
 def test_suspend(scene: Scene, devices: int) -> None:
     """It is stopped so that the rest can be sent, and runs on at the destination: nobody wished it to be paused."""
     guest = scene.guest(*[device()][:devices], workload=BUSY)
-    over = scene.succeeded(scene.migrate(guest, "host-2", on_timeout="suspend", **NARROW))
+    over = scene.succeeded(scene.migrate(guest, scene.there, on_timeout="suspend", **NARROW))
     assert [report.outcome for report in over.attempts] == ["COMMITTED"]
     assert scene.want_run(guest)
-    assert scene.record(guest).owner.host == "host-2"
+    assert scene.record(guest).owner.host == scene.there
     print(f"stopped for {scene.longest_stop_ms(guest):.0f} ms so that the rest could be sent")
 
 
 def test_a_busy_guest_moves_when_the_link_is_wide_enough(scene: Scene) -> None:
     guest = scene.guest(device(), workload=BUSY)
-    scene.succeeded(scene.migrate(guest, "host-2"))
+    scene.succeeded(scene.migrate(guest, scene.there))

@@ -64,7 +64,7 @@ both = pytest.mark.parametrize("lose", [lose_vmm, lose_agent])
 def test_preparing(scene: Scene, lose: Lose) -> None:
     """It waits for a stream that the source, which stands still, does not send yet."""
     guest = scene.guest(device())
-    with scene.frozen(scene.agent("host-1")):
+    with scene.frozen(scene.agent(scene.here)):
         migration = scene.migrate(guest)
         scene.reach(lambda: scene.incoming(guest).endpoint, "a destination that listens")
         assert not scene.record(guest).inc
@@ -81,7 +81,7 @@ def test_precopy(scene: Scene, lose: Lose, devices: int) -> None:
     scene.reach(lambda: scene.record(guest).inc, "an attempt that is bound")
     scene.reach_phase(migration, "PRECOPY")
     if devices:
-        scene.reach_device(guest, "host-1", "PRE_COPY")
+        scene.reach_device(guest, scene.here, "PRE_COPY")
     lose(scene, guest)
     brought_away(scene, guest, migration)
 
@@ -90,7 +90,7 @@ def test_precopy(scene: Scene, lose: Lose, devices: int) -> None:
 def test_parked(scene: Scene, lose: Lose) -> None:
     guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1500, times: 1}]"))
     migration = scene.migrate(guest)
-    scene.reach_device(guest, "host-1", "PRE_COPY_P2P")
+    scene.reach_device(guest, scene.here, "PRE_COPY_P2P")
     lose(scene, guest)
     brought_away(scene, guest, migration)
 
@@ -100,10 +100,10 @@ def test_after_continue(scene: Scene, lose: Lose) -> None:
     """The engine's last pass cannot end, since the destination's VMM takes nothing."""
     guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1000, times: 1}]"))
     migration = scene.migrate(guest)
-    scene.reach_device(guest, "host-1", "PRE_COPY_P2P")
+    scene.reach_device(guest, scene.here, "PRE_COPY_P2P")
     vmm = scene.incoming(guest)
     with scene.frozen(vmm):
-        scene.reach_device(guest, "host-1", "STOP_COPY")
+        scene.reach_device(guest, scene.here, "STOP_COPY")
         lose(scene, guest)
     brought_away(scene, guest, migration)
 
@@ -113,10 +113,10 @@ def test_loaded(scene: Scene, lose: Lose) -> None:
     """Everything is loaded and validated, and the source, which stands still, has not heard of it."""
     guest = scene.guest(device("dpu", "delays: [{call: validate, ms: 2500, times: 1}]"))
     migration = scene.migrate(guest, switchover_timeout_ms=20_000)
-    scene.reach_device(guest, "host-1", "STOP_COPY")
+    scene.reach_device(guest, scene.here, "STOP_COPY")
     vmm = scene.incoming(guest)
     scene.hold_on(1.0)  # for all data to be sent
-    with scene.frozen(scene.agent("host-1")):
+    with scene.frozen(scene.agent(scene.here)):
         scene.reach_device(guest, vmm.host, "STOP")
         assert scene.record(guest).phase is Ownership.OPEN
         lose(scene, guest)
@@ -132,8 +132,8 @@ def test_loaded(scene: Scene, lose: Lose) -> None:
 
 def held_after_commit(scene: Scene) -> tuple[Born, str]:
     guest = scene.guest(device("dpu", "delays: [{call: activate, ms: 3000, times: 1}]"))
-    migration = scene.migrate(guest, "host-2")
-    marker = scene.layout.volatile("host-2")
+    migration = scene.migrate(guest, scene.there)
+    marker = scene.layout.volatile(scene.there)
     scene.reach(lambda: list(marker.glob(f"{guest.uuid}.*")), "the marker")
     assert scene.record(guest).phase is Ownership.COMMITTED
     return guest, migration
@@ -142,10 +142,10 @@ def held_after_commit(scene: Scene) -> tuple[Born, str]:
 def test_agent_after_the_commit(scene: Scene) -> None:
     """Its successor finds its own commit and starts the guest in place."""
     guest, migration = held_after_commit(scene)
-    scene.kill_agent("host-2")
+    scene.kill_agent(scene.there)
     over = scene.succeeded(migration)
     assert [report.outcome for report in over.attempts] == ["COMMITTED"]
-    assert scene.record(guest).owner.host == "host-2"
+    assert scene.record(guest).owner.host == scene.there
 
 
 def test_vmm_after_the_commit_and_the_marker(scene: Scene) -> None:
@@ -161,16 +161,16 @@ def test_vmm_after_the_commit_and_the_marker(scene: Scene) -> None:
 def test_vmm_after_the_commit_before_the_marker(scene: Scene) -> None:
     """With the agent killed as well: its successor proves that nothing had an effect there, and gives it back."""
     guest = scene.guest(device("dpu", "delays: [{call: validate, ms: 1500, times: 1}]"))
-    migration = scene.migrate(guest, "host-2")
-    scene.reach_device(guest, "host-1", "STOP_COPY")
-    zookeeper, agent = scene.part("zookeeper"), scene.agent("host-2")
+    migration = scene.migrate(guest, scene.there)
+    scene.reach_device(guest, scene.here, "STOP_COPY")
+    zookeeper, agent = scene.part("zookeeper"), scene.agent(scene.there)
     scene.freeze(zookeeper)
-    scene.reach_device(guest, "host-2", "STOP")
+    scene.reach_device(guest, scene.there, "STOP")
     scene.hold_on(1.0)  # for LOADED to go out and the COMMIT to leave
     scene.freeze(agent)
     scene.thaw(zookeeper)
     scene.reach(lambda: scene.record(guest).phase is Ownership.COMMITTED, "COMMITTED")
     scene.kill(scene.incoming(guest))
-    scene.kill_agent("host-2")
+    scene.kill_agent(scene.there)
     over = brought_away(scene, guest, migration)
     assert over.attempts[0].reason == AbortReason.ROLLED_BACK

@@ -16,11 +16,9 @@ from tests.integration.handover.scene import RAY_S, Born, Scene, device
 
 pytestmark = [pytest.mark.integration, pytest.mark.qemu, pytest.mark.zookeeper]
 
-SOURCE = "host-1"
-
 
 def evacuate(scene: Scene, max_concurrent: int = 0, **policy: object) -> str:
-    return scene.client.create_evacuation(SOURCE, max_concurrent, policy).evacuation.name
+    return scene.client.create_evacuation(scene.here, max_concurrent, policy).evacuation.name
 
 
 def migration_of(scene: Scene, guest: Born) -> str:
@@ -50,8 +48,8 @@ def emptied(scene: Scene, evacuation: str) -> dict[str, types_pb2.Migration]:
     assert wire.word(now, "phase") == "SUCCEEDED", now
     assert {guest.guest for guest in now.guests} == {guest.name for guest in scene.guests}
     scene.reach(lambda: scene.client.get_evacuation(evacuation).safe_to_power_off, "safe to power off")
-    assert scene.client.list_guests(SOURCE) == []
-    scene.client.uncordon_host(SOURCE)
+    assert scene.client.list_guests(scene.here) == []
+    scene.client.uncordon_host(scene.here)
     return {guest.name: scene.succeeded(migration_of(scene, guest)) for guest in scene.guests}
 
 
@@ -82,10 +80,10 @@ def test_in_the_blackout(scene: Scene) -> None:
     """It ends within the second, with nobody to conduct the evacuation."""
     guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1500, times: 1}]"))
     evacuation = evacuate(scene)
-    scene.reach_device(guest, SOURCE, "PRE_COPY_P2P")
+    scene.reach_device(guest, scene.here, "PRE_COPY_P2P")
     before = bound(scene, guest)
     scene.kill_ray()
-    scene.reach(lambda: scene.record(guest).owner.host != SOURCE, "its new owner")
+    scene.reach(lambda: scene.record(guest).owner.host != scene.here, "its new owner")
     assert bound(scene, guest) == before
     scene.coordinator_is_back()
     (report,) = emptied(scene, evacuation)[guest.name].attempts
@@ -96,7 +94,7 @@ def test_in_the_blackout(scene: Scene) -> None:
 def test_while_preparing(scene: Scene) -> None:
     """An attempt that is open and has no destination process yet is taken up where it stands."""
     guest = scene.guest(device())
-    agents = [scene.agent(host) for host in ("host-2", "host-3")]
+    agents = [scene.agent(host) for host in (scene.there, scene.third)]
     for agent in agents:
         scene.freeze(agent)
     evacuation = evacuate(scene)

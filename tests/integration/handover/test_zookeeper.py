@@ -22,7 +22,7 @@ STOPPED_MOST_MS = 4_000
 def arrived(scene: Scene, guest: Born, migration: str) -> list[str]:
     """Reasons of the attempts before the one that brought it away."""
     over = scene.succeeded(migration, 60)
-    assert scene.record(guest).owner.host == "host-2"
+    assert scene.record(guest).owner.host == scene.there
     stopped_ms = scene.longest_stop_ms(guest)
     print(f"stopped for at most {stopped_ms:.0f} ms")
     assert stopped_ms < STOPPED_MOST_MS + scene.away_ms
@@ -31,8 +31,8 @@ def arrived(scene: Scene, guest: Born, migration: str) -> list[str]:
 
 def test_restarted_in_precopy(scene: Scene) -> None:
     guest = scene.guest(device("dpu", "delays: [{call: load, ms: 4000, times: 1}]"))
-    migration = scene.migrate(guest, "host-2")
-    scene.reach_device(guest, "host-1", "PRE_COPY")
+    migration = scene.migrate(guest, scene.there)
+    scene.reach_device(guest, scene.here, "PRE_COPY")
     scene.reach(lambda: scene.record(guest).inc, "an attempt that is bound")
     scene.restart_zookeeper()
     assert set(arrived(scene, guest, migration)) <= {AbortReason.LEDGER_UNREACHABLE}
@@ -40,8 +40,8 @@ def test_restarted_in_precopy(scene: Scene) -> None:
 
 def test_restarted_while_parked(scene: Scene) -> None:
     guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1800, times: 1}]"))
-    migration = scene.migrate(guest, "host-2")
-    scene.reach_device(guest, "host-1", "PRE_COPY_P2P")
+    migration = scene.migrate(guest, scene.there)
+    scene.reach_device(guest, scene.here, "PRE_COPY_P2P")
     scene.restart_zookeeper()
     arrived(scene, guest, migration)
 
@@ -49,8 +49,8 @@ def test_restarted_while_parked(scene: Scene) -> None:
 def test_restarted_before_the_commit(scene: Scene) -> None:
     """Its data is loaded when the ledger comes back, or not yet."""
     guest = scene.guest(device("dpu", "delays: [{call: validate, ms: 800, times: 1}]"))
-    migration = scene.migrate(guest, "host-2")
-    scene.reach_device(guest, "host-1", "STOP_COPY")
+    migration = scene.migrate(guest, scene.there)
+    scene.reach_device(guest, scene.here, "STOP_COPY")
     scene.restart_zookeeper()
     arrived(scene, guest, migration)
 
@@ -58,10 +58,10 @@ def test_restarted_before_the_commit(scene: Scene) -> None:
 def test_restarted_with_the_commit_on_its_way(scene: Scene) -> None:
     """The server is killed with the transaction in its hands: it is lost, or it was written down."""
     guest = scene.guest(device("dpu", "delays: [{call: validate, ms: 1000, times: 1}]"))
-    migration = scene.migrate(guest, "host-2")
-    scene.reach_device(guest, "host-1", "STOP_COPY")
+    migration = scene.migrate(guest, scene.there)
+    scene.reach_device(guest, scene.here, "STOP_COPY")
     scene.freeze(scene.part("zookeeper"))
-    scene.reach_device(guest, "host-2", "STOP")
+    scene.reach_device(guest, scene.there, "STOP")
     scene.hold_on(0.5)  # for LOADED to arrive and the COMMIT to leave
     scene.restart_zookeeper()
     arrived(scene, guest, migration)
@@ -70,40 +70,42 @@ def test_restarted_with_the_commit_on_its_way(scene: Scene) -> None:
 def test_restarted_after_the_commit(scene: Scene) -> None:
     """GO is enough for the destination; DONE waits for the ledger, and with it the end of the old copy."""
     guest = scene.guest(device("dpu", "delays: [{call: activate, ms: 1000, times: 1}]"))
-    migration = scene.migrate(guest, "host-2")
+    migration = scene.migrate(guest, scene.there)
     scene.reach(lambda: scene.record(guest).phase is Ownership.COMMITTED, "COMMITTED")
     scene.restart_zookeeper()
     assert arrived(scene, guest, migration) == []
 
 
-def expire(scene: Scene, host: str) -> None:
-    """Let the agent's sessions end while it stands still; it wakes up and learns of it."""
-    agent = scene.agent(host)
-    with scene.frozen(agent):
-        scene.reach(lambda: not scene.is_live(host), f"the end of the session of {host}", SESSION_S * 4)
-        scene.hold_on(1.0)  # its second session was begun a moment later
-    assert scene.agent(host) == agent
+def expire(scene: Scene, *hosts: str) -> None:
+    """Let the agents' sessions end while they stand still; they wake up and learn of it."""
+    agents = [scene.agent(host) for host in hosts]
+    for agent in agents:
+        scene.freeze(agent)
+    for host in hosts:
+        scene.reach(lambda host=host: not scene.is_live(host), f"the end of the session of {host}", SESSION_S * 4)
+    scene.hold_on(1.0)  # their second sessions were begun a moment later
+    scene.thaw_all()
+    assert [scene.agent(host) for host in hosts] == agents
     scene.ledger_is_back()
 
 
-@pytest.mark.parametrize("host", ["host-1", "host-2"])
-def test_session_expired_in_precopy(scene: Scene, host: str) -> None:
-    """Of the source or of the destination: the attempt goes on, or ends and is followed by another."""
-    guest = scene.guest(device("dpu", "delays: [{call: load, ms: 12000, times: 1}]"))
-    migration = scene.migrate(guest, "host-2")
-    scene.reach_device(guest, "host-1", "PRE_COPY")
+def test_sessions_expired_in_precopy(scene: Scene) -> None:
+    """Of the source and of the destination: the attempt goes on, or ends and is followed by another."""
+    guest = scene.guest(device("dpu", "delays: [{call: load, ms: 9000, times: 1}]"))
+    migration = scene.migrate(guest, scene.there)
+    scene.reach_device(guest, scene.here, "PRE_COPY")
     scene.reach(lambda: scene.record(guest).inc, "an attempt that is bound")
-    expire(scene, host)
+    expire(scene, scene.here, scene.there)
     arrived(scene, guest, migration)
 
 
-@pytest.mark.parametrize("host", ["host-1", "host-2"])
-def test_session_expired_in_the_last_pass(scene: Scene, host: str) -> None:
+@pytest.mark.parametrize("end", ["source", "destination"])
+def test_session_expired_in_the_last_pass(scene: Scene, end: str) -> None:
     """An agent that stood still for so long may have missed everything; what it finds in the ledger holds."""
     guest = scene.guest(device("dpu", "delays: [{call: validate, ms: 1500, times: 1}]"))
-    migration = scene.migrate(guest, "host-2", switchover_timeout_ms=30_000)
-    scene.reach_device(guest, "host-1", "STOP_COPY")
-    expire(scene, host)
+    migration = scene.migrate(guest, scene.there, switchover_timeout_ms=30_000)
+    scene.reach_device(guest, scene.here, "STOP_COPY")
+    expire(scene, scene.here if end == "source" else scene.there)
     arrived(scene, guest, migration)
 
 
@@ -117,7 +119,7 @@ def test_sessions_expired_at_rest(scene: Scene) -> None:
     for guest in guests:
         assert scene.longest_stop_ms(guest) < 1000
     for guest in guests:
-        scene.succeeded(scene.migrate(guest, "host-2"), 60)
+        scene.succeeded(scene.migrate(guest, scene.there), 60)
 
 
 def test_a_guest_is_paused_as_wished_while_the_ledger_is_away(scene: Scene) -> None:
