@@ -21,6 +21,8 @@ from orchestrator.core.records import AttemptReport, DeviceProgress, TimelineEnt
 
 _SAMPLED = frozenset({SourceStage.BINDING, SourceStage.PRECOPY})
 """No questions to the VMM in the blackout."""
+_TOLD_S = 1.0
+"""So long a report waits for the destination's half of it: the ledger may tell of DONE before the destination does."""
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Departure:
     destination: str
     arrival_timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
     progress: Progress | None = None
+    _told: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.peer.on_ack = self.runner.acked
@@ -56,6 +59,7 @@ class Departure:
 
     def done(self, timeline: Sequence[TimelineEntry]) -> None:
         self.arrival_timeline[:] = timeline
+        self._told.set()
         self.runner.feed(Seen.DONE_KNOWN)
 
     # --- what its own agent says --------------------------------------------------------------------------------------
@@ -63,9 +67,13 @@ class Departure:
     async def conduct(self, first: Sequence[Command] | None = None) -> AttemptReport:
         """To its end. The VMM is then as the final stage says, and the report is what became of it."""
         try:
-            await self.runner.run(first)
+            ended = await self.runner.run(first)
         finally:
             await self.peer.close()
+        if ended.stage is SourceStage.ENDED_COMMITTED:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_TOLD_S):
+                    await self._told.wait()
         return self.report()
 
     def report(self) -> AttemptReport:

@@ -437,10 +437,13 @@ class Device:
             blocks -= count
 
     def inject(self, ask: Ask, now: float) -> None:
-        """Put one more entry into the scenario in force."""
-        self._registers.script.add(ask)
-        if ask.after_ms is not None and self._session is not None and self.state in (_S.PRE_COPY, _S.PRE_COPY_P2P):
-            self._session.due[len(self.scenario.asks) - 1] = now + ask.after_ms / 1000
+        """Put one more entry into the scenario in force. Raises DroverError(INVALID_ARGUMENT) when it is full."""
+        place = self._registers.script.add(ask)
+        if self._session is None:
+            return
+        self._session.due.pop(place, None)
+        if ask.after_ms is not None and self.state in (_S.PRE_COPY, _S.PRE_COPY_P2P):
+            self._session.due[place] = now + ask.after_ms / 1000
 
     def take_delay(self, call: Call) -> int:
         """How many ms the shell must wait before this call, which now happens."""

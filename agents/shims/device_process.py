@@ -500,11 +500,9 @@ class DeviceServer:
         entry = {"at": header["at"], "times": header["times"], "bytes": header["bytes"]}
         try:
             made: Ask = scenario_from({"asks": [entry]}).asks[0]
-            scenario = scenario_mapping(device.scenario)
-            scenario_from({**scenario, "asks": [*scenario.get("asks", []), entry]})
+            device.inject(made, _now())
         except DroverError as error:
             raise CallError(str(error)) from None
-        device.inject(made, _now())
         _log(f"{name} will ask at {header['at']}, {header['times']} times")
         return {"scenario": scenario_mapping(device.scenario)}
 

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b, shake_128
 from typing import Any, cast
 
-from orchestrator.core.errors import DroverError
+from orchestrator.core.errors import DroverError, invalid
 from orchestrator.core.scenario import (
     MAX_BYTES,
+    MAX_ENTRIES,
     Ask,
     Call,
     Hook,
@@ -189,8 +190,18 @@ class Script:
     def count_ask(self, index: int) -> None:
         self.used = self.used.count("asks", index)
 
-    def add(self, ask: Ask) -> None:
-        self.scenario = replace(self.scenario, asks=(*self.scenario.asks, ask))
+    def add(self, ask: Ask) -> int:
+        """One more entry, in the place of one that is used up if there is any; returns the place.
+
+        Raises DroverError(INVALID_ARGUMENT) when too many would wait for their turn.
+        """
+        asks = self.scenario.asks
+        place = next((index for index in range(len(asks)) if not self.may_ask(index)), len(asks))
+        if place == MAX_ENTRIES:
+            raise invalid([("asks", f"at most {MAX_ENTRIES} entries can wait for their turn")])
+        self.used = self.used.forget("asks", place)
+        self.scenario = replace(self.scenario, asks=(*asks[:place], ask, *asks[place + 1 :]))
+        return place
 
     def copy(self) -> Script:
         return Script(self.scenario, self.used, self.sessions)

@@ -169,6 +169,11 @@ class Used:
         padded[index] += 1
         return replace(self, **{kind: tuple(padded)})
 
+    def forget(self, kind: str, index: int) -> Used:
+        """Another entry stands in this place now."""
+        counts: tuple[int, ...] = getattr(self, kind)
+        return replace(self, **{kind: (*counts[:index], 0, *counts[index + 1 :])}) if index < len(counts) else self
+
 
 def scenario_from(mapping: object, where: str = "") -> Scenario:
     """A scenario from plain data (of YAML or JSON). Raises DroverError(INVALID_ARGUMENT) that names every wrong field.

@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[2]
 SEED = 0xC0FFEE
 LINK = 1 << 30
 ACK = {"events": True, "return-path": True, "switchover-ack": True}
+WORKLOAD = Workload(dirty_mib=1, dirty_pages_per_s=100, doorbell_hz=20)
 TRACES = (
     "qemu_savevm_query_pending*",
     "qemu_savevm_query_switchover_ack*",
@@ -198,12 +199,14 @@ class Rig:
         destination_options: Sequence[str] = (),
         traces: Sequence[str] = TRACES,
         memory_mib: int = 32,
+        workload: Workload = WORKLOAD,
     ) -> None:
         """`..._options` are added to that QEMU's command line, such as `-global migration.switchover-ack-legacy=on`."""
         self.directory = Path(tempfile.mkdtemp(prefix="dv-"))
         self.devices = devices
         self.machine = machine
         self.memory_mib = memory_mib
+        self.workload = workload
         traced = [word for name in traces for word in ("-trace", name)]
         self._engines = (
             self._engine("source", binary, [*source_options, *traced]),
@@ -244,8 +247,7 @@ class Rig:
     async def _end(self, inc: str, *, incoming: bool) -> End:
         spec = DevicesSpec("guest-1", inc, self.directory, tuple(self.devices), SEED)
         process = await DeviceProcess.start(spec, incoming=incoming)
-        workload = Workload(dirty_mib=1, dirty_pages_per_s=100, doorbell_hz=20)
-        guest = GuestSpec("g", self.memory_mib, 1, self.machine, workload, tuple(self.devices))
+        guest = GuestSpec("g", self.memory_mib, 1, self.machine, self.workload, tuple(self.devices))
         vmm_spec = VmmSpec(
             "guest-1",
             inc,

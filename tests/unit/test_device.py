@@ -25,7 +25,8 @@ from agents.shims.device import (
     hash32,
     next_step,
 )
-from orchestrator.core.scenario import Ask, Call, Delay, Fault, Hook, Scenario
+from orchestrator.core.errors import DroverError
+from orchestrator.core.scenario import MAX_ENTRIES, Ask, Call, Delay, Fault, Hook, Scenario
 
 S = DeviceState
 ALL = Feature.P2P | Feature.PRE_COPY
@@ -369,6 +370,28 @@ def test_requests_at_hooks_are_counted_over_sessions_and_can_be_limited_to_the_f
         device.set_state(S.RUNNING, 0)
         device.hook(Hook.FREEZE, 0)
     assert generations == [4, 7, 8]
+
+
+def test_injected_requests_take_the_places_of_those_that_are_used_up() -> None:
+    """A bench or a chaos run injects hundreds into one device's life."""
+    device = made(Scenario(asks=(Ask(Hook.PRECOPY, times=None), Ask(Hook.FREEZE, times=2)), ask_at_begin=False))
+    for first in range(3 * MAX_ENTRIES):
+        device.inject(Ask(Hook.FREEZE), 0.0)
+        device.set_state(S.PRE_COPY, 0.0)
+        before = device.generation
+        device.hook(Hook.FREEZE, 0.0)
+        assert device.generation == before + (2 if first < 2 else 1)
+        device.set_state(S.RUNNING, 0.0)
+    assert device.scenario.asks == (Ask(Hook.PRECOPY, times=None), Ask(Hook.FREEZE), Ask(Hook.FREEZE))
+
+
+def test_no_more_requests_can_wait_than_a_scenario_has_room_for() -> None:
+    device = made(Scenario())
+    for _ in range(MAX_ENTRIES):
+        device.inject(Ask(Hook.FREEZE), 0.0)
+    with pytest.raises(DroverError, match="at most 32"):
+        device.inject(Ask(Hook.FREEZE), 0.0)
+    assert len(device.scenario.asks) == MAX_ENTRIES
 
 
 def test_what_happens_after_the_commit_counts_as_happened_in_the_state_that_leaves() -> None:

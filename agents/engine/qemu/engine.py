@@ -79,6 +79,8 @@ class QemuVmm:
         self._tail: asyncio.Task[None] | None = None
         self._parameters = asyncio.Lock()
         self._telling: asyncio.Task[None] | None = None
+        self._arrived = False
+        """This QEMU told that it has loaded the guest, and has not been asked to send it since."""
         watched.on_death = lambda: self._emit(base.VmmDied())
 
     @property
@@ -154,6 +156,12 @@ class QemuVmm:
         await self._execute("stop")
 
     async def resume(self) -> None:
+        if not self._arrived:  # in the blackout nothing is asked that is known
+            await self._must_not_be_moving()
+        await self._execute("cont")
+
+    async def _must_not_be_moving(self) -> None:
+        """Refuses what QEMU itself would take for a wish to run."""
         run = (await self._execute("query-status"))["status"]
         if run == "inmigrate":
             # QEMU would accept it, and start the guest by itself at the end of the load.
@@ -161,7 +169,6 @@ class QemuVmm:
         if self._has_devices_inside and _status(await self._execute("query-migrate")) not in _OVER:
             # QEMU would accept that too, and its devices would never be in pre-copy again: it hangs or fails later.
             raise EngineError("a migration of a guest with devices inside the VMM is running: cancel it first")
-        await self._execute("cont")
 
     @property
     def _has_devices_inside(self) -> bool:
@@ -177,7 +184,7 @@ class QemuVmm:
 
     async def start_outgoing(self, options: base.OutgoingOptions) -> None:
         await self._cleaned_up(2.0)
-        self._options = options
+        self._options, self._arrived = options, False
         self._released = options.hold is HoldStart.OPEN
         wanted = {"events": True, "return-path": True, "pause-before-switchover": True}
         wanted |= {"multifd": options.multifd_channels > 1, "auto-converge": options.auto_converge}
@@ -359,6 +366,7 @@ class QemuVmm:
     def _on_event(self, name: str, data: Mapping[str, Any], at_s: float) -> None:
         if name == "MIGRATION":
             status = _STATUSES.get(data["status"], EngineStatus.ACTIVE)
+            self._arrived |= self._metadata.role == "incoming" and status is EngineStatus.COMPLETED
             if status is EngineStatus.FAILED and self._metadata.role != "incoming":
                 self._telling = asyncio.create_task(self._tell_failure())
             else:

@@ -1,0 +1,56 @@
+"""What an agent keeps of an attempt that left: the destination's half of the story belongs to it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from agents import departure as departing
+from agents.attempt_ledger import AttemptLedger
+from agents.departure import Departure
+from agents.engine.base import HoldStart, OutgoingOptions, VmmSpec
+from agents.guests.copies import Copy
+from agents.peer_rpc import DestinationClient
+from agents.source_runner import SourceRunner
+from agents.source_session import SourceStage, SourceState
+from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.policy import MigrationPolicy
+from orchestrator.core.records import GuestSpec, TimelineEntry
+from orchestrator.rpc import channels
+from tests.fakes.coordination import MemoryStore
+from tests.fakes.engine import FakeEngine
+
+HERE, REF = HostRef("s", "1"), AttemptRef("g", "m", 1)
+LOST = TimelineEntry(1.0, "d", "devices_lost", "nic")
+
+
+async def over(directory: Path, stage: SourceStage) -> Departure:
+    """An attempt whose end the ledger has told already."""
+    vmm = await FakeEngine().start(VmmSpec("g", "s", GuestSpec("web"), directory, directory / "con", None))
+    ledger = AttemptLedger(MemoryStore(), REF, HERE, "i", "w")
+    peer = DestinationClient(channels.aio_channel("127.0.0.1:1"), REF, "i")
+    options = OutgoingOptions("fake:1", HoldStart.OPEN, 0, 1, 1)
+    state = SourceState(REF, HERE, "i", stage=stage)
+    runner = SourceRunner(state, vmm, (), ledger, peer, MigrationPolicy(), options, 1)
+    return Departure(runner, cast(Copy, None), peer, "d")
+
+
+async def test_a_device_that_lost_its_state_is_reported_though_the_ledger_told_the_end_first(tmp_path: Path) -> None:
+    departure = await over(tmp_path, SourceStage.ENDED_COMMITTED)
+    conducted = asyncio.create_task(departure.conduct())
+    await asyncio.sleep(0.05)
+    assert not conducted.done()
+    departure.done([LOST])
+    assert (await conducted).devices == ("nic",)
+
+
+@pytest.mark.parametrize("stage", [SourceStage.ENDED_ABORTED, SourceStage.ENDED_COMMITTED])
+async def test_a_destination_that_tells_nothing_holds_up_nobody(
+    tmp_path: Path, stage: SourceStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(departing, "_TOLD_S", 0.05)
+    report = await (await over(tmp_path, stage)).conduct()
+    assert report.outcome == stage.name.removeprefix("ENDED_")
