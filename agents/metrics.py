@@ -10,6 +10,7 @@ from collections.abc import Callable
 import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from agents.shims.inside import ASKS, INITIAL_SENT
 from orchestrator.core.records import AttemptReport, DeviceSpec, TimelineEntry
 
 log = structlog.get_logger(__name__)
@@ -27,6 +28,19 @@ def ack_waits_s(timeline: tuple[TimelineEntry, ...]) -> list[float]:
             asked[entry.detail] = entry.at_ms
         elif entry.event == "ack" and entry.detail in asked:
             waits.append(max(0.0, entry.at_ms - asked.pop(entry.detail)) / 1000)
+    return waits
+
+
+def initial_data_waits_s(timeline: tuple[TimelineEntry, ...]) -> list[float]:
+    """The same of devices inside the VMM, as far as it can be seen: until each had sent what the ACK is for."""
+    asked: dict[str, float] = {}
+    waits: list[float] = []
+    for entry in sorted((entry for entry in timeline if entry.event == "device"), key=lambda entry: entry.at_ms):
+        device, _, what = entry.detail.partition(": ")
+        if what.startswith(ASKS):
+            asked.setdefault(device, entry.at_ms)
+        elif what == INITIAL_SENT and device in asked:
+            waits.append((entry.at_ms - asked.pop(device)) / 1000)
     return waits
 
 
@@ -49,6 +63,12 @@ class Metrics:
         )
         self._ack_wait = Histogram(
             "drover_ack_wait_seconds", "From a request for an ACK to the ACK", buckets=_WAIT_S, registry=registry
+        )
+        self._initial_wait = Histogram(
+            "drover_initial_data_wait_seconds",
+            "From a request for an ACK inside the VMM until the device had sent its initial data",
+            buckets=_WAIT_S,
+            registry=registry,
         )
         self._sent = Counter("drover_sent_bytes", "Sent by engines of attempts that are over", registry=registry)
         self._device_bytes = Counter(
@@ -85,6 +105,8 @@ class Metrics:
             self._blackout.labels(report.outcome).observe(report.blackout_ms / 1000)
         for wait_s in ack_waits_s(report.timeline):
             self._ack_wait.observe(wait_s)
+        for wait_s in initial_data_waits_s(report.timeline):
+            self._initial_wait.observe(wait_s)
         self._sent.inc(report.transferred_bytes)
         self._ledger_writes.inc(report.ledger_writes)
         for device in report.device_progress:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ASKS = "asks"
+"""How every event begins by which a device demands an ACK."""
+INITIAL_SENT = "its initial data is sent"
+"""The last that its source knows of an ACK: the VMM tells nobody when the other end gave it."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceEvent:

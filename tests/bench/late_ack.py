@@ -24,6 +24,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from orchestrator import wire
 from orchestrator.core.records import AttemptReport, DeviceSpec, GuestSpec, ShimKind, Workload
 from orchestrator.local import evidence
@@ -204,6 +207,34 @@ async def _by_hand(binary: str) -> float:
         return (runs - stopped) * 1000
 
 
+def table(report: dict[str, Any]) -> Table:
+    """The figures that were taken, each beside its target; all in ms."""
+    made = Table("figure", "of", "median", "p95", "maximum", "target", "heartbeats (noise p95)")
+
+    def row(name: str, found: dict[str, Any], target: str, met: bool | None = None) -> None:
+        said = "" if met is None else " (met)" if met else " (MISSED)"
+        heard = found.get("heartbeats")
+        beats = f"longest stop {heard['longest_stop_ms']} ({heard['noise_p95_ms']})" if heard else ""
+        figures = [str(found[key]) for key in ("count", "median_ms", "p95_ms", "max_ms")]
+        made.add_row(name, *figures, target + said, beats)
+
+    if found := report.get("vfio"):
+        row("late ACK inside QEMU, STOP to RESUME", found, "p95 <= 20", found["p95_ms"] <= 20)
+    if found := report.get("companion"):
+        row("late ACK of a companion, STOP to RESUME", found, "p95 <= 40", found["p95_ms"] <= 40)
+    if found := report.get("retry"):
+        row("late ACK to the next attempt's RESUME", found, "")
+    if found := report.get("row"):
+        as_many = sum(attempts == int(name.split()[2]) + 1 for name, attempts in found.items())
+        cells = (str(len(found)), "", "", "", f"k + 1 attempts ({as_many} of {len(found)})", "")
+        made.add_row("k late ACKs in a row, devices x k", *cells)
+    if found := report.get("blackout"):
+        row("blackout, VFIO 1 MiB, by hand", found["by_hand"], "")
+        by = found["difference_of_medians_ms"]
+        row("blackout, VFIO 1 MiB, ours", found["ours"], f"by hand + 8: {by:+}", by <= 8)
+    return made
+
+
 @contextmanager
 def bench(binary: str) -> Iterator[Bench]:
     directory = short_directory()
@@ -250,6 +281,7 @@ def main() -> None:
     report["load_after"], report["broken"] = os.getloadavg()[0], broken
     asked.report.parent.mkdir(parents=True, exist_ok=True)
     asked.report.write_text(json.dumps(report, indent=1) + "\n")
+    Console(width=140).print(table(report))
     for line in broken:
         print(f"BROKEN: {line}")
     sys.exit(1 if broken else 0)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from agents.shims.device import Device, DeviceError, DeviceState, Feature, next_step
-from agents.shims.inside import DeviceEvent, InVmmDevice
+from agents.shims.inside import ASKS, INITIAL_SENT, DeviceEvent, InVmmDevice
 from agents.shims.vfio import layout, uapi
 from agents.shims.vfio.layout import Kind, Register
 from agents.shims.vfio.uapi import FeatureNumber, Ioctl, MigrationFlag, Operation
@@ -368,7 +368,7 @@ class Endpoint:
             self._session, self.lost = _Session(), False
         if Call.BEGIN in calls:
             if device.asked is not None:
-                self._session.note(now, "asks for an ACK")
+                self._session.note(now, f"{ASKS} for an ACK")
             device.hook(Hook.PRECOPY, now)
         if Call.STOP_COPY in calls:
             device.hook(Hook.AFTER_CHECK, now)
@@ -400,7 +400,7 @@ class Endpoint:
             session.reinits += 1
             session.late = last
             session.drained = session.gate_told = False
-            asks = f"asks again with {info.initial_bytes} bytes of new initial data"
+            asks = f"{ASKS} again with {info.initial_bytes} bytes of new initial data"
             session.note(now, f"{asks}, after the guest was stopped" if last else asks)
         call = "LAST_LOOK" if last else "PRECOPY_INFO"
         self._previous = call
@@ -432,7 +432,7 @@ class Endpoint:
             session.precopy_sent += len(data)
             if initial and not device.initial_bytes_left() and not session.drained:
                 session.drained = True
-                session.note(now, "its initial data is sent")
+                session.note(now, INITIAL_SENT)
         self._previous = "READ"
         self._note(now, "READ", str(limit), {"bytes": len(data), "initial": int(initial), "state": device.state.name})
         return Answer(len(data), data)
