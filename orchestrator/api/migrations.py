@@ -22,9 +22,10 @@ from orchestrator.core.guest import name_error
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.placement import Need, choose
 from orchestrator.core.policy import MigrationPolicy, policy_errors
-from orchestrator.core.records import Attempts, HostRecord, MigrationSpec, MigrationState
+from orchestrator.core.records import HostRecord, MigrationSpec
 from orchestrator.ledger import paths
-from orchestrator.ledger.ledger import op_create, op_set
+from orchestrator.ledger.ledger import op_set
+from orchestrator.ledger.migrations import creation, free_of_others
 from orchestrator.ledger.store import Check, Done, Op, StoreUnavailable
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
@@ -100,40 +101,45 @@ class Migrations:
         if earlier := await asked.earlier(self._tools):
             return await self.get(earlier.rpartition("/")[2])
         guest = await guest_uuid(self._tools.ledger, request.guest, field="guest")
+        if request.validate_only:
+            return await self._validated(*await self._judged(request, guest, caller))
         for _ in range(WRITE_TRIES):
-            read = await read_guest(self._tools.ledger, guest)
-            decisions.need_movable(read.record)
-            spec = MigrationSpec(
-                id=uuid.uuid4().hex[:12],
-                guest=guest,
-                guest_name=read.record.name,
-                destination=request.destination,
-                policy=_policy(request, read),
-                requested_by=caller.by,
-                create_time_s=self._tools.wall_s(),
-            )
-            if request.validate_only:
-                return await self._validated(spec, read)
-            if request.destination:
-                await self._destination(read, request.destination)
-            created = await asked.create(self._tools, f"migrations/{spec.id}", await self._ops(spec, read), caller)
+            try:
+                spec, read = await self._judged(request, guest, caller)
+                ops = [Check(paths.guest(guest), read.version), *await creation(self._tools.store, spec)]
+            except DroverError as error:
+                # It may be this very request, sent twice, that has made the migration in the guest's way.
+                if error.reason is RefusalReason.GUEST_IS_MIGRATING and (known := await asked.earlier(self._tools)):
+                    return await self.get(known.rpartition("/")[2])
+                raise
+            created = await asked.create(self._tools, f"migrations/{spec.id}", ops, caller)
             if created:
-                known = created.rpartition("/")[2]
-                if known == spec.id:
-                    log.info("migration asked for", migration=known, guest=read.record.name, by=caller.by)
-                return await self.get(known)
+                name = created.rpartition("/")[2]
+                if name == spec.id:
+                    log.info("migration asked for", migration=name, guest=spec.guest_name, by=caller.by)
+                return await self.get(name)
             await pause(caller)
         raise contended()
 
-    async def _ops(self, spec: MigrationSpec, read: GuestRead) -> list[Op]:
-        """What the coordinator expects to find of a migration, all at once; the guest as it was when it was judged."""
-        await self._tools.store.ensure(paths.migration_shard(spec.id))
-        return [
-            Check(paths.guest(spec.guest), read.version),
-            op_create(paths.migration(spec.id), spec),
-            op_create(paths.migration_state(spec.id), MigrationState()),
-            op_create(paths.attempts(spec.id), Attempts()),
-        ]
+    async def _judged(
+        self, request: pb.CreateMigrationRequest, guest: str, caller: Caller
+    ) -> tuple[MigrationSpec, GuestRead]:
+        """The migration that would be, and the guest as it was when it was judged. Raises why there can be none."""
+        read = await read_guest(self._tools.ledger, guest)
+        decisions.need_movable(read.record)
+        await free_of_others(self._tools.store, guest, read.record.name)
+        if request.destination:
+            await self._destination(read, request.destination)
+        spec = MigrationSpec(
+            id=uuid.uuid4().hex[:12],
+            guest=guest,
+            guest_name=read.record.name,
+            destination=request.destination,
+            policy=_policy(request, read),
+            requested_by=caller.by,
+            create_time_s=self._tools.wall_s(),
+        )
+        return spec, read
 
     async def _destination(self, read: GuestRead, wanted: str) -> str:
         """Where the guest would go now. Raises the refusal that stands against the wanted host, or against all."""

@@ -11,9 +11,9 @@ import structlog
 
 from orchestrator.coordinator.driver import STORE_RETRY_S, epoch_write
 from orchestrator.core import evacuation
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.policy import override
 from orchestrator.core.records import (
-    Attempts,
     Cordon,
     EvacuationSpec,
     EvacuationState,
@@ -23,8 +23,9 @@ from orchestrator.core.records import (
 )
 from orchestrator.ledger import paths
 from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.migrations import creation
 from orchestrator.ledger.records import BadRecord, decode, encode
-from orchestrator.ledger.store import Create, SetData, Store, StoreUnavailable
+from orchestrator.ledger.store import SetData, Store, StoreUnavailable
 
 log = structlog.get_logger(__name__)
 
@@ -147,12 +148,13 @@ class EvacuationRunner:
             requested_by=spec.requested_by,
             create_time_s=self._wall_s(),
         )
-        await self._store.ensure(paths.migration_shard(command.id))
-        ops = [
-            Create(paths.migration(command.id), encode(migration)),
-            Create(paths.migration_state(command.id), encode(MigrationState())),
-            Create(paths.attempts(command.id), encode(Attempts())),
-        ]
+        try:
+            ops = await creation(self._store, migration)
+        except DroverError as error:
+            if error.reason is not RefusalReason.GUEST_IS_MIGRATING:
+                raise
+            log.info("waiting for another migration of a guest", guest=command.name, **error.details)
+            return
         await epoch_write(self._store, self._epoch, ops)
 
     async def _cancel(self, migration: str) -> None:

@@ -168,10 +168,14 @@ def _start_more(
     commands: list[Command] = []
     result: list[EvacuationGuest] = []
     for guest in guests:
-        if _active(guest) and guest.migration not in facts.migrations:
-            commands.append(CreateMigration(guest.migration, guest.guest, guest.name))  # stored, then we crashed
         there = here.get(guest.guest)
         idle = there is not None and there.record.phase is Ownership.IDLE
+        if _active(guest) and guest.migration not in facts.migrations:
+            # Stored, then we crashed; or somebody else was first to ask for one, which may have taken the guest away.
+            if there is None:
+                guest = replace(guest, migration="", tries=guest.tries - 1)
+            elif idle:
+                commands.append(CreateMigration(guest.migration, guest.guest, guest.name))
         if room > 0 and idle and _wants_another(guest):
             tries = guest.tries + 1
             name = migration_id(spec.id, guest.guest, tries)

@@ -31,6 +31,10 @@ def want_run(uuid: str) -> str:
     return f"{GUESTS}/{uuid}/want_run"
 
 
+def newest_migration(uuid: str) -> str:
+    return f"{GUESTS}/{uuid}/migration"
+
+
 def migration_shard(migration: str) -> str:
     return f"{MIGRATIONS}/{migration[:2]}"
 

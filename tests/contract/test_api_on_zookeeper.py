@@ -99,7 +99,8 @@ async def test_a_cancel_before_the_commit_and_one_after_it(api: ApiCluster) -> N
     record = await change(api.store, uuid, lambda record: handover.close(record, name, writer="c"))
     assert (record.phase, record.reason) == (Ownership.IDLE, AbortReason.CANCELLED)
 
-    second = (await api.call(api.client.create_migration, "web")).name
+    uuid = (await api.call(api.client.create_guest, GuestSpec("db"), "h1")).uuid
+    second = (await api.call(api.client.create_migration, "db")).name
     await open_attempt(api.store, uuid, second)
     await change(api.store, uuid, lambda record: handover.commit(record, second, 1, "inc", writer="a"))
     found = await Ledger(api.store).read_guest(uuid)

@@ -133,6 +133,7 @@ async def test_what_the_coordinator_finds(api: ApiCluster, client: OrchestratorC
     assert [op.path for op in created] == [
         paths.request_id("r1"),
         paths.guest(web),
+        paths.newest_migration(web),
         paths.migration(name),
         paths.migration_state(name),
         paths.attempts(name),
@@ -295,6 +296,21 @@ async def test_a_guest_in_a_migration_gets_no_second_one(
     error = await api.refused(client.create_migration, "web")
     assert (error.reason, error.details) == (R.GUEST_IS_MIGRATING, {"migration": name})
     assert (await api.call(client.get_guest, "web")).migration == name
+
+
+async def test_a_guest_whose_migration_has_not_begun_gets_no_second_one(
+    api: ApiCluster, client: OrchestratorClient, web: str
+) -> None:
+    """No coordinator is here, so nothing begins; a caller that asks twice must not move the guest twice."""
+    asked = await asyncio.gather(*(api.call(client.create_migration, "web") for _ in range(4)), return_exceptions=True)
+    made = [each for each in asked if not isinstance(each, BaseException)]
+    refused = [each for each in asked if isinstance(each, DroverError)]
+    assert (len(made), len(refused)) == (1, 3)
+    assert {each.reason for each in refused} == {R.GUEST_IS_MIGRATING}
+    error = await api.refused(client.create_migration, "web", validate_only=True)
+    assert error.details == {"migration": made[0].name}
+    await api.call(client.cancel_migration, made[0].name)
+    assert (await api.call(client.create_migration, "web")).name != made[0].name
 
 
 # --- look -------------------------------------------------------------------------------------------------------------

@@ -91,6 +91,17 @@ def test_guest_in_somebody_elses_migration_is_waited_for() -> None:
     assert not result.state.phase.terminal
 
 
+def test_a_guest_that_somebody_elses_migration_took_away_gets_none_of_the_jobs() -> None:
+    """Its migration was stored but refused: another one, asked for before, had not begun yet."""
+    state = begun(on_host("a"))
+    waiting = step(SPEC, state, Facts(True, [on_host("a", phase=Ownership.OPEN)], {}))
+    assert (waiting.commands, waiting.state.guests[0].tries) == ((), 1)
+    over = step(SPEC, waiting.state, Facts(True, [], {}))
+    assert over.commands == ()
+    assert over.state.phase is EvacuationPhase.SUCCEEDED
+    assert (over.state.guests[0].migration, over.state.guests[0].tries) == ("", 0)
+
+
 def test_late_arrival_joins_the_job() -> None:
     state = begun(on_host("a"))
     result = step(SPEC, state, Facts(True, [on_host("b")], end(state, MigrationPhase.SUCCEEDED)))
