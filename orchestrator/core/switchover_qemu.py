@@ -248,6 +248,23 @@ class QemuSource:
 
     # --- switchover ---
 
+    def asks_exactly(self, total_bytes: int, precopy_bytes: int, threshold_bytes: int) -> bool:
+        """Does the exact query follow an estimate with this sum, of which pre-copy can still carry so much?
+
+        Without it there is no decision, and nobody is asked anew what stop-copy will carry.
+        """
+        return precopy_bytes == 0 or total_bytes <= threshold_bytes
+
+    def waits_in_vain(self, total_bytes: int, precopy_bytes: int, threshold_bytes: int, *, ram_bytes: int) -> bool:
+        """After an estimate: the next one will be the same, and so on until the limit is widened or QEMU is told to
+        cancel, though the gate is open (R31).
+
+        The guest was stopped while a device had pre-copy data left, which now only stop-copy can carry and which still
+        counts for pre-copy, so no exact query is due. A size that is unknown, and counted as 100 GiB, stays so.
+        """
+        idle = not self.running and ram_bytes == 0 and all(each.quiesced or not each.precopy for each in self.devices)
+        return idle and not self.asks_exactly(total_bytes, precopy_bytes, threshold_bytes)
+
     @property
     def may_switch_over(self) -> bool:
         """The gate: R5, R6, R7, R8. Evaluated after the exact query of the same iteration (R28)."""

@@ -49,6 +49,9 @@ OPEN = {"downtime-limit": 300, "avail-switchover-bandwidth": LINK, "max-bandwidt
 HELD = OPEN | {"downtime-limit": 1, "avail-switchover-bandwidth": 1 << 20}
 """A kibibyte may be left: what only stop-copy can carry holds it."""
 OVER = (EngineStatus.COMPLETED, EngineStatus.FAILED, EngineStatus.CANCELLED)
+IN_VAIN_S = 1.0
+_TAIL_BYTES, _IN_VAIN_BYTES = 1 << 16, 1 << 20
+"""Of the log: what is looked at at a time, and how much there is of the same; 1000 estimates and more."""
 _BUFFER = 1 << 20
 _LEGACY = "migration.switchover-ack-legacy=on"
 
@@ -93,6 +96,25 @@ class End:
         async with asyncio.timeout(timeout_s):
             while self.output().count(text) < times:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
+
+    async def asks_in_vain(self) -> None:
+        """Ends when QEMU has made nothing but the same estimate for a while, over and over."""
+        first, since, size, now = "", 0.0, 0, 0
+        while not first or time.monotonic() - since < IN_VAIN_S or now - size < _IN_VAIN_BYTES:
+            await asyncio.sleep(0.02)
+            estimate, now = self._only_estimate()
+            if not estimate or estimate != first:
+                first, since, size = estimate, time.monotonic(), now
+
+    def _only_estimate(self) -> tuple[str, int]:
+        """The estimate, if the end of the log has this one and no other query, and how long the log is."""
+        with process.log_path(self.vmm._spec).open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, size - _TAIL_BYTES))
+            lines = log.read(_TAIL_BYTES).decode(errors="replace").split("\n")[1:-1]
+        queries = [line for line in lines if line.startswith("qemu_savevm_query_pending exact=")]
+        same = size >= _TAIL_BYTES and len(set(queries)) == 1 and "exact=0" in queries[0]
+        return (queries[0] if same else ""), size
 
     async def settled(self, timeout_s: float = 10.0) -> VmmState:
         """After the end: the vCPUs are where they stay."""

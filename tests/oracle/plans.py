@@ -82,6 +82,8 @@ class Foretold:
     acks: int | None
     pending: int | None
     """After the final query; None as well if there is none."""
+    may_wait: bool = False
+    """QEMU may come to wait in vain, until it is cancelled: depends on who is faster."""
 
 
 def takes_part(scenario: Scenario) -> bool:
@@ -122,6 +124,11 @@ def asking_last(plan: Plan) -> int:
     return sum(bool(asks_at(each, Hook.FREEZE)) or fails(each, Call.LAST_LOOK) for each in looked_at)
 
 
+def may_wait_in_vain(plan: Plan) -> bool:
+    """The stop may find initial data unsent before an exact query has asked anew for a size that is unknown (R31)."""
+    return plan.stop in (Stop.PENDING, Stop.ACKED) and any(fails(each, Call.SIZE) for each in plan.devices)
+
+
 def foretell(plan: Plan) -> Foretold:
     timed = any(ask.at is None for each in plan.devices if says_reinit(each) for ask in each.asks)
     if plan.stop is Stop.NEVER and plan.mode is AckMode.PER_DEVICE and timed and plan.ending is not Ending.CANCEL:
@@ -149,6 +156,7 @@ def foretell(plan: Plan) -> Foretold:
         requests if known else None,
         acks if countable else None,
         pending if countable and not cancelled else None,
+        may_wait_in_vain(plan),
     )
 
 

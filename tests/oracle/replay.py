@@ -79,6 +79,13 @@ class Replay:
     """Devices that the operator's stop quiesced in this iteration."""
     _must_decide: bool | None = None
     """After an exact query, as far as was known then: an ACK may still open the gate before QEMU looks at it."""
+    in_vain: int = 0
+    """How many estimates at the end were the same, and by the machine with no end to it."""
+    _must_ask: bool | None = None
+    """After an estimate: the exact query is due."""
+    _device_bytes: int = 0
+    """Of the query that is under way: what pre-copy can still carry of devices."""
+    _in_vain_total: int | None = None
     _asked_first: set[str] = field(default_factory=set[str])
     """Devices that have asked in this migration."""
     _approved: int = 0
@@ -125,6 +132,8 @@ class Replay:
             case RunState(word):
                 self._run_state(word)
             case Threshold(size):
+                if size != self.threshold_bytes:
+                    self._forget_in_vain()
                 self.threshold_bytes = size
             case Queried():
                 self._queried(event)
@@ -170,6 +179,7 @@ class Replay:
 
     def _device_queried(self, event: DeviceQueried) -> None:
         device, account = event.device, self.machine.device(event.device)
+        self._device_bytes += event.initial + event.dirty
         if device in self._in_flight and not event.asks:
             return  # its request comes after this query has passed it
         self._same(f"{device} asks in the {event.kind} query", event.asks, account.asks)
@@ -193,6 +203,8 @@ class Replay:
                 self.ours = AckLedger(stopped=not self.machine.running, mode=self.setup.mode)
                 self._answered = self._generations.copy()  # of an earlier migration: nothing answers those any more
                 self.threshold_bytes = 0
+                self._must_ask, self._device_bytes = None, 0
+                self._forget_in_vain()
                 self.last_looks.clear()
                 self._late.clear()
                 self._asked_first.clear()
@@ -218,6 +230,7 @@ class Replay:
             self._same("stage", _LAST[word], self.machine.stage)
 
     def _run_state(self, word: str) -> None:
+        self._forget_in_vain()
         match word:
             case "paused":
                 self.machine, self.ours = self.machine.stop(), self.ours.stop_by_wish()
@@ -267,6 +280,7 @@ class Replay:
     def _queried(self, queried: Queried) -> None:
         if queried.kind is Query.ESTIMATE:  # with which each iteration begins
             self._interrupted.clear()
+        self._check_kind(queried)
         before = self.machine.requests
         self.machine = self.machine.sum_up(queried.kind)
         self._same(f"collected by the {queried.kind} query", queried.collected, self.machine.requests - before)
@@ -277,6 +291,25 @@ class Replay:
         if queried.kind is Query.FINAL and self.machine.final is not None:
             self.finals.append(self.machine.final)
             self._check_ours(self.machine.final)
+
+    def _check_kind(self, queried: Queried) -> None:
+        """Whether an exact query follows an estimate, and whether QEMU will ever do anything else."""
+        devices, self._device_bytes = self._device_bytes, 0
+        if self._must_ask is not None and queried.kind is not Query.FINAL:
+            self._same("an exact query follows the estimate", queried.kind is Query.EXACT, self._must_ask)
+        self._must_ask = None
+        if queried.kind is not Query.ESTIMATE:
+            return
+        sums = queried.total, queried.precopy, self.threshold_bytes
+        self._must_ask = self.machine.asks_exactly(*sums)
+        if self._in_vain_total is not None:
+            self._same("the estimate of a QEMU that waits in vain", queried.total, self._in_vain_total)
+        if self.machine.waits_in_vain(*sums, ram_bytes=queried.precopy - devices):
+            self._in_vain_total = queried.total
+            self.in_vain += 1
+
+    def _forget_in_vain(self) -> None:
+        self._in_vain_total, self.in_vain = None, 0
 
     def _check_ours(self, final: Final) -> None:
         """The same verdict, but for the rules where ours differs: R25 and what a failed look means (R31)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import asyncio
+from dataclasses import asdict, dataclass, field, replace
 
 from agents.engine.base import EngineStatus, RunState
 from agents.shims.vfio.endpoint import Entry
@@ -33,6 +34,8 @@ class Run:
     destination_log: tuple[Entry, ...]
     loaded: bool
     """The destination is a whole paused copy."""
+    waited: bool = False
+    """QEMU was seen to ask the same in vain, with its migration active, and then cancelled."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,13 @@ async def carry_out(lab: Lab, plan: Plan) -> Run:
         await source.qmp("migrate-set-parameters", dict(HELD if plan.held else OPEN))
         await source.qmp("migrate", {"uri": pair.destination.vmm.metadata.endpoint})
         await _in_precopy(source, plan)
-        if plan.ending is not Ending.THROUGH:
+        waited = await _waits_in_vain(source)
+        if waited:
+            await source.qmp("migrate_cancel")
+        elif plan.ending is not Ending.THROUGH:
             await _parked(source, plan)
         await source.reached(*OVER)
-        return await _result(plan, pair)
+        return await _result(plan, pair, waited=waited)
 
 
 async def _in_precopy(source: End, plan: Plan) -> None:
@@ -80,6 +86,20 @@ async def _in_precopy(source: End, plan: Plan) -> None:
     await source.qmp("migrate-set-parameters", dict(OPEN))
 
 
+async def _waits_in_vain(source: End) -> bool:
+    """False: it has parked, or is over. Raises TimeoutError if it does neither and does not wait in vain."""
+    ends = asyncio.create_task(source.reached(EngineStatus.PARKED, *OVER))
+    waits = asyncio.create_task(source.asks_in_vain())
+    await asyncio.wait((ends, waits), return_when=asyncio.FIRST_COMPLETED)
+    if ends.done():
+        waits.cancel()
+        await ends
+        return False
+    ends.cancel()
+    await waits
+    return (await source.qmp("query-migrate"))["status"] == "active"
+
+
 async def _parked(source: End, plan: Plan) -> None:
     await source.reached(EngineStatus.PARKED, *OVER)
     if plan.ending is Ending.CONTINUE:
@@ -88,7 +108,7 @@ async def _parked(source: End, plan: Plan) -> None:
         await source.qmp("migrate_cancel")
 
 
-async def _result(plan: Plan, pair: Pair) -> Run:
+async def _result(plan: Plan, pair: Pair, *, waited: bool) -> Run:
     source, destination = pair.source, pair.destination
     now = await source.settled()
     info = await source.qmp("query-migrate")
@@ -107,6 +127,7 @@ async def _result(plan: Plan, pair: Pair) -> Run:
         tuple(source.log),
         tuple(destination.log),
         loaded,
+        waited,
     )
 
 
@@ -123,10 +144,21 @@ def judge(run: Run) -> Verdict:
         stopped_before=plan.stop is Stop.BEFORE,
     ).play(trace.events_of(run.output))
     assert not replay.broken, f"the stream broke: {run.error}; {run.destination_output[-400:]}"
-    _check_plan(run, replay, foretell(plan))
+    foretold = foretell(plan)
+    _check_waiting(run, replay, foretold)
+    if run.waited:
+        foretold = replace(foretold, stage=QemuStage.CANCELLED, pending=None)
+    _check_plan(run, replay, foretold)
     _check_log(run, replay)
     final = replay.finals[0] if replay.finals else None
     return Verdict(replay.machine, final, sum(replay.steps.values()), replay)
+
+
+def _check_waiting(run: Run, replay: Replay, foretold: Foretold) -> None:
+    """QEMU waited in vain only where the plan lets it, and where the machine says that it would have for ever."""
+    assert foretold.may_wait or not run.waited, f"QEMU waits in vain: {replay.machine}"
+    by_machine = replay.in_vain > 0
+    assert run.waited == by_machine, f"waited in vain: QEMU {run.waited}, our machine {by_machine}: {replay.machine}"
 
 
 def _check_plan(run: Run, replay: Replay, foretold: Foretold) -> None:

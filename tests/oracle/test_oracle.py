@@ -331,6 +331,58 @@ def test_a_guest_continued_in_pre_copy_waits_for_an_ack_that_cannot_come(bench: 
     assert (machine.requests, machine.acks, machine.markers, machine.pending) == (1, 0, 0, 1)
 
 
+STOPPED_MIDWAY = device(initial_bytes=24 << 20, delays=READS)
+"""With the marker of another device as the signal: most of its initial data is unsent when the operator stops."""
+UNKNOWN = replace(STOPPED_MIDWAY, faults=(Fault(Call.SIZE),))
+
+
+@pytest.mark.rule("R31")
+@pytest.mark.parametrize("mode", [NEW, LEGACY])
+def test_a_guest_stopped_before_an_unknown_size_is_asked_anew_waits_for_ever(bench: Bench, mode: AckMode) -> None:
+    run, verdict = bench.run(Plan(mode, (device(), UNKNOWN), stop=Stop.PENDING))
+    print(f"{verdict.replay.in_vain} estimates in vain, {verdict.machine.pending} ACKs pending")
+    assert run.waited
+    assert verdict.replay.in_vain > 1000
+    assert verdict.machine.may_switch_over is False or not verdict.machine.running, "the gate is open: no ACK matters"
+    assert (run.status, run.runs, verdict.final) == ("cancelled", False, None)
+    sizes = [entry.answer for entry in run.log if (entry.device, entry.call) == ("d1", "DATA_SIZE")]
+    assert [list(answer) for answer in sizes] == [["errno", "why"]], "asked once, at the begin, and never again"
+
+
+@pytest.mark.rule("R31")
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(Plan(NEW, (device(), STOPPED_MIDWAY), stop=Stop.PENDING), id="size known"),
+        pytest.param(Plan(NEW, (device(delays=SLOW, faults=(Fault(Call.SIZE),)),), stop=Stop.PENDING), id="all sent"),
+    ],
+)
+def test_a_stopped_guest_waits_for_nothing_else(bench: Bench, plan: Plan) -> None:
+    run, verdict = bench.run(plan)
+    assert (run.waited, run.status, verdict.machine.pending) == (False, "completed", 1)
+
+
+async def _let_go(lab: Lab) -> tuple[str, Replay]:
+    async with lab.pair((device(), UNKNOWN), NEW) as pair:
+        await pair.source.qmp("migrate-set-parameters", dict(OPEN))
+        await pair.source.qmp("migrate", {"uri": pair.destination.vmm.metadata.endpoint})
+        await pair.source.said("vfio_send_init_data_flag")
+        await pair.source.qmp("stop")
+        await pair.source.asks_in_vain()
+        await pair.source.qmp("migrate-set-parameters", {"downtime-limit": 2_000_000})
+        await pair.source.reached(*OVER)
+        status = (await pair.source.settled()).status.value
+        replay = Replay(setup(NEW), Plan(NEW, (device(), UNKNOWN)).accounts())
+        return status, replay.play(trace.events_of(pair.source.output()))
+
+
+@pytest.mark.rule("R31")
+def test_what_waits_for_an_unknown_size_completes_with_a_limit_beyond_it(bench: Bench) -> None:
+    status, replay = bench.do(_let_go(bench.lab))
+    assert (status, replay.machine.stage, replay.in_vain) == ("completed", QemuStage.COMPLETED, 0)
+    assert replay.threshold_bytes > 100 << 30
+
+
 # --- plans that nobody thought of -------------------------------------------------------------------------------------
 
 

@@ -68,12 +68,15 @@ class DeviceQueried:
     device: str
     asks: bool
     initial: int
+    dirty: int
     kind: Query
 
 
 @dataclass(frozen=True)
 class Queried:
     kind: Query
+    precopy: int
+    """Of `total`, what pre-copy can still carry."""
     total: int
     collected: int
     pending: int
@@ -157,11 +160,11 @@ def _failed_last(device: str) -> _Asks:
 _Made = Callable[..., "Event | _Asks"]
 _DEVICE = r"\((\S+)\)"
 _QUERIED = (
-    r"qemu_savevm_query_pending exact=(\d), final=(\d), .*total=(\d+), "
+    r"qemu_savevm_query_pending exact=(\d), final=(\d), precopy=(\d+), .*total=(\d+), "
     r"collected switchover ack pending=(\d+), total switchover ack pending=(\d+)"
 )
 _DEVICE_QUERIED = (
-    rf"vfio_state_pending +{_DEVICE} stopcopy size \d+, precopy initial size (\d+), precopy dirty size \d+, "
+    rf"vfio_state_pending +{_DEVICE} stopcopy size \d+, precopy initial size (\d+), precopy dirty size (\d+), "
     r"request switchover ack (\d), exact (\d), final (\d)"
 )
 _LINES: list[tuple[re.Pattern[str], _Made]] = [
@@ -197,8 +200,8 @@ _LINES: list[tuple[re.Pattern[str], _Made]] = [
         (rf"vfio_send_init_data_flag +{_DEVICE}", Marker),
         (
             _DEVICE_QUERIED,
-            lambda device, initial, asks, exact, final: DeviceQueried(
-                device, asks == "1", int(initial), _kind(exact, final)
+            lambda device, initial, dirty, asks, exact, final: DeviceQueried(
+                device, asks == "1", int(initial), int(dirty), _kind(exact, final)
             ),
         ),
     )

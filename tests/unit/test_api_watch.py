@@ -163,7 +163,8 @@ async def test_all_migrations_that_are_not_over_and_those_to_come(api: ApiCluste
     first = await api.call(api.client.create_migration, "web")
     with watching(api, lambda client: client.watch_migrations()) as watch:
         assert (await watch.next()).name == first.name
-        second = await api.call(api.client.create_migration, "web")
+        await api.call(api.client.create_guest, GuestSpec("db"), "h1")
+        second = await api.call(api.client.create_migration, "db")
         assert (await watch.next()).name == second.name
         await api.call(api.client.cancel_migration, first.name)
         ended = await watch.next()
