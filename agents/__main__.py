@@ -7,6 +7,7 @@ configuration or the host cannot be used, said in one line.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -18,6 +19,7 @@ import grpc.aio
 import structlog
 
 from agents.config import AgentConfig, ConfigError, load
+from agents.engine.base import EngineError
 from agents.engine.qemu.engine import QemuEngine
 from agents.identity import OneAgent, make_identity
 from agents.metrics import Metrics
@@ -73,6 +75,12 @@ async def _connected(store: ZooKeeperStore) -> ZooKeeperStore:
             await asyncio.sleep(CONNECT_RETRY_S)
 
 
+async def _probed(engine: QemuEngine) -> None:
+    """The engine remembers what it found; what is wrong with its VMM is told by whoever needs it."""
+    with contextlib.suppress(EngineError):
+        await engine.probe()
+
+
 def _follow(health: HealthService, state: SessionState) -> None:
     """An agent without ZooKeeper keeps its guests and begins no switchover."""
     task = asyncio.ensure_future(health.set(state is SessionState.CONNECTED))
@@ -87,11 +95,11 @@ async def _serve(config: AgentConfig, here: HostRef) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    store, commits = await asyncio.gather(
-        *(_connected(ZooKeeperStore(config.zookeeper, chroot=config.chroot)) for _ in range(2))
-    )
-    peers = Peers()
     engine = QemuEngine(config.guest_image, config.qemu, config.accelerator, config.vfio_preload)
+    stores = [ZooKeeperStore(config.zookeeper, chroot=config.chroot) for _ in range(2)]
+    # Side by side: guests that stand still may be waiting for an agent that was killed.
+    (store, commits), _ = await asyncio.gather(asyncio.gather(*map(_connected, stores)), _probed(engine))
+    peers = Peers()
     metrics = Metrics()
     agent = Agent(config, here, engine, (store, commits), peers, metrics)
     if config.metrics_port:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 import structlog
 
-from agents import keeping
+from agents import keeping, preflight
 from agents.arrival import Arrival
 from agents.attempt_ledger import AttemptLedger
 from agents.config import AgentConfig
@@ -23,7 +23,6 @@ from agents.departure import Departure
 from agents.destination_runner import DestinationRunner
 from agents.destination_session import DestinationState, restarted_destination
 from agents.engine import base as engine
-from agents.engine.qemu.hold import choose_hold
 from agents.guest_ledger import GuestLedger
 from agents.guests import copies as making
 from agents.guests.copies import Copy
@@ -37,7 +36,7 @@ from agents.shims.base import ShimError
 from agents.source_runner import SourceRunner
 from agents.source_session import SourceStage, SourceState, restarted_source
 from orchestrator.core.agent import ConductOrder, GuestStatus, PrepareOrder, RunState, WishApplied
-from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
@@ -294,33 +293,12 @@ class HostedGuest:
             self._must_be_open(record, ref)
             if record.destination != self._tools.here or record.inc:
                 raise self._stale(ref, "is not to arrive here")
-            await self._fits_here()
+            await preflight.must_fit(self._tools.mover, self._tools.config, self.files)
             arrival = await self._make_arrival(order)
             self.arrivals[ref.migration, ref.attempt] = arrival
             self._receive(arrival)
         self._tools.changed()
         return arrival.prepared
-
-    async def _fits_here(self) -> None:
-        """Refuses what could only fail later (`handover.md` 9)."""
-        for device in self.files.spec.devices:
-            if device.shim == "companion" and device.dma != "none":
-                said = f"device {device.name} writes guest memory (dma: {device.dma}), which QEMU cannot be told of"
-                raise DroverError(RefusalReason.DEVICE_NOT_MIGRATABLE, said)
-        host = self._tools.here.host
-        probed = await self._probed()
-        if self.files.spec.machine not in probed["machine_types"].split(","):
-            said = f"{host} has no machine type {self.files.spec.machine}"
-            raise DroverError(RefusalReason.MACHINE_TYPE_MISMATCH, said)
-        if self.files.in_vmm and not (self._tools.config.vfio_preload and probed["devices_inside"]):
-            said = f"{host} cannot give QEMU {probed['version']} the devices that guest {self.name} has inside its VMM"
-            raise DroverError(RefusalReason.DEVICE_NOT_MIGRATABLE, said)
-
-    async def _probed(self) -> dict[str, str]:
-        try:
-            return await self._tools.mover.probe()
-        except engine.EngineError as error:
-            raise DroverError(RefusalReason.INTERNAL, f"{self._tools.here.host}: {error}") from error
 
     async def _make_arrival(self, order: PrepareOrder) -> Arrival:
         ref, inc = order.attempt, secrets.token_hex(8)
@@ -344,7 +322,7 @@ class HostedGuest:
         config = self._tools.config
         address = f"{config.address}:{config.peer_port}"
         made = copy.vmm.metadata
-        acks = (await self._probed())["switchover_ack"]
+        acks = (await preflight.probed(self._tools.mover, self._tools.here.host))["switchover_ack"]
         return Arrival(runner, copy, peer, Prepared(inc, made.endpoint, address, made.machine, acks))
 
     def _destination_runner(self, copy: Copy, state: DestinationState, peer: SourceClient) -> DestinationRunner:
@@ -420,7 +398,8 @@ class HostedGuest:
             raise self._refused(RefusalReason.RETRY_NEEDS_RUN, said)
         if state.run_state is engine.RunState.ENDED:
             raise self._refused(RefusalReason.GUEST_NOT_RUNNING, "it has shut down")
-        await self._must_be_movable(own, order.prepared)
+        tools = self._tools
+        await preflight.must_be_movable(tools.mover, tools.here.host, self.name, own, order.prepared)
         paused = state.run_state is engine.RunState.PAUSED
         session = SourceState(
             order.attempt,
@@ -435,49 +414,9 @@ class HostedGuest:
             acks=AckLedger(stopped=paused),
         )
         peer = self._tools.peers.destination(order.prepared.peer_address, order.attempt, order.prepared.inc)
-        options = self._outgoing(order, paused=paused)
+        options = preflight.outgoing(order, tools.config, self.files, tools.departures, paused=paused)
         runner = self._source_runner(own, session, peer, order.policy, options)
         return Departure(runner, own, peer, order.destination.host)
-
-    async def _must_be_movable(self, own: Copy, prepared: Prepared) -> None:
-        """What a VMM would lose, or load as something else, is refused while nothing has happened (`handover.md` 9)."""
-        try:
-            obstacles = await own.vmm.unmigratable()
-        except engine.EngineError as error:
-            raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"guest {self.name}: {error}") from error
-        if obstacles:
-            raise self._refused(RefusalReason.DEVICE_NOT_MIGRATABLE, "; ".join(obstacles))
-        here = (own.vmm.metadata.machine, (await self._probed())["switchover_ack"])
-        for what, mine, theirs in zip(
-            ("machine type", "switchover-ack mode"), here, (prepared.machine, prepared.switchover_ack), strict=True
-        ):
-            if mine and theirs and mine != theirs:
-                said = f"{what} differs: {mine} here, {theirs} at the destination"
-                raise self._refused(RefusalReason.MACHINE_TYPE_MISMATCH, said)
-
-    def _outgoing(self, order: ConductOrder, *, paused: bool) -> engine.OutgoingOptions:
-        spec, policy = self.files.spec, order.policy
-        link_mbps = min(
-            self._tools.config.bandwidth_mbps, policy.max_bandwidth_mbps or self._tools.config.bandwidth_mbps
-        )
-        link = link_mbps * 125_000
-        hold, tail = engine.HoldStart.OPEN, 0
-        if self.files.companions and not paused:
-            initial = sum(device.initial_bytes for device in self.files.companions)
-            previous = AbortReason(order.previous_reason) if order.previous_reason else None
-            hold, tail = choose_hold(spec.memory_mib << 20, initial, link, previous)
-        # QEMU does not know of the devices' last bytes: they come out of the same budget.
-        beside_ms = sum(device.stop_copy_bytes for device in self.files.companions) * 1000 // link
-        return engine.OutgoingOptions(
-            endpoint=order.prepared.endpoint,
-            hold=hold,
-            tail_bytes=tail,
-            link_bytes_per_s=link,
-            downtime_limit_ms=max(1, policy.downtime_limit_ms - beside_ms),
-            multifd_channels=policy.multifd_channels,
-            auto_converge=policy.auto_converge,
-            sharing=self._tools.departures,
-        )
 
     def _source_runner(
         self,

@@ -91,10 +91,16 @@ class ZooKeeperStore:
         if self._client is not None and self._client.connected:
             return
         self._loop = asyncio.get_running_loop()
-        await self._make_chroot(timeout_s)
-        self._client = self._new_client(self._hosts + self._chroot)
-        self._client.add_listener(self._on_kazoo_state)
-        await self._connect(self._client, timeout_s)
+        self._client = client = self._new_client(self._hosts + self._chroot)
+        client.add_listener(self._on_kazoo_state)
+        await self._connect(client, timeout_s)
+        try:
+            if self._chroot and await self._read(lambda: client.exists_async("/"), timeout_s) is None:
+                await self._make_chroot(timeout_s)
+        except StoreUnavailable:
+            self._client = None
+            await asyncio.to_thread(self._stop, client)
+            raise
 
     def _new_client(self, hosts: str) -> Any:
         retry = KazooRetry(max_tries=-1, delay=0.05, backoff=2, max_delay=0.5, ignore_expire=False)
@@ -107,7 +113,7 @@ class ZooKeeperStore:
             raise StoreUnavailable(f"no ZooKeeper at {self._hosts} within {timeout_s:g} s")
 
     async def _make_chroot(self, timeout_s: float) -> None:
-        """A chroot must exist before a client can live in it."""
+        """A chroot must exist before a client can live in it, and only one without a chroot can make it."""
         client = self._new_client(self._hosts)
         await self._connect(client, timeout_s)
         try:
