@@ -153,6 +153,6 @@ async def adopt(mover: engine.MigrationEngine, files: GuestFiles, metadata: engi
     with contextlib.suppress(ShimError):
         if devices is not None:
             await devices.destroy()
-    for path in (*files.directory.glob(f"{metadata.inc}.*"), spec.console_path):
+    for path in (spec.console_path, *files.directory.glob(f"{metadata.inc}.*")):
         await asyncio.to_thread(path.unlink, missing_ok=True)
     return None

@@ -243,6 +243,20 @@ async def test_unknown_machine_is_refused_with_the_words_of_the_vmm(pair: Pair) 
 
 
 @no_qemu
+async def test_an_agent_killed_while_it_destroys_a_vmm_leaves_a_note_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(QemuEngine(image=image()), tmp_path)
+    vmm = await pair.source()
+    removed: list[str] = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **how: (removed.append(path.name), unlink(path, **how)))
+    await vmm.destroy()
+    assert removed[-1] == "s.json"
+    assert "s.con" in removed
+
+
+@no_qemu
 @pytest.mark.parametrize(("ends_early", "answers"), [(1, True), (9, False)])
 async def test_a_probe_that_qemu_does_not_survive_is_made_once_more(
     tmp_path: Path, ends_early: int, answers: bool

@@ -313,7 +313,8 @@ class QemuVmm:
                 await self._process.dead.wait()
         await self.detach()
         spec = self._spec
-        for path in (process.qmp_path(spec), process.oob_path(spec), process.metadata_path(spec), spec.console_path):
+        # The note last: an agent that is killed in the middle leaves a successor that knows what to remove.
+        for path in (process.qmp_path(spec), process.oob_path(spec), spec.console_path, process.metadata_path(spec)):
             path.unlink(missing_ok=True)
 
     async def note_machine(self) -> None:
