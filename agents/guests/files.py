@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -58,7 +59,14 @@ class GuestFiles:
             temporary.replace(note)
 
     def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """The note last: an agent that is killed in the middle leaves a guest that its successor knows."""
+        note = self.directory / "guest.json"
+        for path in self.directory.glob("*"):
+            if path != note:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
 
     def marker(self, inc: str) -> Path:
         return self.config.volatile_dir / f"{self.uuid}.{inc}"
@@ -113,8 +121,11 @@ class GuestFiles:
 
 
 def found_on_disk(config: AgentConfig) -> list[GuestFiles]:
-    """Every guest that an earlier agent of this host had to do with."""
+    """Every guest that an earlier agent of this host had to do with; what it was about to remove is gone afterwards."""
     found: list[GuestFiles] = []
+    for path in (config.dir / "guests").glob("*"):
+        with contextlib.suppress(OSError):  # not empty, as it should be
+            path.rmdir()
     for path in sorted((config.dir / "guests").glob("*/guest.json")):
         try:
             note = decode(_Note, path.read_bytes(), path=str(path))
