@@ -108,13 +108,19 @@ def migration(read: MigrationRead, fleet: Fleet, *, timelines: bool = True) -> t
         progress=wire.progress_to_proto(progress) if progress is not None else None,
         attempts=[wire.report_to_proto(report if timelines else _short(report)) for report in standing.reports],
         failure=state.failure or "",
-        message=state.message,
+        message=state.message or _silence(phase, (source, state.destination), fleet),
         cancel_requested=cancel_is_wished(spec.id, standing),
         policy=wire.policy_to_proto(spec.policy),
         evacuation=spec.evacuation,
         create_time=wire.timestamp(spec.create_time_s),
         end_time=wire.timestamp(state.end_time_s),
     )
+
+
+def _silence(phase: MigrationPhase, hosts: Sequence[str], fleet: Fleet) -> str:
+    """What a migration is held up by when an agent is gone: its guest runs on, and nobody else may conduct it."""
+    silent = " and ".join(host for host in hosts if host and not fleet.hears(host))
+    return f"waiting for the agent of {silent}, which does not answer" if silent and phase in _MOVING else ""
 
 
 def _short(report: AttemptReport) -> AttemptReport:
@@ -151,7 +157,7 @@ def _evacuation_guest(one: EvacuationGuest, source: str, fleet: Fleet) -> types_
         phase=wire.phase_to_proto(phase) if one.migration else types_pb2.MIGRATION_PHASE_UNSPECIFIED,
         destination=one.destination,
         failure=one.failure or "",
-        message=one.message,
+        message=one.message or ("" if waiting else _silence(phase, (source, one.destination), fleet)),
         attempts=one.attempts,
         progress=wire.progress_to_proto(sample.progress) if sample is not None and sample.progress else None,
     )

@@ -51,6 +51,8 @@ _ORDER = {
     for phase in phases.split()
 }
 _ARRIVED = frozenset({"COMMITTED", "FINALIZING", "SUCCEEDED"})
+_HELD = ACTIVE - {"RETRY_WAIT"}
+"""What the API says of them is what holds them up."""
 _STUMBLED = frozenset({"ABORTING", "RETRY_WAIT", "CANCELLED", "FAILED"})
 _SENDING = frozenset({"PRECOPY", "SWITCHOVER"})
 
@@ -74,11 +76,17 @@ class Line:
     """Why the last attempt was aborted, or why the migration failed, with the devices concerned."""
     waits_for: tuple[str, ...] = ()
     """Devices whose ACK is pending."""
+    remark: str = ""
+    """What holds it up, in the words of the API."""
+
+    @property
+    def waits(self) -> str:
+        acks = f"waits for ACK: {', '.join(self.waits_for)}" if self.waits_for else ""
+        return "; ".join(filter(None, (self.remark, acks)))
 
     @property
     def note(self) -> str:
-        waits = f"waits for ACK: {', '.join(self.waits_for)}" if self.waits_for else ""
-        return "; ".join(filter(None, (self.reason, waits)))
+        return "; ".join(filter(None, (self.reason, self.waits)))
 
 
 def reason_of(report: AttemptReport) -> str:
@@ -105,6 +113,7 @@ def line_of_migration(migration: Migration) -> Line:
             phase=phase,
             attempt=migration.attempt,
             reason=failure or last_abort(migration.attempts),
+            remark=migration.message if phase in _HELD else "",
         ),
         migration.progress,
     )
@@ -124,6 +133,7 @@ def line_of_guest(guest: EvacuationGuest, last_reason: str) -> Line:
             attempt=guest.attempts,
             memory_mib=guest.memory_mib,
             reason=guest.failure if phase == "FAILED" else last_reason,
+            remark=guest.message if phase in _HELD else "",
         ),
         guest.progress,
     )
@@ -293,8 +303,7 @@ def _told(line: Line) -> str:
     repeated = line.attempt > 1 and line.reason and line.phase not in _STUMBLED | TERMINAL
     again = f" after {line.reason}" if repeated else ""
     attempt = f" (attempt {line.attempt}{again})" if line.attempt else ""
-    waits = f"waits for ACK: {', '.join(line.waits_for)}" if line.waits_for else ""
-    why = "; ".join(filter(None, (line.reason if line.phase in _STUMBLED else "", waits)))
+    why = "; ".join(filter(None, (line.reason if line.phase in _STUMBLED else "", line.waits)))
     return f"{line.guest}{where}: {line.phase}{attempt}{': ' if why else ''}{why}"
 
 

@@ -157,6 +157,24 @@ async def test_a_migration_from_its_creation_to_its_end(api: ApiCluster, world: 
         await watch.end()
 
 
+async def test_an_agent_that_falls_silent_is_named_while_its_migration_waits_for_it(
+    api: ApiCluster, world: World
+) -> None:
+    """Nothing else moves: unreachable is not dead, so nobody ends the attempt in its place."""
+    created = await api.call(api.client.create_migration, "web")
+    name, web = created.name, created.guest_uuid
+    opened = handover.open_attempt(world.record(web), name, 1, D, epoch=0, writer="c")
+    world.edit_state(name, lambda state: replace(state, phase=P.PREPARING, attempt=1, source="h1", destination="h2"))
+    await put(world, paths.guest(web), handover.bind(opened, name, 1, "inc", writer="a"))
+    sample = AttemptStatus(AttemptRef(web, name, 1), P.PRECOPY, Progress(transferred_bytes=5))
+    api.agents["h1"].say(AgentSample(attempts=(sample,)))
+    with watching(api, lambda client: client.watch_migrations([name])) as watch:
+        assert (await watch.until(lambda each: phase(each) == "PRECOPY")).message == ""
+        await api.agents["h1"].stop()
+        silent = await watch.until(lambda each: bool(each.message))
+        assert silent.message == "waiting for the agent of h1, which does not answer"
+
+
 async def test_all_migrations_that_are_not_over_and_those_to_come(api: ApiCluster, world: World) -> None:
     over = await api.call(api.client.create_migration, "web")
     await api.call(api.client.cancel_migration, over.name)

@@ -170,6 +170,8 @@ def test_only_what_happened_is_told_on_a_pipe() -> None:
     assert change(line, Line("g", destination="host-2", phase="PRECOPY", attempt=1, fraction=0.9, rate_mbps=5)) == ""
     waiting = Line("g", destination="host-2", phase="PRECOPY", attempt=1, waits_for=("flows",))
     assert change(line, waiting) == "g to host-2: PRECOPY (attempt 1): waits for ACK: flows"
+    held = Line("g", destination="host-2", phase="PRECOPY", attempt=1, remark="waiting for the agent of host-1")
+    assert change(line, held) == "g to host-2: PRECOPY (attempt 1): waiting for the agent of host-1"
 
 
 # --- the time line ----------------------------------------------------------------------------------------------------
