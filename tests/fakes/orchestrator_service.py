@@ -1,7 +1,9 @@
 """A small OrchestratorService in memory, behind a real gRPC server: what a client of the API sees, without a cluster.
 
 `serve` runs it in a thread of its own, with the interceptor that the real API has, so that deadlines and errors cross
-the wire as they do there. Nothing happens by itself: a test sets the resources, and `frames` says what a watch tells.
+the wire as they do there. It judges requests with the product's own pure parts and passes the contract suite of the API
+(tests/contract/test_orchestrator_service.py). Nothing happens by itself: a test sets the resources, watches tell them,
+and `frames`, where given, is told by the watches of migrations and evacuations instead.
 """
 
 # ruff: noqa: N802 (the methods have the names that the service gives them)
@@ -11,16 +13,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from google.protobuf.message import Message
 from grpc import aio
 
 from orchestrator import wire
-from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.core.guest import guest_errors
+from orchestrator.api import decisions, evacuations, guests, hosts, migrations, views
+from orchestrator.api.calls import digest
+from orchestrator.api.reads import not_found
+from orchestrator.api.servicer import _few
+from orchestrator.core.errors import DroverError, RefusalReason, invalid
+from orchestrator.core.guest import name_error
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import HostRef
+from orchestrator.core.placement import GuestInput, HostView, Need, choose, plan
+from orchestrator.core.records import GuestSpec, RequestRecord
 from orchestrator.rpc.channels import aio_server, listen
 from orchestrator.rpc.errors import Errors
 from protos.drover.v1 import orchestrator_pb2 as pb
@@ -31,7 +44,11 @@ from protos.drover.v1.orchestrator_pb2_grpc import (
 )
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 R = RefusalReason
+
+LOOK_S = 0.02
+"""Between two looks of a watch at what it watches."""
 
 Frame = types.Migration | types.Evacuation | DroverError | float
 """What a watch does next: tell this, end with this error, or wait so many seconds."""
@@ -45,13 +62,17 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     guests: dict[str, types.Guest] = field(default_factory=dict[str, types.Guest])
     migrations: dict[str, types.Migration] = field(default_factory=dict[str, types.Migration])
     evacuations: dict[str, types.Evacuation] = field(default_factory=dict[str, types.Evacuation])
+    gone: list[types.Guest] = field(default_factory=list[types.Guest])
     verdicts: list[pb.PlacementVerdict] = field(default_factory=list[pb.PlacementVerdict])
+    """Of every evacuation; empty: what free memory says."""
     failures: dict[str, DroverError] = field(default_factory=dict[str, DroverError])
     """Raised by the method of this name."""
     delays_s: dict[str, float] = field(default_factory=dict[str, float])
     frames: list[list[Frame]] = field(default_factory=list[list[Frame]])
     """One list per subscription; the last one is told again to whoever comes after."""
     calls: list[tuple[str, Any]] = field(default_factory=list[tuple[str, Any]])
+    made: dict[str, RequestRecord] = field(default_factory=dict[str, RequestRecord])
+    """By request_id."""
     wish: int = pb.WISH_STATE_APPLIED
     chaos: bool = True
 
@@ -66,62 +87,114 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         return [request for called, request in self.calls if called == name]
 
     @staticmethod
-    def _known(resources: dict[str, T], name: str, what: str) -> T:
+    def _known(resources: dict[str, T], name: str, what: str, field: str = "name") -> T:
         if name not in resources:
-            raise DroverError(R.NOT_FOUND, f"there is no {what} {name!r}")
+            raise not_found(what, name, field=field)
         return resources[name]
+
+    def _earlier(self, method: str, request: Any) -> str:
+        """The name of what this request made before; empty: nothing. Raises REQUEST_ID_REUSED."""
+        found = None if request.validate_only else self.made.get(request.request_id)
+        return decisions.repeated(found, request.request_id, digest(method, request)).rpartition("/")[2]
+
+    def _remember(self, method: str, request: Any, operation: str) -> None:
+        if request.request_id:
+            self.made[request.request_id] = RequestRecord(operation, digest(method, request))
 
     # --- hosts
 
+    def _host(self, name: str) -> types.Host:
+        hosts._check_name(name)
+        return self._known(self.hosts, name, "host")
+
     async def GetHost(self, request: pb.GetHostRequest, context: object) -> types.Host:
         await self._called("GetHost", request)
-        return self._known(self.hosts, request.name, "host")
+        return self._host(request.name)
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: object) -> pb.ListHostsResponse:
         await self._called("ListHosts", request)
-        return pb.ListHostsResponse(hosts=self.hosts.values())
+        return pb.ListHostsResponse(hosts=sorted(self.hosts.values(), key=lambda each: each.name))
 
     async def CordonHost(self, request: pb.CordonHostRequest, context: object) -> types.Host:
         await self._called("CordonHost", request)
-        host = self._known(self.hosts, request.name, "host")
-        host.cordoned, host.cordon_reason = True, request.reason
+        host = self._host(request.name)
+        host.cordoned, host.cordon_reason = True, request.reason or host.cordon_reason
         return host
 
     async def UncordonHost(self, request: pb.UncordonHostRequest, context: object) -> types.Host:
         await self._called("UncordonHost", request)
-        host = self._known(self.hosts, request.name, "host")
+        host = self._host(request.name)
         host.cordoned, host.cordon_reason = False, ""
+        for evacuation in self.evacuations.values():
+            if evacuation.host == host.name:
+                evacuation.safe_to_power_off = False
         return host
+
+    def _views(self) -> list[HostView]:
+        return [
+            HostView(
+                HostRef(each.name, each.boot_id),
+                each.memory_mib,
+                each.memory_used_mib,
+                each.memory_reserved_mib,
+                live=each.state == types.HOST_STATE_LIVE,
+                cordoned=each.cordoned,
+                machine_types=tuple(each.machine_types),
+            )
+            for each in self.hosts.values()
+        ]
+
+    def _place(self, spec: GuestSpec, source: str, wanted: str, field: str) -> str:
+        choice = choose(self._views(), Need("", spec.name, source, spec.memory_mib, spec.machine), wanted=wanted)
+        if choice.destination is None:
+            raise DroverError(choice.reason or R.NO_CAPACITY, choice.message, field=field if wanted else "")
+        return choice.destination.host
 
     # --- guests
 
+    def _guest(self, name: str, field: str = "name") -> types.Guest:
+        """By name, or by the uuid of a life."""
+        if wrong := name_error(name):
+            raise invalid([(field, wrong)])
+        return self.guests[name] if name in self.guests else self._known(self._lives(), name, "guest", field)
+
+    def _lives(self) -> dict[str, types.Guest]:
+        return {each.uuid: each for each in (*self.guests.values(), *self.gone)}
+
+    def _carry(self, guest: types.Guest, sign: int) -> None:
+        if host := self.hosts.get(guest.host):
+            host.guests += sign
+            host.memory_used_mib += sign * guest.spec.memory_mib
+
     async def CreateGuest(self, request: pb.CreateGuestRequest, context: object) -> types.Guest:
         await self._called("CreateGuest", request)
-        if wrong := guest_errors(wire.guest_spec_from_proto(request.spec)):
-            raise DroverError(R.INVALID_ARGUMENT, "the guest is wrong", violations=wrong)
-        if request.spec.name in self.guests:
-            raise DroverError(R.ALREADY_EXISTS, f"there is a guest {request.spec.name!r} already")
-        guest = types.Guest(
-            name=request.spec.name,
-            uuid=f"uuid-{request.spec.name}",
-            spec=request.spec,
-            host=request.host or "host-1",
-            ownership=types.OWNERSHIP_PHASE_IDLE,
-            run_state=types.RUN_STATE_RUNNING,
-            want_run=True,
-        )
+        spec = guests._checked(request)
+        if earlier := self._earlier("CreateGuest", request):
+            guest = self._guest(earlier)
+            decisions.need_alive(_record(guest))
+            return guest
+        if spec.name in self.guests:
+            raise DroverError(R.ALREADY_EXISTS, f"there is a guest {spec.name!r} already", field="spec.name")
+        host = self._place(spec, "", request.host, "host")
+        guest = types.Guest(name=spec.name, spec=request.spec, host=host, want_run=True)
         if not request.validate_only:
+            guest.uuid = str(uuid.uuid4())
+            guest.ownership, guest.run_state = types.OWNERSHIP_PHASE_IDLE, types.RUN_STATE_RUNNING
             self.guests[guest.name] = guest
+            self._carry(guest, 1)
+            self._remember("CreateGuest", request, f"guests/{guest.uuid}")
         return guest
 
     async def GetGuest(self, request: pb.GetGuestRequest, context: object) -> types.Guest:
         await self._called("GetGuest", request)
-        return self._known(self.guests, request.name, "guest")
+        return self._guest(request.name)
 
     async def ListGuests(self, request: pb.ListGuestsRequest, context: object) -> pb.ListGuestsResponse:
         await self._called("ListGuests", request)
+        if request.host:
+            self._known(self.hosts, request.host, "host", "host")
         found = [guest for guest in self.guests.values() if request.host in ("", guest.host)]
-        return pb.ListGuestsResponse(guests=found)
+        return pb.ListGuestsResponse(guests=sorted(found, key=lambda each: each.name))
 
     async def PauseGuest(self, request: pb.PauseGuestRequest, context: object) -> pb.ChangeRunStateResponse:
         await self._called("PauseGuest", request)
@@ -132,7 +205,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         return self._wished(request.name, run=True)
 
     def _wished(self, name: str, *, run: bool) -> pb.ChangeRunStateResponse:
-        guest = self._known(self.guests, name, "guest")
+        guest = self._guest(name)
+        decisions.need_alive(_record(guest))
         guest.want_run = run
         if self.wish == pb.WISH_STATE_APPLIED:
             guest.run_state = types.RUN_STATE_RUNNING if run else types.RUN_STATE_PAUSED
@@ -140,32 +214,54 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def StopGuest(self, request: pb.StopGuestRequest, context: object) -> types.Guest:
         await self._called("StopGuest", request)
-        guest = self._known(self.guests, request.name, "guest")
-        guest.run_state = types.RUN_STATE_ENDED
-        return self.guests.pop(request.name)
+        guest = self._guest(request.name)
+        if guest.ownership != types.OWNERSHIP_PHASE_GONE:
+            guest.ownership, guest.run_state = types.OWNERSHIP_PHASE_GONE, types.RUN_STATE_ENDED
+            guest.want_run = False
+            self._carry(guest, -1)
+            self.gone.append(self.guests.pop(guest.name))
+        return guest
 
     async def WatchGuests(
         self, request: pb.WatchGuestsRequest, context: object
     ) -> AsyncIterator[pb.WatchGuestsResponse]:
         await self._called("WatchGuests", request)
-        for name in request.names or list(self.guests):
-            yield pb.WatchGuestsResponse(guest=self._known(self.guests, name, "guest"))
+        uuids = [self._guest(name, "names").uuid for name in _few(request.names)]
+        async for guest in _follow(self._lives, uuids, lambda guest: guest.ownership == types.OWNERSHIP_PHASE_GONE):
+            yield pb.WatchGuestsResponse(guest=guest)
 
     # --- migrations
 
     async def CreateMigration(self, request: pb.CreateMigrationRequest, context: object) -> types.Migration:
         await self._called("CreateMigration", request)
-        guest = self._known(self.guests, request.guest, "guest")
+        migrations._check(request)
+        if earlier := self._earlier("CreateMigration", request):
+            return self.migrations[earlier]
+        guest = self._guest(request.guest, "guest")
+        decisions.need_movable(_record(guest))
+        for other in self.migrations.values():
+            if other.guest == guest.name and not _over(other):
+                said = f"guest {guest.name} is in migration {other.name} already"
+                raise DroverError(R.GUEST_IS_MIGRATING, said, details={"migration": other.name})
+        spec = wire.guest_spec_from_proto(guest.spec)
+        best = ""
+        if request.destination or request.validate_only:
+            best = self._place(spec, guest.host, request.destination, "destination")
+        if bad := migrations.policy_violations(request.policy, [spec.policy]):
+            raise invalid(bad)
         migration = types.Migration(
-            name="5" * 32,
             guest=guest.name,
             guest_uuid=guest.uuid,
             source=guest.host,
-            destination=request.destination or "host-2",
-            phase=types.MIGRATION_PHASE_PENDING,
+            destination=best,
+            policy=wire.policy_to_proto(wire.policy_from_proto(request.policy, spec.policy)),
         )
         if not request.validate_only:
+            migration.name = _name("5", len(self.migrations))
+            migration.phase = types.MIGRATION_PHASE_PENDING
+            migration.create_time.GetCurrentTime()
             self.migrations[migration.name] = migration
+            self._remember("CreateMigration", request, f"migrations/{migration.name}")
         return migration
 
     async def GetMigration(self, request: pb.GetMigrationRequest, context: object) -> types.Migration:
@@ -174,34 +270,51 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def ListMigrations(self, request: pb.ListMigrationsRequest, context: object) -> pb.ListMigrationsResponse:
         await self._called("ListMigrations", request)
-        found = [each for each in self.migrations.values() if request.guest in ("", each.guest)]
-        return pb.ListMigrationsResponse(
-            migrations=[each for each in found if not (request.active_only and each.end_time.seconds)]
-        )
+        of = self._guest(request.guest, "guest").uuid if request.guest else ""
+        found = [
+            _without_time_lines(each)
+            for each in self.migrations.values()
+            if of in ("", each.guest_uuid) and not (request.active_only and _over(each))
+        ]
+        return pb.ListMigrationsResponse(migrations=sorted(found, key=_newest_first))
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: object) -> types.Migration:
         await self._called("CancelMigration", request)
         migration = self._known(self.migrations, request.name, "migration")
-        migration.phase, migration.failure = types.MIGRATION_PHASE_CANCELLED, "CANCELLED"
+        if migration.phase == types.MIGRATION_PHASE_FAILED:
+            raise DroverError(R.ALREADY_ENDED, f"migration {migration.name} has failed: {migration.failure}")
+        if migration.phase in _COMMITTED:
+            said = f"migration {migration.name} has committed"
+            raise DroverError(R.ALREADY_COMMITTED, said, details={"destination": migration.destination})
+        if not _over(migration):
+            migration.phase, migration.failure = types.MIGRATION_PHASE_CANCELLED, "CANCELLED"
+            migration.cancel_requested = True
+            migration.end_time.GetCurrentTime()
         return migration
 
     async def WatchMigrations(
         self, request: pb.WatchMigrationsRequest, context: object
     ) -> AsyncIterator[pb.WatchMigrationsResponse]:
         await self._called("WatchMigrations", request)
-        async for frame in self._play():
-            if isinstance(frame, types.Migration):
-                self.migrations[frame.name] = frame
-                yield pb.WatchMigrationsResponse(migration=frame)
+        async for migration in self._watch(self.migrations, _few(request.names)):
+            yield pb.WatchMigrationsResponse(migration=_without_time_lines(migration))
 
-    async def _play(self) -> AsyncIterator[Frame]:
-        for frame in self.frames.pop(0) if len(self.frames) > 1 else self.frames[0] if self.frames else []:
+    async def _watch(self, resources: dict[str, M], names: Sequence[str]) -> AsyncIterator[M]:
+        for name in names:
+            self._known(resources, name, "resource", "names")
+        if not self.frames:
+            async for each in _follow(lambda: resources, names, _over):
+                yield each
+            return
+        for frame in self.frames.pop(0) if len(self.frames) > 1 else self.frames[0]:
             if isinstance(frame, float):
                 await asyncio.sleep(frame)
             elif isinstance(frame, DroverError):
                 raise frame
             else:
-                yield frame
+                told: Any = frame
+                resources[told.name] = told
+                yield told
 
     # --- evacuations
 
@@ -209,18 +322,46 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         self, request: pb.CreateEvacuationRequest, context: object
     ) -> pb.CreateEvacuationResponse:
         await self._called("CreateEvacuation", request)
-        self._known(self.hosts, request.host, "host")
+        evacuations._check(request)
+        if earlier := self._earlier("CreateEvacuation", request):
+            return pb.CreateEvacuationResponse(
+                evacuation=self.evacuations[earlier], verdicts=self._verdicts(request.host)
+            )
+        host = self._known(self.hosts, request.host, "host", "host")
+        verdicts = self._verdicts(host.name)
+        own = [wire.policy_from_proto(each.spec.policy) for each in self.guests.values() if each.host == host.name]
+        if bad := migrations.policy_violations(request.policy, own or None):
+            raise invalid(bad)
         evacuation = types.Evacuation(
-            name="e" * 32,
-            host=request.host,
+            host=host.name,
             phase=types.EVACUATION_PHASE_PENDING,
-            max_concurrent=request.max_concurrent or 4,
+            max_concurrent=request.max_concurrent or evacuations.DEFAULT_CONCURRENT,
             policy=request.policy,
         )
-        if request.validate_only:
-            return pb.CreateEvacuationResponse(verdicts=self.verdicts)
-        self.evacuations[evacuation.name] = evacuation
-        return pb.CreateEvacuationResponse(evacuation=evacuation, verdicts=self.verdicts)
+        if not request.validate_only:
+            for other in self.evacuations.values():
+                if other.host == host.name and not _over(other):
+                    said = f"evacuation {other.name} is emptying {host.name} already"
+                    raise DroverError(R.ALREADY_EXISTS, said, details={"evacuation": other.name})
+            evacuation.name = _name("e", len(self.evacuations))
+            evacuation.create_time.GetCurrentTime()
+            self.evacuations[evacuation.name] = evacuation
+            self._remember("CreateEvacuation", request, f"evacuations/{evacuation.name}")
+            if not host.cordoned:
+                host.cordoned, host.cordon_reason = True, f"evacuation {evacuation.name}"
+        return pb.CreateEvacuationResponse(evacuation=evacuation, verdicts=verdicts)
+
+    def _verdicts(self, host: str) -> Iterable[pb.PlacementVerdict]:
+        if self.verdicts:
+            return self.verdicts
+        leaving = [
+            GuestInput(each.uuid, _record(each), wire.guest_spec_from_proto(each.spec))
+            for each in self.guests.values()
+            if each.host == host
+        ]
+        leaving.sort(key=lambda each: (-each.spec.memory_mib, each.record.name))
+        needs = [Need(each.uuid, each.spec.name, host, each.spec.memory_mib, each.spec.machine) for each in leaving]
+        return [views.verdict(*each) for each in zip(leaving, plan(self._views(), needs), strict=True)]
 
     async def GetEvacuation(self, request: pb.GetEvacuationRequest, context: object) -> types.Evacuation:
         await self._called("GetEvacuation", request)
@@ -228,22 +369,23 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def ListEvacuations(self, request: pb.ListEvacuationsRequest, context: object) -> pb.ListEvacuationsResponse:
         await self._called("ListEvacuations", request)
-        return pb.ListEvacuationsResponse(evacuations=self.evacuations.values())
+        return pb.ListEvacuationsResponse(evacuations=sorted(self.evacuations.values(), key=_newest_first))
 
     async def CancelEvacuation(self, request: pb.CancelEvacuationRequest, context: object) -> types.Evacuation:
         await self._called("CancelEvacuation", request)
         evacuation = self._known(self.evacuations, request.name, "evacuation")
-        evacuation.cancel_requested, evacuation.phase = True, types.EVACUATION_PHASE_CANCELLING
+        if _over(evacuation) and evacuation.phase != types.EVACUATION_PHASE_CANCELLED:
+            phase = wire.word(evacuation, "phase")
+            raise DroverError(R.ALREADY_ENDED, f"evacuation {evacuation.name} is over", details={"phase": phase})
+        evacuation.cancel_requested = True
         return evacuation
 
     async def WatchEvacuations(
         self, request: pb.WatchEvacuationsRequest, context: object
     ) -> AsyncIterator[pb.WatchEvacuationsResponse]:
         await self._called("WatchEvacuations", request)
-        async for frame in self._play():
-            if isinstance(frame, types.Evacuation):
-                self.evacuations[frame.name] = frame
-                yield pb.WatchEvacuationsResponse(evacuation=frame)
+        async for evacuation in self._watch(self.evacuations, _few(request.names)):
+            yield pb.WatchEvacuationsResponse(evacuation=evacuation)
 
     # --- chaos
 
@@ -251,9 +393,56 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         await self._called("InjectLateAck", request)
         if not self.chaos:
             raise DroverError(R.CHAOS_DISABLED, "this cluster does not allow chaos")
-        self._known(self.guests, request.guest, "guest")
-        ask = f"{{at: {request.at}, times: {request.times}, bytes: {request.bytes}}}"
+        guests._check_injection(request)
+        spec = wire.guest_spec_from_proto(self._guest(request.guest, "guest").spec)
+        scripted = {each.name: each for each in spec.devices if each.shim in guests._SCRIPTED}
+        self._known(scripted, request.device, "device", "device")
+        ask = f"{{at: {request.at}, times: {request.times or 1}, bytes: {request.bytes}}}"
         return pb.InjectLateAckResponse(scenario=f"asks:\n- {ask}\n")
+
+
+_COMMITTED = (types.MIGRATION_PHASE_COMMITTED, types.MIGRATION_PHASE_FINALIZING, types.MIGRATION_PHASE_SUCCEEDED)
+
+
+def _over(resource: Message) -> bool:
+    return wire.word(resource, "phase") in ("SUCCEEDED", "FAILED", "CANCELLED")
+
+
+def _newest_first(resource: types.Migration | types.Evacuation) -> tuple[int, str]:
+    return -resource.create_time.ToNanoseconds(), resource.name
+
+
+def _name(digit: str, number: int) -> str:
+    """Of the first, second, ... resource of a kind."""
+    return f"{int(digit * 32, 16) + number:032x}"
+
+
+def _record(guest: types.Guest) -> GuestRecord:
+    """As much of the guest's record as it shows."""
+    return GuestRecord(guest.name, Ownership(wire.word(guest, "ownership")), HostRef(guest.host, ""), guest.migration)
+
+
+def _without_time_lines(migration: types.Migration) -> types.Migration:
+    short = deepcopy(migration)
+    for attempt in short.attempts:
+        attempt.ClearField("timeline")
+    return short
+
+
+async def _follow(
+    look: Callable[[], dict[str, M]], names: Sequence[str], over: Callable[[M], bool]
+) -> AsyncIterator[M]:
+    """Each as it is and again when it changed; with `names` until each of these is over."""
+    told: dict[str, M] = {}
+    while True:
+        now = {name: deepcopy(each) for name, each in dict(look()).items() if not names or name in names}
+        for name, each in now.items():
+            if told.get(name) != each and (names or name in told or not over(each)):
+                told[name] = each
+                yield each
+        if names and all(over(each) for each in now.values()):
+            return
+        await asyncio.sleep(LOOK_S)
 
 
 @contextlib.contextmanager

@@ -98,6 +98,7 @@ def migration(name: str, phase: str = "SUCCEEDED", **values: Any) -> types.Migra
     begin = int(time.time()) - 100
     given: dict[str, Any] = {
         "guest": "web-2",
+        "guest_uuid": f"uuid-{values.get('guest', 'web-2')}",
         "source": "host-1",
         "destination": "host-2",
         "attempt": 1,
@@ -389,12 +390,12 @@ def test_migrate_sends_what_was_given_and_nothing_else(drover: Drover, service: 
         "max_bandwidth_mbps": 1500,
         "auto_converge": False,
     }
-    drover("migrate", "db")
+    assert drover("migrate", "web-2").code == 0
     assert not service.requests("CreateMigration")[1].HasField("policy")
 
 
 def test_migrate_can_only_check(drover: Drover, service: FakeOrchestrator) -> None:
-    assert drover("migrate", "db", "--validate-only").out == "db can go from host-1 to host-2\n"
+    assert drover("migrate", "db", "--validate-only").out == "db can go from host-1 to host-10\n"
     assert service.migrations == {}
 
 
@@ -542,7 +543,7 @@ def test_evacuate_says_who_can_go_where(drover: Drover, service: FakeOrchestrato
 
 def test_evacuate_starts_and_returns(drover: Drover, service: FakeOrchestrator) -> None:
     ran = drover("evacuate", "host-1", "--max-concurrent", "2", "--max-attempts", "9")
-    assert ran.out == f"evacuation {'e' * 32} of host-1, 0 guests: PENDING\n"
+    assert ran.out == f"evacuation {'e' * 32} of host-1, 3 guests: PENDING\n"
     (request,) = service.requests("CreateEvacuation")
     assert (request.host, request.max_concurrent, request.policy.max_attempts) == ("host-1", 2, 9)
     assert drover("evacuate", "host-9").code == 3
@@ -660,7 +661,7 @@ def test_shell_completion(address: str) -> None:
         return [line.partition(",")[2] for line in out.splitlines()]
 
     assert complete("drover evac") == ["evacuate", "evacuation"]
-    assert complete("drover guest show web") == ["web-2", "web-10"]
+    assert complete("drover guest show web") == ["web-10", "web-2"]
     assert complete("drover evacuate host-1") == ["host-1", "host-10"]
 
 

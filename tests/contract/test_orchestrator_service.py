@@ -1,0 +1,844 @@
+"""The contract of OrchestratorService: the fake that the CLI is tested with and the real API pass the same cases.
+
+Both are asked through the real client over gRPC. Behind the real API stand a ledger in memory, fake agents and, where a
+migration or an evacuation has to go on, the coordinator's production driver; behind the fake the test sets what came of
+it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import grpc
+import pytest
+
+from orchestrator import wire
+from orchestrator.coordinator.evacuations import EvacuationRunner
+from orchestrator.coordinator.worker import Worker
+from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
+from orchestrator.core.handover import Ownership
+from orchestrator.core.policy import MigrationPolicy
+from orchestrator.core.records import AttemptReport, Attempts, DeviceSpec, GuestSpec, ShimKind, TimelineEntry, Workload
+from orchestrator.ledger import paths
+from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.store import Versioned
+from orchestrator.rpc.channels import channel
+from orchestrator.rpc.errors import from_rpc_error
+from orchestrator.rpc.orchestrator_client import OrchestratorClient
+from protos.drover.v1 import orchestrator_pb2 as pb
+from protos.drover.v1 import types_pb2 as types
+from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
+from tests.fakes.api import ApiCluster, api_cluster, until
+from tests.fakes.coordination import World
+from tests.fakes.orchestrator_service import FakeOrchestrator, host, serve
+
+pytestmark = pytest.mark.timeout(30)
+P = ParamSpec("P")
+T = TypeVar("T")
+R = RefusalReason
+QUICK = MigrationPolicy(backoff_initial_ms=1, backoff_max_ms=2, max_attempts=1)
+WEB = GuestSpec("web", devices=(DeviceSpec("nic", ShimKind.COMPANION), DeviceSpec("eth", ShimKind.NET)), policy=QUICK)
+
+
+class Subject(ABC):
+    """One API with hosts h1, h2 and h3 of 1 GiB, a client of it, and what the rest of Drover does behind it."""
+
+    def __init__(self, client: OrchestratorClient) -> None:
+        self.client = client
+
+    async def call(self, method: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        async with asyncio.timeout(20):
+            return await asyncio.to_thread(method, *args, **named)
+
+    async def refused(self, method: Callable[P, object], *args: P.args, **named: P.kwargs) -> DroverError:
+        with pytest.raises(DroverError) as caught:
+            await self.call(method, *args, **named)
+        return caught.value
+
+    @abstractmethod
+    async def host(self, name: str, memory_mib: int = 1024, *, live: bool = True) -> None: ...
+
+    @abstractmethod
+    def wishes_get(self, how_far: str) -> None:
+        """How far the wishes of guests on h1 get from now on."""
+
+    @abstractmethod
+    async def begin(self, migration: str) -> None:
+        """Its first attempt is under way, towards the only host or the best one."""
+
+    @abstractmethod
+    async def end(self, migration: str, *, failed: bool = False) -> None:
+        """It comes to its end: the guest is moved unless it `failed` or was cancelled."""
+
+    @abstractmethod
+    async def report(self, migration: str, report: AttemptReport) -> None:
+        """One more attempt has ended."""
+
+    @abstractmethod
+    async def empty(self, evacuation: str) -> None:
+        """The evacuation comes to its end, with every guest moved unless it was cancelled."""
+
+
+class Real(Subject):
+    """The coordinator's part is played by its own driver."""
+
+    def __init__(self, cluster: ApiCluster, world: World) -> None:
+        super().__init__(cluster.client)
+        self.cluster = cluster
+        self.world = world
+        self.driving: dict[str, asyncio.Task[None]] = {}
+
+    async def host(self, name: str, memory_mib: int = 1024, *, live: bool = True) -> None:
+        await self.cluster.host(name, memory_mib, live=live)
+
+    def wishes_get(self, how_far: str) -> None:
+        agent = self.cluster.agents["h1"]
+        agent.queue_wishes = how_far == "QUEUED"
+        if how_far == "RECORDED":
+            agent.refusals["ApplyWantRun"] = DroverError(R.AGENT_UNREACHABLE, "no answer")
+
+    async def _drive(self, migration: str) -> None:
+        worker = Worker(self.world.store, self.world)
+        async with asyncio.timeout(10):
+            await worker.drive(migration, 0)
+
+    async def begin(self, migration: str) -> None:
+        guest = (await self.call(self.client.get_migration, migration)).guest_uuid
+        self.world.hold = asyncio.Event()
+        self.driving[migration] = asyncio.create_task(self._drive(migration))
+        await until(lambda: self.world.record(guest).phase is Ownership.OPEN and self.world.record(guest).inc != "")
+
+    async def end(self, migration: str, *, failed: bool = False) -> None:
+        self.world.ends = [AbortReason.ACK_TIMEOUT if failed else None]
+        if self.world.hold is not None:
+            self.world.hold.set()
+        await (self.driving.pop(migration, None) or self._drive(migration))
+
+    async def report(self, migration: str, report: AttemptReport) -> None:
+        self.world.put(paths.attempts(migration), Attempts((report,)))
+
+    async def empty(self, evacuation: str) -> None:
+        runner = EvacuationRunner(self.world.store, Inventory(self.world.store), 0, asyncio.Event())
+        async with asyncio.timeout(10):
+            while not await runner.turn(evacuation):
+                names = [guest.migration for guest in self.world.job(evacuation).guests if guest.migration]
+                await asyncio.gather(*(self._drive(name) for name in names))
+
+
+class Fake(Subject):
+    """The test sets what came of it; what ends a watch is set last."""
+
+    def __init__(self, client: OrchestratorClient, service: FakeOrchestrator) -> None:
+        super().__init__(client)
+        self.service = service
+
+    async def host(self, name: str, memory_mib: int = 1024, *, live: bool = True) -> None:
+        state = types.HOST_STATE_LIVE if live else types.HOST_STATE_SILENT
+        self.service.hosts[name] = host(
+            name, state=state, memory_mib=memory_mib, memory_used_mib=0, machine_types=["pc"]
+        )
+
+    def wishes_get(self, how_far: str) -> None:
+        self.service.wish = pb.WishState.Value(f"WISH_STATE_{how_far}")
+
+    async def begin(self, migration: str) -> None:
+        moving = self.service.migrations[migration]
+        moving.destination, moving.attempt = moving.destination or "h2", 1
+        guest = self.service.guests[moving.guest]
+        guest.ownership, guest.migration = types.OWNERSHIP_PHASE_OPEN, migration
+        moving.phase = types.MIGRATION_PHASE_PRECOPY
+
+    async def end(self, migration: str, *, failed: bool = False) -> None:
+        moving = self.service.migrations[migration]
+        guest = self.service.guests[moving.guest]
+        guest.ownership, guest.migration = types.OWNERSHIP_PHASE_IDLE, ""
+        if moving.phase == types.MIGRATION_PHASE_CANCELLED:
+            return
+        moving.end_time.GetCurrentTime()
+        if failed:
+            moving.failure, moving.phase = "ATTEMPTS_EXHAUSTED", types.MIGRATION_PHASE_FAILED
+        else:
+            guest.host = moving.destination = moving.destination or "h2"
+            moving.phase = types.MIGRATION_PHASE_SUCCEEDED
+
+    async def report(self, migration: str, report: AttemptReport) -> None:
+        self.service.migrations[migration].attempts.append(wire.report_to_proto(report))
+
+    async def empty(self, evacuation: str) -> None:
+        job = self.service.evacuations[evacuation]
+        job.end_time.GetCurrentTime()
+        job.safe_to_power_off = not job.cancel_requested
+        job.phase = types.EVACUATION_PHASE_CANCELLED if job.cancel_requested else types.EVACUATION_PHASE_SUCCEEDED
+
+
+@asynccontextmanager
+async def subject(kind: str, directory: Path, *, chaos: bool = True) -> AsyncIterator[Subject]:
+    async with AsyncExitStack() as stack:
+        if kind == "fake":
+            service = FakeOrchestrator(chaos=chaos)
+            address = stack.enter_context(serve(service, f"unix:{directory}/api.sock"))
+            made: Subject = Fake(stack.enter_context(OrchestratorClient(address, timeout_s=5)), service)
+            for name in ("h1", "h2", "h3"):
+                await made.host(name)
+        else:
+            world = World()
+            world.store.tree.nodes[paths.epoch()] = Versioned(b"", 0, 0)
+            stack.push_async_callback(world.close)
+            cluster = await stack.enter_async_context(api_cluster(world.store, directory, chaos=chaos))
+            made = Real(cluster, world)
+        yield made
+
+
+@pytest.fixture(params=["fake", "api"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+async def api(kind: str, tmp_path: Path) -> AsyncIterator[Subject]:
+    async with subject(kind, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def client(api: Subject) -> OrchestratorClient:
+    return api.client
+
+
+@pytest.fixture
+async def web(api: Subject, client: OrchestratorClient) -> types.Guest:
+    """Runs on h1."""
+    return await api.call(client.create_guest, WEB, "h1")
+
+
+def phase(resource: types.Migration | types.Evacuation) -> str:
+    return wire.word(resource, "phase")
+
+
+async def everything(api: Subject) -> list[list[Any]]:
+    client = api.client
+    return [
+        await api.call(client.list_hosts),
+        await api.call(client.list_guests),
+        await api.call(client.list_migrations),
+        await api.call(client.list_evacuations),
+    ]
+
+
+# --- hosts ------------------------------------------------------------------------------------------------------------
+
+
+async def test_hosts_come_by_name_with_what_they_carry(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    await api.host("a9", live=False)
+    hosts = {each.name: each for each in await api.call(client.list_hosts)}
+    assert list(hosts) == ["a9", "h1", "h2", "h3"]
+    assert [wire.word(hosts[name], "state") for name in ("a9", "h1")] == ["SILENT", "LIVE"]
+    assert (hosts["h1"].memory_mib, hosts["h1"].memory_used_mib, hosts["h1"].guests) == (1024, WEB.memory_mib, 1)
+    assert await api.call(client.get_host, "h1") == hosts["h1"]
+    await api.call(client.stop_guest, "web")
+    assert (await api.call(client.get_host, "h1")).memory_used_mib == 0
+
+
+async def test_a_cordon_is_idempotent_and_keeps_its_reason(api: Subject, client: OrchestratorClient) -> None:
+    assert (await api.call(client.cordon_host, "h1", "disks")).cordoned
+    assert (await api.call(client.cordon_host, "h1")).cordon_reason == "disks"
+    assert (await api.call(client.cordon_host, "h1", "fans")).cordon_reason == "fans"
+    free = await api.call(client.uncordon_host, "h1")
+    assert (free.cordoned, free.cordon_reason) == (False, "")
+    assert await api.call(client.uncordon_host, "h1") == free
+    assert await api.call(client.get_host, "h1") == free
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("h7", R.NOT_FOUND), ("", R.INVALID_ARGUMENT), ("h/1", R.INVALID_ARGUMENT)]
+)
+async def test_hosts_that_there_are_not(
+    api: Subject, client: OrchestratorClient, name: str, reason: RefusalReason
+) -> None:
+    for method in (client.get_host, client.cordon_host, client.uncordon_host):
+        error = await api.refused(method, name)
+        assert (error.reason, error.field) == (reason, "name")
+
+
+# --- guests -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_guest_runs_when_it_was_created(api: Subject, client: OrchestratorClient) -> None:
+    made = await api.call(client.create_guest, WEB, "h2")
+    assert (made.name, made.host, made.want_run, made.migration) == ("web", "h2", True, "")
+    assert (wire.word(made, "ownership"), wire.word(made, "run_state")) == ("IDLE", "RUNNING")
+    assert wire.guest_spec_from_proto(made.spec) == WEB
+    for name in ("web", made.uuid):
+        assert (await api.call(client.get_guest, name)).uuid == made.uuid
+
+
+async def test_its_host_is_chosen_by_free_memory(api: Subject, client: OrchestratorClient) -> None:
+    homes = [(await api.call(client.create_guest, replace(WEB, name=f"web-{n}"))).host for n in range(4)]
+    assert homes == ["h1", "h2", "h3", "h1"]
+
+
+async def test_guests_are_listed_by_name_and_of_one_host(api: Subject, client: OrchestratorClient) -> None:
+    for name, where in (("c", "h1"), ("a", "h2"), ("b", "h1"), ("d", "h1")):
+        await api.call(client.create_guest, replace(WEB, name=name), where)
+    await api.call(client.stop_guest, "d")
+    assert [each.name for each in await api.call(client.list_guests)] == ["a", "b", "c"]
+    assert [each.name for each in await api.call(client.list_guests, "h1")] == ["b", "c"]
+    assert await api.call(client.list_guests, "h3") == []
+    error = await api.refused(client.list_guests, "h7")
+    assert (error.reason, error.field) == (R.NOT_FOUND, "host")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("no", R.NOT_FOUND), ("", R.INVALID_ARGUMENT), ("a/b", R.INVALID_ARGUMENT)]
+)
+async def test_guests_that_there_are_not(
+    api: Subject, client: OrchestratorClient, name: str, reason: RefusalReason
+) -> None:
+    for method in (client.get_guest, client.pause_guest, client.resume_guest, client.stop_guest):
+        error = await api.refused(method, name)
+        assert (error.reason, error.field) == (reason, "name")
+
+
+@pytest.mark.parametrize("validate_only", [False, True])
+@pytest.mark.parametrize(
+    ("spec", "where", "reason", "fields"),
+    [
+        (WEB, "", R.ALREADY_EXISTS, ["spec.name"]),
+        (GuestSpec("db"), "h7", R.NOT_FOUND, ["host"]),
+        (GuestSpec("db"), "cordoned", R.HOST_CORDONED, ["host"]),
+        (GuestSpec("db"), "silent", R.HOST_NOT_LIVE, ["host"]),
+        (GuestSpec("db", memory_mib=2000), "h1", R.NO_CAPACITY, ["host"]),
+        (GuestSpec("db", memory_mib=2000), "", R.NO_CAPACITY, []),
+        (GuestSpec("db", machine="q35"), "h1", R.MACHINE_TYPE_MISMATCH, ["host"]),
+        (
+            GuestSpec(
+                "-",
+                vcpus=300,
+                workload=Workload(heartbeat_hz=0),
+                devices=(DeviceSpec("nic", ShimKind.COMPANION, dma="all", scenario="{"),),
+                policy=MigrationPolicy(max_attempts=0),
+            ),
+            "h/1",
+            R.INVALID_ARGUMENT,
+            [
+                "request_id",
+                "host",
+                "spec.name",
+                "spec.vcpus",
+                "spec.workload.heartbeat_hz",
+                "spec.devices[0].dma",
+                "spec.policy.max_attempts",
+                "spec.devices[0].scenario",
+            ],
+        ),
+    ],
+    ids=["taken", "unknown", "cordoned", "silent", "full", "too-big", "machine", "wrong"],
+)
+async def test_guests_that_cannot_be(
+    api: Subject,
+    client: OrchestratorClient,
+    web: types.Guest,
+    spec: GuestSpec,
+    where: str,
+    reason: RefusalReason,
+    fields: list[str],
+    validate_only: bool,
+) -> None:
+    await api.host("cordoned")
+    await api.host("silent", live=False)
+    await api.call(client.cordon_host, "cordoned")
+    request_id = "a/b" if reason is R.INVALID_ARGUMENT else "r1"
+    error = await api.refused(client.create_guest, spec, where, validate_only=validate_only, request_id=request_id)
+    assert (error.reason, [field for field, _ in error.violations]) == (reason, fields)
+    assert [each.name for each in await api.call(client.list_guests)] == ["web"]
+
+
+@pytest.mark.parametrize("how_far", ["APPLIED", "QUEUED", "RECORDED"])
+async def test_a_wish_is_durable_and_says_how_far_it_got(
+    api: Subject, client: OrchestratorClient, web: types.Guest, how_far: str
+) -> None:
+    api.wishes_get(how_far)
+    for method, run, state in ((client.pause_guest, False, "PAUSED"), (client.resume_guest, True, "RUNNING")):
+        answer = await api.call(method, "web")
+        assert (wire.word(answer, "wish"), answer.guest.want_run) == (how_far, run)
+        if how_far == "APPLIED":
+            assert wire.word(answer.guest, "run_state") == state
+        assert (await api.call(client.get_guest, "web")).want_run is run
+
+
+async def test_a_stopped_guest_is_gone_for_good_and_its_name_is_free(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    gone = await api.call(client.stop_guest, "web")
+    assert (gone.uuid, wire.word(gone, "ownership"), wire.word(gone, "run_state")) == (web.uuid, "GONE", "ENDED")
+    assert (await api.refused(client.get_guest, "web")).reason is R.NOT_FOUND
+    assert await api.call(client.get_guest, web.uuid) == gone
+    assert await api.call(client.stop_guest, web.uuid) == gone, "a second stop is no error"
+    assert (await api.refused(client.pause_guest, web.uuid)).reason is R.GUEST_NOT_RUNNING
+    assert (await api.refused(client.create_migration, web.uuid)).reason is R.GUEST_NOT_RUNNING
+    assert (await api.call(client.create_guest, WEB)).uuid != web.uuid
+
+
+# --- migrations -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_migration_that_was_asked_for(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
+    made = await api.call(client.create_migration, "web", "h3", {"max_attempts": 7})
+    assert (phase(made), made.guest, made.guest_uuid, made.source) == ("PENDING", "web", web.uuid, "h1")
+    assert (made.destination, made.attempt, made.failure, made.cancel_requested) == ("h3", 0, "", False)
+    assert wire.policy_from_proto(made.policy) == replace(QUICK, max_attempts=7)
+    assert (made.HasField("create_time"), made.HasField("end_time")) == (True, False)
+    assert await api.call(client.get_migration, made.name) == made
+    assert (await api.call(client.get_guest, "web")).migration == "", "no attempt has begun"
+
+
+async def test_a_migration_that_ended_stays_and_its_guest_has_moved(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    name = (await api.call(client.create_migration, "web", "h2")).name
+    await api.begin(name)
+    assert (await api.call(client.get_guest, "web")).migration == name
+    assert (await api.call(client.get_migration, name)).attempt == 1
+    await api.end(name)
+    moved = await api.call(client.get_guest, "web")
+    assert (moved.uuid, moved.host, moved.migration) == (web.uuid, "h2", "")
+    ended = await api.call(client.get_migration, name)
+    assert (phase(ended), ended.source, ended.destination) == ("SUCCEEDED", "h1", "h2")
+    assert ended.HasField("end_time")
+
+
+@pytest.mark.parametrize("validate_only", [False, True])
+@pytest.mark.parametrize(
+    ("guest", "destination", "policy", "reason", "fields"),
+    [
+        ("nobody", "", {}, R.NOT_FOUND, ["guest"]),
+        ("web", "h7", {}, R.NOT_FOUND, ["destination"]),
+        ("web", "h1", {}, R.INVALID_ARGUMENT, ["destination"]),
+        ("web", "cordoned", {}, R.HOST_CORDONED, ["destination"]),
+        ("web", "silent", {}, R.HOST_NOT_LIVE, ["destination"]),
+        ("web", "small", {}, R.NO_CAPACITY, ["destination"]),
+        ("web", "", {"gate_wait_ms": 5001}, R.INVALID_ARGUMENT, ["policy.gate_wait_ms"]),
+        (
+            "w/eb",
+            "h/1",
+            {"max_attempts": 0, "ack_timeout_ms": 0},
+            R.INVALID_ARGUMENT,
+            ["guest", "destination", "policy.ack_timeout_ms", "policy.max_attempts"],
+        ),
+    ],
+)
+async def test_migrations_that_cannot_be(
+    api: Subject,
+    client: OrchestratorClient,
+    web: types.Guest,
+    guest: str,
+    destination: str,
+    policy: dict[str, object],
+    reason: RefusalReason,
+    fields: list[str],
+    validate_only: bool,
+) -> None:
+    await api.host("cordoned")
+    await api.host("silent", live=False)
+    await api.host("small", memory_mib=10)
+    await api.call(client.cordon_host, "cordoned")
+    error = await api.refused(client.create_migration, guest, destination, policy, validate_only=validate_only)
+    assert (error.reason, [field for field, _ in error.violations]) == (reason, fields)
+    assert await api.call(client.list_migrations) == []
+
+
+async def test_a_guest_in_a_migration_gets_no_second_one(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    first = (await api.call(client.create_migration, "web")).name
+    for step in (None, api.begin):
+        if step is not None:
+            await step(first)
+        for validate_only in (False, True):
+            error = await api.refused(client.create_migration, "web", validate_only=validate_only)
+            assert (error.reason, error.details) == (R.GUEST_IS_MIGRATING, {"migration": first})
+    await api.end(first)
+    assert (await api.call(client.create_migration, "web")).name != first
+
+
+async def test_migrations_are_listed_newest_first_of_a_guest_and_while_they_last(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    await api.call(client.create_guest, GuestSpec("db", policy=QUICK), "h2")
+    first = (await api.call(client.create_migration, "web")).name
+    await api.end(first)
+    second = (await api.call(client.create_migration, "db")).name
+    third = (await api.call(client.create_migration, "web")).name
+
+    async def names(guest: str = "", **asked: bool) -> list[str]:
+        return [each.name for each in await api.call(client.list_migrations, guest, **asked)]
+
+    assert await names() == [third, second, first]
+    assert await names("web") == [third, first]
+    assert await names(active_only=True) == [third, second]
+    assert await names("web", active_only=True) == [third]
+    await api.call(client.stop_guest, "db")
+    await api.call(client.create_guest, GuestSpec("db"), "h2")
+    assert await names("db") == [], "the new guest of this name never moved"
+    error = await api.refused(client.list_migrations, "nobody")
+    assert (error.reason, error.field) == (R.NOT_FOUND, "guest")
+
+
+async def test_time_lines_are_for_who_asks_for_one_migration(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    name = (await api.call(client.create_migration, "web")).name
+    await api.report(name, AttemptReport(1, "ABORTED", timeline=(TimelineEntry(1.0, "h1", "freeze"),)))
+    assert (await api.call(client.get_migration, name)).attempts[0].timeline[0].event == "freeze"
+    (listed,) = await api.call(client.list_migrations)
+    watched = await api.call(next, client.watch_migrations([name]))
+    assert [(len(each.attempts), len(each.attempts[0].timeline)) for each in (listed, watched)] == [(1, 0)] * 2
+
+
+@pytest.mark.parametrize("name", ["nobody", "a/b", "", "x" * 200])
+async def test_migrations_and_evacuations_that_there_are_not(
+    api: Subject, client: OrchestratorClient, name: str
+) -> None:
+    for method in (client.get_migration, client.cancel_migration, client.get_evacuation, client.cancel_evacuation):
+        error = await api.refused(method, name)
+        assert (error.reason, error.field) == (R.NOT_FOUND, "name")
+
+
+async def test_a_cancel_before_the_first_attempt_ends_the_migration(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    name = (await api.call(client.create_migration, "web")).name
+    cancelled = await api.call(client.cancel_migration, name)
+    assert (phase(cancelled), cancelled.failure, cancelled.cancel_requested) == ("CANCELLED", "CANCELLED", True)
+    assert cancelled.HasField("end_time")
+    assert await api.call(client.cancel_migration, name) == cancelled
+    assert (await api.call(client.create_migration, "web")).name != name
+
+
+async def test_a_cancelled_attempt_never_commits(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
+    name = (await api.call(client.create_migration, "web", "h2")).name
+    await api.begin(name)
+    assert (await api.call(client.cancel_migration, name)).cancel_requested
+    await api.end(name)
+    ended = await api.call(client.get_migration, name)
+    assert (phase(ended), ended.failure) == ("CANCELLED", "CANCELLED")
+    assert (await api.call(client.get_guest, "web")).host == "h1"
+
+
+@pytest.mark.parametrize("failed", [False, True])
+async def test_a_cancel_of_what_is_over_is_refused(
+    api: Subject, client: OrchestratorClient, web: types.Guest, failed: bool
+) -> None:
+    name = (await api.call(client.create_migration, "web", "h2")).name
+    await api.end(name, failed=failed)
+    before = await api.call(client.get_migration, name)
+    error = await api.refused(client.cancel_migration, name)
+    assert error.reason is (R.ALREADY_ENDED if failed else R.ALREADY_COMMITTED)
+    assert error.details.get("destination") == (None if failed else "h2")
+    assert await api.call(client.get_migration, name) == before
+
+
+# --- evacuations ------------------------------------------------------------------------------------------------------
+
+
+async def test_an_evacuation_cordons_its_host_and_says_who_can_go_where(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    await api.call(client.create_guest, GuestSpec("large", memory_mib=800), "h1")
+    for where in ("h2", "h3"):
+        await api.call(client.create_guest, GuestSpec(f"on-{where}", memory_mib=300), where)
+    made = await api.call(client.create_evacuation, "h1", 2, {"max_attempts": 9})
+    job = made.evacuation
+    assert (job.host, phase(job), job.max_concurrent, job.policy.max_attempts) == ("h1", "PENDING", 2, 9)
+    assert (job.safe_to_power_off, job.cancel_requested, job.HasField("create_time")) == (False, False, True)
+    assert [(each.guest, each.memory_mib, each.destination, each.reason) for each in made.verdicts] == [
+        ("large", 800, "", "NO_CAPACITY"),
+        ("web", WEB.memory_mib, "h2", ""),
+    ]
+    cordoned = await api.call(client.get_host, "h1")
+    assert (cordoned.cordoned, cordoned.cordon_reason) == (True, f"evacuation {job.name}")
+    assert await api.call(client.get_evacuation, job.name) == job
+
+
+async def test_a_host_is_emptied_once_at_a_time_and_evacuations_are_listed_newest_first(
+    api: Subject, client: OrchestratorClient
+) -> None:
+    await api.call(client.cordon_host, "h1", "disks")
+    first = (await api.call(client.create_evacuation, "h1")).evacuation.name
+    assert (await api.call(client.get_host, "h1")).cordon_reason == "disks"
+    error = await api.refused(client.create_evacuation, "h1")
+    assert (error.reason, error.details) == (R.ALREADY_EXISTS, {"evacuation": first})
+    await api.empty(first)
+    second = (await api.call(client.create_evacuation, "h1")).evacuation.name
+    third = (await api.call(client.create_evacuation, "h2")).evacuation
+    assert (third.max_concurrent, third.policy.ListFields()) == (4, [])
+    assert [each.name for each in await api.call(client.list_evacuations)] == [third.name, second, first]
+
+
+@pytest.mark.parametrize("validate_only", [False, True])
+@pytest.mark.parametrize(
+    ("where", "at_once", "policy", "reason", "fields"),
+    [
+        ("h7", 0, {}, R.NOT_FOUND, ["host"]),
+        ("h1", 0, {"backoff_max_ms": 0}, R.INVALID_ARGUMENT, ["policy.backoff_initial_ms"]),
+        (
+            "h/1",
+            1001,
+            {"max_attempts": 101},
+            R.INVALID_ARGUMENT,
+            ["host", "max_concurrent", "policy.max_attempts"],
+        ),
+    ],
+)
+async def test_evacuations_that_cannot_be(
+    api: Subject,
+    client: OrchestratorClient,
+    web: types.Guest,
+    where: str,
+    at_once: int,
+    policy: dict[str, object],
+    reason: RefusalReason,
+    fields: list[str],
+    validate_only: bool,
+) -> None:
+    error = await api.refused(client.create_evacuation, where, at_once, policy, validate_only=validate_only)
+    assert (error.reason, [field for field, _ in error.violations]) == (reason, fields)
+    assert not any(each.cordoned for each in await api.call(client.list_hosts))
+
+
+async def test_a_host_is_safe_to_power_off_until_it_is_uncordoned(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    job = (await api.call(client.create_evacuation, "h1")).evacuation.name
+    await api.empty(job)
+    ended = await api.call(client.get_evacuation, job)
+    assert (phase(ended), ended.safe_to_power_off, ended.HasField("end_time")) == ("SUCCEEDED", True, True)
+    await api.call(client.uncordon_host, "h1")
+    assert not (await api.call(client.get_evacuation, job)).safe_to_power_off
+
+
+async def test_cancel_of_an_evacuation(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
+    job = (await api.call(client.create_evacuation, "h1")).evacuation.name
+    for _ in range(2):
+        assert (await api.call(client.cancel_evacuation, job)).cancel_requested
+    await api.empty(job)
+    ended = await api.call(client.cancel_evacuation, job)
+    assert (phase(ended), ended.safe_to_power_off) == ("CANCELLED", False)
+    assert (await api.call(client.get_host, "h1")).cordoned
+    second = (await api.call(client.create_evacuation, "h1")).evacuation.name
+    await api.empty(second)
+    error = await api.refused(client.cancel_evacuation, second)
+    assert (error.reason, error.details) == (R.ALREADY_ENDED, {"phase": "SUCCEEDED"})
+
+
+# --- repeated requests, and requests that only ask --------------------------------------------------------------------
+
+
+async def test_a_repeated_request_is_the_same_resource(api: Subject, client: OrchestratorClient) -> None:
+    async def ask() -> list[str]:
+        guest = await api.call(client.create_guest, WEB, "h1", request_id="r1")
+        migration = await api.call(client.create_migration, "web", "h2", request_id="r2")
+        job = await api.call(client.create_evacuation, "h3", request_id="r3")
+        return [guest.name, migration.name, job.evacuation.name]
+
+    names = await ask()
+    assert await ask() == names
+    assert [[each.name for each in kind] for kind in (await everything(api))[1:]] == [[name] for name in names]
+    await api.end(names[1])
+    again = await api.call(client.create_migration, "web", "h2", request_id="r2")
+    assert (again.name, phase(again)) == (names[1], "SUCCEEDED")
+
+
+async def test_a_request_id_serves_one_request(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
+    name = (await api.call(client.create_migration, "web", request_id="r1")).name
+    for ask in (
+        lambda: client.create_migration("web", "h3", request_id="r1"),
+        lambda: client.create_guest(GuestSpec("db"), request_id="r1"),
+        lambda: client.create_evacuation("h1", request_id="r1"),
+    ):
+        error = await api.refused(ask)
+        assert (error.reason, error.field) == (R.REQUEST_ID_REUSED, "request_id")
+        assert error.details == {"operation": f"migrations/{name}"}
+
+
+async def test_validate_only_says_where_it_would_go_and_changes_nothing(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    await api.call(client.create_guest, GuestSpec("big", memory_mib=500), "h2")
+    before = await everything(api)
+    guest = await api.call(client.create_guest, GuestSpec("db"), validate_only=True, request_id="r1")
+    assert (guest.name, guest.uuid, guest.host) == ("db", "", "h3")
+    moved = await api.call(client.create_migration, "web", validate_only=True, request_id="r1")
+    assert (moved.name, moved.guest, moved.source, moved.destination) == ("", "web", "h1", "h3")
+    planned = await api.call(client.create_evacuation, "h1", validate_only=True, request_id="r1")
+    assert (planned.evacuation.name, planned.evacuation.max_concurrent) == ("", 4)
+    assert [(each.guest, each.destination) for each in planned.verdicts] == [("web", "h3")]
+    assert await everything(api) == before
+    await api.call(client.create_evacuation, "h1", request_id="r1")
+
+
+# --- watches ----------------------------------------------------------------------------------------------------------
+
+
+async def told(api: Subject, watch: Iterator[T], holds: Callable[[T], bool]) -> T:
+    """What the watch says first that `holds`."""
+    while True:
+        message = await api.call(next, watch)
+        if holds(message):
+            return message
+
+
+async def ends(api: Subject, watch: Iterator[T]) -> bool:
+    return await api.call(next, watch, None) is None
+
+
+async def test_a_watch_of_guests_ends_when_each_is_gone(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    watch = client.watch_guests(["web", web.uuid])
+    first = await api.call(next, watch)
+    assert (first.uuid, first.host, first.want_run) == (web.uuid, "h1", True)
+    await api.call(client.pause_guest, "web")
+    await told(api, watch, lambda guest: not guest.want_run)
+    await api.call(client.stop_guest, "web")
+    gone = await told(api, watch, lambda guest: wire.word(guest, "ownership") == "GONE")
+    assert wire.word(gone, "run_state") == "ENDED"
+    assert await ends(api, watch)
+
+
+async def test_a_watch_of_a_migration_ends_with_it(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
+    name = (await api.call(client.create_migration, "web", "h2")).name
+    watch = client.watch_migrations([name])
+    assert phase(await api.call(next, watch)) == "PENDING"
+    await api.begin(name)
+    assert (await told(api, watch, lambda each: phase(each) == "PRECOPY")).attempt == 1
+    await api.end(name)
+    assert (await told(api, watch, lambda each: phase(each) == "SUCCEEDED")).HasField("end_time")
+    assert await ends(api, watch)
+    again = client.watch_migrations([name])
+    assert phase(await api.call(next, again)) == "SUCCEEDED", "what is over is told to who names it"
+    assert await ends(api, again)
+
+
+async def test_a_watch_of_several_ends_with_the_last(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    await api.call(client.create_guest, GuestSpec("db"), "h2")
+    names = [(await api.call(client.create_migration, guest)).name for guest in ("web", "db")]
+    watch = client.watch_migrations(names)
+    assert {(await api.call(next, watch)).name for _ in names} == set(names)
+    for name in names:
+        await api.call(client.cancel_migration, name)
+        assert phase(await told(api, watch, lambda each, name=name: each.name == name)) == "CANCELLED"
+    assert await ends(api, watch)
+
+
+async def test_a_watch_of_all_tells_what_is_not_over_and_what_comes(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    over = (await api.call(client.create_migration, "web")).name
+    await api.call(client.cancel_migration, over)
+    first = (await api.call(client.create_migration, "web")).name
+    guests, migrations = client.watch_guests(), client.watch_migrations()
+    assert (await api.call(next, migrations)).name == first
+    assert (await api.call(next, guests)).name == "web"
+    await api.call(client.create_guest, GuestSpec("db"), "h1")
+    await told(api, guests, lambda guest: guest.name == "db")
+    second = (await api.call(client.create_migration, "db")).name
+    assert (await api.call(next, migrations)).name == second
+    await api.call(client.cancel_migration, first)
+    ended = await api.call(next, migrations)
+    assert (ended.name, phase(ended)) == (first, "CANCELLED")
+    await api.call(client.stop_guest, "web")
+    await told(api, guests, lambda guest: (guest.name, wire.word(guest, "ownership")) == ("web", "GONE"))
+
+
+async def test_a_watch_of_an_evacuation_ends_with_it(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    job = (await api.call(client.create_evacuation, "h1")).evacuation.name
+    watch, all_of_them = client.watch_evacuations([job]), client.watch_evacuations()
+    for each in (watch, all_of_them):
+        assert phase(await api.call(next, each)) == "PENDING"
+    await api.empty(job)
+    assert (await told(api, watch, lambda each: phase(each) == "SUCCEEDED")).safe_to_power_off
+    assert await ends(api, watch)
+    await told(api, all_of_them, lambda each: phase(each) == "SUCCEEDED")
+
+
+@pytest.mark.parametrize("names", [["nobody"], ["web", "nobody"]])
+async def test_a_watch_of_names_that_there_are_not_is_refused(
+    api: Subject, client: OrchestratorClient, web: types.Guest, names: list[str]
+) -> None:
+    for method in (client.watch_guests, client.watch_migrations, client.watch_evacuations):
+        error = await api.refused(next, method(names))
+        assert (error.reason, error.field) == (R.NOT_FOUND, "names")
+    error = await api.refused(next, client.watch_migrations(["m"] * 1001))
+    assert (error.reason, error.field) == (R.INVALID_ARGUMENT, "names")
+
+
+# --- chaos ------------------------------------------------------------------------------------------------------------
+
+
+async def test_chaos_answers_with_the_scenario_in_force(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    scenario = await api.call(client.inject_late_ack, "web", "nic", "final_query", 3, 512)
+    assert "{at: final_query, times: 3, bytes: 512}" in scenario
+    assert "times: 1" in await api.call(client.inject_late_ack, "web", "nic", "freeze", 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason", "fields"),
+    [
+        (("nobody", "nic", "freeze"), R.NOT_FOUND, ["guest"]),
+        (("web", "disk", "freeze"), R.NOT_FOUND, ["device"]),
+        (("web", "eth", "freeze"), R.NOT_FOUND, ["device"]),
+        (("w/eb", "nic", "lunch", 1001, 2**40), R.INVALID_ARGUMENT, ["guest", "at", "times", "bytes"]),
+    ],
+)
+async def test_chaos_that_cannot_be(
+    api: Subject,
+    client: OrchestratorClient,
+    web: types.Guest,
+    asked: tuple[str, str, str],
+    reason: RefusalReason,
+    fields: list[str],
+) -> None:
+    error = await api.refused(client.inject_late_ack, *asked)
+    assert (error.reason, [field for field, _ in error.violations]) == (reason, fields)
+
+
+async def test_chaos_is_off_unless_the_cluster_allows_it(kind: str, tmp_path: Path) -> None:
+    async with subject(kind, tmp_path, chaos=False) as calm:
+        await calm.call(calm.client.create_guest, WEB, "h1")
+        error = await calm.refused(calm.client.inject_late_ack, "web", "nic", "freeze")
+    assert error.reason is R.CHAOS_DISABLED
+
+
+# --- deadlines --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_call_without_a_deadline_is_refused(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
+    def ask(method: str, request: Any) -> DroverError:
+        with channel(client.address) as raw:
+            call = getattr(OrchestratorServiceStub(raw), method)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(request))
+        return from_rpc_error(caught.value)
+
+    for method, request in (
+        ("ListGuests", pb.ListGuestsRequest()),
+        ("StopGuest", pb.StopGuestRequest(name="web")),
+        ("WatchGuests", pb.WatchGuestsRequest()),
+    ):
+        assert (await api.call(ask, method, request)).reason is R.DEADLINE_REQUIRED
+    assert [each.name for each in await api.call(client.list_guests)] == ["web"]
