@@ -49,7 +49,8 @@ OPEN = {"downtime-limit": 300, "avail-switchover-bandwidth": LINK, "max-bandwidt
 HELD = OPEN | {"downtime-limit": 1, "avail-switchover-bandwidth": 1 << 20}
 """A kibibyte may be left: what only stop-copy can carry holds it."""
 OVER = (EngineStatus.COMPLETED, EngineStatus.FAILED, EngineStatus.CANCELLED)
-IN_VAIN_S = 1.0
+IN_VAIN_S = 0.6
+"""Longer than a slow ACK of the plans takes. QEMU writes tens of MB of log meanwhile."""
 _TAIL_BYTES, _IN_VAIN_BYTES = 1 << 16, 1 << 20
 """Of the log: what is looked at at a time, and how much there is of the same; 1000 estimates and more."""
 _BUFFER = 1 << 20

@@ -82,8 +82,6 @@ class Foretold:
     acks: int | None
     pending: int | None
     """After the final query; None as well if there is none."""
-    may_wait: bool = False
-    """QEMU may come to wait in vain, until it is cancelled: depends on who is faster."""
 
 
 def takes_part(scenario: Scenario) -> bool:
@@ -125,7 +123,10 @@ def asking_last(plan: Plan) -> int:
 
 
 def may_wait_in_vain(plan: Plan) -> bool:
-    """The stop may find initial data unsent before an exact query has asked anew for a size that is unknown (R31)."""
+    """The stop may find initial data unsent before an exact query has asked anew for a size that is unknown (R31).
+
+    That depends on who is faster; then it is cancelled, which `foretell` does not know.
+    """
     return plan.stop in (Stop.PENDING, Stop.ACKED) and any(fails(each, Call.SIZE) for each in plan.devices)
 
 
@@ -156,7 +157,6 @@ def foretell(plan: Plan) -> Foretold:
         requests if known else None,
         acks if countable else None,
         pending if countable and not cancelled else None,
-        may_wait_in_vain(plan),
     )
 
 

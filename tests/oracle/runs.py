@@ -11,7 +11,7 @@ from orchestrator.core.switchover import AckMode
 from orchestrator.core.switchover_qemu import PAUSE, RETURN_PATH, SWITCHOVER_ACK, AckSetup, Final, QemuSource, QemuStage
 from tests.oracle import trace
 from tests.oracle.lab import HELD, OPEN, OVER, End, Lab, Pair
-from tests.oracle.plans import Ending, Foretold, Plan, Stop, foretell, requests_in_precopy
+from tests.oracle.plans import Ending, Foretold, Plan, Stop, foretell, may_wait_in_vain, requests_in_precopy
 from tests.oracle.replay import Replay
 
 _ACKED = "source_return_path_thread_switchover_acked"
@@ -144,19 +144,17 @@ def judge(run: Run) -> Verdict:
         stopped_before=plan.stop is Stop.BEFORE,
     ).play(trace.events_of(run.output))
     assert not replay.broken, f"the stream broke: {run.error}; {run.destination_output[-400:]}"
+    check_waiting(run, replay)
     foretold = foretell(plan)
-    _check_waiting(run, replay, foretold)
-    if run.waited:
-        foretold = replace(foretold, stage=QemuStage.CANCELLED, pending=None)
-    _check_plan(run, replay, foretold)
+    _check_plan(run, replay, replace(foretold, stage=QemuStage.CANCELLED, pending=None) if run.waited else foretold)
     _check_log(run, replay)
     final = replay.finals[0] if replay.finals else None
     return Verdict(replay.machine, final, sum(replay.steps.values()), replay)
 
 
-def _check_waiting(run: Run, replay: Replay, foretold: Foretold) -> None:
+def check_waiting(run: Run, replay: Replay) -> None:
     """QEMU waited in vain only where the plan lets it, and where the machine says that it would have for ever."""
-    assert foretold.may_wait or not run.waited, f"QEMU waits in vain: {replay.machine}"
+    assert may_wait_in_vain(run.plan) or not run.waited, f"QEMU waits in vain: {replay.machine}"
     by_machine = replay.in_vain > 0
     assert run.waited == by_machine, f"waited in vain: QEMU {run.waited}, our machine {by_machine}: {replay.machine}"
 
