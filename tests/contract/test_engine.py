@@ -29,7 +29,7 @@ from agents.engine.base import (
     VmmSpec,
     VmmState,
 )
-from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.engine import QemuEngine, QemuVmm
 from orchestrator.core.records import GuestSpec, Workload
 from tests.fakes.engine import FakeEngine, FakeVmm
 
@@ -240,6 +240,29 @@ async def test_unknown_machine_is_refused_with_the_words_of_the_vmm(pair: Pair) 
     spec = pair.spec("x")
     with pytest.raises(EngineError, match="nonsense"):
         await pair.engine.start(replace(spec, spec=replace(spec.spec, machine="nonsense")))
+
+
+@no_qemu
+async def test_a_guest_that_runs_again_has_its_downtime_limit_again(tmp_path: Path) -> None:
+    pair = Pair(QemuEngine(image=image()), tmp_path)
+    source, destination = await pair.source(), await pair.destination()
+    assert isinstance(source, QemuVmm)
+
+    async def limit_ms() -> int:
+        return (await source._execute("query-migrate-parameters"))["downtime-limit"]
+
+    try:
+        await source.start_outgoing(options(destination, HoldStart.TRICKLE))
+        await source.pause()
+        assert await limit_ms() == 1, "held, whatever stands still"
+        await source.release()
+        assert await limit_ms() == 2_000_000
+        await source.hold()
+        await source.resume()
+        await source.release()
+        assert await limit_ms() == options(destination).downtime_limit_ms
+    finally:
+        await asyncio.gather(*(vmm.destroy() for vmm in pair.vmms))
 
 
 @no_qemu

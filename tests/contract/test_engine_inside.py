@@ -156,3 +156,37 @@ async def heard(holds: Callable[[], object]) -> None:
     async with asyncio.timeout(5):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("before", [True, False])
+async def test_no_downtime_is_kept_short_of_a_guest_that_stands_still(before: bool) -> None:
+    """A device that says that it has a tebibyte left: while the guest runs it is never stopped for that. Once it is
+    stopped on purpose nothing is gained by waiting."""
+    huge = "estimates: {stop_copy_bytes: 1099511627776}"
+    async with Rig(qemu("11.1"), device("nic", scenario=huge), traces=()) as rig:
+        source = rig.source.vmm
+        if before:
+            await source.pause()
+        await source.start_outgoing(options(rig.destination.vmm))
+        if not before:
+            await asyncio.sleep(0.5)
+            assert (await source.state()).status is EngineStatus.ACTIVE
+            await source.pause()
+        await until(source, lambda now: now.status is EngineStatus.PARKED)
+        await source.proceed()
+        await until(source, lambda now: now.run_state is RunState.SEALED)
+
+
+@pytest.mark.qemu
+@pytest.mark.rule("R31")
+async def test_a_size_that_is_unknown_holds_up_no_guest_that_stands_still() -> None:
+    """QEMU counts 100 GiB for it, and asks again only when that fits the limit (docs/rules.md)."""
+    scenario = "{delays: [{call: read, ms: 100}], faults: [{call: size}]}"
+    slow = device("nic", scenario=scenario, initial_bytes=24 << 20)
+    async with Rig(qemu("11.1"), slow, traces=()) as rig:
+        source = rig.source.vmm
+        await source.start_outgoing(options(rig.destination.vmm))
+        await asyncio.sleep(0.3)
+        await source.pause()
+        await until(source, lambda now: now.status is EngineStatus.PARKED, 20)

@@ -27,6 +27,8 @@ _PROBES = 2
 
 _TRICKLE_BYTES_PER_S = 4096
 _TRICKLE_DOWNTIME_MS = 1
+_NO_LIMIT_MS, _NO_LIMIT_BYTES_PER_S = 2_000_000, 1 << 40
+"""The most that QEMU takes for a downtime: of a guest that stands still there is none to keep short."""
 _POLL_S = 0.003
 _CONNECT_S = 8.0
 _CANCEL_S = 1.0
@@ -79,6 +81,8 @@ class QemuVmm:
         self._tail: asyncio.Task[None] | None = None
         self._parameters = asyncio.Lock()
         self._telling: asyncio.Task[None] | None = None
+        self._stands = False
+        """The guest was stopped on purpose."""
         self._arrived = False
         """This QEMU told that it has loaded the guest, and has not been asked to send it since."""
         watched.on_death = lambda: self._emit(base.VmmDied())
@@ -154,11 +158,22 @@ class QemuVmm:
 
     async def pause(self) -> None:
         await self._execute("stop")
+        await self._now_stands(True)
 
     async def resume(self) -> None:
         if not self._arrived:  # in the blackout nothing is asked that is known
             await self._must_not_be_moving()
+        if self._stands:
+            await self._now_stands(False)
         await self._execute("cont")
+
+    async def _now_stands(self, stands: bool) -> None:
+        """Of a migration under way this changes the limit; that it cannot be told must not undo a stop or a start."""
+        async with self._parameters:
+            self._stands = stands
+            if self._released:
+                with contextlib.suppress(EngineError):
+                    await self._set_rate(full=True, open_gate=True)
 
     async def _must_not_be_moving(self) -> None:
         """Refuses what QEMU itself would take for a wish to run."""
@@ -185,6 +200,7 @@ class QemuVmm:
     async def start_outgoing(self, options: base.OutgoingOptions) -> None:
         await self._cleaned_up(2.0)
         self._options, self._arrived = options, False
+        self._stands = (await self.state()).run_state is RunState.PAUSED
         self._released = options.hold is HoldStart.OPEN
         wanted = {"events": True, "return-path": True, "pause-before-switchover": True}
         wanted |= {"multifd": options.multifd_channels > 1, "auto-converge": options.auto_converge}
@@ -211,13 +227,16 @@ class QemuVmm:
         if self._options is None:
             return
         link = self._options.link_bytes_per_s
+        share = link // max(1, self._options.sharing())
+        limit_ms, for_the_rest = self._options.downtime_limit_ms, share
+        if self._stands:
+            limit_ms, for_the_rest = _NO_LIMIT_MS, _NO_LIMIT_BYTES_PER_S
         values = {
             "max-bandwidth": link if full else _TRICKLE_BYTES_PER_S,
-            "downtime-limit": self._options.downtime_limit_ms if open_gate else _TRICKLE_DOWNTIME_MS,
+            "downtime-limit": limit_ms if open_gate else _TRICKLE_DOWNTIME_MS,
         }
         if self._features.switchover_bandwidth:
-            share = link // max(1, self._options.sharing())
-            values["avail-switchover-bandwidth"] = share if open_gate else _TRICKLE_BYTES_PER_S
+            values["avail-switchover-bandwidth"] = for_the_rest if open_gate else _TRICKLE_BYTES_PER_S
         await self._execute("migrate-set-parameters", values)
 
     async def _watch_tail(self, tail_bytes: int) -> None:

@@ -69,6 +69,10 @@ def kill_api(scene: Scene, guest: Born, migration: str, chance: random.Random) -
     scene.cluster.came_back("api", api.pid, 30)
 
 
+def kill_ray(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
+    scene.kill_ray()
+
+
 def lose_power(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
     """Of either host, for a moment: its guests are gone, and it comes back as another power cycle."""
     host = chance.choice([scene.here, scene.there])
@@ -103,6 +107,7 @@ BLOWS: tuple[Blow, ...] = (
     stop_for_a_while,
     restart_zookeeper,
     kill_api,
+    kill_ray,
     lose_power,
     cancel,
     pause,
@@ -135,6 +140,7 @@ def test_blows(scene: Scene, chance: random.Random) -> None:
             blow(scene, guest, migration, chance)
         scene.agents_are_back()
         scene.ledger_is_back()
+        scene.coordinator_is_back()
         over = scene.ended(migration, END_S)
         record = scene.record(guest)
         guest.may_crash = guest.may_crash and record.phase is Ownership.CRASHED
