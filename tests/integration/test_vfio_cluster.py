@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from protos.drover.v1 import types_pb2
 from tests.fakes.cluster import Cluster, make_config, missing, running_cluster, short_directory
 from tests.fakes.vfio_rig import qemu
+from tests.integration.handover import blows
 from tests.integration.handover.judge import judge, nothing_is_left
 from tests.integration.handover.scene import Observer, Scene
 from tests.integration.handover.scene import device as companion
@@ -116,3 +118,23 @@ def test_a_device_that_lost_its_state_is_no_success(scene: Scene) -> None:
     assert scene.record(guest).owner.host == "host-1"
     scene.guests.remove(guest)  # its own complaint about the device is what the judge would find
     scene.end_guests([guest])
+
+
+SCENARIOS = (
+    "",
+    "asks: [{at: freeze, times: 2, bytes: 4096}]",
+    "asks: [{at: precopy, bytes: 65536}]",
+    "delays: [{call: load, ms: 300}]",
+    "delays: [{call: stop_copy, ms: 200}]",
+)
+
+
+def some_inside(chance: random.Random) -> list[DeviceSpec]:
+    made = [inside(f"in{n}", chance.choice(SCENARIOS)) for n in range(chance.choice([1, 1, 2]))]
+    return [*made, companion("dpu", "asks: [{at: freeze}]")] if chance.random() < 0.3 else made
+
+
+@pytest.mark.timeout(600 + 60 * blows.ROUNDS)
+def test_blows_at_any_instant(scene: Scene) -> None:
+    """As in the hand-over tests, for guests with devices inside the VMM."""
+    blows.some_rounds(scene, blows.ROUNDS // 2, some_inside)

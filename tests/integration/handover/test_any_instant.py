@@ -1,152 +1,15 @@
-"""Blows at random instants of random migrations: whatever comes of each, it comes to an end, and the judge is content.
-
-The other files hit instants that somebody thought of. DROVER_SEED repeats a run as far as the machine allows;
-DROVER_ROUNDS makes it longer.
-"""
+"""The other files hit instants that somebody thought of; these are drawn (see `blows`)."""
 
 from __future__ import annotations
 
-import os
-import random
-import time
-from collections.abc import Callable
-
 import pytest
 
-from orchestrator import wire
-from orchestrator.core.handover import Ownership
-from orchestrator.local import commands
-from tests.integration.handover.judge import judge, nothing_is_left
-from tests.integration.handover.scene import Born, Scene, device
+from tests.integration.handover import blows
+from tests.integration.handover.scene import Scene
 
 pytestmark = [pytest.mark.integration, pytest.mark.qemu, pytest.mark.zookeeper]
 
-ROUNDS = int(os.environ.get("DROVER_ROUNDS") or 8)
-WITHIN_S = 0.8
-"""A migration of such a guest takes about so long on a quiet machine."""
-END_S = 90.0
-SCENARIOS = (
-    "",
-    "",
-    "asks: [{at: freeze, times: 2, bytes: 4096}]",
-    "asks: [{at: gate_open, bytes: 65536}]",
-    "asks: [{at: final_query}]",
-    "delays: [{call: stop_copy, ms: 200}, {call: validate, ms: 200}, {call: activate, ms: 200}]",
-)
 
-Blow = Callable[[Scene, Born, str, random.Random], None]
-
-
-def kill_source_agent(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    scene.kill_agent(scene.here)
-
-
-def kill_destination_agent(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    scene.kill_agent(scene.there)
-
-
-def kill_incoming(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    for vmm in scene.vmms(guest):
-        if vmm.role == "incoming":
-            guest.may_crash = True
-            scene.kill_if_alive(vmm)
-
-
-def stop_for_a_while(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    part = chance.choice([f"agent-{scene.here}", f"agent-{scene.there}", "zookeeper", "api"])
-    print(f"  ({part})")
-    with scene.frozen(scene.part(part)):
-        scene.hold_on(chance.uniform(0.05, 3))
-
-
-def restart_zookeeper(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    scene.restart_zookeeper()
-
-
-def kill_api(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    api = scene.part("api")
-    scene.kill(api)
-    scene.cluster.came_back("api", api.pid, 30)
-
-
-def kill_ray(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    scene.kill_ray()
-
-
-def lose_power(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    """Of either host, for a moment: its guests are gone, and it comes back as another power cycle."""
-    host = chance.choice([scene.here, scene.there])
-    print(f"  ({host})")
-    guest.may_crash = True
-    agent = scene.agent(host)
-    commands.power_cycle(scene.cluster.dir, host)
-    scene.cluster.came_back(f"agent-{host}", agent.pid, 30)
-
-
-def cancel(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    print(f"  ({scene.answer(lambda: scene.client.cancel_migration(migration)) or 'cancelled'})")
-
-
-def pause(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    scene.answer(lambda: scene.client.pause_guest(guest.name))
-
-
-def pause_and_resume(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
-    scene.answer(lambda: scene.client.pause_guest(guest.name))
-    scene.hold_on(chance.uniform(0, 0.3))
-    scene.answer(lambda: scene.client.resume_guest(guest.name))
-
-
-BLOWS: tuple[Blow, ...] = (
-    kill_source_agent,
-    kill_source_agent,
-    kill_destination_agent,
-    kill_destination_agent,
-    kill_incoming,
-    stop_for_a_while,
-    stop_for_a_while,
-    restart_zookeeper,
-    kill_api,
-    kill_ray,
-    lose_power,
-    cancel,
-    pause,
-    pause_and_resume,
-)
-
-
-@pytest.fixture
-def chance() -> random.Random:
-    seed = int(os.environ.get("DROVER_SEED") or random.randrange(10**6))
-    print(f"DROVER_SEED={seed}")
-    return random.Random(seed)
-
-
-@pytest.mark.timeout(60 * ROUNDS)
-def test_blows(scene: Scene, chance: random.Random) -> None:
-    for number in range(ROUNDS):
-        begun = time.monotonic()
-        devices = [device(f"dev{n}", chance.choice(SCENARIOS)) for n in range(chance.choice([0, 1, 1, 2]))]
-        guest = scene.guest(*devices)
-        if chance.random() < 0.15:
-            scene.client.pause_guest(guest.name)
-        after_s = [chance.uniform(0, WITHIN_S) for _ in range(chance.choice([1, 1, 2]))]
-        blows = [chance.choice(BLOWS) for _ in after_s]
-        said = [f"{blow.__name__} after {s:.3f} s" for blow, s in zip(blows, after_s, strict=True)]
-        print(f"round {number}: {[each.scenario for each in devices]} {said}")
-        migration = scene.migrate(guest, scene.there)
-        for blow, seconds in zip(blows, after_s, strict=True):
-            scene.hold_on(seconds)
-            blow(scene, guest, migration, chance)
-        scene.agents_are_back()
-        scene.ledger_is_back()
-        scene.coordinator_is_back()
-        over = scene.ended(migration, END_S)
-        record = scene.record(guest)
-        guest.may_crash = guest.may_crash and record.phase is Ownership.CRASHED
-        print(f"round {number}: {wire.word(over, 'phase')} {over.failure} on {record.owner.host}")
-        for verdict in judge(scene, [guest]):
-            print(f"stopped for {list(verdict.stops_ms)} ms, {time.monotonic() - begun:.1f} s")
-        scene.end_guests([guest])
-        nothing_is_left(scene, [guest])
-        scene.guests.remove(guest)
+@pytest.mark.timeout(60 * blows.ROUNDS)
+def test_blows(scene: Scene) -> None:
+    blows.some_rounds(scene, blows.ROUNDS, blows.companions)
