@@ -1,7 +1,8 @@
 """An agent behind a real gRPC server that works on a ledger in memory: births, deaths, wishes, samples on command.
 
-It keeps the contract of AgentService as far as the API can see it: a guest that it refuses to start is GONE and its
-name is free; it ends idle and crashed guests only; a watch begins with everything and then tells what is said.
+It keeps the contract of AgentService as far as the API can see it (tests/contract/test_agent_service.py): a guest that
+it refuses to start is GONE and its name is free; it ends idle and crashed guests only; a watch begins with everything
+and then tells what changes and what is said. Calls of the coordinator are only noted.
 """
 
 # Handlers are named as the .proto names the calls.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator import wire
@@ -61,6 +62,9 @@ class FakeAgent(AgentServiceServicer):
             self.host, f"boot-{self.host}", self.address, f"{self.address}0", memory_mib, 1000, machine_types=("pc",)
         )
 
+    def _told(self, uuid: str) -> GuestStatus | None:
+        return next((guest for guest in self.sample.guests if guest.guest == uuid), None)
+
     def say(self, sample: AgentSample) -> None:
         """To every watch, now and at the start of later ones."""
         guests = {each.guest: each for each in (*self.sample.guests, *sample.guests)}
@@ -93,7 +97,9 @@ class FakeAgent(AgentServiceServicer):
 
     async def GetAgent(self, request: pb.GetAgentRequest, context: Any) -> pb.GetAgentResponse:
         await self._called("GetAgent", "")
-        return wire.agent_status_to_proto(AgentStatus(HostRef(self.host, f"boot-{self.host}"), 0))
+        return wire.agent_status_to_proto(
+            AgentStatus(HostRef(self.host, f"boot-{self.host}"), 0, self.sample.guests, self.sample.attempts)
+        )
 
     async def StartGuest(self, request: pb.StartGuestRequest, context: Any) -> pb.StartGuestResponse:
         uuid = request.guest_uuid
@@ -104,33 +110,43 @@ class FakeAgent(AgentServiceServicer):
             raise
         async with self.turn:
             record, version = await self._read(uuid)
+            if record.owner.host != self.host or record.phase in (Ownership.CRASHED, Ownership.GONE):
+                raise DroverError(RefusalReason.GUEST_NOT_RUNNING, f"{record.phase}, owner {record.owner.host}")
             if record.phase is Ownership.STARTING:
                 started = SetData(paths.guest(uuid), encode(handover.started(record, writer=self.host)), version)
                 assert isinstance(await self.store.multi([started]), Done)
-        status = GuestStatus(uuid, record.name, "inc", RunState.RUNNING, 4711)
-        self.say(AgentSample(guests=(status,)))
+        status = self._told(uuid)
+        if status is None:
+            status = GuestStatus(uuid, record.name, "inc", RunState.RUNNING, 4711)
+            self.say(AgentSample(guests=(status,)))
         return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
 
     async def EndGuest(self, request: pb.EndGuestRequest, context: Any) -> pb.EndGuestResponse:
         await self._called("EndGuest", request.guest_uuid)
         async with self.turn:
             record, _ = await self._read(request.guest_uuid)
-            if record.owner.host != self.host or record.phase not in (
-                Ownership.IDLE,
-                Ownership.CRASHED,
-                Ownership.GONE,
-            ):
+            if record.phase is Ownership.GONE:
+                return pb.EndGuestResponse()
+            if record.owner.host != self.host or record.phase not in (Ownership.IDLE, Ownership.CRASHED):
                 raise DroverError(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
-            if record.phase is not Ownership.GONE:
-                await self._bury(request.guest_uuid)
+            await self._bury(request.guest_uuid)
+            left = tuple(guest for guest in self.sample.guests if guest.guest != request.guest_uuid)
+            self.sample = replace(self.sample, guests=left)
         return pb.EndGuestResponse()
 
     async def ApplyWantRun(self, request: pb.ApplyWantRunRequest, context: Any) -> pb.ApplyWantRunResponse:
-        await self._called("ApplyWantRun", request.guest_uuid)
-        node = await self.store.read(paths.want_run(request.guest_uuid))
+        uuid = request.guest_uuid
+        await self._called("ApplyWantRun", uuid)
+        record, _ = await self._read(uuid)
+        if record.owner.host != self.host:
+            raise DroverError(RefusalReason.NOT_FOUND, f"guest {uuid} is not on {self.host}")
+        node = await self.store.read(paths.want_run(uuid))
         wish = decode(WantRun, node.data) if node else WantRun()
         assert wish.sequence >= request.sequence
         now = RunState.RUNNING if wish.run != self.queue_wishes else RunState.PAUSED
+        known = self._told(uuid)
+        if known is not None and known.run_state is not now:
+            self.say(AgentSample(guests=(replace(known, run_state=now),)))
         return pb.ApplyWantRunResponse(applied=not self.queue_wishes, run_state=wire.run_state_to_proto(now))
 
     async def PrepareDestination(

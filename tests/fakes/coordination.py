@@ -194,7 +194,8 @@ class MemoryStore:
 
 @dataclass
 class FakeAgent:
-    """Source and destination in one. `ends` scripts the attempts: a reason to abort with, or None to commit."""
+    """Source and destination in one; passes the contract suite of agents (tests/contract/test_agent_service.py).
+    `World.ends` scripts the attempts: a reason to abort with, or None to commit."""
 
     world: World
     host: str
@@ -203,15 +204,20 @@ class FakeAgent:
         self, attempt: AttemptRef, *, epoch: int, source_peer_address: str, timeout_ms: int, multifd_channels: int
     ) -> Prepared:
         self.world.call("prepare", self.host, attempt.attempt, epoch)
-        return Prepared(f"inc-{attempt.migration}-{attempt.attempt}", "tcp:1", f"{self.host}:2")
+        inc = f"inc-{attempt.migration}-{attempt.attempt}"
+        self.world.must_be_open(attempt, inc)
+        return Prepared(inc, "tcp:1", f"{self.host}:2")
 
     async def conduct_attempt(self, order: ConductOrder) -> None:
         self.world.call("conduct", self.host, order.attempt.attempt, order.epoch)
         self.world.conduct(order)
 
     async def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:
-        report = self.world.reports.get((migration, attempt))
-        return AttemptSeen(report is not None, ended=True, report=report)
+        key = (migration, attempt)
+        report, conducting = self.world.reports.get(key), self.world.conducting.get(key)
+        under_way = conducting is not None and not conducting.done()
+        known = under_way or report is not None
+        return AttemptSeen(known, ended=known and not under_way, report=report)
 
     async def nudge(self, guest: str) -> None: ...
 
@@ -273,16 +279,30 @@ class World:
         if self.refuse is not None and what == "prepare":
             raise self.refuse
 
+    def must_be_open(self, ref: AttemptRef, inc: str = "") -> None:
+        """The record waits for this attempt, which is bound to nothing but `inc`."""
+        if paths.guest(ref.guest) not in self.store.tree.nodes:
+            raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {ref.guest}")
+        record = self.record(ref.guest)
+        open_for = (record.migration, record.attempt) if record.phase is Ownership.OPEN else None
+        if open_for != (ref.migration, ref.attempt) or record.inc not in ("", inc):
+            raise DroverError(RefusalReason.STALE_ATTEMPT, f"{ref}: the record says {record.phase}, {open_for}")
+
     def conduct(self, order: ConductOrder) -> None:
         key = (order.attempt.migration, order.attempt.attempt)
         if key not in self.conducting:
+            self.must_be_open(order.attempt)
             self.conducting[key] = asyncio.get_running_loop().create_task(self._conduct(order))
+
+    def _held(self, ref: AttemptRef) -> bool:
+        """In pre-copy, until the test lets it go on or somebody ends the attempt."""
+        return self.hold is not None and not self.hold.is_set() and self.record(ref.guest).phase is Ownership.OPEN
 
     async def _conduct(self, order: ConductOrder) -> None:
         ref, inc = order.attempt, order.prepared.inc
         await self._write(ref.guest, lambda r: handover.bind(r, ref.migration, ref.attempt, inc, writer="a"))
-        if self.hold is not None:
-            await self.hold.wait()
+        while self._held(ref):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
         end = self.ends.pop(0) if self.ends else None
         outcome = "COMMITTED" if end is None else "ABORTED"
         report = AttemptReport(ref.attempt, outcome, reason=end, duration_ms=1.0, transferred_bytes=7)

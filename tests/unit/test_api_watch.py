@@ -108,10 +108,10 @@ async def test_a_guest_is_told_as_it_is_and_again_when_it_changes(api: ApiCluste
         first = await watch.next()
         assert (first.name, first.host, first.want_run) == ("web", "h1", True)
         await api.call(api.client.pause_guest, "web")
-        assert not (await watch.until(lambda guest: not guest.want_run)).want_run
-        told = GuestStatus(first.uuid, "web", "inc", RunState.PAUSED)
+        await watch.until(lambda guest: not guest.want_run and wire.word(guest, "run_state") == "PAUSED")
+        told = GuestStatus(first.uuid, "web", "inc", RunState.STOPPED)
         api.agents["h1"].say(AgentSample(guests=(told,)))
-        await watch.until(lambda guest: wire.word(guest, "run_state") == "PAUSED")
+        await watch.until(lambda guest: wire.word(guest, "run_state") == "STOPPED")
         await api.call(api.client.stop_guest, "web")
         gone = await watch.until(lambda guest: wire.word(guest, "ownership") == "GONE")
         assert wire.word(gone, "run_state") == "ENDED"

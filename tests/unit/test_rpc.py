@@ -19,6 +19,7 @@ from orchestrator.coordinator.agents import RpcAgents
 from orchestrator.coordinator.ports import AgentDirectory, AgentPort, ConductOrder
 from orchestrator.core.agent import AgentSample, AttemptSeen, AttemptStatus, GuestStatus, Progress, RunState
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
+from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy
@@ -303,8 +304,10 @@ async def test_a_watch_ends_by_itself_at_its_bound(plain: FakeAgent) -> None:
 
 async def test_wishes_and_chaos(plain: FakeAgent) -> None:
     client = AgentClient(plain.address)
-    await plain.store.ensure(paths.guest("g1"))
-    assert isinstance(await plain.store.multi([op_create(paths.want_run("g1"), WantRun(False, "x", 3))]), Done)
+    await plain.store.ensure(paths.GUESTS)
+    here = GuestRecord("web", Ownership.IDLE, HostRef("h1", "boot-h1"))
+    ops = [op_create(paths.guest("g1"), here), op_create(paths.want_run("g1"), WantRun(False, "x", 3))]
+    assert isinstance(await plain.store.multi(ops), Done)
     answer = await client.apply_want_run("g1", 3)
     assert (answer.applied, answer.run_state) == (True, RunState.PAUSED)
     assert "at: freeze" in await client.inject_late_ack("g1", "nic", "freeze", 2)

@@ -1,0 +1,413 @@
+"""The contract of AgentService: the fake agents of the API's and the coordinator's tests pass the real one's cases.
+
+The real agent (over a fake engine and a ledger in memory) and the API's fake are asked through the real client over
+gRPC, the coordinator's fake through the port that this client implements. Each fake is held to what it claims to do:
+the API's to births, deaths, wishes and watches, the coordinator's to attempts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from agents.__main__ import Peers
+from agents.config import AgentConfig
+from agents.engine.base import MigrationEngine
+from agents.metrics import Metrics
+from agents.runner import Agent
+from agents.servicer import AgentServicer, translate
+from orchestrator.coordinator.ports import AgentPort
+from orchestrator.core import handover
+from orchestrator.core.agent import AgentSample, AttemptSeen, ConductOrder, GuestStatus, RunState
+from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.migration import Prepared
+from orchestrator.core.policy import MigrationPolicy
+from orchestrator.core.records import GuestSpec, WantRun
+from orchestrator.ledger import paths
+from orchestrator.ledger.records import encode
+from orchestrator.ledger.store import Done, SetData
+from orchestrator.rpc.agent_client import AgentClient
+from orchestrator.rpc.channels import aio_server, listen
+from orchestrator.rpc.errors import Errors
+from protos.drover.v1.agent_pb2_grpc import add_AgentServiceServicer_to_server
+from tests.fakes.agent import FakeAgent
+from tests.fakes.coordination import World
+from tests.fakes.engine import FakeEngine
+
+pytestmark = pytest.mark.timeout(30)
+T = TypeVar("T")
+R = RefusalReason
+HERE, THERE = HostRef("h2", "boot-h2"), HostRef("h1", "boot-h1")
+G = "0f0e0d0c-0b0a-4987-8654-321001234567"
+UNKNOWN = "00000000-0b0a-4987-8654-321001234567"
+REF = AttemptRef(G, "abcdef012345", 1)
+IDLE = GuestRecord("web", Ownership.IDLE, HERE)
+BIRTH = handover.birth("web", HERE, writer="api")
+LEAVING = handover.open_attempt(IDLE, REF.migration, 1, THERE, epoch=0, writer="c")
+ARRIVING = handover.open_attempt(replace(IDLE, owner=THERE), REF.migration, 1, HERE, epoch=0, writer="c")
+
+
+@pytest.fixture
+def world() -> World:
+    world = World()
+    for root in paths.ROOTS:
+        world.put(root, WantRun())
+    world.put(paths.name("web"), G)
+    world.put(paths.guest_spec(G), GuestSpec("web"))
+    world.put(paths.want_run(G), WantRun())
+    return world
+
+
+async def write(world: World, path: str, record: object) -> None:
+    """A write that watches see."""
+    node = world.store.tree.nodes[path]
+    assert isinstance(await world.store.multi([SetData(path, encode(record), node.version)]), Done)
+
+
+@asynccontextmanager
+async def real(world: World, engine: FakeEngine, directory: Path) -> AsyncIterator[AgentClient]:
+    """The agent of h2 behind its servicer."""
+    config = AgentConfig(
+        host="h2",
+        address="127.0.0.1",
+        zookeeper="",
+        dir=directory / "h2",
+        console_dir=directory,
+        volatile_dir=directory,
+        memory_mib=1024,
+        guest_image=directory / "guest.elf",
+    )
+    config.dir.mkdir()
+    peers, stores = Peers(), (world.store, type(world.store)(world.store.tree))
+    agent = Agent(config, HERE, cast(MigrationEngine, engine), stores, peers, Metrics(CollectorRegistry()))
+    server = aio_server([Errors(require_deadline=False, translate=translate)])
+    add_AgentServiceServicer_to_server(AgentServicer(agent), server)
+    client = AgentClient(f"127.0.0.1:{listen(server, '127.0.0.1:0')}")
+    await agent.start()
+    await server.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+        await server.stop(None)
+        await agent.stop()
+        await peers.close()
+
+
+async def refused(call: Awaitable[object]) -> RefusalReason:
+    with pytest.raises(DroverError) as caught:
+        await call
+    return caught.value.reason
+
+
+# --- guests: what the API relies on -----------------------------------------------------------------------------------
+
+
+class Host:
+    """The agent of h2, and what is done to it."""
+
+    def __init__(self, client: AgentClient, world: World, fail_start: Callable[[], None]) -> None:
+        self.client = client
+        self.world = world
+        self.fail_start = fail_start
+        """The next guest cannot be started."""
+
+    async def born(self) -> GuestStatus:
+        self.world.put(paths.guest(G), BIRTH)
+        return await self.client.start_guest(G)
+
+    async def wish(self, run: bool, sequence: int) -> None:
+        await write(self.world, paths.want_run(G), WantRun(run, "op", sequence))
+
+    @property
+    def name_is_taken(self) -> bool:
+        return paths.name("web") in self.world.store.tree.nodes
+
+
+@pytest.fixture(params=["fake", "agent"])
+async def host(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> AsyncIterator[Host]:
+    if request.param == "agent":
+        engine = FakeEngine()
+        async with real(world, engine, tmp_path) as client:
+            yield Host(client, world, lambda: setattr(engine.script, "fail_start", "no memory"))
+        return
+    fake = FakeAgent("h2", world.store)
+    await fake.start()
+    client = AgentClient(fake.address)
+    no_memory = DroverError(R.INTERNAL, "no memory")
+    yield Host(client, world, lambda: fake.refusals.update(StartGuest=no_memory))
+    await client.close()
+    await fake.stop()
+
+
+async def test_a_guest_that_was_started_runs_once(host: Host) -> None:
+    status = await host.born()
+    assert (status.guest, status.name, status.run_state) == (G, "web", RunState.RUNNING)
+    assert status.inc
+    assert status.pid > 0
+    assert host.world.record(G).phase is Ownership.IDLE
+    assert await host.client.start_guest(G) == status
+    seen = await host.client.get_agent()
+    assert (seen.host, seen.guests) == (HERE, (status,))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        replace(BIRTH, owner=THERE),
+        replace(IDLE, owner=THERE),
+        handover.crashed(IDLE, writer="a"),
+        handover.gone(IDLE, writer="a"),
+    ],
+    ids=["born-elsewhere", "elsewhere", "crashed", "gone"],
+)
+async def test_a_guest_that_is_not_to_run_here_is_not_started(host: Host, record: GuestRecord) -> None:
+    host.world.put(paths.guest(G), record)
+    assert await refused(host.client.start_guest(G)) is R.GUEST_NOT_RUNNING
+    assert host.world.record(G) == record
+    assert all(guest.run_state is RunState.ENDED for guest in (await host.client.get_agent()).guests)
+
+
+async def test_a_guest_that_cannot_be_started_is_gone_and_its_name_is_free(host: Host) -> None:
+    host.fail_start()
+    assert await refused(host.born()) is R.INTERNAL
+    assert host.world.record(G).phase is Ownership.GONE
+    assert not host.name_is_taken
+
+
+async def test_a_guest_that_was_ended_is_gone_and_its_name_is_free(host: Host) -> None:
+    await host.born()
+    for _ in range(2):
+        await host.client.end_guest(G)
+        assert host.world.record(G).phase is Ownership.GONE
+        assert not host.name_is_taken
+    assert (await host.client.get_agent()).guests == ()
+
+
+@pytest.mark.parametrize("owner", [HERE, THERE])
+async def test_the_end_of_a_guest_that_is_gone_is_no_error(host: Host, owner: HostRef) -> None:
+    """And the name may belong to another life by then."""
+    host.world.put(paths.guest(G), handover.gone(replace(IDLE, owner=owner), writer="a"))
+    host.world.put(paths.name("web"), "another")
+    await host.client.end_guest(G)
+    assert host.name_is_taken
+
+
+async def test_a_crashed_guest_can_be_ended(host: Host) -> None:
+    host.world.put(paths.guest(G), handover.crashed(IDLE, writer="a"))
+    await host.client.end_guest(G)
+    assert host.world.record(G).phase is Ownership.GONE
+
+
+async def test_a_guest_that_is_leaving_is_not_ended(host: Host) -> None:
+    await host.born()
+    await write(host.world, paths.guest(G), LEAVING)
+    assert await refused(host.client.end_guest(G)) is R.GUEST_IS_MIGRATING
+    assert host.world.record(G) == LEAVING
+
+
+@pytest.mark.parametrize("record", [BIRTH, replace(IDLE, owner=THERE)], ids=["starting", "elsewhere"])
+async def test_a_guest_that_is_not_at_rest_here_is_not_ended(host: Host, record: GuestRecord) -> None:
+    host.world.put(paths.guest(G), record)
+    assert await refused(host.client.end_guest(G)) is R.GUEST_IS_MIGRATING
+    assert host.world.record(G) == record
+
+
+async def test_a_wish_is_applied_to_a_guest_at_rest(host: Host) -> None:
+    await host.born()
+    for sequence, (run, state) in enumerate(((False, RunState.PAUSED), (True, RunState.RUNNING)), 1):
+        await host.wish(run, sequence)
+        for _ in range(2):
+            applied = await host.client.apply_want_run(G, sequence)
+            assert (applied.applied, applied.run_state) == (True, state)
+        assert [guest.run_state for guest in (await host.client.get_agent()).guests] == [state]
+
+
+async def test_guests_that_are_not_here(host: Host) -> None:
+    for call in (host.client.start_guest, host.client.end_guest):
+        assert await refused(call(UNKNOWN)) is R.NOT_FOUND
+    assert await refused(host.client.apply_want_run(UNKNOWN, 0)) is R.NOT_FOUND
+    host.world.put(paths.guest(G), replace(IDLE, owner=THERE))
+    assert await refused(host.client.apply_want_run(G, 0)) is R.NOT_FOUND
+    await host.client.nudge(G)
+
+
+async def test_a_watch_begins_with_everything_and_tells_what_changed(host: Host) -> None:
+    async for nothing in host.client.watch_agent(timeout_s=5):
+        assert nothing == AgentSample()
+        break
+    status = await host.born()
+    told: list[GuestStatus] = []
+    async with asyncio.timeout(5):
+        async for sample in host.client.watch_agent():
+            told += sample.guests
+            if told == [status]:
+                await host.wish(False, 1)
+                await host.client.apply_want_run(G, 1)
+            if told[-1].run_state is RunState.PAUSED:
+                break
+    assert told[0] == status
+
+
+async def test_a_watch_does_not_begin_with_a_guest_that_has_ended(host: Host) -> None:
+    await host.born()
+    await host.client.end_guest(G)
+    async for first in host.client.watch_agent(timeout_s=5):
+        assert first == AgentSample()
+        break
+
+
+# --- attempts: what the coordinator relies on -------------------------------------------------------------------------
+
+
+class Side(ABC):
+    """One host as the coordinator sees it."""
+
+    def __init__(self, port: AgentPort, world: World) -> None:
+        self.port = port
+        self.world = world
+
+    @abstractmethod
+    async def runs(self) -> None:
+        """The guest runs here."""
+
+    @abstractmethod
+    def fail_transfer(self) -> None:
+        """The next attempt ends with ENGINE_FAILED."""
+
+    async def prepare(self, ref: AttemptRef = REF, epoch: int = 0) -> Prepared:
+        return await self.port.prepare_destination(
+            ref, epoch=epoch, source_peer_address="127.0.0.1:1", timeout_ms=5_000, multifd_channels=0
+        )
+
+    async def conduct(self, ref: AttemptRef = REF, epoch: int = 0) -> None:
+        prepared = Prepared("inc", "fake:1", "127.0.0.1:1")
+        await self.port.conduct_attempt(ConductOrder(ref, epoch, prepared, THERE, MigrationPolicy()))
+
+
+class RealSide(Side):
+    def __init__(self, client: AgentClient, world: World, engine: FakeEngine) -> None:
+        super().__init__(client, world)
+        self.client = client
+        self.engine = engine
+
+    async def runs(self) -> None:
+        self.world.put(paths.guest(G), BIRTH)
+        await self.client.start_guest(G)
+
+    def fail_transfer(self) -> None:
+        self.engine.script.fail_outgoing = "no route"
+
+
+class FakeSide(Side):
+    async def runs(self) -> None:
+        self.world.put(paths.guest(G), IDLE)
+
+    def fail_transfer(self) -> None:
+        self.world.ends = [AbortReason.ENGINE_FAILED]
+
+
+@pytest.fixture(params=["fake", "agent"])
+async def side(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> AsyncIterator[Side]:
+    if request.param == "agent":
+        engine = FakeEngine()
+        async with real(world, engine, tmp_path) as client:
+            yield RealSide(client, world, engine)
+        return
+    yield FakeSide(world.at("h2:1"), world)
+    await world.close()
+
+
+STALE = [
+    (lambda record: record, replace(REF, attempt=2)),
+    (lambda record: record, replace(REF, migration="fedcba543210")),
+    (lambda record: replace(record, phase=Ownership.IDLE), REF),
+    (lambda record: handover.abort(record, REF.migration, 1, AbortReason.CANCELLED, writer="a"), REF),
+]
+"""What became of the record, and the attempt that it does not wait for."""
+stale = pytest.mark.parametrize(("change", "ref"), STALE, ids=["other attempt", "other migration", "idle", "aborted"])
+
+
+async def test_a_destination_is_prepared_once_per_attempt(side: Side) -> None:
+    side.world.put(paths.guest(G), ARRIVING)
+    prepared = await side.prepare()
+    assert all((prepared.inc, prepared.endpoint, prepared.peer_address))
+    assert await side.prepare() == prepared
+    assert side.world.record(G) == ARRIVING, "the source binds it"
+
+
+@stale
+async def test_a_destination_is_not_prepared_for_a_stale_attempt(
+    side: Side, change: Callable[[GuestRecord], GuestRecord], ref: AttemptRef
+) -> None:
+    side.world.put(paths.guest(G), change(ARRIVING))
+    assert await refused(side.prepare(ref)) is R.STALE_ATTEMPT
+
+
+async def test_a_destination_is_not_prepared_when_another_one_is_bound(side: Side) -> None:
+    side.world.put(paths.guest(G), handover.bind(ARRIVING, REF.migration, 1, "another", writer="a"))
+    assert await refused(side.prepare()) is R.STALE_ATTEMPT
+
+
+@stale
+async def test_a_stale_attempt_is_not_conducted(
+    side: Side, change: Callable[[GuestRecord], GuestRecord], ref: AttemptRef
+) -> None:
+    await side.runs()
+    await write(side.world, paths.guest(G), change(LEAVING))
+    assert await refused(side.conduct(ref)) is R.STALE_ATTEMPT
+    assert await side.port.get_attempt(ref.migration, ref.attempt) == AttemptSeen(known=False)
+
+
+async def test_a_guest_that_there_is_not_goes_nowhere(side: Side) -> None:
+    ref = replace(REF, guest=UNKNOWN)
+    assert await refused(side.prepare(ref)) is R.NOT_FOUND
+    assert await refused(side.conduct(ref)) is R.NOT_FOUND
+
+
+async def test_an_attempt_is_conducted_once_and_its_report_stays(side: Side) -> None:
+    await side.runs()
+    await write(side.world, paths.guest(G), LEAVING)
+    side.fail_transfer()
+    await side.conduct()
+    seen = await side.port.get_attempt(REF.migration, 1)
+    assert seen.known, "from its acceptance on"
+    async with asyncio.timeout(10):
+        while not seen.ended:
+            await side.conduct()
+            seen = await side.port.get_attempt(REF.migration, 1)
+            await asyncio.sleep(0.01)
+    assert seen.known
+    assert seen.report is not None
+    assert (seen.report.attempt, seen.report.outcome, seen.report.reason) == (1, "ABORTED", AbortReason.ENGINE_FAILED)
+    record = side.world.record(G)
+    assert (record.phase, record.inc, record.reason) == (Ownership.ABORTED, "inc", AbortReason.ENGINE_FAILED)
+    await side.conduct()
+    assert await side.port.get_attempt(REF.migration, 1) == seen
+    assert side.world.record(G) == record
+
+
+async def test_an_attempt_that_nobody_conducted_is_unknown(side: Side) -> None:
+    assert await side.port.get_attempt("abcdef012345", 7) == AttemptSeen(known=False)
+    await side.port.nudge(G)
+
+
+async def test_a_coordinator_that_was_followed_by_another_is_refused(side: Side) -> None:
+    """Also when the other one's call was refused for another reason."""
+    side.world.put(paths.guest(G), ARRIVING)
+    prepared = await side.prepare(epoch=3)
+    assert await refused(side.prepare(epoch=2)) is R.STALE_EPOCH
+    assert await refused(side.conduct(epoch=2)) is R.STALE_EPOCH
+    assert await side.prepare(epoch=3) == prepared
+    assert await refused(side.prepare(replace(REF, attempt=9), epoch=4)) is R.STALE_ATTEMPT
+    assert await refused(side.prepare(epoch=3)) is R.STALE_EPOCH
