@@ -267,6 +267,8 @@ class HostedGuest:
                 applied = departure.wish_is_applied(run)
                 if applied is not None:
                     return WishApplied(applied, self.status().run_state)
+            elif self.status().run_state is RunState.ENDED:
+                return WishApplied(False, RunState.ENDED)
             elif await self._at_rest(run):
                 return WishApplied(True, self.status().run_state)
             else:
@@ -528,8 +530,10 @@ class HostedGuest:
     def _suspicious(self) -> bool:
         """Is a periodic look worth a write (the barrier)? At rest the watches and the processes tell everything."""
         own = self._own()
-        settled = self.record is not None and self.record.phase is Ownership.IDLE and own is not None
-        return not (settled and own is not None and own.running == self._wish.run and len(self.copies) == 1)
+        settled = self.record is not None and self.record.phase is Ownership.IDLE
+        if own is None or not settled or len(self.copies) > 1:
+            return True
+        return own.running != self._wish.run and not own.ended
 
     def _spoken_for(self) -> bool:
         """Sessions conduct all that is here, and wake the keeper at their ends: a look before that costs a write."""

@@ -28,6 +28,8 @@ class Copy:
     """The vCPUs run."""
     sealed: bool = False
     """Everything was sent; it cannot start by itself."""
+    ended: bool = False
+    """The guest shut down by itself: nothing sets it going again."""
     migrating: bool = False
     """A migration is under way in it, parked ones included."""
     in_session: bool = False
@@ -103,7 +105,7 @@ def _owned(record: GuestRecord, here: HostRef, copies: Sequence[Copy], *, marker
         return Duty(Do.PROMOTE, own.inc)
     if own.migrating or own.sealed or (record.phase is Ownership.OPEN and record.inc):
         return _unconducted(record, here, own, want_run=want_run)
-    if own.running != want_run:
+    if own.running != want_run and not own.ended:
         return Duty(Do.RUN if want_run else Do.STOP, own.inc)
     return Duty()
 

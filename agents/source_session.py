@@ -615,6 +615,13 @@ def _resume_failed(state: SourceState) -> Step:
     return replace(state, stage=SourceStage.ENDED_NEEDS_OPERATOR), (Note("resume_failed"),)
 
 
+def _guest_ended(state: SourceState) -> Step:
+    """It shut down by itself. There is nothing to let run again, and nothing to move."""
+    if state.stage is SourceStage.RESUMING:
+        return _record_abort(replace(state, reason=AbortReason.GUEST_ENDED))
+    return _abort(state, AbortReason.GUEST_ENDED)
+
+
 def _timer_precopy(state: SourceState) -> Step:
     """The second time of a guest that policy stopped for the migration's sake: it does not end for all that."""
     if state.stage is not SourceStage.PRECOPY or (state.paused and not state.suspended):
@@ -699,7 +706,7 @@ _SEEN = {
     Seen.ENGINE_FAILED: _fails(AbortReason.ENGINE_FAILED),
     Seen.SHIM_FAILED: _fails(AbortReason.SHIM_FAILED),
     Seen.DEST_FAILED: _fails(AbortReason.DESTINATION_LOST),
-    Seen.GUEST_ENDED: _fails(AbortReason.GUEST_ENDED),
+    Seen.GUEST_ENDED: _guest_ended,
     Seen.VMM_DIED: _vmm_died,
     Seen.CRASH_RECORDED: _crash_recorded,
     Seen.VITALS_GOOD: _vitals(True),

@@ -76,13 +76,20 @@ class Copy:
         if self.in_session:
             return replace(seen, running=self.running)
         state = await self.vmm.state()
-        self.running = state.run_state is engine.RunState.RUNNING
+        self.found(state.run_state)
         return replace(
             seen,
             running=self.running,
+            ended=bool(self.ended),
             sealed=state.run_state is engine.RunState.SEALED,
             migrating=not self.incoming and state.status in MIGRATING,
         )
+
+    def found(self, run_state: engine.RunState) -> None:
+        """What the VMM says of its vCPUs, where no event has told it."""
+        self.running = run_state is engine.RunState.RUNNING
+        if run_state is engine.RunState.ENDED:
+            self.ended = self.ended or "before this agent came"
 
     async def destroy(self) -> None:
         """VMM and devices are gone and their files removed. Idempotent."""
@@ -144,8 +151,9 @@ async def adopt(mover: engine.MigrationEngine, files: GuestFiles, metadata: engi
     try:
         vmm = await mover.adopt(metadata, spec)
         if vmm is not None:
-            state = await vmm.state()
-            return Copy(files, vmm, devices, running=state.run_state is engine.RunState.RUNNING)
+            copy = Copy(files, vmm, devices, running=False)
+            copy.found((await vmm.state()).run_state)
+            return copy
     except BaseException:
         for held in filter(None, (vmm, devices)):
             await held.detach()

@@ -160,6 +160,9 @@ class Guests:
         decisions.need_alive((await self.read(uuid)).record)
         sequence = await self._wish(uuid, run, caller)
         wish, told = await self._tell(uuid, sequence, caller)
+        if told is RunState.ENDED:
+            said = f"guest {name} has shut down and does not run again: stop it to free its name"
+            raise DroverError(RefusalReason.GUEST_NOT_RUNNING, said)
         guest = await self.view(uuid)
         if told is not None:
             guest.run_state = wire.run_state_to_proto(told)

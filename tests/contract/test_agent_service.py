@@ -116,11 +116,15 @@ async def refused(call: Awaitable[object]) -> RefusalReason:
 class Host:
     """The agent of h2, and what is done to it."""
 
-    def __init__(self, client: AgentClient, world: World, fail_start: Callable[[], None]) -> None:
+    def __init__(
+        self, client: AgentClient, world: World, fail_start: Callable[[], None], shut_down: Callable[[], None]
+    ) -> None:
         self.client = client
         self.world = world
         self.fail_start = fail_start
         """The next guest cannot be started."""
+        self.shut_down = shut_down
+        """The guest powers itself off."""
 
     async def born(self) -> GuestStatus:
         self.world.put(paths.guest(G), BIRTH)
@@ -139,13 +143,22 @@ async def host(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> 
     if request.param == "agent":
         engine = FakeEngine()
         async with real(world, engine, tmp_path) as client:
-            yield Host(client, world, lambda: setattr(engine.script, "fail_start", "no memory"))
+
+            def shut_down() -> None:
+                (vmm,) = engine.processes.values()
+                vmm.end_guest("shutdown")
+
+            yield Host(client, world, lambda: setattr(engine.script, "fail_start", "no memory"), shut_down)
         return
     fake = FakeAgent("h2", world.store)
     await fake.start()
     client = AgentClient(fake.address)
     no_memory = DroverError(R.INTERNAL, "no memory")
-    yield Host(client, world, lambda: fake.refusals.update(StartGuest=no_memory))
+
+    def say_so() -> None:
+        fake.say(AgentSample(guests=(GuestStatus(G, "web", "inc", RunState.ENDED),)))
+
+    yield Host(client, world, lambda: fake.refusals.update(StartGuest=no_memory), say_so)
     await client.close()
     await fake.stop()
 
@@ -231,6 +244,17 @@ async def test_a_wish_is_applied_to_a_guest_at_rest(host: Host) -> None:
             applied = await host.client.apply_want_run(G, sequence)
             assert (applied.applied, applied.run_state) == (True, state)
         assert [guest.run_state for guest in (await host.client.get_agent()).guests] == [state]
+
+
+async def test_a_guest_that_has_shut_down_takes_no_wish_and_can_be_ended(host: Host) -> None:
+    await host.born()
+    host.shut_down()
+    for sequence, run in enumerate((False, True), 1):
+        await host.wish(run, sequence)
+        applied = await host.client.apply_want_run(G, sequence)
+        assert (applied.applied, applied.run_state) == (False, RunState.ENDED)
+    await host.client.end_guest(G)
+    assert host.world.record(G).phase is Ownership.GONE
 
 
 async def test_guests_that_are_not_here(host: Host) -> None:

@@ -20,6 +20,7 @@ from agents.engine.base import (
     EngineError,
     EngineEvent,
     EngineStatus,
+    GuestEnded,
     HoldStart,
     OutgoingOptions,
     RunState,
@@ -97,6 +98,18 @@ def kill(vmm: Vmm) -> None:
         vmm.die()
     else:
         os.kill(vmm.metadata.pid, signal.SIGKILL)
+
+
+async def power_off(pair: Pair, vmm: Vmm) -> None:
+    """As its own operating system does."""
+    if isinstance(vmm, FakeVmm):
+        vmm.end_guest("shutdown")
+        return
+    reader, writer = await asyncio.open_unix_connection(pair.directory / f"{vmm.metadata.inc}.con")
+    await reader.readline()  # it is up
+    writer.write(b"p")
+    await writer.drain()
+    writer.close()
 
 
 def freeze(pair: Pair, vmm: Vmm) -> None:
@@ -215,6 +228,18 @@ async def test_adopt_after_detach_and_not_a_recycled_pid(pair: Pair) -> None:
     assert adopted is not None
     pair.vmms[:] = [adopted]
     assert (await adopted.state()).run_state is RunState.RUNNING
+
+
+async def test_a_guest_that_shuts_down_says_so_and_never_runs_again(pair: Pair) -> None:
+    source = await pair.source()
+    told: list[EngineEvent] = []
+    source.subscribe(told.append)
+    await power_off(pair, source)
+    await until(source, lambda now: now.run_state is RunState.ENDED)
+    assert any(isinstance(event, GuestEnded) for event in told)
+    with pytest.raises(EngineError):
+        await source.resume()
+    assert (await source.state()).run_state is RunState.ENDED
 
 
 async def test_death_is_told_and_destroy_is_idempotent(pair: Pair) -> None:

@@ -145,6 +145,8 @@ class FakeAgent(AgentServiceServicer):
         assert wish.sequence >= request.sequence
         now = RunState.RUNNING if wish.run != self.queue_wishes else RunState.PAUSED
         known = self._told(uuid)
+        if known is not None and known.run_state is RunState.ENDED:
+            return pb.ApplyWantRunResponse(run_state=wire.run_state_to_proto(RunState.ENDED))
         if known is not None and known.run_state is not now:
             self.say(AgentSample(guests=(replace(known, run_state=now),)))
         return pb.ApplyWantRunResponse(applied=not self.queue_wishes, run_state=wire.run_state_to_proto(now))

@@ -79,6 +79,8 @@ class FakeVmm:
         self._called("resume")
         if self.run in (RunState.INCOMING, RunState.FINISHING):
             raise EngineError(f"cannot resume in {self.run}")
+        if self.run is RunState.ENDED:
+            raise EngineError("Resetting the Virtual Machine is required")
         if self.spec.vfio_path is not None and self.status in _UNDER_WAY:
             raise EngineError("a migration of a guest with devices inside the VMM is running: cancel it first")
         if self.run is not RunState.RUNNING:
@@ -175,8 +177,8 @@ class FakeVmm:
             self._emit(base.VmmDied())
 
     def end_guest(self, how: str) -> None:
-        self.run = RunState.ENDED
         self._emit(base.GuestEnded(how))
+        self._set_run(RunState.ENDED)
 
     def _find_late(self, devices: int) -> None:
         """The guest runs before the failure is told, as on QEMU 11.1."""

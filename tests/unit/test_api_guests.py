@@ -458,6 +458,17 @@ async def test_a_guest_that_ended_has_no_wishes(api: ApiCluster, client: Orchest
     assert (await api.refused(client.resume_guest, guest.uuid)).reason is R.GUEST_NOT_RUNNING
 
 
+async def test_a_guest_that_has_shut_down_has_no_wishes_but_can_be_stopped(
+    api: ApiCluster, client: OrchestratorClient
+) -> None:
+    guest = await api.call(client.create_guest, WEB, "h1")
+    api.agents["h1"].say(AgentSample(guests=(GuestStatus(guest.uuid, "web", "inc", RunState.ENDED),)))
+    for wish in (client.resume_guest, client.pause_guest):
+        error = await api.refused(wish, "web")
+        assert (error.reason, "shut down" in error.message) == (R.GUEST_NOT_RUNNING, True)
+    await api.call(client.stop_guest, "web")
+
+
 # --- death ------------------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,11 @@ CASES = {
     "paused as wished": (do(IDLE, replace(BORN, running=False), want_run=False), (Do.NOTHING, "")),
     "wish to pause": (do(IDLE, BORN, want_run=False), (Do.STOP, "born")),
     "wish to run": (do(IDLE, replace(BORN, running=False)), (Do.RUN, "born")),
+    "shut down by itself": (do(IDLE, replace(BORN, running=False, ended=True)), (Do.NOTHING, "")),
+    "shut down on its way, conductor died": (
+        do(LEAVING, replace(BORN, running=False, ended=True)),
+        (Do.END_AS_SOURCE, "born"),
+    ),
     "birth seen": (do(replace(IDLE, phase=Ownership.STARTING), BORN), (Do.FINISH_BIRTH, "born")),
     "never born": (do(replace(IDLE, phase=Ownership.STARTING)), (Do.BURY, "")),
     "born before the power was lost": (do(replace(IDLE, phase=Ownership.STARTING, owner=BEFORE)), (Do.BURY, "")),

@@ -23,8 +23,12 @@ void load_segments(void), timer_stub(void), spurious_stub(void);
 void kmain(u32 magic, const u32 *info);
 
 #define PIT_HZ 1193182u
+#define PM1_CONTROL 0x604 /* where SeaBIOS puts it, on pc and q35 */
+#define SLEEP_ENABLE 0x2000
 
 static inline void outb(u16 port, u8 value) { __asm__ volatile("outb %0,%1" ::"a"(value), "Nd"(port)); }
+
+static inline void outw(u16 port, u16 value) { __asm__ volatile("outw %0,%1" ::"a"(value), "Nd"(port)); }
 
 static inline u8 inb(u16 port)
 {
@@ -603,6 +607,8 @@ static void read_console(void)
             config.rate /= 2;
         else if (c == '0')
             config.rate = 0;
+        else if (c == 'p')
+            outw(PM1_CONTROL, SLEEP_ENABLE); /* sleep type 0: soft off */
     }
 }
 
