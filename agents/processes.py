@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,19 @@ def tail_of(path: Path) -> str:
         return path.read_text(errors="replace").strip()[-400:]
     except OSError:
         return ""
+
+
+async def spawned(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """`start` in a thread; raises what it raises. When the caller is cancelled meanwhile, nothing is left behind."""
+    spawning = asyncio.ensure_future(asyncio.to_thread(start))
+    try:
+        return await asyncio.shield(spawning)
+    except asyncio.CancelledError:
+        await asyncio.wait({spawning})
+        if spawning.exception() is None:
+            spawning.result().kill()
+            await asyncio.to_thread(spawning.result().wait)
+        raise
 
 
 class Watched:

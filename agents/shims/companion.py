@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import agents
-from agents.processes import Watched, start_time_of, tail_of
+from agents.processes import Watched, spawned, start_time_of, tail_of
 from agents.shims import control
 from agents.shims.base import (
     DestinationShim,
@@ -393,7 +393,9 @@ class DeviceProcess:
             )
         if _known_process(spec) is not None:
             raise ShimError(f"the devices of {spec.guest} ({spec.inc}) are running already: adopt them")
-        child = await _spawned(spec, _description(spec, incoming=incoming))
+        description = _description(spec, incoming=incoming)
+        child = await spawned(lambda: _spawn(spec, description))
+        child.returncode = 0  # from here the pid is watched by descriptor; Popen must neither reap nor warn
         started = cls(spec, Watched(child.pid, start_time_of(child.pid) or 0))
         try:
             await started._client.call("hello", timeout_s=_START_S)
@@ -470,21 +472,6 @@ class DeviceProcess:
         """Let go of the process and leave it as it is, for `adopt` by a later agent."""
         await self._client.close()
         self._process.close()
-
-
-async def _spawned(spec: DevicesSpec, description: bytes) -> subprocess.Popen[bytes]:
-    """From a thread. When the caller is cancelled meanwhile, nothing is left behind."""
-    spawning = asyncio.ensure_future(asyncio.to_thread(_spawn, spec, description))
-    try:
-        child = await asyncio.shield(spawning)
-    except asyncio.CancelledError:
-        await asyncio.wait({spawning})
-        if spawning.exception() is None:
-            spawning.result().kill()
-            await asyncio.to_thread(spawning.result().wait)
-        raise
-    child.returncode = 0  # from here the pid is watched by descriptor; Popen must neither reap nor warn
-    return child
 
 
 def _description(spec: DevicesSpec, *, incoming: bool) -> bytes:

@@ -34,7 +34,7 @@ from orchestrator.core.records import (
 )
 from orchestrator.ledger import paths
 from orchestrator.ledger.inventory import HostEntry, Inventory, Snapshot
-from orchestrator.ledger.records import decode, encode
+from orchestrator.ledger.records import decode, encode, encode_attempts
 from orchestrator.ledger.store import (
     Check,
     Conflict,
@@ -383,7 +383,7 @@ class Driver:
             ops.append(SetData(paths.guest(spec.guest), encode(closed), nodes.guest.version))
         report = command.report
         if report is not None and all(known.attempt != report.attempt for known in nodes.reports):
-            data = encode(Attempts(reports=(*nodes.reports, report)))
+            data = encode_attempts((*nodes.reports, report))
             ops.append(_put(paths.attempts(spec.id), data, nodes.attempts))
         if nodes.state.destination:
             ops += await self._release(nodes.state.destination)

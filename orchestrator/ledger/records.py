@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.core.records import AttemptReport, Attempts
 
 T = TypeVar("T")
 
@@ -28,6 +33,18 @@ def encode(record: object) -> bytes:
     if len(data) > MAX_BYTES:
         raise BadRecord(f"{type(record).__name__} takes {len(data)} bytes, a node holds {MAX_BYTES}")
     return data
+
+
+def encode_attempts(reports: Sequence[AttemptReport]) -> bytes:
+    """All reports of a migration. Where they do not fit into a node, the oldest lose their time lines, which `explain`
+    then lacks: a migration with a hundred attempts must find its end all the same."""
+    kept = list(reports)
+    for index in range(len(kept) + 1):
+        with contextlib.suppress(BadRecord):
+            return encode(Attempts(tuple(kept)))
+        if index < len(kept):
+            kept[index] = replace(kept[index], timeline=())
+    raise BadRecord(f"{len(kept)} reports of attempts do not fit into a node, not even without their time lines")
 
 
 def decode(kind: type[T], data: bytes, *, path: str = "") -> T:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -30,6 +32,7 @@ from agents.engine.base import (
     VmmSpec,
     VmmState,
 )
+from agents.engine.qemu import process
 from agents.engine.qemu.engine import QemuEngine, QemuVmm
 from orchestrator.core.records import GuestSpec, Workload
 from tests.fakes.engine import FakeEngine, FakeVmm
@@ -288,6 +291,52 @@ async def test_a_guest_that_runs_again_has_its_downtime_limit_again(tmp_path: Pa
         assert await limit_ms() == options(destination).downtime_limit_ms
     finally:
         await asyncio.gather(*(vmm.destroy() for vmm in pair.vmms))
+
+
+def vmms_of(directory: Path) -> list[int]:
+    """Processes that name this directory on their command line."""
+    found: list[int] = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(directory) in entry.read_bytes():
+                found.append(int(entry.parent.name))
+    return found
+
+
+@no_qemu
+async def test_a_vmm_that_cannot_be_noted_down_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full: its successor would not know of it, and the guest would be said not to have started."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pair = Pair(QemuEngine(image=image()), tmp_path)
+    monkeypatch.setattr(process, "write_metadata", full)
+    with pytest.raises(EngineError, match="No space left"):
+        await pair.source()
+    assert vmms_of(tmp_path) == []
+
+
+@no_qemu
+async def test_a_caller_that_is_cut_off_leaves_no_vmm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even while the process is being made, in a thread that nothing stops."""
+    popen = process.popen
+
+    def slow(*words: Any) -> subprocess.Popen[bytes]:
+        time.sleep(0.2)
+        return popen(*words)
+
+    pair = Pair(QemuEngine(image=image()), tmp_path)
+    await pair.engine.probe()
+    monkeypatch.setattr(process, "popen", slow)
+    starting = asyncio.create_task(pair.source())
+    await asyncio.sleep(0.05)
+    starting.cancel()
+    assert isinstance((await asyncio.gather(starting, return_exceptions=True))[0], asyncio.CancelledError)
+    await asyncio.sleep(0.3)
+    assert vmms_of(tmp_path) == []
 
 
 @no_qemu

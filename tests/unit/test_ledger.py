@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from orchestrator.core.records import Cordon
+import pytest
+
+from orchestrator.core.records import AttemptReport, Attempts, Cordon, TimelineEntry
 from orchestrator.ledger.ledger import Ledger, op_create, op_set
-from orchestrator.ledger.records import decode
+from orchestrator.ledger.records import BadRecord, decode, encode, encode_attempts
 from orchestrator.ledger.store import Conflict, Done
 from tests.fakes.coordination import MemoryStore
 
@@ -36,3 +38,16 @@ def test_an_old_version_never_overwrites_and_listings_cross_shards() -> None:
         assert await ledger.read_guest("none") is None
 
     asyncio.run(story())
+
+
+def test_a_hundred_attempts_with_long_time_lines_fit_into_a_node() -> None:
+    entry = TimelineEntry(1.0, "host-1", "device", "nic: asks again with 4096 bytes of new initial data")
+    reports = [AttemptReport(number, "ABORTED", timeline=(entry,) * 200) for number in range(1, 101)]
+    with pytest.raises(BadRecord):
+        encode(Attempts(tuple(reports)))
+    kept = decode(Attempts, encode_attempts(reports)).reports
+    assert [report.attempt for report in kept] == list(range(1, 101))
+    told = [bool(report.timeline) for report in kept]
+    assert told == sorted(told), "the oldest lose theirs first"
+    assert told[-1]
+    assert decode(Attempts, encode_attempts(reports[:3])).reports == tuple(reports[:3])

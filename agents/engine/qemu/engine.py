@@ -483,15 +483,20 @@ class QemuEngine:
         launch = process.Launch(self._binary, self._image, self._accelerator, features.reconnect_ms, self._vfio_preload)
         command = process.command_line(launch, spec, incoming=role == "incoming")
         environment = process.environment(launch, spec)
-        child = await asyncio.to_thread(process.popen, command, process.log_path(spec), environment)
+        child = await processes.spawned(lambda: process.popen(command, process.log_path(spec), environment))
         start_time = processes.start_time_of(child.pid)
         child_words = processes.tail_of(process.log_path(spec))
         if start_time is None:
             await asyncio.to_thread(child.wait, 2.0)
             raise EngineError(f"QEMU ended at its start: {child_words}")
         metadata = VmmMetadata(spec.guest, spec.inc, child.pid, start_time, role, migration, attempt)
+        try:
+            process.write_metadata(process.metadata_path(spec), metadata)
+        except OSError as error:
+            child.kill()  # a VMM without a note would be nobody's
+            await asyncio.to_thread(child.wait)
+            raise EngineError(f"cannot note down the VMM of {spec.spec.name}: {error}") from error
         child.returncode = 0  # from here the pid is watched by descriptor; Popen must neither reap nor warn
-        process.write_metadata(process.metadata_path(spec), metadata)
         return QemuVmm(metadata, spec, processes.Watched(child.pid, start_time), features)
 
     async def _known(self) -> Features:
@@ -528,7 +533,7 @@ async def _read_features(binary: str) -> Features:
     directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="drover-probe-"))
     socket = directory / "q"
     command = [binary, "-M", "none", "-nodefaults", "-display", "none", "-qmp", f"unix:{socket},server=on,wait=off"]
-    child = await asyncio.to_thread(process.popen, command, directory / "log")
+    child = await processes.spawned(lambda: process.popen(command, directory / "log"))
     connection = QmpConnection("probe")
     vfio: list[dict[str, Any]] = []
     try:
