@@ -313,6 +313,8 @@ async def test_a_vmm_that_cannot_be_noted_down_is_not_left_behind(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     pair = Pair(QemuEngine(image=image()), tmp_path)
+    command = process.command_line(process.Launch("qemu", image(), "tcg", True), pair.spec("s"), incoming=False)
+    assert "-S" in command, "and before it is noted down it does not run"
     monkeypatch.setattr(process, "write_metadata", full)
     with pytest.raises(EngineError, match="No space left"):
         await pair.source()

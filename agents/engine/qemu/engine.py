@@ -452,7 +452,8 @@ class QemuEngine:
     async def start(self, spec: base.VmmSpec) -> QemuVmm:
         vmm = await self._spawn(spec, "owner", "", 0)
         await _or_destroyed(vmm, vmm.connect())
-        return await _or_destroyed(vmm, vmm.note_machine())
+        await _or_destroyed(vmm, vmm.note_machine())
+        return await _or_destroyed(vmm, vmm.resume())
 
     async def prepare_incoming(self, spec: base.VmmSpec, migration: str, attempt: int) -> QemuVmm:
         vmm = await self._spawn(spec, "incoming", migration, attempt)

@@ -111,7 +111,9 @@ def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     if spec.vfio_path is not None:
         command += layout.arguments(in_vmm(spec))
     command += ["-kernel", str(launch.image), "-append", kernel_arguments(spec)]
-    return [*command, "-S", "-incoming", "defer"] if incoming else command
+    # No vCPU runs before the process is noted down: one that nobody knows of must not be a guest.
+    command.append("-S")
+    return [*command, "-incoming", "defer"] if incoming else command
 
 
 def _network(spec: VmmSpec) -> list[str]:
