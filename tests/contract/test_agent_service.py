@@ -19,7 +19,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from agents.__main__ import Peers
-from agents.config import AgentConfig
 from agents.engine.base import MigrationEngine
 from agents.metrics import Metrics
 from agents.runner import Agent
@@ -41,6 +40,7 @@ from orchestrator.rpc.channels import aio_server, listen
 from orchestrator.rpc.errors import Errors
 from protos.drover.v1.agent_pb2_grpc import add_AgentServiceServicer_to_server
 from tests.fakes.agent import FakeAgent
+from tests.fakes.config import agent_config
 from tests.fakes.coordination import World
 from tests.fakes.engine import FakeEngine
 
@@ -77,17 +77,7 @@ async def write(world: World, path: str, record: object) -> None:
 @asynccontextmanager
 async def real(world: World, engine: FakeEngine, directory: Path) -> AsyncIterator[AgentClient]:
     """The agent of h2 behind its servicer."""
-    config = AgentConfig(
-        host="h2",
-        address="127.0.0.1",
-        zookeeper="",
-        dir=directory / "h2",
-        console_dir=directory,
-        volatile_dir=directory,
-        memory_mib=1024,
-        guest_image=directory / "guest.elf",
-    )
-    config.dir.mkdir()
+    config = agent_config(directory)
     peers, stores = Peers(), (world.store, type(world.store)(world.store.tree))
     agent = Agent(config, HERE, cast(MigrationEngine, engine), stores, peers, Metrics(CollectorRegistry()))
     server = aio_server([Errors(require_deadline=False, translate=translate)])

@@ -27,6 +27,7 @@ from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, WantRun
 from orchestrator.ledger import paths
+from tests.fakes.config import agent_config
 from tests.fakes.coordination import MemoryStore, World
 from tests.fakes.engine import FakeEngine, FakeVmm
 
@@ -71,18 +72,7 @@ def mover() -> SlowEngine:
 
 @pytest.fixture
 def config(tmp_path: Path) -> AgentConfig:
-    config = AgentConfig(
-        host="h2",
-        address="127.0.0.1",
-        zookeeper="",
-        dir=tmp_path / "h2",
-        console_dir=tmp_path,
-        volatile_dir=tmp_path,
-        memory_mib=1024,
-        guest_image=tmp_path / "guest.elf",
-    )
-    config.dir.mkdir()
-    return config
+    return agent_config(tmp_path)
 
 
 def made(config: AgentConfig, world: World, mover: SlowEngine) -> Agent:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from agents.config import AgentConfig
 from agents.guests.files import GuestFiles, found_on_disk
 from orchestrator.core.records import GuestSpec
+from tests.fakes.config import agent_config
 
 G = "0f0e0d0c-0b0a-4987-8654-321001234567"
 
@@ -17,22 +17,9 @@ class Killed(Exception):
     pass
 
 
-def a_config(directory: Path) -> AgentConfig:
-    return AgentConfig(
-        host="h1",
-        address="127.0.0.1",
-        zookeeper="",
-        dir=directory,
-        console_dir=directory,
-        volatile_dir=directory,
-        memory_mib=1024,
-        guest_image=directory / "guest.elf",
-    )
-
-
 @pytest.mark.parametrize("after", range(5))
 def test_killed_after_any_step_of_the_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    config = a_config(tmp_path)
+    config = agent_config(tmp_path)
     files = GuestFiles(config, G, GuestSpec("web"))
     files.make()
     for name in ("a.qmp", "a.log", "a.json"):
@@ -59,8 +46,8 @@ def test_killed_after_any_step_of_the_removal(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_directory_that_was_about_to_go_is_gone_at_the_next_start(tmp_path: Path) -> None:
-    config = a_config(tmp_path)
-    left = tmp_path / "guests" / G[:16]
+    config = agent_config(tmp_path)
+    left = config.dir / "guests" / G[:16]
     left.mkdir(parents=True)
     assert found_on_disk(config) == []
     assert not left.exists()
