@@ -48,9 +48,13 @@ _SERVER = (
 )
 
 
-def aio_channel(address: str) -> aio.Channel:
-    """For the running event loop. Connects with the first call."""
-    return aio.insecure_channel(address, options=_CHANNEL)
+def aio_channel(address: str, *, alone: bool = False) -> aio.Channel:
+    """For the running event loop. Connects with the first call.
+
+    Channels to one address share a connection and what is known of it: one that could not connect a moment ago lets the
+    next one fail at once. `alone` asks the address itself.
+    """
+    return aio.insecure_channel(address, options=(*_CHANNEL, ("grpc.use_local_subchannel_pool", int(alone))))
 
 
 def channel(address: str) -> grpc.Channel:

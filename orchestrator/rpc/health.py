@@ -38,7 +38,7 @@ class HealthService:
 
 async def check(address: str, timeout_s: float = 1.0) -> str | None:
     """None: the server there serves. Otherwise what is wrong, in a few words. Never raises."""
-    channel = aio_channel(address)
+    channel = aio_channel(address, alone=True)
     stub = cast(Any, health_pb2_grpc.HealthStub(channel))  # its type does not know the calls
     try:
         answer: health_pb2.HealthCheckResponse = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)

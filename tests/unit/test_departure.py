@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
 
 import pytest
+from grpc import aio
 
 from agents import departure as departing
 from agents.attempt_ledger import AttemptLedger
@@ -27,19 +29,27 @@ HERE, REF = HostRef("s", "1"), AttemptRef("g", "m", 1)
 LOST = TimelineEntry(1.0, "d", "devices_lost", "nic")
 
 
-async def over(directory: Path, stage: SourceStage) -> Departure:
+@pytest.fixture
+async def channel() -> AsyncIterator[aio.Channel]:
+    async with channels.aio_channel("127.0.0.1:1") as made:
+        yield made
+
+
+async def over(directory: Path, channel: aio.Channel, stage: SourceStage) -> Departure:
     """An attempt whose end the ledger has told already."""
     vmm = await FakeEngine().start(VmmSpec("g", "s", GuestSpec("web"), directory, directory / "con", None))
     ledger = AttemptLedger(MemoryStore(), REF, HERE, "i", "w")
-    peer = DestinationClient(channels.aio_channel("127.0.0.1:1"), REF, "i")
+    peer = DestinationClient(channel, REF, "i")
     options = OutgoingOptions("fake:1", HoldStart.OPEN, 0, 1, 1)
     state = SourceState(REF, HERE, "i", stage=stage)
     runner = SourceRunner(state, vmm, (), ledger, peer, MigrationPolicy(), options, 1)
     return Departure(runner, cast(Copy, None), peer, "d")
 
 
-async def test_a_device_that_lost_its_state_is_reported_though_the_ledger_told_the_end_first(tmp_path: Path) -> None:
-    departure = await over(tmp_path, SourceStage.ENDED_COMMITTED)
+async def test_a_device_that_lost_its_state_is_reported_though_the_ledger_told_the_end_first(
+    tmp_path: Path, channel: aio.Channel
+) -> None:
+    departure = await over(tmp_path, channel, SourceStage.ENDED_COMMITTED)
     conducted = asyncio.create_task(departure.conduct())
     await asyncio.sleep(0.05)
     assert not conducted.done()
@@ -49,8 +59,8 @@ async def test_a_device_that_lost_its_state_is_reported_though_the_ledger_told_t
 
 @pytest.mark.parametrize("stage", [SourceStage.ENDED_ABORTED, SourceStage.ENDED_COMMITTED])
 async def test_a_destination_that_tells_nothing_holds_up_nobody(
-    tmp_path: Path, stage: SourceStage, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, channel: aio.Channel, stage: SourceStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(departing, "_TOLD_S", 0.05)
-    report = await (await over(tmp_path, stage)).conduct()
+    report = await (await over(tmp_path, channel, stage)).conduct()
     assert report.outcome == stage.name.removeprefix("ENDED_")

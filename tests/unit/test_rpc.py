@@ -227,20 +227,27 @@ async def test_two_servers_never_share_a_port(agent: Raising) -> None:
 
 
 async def test_health(tmp_path: Path) -> None:
+    """Asked right after it could not be reached, which others still remember: what was does not count."""
     address = f"unix:{tmp_path}/s.sock"
     assert "cannot be asked" in (await health.check(address) or "")
+    other = aio_channel(address)
+    with pytest.raises(aio.AioRpcError):
+        await AgentServiceStub(other).GetAgent(pb.GetAgentRequest(), timeout=1)
     service, server = health.HealthService(["drover.v1.X"]), aio_server([Errors(require_deadline=True)])
     await service.set(False)
     service.add_to(server)
     listen(server, address)
     await server.start()
-    assert "does not serve" in (await health.check(address) or "")
-    await service.set(True)
-    assert await health.check(address) is None
-    await service.end()
-    await service.set(True)
-    assert "does not serve" in (await health.check(address) or "")
-    await server.stop(None)
+    try:
+        assert "does not serve" in (await health.check(address) or "")
+        await service.set(True)
+        assert await health.check(address) is None
+        await service.end()
+        await service.set(True)
+        assert "does not serve" in (await health.check(address) or "")
+    finally:
+        await server.stop(None)
+        await other.close()
 
 
 async def test_a_server_without_a_health_service_is_well_as_long_as_it_answers(agent: Raising) -> None:
