@@ -71,7 +71,7 @@ check-protos:
 	scripts/protos.sh lint
 
 .PHONY: bench-late-ack
-bench-late-ack: setup qemu-11  ## what a late ACK costs, on real guests (about 15 minutes; ARGS="--scale 0.1" for a look)
+bench-late-ack: setup qemu-11  ## what a late ACK costs, on real guests (about 5 minutes; ARGS="--scale 0.1" for a look)
 	$(PY) -m tests.bench.late_ack $(ARGS)
 
 ##@ Develop
