@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +58,14 @@ class GuestFiles:
             temporary.replace(note)
 
     def remove(self) -> None:
-        """The note last: an agent that is killed in the middle leaves a guest that its successor knows."""
+        """The note last: an agent that is killed in the middle leaves a guest that its successor knows.
+
+        What cannot be removed stays, and is tried again by the next agent.
+        """
         note = self.directory / "guest.json"
-        for path in self.directory.glob("*"):
-            if path != note:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        note.unlink(missing_ok=True)
+        for path in (*(path for path in self.directory.glob("*") if path != note), note):
+            with contextlib.suppress(OSError):
+                path.unlink()
         with contextlib.suppress(OSError):
             self.directory.rmdir()
 

@@ -26,12 +26,12 @@ def test_killed_after_any_step_of_the_removal(tmp_path: Path, monkeypatch: pytes
         (files.directory / name).touch()
     steps, unlink = 0, Path.unlink
 
-    def unlink_or_die(path: Path, missing_ok: bool = False) -> None:
+    def unlink_or_die(path: Path) -> None:
         nonlocal steps
         if steps == after:
             raise Killed
         steps += 1
-        unlink(path, missing_ok)
+        unlink(path)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", unlink_or_die)
