@@ -3,6 +3,7 @@ makes it longer."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from orchestrator import wire
 from orchestrator.core.handover import Ownership
 from orchestrator.core.records import DeviceSpec
-from orchestrator.local import commands
+from orchestrator.local import commands, console_client
 from tests.integration.handover.judge import judge, nothing_is_left
 from tests.integration.handover.scene import Born, Scene, device
 
@@ -67,6 +68,13 @@ def kill_ray(scene: Scene, guest: Born, migration: str, chance: random.Random) -
     scene.kill_ray()
 
 
+def power_off(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
+    """By the guest itself. One that stands still, or is on its way just then, may not hear of it."""
+    guest.may_end = True
+    with contextlib.suppress(console_client.ConsoleError):
+        console_client.send_sync(scene.layout.dir, guest.name, "p")
+
+
 def lose_power(scene: Scene, guest: Born, migration: str, chance: random.Random) -> None:
     """Of either host, for a moment: its guests are gone, and it comes back as another power cycle."""
     host = chance.choice([scene.here, scene.there])
@@ -103,6 +111,7 @@ BLOWS: tuple[Blow, ...] = (
     kill_api,
     kill_ray,
     lose_power,
+    power_off,
     cancel,
     pause,
     pause_and_resume,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from orchestrator import wire
 from orchestrator.core.handover import Ownership
 from orchestrator.core.records import ShimKind
 from orchestrator.local import console_client, evidence, processes
@@ -41,6 +42,7 @@ def judge(scene: Scene, guests: Sequence[Born]) -> list[Verdict]:
     alive = [guest for guest in guests if not guest.may_crash]
     for guest in alive:
         _settled(lambda guest=guest: _at_rest(scene, guest), guest.name)
+    alive = [guest for guest in alive if not (guest.may_end and _has_ended(scene, guest))]
     for guest in alive:
         if not scene.want_run(guest):
             _settled(lambda guest=guest: _speaks(scene, guest), guest.name)
@@ -80,6 +82,18 @@ def _at_rest(scene: Scene, guest: Born) -> str:
             return f"its devices are {states}"
     moving = [each.name for each in scene.client.list_migrations(guest.name, active_only=True)]
     return f"migrations {moving} are not over" if moving else ""
+
+
+def _has_ended(scene: Scene, guest: Born) -> bool:
+    """What a paused guest was told it hears when it runs again."""
+    scene.answer(lambda: scene.client.resume_guest(guest.name))
+    deadline = time.monotonic() + 2 * SILENT_S
+    ended = False
+    while not ended and time.monotonic() < deadline:
+        ended = wire.word(scene.client.get_guest(guest.name), "run_state") == "ENDED"
+        time.sleep(0.05)
+    print(f"{guest.name} was told to power itself off, and {'did' if ended else 'did not hear it'}")
+    return ended
 
 
 def _speaks(scene: Scene, guest: Born) -> str:

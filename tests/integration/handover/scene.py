@@ -131,6 +131,8 @@ class Born:
     spec: GuestSpec
     may_crash: bool = False
     """The test kills the process that the ledger names as the guest: its end is CRASHED, and nothing runs."""
+    may_end: bool = False
+    """The guest was told to power itself off, which it may not have heard."""
 
 
 def noted(layout: Layout, uuid: str = "", *, devices: bool = False) -> list[Process]:
