@@ -141,8 +141,7 @@ class Guests:
                 raise _not_started(error, read.record) from error
             log.info("guest started", guest=read.record.name, host=read.record.owner.host)
             view = await self.view(uuid)
-            if view.run_state == types_pb2.RUN_STATE_UNKNOWN:  # its sample is still on its way
-                view.run_state = wire.run_state_to_proto(status.run_state)
+            view.run_state = wire.run_state_to_proto(status.run_state)  # the newest sample may be from before
             return view
         return await self.view(uuid)
 

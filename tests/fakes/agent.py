@@ -119,6 +119,8 @@ class FakeAgent(AgentServiceServicer):
         if status is None:
             status = GuestStatus(uuid, record.name, "inc", RunState.RUNNING, 4711)
             self.say(AgentSample(guests=(status,)))
+        elif status.run_state is RunState.STARTING:
+            status = replace(status, inc="inc", run_state=RunState.RUNNING)  # the sample that says so comes later
         return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
 
     async def EndGuest(self, request: pb.EndGuestRequest, context: Any) -> pb.EndGuestResponse:

@@ -426,6 +426,18 @@ async def test_a_wish_during_a_switchover_is_queued(api: ApiCluster, client: Orc
     assert (wire.word(answer, "wish"), wire.word(answer.guest, "run_state")) == ("QUEUED", "RUNNING")
 
 
+async def test_a_guest_that_was_just_started_is_shown_as_its_agent_says(
+    api: ApiCluster, client: OrchestratorClient, store: MemoryStore
+) -> None:
+    """Not as the last sample, which may have been taken while it started."""
+    api.agents["h1"].delays_s["StartGuest"] = 0.3
+    creating = asyncio.create_task(api.call(client.create_guest, WEB, "h1"))
+    await until(lambda: any(name == "StartGuest" for name, _ in api.agents["h1"].calls))
+    uuid = decode(str, store.tree.nodes[paths.name("web")].data)
+    api.agents["h1"].say(AgentSample(guests=(GuestStatus(uuid, "web", "", RunState.STARTING),)))
+    assert wire.word(await creating, "run_state") == "RUNNING"
+
+
 @pytest.mark.parametrize("reason", [R.AGENT_UNREACHABLE, R.LEDGER_UNREACHABLE, R.NOT_FOUND])
 async def test_a_wish_whose_agent_cannot_take_it_is_only_recorded(
     api: ApiCluster, client: OrchestratorClient, store: MemoryStore, reason: RefusalReason
