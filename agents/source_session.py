@@ -616,9 +616,10 @@ def _resume_failed(state: SourceState) -> Step:
 
 
 def _guest_ended(state: SourceState) -> Step:
-    """It shut down by itself. There is nothing to let run again, and nothing to move."""
+    """It shut down by itself: nothing to let run again, and nothing to move. A lost device is told for all that."""
     if state.stage is SourceStage.RESUMING:
-        return _record_abort(replace(state, reason=AbortReason.GUEST_ENDED))
+        lost = state.reason is AbortReason.DEVICE_RESET
+        return _record_abort(state if lost else replace(state, reason=AbortReason.GUEST_ENDED))
     return _abort(state, AbortReason.GUEST_ENDED)
 
 

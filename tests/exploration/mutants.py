@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agents import destination_session, source_session
+from agents import destination_session, keeping, source_session
 from agents.destination_session import DestinationStage, DestinationState
 from agents.session import Commit, Do, Seen
 from agents.source_session import SourceStage, SourceState
@@ -183,10 +183,25 @@ def forget_reset() -> list[Patch]:
     return [(source_session, "_devices_lost", lambda state, devices: (state, ()))]
 
 
+def start_what_ended() -> list[Patch]:
+    duty = keeping.duty
+
+    def forgetful(record: Any, here: Any, copies: Any, **known: Any) -> Any:
+        return duty(record, here, [replace(copy, ended=False) for copy in copies], **known)
+
+    return [(keeping, "duty", forgetful)]
+
+
+def wait_for_what_ended() -> list[Patch]:
+    ended = source_session._fails(AbortReason.GUEST_ENDED)
+    return [(source_session, "_SEEN", _with(source_session._SEEN, guest_ended=ended))]
+
+
 _REQUEST = Bounds(requests=1, cancels=0, faults=0)
 _CANCEL = Bounds(requests=0, cancels=1, faults=0)
 _STOP = Bounds(requests=0, cancels=0, faults=0, wishes=1)
 _INSIDE = Bounds(requests=0, cancels=0, faults=0, devices=False, inside=True)
+_OFF = Bounds(requests=0, cancels=0, faults=1, off=True)
 
 MUTANTS = (
     Mutant("run_uncommitted", "H1 H8", run_uncommitted),
@@ -212,4 +227,6 @@ MUTANTS = (
     Mutant("forget_pause", "5.2", forget_pause, _STOP),
     Mutant("resume_in_place", "5.2", resume_in_place, replace(_INSIDE, wishes=2)),
     Mutant("forget_reset", "DEVICE_RESET", forget_reset, replace(_INSIDE, requests=1)),
+    Mutant("start_what_ended", "GUEST_ENDED", start_what_ended, replace(_OFF, faults=0)),
+    Mutant("wait_for_what_ended", "GUEST_ENDED", wait_for_what_ended, _OFF, dead_ends=True),
 )

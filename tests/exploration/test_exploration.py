@@ -21,6 +21,7 @@ QUICK = (
     Bounds(requests=0, cancels=1, faults=0, attempts=2),
     Bounds(requests=1, cancels=0, faults=0, devices=False, inside=True),
     Bounds(requests=0, cancels=0, faults=0, wishes=2, devices=False, inside=True),
+    Bounds(requests=0, cancels=0, faults=1, off=True),
 )
 WIDE = (
     Bounds(requests=2, cancels=0, faults=0),
@@ -33,6 +34,9 @@ WIDE = (
     Bounds(requests=1, cancels=0, faults=0, wishes=1),
     Bounds(requests=0, cancels=0, faults=1, wishes=1),
     Bounds(requests=1, cancels=1, faults=0, attempts=2),
+    Bounds(requests=1, cancels=0, faults=1, off=True),
+    Bounds(requests=0, cancels=0, faults=1, wishes=1, off=True),
+    Bounds(requests=1, cancels=0, faults=1, off=True, devices=False, inside=True),
 )
 
 

@@ -57,6 +57,8 @@ class Bounds:
     """The policy allows to wait for an ACK after the engine stopped the guest."""
     inside: bool = False
     """Devices inside the VMM: the engine has a verdict of its own, and can reset them."""
+    off: bool = False
+    """The guest may power itself off while it runs at the source."""
 
 
 class World(NamedTuple):
@@ -101,6 +103,8 @@ class World(NamedTuple):
     """The guest had been stopped on purpose when the engine parked."""
     lost: bool
     """A device inside the source VMM was reset in this attempt."""
+    off: bool = False
+    """The guest at the source has powered itself off: its vCPUs never run again."""
 
 
 def start(bounds: Bounds) -> World:
@@ -363,12 +367,14 @@ def _resume(world: World) -> World:
         return world
     if world.vmm == DEAD:
         return feed_source(world, Seen.RESUME_FAILED)
+    if world.off:
+        return feed_source(world, Seen.GUEST_ENDED)
     return feed_source(world._replace(vmm=RUN, wished_stop=False), Seen.RESUMED)
 
 
 def _back(world: World) -> str:
     """Where the guest is after a migration ended: as before it was stopped."""
-    return STOPPED if world.wished_stop else RUN
+    return STOPPED if world.wished_stop or world.off else RUN
 
 
 def _engine_aborts(world: World, state: SourceState) -> Iterator[Move]:
@@ -543,7 +549,7 @@ def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
         state = DestinationState(ref(k), D1, f"i{k}", has_devices=bounds.devices)
         yield "D prepares", True, world._replace(destination=state, copy=WAIT, copy_inc=k, prepared=k, marker=False)
     ready = world.prepared == k and world.copy == WAIT and world.copy_inc == k
-    alive = world.source_up and world.vmm in (RUN, STOPPED) and not world.engine
+    alive = world.source_up and world.vmm in (RUN, STOPPED) and not world.engine and not world.off
     if ready and alive and world.source is None and world.power in (0, 4) and not record.inc:
         state = SourceState(
             ref(k),
@@ -609,7 +615,7 @@ def wish_moves(world: World) -> Iterator[Move]:
         if state is not None:
             yield "operator wishes", False, feed_source(wished, words.WantRunSeen(want))
         elif world.source_up and world.vmm in (RUN, STOPPED) and not world.engine:
-            vmm = RUN if want else STOPPED
+            vmm = RUN if want and not world.off else STOPPED
             yield "operator wishes", False, wished._replace(vmm=vmm, wished_stop=not want)
     if world.wishes and state is not None and state.stage is SourceStage.PRECOPY and world.vmm == RUN:
         suspending = world._replace(source=replace(state, suspend_on_timeout=True), wishes=world.wishes - 1)
@@ -640,6 +646,9 @@ def fault_moves(world: World, bounds: Bounds) -> Iterator[Move]:
             yield "S VMM dies", False, dead
         if world.source is not None and world.source.stage is SourceStage.PRECOPY:
             yield "device fails", False, feed_source(less, Seen.SHIM_FAILED)
+    if bounds.off and not world.off and world.vmm == RUN and record_is_live(world):
+        # An agent that is away hears nothing of it.
+        yield "guest powers off", False, feed_source(world._replace(off=True, vmm=STOPPED), Seen.GUEST_ENDED)
     if bounds.power and world.power == 0:
         down = world._replace(power=1, source_up=False, source=None, todo_source=(), vmm=DEAD, engine=False)
         yield "S loses power", False, down
@@ -680,7 +689,14 @@ def _fence(world: World, host: str) -> World:
 def _source_keeper(world: World) -> Iterator[Move]:
     """What `agents/keeping.py` makes of the source's VMM while no session speaks for it."""
     record, here = read_record(world), S2 if world.power == 3 else S1
-    copy = keeping.Copy("s", False, running=world.vmm == RUN, sealed=world.vmm == SEALED, migrating=world.engine)
+    copy = keeping.Copy(
+        "s",
+        False,
+        running=world.vmm == RUN,
+        sealed=world.vmm == SEALED,
+        ended=world.off and world.vmm == STOPPED,
+        migrating=world.engine,
+    )
     copies = () if world.vmm == DEAD else (copy,)
     found = keeping.duty(record, here, copies, marker=False, want_run=world.want)
     match found.do:
@@ -692,6 +708,9 @@ def _source_keeper(world: World) -> Iterator[Move]:
             yield "S keeper discards", True, world._replace(vmm=DEAD, engine=False, conducting=0)
         case keeping.Do.RUN | keeping.Do.STOP:
             run = found.do is keeping.Do.RUN
+            if run and world.off:
+                yield "S keeper tries for ever", True, world._replace(flaw="A GUEST THAT POWERED OFF IS TO RUN")
+                return
             after = world._replace(vmm=RUN if run else STOPPED, wished_stop=not run)
             yield "S keeper applies the wish", True, after
         case keeping.Do.END_AS_SOURCE:
@@ -774,7 +793,8 @@ def is_end(world: World) -> bool:
     if record.phase is not Ownership.IDLE or not quiet:
         return False
     if record.owner.host == "s":
-        return world.vmm in ((RUN,) if world.want else (STOPPED, SEALED)) and world.destination is None
+        rests = (RUN,) if world.want and not world.off else (STOPPED, SEALED)
+        return world.vmm in rests and world.destination is None
     return world.copy == OWN and world.vmm == DEAD
 
 

@@ -131,6 +131,22 @@ def test_a_lost_device_is_what_the_attempt_came_to() -> None:
     assert state.lost == ("gpu",)
 
 
+def test_a_lost_device_is_told_though_its_guest_has_shut_down() -> None:
+    """Under an agent that came later and found both; the exploration shows it within wide bounds only."""
+    state = replace(begun(), stage=SourceStage.ROLLING_BACK, restarted=True)
+    for event in (DevicesLost(("nic",)), Seen.ENGINE_OVER):
+        state, _ = source_step(state, event)
+    assert state.stage is SourceStage.RESUMING
+    state, commands = source_step(state, Seen.GUEST_ENDED)
+    assert commands == (WriteAbort(AbortReason.DEVICE_RESET, ("nic",)),)
+
+
+def test_a_guest_that_has_shut_down_needs_no_operator() -> None:
+    state = replace(begun(), stage=SourceStage.RESUMING, reason=AbortReason.SOURCE_RESTARTED, restarted=True)
+    state, commands = source_step(state, Seen.GUEST_ENDED)
+    assert commands == (WriteAbort(AbortReason.GUEST_ENDED),)
+
+
 def test_a_wish_to_run_ends_the_attempt_before_it_is_fulfilled() -> None:
     paused, _ = after(inside(), WantRunSeen(False), Seen.PAUSED)
     assert paused.paused
