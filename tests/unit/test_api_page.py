@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from orchestrator.api.config import ApiConfig
+from orchestrator.core.agent import RunState
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.records import MigrationPhase
 from orchestrator.rpc.errors import code_of
@@ -36,5 +37,6 @@ def test_every_key_of_the_configuration() -> None:
 
 def test_words_in_capitals_are_words_of_the_code() -> None:
     text = PAGE.split("## Answers that need exactness", 1)[1].split("## Errors", 1)[0]
-    known = set(RefusalReason) | set(MigrationPhase) | {"APPLIED", "QUEUED", "RECORDED", "OPEN", "ABORTED", "IDLE"}
+    known = {*RefusalReason, *MigrationPhase, *RunState.__members__}
+    known |= {"APPLIED", "QUEUED", "RECORDED", "OPEN", "ABORTED", "IDLE"}
     assert set(re.findall(r"\b[A-Z][A-Z_]{3,}\b", text)) <= known
