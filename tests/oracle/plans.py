@@ -106,6 +106,12 @@ def fails(scenario: Scenario, call: Call) -> bool:
     return any(fault.call is call for fault in scenario.faults)
 
 
+def asks_unheard(scenario: Scenario) -> bool:
+    """It has new initial data while its looks fail. Whether that is still to be told when one succeeds, and is then a
+    request of its own (R31), depends on how much QEMU has read meanwhile."""
+    return says_reinit(scenario) and fails(scenario, Call.QUERY) and asks_at(scenario, Hook.PRECOPY) > 0
+
+
 def requests_in_precopy(plan: Plan) -> int:
     """Before anything is stopped: each device's first, and its REINITs whenever it has nothing left to send."""
     if plan.mode is not AckMode.PER_DEVICE or plan.stop is Stop.BEFORE:
@@ -147,7 +153,7 @@ def foretell(plan: Plan) -> Foretold:
     else:
         requests, acks = 0, int(plan.legacy and _is_acked(plan))
         pending = int(plan.legacy) - acks
-    known = plan.stop is not Stop.PENDING and not timed
+    known = plan.stop is not Stop.PENDING and not timed and not any(map(asks_unheard, plan.devices))
     # A device that asks at the operator's stop may be in the middle of its turn: then its marker leaves all the same.
     countable = known and not (plan.stop is Stop.ACKED and last)
     return Foretold(

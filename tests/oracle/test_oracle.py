@@ -135,6 +135,16 @@ def test_a_look_that_failed_lets_the_marker_leave_before_the_data(bench: Bench) 
     assert sent < initial
 
 
+@pytest.mark.rule("R31")
+def test_new_data_that_is_told_of_after_a_failed_look_is_a_request_of_its_own(bench: Bench) -> None:
+    """For the marker has left already, as above; else it would belong to the first (R13)."""
+    asks = Ask(at=Hook.PRECOPY, bytes=8192)
+    for faults, requests in (((), 1), ((Fault(Call.QUERY),), 2)):
+        _, verdict = bench.run(Plan(NEW, (device(asks, initial_bytes=4 << 20, faults=faults),)))
+        machine = verdict.machine
+        assert (machine.stage, machine.requests, machine.acks) == (QemuStage.COMPLETED, requests, requests)
+
+
 # --- R20: the superseded first version, on QEMU's side ----------------------------------------------------------------
 
 
@@ -447,7 +457,7 @@ def _altered(output: str, old: str, new: str) -> str:
         ("request switchover ack 1, exact 0", "request switchover ack 0, exact 0", "asks in the estimate query"),
         ("migrate_set_state new state failed", "migrate_set_state new state completed", "not in stage failed"),
         ("_request_switchover_ack  (vfio-d1)", "_request_switchover_ack  (vfio-d0)", "asks in a look"),
-        ("switchover_ack_pending_num 1", "switchover_ack_pending_num 7", "pending after an ACK"),
+        ("switchover_ack_pending_num 0", "switchover_ack_pending_num 7", "pending after an ACK"),
     ],
 )
 def test_a_step_that_differs_is_noticed(bench: Bench, old: str, new: str, said: str) -> None:
