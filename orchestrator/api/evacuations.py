@@ -53,7 +53,7 @@ class Evacuations:
     # --- ask ----------------------------------------------------------------------------------------------------------
 
     async def create(self, request: pb.CreateEvacuationRequest, caller: Caller) -> pb.CreateEvacuationResponse:
-        _check(request)
+        check(request)
         asked = Request.of("" if request.validate_only else request.request_id, digest("CreateEvacuation", request))
         if earlier := await asked.earlier(self._tools):
             return await self._answer(earlier)
@@ -123,7 +123,8 @@ class Evacuations:
 # --- pure parts -------------------------------------------------------------------------------------------------------
 
 
-def _check(request: pb.CreateEvacuationRequest) -> None:
+def check(request: pb.CreateEvacuationRequest) -> None:
+    """Raises INVALID_ARGUMENT with everything that is wrong with the request by itself."""
     bad: list[tuple[str, str]] = []
     if said := decisions.request_id_error(request.request_id):
         bad.append(("request_id", said))

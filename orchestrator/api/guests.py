@@ -80,7 +80,7 @@ class Guests:
 
     async def create(self, request: pb.CreateGuestRequest, caller: Caller) -> types_pb2.Guest:
         """The guest runs when this returns. A refusal of its agent has made the record GONE and the name free again."""
-        spec = _checked(request)
+        spec = checked(request)
         asked = Request.of("" if request.validate_only else request.request_id, digest("CreateGuest", request))
         if earlier := await asked.earlier(self._tools):
             return await self._start(earlier.rpartition("/")[2], caller)
@@ -281,7 +281,7 @@ class Guests:
         if not self._tools.chaos:
             said = 'this cluster does not allow chaos: start it with "chaos" set to allow it'
             raise DroverError(RefusalReason.CHAOS_DISABLED, said)
-        _check_injection(request)
+        check_injection(request)
         read = await self.read(await self.uuid_of(request.guest, field="guest"))
         decisions.need_alive(read.record)
         device = next((each for each in read.spec.devices if each.name == request.device), None)
@@ -303,7 +303,7 @@ _SCRIPTED = (ShimKind.COMPANION, ShimKind.VFIO)
 # --- pure parts -------------------------------------------------------------------------------------------------------
 
 
-def _checked(request: pb.CreateGuestRequest) -> GuestSpec:
+def checked(request: pb.CreateGuestRequest) -> GuestSpec:
     """The specification. Raises INVALID_ARGUMENT with everything that is wrong with the request."""
     bad: list[tuple[str, str]] = []
     if said := decisions.request_id_error(request.request_id):
@@ -364,7 +364,8 @@ def _not_ended(record: GuestRecord) -> DroverError:
     return DroverError(RefusalReason.GUEST_IS_MIGRATING, said, details={"ownership": record.phase})
 
 
-def _check_injection(request: pb.InjectLateAckRequest) -> None:
+def check_injection(request: pb.InjectLateAckRequest) -> None:
+    """Raises INVALID_ARGUMENT with everything that is wrong with the request by itself."""
     bad: list[tuple[str, str]] = []
     if said := name_error(request.guest):
         bad.append(("guest", said))

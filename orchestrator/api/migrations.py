@@ -96,13 +96,15 @@ class Migrations:
     # --- ask ----------------------------------------------------------------------------------------------------------
 
     async def create(self, request: pb.CreateMigrationRequest, caller: Caller) -> types_pb2.Migration:
-        _check(request)
+        check(request)
         asked = Request.of("" if request.validate_only else request.request_id, digest("CreateMigration", request))
         if earlier := await asked.earlier(self._tools):
             return await self.get(earlier.rpartition("/")[2])
         guest = await guest_uuid(self._tools.ledger, request.guest, field="guest")
         if request.validate_only:
-            return await self._validated(*await self._judged(request, guest, caller))
+            spec, read = await self._judged(request, guest, caller)
+            await free_of_others(self._tools.store, guest, spec.guest_name)
+            return await self._validated(spec, read)
         for _ in range(WRITE_TRIES):
             try:
                 spec, read = await self._judged(request, guest, caller)
@@ -127,7 +129,6 @@ class Migrations:
         """The migration that would be, and the guest as it was when it was judged. Raises why there can be none."""
         read = await read_guest(self._tools.ledger, guest)
         decisions.need_movable(read.record)
-        await free_of_others(self._tools.store, guest, read.record.name)
         if request.destination:
             await self._destination(read, request.destination)
         spec = MigrationSpec(
@@ -220,8 +221,8 @@ class Migrations:
                 await self._tools.agents.at(found[0].control_address).nudge(guest)
 
 
-def _check(request: pb.CreateMigrationRequest) -> None:
-    """Everything that is wrong with the request by itself."""
+def check(request: pb.CreateMigrationRequest) -> None:
+    """Raises INVALID_ARGUMENT with everything that is wrong with the request by itself."""
     bad: list[tuple[str, str]] = []
     if said := decisions.request_id_error(request.request_id):
         bad.append(("request_id", said))

@@ -117,8 +117,8 @@ class ZooKeeperStore:
         client = self._new_client(self._hosts)
         await self._connect(client, timeout_s)
         try:
-            await asyncio.to_thread(client.ensure_path, self._chroot)
-        except KazooException as error:
+            await self._answer(client.ensure_path_async(self._chroot), timeout_s)
+        except (KazooException, TimeoutError) as error:
             raise StoreUnavailable(f"cannot create {self._chroot}: {error!r}") from error
         finally:
             await asyncio.to_thread(self._stop, client)

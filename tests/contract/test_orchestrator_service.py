@@ -34,7 +34,7 @@ from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2 as types
 from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
-from tests.fakes.api import ApiCluster, api_cluster, until
+from tests.fakes.api import ApiCluster, Calling, api_cluster, until
 from tests.fakes.coordination import World
 from tests.fakes.orchestrator_service import FakeOrchestrator, host, serve
 
@@ -46,20 +46,11 @@ QUICK = MigrationPolicy(backoff_initial_ms=1, backoff_max_ms=2, max_attempts=1)
 WEB = GuestSpec("web", devices=(DeviceSpec("nic", ShimKind.COMPANION), DeviceSpec("eth", ShimKind.NET)), policy=QUICK)
 
 
-class Subject(ABC):
+class Subject(Calling, ABC):
     """One API with hosts h1, h2 and h3 of 1 GiB, a client of it, and what the rest of Drover does behind it."""
 
     def __init__(self, client: OrchestratorClient) -> None:
         self.client = client
-
-    async def call(self, method: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        async with asyncio.timeout(20):
-            return await asyncio.to_thread(method, *args, **named)
-
-    async def refused(self, method: Callable[P, object], *args: P.args, **named: P.kwargs) -> DroverError:
-        with pytest.raises(DroverError) as caught:
-            await self.call(method, *args, **named)
-        return caught.value
 
     @abstractmethod
     async def host(self, name: str, memory_mib: int = 1024, *, live: bool = True) -> None: ...

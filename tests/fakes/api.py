@@ -25,8 +25,21 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class Calling:
+    """Calls of a client that blocks, out of a test that must not."""
+
+    async def call(self, method: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        async with asyncio.timeout(20):
+            return await asyncio.to_thread(method, *args, **named)
+
+    async def refused(self, method: Callable[P, object], *args: P.args, **named: P.kwargs) -> DroverError:
+        with pytest.raises(DroverError) as caught:
+            await self.call(method, *args, **named)
+        return caught.value
+
+
 @dataclass
-class ApiCluster:
+class ApiCluster(Calling):
     """Hosts h1, h2, ... with an agent each, an API, a client of it. `call` runs a client's method beside the loop."""
 
     store: Store
@@ -75,15 +88,6 @@ class ApiCluster:
         await self.server.stop()
         for agent in self.agents.values():
             await agent.stop()
-
-    async def call(self, method: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        async with asyncio.timeout(20):
-            return await asyncio.to_thread(method, *args, **named)
-
-    async def refused(self, method: Callable[P, object], *args: P.args, **named: P.kwargs) -> DroverError:
-        with pytest.raises(DroverError) as caught:
-            await self.call(method, *args, **named)
-        return caught.value
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 8.0) -> None:

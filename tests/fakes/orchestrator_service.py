@@ -27,7 +27,7 @@ from orchestrator import wire
 from orchestrator.api import decisions, evacuations, guests, hosts, migrations, views
 from orchestrator.api.calls import digest
 from orchestrator.api.reads import not_found
-from orchestrator.api.servicer import _few
+from orchestrator.api.servicer import few
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -168,7 +168,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def CreateGuest(self, request: pb.CreateGuestRequest, context: object) -> types.Guest:
         await self._called("CreateGuest", request)
-        spec = guests._checked(request)
+        spec = guests.checked(request)
         if earlier := self._earlier("CreateGuest", request):
             guest = self._guest(earlier)
             decisions.need_alive(_record(guest))
@@ -226,7 +226,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         self, request: pb.WatchGuestsRequest, context: object
     ) -> AsyncIterator[pb.WatchGuestsResponse]:
         await self._called("WatchGuests", request)
-        uuids = [self._guest(name, "names").uuid for name in _few(request.names)]
+        uuids = [self._guest(name, "names").uuid for name in few(request.names)]
         async for guest in _follow(self._lives, uuids, lambda guest: guest.ownership == types.OWNERSHIP_PHASE_GONE):
             yield pb.WatchGuestsResponse(guest=guest)
 
@@ -234,7 +234,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def CreateMigration(self, request: pb.CreateMigrationRequest, context: object) -> types.Migration:
         await self._called("CreateMigration", request)
-        migrations._check(request)
+        migrations.check(request)
         if earlier := self._earlier("CreateMigration", request):
             return self.migrations[earlier]
         guest = self._guest(request.guest, "guest")
@@ -296,7 +296,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         self, request: pb.WatchMigrationsRequest, context: object
     ) -> AsyncIterator[pb.WatchMigrationsResponse]:
         await self._called("WatchMigrations", request)
-        async for migration in self._watch(self.migrations, _few(request.names)):
+        async for migration in self._watch(self.migrations, few(request.names)):
             yield pb.WatchMigrationsResponse(migration=_without_time_lines(migration))
 
     async def _watch(self, resources: dict[str, M], names: Sequence[str]) -> AsyncIterator[M]:
@@ -322,7 +322,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         self, request: pb.CreateEvacuationRequest, context: object
     ) -> pb.CreateEvacuationResponse:
         await self._called("CreateEvacuation", request)
-        evacuations._check(request)
+        evacuations.check(request)
         if earlier := self._earlier("CreateEvacuation", request):
             return pb.CreateEvacuationResponse(
                 evacuation=self.evacuations[earlier], verdicts=self._verdicts(request.host)
@@ -384,7 +384,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         self, request: pb.WatchEvacuationsRequest, context: object
     ) -> AsyncIterator[pb.WatchEvacuationsResponse]:
         await self._called("WatchEvacuations", request)
-        async for evacuation in self._watch(self.evacuations, _few(request.names)):
+        async for evacuation in self._watch(self.evacuations, few(request.names)):
             yield pb.WatchEvacuationsResponse(evacuation=evacuation)
 
     # --- chaos
@@ -393,7 +393,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         await self._called("InjectLateAck", request)
         if not self.chaos:
             raise DroverError(R.CHAOS_DISABLED, "this cluster does not allow chaos")
-        guests._check_injection(request)
+        guests.check_injection(request)
         spec = wire.guest_spec_from_proto(self._guest(request.guest, "guest").spec)
         scripted = {each.name: each for each in spec.devices if each.shim in guests._SCRIPTED}
         self._known(scripted, request.device, "device", "device")

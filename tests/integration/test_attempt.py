@@ -6,34 +6,27 @@ between them and the ledger are the real parts.
 
 from __future__ import annotations
 
-import asyncio
-import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
-from agents.attempt_ledger import AttemptLedger
 from agents.destination_runner import DestinationRunner
-from agents.destination_session import DestinationStage, DestinationState
+from agents.destination_session import DestinationStage
 from agents.engine.base import HoldStart, OutgoingOptions, RunState, Vmm, VmmSpec
 from agents.engine.qemu.engine import QemuEngine
-from agents.session import Seen
-from agents.shims.base import Frame, Load
 from agents.source_runner import SourceRunner
-from agents.source_session import SourceStage, SourceState
-from orchestrator.core import handover
+from agents.source_session import SourceStage
 from orchestrator.core.errors import AbortReason
-from orchestrator.core.handover import GuestRecord, Ownership
-from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
+from orchestrator.core.handover import Ownership
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import GuestSpec, Requests, TimelineEntry, Workload
 from orchestrator.ledger import paths
-from orchestrator.ledger.ledger import Ledger, op_create, op_set
-from orchestrator.ledger.store import Done
+from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from tests.contract.test_engine import image, no_qemu
+from tests.fakes.attempt import Coming, D, Leaving, Moves, S
 from tests.fakes.shims import FakeDestinationShim, FakeSourceShim
 from tests.fakes.zookeeper import ZooKeeperServer, missing
 
@@ -44,57 +37,17 @@ pytestmark = [
     no_qemu,
     pytest.mark.skipif(bool(missing()), reason=missing()),
 ]
-S, D = HostRef("host-1", "boot-1"), HostRef("host-2", "boot-2")
 LINK = 1 << 30
 
 
-@dataclass
-class Link:
-    """Both directions between the two agents of an attempt."""
+@dataclass(kw_only=True)
+class Lab(Moves):
+    """With devices in memory."""
 
-    source: SourceRunner | None = None
-    destination: DestinationRunner | None = None
-
-    async def ping(self) -> bool:
-        return self.destination is not None
-
-    async def send_frame(self, frame: Frame) -> None:
-        assert self.destination is not None
-        await self.destination.frame(frame)
-
-    async def go(self, zxid: int, want_run: bool) -> bool:
-        assert self.destination is not None
-        self.destination.go(self.destination.state.inc, want_run)
-        return self.destination.started.is_set()
-
-    async def ack(self, entry: AckRequest) -> None:
-        assert self.source is not None
-        self.source.acked(entry)
-
-    async def loaded(self, inc: str, loads: tuple[Load, ...]) -> None:
-        assert self.source is not None
-        self.source.loaded(inc, loads)
-
-    async def failed(self, inc: str) -> None:
-        assert self.source is not None
-        self.source.feed(Seen.DEST_FAILED)
-
-    async def done(self, inc: str) -> None:
-        assert self.source is not None
-        self.source.feed(Seen.DONE_KNOWN)
-
-
-@dataclass
-class Lab:
-    """A guest on host-1 and what it takes to try to move it to host-2."""
-
-    store: ZooKeeperStore
     engine: QemuEngine
     directory: Path
-    guest: str = field(default_factory=lambda: uuid.uuid4().hex)
-    migration: str = field(default_factory=lambda: uuid.uuid4().hex)
-    attempt: int = 0
-    source: Vmm | None = None
+    vmm: Vmm = field(init=False)
+    """The guest's on host-1."""
     vmms: list[Vmm] = field(default_factory=list[Vmm])
 
     def spec(self, inc: str) -> VmmSpec:
@@ -102,24 +55,9 @@ class Lab:
         return VmmSpec(self.guest, inc, guest, self.directory, self.directory / f"{inc}.con", None, "127.0.0.1")
 
     async def born(self) -> None:
-        ledger = Ledger(self.store)
-        await ledger.init_tree()
-        await self.store.ensure(paths.migration(self.migration))
-        result = await self.store.multi(
-            [
-                op_create(paths.guest(self.guest), GuestRecord("g", Ownership.IDLE, S)),
-                op_create(paths.requests(self.migration), Requests()),
-                op_create(paths.acks(self.migration), Requests()),
-            ]
-        )
-        assert isinstance(result, Done), result
-        self.source = await self.engine.start(self.spec("s"))
-        self.vmms.append(self.source)
-
-    async def record(self) -> GuestRecord:
-        found = await Ledger(self.store).read_guest(self.guest)
-        assert found is not None
-        return found[0]
+        await super().born()
+        self.vmm = await self.engine.start(self.spec("s"))
+        self.vmms.append(self.vmm)
 
     async def run(
         self,
@@ -127,46 +65,15 @@ class Lab:
         destination_shims: Sequence[FakeDestinationShim] = (),
         policy: MigrationPolicy = MigrationPolicy(),
     ) -> tuple[SourceRunner, DestinationRunner]:
-        """One attempt, opened as the coordinator opens it."""
-        self.attempt += 1
-        inc = f"i{self.attempt}"
-        found = await Ledger(self.store).read_guest(self.guest)
-        assert found is not None
-        opened = handover.open_attempt(found[0], self.migration, self.attempt, D, epoch=1, writer="test")
-        assert isinstance(await self.store.multi([op_set(paths.guest(self.guest), opened, found[1])]), Done)
-        copy = await self.engine.prepare_incoming(self.spec(inc), self.migration, self.attempt)
+        ref = await self.opened()
+        inc = f"i{ref.attempt}"
+        copy = await self.engine.prepare_incoming(self.spec(inc), self.migration, ref.attempt)
         self.vmms.append(copy)
-        ref, link, devices = AttemptRef(self.guest, self.migration, self.attempt), Link(), bool(source_shims)
-        assert self.source is not None
-        hold = HoldStart.TRICKLE if devices else HoldStart.OPEN
-        link.source = SourceRunner(
-            SourceState(ref, S, inc, has_devices=devices),
-            self.source,
-            source_shims,
-            AttemptLedger(self.store, ref, S, inc, "agent-1"),
-            link,
-            policy,
-            OutgoingOptions(copy.metadata.endpoint, hold, 0, LINK, 300),
-            self.attempt,
-        )
-
-        async def want_run() -> bool:
-            return True
-
-        link.destination = DestinationRunner(
-            DestinationState(ref, D, inc, has_devices=devices),
-            copy,
-            destination_shims,
-            AttemptLedger(self.store, ref, D, inc, "agent-2"),
-            link,
-            self.directory / f"{inc}.marker",
-            want_run,
-        )
-        await link.destination.begin(self.attempt)
-        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-            group.create_task(link.source.run())
-            group.create_task(link.destination.run())
-        return link.source, link.destination
+        hold = HoldStart.TRICKLE if source_shims else HoldStart.OPEN
+        options = OutgoingOptions(copy.metadata.endpoint, hold, 0, LINK, 300)
+        here, there = Leaving(self.vmm, source_shims), Coming(inc, copy, destination_shims)
+        await self.conducted(ref, here, there, policy, options, self.directory)
+        return self.source, self.destination
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +88,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ZooKeeperServer
 async def lab(server: ZooKeeperServer, tmp_path: Path) -> AsyncIterator[Lab]:
     store = ZooKeeperStore(server.hosts, session_timeout_s=4)
     await store.start()
-    made = Lab(store, QemuEngine(image()), tmp_path)
+    made = Lab(store=store, engine=QemuEngine(image()), directory=tmp_path)
     await made.born()
     yield made
     for vmm in made.vmms:

@@ -10,40 +10,29 @@ import asyncio
 import json
 import statistics
 import tempfile
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from agents.attempt_ledger import AttemptLedger
-from agents.destination_runner import DestinationRunner
-from agents.destination_session import DestinationStage, DestinationState
+from agents.destination_session import DestinationStage
 from agents.engine.base import EngineError, EngineStatus, HoldStart, OutgoingOptions, RunState
 from agents.report import report_of
-from agents.session import Seen, WantRunSeen
-from agents.shims.base import Frame, Load
-from agents.source_runner import SourceRunner
-from agents.source_session import SourceStage, SourceState
-from orchestrator.core import handover
+from agents.session import WantRunSeen
+from agents.source_session import SourceStage
 from orchestrator.core.errors import AbortReason
-from orchestrator.core.handover import GuestRecord, Ownership
-from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
+from orchestrator.core.handover import Ownership
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
-from orchestrator.core.records import AttemptReport, DeviceSpec, Requests, ShimKind
-from orchestrator.core.switchover import AckLedger
-from orchestrator.ledger import paths
-from orchestrator.ledger.ledger import Ledger, op_create, op_set
-from orchestrator.ledger.store import Done
+from orchestrator.core.records import AttemptReport, DeviceSpec, ShimKind
+from tests.fakes.attempt import Coming, D, Leaving, Moves, S
 from tests.fakes.coordination import MemoryStore, Tree
 from tests.fakes.vfio_rig import LINK, End, Rig, device, qemu, until
 from tests.fakes.vfio_user import Command, VfioUserDevice
 
 pytestmark = [pytest.mark.qemu, pytest.mark.integration, pytest.mark.timeout(90)]
-S, D = HostRef("host-1", "boot-1"), HostRef("host-2", "boot-2")
 LATE = "asks: [{at: freeze, times: %d, bytes: 20000}]"
 NEVER = f"estimates: {{dirty_bytes: {2**40}, stop_copy_bytes: {2**40}}}"
 """QEMU goes by the device's estimates and believes that the rest never fits into any downtime."""
@@ -55,71 +44,11 @@ def version(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@dataclass
-class Link:
-    """Both directions between the two agents of an attempt."""
-
-    source: SourceRunner | None = None
-    destination: DestinationRunner | None = None
-
-    async def ping(self) -> bool:
-        return self.destination is not None
-
-    async def send_frame(self, frame: Frame) -> None:
-        assert self.destination is not None
-        await self.destination.frame(frame)
-
-    async def go(self, zxid: int, want_run: bool) -> bool:
-        assert self.destination is not None
-        self.destination.go(self.destination.state.inc, want_run)
-        return self.destination.started.is_set()
-
-    async def ack(self, entry: AckRequest) -> None:
-        assert self.source is not None
-        self.source.acked(entry)
-
-    async def loaded(self, inc: str, loads: tuple[Load, ...]) -> None:
-        assert self.source is not None
-        self.source.loaded(inc, loads)
-
-    async def failed(self, inc: str) -> None:
-        assert self.source is not None
-        self.source.feed(Seen.DEST_FAILED)
-
-    async def done(self, inc: str) -> None:
-        assert self.source is not None
-        self.source.feed(Seen.DONE_KNOWN)
-
-
-@dataclass
-class Course:
-    """A guest on host-1 and its attempts to get to host-2."""
+@dataclass(kw_only=True)
+class Course(Moves):
+    """With devices inside the VMM, and companions beside it."""
 
     rig: Rig
-    store: MemoryStore
-    guest: str = field(default_factory=lambda: uuid.uuid4().hex)
-    migration: str = field(default_factory=lambda: uuid.uuid4().hex)
-    attempt: int = 0
-    source: SourceRunner = field(init=False)
-    destination: DestinationRunner = field(init=False)
-
-    async def born(self) -> None:
-        ledger = Ledger(self.store)
-        await ledger.init_tree()
-        await self.store.ensure(paths.migration(self.migration))
-        result = await self.store.multi(
-            [
-                op_create(paths.guest(self.guest), GuestRecord("g", Ownership.IDLE, S)),
-                op_create(paths.requests(self.migration), Requests()),
-                op_create(paths.acks(self.migration), Requests()),
-            ]
-        )
-        assert isinstance(result, Done), result
-
-    async def record(self) -> GuestRecord:
-        found = await Ledger(self.store).read_guest(self.guest)
-        assert found is not None
-        return found[0]
 
     @property
     def here(self) -> End:
@@ -137,64 +66,16 @@ class Course:
         paused: bool = False,
         link_bytes_per_s: int = LINK,
     ) -> AttemptReport:
-        """One attempt, opened as the coordinator opens it, to its end at both hosts. `during` runs beside it."""
-        self.attempt += 1
-        if self.attempt > 1:
+        """One attempt to its end at both hosts. `during` runs beside it."""
+        if self.attempt > 0:
             await self.rig.new_destination()
-        here, there = self.here, self.there
-        found = await Ledger(self.store).read_guest(self.guest)
-        assert found is not None
-        opened = handover.open_attempt(found[0], self.migration, self.attempt, D, epoch=1, writer="test")
-        assert isinstance(await self.store.multi([op_set(paths.guest(self.guest), opened, found[1])]), Done)
-        companions = here.devices.source_shims()
-        ref, link, inc = AttemptRef(self.guest, self.migration, self.attempt), Link(), there.inc
-        self.source = link.source = SourceRunner(
-            SourceState(
-                ref,
-                S,
-                inc,
-                suspend_on_timeout=policy.on_timeout is OnTimeout.SUSPEND,
-                has_devices=bool(companions),
-                inside=here.devices.in_vmm() is not None,
-                want_run=not paused,
-                paused=paused,
-                acks=AckLedger(stopped=paused),
-            ),
-            here.vmm,
-            companions,
-            AttemptLedger(self.store, ref, S, inc, "agent-1"),
-            link,
-            policy,
-            OutgoingOptions(
-                there.vmm.metadata.endpoint,
-                HoldStart.TRICKLE if companions and not paused else HoldStart.OPEN,
-                0,
-                link_bytes_per_s,
-                policy.downtime_limit_ms,
-            ),
-            self.attempt,
-            in_vmm=here.devices.in_vmm(),
-        )
-
-        async def want_run() -> bool:
-            return not paused
-
-        self.destination = link.destination = DestinationRunner(
-            DestinationState(ref, D, inc, has_devices=bool(companions)),
-            there.vmm,
-            there.devices.destination_shims(),
-            AttemptLedger(self.store, ref, D, inc, "agent-2"),
-            link,
-            self.rig.directory / f"{inc}.marker",
-            want_run,
-            in_vmm=there.devices.in_vmm(),
-        )
-        await link.destination.begin(self.attempt)
-        async with asyncio.timeout(40), asyncio.TaskGroup() as group:
-            group.create_task(link.source.run())
-            group.create_task(link.destination.run())
-            if during is not None:
-                group.create_task(_awaited(during))
+        here, there, ref = self.here, self.there, await self.opened()
+        leaving = Leaving(here.vmm, here.devices.source_shims(), here.devices.in_vmm())
+        coming = Coming(there.inc, there.vmm, there.devices.destination_shims(), there.devices.in_vmm())
+        hold = HoldStart.TRICKLE if leaving.shims and not paused else HoldStart.OPEN
+        endpoint = there.vmm.metadata.endpoint
+        options = OutgoingOptions(endpoint, hold, 0, link_bytes_per_s, policy.downtime_limit_ms)
+        await self.conducted(ref, leaving, coming, policy, options, self.rig.directory, paused=paused, during=during)
         return self.report()
 
     def report(self) -> AttemptReport:
@@ -229,10 +110,6 @@ class Course:
         await _sound(self.here)
 
 
-async def _awaited(work: Callable[[], Awaitable[None]]) -> None:
-    await work()
-
-
 async def _sound(end: End) -> None:
     """It runs, its doorbells are answered, and neither memory nor devices are other than they were."""
     assert (await end.vmm.state()).run_state is RunState.RUNNING
@@ -244,7 +121,7 @@ async def _sound(end: End) -> None:
 @asynccontextmanager
 async def course(version: str, *devices: DeviceSpec, machine: str = "pc") -> AsyncIterator[Course]:
     async with Rig(qemu(version), *devices, machine=machine, traces=()) as made:
-        found = Course(made, MemoryStore(Tree()))
+        found = Course(rig=made, store=MemoryStore(Tree()))
         await found.born()
         yield found
 

@@ -22,9 +22,6 @@ from agents.engine.qemu.qmp import QmpConnection
 
 log = structlog.get_logger(__name__)
 
-_PROBES = 2
-"""A QEMU that ended under its first probe is asked once more."""
-
 _TRICKLE_BYTES_PER_S = 4096
 _TRICKLE_DOWNTIME_MS = 1
 _NO_LIMIT_MS, _NO_LIMIT_BYTES_PER_S = 2_000_000, 1 << 40
@@ -502,21 +499,17 @@ class QemuEngine:
 
     async def _known(self) -> Features:
         async with self._probing:
-            for attempt in range(1, _PROBES + 1):
-                if self._features is None:
-                    self._features = await self._probe(attempt)
-            assert self._features is not None
+            if self._features is None:
+                self._features = await self._probed()
             return self._features
 
-    async def _probe(self, attempt: int) -> Features | None:
-        """None when it may be tried again: a host that cannot probe its VMM takes no guest at all."""
+    async def _probed(self) -> Features:
+        """A QEMU that ended under its probe is asked once more: a host that cannot probe it takes no guest at all."""
         try:
             return await _read_features(self._binary)
         except EngineError as error:
-            if attempt == _PROBES:
-                raise
             log.warning("a probe of QEMU failed, trying again", binary=self._binary, error=str(error))
-            return None
+            return await _read_features(self._binary)
 
 
 async def _or_destroyed(vmm: QemuVmm, step: Any) -> QemuVmm:
