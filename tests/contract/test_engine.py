@@ -342,6 +342,24 @@ async def test_a_caller_that_is_cut_off_leaves_no_vmm(tmp_path: Path, monkeypatc
 
 
 @no_qemu
+async def test_a_vmm_whose_agent_was_killed_before_it_set_it_going_is_found_standing(tmp_path: Path) -> None:
+    """Noted down already: the next agent finds it, and its keeper sets it going."""
+    engine = QemuEngine(image=image())
+    spec = Pair(engine, tmp_path).spec("s")
+    left = await engine._spawn(spec, "owner", "", 0)
+    await left.connect()
+    await left.detach()
+    found = await engine.adopt(left.metadata, spec)
+    assert found is not None
+    try:
+        assert (await found.state()).run_state is RunState.PAUSED
+        await found.resume()
+        assert (await found.state()).run_state is RunState.RUNNING
+    finally:
+        await found.destroy()
+
+
+@no_qemu
 async def test_an_agent_killed_while_it_destroys_a_vmm_leaves_a_note_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,8 @@ from agents.destination_session import DestinationStage, DestinationState, desti
 from agents.session import RecordRead
 from orchestrator.core.handover import GuestRecord, Ownership
 from tests.exploration.mutants import MUTANTS, Mutant
-from tests.exploration.world import D1, MIGRATION, S1, Bounds, explore, ref
+from tests.exploration.search import explore
+from tests.exploration.world import D1, MIGRATION, S1, Bounds, ref
 
 QUICK = (
     Bounds(requests=1, cancels=0, faults=0, gate_wait=True),

@@ -5,8 +5,7 @@ Nothing that decides stands here: `agents/source_session.py`, `agents/destinatio
 commands (at once, late, twice, never), stops the guest when QEMU would, loses answers, kills agents, VMMs and hosts,
 asks for late ACKs, pauses and cancels.
 
-The search is breadth first, so a counter-example is a shortest one. Steps marked `heal=False` are faults or somebody's
-free wish; progress is judged without them: from every state that was reached, healing steps alone must lead to an end.
+Steps marked `heal=False` are faults or somebody's free wish: `search.py` judges progress without them.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def start(bounds: Bounds) -> World:
 
 
 Move = tuple[str, bool, World]
-_steps: dict[tuple[object, ...], tuple[object, object, tuple[Command, ...]]] = {}
+steps: dict[tuple[object, ...], tuple[object, object, tuple[Command, ...]]] = {}
 """What a machine answered, by the identity of its state (held here, so that no other state gets it) and the event."""
 
 
@@ -147,9 +146,9 @@ def feed_source(world: World, event: Event) -> World:
     if world.source is None:
         return world
     key = (id(world.source), event)
-    if key not in _steps:
-        _steps[key] = (world.source, *source_step(world.source, event))
-    _, state, commands = _steps[key]
+    if key not in steps:
+        steps[key] = (world.source, *source_step(world.source, event))
+    _, state, commands = steps[key]
     assert isinstance(state, SourceState)
     if state is world.source and not commands:
         return world
@@ -174,9 +173,9 @@ def feed_destination(world: World, event: Event) -> World:
     if world.destination is None:
         return world
     key = (id(world.destination), event)
-    if key not in _steps:
-        _steps[key] = (world.destination, *destination_step(world.destination, event))
-    _, state, commands = _steps[key]
+    if key not in steps:
+        steps[key] = (world.destination, *destination_step(world.destination, event))
+    _, state, commands = steps[key]
     assert isinstance(state, DestinationState)
     if state is world.destination and not commands:
         return world
@@ -796,70 +795,3 @@ def is_end(world: World) -> bool:
         rests = (RUN,) if world.want and not world.off else (STOPPED, SEALED)
         return world.vmm in rests and world.destination is None
     return world.copy == OWN and world.vmm == DEAD
-
-
-@dataclass
-class Result:
-    states: int
-    edges: int
-    flaws: dict[str, list[str]]
-    """Flaw and the shortest way to it."""
-    dead_ends: list[list[str]]
-    complete: bool
-
-
-def explore(bounds: Bounds, *, first: bool = False, limit: int = 2_000_000) -> Result:
-    """Breadth first over everything within `bounds`; `first` stops at the first flaw.
-
-    States are numbered as they are found: hashing one is what costs, so it is done once for each edge.
-    """
-    _steps.clear()
-    worlds = [start(bounds)]
-    numbers = {worlds[0]: 0}
-    came: list[tuple[int, str]] = [(-1, "")]
-    backwards: list[list[int]] = [[]]
-    edges = number = 0
-    flaws: dict[str, int] = {}
-    while number < len(worlds) < limit and not (first and flaws):
-        world = worlds[number]
-        moves = successors(world, bounds) if not flaw(world) else iter(())
-        for name, heal, after in moves:
-            if after is world:
-                continue
-            reached = numbers.setdefault(after, len(worlds))
-            if reached == number:
-                continue
-            edges += 1
-            if reached == len(worlds):
-                worlds.append(after)
-                came.append((number, name))
-                backwards.append([])
-                found = flaw(after)
-                if found:
-                    flaws.setdefault(found, reached)
-            if heal:
-                backwards[reached].append(number)
-        number += 1
-    dead = [] if first and flaws else _dead_ends(worlds, backwards)
-    paths = {found: _path(came, world) for found, world in flaws.items()}
-    return Result(len(worlds), edges, paths, [_path(came, world) for world in dead[:3]], number == len(worlds))
-
-
-def _dead_ends(worlds: list[World], backwards: list[list[int]]) -> list[int]:
-    """States from which healing steps alone lead to no end; one with a flaw has been reported as that."""
-    live = [is_end(world) or bool(flaw(world)) for world in worlds]
-    stack = [number for number, lives in enumerate(live) if lives]
-    while stack:
-        for before in backwards[stack.pop()]:
-            if not live[before]:
-                live[before] = True
-                stack.append(before)
-    return [number for number, lives in enumerate(live) if not lives]
-
-
-def _path(came: list[tuple[int, str]], number: int) -> list[str]:
-    names: list[str] = []
-    while number > 0:
-        number, name = came[number]
-        names.append(name)
-    return names[::-1]
