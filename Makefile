@@ -13,8 +13,8 @@ ARGS   ?=
 QEMU   ?=
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
-IMAGE  := agents/guests/image
-VFIO   := agents/shims/vfio
+IMAGE  := deploy/lab/guest_image
+VFIO   := deploy/lab/devices/vfio
 export PYTHON VENV
 
 PYTEST := $(PY) -m pytest --durations=10
@@ -92,7 +92,7 @@ lock: venv  ## resolve requirements.lock anew from pyproject.toml (ARGS="--upgra
 .PHONY: clean
 clean:  ## remove build/, .venv/ and every cache
 	rm -rf build dist $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find orchestrator agents protos tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find orchestrator agents deploy protos tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help
 help:  ## this list

@@ -18,14 +18,14 @@ import click
 import grpc.aio
 import structlog
 
+from agents.agent import Agent
 from agents.config import AgentConfig, ConfigError, load
 from agents.engine.base import EngineError
 from agents.engine.qemu.engine import QemuEngine
-from agents.identity import OneAgent, make_identity
-from agents.metrics import Metrics
-from agents.peer_rpc import DestinationClient, PeerServicer, SourceClient
-from agents.runner import Agent
-from agents.servicer import AgentServicer, translate
+from agents.host.identity import OneAgent, make_identity
+from agents.host.metrics import Metrics
+from agents.serving.control import AgentServicer, translate
+from agents.serving.peer import DestinationClient, PeerServicer, SourceClient
 from orchestrator.core.errors import DroverError
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.ledger.store import SessionState, StoreUnavailable

@@ -1,4 +1,4 @@
-"""The companion shim: a device whose state lives outside the VMM, held by a process of its own (`device_process.py`).
+"""The companion shim: a device whose state lives outside the VMM, held by a process of its own (`deploy/lab/devices/device_process.py`).
 
 An agent starts that process, or finds the one that an earlier agent started, and speaks with it through its control
 socket. Every call is bounded; a lost connection is made again and the call repeated under its key, so it happens once.
@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import agents
-from agents.processes import Watched, spawned, start_time_of, tail_of
+from agents.host.processes import Watched, spawned, start_time_of, tail_of
 from agents.shims import control
 from agents.shims.base import (
     DestinationShim,
@@ -34,7 +34,7 @@ from agents.shims.base import (
     SourceShim,
 )
 from agents.shims.inside import DeviceEvent, InVmmDevice
-from agents.shims.vfio import layout
+from deploy.lab.devices.vfio import layout
 from orchestrator.core.errors import DroverError
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import DeviceSpec, ShimKind
@@ -509,7 +509,7 @@ def _spawn(spec: DevicesSpec, description: bytes) -> subprocess.Popen[bytes]:
     """Blocking. The session of its own lets the devices outlive this process."""
     root = str(Path(agents.__file__ or "").resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "agents.shims.device_process"]
+    command = [sys.executable, "-m", "deploy.lab.devices.device_process"]
     with spec.path("devices.log").open("ab") as log:
         try:
             child = subprocess.Popen(

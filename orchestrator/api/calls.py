@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from google.protobuf.message import Message
 
-from orchestrator.api.fleet import Fleet
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.fleet import Fleet
 from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import Conflict, Done, Op, OutcomeUnknown, Store, StoreUnavailable

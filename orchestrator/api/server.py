@@ -9,9 +9,9 @@ import structlog
 
 from orchestrator.api.calls import Tools
 from orchestrator.api.config import ApiConfig
-from orchestrator.api.fleet import Fleet
 from orchestrator.api.requests import sweep_for_ever
 from orchestrator.api.servicer import OrchestratorServicer, translate
+from orchestrator.fleet import Fleet
 from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable

@@ -13,12 +13,12 @@ from orchestrator.api.decisions import (
     present_migration,
     run_state,
 )
-from orchestrator.api.fleet import Fleet
 from orchestrator.api.reads import EvacuationRead, GuestRead, MigrationRead
 from orchestrator.core.agent import AttemptStatus
 from orchestrator.core.handover import Ownership
 from orchestrator.core.placement import GuestInput, HostView, PlannedGuest
 from orchestrator.core.records import AttemptReport, EvacuationGuest, HostRecord, MigrationPhase
+from orchestrator.fleet import Fleet
 from orchestrator.ledger.inventory import Snapshot
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2

@@ -15,8 +15,8 @@ from typing import Generic, Protocol, TypeVar
 import structlog
 from google.protobuf.message import Message
 
-from orchestrator.api.fleet import Fleet
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.fleet import Fleet
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import Store, StoreUnavailable
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from deploy.lab.cluster.layout import Layout, default_dir
 from orchestrator.cli.exits import CliError, Exit
 from orchestrator.cli.output import Printer
 from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.local.layout import Layout, default_dir
 
 if TYPE_CHECKING:
     from orchestrator.rpc.messages import Evacuation, Migration

@@ -19,8 +19,8 @@ from orchestrator.cli.output import Cell, Column, Printer, note, pairs, styled, 
 from orchestrator.core.errors import DroverError, RefusalReason
 
 if TYPE_CHECKING:
+    from deploy.lab.cluster.console_client import ConsoleInfo
     from orchestrator.core.records import GuestSpec
-    from orchestrator.local.console_client import ConsoleInfo
     from orchestrator.rpc.messages import ChangeRunStateResponse, DeviceSpec, Guest
     from orchestrator.rpc.orchestrator_client import OrchestratorClient
 
@@ -284,7 +284,7 @@ def console(settings: Settings, guest: str, lines: int) -> None:
     """Show the last lines that GUEST wrote on its console (local cluster only), and how long ago."""
     import asyncio
 
-    from orchestrator.local import console_client
+    from deploy.lab.cluster import console_client
 
     name, _ = _console_of(settings, guest)
     with _reachable():
@@ -309,7 +309,7 @@ def verify(settings: Settings, guest: str, timeout_s: float) -> None:
 
     Exit code 0: every page is right, 1: one is wrong. A paused guest does not answer.
     """
-    from orchestrator.local import console_client
+    from deploy.lab.cluster import console_client
 
     name, consoles = _console_of(settings, guest)
     if not any(each.connected for each in consoles):
@@ -331,7 +331,7 @@ def verify(settings: Settings, guest: str, timeout_s: float) -> None:
 @contextlib.contextmanager
 def _reachable() -> Generator[None]:
     """Turns what a console says against us into an error of the CLI."""
-    from orchestrator.local.console_client import ConsoleError
+    from deploy.lab.cluster.console_client import ConsoleError
 
     try:
         yield
@@ -341,7 +341,7 @@ def _reachable() -> Generator[None]:
 
 def _console_of(settings: Settings, guest: str) -> tuple[str, list[ConsoleInfo]]:
     """What the collector calls the guest (its name or its uuid), and its consoles."""
-    from orchestrator.local import console_client
+    from deploy.lab.cluster import console_client
 
     with _reachable():
         consoles = console_client.list_consoles_sync(settings.directory)

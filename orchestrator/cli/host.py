@@ -148,7 +148,7 @@ def power_cycle(settings: Settings, host: str, off: bool) -> None:
 
     Everything on it dies at once, guests included, as in a real loss of power.
     """
-    from orchestrator.local import commands
+    from deploy.lab.cluster import commands
 
     _in_local_cluster(settings, host)
     _powered(settings, host, commands.power_cycle(settings.directory, host, off=off), off=off)
@@ -160,7 +160,7 @@ def power_cycle(settings: Settings, host: str, off: bool) -> None:
 @pass_settings
 def power_on(settings: Settings, host: str) -> None:
     """Boot a HOST that is without power (local cluster only)."""
-    from orchestrator.local import commands
+    from deploy.lab.cluster import commands
 
     _in_local_cluster(settings, host)
     _powered(settings, host, commands.power_on(settings.directory, host), off=False)
@@ -168,7 +168,7 @@ def power_on(settings: Settings, host: str) -> None:
 
 def _in_local_cluster(settings: Settings, host: str) -> None:
     """Raises CliError unless the local cluster runs and has this host."""
-    from orchestrator.local import commands
+    from deploy.lab.cluster import commands
 
     status = commands.status(settings.directory)
     if not status.running:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 import click
 
-from orchestrator.cli import chaos, cluster, evacuation, explain, guest, host, migration
+from deploy.lab.cluster.layout import LocalClusterError
+from deploy.lab.commands import cluster
+from deploy.lab.demo import command as demo
+from orchestrator.cli import chaos, evacuation, explain, guest, host, migration
 from orchestrator.cli.context import api_option, dir_option
-from orchestrator.cli.demo import command as demo
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.exits import explain as told
 from orchestrator.core.errors import DroverError
-from orchestrator.local.layout import LocalClusterError
 
 NAME = "drover"
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import click
 
-from orchestrator.local import evidence
+from deploy.lab.cluster import evidence
 
 ROOT = Path(__file__).resolve().parents[2]
 TICK_HZ = 100
@@ -35,7 +35,7 @@ BYTE_GAP_S = 10e-6
 @contextlib.contextmanager
 def collecting(directory: Path, program: str) -> Iterator[int]:
     """A collector; its pid."""
-    words = [program] if program else ["-m", "orchestrator.local.collector"]
+    words = [program] if program else ["-m", "deploy.lab.cluster.collector"]
     process = subprocess.Popen([sys.executable, *words, "--dir", str(directory)], cwd=ROOT)
     try:
         while not (directory / "collector.sock").exists():
@@ -49,7 +49,7 @@ def collecting(directory: Path, program: str) -> Iterator[int]:
 @contextlib.contextmanager
 def guests(directory: Path, count: int, hz: int) -> Iterator[None]:
     image = directory / "guest.elf"
-    subprocess.run([ROOT / "agents/guests/image/build.sh", image], check=True)
+    subprocess.run([ROOT / "deploy/lab/guest_image/build.sh", image], check=True)
     started: list[subprocess.Popen[bytes]] = []
     for number in range(count):
         console = f"socket,id=c,path={directory}/console/host-1.g{number}.a.sock,server=on,wait=off"

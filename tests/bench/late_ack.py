@@ -27,9 +27,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deploy.lab.cluster import evidence
 from orchestrator import wire
 from orchestrator.core.records import AttemptReport, DeviceSpec, GuestSpec, ShimKind, Workload
-from orchestrator.local import evidence
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from tests.fakes.cluster import Cluster, make_config, running_cluster, short_directory
 from tests.fakes.vfio_rig import Rig, device, qemu

@@ -19,10 +19,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from agents.__main__ import Peers
+from agents.agent import Agent
 from agents.engine.base import MigrationEngine
-from agents.metrics import Metrics
-from agents.runner import Agent
-from agents.servicer import AgentServicer, translate
+from agents.host.metrics import Metrics
+from agents.serving.control import AgentServicer, translate
 from orchestrator.coordinator.ports import AgentPort
 from orchestrator.core import handover
 from orchestrator.core.agent import AgentSample, AttemptSeen, ConductOrder, GuestStatus, RunState

@@ -47,7 +47,7 @@ def image() -> Path:
     found = Path(os.environ.get("DROVER_GUEST_IMAGE", str(ROOT / "build" / "guest.elf")))
     if found.is_file():
         return found
-    build = ROOT / "agents" / "guests" / "image" / "build.sh"
+    build = ROOT / "deploy" / "lab" / "guest_image" / "build.sh"
     if not build.is_file():
         pytest.skip("no guest image: run make")
     found.parent.mkdir(exist_ok=True)

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from agents.shims.companion import DeviceProcess, DevicesSpec
-from agents.shims.device import DeviceState
-from agents.shims.vfio import layout
-from agents.shims.vfio.layout import Register
-from agents.shims.vfio.uapi import FeatureNumber, Ioctl, Operation
+from deploy.lab.devices.device import DeviceState
+from deploy.lab.devices.vfio import layout
+from deploy.lab.devices.vfio.layout import Register
+from deploy.lab.devices.vfio.uapi import FeatureNumber, Ioctl, Operation
 from orchestrator.core.records import DeviceSpec, ShimKind
 from tests.fakes.vfio_rig import preload
 from tests.unit.test_vfio_endpoint import Qemu

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agents import destination_session, keeping, source_session
-from agents.destination_session import DestinationStage, DestinationState
-from agents.session import Commit, Do, Seen
-from agents.source_session import SourceStage, SourceState
+from agents.guest import duty as keeping
+from agents.handover import destination as destination_session
+from agents.handover import source as source_session
+from agents.handover.destination import DestinationStage, DestinationState
+from agents.handover.source import SourceStage, SourceState
+from agents.handover.words import Commit, Do, Seen
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership

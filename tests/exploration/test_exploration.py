@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from agents.destination_session import DestinationStage, DestinationState, destination_step
-from agents.session import RecordRead
+from agents.handover.destination import DestinationStage, DestinationState, destination_step
+from agents.handover.words import RecordRead
 from orchestrator.core.handover import GuestRecord, Ownership
 from tests.exploration.mutants import MUTANTS, Mutant
 from tests.exploration.search import explore

@@ -1,6 +1,6 @@
 """Every interleaving of the production session machines with a small world: a ledger, two VMMs, a network, faults.
 
-Nothing that decides stands here: `agents/source_session.py`, `agents/destination_session.py`, `agents/keeping.py` and
+Nothing that decides stands here: `agents/handover/{source,destination}.py`, `agents/guest/duty.py` and
 `orchestrator/core/handover.py` are the production files. The world only does what the outside does: it carries out
 commands (at once, late, twice, never), stops the guest when QEMU would, loses answers, kills agents, VMMs and hosts,
 asks for late ACKs, pauses and cancels.
@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
-from agents import keeping
-from agents import session as words
-from agents.destination_session import (
+from agents.guest import duty as keeping
+from agents.handover import words
+from agents.handover.destination import (
     DestinationState,
     destination_step,
     restarted_destination,
 )
-from agents.session import Command, Commit, Do, Event, Note, Seen, StartTimer, WriteAbort, WriteRequests
-from agents.source_session import SourceStage, SourceState, restarted_source, source_step
+from agents.handover.source import SourceStage, SourceState, restarted_source, source_step
+from agents.handover.words import Command, Commit, Do, Event, Note, Seen, StartTimer, WriteAbort, WriteRequests
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -686,7 +686,7 @@ def _fence(world: World, host: str) -> World:
 
 
 def _source_keeper(world: World) -> Iterator[Move]:
-    """What `agents/keeping.py` makes of the source's VMM while no session speaks for it."""
+    """What `agents/guest/duty.py` makes of the source's VMM while no session speaks for it."""
     record, here = read_record(world), S2 if world.power == 3 else S1
     copy = keeping.Copy(
         "s",

@@ -8,14 +8,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agents.attempt_ledger import AttemptLedger
-from agents.destination_runner import DestinationRunner
-from agents.destination_session import DestinationState
 from agents.engine.base import OutgoingOptions, Vmm
-from agents.session import Seen
+from agents.handover.destination import DestinationState
+from agents.handover.destination_shell import DestinationRunner
+from agents.handover.ledger import AttemptLedger
+from agents.handover.source import SourceState
+from agents.handover.source_shell import SourceRunner
+from agents.handover.words import Seen
 from agents.shims.base import DestinationShim, Frame, InVmmDevices, Load, SourceShim
-from agents.source_runner import SourceRunner
-from agents.source_session import SourceState
 from orchestrator.core import handover
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef

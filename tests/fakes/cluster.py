@@ -28,12 +28,12 @@ from typing import Any, Literal, TypeVar
 
 import pytest
 
-from orchestrator.local import commands, network, processes, state, teardown, zookeeper
-from orchestrator.local import config as configuration
-from orchestrator.local.commands import ClusterStatus, PartStatus
-from orchestrator.local.config import LocalConfig, PartKind
-from orchestrator.local.layout import Layout, LocalClusterError, Places
-from orchestrator.local.processes import Identity
+from deploy.lab.cluster import commands, network, processes, state, teardown, zookeeper
+from deploy.lab.cluster import config as configuration
+from deploy.lab.cluster.commands import ClusterStatus, PartStatus
+from deploy.lab.cluster.config import LocalConfig, PartKind
+from deploy.lab.cluster.layout import Layout, LocalClusterError, Places
+from deploy.lab.cluster.processes import Identity
 
 T = TypeVar("T")
 

@@ -80,7 +80,7 @@ def qemu(version: str) -> str:
 def preload() -> Path:
     """Built by the product's script."""
     made = ROOT / "build" / "vfio-preload.so"
-    script = ROOT / "agents" / "shims" / "vfio" / "build.sh"
+    script = ROOT / "deploy" / "lab" / "devices" / "vfio" / "build.sh"
     subprocess.run([str(script), str(made)], check=True, capture_output=True)
     return made
 
@@ -146,7 +146,7 @@ class End:
         return {one.device: one for one in await inside.look()} if inside else {}
 
     def log(self, device: str = "", *calls: str) -> list[dict[str, Any]]:
-        """What QEMU asked (agents/shims/vfio/log.py), of one device or of all, of some calls or of all."""
+        """What QEMU asked (deploy/lab/devices/vfio/log.py), of one device or of all, of some calls or of all."""
         lines = (self.directory / f"{self.inc}.vfio.log").read_text().splitlines()
         entries = [json.loads(line) for line in lines]
         return [

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from agents.destination_runner import DestinationRunner
-from agents.destination_session import DestinationStage
 from agents.engine.base import HoldStart, OutgoingOptions, RunState, Vmm, VmmSpec
 from agents.engine.qemu.engine import QemuEngine
-from agents.source_runner import SourceRunner
-from agents.source_session import SourceStage
+from agents.handover.destination import DestinationStage
+from agents.handover.destination_shell import DestinationRunner
+from agents.handover.source import SourceStage
+from agents.handover.source_shell import SourceRunner
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.policy import MigrationPolicy

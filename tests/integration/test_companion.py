@@ -20,7 +20,7 @@ from agents.engine.base import EngineStatus, HoldStart, OutgoingOptions, RunStat
 from agents.engine.qemu.engine import QemuEngine
 from agents.shims.base import DestinationShim, Frame, FrameKind, ShimError, SourceShim
 from agents.shims.companion import DeviceProcess, DevicesSpec
-from agents.shims.device import hash32
+from deploy.lab.devices.device import hash32
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
 from tests.contract.test_engine import image, no_qemu, until

@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 
 import pytest
 
-from orchestrator.local import console_client, evidence
+from deploy.lab.cluster import console_client, evidence
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "agents/guests/image/build.sh"
+BUILD = ROOT / "deploy/lab/guest_image/build.sh"
 QEMU = shutil.which("qemu-system-x86_64")
 FAST = "hz=100 hb=2 rate=16 pages=1024"
 PERIOD = evidence.period_ns(100, 2)
@@ -162,7 +162,7 @@ class Lab:
         (directory / "console").mkdir()
 
     def collector(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "orchestrator.local.collector", "--dir", str(self.dir)]
+        command = [sys.executable, "-m", "deploy.lab.cluster.collector", "--dir", str(self.dir)]
         with (self.dir / "collector.log").open("ab") as output:
             process = subprocess.Popen(command, cwd=ROOT, stderr=output)
         self._ends.callback(self._end, process)
@@ -452,7 +452,7 @@ def test_the_collector_survives_dead_sockets_odd_names_and_its_own_end(lab: Lab)
     guest = lab.guest("host-1.web.a1")
     lab.beats("host-1.web.a1", 10)
     second = subprocess.run(
-        [sys.executable, "-m", "orchestrator.local.collector", "--dir", str(lab.dir)],
+        [sys.executable, "-m", "deploy.lab.cluster.collector", "--dir", str(lab.dir)],
         cwd=ROOT,
         capture_output=True,
         text=True,

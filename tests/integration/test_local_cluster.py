@@ -23,10 +23,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.local import commands, console_client, evidence, network, processes, teardown, zookeeper
-from orchestrator.local.commands import ClusterStatus
-from orchestrator.local.config import LocalConfig
-from orchestrator.local.layout import Layout, LocalClusterError, StopReason
+from deploy.lab.cluster import commands, console_client, evidence, network, processes, teardown, zookeeper
+from deploy.lab.cluster.commands import ClusterStatus
+from deploy.lab.cluster.config import LocalConfig
+from deploy.lab.cluster.layout import Layout, LocalClusterError, StopReason
 from tests.fakes.cluster import (
     ROOT,
     STAND_IN,
@@ -289,7 +289,7 @@ def test_the_node_of_a_dead_process_is_no_sign_of_life(directory: Path) -> None:
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed")
 def test_real_guests_outlive_agent_and_supervisor_and_end_with_down(directory: Path, tmp_path: Path) -> None:
     """The real collector is their witness: no heartbeat is missing, and each console ends with EOF."""
-    subprocess.run([ROOT / "agents/guests/image/build.sh", tmp_path / "guest.elf"], check=True)
+    subprocess.run([ROOT / "deploy/lab/guest_image/build.sh", tmp_path / "guest.elf"], check=True)
     agent = [sys.executable, "-S", "-E", str(STAND_IN), "agent", "{config}", "qemu"]
     config = make_config(
         directory,
@@ -409,7 +409,7 @@ UNPRIVILEGED = {
 def test_without_the_right_to_namespaces(directory: Path, why: str) -> None:
     directory.chmod(0o777)
     program = (
-        "import sys; from orchestrator.local import commands, config\n"
+        "import sys; from deploy.lab.cluster import commands, config\n"
         "c = config.LocalConfig.model_validate_json(sys.argv[1])\n"
         "assert commands.up(c).healthy\n"
         "assert commands.power_cycle(c.dir, 'host-2')\n"

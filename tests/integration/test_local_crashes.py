@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.local import commands, network, processes, state, teardown
-from orchestrator.local.config import LocalConfig
-from orchestrator.local.layout import Layout, LocalClusterError
-from orchestrator.local.processes import Identity
+from deploy.lab.cluster import commands, network, processes, state, teardown
+from deploy.lab.cluster.config import LocalConfig
+from deploy.lab.cluster.layout import Layout, LocalClusterError
+from deploy.lab.cluster.processes import Identity
 from tests.fakes.cluster import ROOT, Cluster, kill, make_config, missing, running_cluster, short_directory, until
 
 pytestmark = [
@@ -60,7 +60,7 @@ def start_up(config: LocalConfig, *options: str) -> subprocess.Popen[str]:
     program = (
         # A shell that runs the tests in the background must not make them deaf.
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from orchestrator.local import commands, config\n"
+        "from deploy.lab.cluster import commands, config\n"
         "c = config.LocalConfig.model_validate_json(sys.argv[1])\n"
         "try: commands.up(c, foreground='--foreground' in sys.argv)\n"
         "except (commands.Interrupted, KeyboardInterrupt): sys.exit(130)\n"
@@ -263,7 +263,7 @@ def test_after_up_was_killed_down_leaves_nothing(chance: random.Random) -> None:
 
 
 def test_after_down_was_killed_the_next_down_ends_it(directory: Path, chance: random.Random) -> None:
-    program = "import sys; from orchestrator.local import commands; commands.down(sys.argv[1])"
+    program = "import sys; from deploy.lab.cluster import commands; commands.down(sys.argv[1])"
     for _ in range(3):
         with running_cluster(a_config(directory)):
             ending = subprocess.Popen([sys.executable, "-c", program, str(directory)], cwd=ROOT)
@@ -370,7 +370,7 @@ def test_ray_head_and_its_driver_come_back_together(directory: Path) -> None:
 
 
 def test_another_ray_than_expected_is_started_by_its_own_command(directory: Path) -> None:
-    program = "import ray; ray.__version__ = '3.0.0'; from orchestrator.local import ray_head; ray_head.main()"
+    program = "import ray; ray.__version__ = '3.0.0'; from deploy.lab.cluster import ray_head; ray_head.main()"
     options = ["--port=6379", "--client-port=10001", "--cpus=1", "--dir={dir}/ray"]
     config = a_config(directory, hosts=1, ray=True, commands={"ray": [sys.executable, "-c", program, *options]})
     with running_cluster(config) as cluster:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from agents.destination_session import DestinationStage
 from agents.engine.base import EngineError, EngineStatus, HoldStart, OutgoingOptions, RunState
-from agents.report import report_of
-from agents.session import WantRunSeen
-from agents.source_session import SourceStage
+from agents.handover.destination import DestinationStage
+from agents.handover.report import report_of
+from agents.handover.source import SourceStage
+from agents.handover.words import WantRunSeen
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.policy import MigrationPolicy, OnTimeout

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from deploy.lab.cluster import commands, network, processes, teardown
+from deploy.lab.cluster.layout import LocalClusterError
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
-from orchestrator.local import commands, network, processes, teardown
-from orchestrator.local.layout import LocalClusterError
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from tests.fakes.cluster import Cluster, make_config, missing, running_cluster, short_directory, until
 

@@ -32,13 +32,13 @@ from agents.engine.base import (
 )
 from agents.engine.qemu import process
 from agents.engine.qemu.engine import QemuEngine, QemuVmm
-from agents.shims.device import Device, DeviceIdentity, DeviceSizes
-from agents.shims.vfio.endpoint import Endpoint, Entry, features_of
-from agents.shims.vfio.server import VfioServer
+from deploy.lab.devices.device import Device, DeviceIdentity, DeviceSizes
+from deploy.lab.devices.qemu_acks import RETURN_PATH, SWITCHOVER_ACK
+from deploy.lab.devices.vfio.endpoint import Endpoint, Entry, features_of
+from deploy.lab.devices.vfio.server import VfioServer
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
 from orchestrator.core.scenario import Scenario
 from orchestrator.core.switchover import AckMode
-from orchestrator.core.switchover_qemu import RETURN_PATH, SWITCHOVER_ACK
 from tests.contract.test_engine import image
 from tests.fakes import vfio_rig
 from tests.oracle.trace import DESTINATION_TRACES, SOURCE_TRACES

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
-from orchestrator.core.switchover import AckMode
-from orchestrator.core.switchover_qemu import (
+from deploy.lab.devices.qemu_acks import (
     RETURN_PATH,
     SWITCHOVER_ACK,
     AckSetup,
@@ -15,6 +14,7 @@ from orchestrator.core.switchover_qemu import (
     QemuSource,
     Query,
 )
+from orchestrator.core.switchover import AckMode
 
 ACK = frozenset({SWITCHOVER_ACK, RETURN_PATH})
 

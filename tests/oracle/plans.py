@@ -12,9 +12,9 @@ from enum import StrEnum
 
 from hypothesis import strategies as st
 
+from deploy.lab.devices.qemu_acks import DeviceAccount, QemuStage, late_text
 from orchestrator.core.scenario import Ask, Call, Delay, Fault, Hook, Lack, Scenario
 from orchestrator.core.switchover import AckMode
-from orchestrator.core.switchover_qemu import DeviceAccount, QemuStage, late_text
 
 MAX_DEVICES = 4
 PENDING_MS = 400

@@ -16,9 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.core.ids import AckRequest
-from orchestrator.core.switchover import AckLedger, AckMode
-from orchestrator.core.switchover_qemu import (
+from deploy.lab.devices.qemu_acks import (
     PAUSE,
     AckSetup,
     DeviceAccount,
@@ -27,6 +25,8 @@ from orchestrator.core.switchover_qemu import (
     QemuStage,
     Query,
 )
+from orchestrator.core.ids import AckRequest
+from orchestrator.core.switchover import AckLedger, AckMode
 from tests.oracle.trace import (
     Acked,
     Decided,

@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import asdict, dataclass, field, replace
 
 from agents.engine.base import EngineStatus, RunState
-from agents.shims.vfio.endpoint import Entry
+from deploy.lab.devices.qemu_acks import PAUSE, RETURN_PATH, SWITCHOVER_ACK, AckSetup, Final, QemuSource, QemuStage
+from deploy.lab.devices.vfio.endpoint import Entry
 from orchestrator.core.switchover import AckMode
-from orchestrator.core.switchover_qemu import PAUSE, RETURN_PATH, SWITCHOVER_ACK, AckSetup, Final, QemuSource, QemuStage
 from tests.oracle import trace
 from tests.oracle.lab import HELD, OPEN, OVER, End, Lab, Pair
 from tests.oracle.plans import Ending, Foretold, Plan, Stop, foretell, may_wait_in_vain, requests_in_precopy

@@ -22,10 +22,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from agents.engine.base import EngineError, EngineStatus, HoldStart, OutgoingOptions, RunState
-from agents.shims.vfio.endpoint import Entry
-from orchestrator.core.scenario import Ask, Call, Delay, Fault, Hook, Lack, Scenario
-from orchestrator.core.switchover import AckMode
-from orchestrator.core.switchover_qemu import (
+from deploy.lab.devices.qemu_acks import (
     IN_PROGRESS,
     POSTCOPY,
     RETURN_PATH,
@@ -35,6 +32,9 @@ from orchestrator.core.switchover_qemu import (
     QemuStage,
     late_text,
 )
+from deploy.lab.devices.vfio.endpoint import Entry
+from orchestrator.core.scenario import Ask, Call, Delay, Fault, Hook, Lack, Scenario
+from orchestrator.core.switchover import AckMode
 from tests.fakes import vfio_rig
 from tests.oracle import trace, variants
 from tests.oracle.lab import HELD, LINK, OPEN, OVER, Lab

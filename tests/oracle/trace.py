@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from orchestrator.core.switchover_qemu import Query
+from deploy.lab.devices.qemu_acks import Query
 
 SOURCE_TRACES = (
     "migrate_set_state",

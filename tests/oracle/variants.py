@@ -6,7 +6,7 @@ shown wrong (R20, R27); nothing in the product decides by them.
 
 from __future__ import annotations
 
-from orchestrator.core.switchover_qemu import Final, late_text
+from deploy.lab.devices.qemu_acks import Final, late_text
 
 
 def merged(final: Final) -> str:

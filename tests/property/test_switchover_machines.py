@@ -10,7 +10,8 @@ from hypothesis import event as report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.session import (
+from agents.handover.source import SourceStage, SourceState, source_step
+from agents.handover.words import (
     Acked,
     Command,
     Commit,
@@ -22,11 +23,10 @@ from agents.session import (
     RequestsWritten,
     Seen,
 )
-from agents.source_session import SourceStage, SourceState, source_step
+from deploy.lab.devices.qemu_acks import UNDERFLOW, QemuStage, Query, late_text
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.switchover import AckLedger, AckMode
-from orchestrator.core.switchover_qemu import UNDERFLOW, QemuStage, Query, late_text
 from tests.oracle.pair import Pair, setup
 
 # --- our ledger -------------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from agents.__main__ import Peers
+from agents.agent import Agent
 from agents.config import AgentConfig
 from agents.engine import base as engine
-from agents.guests.files import GuestFiles
-from agents.metrics import Metrics
-from agents.runner import Agent
+from agents.guest.files import GuestFiles
+from agents.host.metrics import Metrics
 from orchestrator.core import handover
 from orchestrator.core.agent import ConductOrder, PrepareOrder, RunState
 from orchestrator.core.errors import DroverError, RefusalReason

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from agents.attempt_ledger import AttemptLedger
-from agents.session import RequestsWritten
+from agents.handover.ledger import AttemptLedger
+from agents.handover.words import RequestsWritten
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.records import Requests

@@ -17,12 +17,12 @@ import pytest
 import yaml
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from orchestrator.cli import main, qemu_versions, units
+from deploy.lab.cluster import commands, qemu_versions
+from deploy.lab.cluster.commands import ClusterStatus, PartStatus
+from deploy.lab.cluster.config import LocalConfig
+from orchestrator.cli import main, units
 from orchestrator.cli.exits import Exit, code_of
 from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.local import commands
-from orchestrator.local.commands import ClusterStatus, PartStatus
-from orchestrator.local.config import LocalConfig
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2 as types
 from tests.fakes.orchestrator_service import FakeOrchestrator, host, serve

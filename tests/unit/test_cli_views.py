@@ -290,11 +290,11 @@ def test_every_note_of_the_sessions_has_a_sentence() -> None:
     """The machines' own notes are read from their sources: a new one wants a sentence here."""
     from pathlib import Path
 
-    agents = Path(__file__).resolve().parents[2] / "agents"
+    agents = Path(__file__).resolve().parents[2] / "agents" / "handover"
     notes: set[str] = set()
-    for name in ("source_session.py", "destination_session.py"):
+    for name in ("source.py", "destination.py"):
         notes |= set(re.findall(r'Note\("([\w ]+)"', (agents / name).read_text()))
-    for name in ("source_runner.py", "destination_runner.py"):
+    for name in ("source_shell.py", "destination_shell.py"):
         notes |= set(re.findall(r'_note\("([\w ]+)"', (agents / name).read_text()))
     assert len(notes) > 30
     notes -= {"engine", "abort_again"}  # told with the engine's own words

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.local.collector import Collector
-from orchestrator.local.consoles import GATHER_MOST_NS, LINE_MOST_BYTES
-from orchestrator.local.layout import Layout
+from deploy.lab.cluster.collector import Collector
+from deploy.lab.cluster.consoles import GATHER_MOST_NS, LINE_MOST_BYTES
+from deploy.lab.cluster.layout import Layout
 
 HONEST_NS = 50_000_000
 """Far above what a stamp is late on a busy machine, far below what a test waits between two bytes."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from orchestrator.cli.demo.incidents import Sight
-from orchestrator.cli.demo.judge import (
+from deploy.lab.cluster.evidence import ConsoleLog, NoiseFloor, Vmm, Window, parse_log
+from deploy.lab.demo.incidents import Sight
+from deploy.lab.demo.judge import (
     Answer,
     Attempt,
     GuestReport,
@@ -26,7 +27,6 @@ from orchestrator.cli.demo.judge import (
     report_on,
 )
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
-from orchestrator.local.evidence import ConsoleLog, NoiseFloor, Vmm, Window, parse_log
 from protos.drover.v1 import types_pb2
 
 MS = 1_000_000

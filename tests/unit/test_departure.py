@@ -10,14 +10,14 @@ from typing import cast
 import pytest
 from grpc import aio
 
-from agents import departure as departing
-from agents.attempt_ledger import AttemptLedger
-from agents.departure import Departure
 from agents.engine.base import HoldStart, OutgoingOptions, VmmSpec
-from agents.guests.copies import Copy
-from agents.peer_rpc import DestinationClient
-from agents.source_runner import SourceRunner
-from agents.source_session import SourceStage, SourceState
+from agents.guest.copies import Copy
+from agents.handover import departure as departing
+from agents.handover.departure import Departure
+from agents.handover.ledger import AttemptLedger
+from agents.handover.source import SourceStage, SourceState
+from agents.handover.source_shell import SourceRunner
+from agents.serving.peer import DestinationClient
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import GuestSpec, TimelineEntry

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from agents.attempt_ledger import AttemptLedger
-from agents.destination_runner import DestinationRunner
-from agents.destination_session import DestinationState
 from agents.engine.base import VmmSpec
-from agents.peer import SourcePeer
-from agents.session import Seen
+from agents.handover.destination import DestinationState
+from agents.handover.destination_shell import DestinationRunner
+from agents.handover.ledger import AttemptLedger
+from agents.handover.peer import SourcePeer
+from agents.handover.words import Seen
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.records import GuestSpec
 from tests.fakes.coordination import MemoryStore

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from agents.shims import device_state
-from agents.shims.device import (
+from deploy.lab.devices import device_state
+from deploy.lab.devices.device import (
     SAVING,
     Device,
     DeviceError,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.local.evidence import (
+from deploy.lab.cluster.evidence import (
     ConsoleLog,
     Ending,
     NoiseFloor,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.guests.files import GuestFiles, found_on_disk
+from agents.guest.files import GuestFiles, found_on_disk
 from orchestrator.core.records import GuestSpec
 from tests.fakes.config import agent_config
 

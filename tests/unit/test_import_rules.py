@@ -17,21 +17,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PURE_PACKAGES = ("orchestrator.core",)
 PURE_MODULES = (
-    "agents.session",
-    "agents.source_session",
-    "agents.destination_session",
-    "agents.keeping",
-    "agents.report",
+    "agents.handover.words",
+    "agents.handover.source",
+    "agents.handover.destination",
+    "agents.guest.duty",
+    "agents.handover.report",
     "agents.engine.qemu.verdict",
-    "agents.shims.device",
-    "agents.shims.device_state",
+    "deploy.lab.devices.device",
+    "deploy.lab.devices.device_state",
     "agents.shims.inside",
-    "agents.shims.vfio.endpoint",
-    "agents.shims.vfio.layout",
-    "agents.shims.vfio.uapi",
-    "orchestrator.cli.demo.judge",
+    "deploy.lab.devices.vfio.endpoint",
+    "deploy.lab.devices.vfio.layout",
+    "deploy.lab.devices.vfio.uapi",
+    "deploy.lab.demo.judge",
     "orchestrator.api.decisions",
-    "orchestrator.local.evidence",
+    "deploy.lab.cluster.evidence",
     "orchestrator.cli.timeline",
 )
 
@@ -105,7 +105,7 @@ def test_pure_file_uses_only_what_is_pure(path: Path) -> None:
         ("print(open('x'))", ["line 1: calls open()", "line 1: calls print()"]),
         ("async def f(): ...", ["line 1: defines the coroutine f"]),
         ("import dataclasses, enum\nfrom orchestrator.core.ids import X\nfrom orchestrator.core import ids", []),
-        ("from orchestrator import core\nfrom datetime import timedelta\nfrom agents.session import S", []),
+        ("from orchestrator import core\nfrom datetime import timedelta\nfrom agents.handover.words import S", []),
     ],
 )
 def test_the_check_itself_sees_what_it_should(source: str, expected: list[str]) -> None:
@@ -119,9 +119,9 @@ def test_the_check_itself_sees_what_it_should(source: str, expected: list[str]) 
         ("orchestrator.cli", ("ray", "kazoo")),
         ("orchestrator.api", ("ray",)),
         ("orchestrator.coordinator.supervisor", ("ray",)),
-        ("agents.session", ("ray", "grpc", "kazoo", "asyncio")),
-        ("agents.shims.device_process", ("ray", "grpc", "kazoo", "yaml", "structlog")),
-        ("agents.servicer", ("ray",)),
+        ("agents.handover.words", ("ray", "grpc", "kazoo", "asyncio")),
+        ("deploy.lab.devices.device_process", ("ray", "grpc", "kazoo", "yaml", "structlog")),
+        ("agents.serving.control", ("ray",)),
         ("agents.__main__", ("ray",)),
     ],
 )

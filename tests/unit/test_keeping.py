@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from agents.keeping import Copy, Do, duty
+from agents.guest.duty import Copy, Do, duty
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef

@@ -11,10 +11,10 @@ import pytest
 
 from agents.engine.base import VmmMetadata
 from agents.engine.qemu import process as engine
+from deploy.lab.cluster import config, lock, network, parts, ray_head, state, supervisor, teardown
+from deploy.lab.cluster.layout import Layout, LocalClusterError, StopReason
+from deploy.lab.cluster.processes import Identity
 from orchestrator.coordinator import wiring
-from orchestrator.local import config, lock, network, parts, ray_head, state, supervisor, teardown
-from orchestrator.local.layout import Layout, LocalClusterError, StopReason
-from orchestrator.local.processes import Identity
 
 
 @pytest.mark.parametrize(

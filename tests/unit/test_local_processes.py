@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.local import processes
+from deploy.lab.cluster import processes
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from agents.metrics import Metrics, ack_waits_s, initial_data_waits_s
+from agents.host.metrics import Metrics, ack_waits_s, initial_data_waits_s
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.records import AttemptReport, DeviceSpec, ShimKind, TimelineEntry
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from agents.peer import PeerUnavailable
-from agents.peer_rpc import AttemptKey, DestinationClient, PeerServicer
+from agents.handover.peer import PeerUnavailable
+from agents.serving.peer import AttemptKey, DestinationClient, PeerServicer
 from agents.shims.base import Frame, FrameKind
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.rpc import channels

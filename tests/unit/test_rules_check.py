@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from agents.engine.qemu.verdict import late_devices
-from agents.session import (
+from agents.handover.source import SourceStage, SourceState, source_step
+from agents.handover.words import (
     Acked,
     Command,
     Commit,
@@ -22,12 +23,11 @@ from agents.session import (
     Seen,
     WriteAbort,
 )
-from agents.source_session import SourceStage, SourceState, source_step
+from deploy.lab.devices.qemu_acks import PAUSE, QemuSource, QemuStage, Query, late_text
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.switchover import AckLedger, AckMode
-from orchestrator.core.switchover_qemu import PAUSE, QemuSource, QemuStage, Query, late_text
 from tests.oracle import variants
 from tests.oracle.pair import begun, lacking, last_look, served, stopped_for_switchover
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from agents.session import Acked, Do, Requested, RequestsWritten, Seen
-from agents.source_session import SourceState, source_step
+from agents.handover.source import SourceState, source_step
+from agents.handover.words import Acked, Do, Requested, RequestsWritten, Seen
+from deploy.lab.devices.qemu_acks import RETURN_PATH, AckSetup, DeviceAccount, QemuSource, QemuStage, Query
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.switchover import AckLedger, AckMode
-from orchestrator.core.switchover_qemu import RETURN_PATH, AckSetup, DeviceAccount, QemuSource, QemuStage, Query
 from tests.oracle.pair import Pair, begun, lacking, last_look, served, setup, stopped_for_switchover
 
 A1, A2, B1 = AckRequest("a", 1), AckRequest("a", 2), AckRequest("b", 1)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from agents.session import Do, Seen, WriteAbort
-from agents.source_session import SourceStage, SourceState, source_step
+from agents.handover.source import SourceStage, SourceState, source_step
+from agents.handover.words import Do, Seen, WriteAbort
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.ids import AttemptRef, HostRef
 from tests.rules import PAGE, Proofs, Rule, rules_of

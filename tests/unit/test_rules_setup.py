@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.core import handover
-from orchestrator.core.errors import AbortReason, RefusalReason
-from orchestrator.core.handover import GuestRecord, Ownership
-from orchestrator.core.ids import AckRequest, HostRef
-from orchestrator.core.placement import HostView, Need, choose
-from orchestrator.core.switchover import AckLedger, AckMode
-from orchestrator.core.switchover_qemu import (
+from deploy.lab.devices.qemu_acks import (
     IN_PROGRESS,
     PAUSE,
     POSTCOPY,
@@ -25,6 +19,12 @@ from orchestrator.core.switchover_qemu import (
     StreamRefused,
     late_text,
 )
+from orchestrator.core import handover
+from orchestrator.core.errors import AbortReason, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import AckRequest, HostRef
+from orchestrator.core.placement import HostView, Need, choose
+from orchestrator.core.switchover import AckLedger, AckMode
 from tests.oracle.pair import Pair, begun, served, setup, stopped_for_switchover
 
 OFF, LEGACY, NEW = setup(AckMode.OFF), setup(AckMode.LEGACY), setup(AckMode.PER_DEVICE)

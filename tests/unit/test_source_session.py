@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from agents.session import (
+from agents.handover.source import SourceStage, SourceState, source_step
+from agents.handover.words import (
     Acked,
     Command,
     Commit,
@@ -24,7 +25,6 @@ from agents.session import (
     WantRunSeen,
     WriteAbort,
 )
-from agents.source_session import SourceStage, SourceState, source_step
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agents.engine.qemu.verdict import late_devices
-from agents.shims.device import Device, DeviceIdentity, DeviceSizes, DeviceState, hash32
-from agents.shims.vfio import layout
-from agents.shims.vfio.endpoint import NEVER, Answer, Endpoint, Entry, Question, features_of
-from agents.shims.vfio.layout import Kind, Register
-from agents.shims.vfio.log import MAX_LINES, Log
-from agents.shims.vfio.uapi import FeatureNumber, Ioctl, Operation
+from deploy.lab.devices.device import Device, DeviceIdentity, DeviceSizes, DeviceState, hash32
+from deploy.lab.devices.vfio import layout
+from deploy.lab.devices.vfio.endpoint import NEVER, Answer, Endpoint, Entry, Question, features_of
+from deploy.lab.devices.vfio.layout import Kind, Register
+from deploy.lab.devices.vfio.log import MAX_LINES, Log
+from deploy.lab.devices.vfio.uapi import FeatureNumber, Ioctl, Operation
 from orchestrator.scenario_text import parse_scenario
 
 S = DeviceState

@@ -14,11 +14,11 @@ from typing import Any
 
 import structlog
 
-from agents import processes
 from agents.engine import base
 from agents.engine.base import EngineError, EngineStatus, EngineTimeout, HoldStart, RunState, VmmMetadata, VmmState
 from agents.engine.qemu import process, verdict
 from agents.engine.qemu.qmp import QmpConnection
+from agents.host import processes
 
 log = structlog.get_logger(__name__)
 

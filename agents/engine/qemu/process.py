@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
-from agents.shims.vfio import layout
+from deploy.lab.devices.vfio import layout
 from orchestrator.core.records import ShimKind
 
 _GUEST_TIMER_HZ = 100
@@ -29,7 +29,7 @@ class Launch:
     reconnect_ms: bool
     """QEMU 9.2 and later take the delay in milliseconds."""
     vfio_preload: Path | None = None
-    """What gives QEMU devices where there is no VFIO (agents/shims/vfio/preload.c)."""
+    """What gives QEMU devices where there is no VFIO (deploy/lab/devices/vfio/preload.c)."""
 
 
 def qmp_path(spec: VmmSpec) -> Path:

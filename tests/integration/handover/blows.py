@@ -9,10 +9,10 @@ import random
 import time
 from collections.abc import Callable
 
+from deploy.lab.cluster import commands, console_client
 from orchestrator import wire
 from orchestrator.core.handover import Ownership
 from orchestrator.core.records import DeviceSpec
-from orchestrator.local import commands, console_client
 from tests.integration.handover.judge import judge, nothing_is_left
 from tests.integration.handover.scene import Born, Scene, device
 

@@ -1,6 +1,6 @@
 """The same judge after every test: each guest exists once, runs where the ledger says, and lost nothing.
 
-Evidence is what the guests themselves said, as the collector stamped it (orchestrator/local/evidence.py), the living
+Evidence is what the guests themselves said, as the collector stamped it (deploy/lab/cluster/evidence.py), the living
 processes, and the ledger. Our own logs and reports are not heard.
 """
 
@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from deploy.lab.cluster import console_client, evidence, processes
+from deploy.lab.cluster.layout import CLUSTER_VARIABLE
 from orchestrator import wire
 from orchestrator.core.handover import Ownership
 from orchestrator.core.records import ShimKind
-from orchestrator.local import console_client, evidence, processes
-from orchestrator.local.layout import CLUSTER_VARIABLE
 from tests.integration.handover.scene import Born, Scene, consoles, noted
 
 SETTLE_S = 25.0
@@ -175,7 +175,7 @@ def _strays(scene: Scene, guests: Sequence[Born]) -> str:
         if seen.pid in pids or seen.environment().get(CLUSTER_VARIABLE) != str(scene.layout.dir):
             continue
         words = " ".join(seen.arguments()[:3])
-        if ("qemu-system" in words and "-M none" not in words) or "agents.shims.device_process" in words:
+        if ("qemu-system" in words and "-M none" not in words) or "deploy.lab.devices.device_process" in words:
             strays.append(f"{seen.pid} {words} is in no note")
     return ", ".join(strays)
 

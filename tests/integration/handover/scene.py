@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agents.shims import control
+from deploy.lab.cluster import evidence, processes, state, teardown
+from deploy.lab.cluster.layout import Layout
+from deploy.lab.cluster.processes import Identity
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord
@@ -29,9 +32,6 @@ from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import StoreUnavailable
 from orchestrator.ledger.zookeeper import ZooKeeperStore
-from orchestrator.local import evidence, processes, state, teardown
-from orchestrator.local.layout import Layout
-from orchestrator.local.processes import Identity
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from protos.drover.v1 import types_pb2
 from tests.fakes.cluster import Cluster

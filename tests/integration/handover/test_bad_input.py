@@ -17,6 +17,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from deploy.lab.cluster import network
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
@@ -25,7 +26,6 @@ from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, WantRun, 
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import encode
 from orchestrator.ledger.store import Done, SetData
-from orchestrator.local import network
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub

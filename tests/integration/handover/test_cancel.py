@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from deploy.lab.cluster import teardown
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
-from orchestrator.local import teardown
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from tests.integration.handover.scene import Born, Scene, device
 

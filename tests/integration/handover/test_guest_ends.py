@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 
+from deploy.lab.cluster import console_client
 from orchestrator import wire
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import Ownership
-from orchestrator.local import console_client
 from tests.integration.handover.scene import Born, Scene, device
 
 pytestmark = [pytest.mark.integration, pytest.mark.qemu, pytest.mark.zookeeper]

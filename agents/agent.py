@@ -1,0 +1,399 @@
+"""The agent of one host: its place in the ledger, its guests, and the sessions that other agents speak to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import structlog
+
+from agents.config import AgentConfig
+from agents.engine import base as engine
+from agents.guest.files import GuestFiles, found_on_disk
+from agents.guest.keeper import Forgotten, HostedGuest, PeerChannels, Tools
+from agents.guest.ledger import GuestLedger
+from agents.handover.arrival import Arrival
+from agents.handover.departure import Departure
+from agents.host.journal import Journal
+from agents.host.metrics import Metrics
+from agents.serving.peer import AttemptKey
+from orchestrator.core.agent import (
+    AgentSample,
+    AgentStatus,
+    AttemptSeen,
+    AttemptStatus,
+    ConductOrder,
+    GuestStatus,
+    PrepareOrder,
+    WishApplied,
+)
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership, epoch_is_stale
+from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.migration import Prepared
+from orchestrator.core.records import Cordon, HostRecord, Reservations
+from orchestrator.ledger import paths
+from orchestrator.ledger.ledger import Ledger, op_create
+from orchestrator.ledger.records import BadRecord, decode, encode
+from orchestrator.ledger.store import Create, Delete, Done, Op, SessionState, SetData, Store, StoreUnavailable
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+_UUID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
+"""Of a guest, as it stands in paths: of the ledger, and of this host's disk."""
+RETRY_S = 0.2
+FIRST_SCAN_S = 10.0
+SCAN_S = 60.0
+SAMPLE_S = 0.25
+"""Watchers are told at most this often."""
+
+
+class Agent:
+    """Everything that one host does. `start` once, `stop` once; all calls between are idempotent."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        here: HostRef,
+        mover: engine.MigrationEngine,
+        stores: tuple[Store, Store],
+        peers: PeerChannels,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._journal = Journal(config.dir / "journal")
+        self._store, commits = stores
+        self._changes = 0
+        self._changed = asyncio.Event()
+        self._tools = Tools(
+            config=config,
+            here=here,
+            writer=f"agent-{here.host}-{secrets.token_hex(8)}",
+            mover=mover,
+            store=self._store,
+            commits=commits,
+            journal=self._journal,
+            peers=peers,
+            metrics=metrics,
+            departures=self._departures,
+            link_shared=self._link_shared,
+            changed=self._notice,
+        )
+        self._guests: dict[str, HostedGuest] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._hosting = asyncio.Lock()
+        metrics.gauges(
+            guests=lambda: sum(1 for guest in list(self._guests.values()) if guest.is_here),
+            under_way=self._departures,
+            quorum_age_s=lambda: self._store.quorum_age_s,
+        )
+
+    @property
+    def here(self) -> HostRef:
+        return self._tools.here
+
+    def _notice(self) -> None:
+        self._changes += 1
+        self._changed.set()
+
+    def _departures(self) -> int:
+        return sum(1 for guest in list(self._guests.values()) if guest.departure is not None)
+
+    def _link_shared(self) -> None:
+        """Every engine that may stop its guest is told its new share of the link."""
+        for guest in self._guests.values():
+            if guest.departure is not None:
+                task = asyncio.create_task(guest.departure.share_again())
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Adopt what an earlier agent left, then take the host's place in the ledger. Raises StoreUnavailable."""
+        self._journal.open()
+        await asyncio.gather(*(self._adopt(files) for files in found_on_disk(self._config)))
+        await self._register()
+        self._store.on_session(self._session)
+        self._tasks.add(asyncio.create_task(self._scan_now_and_then()))
+
+    async def _adopt(self, files: GuestFiles) -> None:
+        guest = HostedGuest(self._tools, files)
+        await guest.adopt()
+        self._guests[files.uuid] = guest
+        guest.start()
+        guest.wake()
+
+    async def stop(self) -> None:
+        """Leave the ledger and let go; VMMs, devices and attempts are left to the next agent."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(guest.stop() for guest in self._guests.values()))
+
+    def _session(self, state: SessionState) -> None:
+        """A new session has no ephemeral node yet; watches are set again by the store."""
+        if state is SessionState.CONNECTED:
+            task = asyncio.create_task(self._live_again())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            for guest in self._guests.values():
+                guest.wake()
+
+    async def _live_again(self) -> None:
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                if await self._store.read(paths.live(self.here.host)) is None:
+                    await self._store.multi([Create(paths.live(self.here.host), b"", ephemeral=True)])
+                else:
+                    return
+            await asyncio.sleep(RETRY_S)
+
+    async def _register(self) -> None:
+        await Ledger(self._store).init_tree()
+        await self._store.barrier()
+        probed = await self._tools.mover.probe()
+        config = self._config
+        record = HostRecord(
+            name=self.here.host,
+            boot_id=self.here.boot_id,
+            control_address=f"{config.address}:{config.control_port}",
+            peer_address=f"{config.address}:{config.peer_port}",
+            memory_mib=config.memory_mib,
+            bandwidth_mbps=config.bandwidth_mbps,
+            engine=f"qemu {probed['version']}",
+            machine_types=tuple(probed["machine_types"].split(",")),
+            accelerator=probed["accelerator"],
+            switchover_ack=probed["switchover_ack"],
+        )
+        await self._until_written(lambda: self._register_ops(record))
+        await self._drop_old_live()
+        await self._live_again()
+
+    async def _register_ops(self, record: HostRecord) -> list[Op]:
+        path = paths.host(record.name)
+        node = await self._store.read(path)
+        if node is None:
+            return [
+                op_create(path, record),
+                op_create(paths.cordon(record.name), Cordon()),
+                op_create(paths.reservations(record.name), Reservations()),
+            ]
+        ops: list[Op] = []
+        if node.data:
+            before = decode(HostRecord, node.data, path=path)
+            if before.boot_id != record.boot_id:
+                await self._certify(before)
+        if encode(record) != node.data:
+            ops.append(SetData(path, encode(record), node.version))
+        for child, content in (
+            (paths.cordon(record.name), Cordon()),
+            (paths.reservations(record.name), Reservations()),
+        ):
+            if await self._store.read(child) is None:
+                ops.append(op_create(child, content))
+        return ops
+
+    async def _certify(self, before: HostRecord) -> None:
+        """The host itself came back with another boot_id: proof that its former power cycle is over (H11)."""
+        path = paths.fence(before.name, before.boot_id)
+        await self._store.ensure(path)
+        log.info("former power cycle is over", boot_id=before.boot_id)
+
+    async def _drop_old_live(self) -> None:
+        """The session of a predecessor may last some seconds longer than it; its node is not ours."""
+        path = paths.live(self.here.host)
+        node = await self._store.read(path)
+        if node is not None:
+            await self._store.multi([Delete(path, node.version)])
+
+    async def _until_written(self, make: Callable[[], Awaitable[list[Op]]]) -> None:
+        while True:
+            ops = await make()
+            if not ops or isinstance(await self._store.multi(ops), Done):
+                return
+            await self._store.barrier()
+
+    # --- the ledger's guests ------------------------------------------------------------------------------------------
+
+    async def _scan_now_and_then(self) -> None:
+        """Find guests that the ledger says are ours and of which nothing is on this disk, so that they are declared."""
+        starting: set[str] = set()
+        wait_s = FIRST_SCAN_S
+        while True:
+            try:
+                starting = await self._scan(starting)
+            except (StoreUnavailable, BadRecord, DroverError) as error:
+                log.warning("scan of the ledger: trying again", error=str(error))
+                await asyncio.sleep(RETRY_S)
+                continue
+            await asyncio.sleep(wait_s)
+            wait_s = SCAN_S
+
+    async def _scan(self, starting_before: set[str]) -> set[str]:
+        """Births are buried only when they were found twice: whoever wrote one may be about to call `start_guest`."""
+        starting: set[str] = set()
+        for uuid in await self._store.children(paths.GUESTS):
+            if uuid in self._guests:
+                continue
+            node = await self._store.read(paths.guest(uuid))
+            if node is None or not node.data:
+                continue
+            try:
+                record = decode(GuestRecord, node.data, path=paths.guest(uuid))
+            except BadRecord as error:
+                log.error("a guest's record is unreadable", error=str(error))
+                continue
+            if record.owner.host != self.here.host or record.phase in (Ownership.CRASHED, Ownership.GONE):
+                continue
+            if record.phase is Ownership.STARTING:
+                starting.add(uuid)
+            if record.phase is not Ownership.STARTING or uuid in starting_before:
+                guest = await self._host(uuid)
+                guest.may_bury = True
+                guest.wake()
+        return starting
+
+    async def _host(self, uuid: str) -> HostedGuest:
+        """The guest's keeper here, made if there is none. Raises DroverError when the ledger knows no such guest."""
+        async with self._hosting:
+            known = self._guests.get(uuid)
+            if known is not None and not known.forgotten:
+                return known
+            known_form = _UUID.fullmatch(uuid) is not None
+            spec = await GuestLedger(self._store, uuid, self._tools.writer).spec() if known_form else None
+            if spec is None:
+                raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid}")
+            guest = HostedGuest(self._tools, GuestFiles(self._config, uuid, spec))
+            guest.may_bury = False
+            await guest.adopt()  # its own note on the disk may be what was lost
+            self._guests[uuid] = guest
+            guest.start()
+            return guest
+
+    def _known(self, uuid: str) -> HostedGuest:
+        guest = self._guests.get(uuid)
+        if guest is None or guest.forgotten:
+            raise DroverError(RefusalReason.NOT_FOUND, f"guest {uuid} is not on {self.here.host}")
+        return guest
+
+    # --- AgentService -------------------------------------------------------------------------------------------------
+
+    def see_epoch(self, epoch: int) -> None:
+        """H12. Raises STALE_EPOCH for a coordinator that was followed by another."""
+        if epoch_is_stale(self._journal.epoch, epoch):
+            log.warning("stale coordinator refused", epoch=epoch, seen=self._journal.epoch)
+            raise DroverError(
+                RefusalReason.STALE_EPOCH, f"epoch {epoch} is over: {self.here.host} has seen {self._journal.epoch}"
+            )
+        self._journal.see_epoch(epoch)
+
+    async def start_guest(self, uuid: str) -> GuestStatus:
+        return await self._to_its_end(self._kept(uuid, lambda guest: guest.birth()))
+
+    async def end_guest(self, uuid: str) -> None:
+        await self._to_its_end(self._kept(uuid, lambda guest: guest.end()))
+
+    async def _kept(self, uuid: str, call: Callable[[HostedGuest], Awaitable[T]]) -> T:
+        """By the guest's keeper, or by the next one when it has just ended."""
+        while True:
+            with contextlib.suppress(Forgotten):
+                return await call(await self._host(uuid))
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """A caller that is cut off ends its waiting, never a birth or a death half-way."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.info("call ended", error=str(task.exception()))
+
+    async def apply_want_run(self, uuid: str, sequence: int) -> WishApplied:
+        return await self._known(uuid).apply_wish(sequence)
+
+    async def prepare_destination(self, order: PrepareOrder) -> Prepared:
+        self.see_epoch(order.epoch)
+        return await self._kept(order.attempt.guest, lambda guest: guest.prepare(order))
+
+    async def conduct_attempt(self, order: ConductOrder) -> None:
+        self.see_epoch(order.epoch)
+        await self._known(order.attempt.guest).conduct(order)
+
+    def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:
+        for guest in self._guests.values():
+            departure = guest.departure
+            if departure is not None and (departure.ref.migration, departure.ref.attempt) == (migration, attempt):
+                return AttemptSeen(known=True, ended=False, report=departure.report())
+        report = self._journal.report(migration, attempt)
+        return AttemptSeen(known=report is not None, ended=report is not None, report=report)
+
+    def nudge(self, uuid: str) -> None:
+        guest = self._guests.get(uuid)
+        if guest is not None:
+            guest.wake()
+
+    async def inject_late_ack(self, uuid: str, device: str, at: str, times: int, bytes: int) -> str:
+        if not self._config.chaos:
+            raise DroverError(RefusalReason.CHAOS_DISABLED, f"{self.here.host} does not allow chaos")
+        return await self._known(uuid).inject_late_ack(device, at, times, bytes)
+
+    def status(self) -> AgentStatus:
+        sample = self._sample()
+        return AgentStatus(self.here, self._journal.epoch, sample.guests, sample.attempts)
+
+    def _sample(self) -> AgentSample:
+        for uuid in [uuid for uuid, guest in self._guests.items() if guest.forgotten]:
+            del self._guests[uuid]
+        guests = tuple(guest.status() for guest in self._guests.values() if guest.is_here)
+        attempts: list[AttemptStatus] = []
+        for guest in self._guests.values():
+            if guest.departure is not None:
+                attempts.append(guest.departure.status())
+        return AgentSample(guests, tuple(attempts))
+
+    async def watch(self) -> AsyncIterator[AgentSample]:
+        """Everything at once, then what changed: at most four times a second, and every change."""
+        told_guests: dict[str, GuestStatus] = {}
+        told_attempts: dict[AttemptRef, AttemptStatus] = {}
+        seen, first = -1, True
+        while True:
+            if seen != self._changes:
+                seen = self._changes
+                now = self._sample()
+                guests = tuple(one for one in now.guests if told_guests.get(one.guest) != one)
+                attempts = tuple(one for one in now.attempts if told_attempts.get(one.ref) != one)
+                told_guests = {one.guest: one for one in now.guests}
+                told_attempts = {one.ref: one for one in now.attempts}
+                if guests or attempts or first:
+                    first = False
+                    yield AgentSample(guests, attempts)
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SAMPLE_S * 4):
+                    await self._changed.wait()
+            await asyncio.sleep(SAMPLE_S)
+
+    # --- PeerService (agents.serving.peer.Sessions) ------------------------------------------------------------------
+
+    def departing(self, key: AttemptKey) -> Departure | None:
+        for guest in self._guests.values():
+            if guest.departure is not None and guest.departure.key == key:
+                return guest.departure
+        return None
+
+    def arriving(self, key: AttemptKey) -> Arrival | None:
+        for guest in self._guests.values():
+            found = guest.arrivals.get(key[:2])
+            if found is not None and found.key == key:
+                return found
+        return None

@@ -1,0 +1,166 @@
+"""One VMM process of a guest with the process that holds its devices: made, adopted and ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from agents.engine import base as engine
+from agents.guest import duty as keeping
+from agents.guest.files import GuestFiles
+from agents.shims.base import DestinationShim, InVmmDevices, ShimError, SourceShim
+from agents.shims.companion import DeviceProcess
+
+MIGRATING = frozenset(
+    {
+        engine.EngineStatus.SETUP,
+        engine.EngineStatus.ACTIVE,
+        engine.EngineStatus.PARKED,
+        engine.EngineStatus.DEVICE,
+        engine.EngineStatus.CANCELLING,
+        engine.EngineStatus.FAILING,
+    }
+)
+
+
+class Copy:
+    """A VMM process that is, was or may become the guest. Knows by events whether the vCPUs run."""
+
+    def __init__(self, files: GuestFiles, vmm: engine.Vmm, devices: DeviceProcess | None, *, running: bool) -> None:
+        self.files = files
+        self.vmm = vmm
+        self.devices = devices
+        self.running = running
+        self.ended = ""
+        """How the guest ended by itself; empty while it did not."""
+        self.in_session = False
+        self.on_change: Callable[[], None] = lambda: None
+        vmm.subscribe(self._event)
+
+    @property
+    def inc(self) -> str:
+        return self.vmm.metadata.inc
+
+    @property
+    def incoming(self) -> bool:
+        return self.vmm.metadata.role == "incoming"
+
+    def _event(self, event: engine.EngineEvent) -> None:
+        match event:
+            case engine.RunStateChanged(running, _):
+                self.running = running
+            case engine.GuestEnded(how):
+                self.ended = how
+            case engine.VmmDied():
+                self.running = False
+            case _:
+                return
+        self.on_change()
+
+    def source_shims(self) -> list[SourceShim]:
+        return self.devices.source_shims() if self.devices else []
+
+    def destination_shims(self) -> list[DestinationShim]:
+        return self.devices.destination_shims() if self.devices else []
+
+    def in_vmm(self) -> InVmmDevices | None:
+        """The devices inside the VMM; None when there are none."""
+        return self.devices.in_vmm() if self.devices else None
+
+    async def look(self) -> keeping.Copy:
+        """What the keeper needs to know, asked from the VMM now. Raises EngineError when it does not answer."""
+        metadata = self.vmm.metadata
+        seen = keeping.Copy(self.inc, self.incoming, metadata.migration, metadata.attempt, in_session=self.in_session)
+        if self.in_session:
+            return replace(seen, running=self.running)
+        state = await self.vmm.state()
+        self.found(state.run_state)
+        return replace(
+            seen,
+            running=self.running,
+            ended=bool(self.ended),
+            sealed=state.run_state is engine.RunState.SEALED,
+            migrating=not self.incoming and state.status in MIGRATING,
+        )
+
+    def found(self, run_state: engine.RunState) -> None:
+        """What the VMM says of its vCPUs, where no event has told it."""
+        self.running = run_state is engine.RunState.RUNNING
+        if run_state is engine.RunState.ENDED:
+            self.ended = self.ended or "before this agent came"
+
+    async def destroy(self) -> None:
+        """VMM and devices are gone and their files removed. Idempotent."""
+        await self.vmm.destroy()
+        if self.devices is not None:
+            await self.devices.destroy()
+        self.files.marker(self.inc).unlink(missing_ok=True)
+
+    async def detach(self) -> None:
+        """Leave both processes to a later agent."""
+        await self.vmm.detach()
+        if self.devices is not None:
+            await self.devices.detach()
+
+
+async def _devices(files: GuestFiles, inc: str, *, incoming: bool) -> DeviceProcess | None:
+    if not files.has_devices:
+        return None
+    return await DeviceProcess.start(files.devices_spec(inc), incoming=incoming)
+
+
+async def start(mover: engine.MigrationEngine, files: GuestFiles, inc: str) -> Copy:
+    """A new guest, running. Raises EngineError or ShimError; nothing is left behind then."""
+    files.make()
+    devices = await _devices(files, inc, incoming=False)
+    try:
+        vmm = await mover.start(files.vmm_spec(inc))
+    except BaseException:
+        if devices is not None:
+            await devices.destroy()
+        raise
+    return Copy(files, vmm, devices, running=True)
+
+
+async def prepare(
+    mover: engine.MigrationEngine, files: GuestFiles, inc: str, migration: str, attempt: int, multifd_channels: int
+) -> Copy:
+    """A paused copy that waits for the stream of one attempt. Raises as `start` does."""
+    files.make()
+    devices = await _devices(files, inc, incoming=True)
+    try:
+        spec = files.vmm_spec(inc, multifd_channels=multifd_channels)
+        vmm = await mover.prepare_incoming(spec, migration, attempt)
+    except BaseException:
+        if devices is not None:
+            await devices.destroy()
+        raise
+    return Copy(files, vmm, devices, running=False)
+
+
+async def adopt(mover: engine.MigrationEngine, files: GuestFiles, metadata: engine.VmmMetadata) -> Copy | None:
+    """The copy of an earlier agent; None when the VMM is gone, and then nothing of it is left.
+
+    Raises EngineError or ShimError when a process lives and does not answer: it is left as it is, to be asked again.
+    """
+    spec = files.vmm_spec(metadata.inc)
+    devices = await DeviceProcess.adopt(files.devices_spec(metadata.inc)) if files.has_devices else None
+    vmm: engine.Vmm | None = None
+    try:
+        vmm = await mover.adopt(metadata, spec)
+        if vmm is not None:
+            copy = Copy(files, vmm, devices, running=False)
+            copy.found((await vmm.state()).run_state)
+            return copy
+    except BaseException:
+        for held in filter(None, (vmm, devices)):
+            await held.detach()
+        raise
+    with contextlib.suppress(ShimError):
+        if devices is not None:
+            await devices.destroy()
+    for path in (spec.console_path, *files.directory.glob(f"{metadata.inc}.*")):
+        await asyncio.to_thread(path.unlink, missing_ok=True)
+    return None

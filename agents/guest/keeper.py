@@ -1,0 +1,708 @@
+"""One guest on this host: its VMM processes, the sessions that conduct its attempts, and what is owed between them.
+
+Nothing is decided here. Sessions are the machines of `source_session` and `destination_session` behind their runners;
+whatever no session speaks for is decided by `keeping.duty`, on a record that was read behind a barrier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import structlog
+
+from agents.config import AgentConfig
+from agents.engine import base as engine
+from agents.guest import copies as making
+from agents.guest import duty as keeping
+from agents.guest.copies import Copy
+from agents.guest.duty import Do, Duty
+from agents.guest.files import GuestFiles
+from agents.guest.ledger import GuestLedger
+from agents.handover import preflight
+from agents.handover.arrival import Arrival
+from agents.handover.departure import Departure
+from agents.handover.destination import DestinationState, restarted_destination
+from agents.handover.destination_shell import DestinationRunner
+from agents.handover.ledger import AttemptLedger
+from agents.handover.source import SourceStage, SourceState, restarted_source
+from agents.handover.source_shell import SourceRunner
+from agents.handover.words import Command, Seen
+from agents.host.journal import Journal
+from agents.host.metrics import Metrics
+from agents.serving.peer import DestinationClient, SourceClient
+from agents.shims.base import ShimError
+from orchestrator.core.agent import ConductOrder, GuestStatus, PrepareOrder, RunState, WishApplied
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.migration import Prepared
+from orchestrator.core.policy import MigrationPolicy, OnTimeout
+from orchestrator.core.records import HostRecord, ShimKind, WantRun
+from orchestrator.core.switchover import AckLedger
+from orchestrator.ledger import paths
+from orchestrator.ledger.records import BadRecord, decode
+from orchestrator.ledger.store import Store, StoreUnavailable
+
+log = structlog.get_logger(__name__)
+
+RESYNC_S = 5.0
+RETRY_S = 0.3
+NEEDS_OPERATOR_S = 5.0
+"""A guest that could not be started again is tried again this often; it is started nowhere else."""
+WISH_S = 2.0
+"""So long the answer to a pause or resume waits for its effect."""
+
+
+class PeerChannels(Protocol):
+    """Connections to the other agents' PeerService, kept warm."""
+
+    def destination(self, address: str, ref: AttemptRef, inc: str) -> DestinationClient: ...
+
+    def source(self, address: str, ref: AttemptRef, inc: str) -> SourceClient: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What all guests of an agent share."""
+
+    config: AgentConfig
+    here: HostRef
+    writer: str
+    """Names this agent process in every record it writes."""
+    mover: engine.MigrationEngine
+    store: Store
+    commits: Store
+    """A session of its own for attempts: nothing may queue before a COMMIT."""
+    journal: Journal
+    peers: PeerChannels
+    metrics: Metrics
+    departures: Callable[[], int]
+    """Attempts that this host is the source of: they share its link."""
+    link_shared: Callable[[], None]
+    """Their number changed."""
+    changed: Callable[[], None]
+    """Something that watchers of this agent want to know."""
+
+
+def session_number(ref: AttemptRef) -> int:
+    """Names a device's session of one attempt; unlike across migrations, so that none is taken for another's."""
+    return int(ref.migration.replace("-", "")[:10], 16) << 8 | ref.attempt & 0xFF
+
+
+class Forgotten(Exception):
+    """The keeper had nothing of the guest left and ended while the call waited for its turn: another one has to take
+    it. What this one made now, nobody would keep."""
+
+
+class HostedGuest:
+    """All calls are idempotent and raise DroverError; `wake` makes the keeper look. `birth`, `end` and `prepare` raise
+    Forgotten as well."""
+
+    def __init__(self, tools: Tools, files: GuestFiles) -> None:
+        self._tools = tools
+        self.files = files
+        self.ledger = GuestLedger(tools.store, files.uuid, tools.writer)
+        self.copies: dict[str, Copy] = {}
+        self.departure: Departure | None = None
+        self.arrivals: dict[tuple[str, int], Arrival] = {}
+        self.record: GuestRecord | None = None
+        """As last seen; a hint."""
+        self._wish = WantRun()
+        self._turn = asyncio.Lock()
+        self._woken = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unwatch: Callable[[], None] = lambda: None
+        self.may_bury = True
+        """A record that says STARTING may be of a birth that is about to be asked for; only a restart is sure."""
+        self.forgotten = False
+        """Nothing of the guest is here any more."""
+        self._all_known = False
+        """Every process that an earlier agent left was adopted, or is dead."""
+
+    @property
+    def uuid(self) -> str:
+        return self.files.uuid
+
+    @property
+    def name(self) -> str:
+        return self.files.spec.name
+
+    # --- life of this object ------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to watch and to keep."""
+        self._unwatch = self.ledger.watch(self._record_seen, self._wish_seen)
+        self._spawn(self._keep())
+
+    async def adopt(self) -> None:
+        """Find the processes that an earlier agent left, before anything is decided about them."""
+        try:
+            await self._adopt_left()
+        except (DroverError, BadRecord) as error:
+            log.error("nothing is done to a guest yet", guest=self.name, error=str(error))
+
+    async def _adopt_left(self) -> None:
+        """Raises BUSY while a process that was left is alive and does not answer, BadRecord for a note that cannot be
+        read: what is not known is not dead, and nothing may be decided before."""
+        if self._all_known:
+            return
+        for metadata in self.files.processes():
+            if metadata.inc in self.copies:
+                continue
+            try:
+                copy = await making.adopt(self._tools.mover, self.files, metadata)
+            except (engine.EngineError, ShimError) as error:
+                said = f"its process {metadata.inc} does not answer: {error}"
+                raise self._refused(RefusalReason.BUSY, said) from error
+            if copy is not None:
+                self._add(copy)
+        self._all_known = True
+
+    async def stop(self) -> None:
+        """Let go of everything and leave it to a later agent."""
+        self._unwatch()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(copy.detach() for copy in self.copies.values()), return_exceptions=True)
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _add(self, copy: Copy) -> None:
+        self.copies[copy.inc] = copy
+        copy.on_change = self._copy_changed
+
+    def _copy_changed(self) -> None:
+        self.wake()
+        self._tools.changed()
+
+    def _record_seen(self, record: GuestRecord | None) -> None:
+        self.record = record
+        self.wake()
+
+    def _wish_seen(self, wish: WantRun) -> None:
+        if wish.sequence >= self._wish.sequence:
+            self._wish = wish
+            if self.departure is not None:
+                self.departure.wish(wish.run)
+        self.wake()
+
+    def _must_keep(self) -> None:
+        if self.forgotten:
+            raise Forgotten(self.uuid)
+
+    # --- birth and death ----------------------------------------------------------------------------------------------
+
+    async def birth(self) -> GuestStatus:
+        """Execute a guest whose record says STARTING here."""
+        async with self._turn:
+            self._must_keep()
+            record = await self._fresh()
+            if record.owner != self._tools.here or record.phase in (Ownership.GONE, Ownership.CRASHED):
+                raise self._refused(RefusalReason.GUEST_NOT_RUNNING, f"{record.phase}, owner {record.owner.host}")
+            if record.phase is Ownership.STARTING and not self.copies:
+                await self._execute()
+            if record.phase is Ownership.STARTING and not await self.ledger.started():
+                raise self._refused(RefusalReason.GUEST_NOT_RUNNING, "its record changed while it was started")
+        self.wake()
+        self._tools.changed()
+        return self.status()
+
+    async def _execute(self) -> None:
+        try:
+            self._add(await making.start(self._tools.mover, self.files, secrets.token_hex(8)))
+        except (engine.EngineError, ShimError, OSError) as error:
+            await self.ledger.buried(self._tools.here)
+            self.files.remove()
+            self.forgotten = True
+            raise DroverError(
+                RefusalReason.INTERNAL, f"guest {self.name} did not start on {self._tools.here.host}: {error}"
+            ) from error
+
+    async def end(self) -> None:
+        """Stop the guest for good. It is stopped before its name is free, so that no two lives overlap."""
+        async with self._turn:
+            self._must_keep()
+            record = await self._fresh()
+            if record.phase is Ownership.GONE:
+                return
+            if record.owner.host != self._tools.here.host or record.phase not in (Ownership.IDLE, Ownership.CRASHED):
+                raise self._refused(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
+            for copy in self.copies.values():
+                with contextlib.suppress(engine.EngineError):
+                    await copy.vmm.pause()
+            if not await self.ledger.buried(self._tools.here):
+                raise self._refused(RefusalReason.GUEST_IS_MIGRATING, "its record changed")
+            await self._clear()
+        self._tools.changed()
+
+    async def _clear(self) -> None:
+        for copy in list(self.copies.values()):
+            await copy.destroy()
+        self.copies.clear()
+        self.files.remove()
+        self.forgotten = True
+
+    # --- the operator's wish ------------------------------------------------------------------------------------------
+
+    async def apply_wish(self, sequence: int) -> WishApplied:
+        """Make the wish in the ledger true, now if the hand-over rules allow."""
+        self._wish_seen(await self.ledger.want_run(sequence))
+        run = self._wish.run
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + WISH_S
+        while loop.time() < deadline:
+            departure = self.departure
+            if departure is not None:
+                applied = departure.wish_is_applied(run)
+                if applied is not None:
+                    return WishApplied(applied, self.status().run_state)
+            elif self.status().run_state is RunState.ENDED:
+                return WishApplied(False, RunState.ENDED)
+            elif await self._at_rest(run):
+                return WishApplied(True, self.status().run_state)
+            else:
+                self.wake()
+            await asyncio.sleep(0.01)
+        return WishApplied(False, self.status().run_state)
+
+    async def _at_rest(self, run: bool) -> bool:
+        async with self._turn:
+            own = self._own()
+            return own is not None and own.running == run and not own.in_session
+
+    # --- destination --------------------------------------------------------------------------------------------------
+
+    async def prepare(self, order: PrepareOrder) -> Prepared:
+        """A paused copy that waits for the stream of this attempt. The same attempt gets the same answer."""
+        ref = order.attempt
+        async with self._turn:
+            self._must_keep()
+            known = self.arrivals.get((ref.migration, ref.attempt))
+            if known is not None:
+                return known.prepared
+            record = await self._fresh()
+            self._must_be_open(record, ref)
+            if record.destination != self._tools.here or record.inc:
+                raise self._stale(ref, "is not to arrive here")
+            await preflight.must_fit(self._tools.mover, self._tools.config, self.files)
+            arrival = await self._make_arrival(order)
+            self.arrivals[ref.migration, ref.attempt] = arrival
+            self._receive(arrival)
+        self._tools.changed()
+        return arrival.prepared
+
+    async def _make_arrival(self, order: PrepareOrder) -> Arrival:
+        ref, inc = order.attempt, secrets.token_hex(8)
+        try:
+            copy = await making.prepare(
+                self._tools.mover, self.files, inc, ref.migration, ref.attempt, order.multifd_channels
+            )
+        except (engine.EngineError, ShimError, OSError) as error:
+            said = f"{self._tools.here.host} cannot prepare guest {self.name}: {error}"
+            raise DroverError(RefusalReason.INTERNAL, said) from error
+        self._add(copy)
+        state = DestinationState(ref, self._tools.here, inc, has_devices=bool(self.files.companions))
+        peer = self._tools.peers.source(order.source_peer_address, ref, inc)
+        try:
+            runner = self._destination_runner(copy, state, peer)
+            await runner.begin(session_number(ref))
+        except ShimError as error:
+            self.copies.pop(inc)
+            await copy.destroy()
+            raise DroverError(RefusalReason.INTERNAL, f"devices of guest {self.name}: {error}") from error
+        config = self._tools.config
+        address = f"{config.address}:{config.peer_port}"
+        made = copy.vmm.metadata
+        acks = (await preflight.probed(self._tools.mover, self._tools.here.host))["switchover_ack"]
+        return Arrival(runner, copy, peer, Prepared(inc, made.endpoint, address, made.machine, acks))
+
+    def _destination_runner(self, copy: Copy, state: DestinationState, peer: SourceClient) -> DestinationRunner:
+        async def want_run() -> bool:
+            return (await self.ledger.want_run()).run
+
+        tools = self._tools
+        return DestinationRunner(
+            state,
+            copy.vmm,
+            copy.destination_shims(),
+            AttemptLedger(tools.commits, state.ref, tools.here, copy.inc, tools.writer),
+            peer,
+            self.files.marker(copy.inc),
+            want_run,
+            in_vmm=copy.in_vmm(),
+        )
+
+    def _receive(self, arrival: Arrival, first: tuple[Command, ...] = ()) -> None:
+        arrival.copy.in_session = True
+
+        async def run() -> None:
+            ref = arrival.ref
+            try:
+                stage = await arrival.receive(first)
+                log.info("arrival ended", migration=ref.migration, attempt=ref.attempt, guest=self.name, stage=stage)
+                if not arrival.copy.vmm.alive():
+                    await arrival.copy.destroy()
+            except Exception:
+                log.exception("arrival failed", migration=ref.migration, attempt=ref.attempt, guest=self.name)
+                await asyncio.sleep(RETRY_S)
+            finally:
+                arrival.copy.in_session = False
+                self.arrivals.pop((ref.migration, ref.attempt), None)
+                self.wake()
+                self._tools.changed()
+
+        self._spawn(run())
+
+    # --- source -------------------------------------------------------------------------------------------------------
+
+    async def conduct(self, order: ConductOrder) -> None:
+        """Accept one attempt; from here this agent owns the transfer. Repeated calls for it are answered alike."""
+        ref = order.attempt
+        async with self._turn:
+            if self.departure is not None and self.departure.ref == ref:
+                return
+            if self.departure is not None:
+                raise self._refused(RefusalReason.BUSY, f"attempt {self.departure.ref.attempt} is still being ended")
+            if self._tools.journal.report(ref.migration, ref.attempt) is not None:
+                return
+            record = await self._fresh()
+            self._must_be_open(record, ref)
+            own = self._own()
+            if record.owner != self._tools.here or own is None or record.inc:
+                # Bound without a session of ours: its conductor died, and a restarted agent conducts nothing (H7).
+                raise self._stale(ref, "cannot be conducted here")
+            departure = await self._make_departure(order, own)
+            self._depart(departure)
+
+    async def _make_departure(self, order: ConductOrder, own: Copy) -> Departure:
+        try:
+            state = await own.vmm.state()
+        except engine.EngineError as error:
+            raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"guest {self.name}: {error}") from error
+        if own.in_session or state.status in making.MIGRATING:
+            raise self._refused(RefusalReason.BUSY, "an earlier attempt is still being ended")
+        wish = await self.ledger.want_run()
+        if state.run_state is engine.RunState.SEALED:
+            if wish.run:
+                raise self._refused(RefusalReason.BUSY, "it is about to run again after its last attempt")
+            said = "it was stopped after its last attempt had sent everything; QEMU moves it again once it has run"
+            raise self._refused(RefusalReason.RETRY_NEEDS_RUN, said)
+        if state.run_state is engine.RunState.ENDED:
+            raise self._refused(RefusalReason.GUEST_NOT_RUNNING, "it has shut down")
+        tools = self._tools
+        await preflight.must_be_movable(tools.mover, tools.here.host, self.name, own, order.prepared)
+        paused = state.run_state is engine.RunState.PAUSED
+        session = SourceState(
+            order.attempt,
+            self._tools.here,
+            order.prepared.inc,
+            suspend_on_timeout=order.policy.on_timeout is OnTimeout.SUSPEND,
+            has_devices=bool(self.files.companions),
+            inside=bool(self.files.in_vmm),
+            gate_wait=order.policy.gate_wait_ms > 0,
+            want_run=wish.run,
+            paused=paused,
+            acks=AckLedger(stopped=paused),
+        )
+        peer = self._tools.peers.destination(order.prepared.peer_address, order.attempt, order.prepared.inc)
+        options = preflight.outgoing(order, tools.config, self.files, tools.departures, paused=paused)
+        runner = self._source_runner(own, session, peer, order.policy, options)
+        return Departure(runner, own, peer, order.destination.host)
+
+    def _source_runner(
+        self,
+        copy: Copy,
+        state: SourceState,
+        peer: DestinationClient,
+        policy: MigrationPolicy,
+        options: engine.OutgoingOptions,
+    ) -> SourceRunner:
+        tools = self._tools
+        return SourceRunner(
+            state,
+            copy.vmm,
+            copy.source_shims(),
+            AttemptLedger(tools.commits, state.ref, tools.here, state.inc, tools.writer),
+            peer,
+            policy,
+            options,
+            session_number(state.ref),
+            in_vmm=copy.in_vmm(),
+        )
+
+    def _depart(self, departure: Departure, first: tuple[Command, ...] | None = None) -> None:
+        self.departure = departure
+        departure.copy.in_session = True
+
+        async def run() -> None:
+            ref = departure.ref
+            try:
+                report = await departure.conduct(first)
+                if first is None or self._tools.journal.report(ref.migration, ref.attempt) is None:
+                    self._tools.journal.keep(ref.migration, report)
+                    self._tools.metrics.attempt_over(report, self.files.companions)
+                log.info(
+                    "departure ended",
+                    migration=ref.migration,
+                    attempt=ref.attempt,
+                    guest=self.name,
+                    stage=departure.runner.state.stage,
+                )
+                if not departure.copy.vmm.alive():
+                    await departure.copy.destroy()
+                if departure.runner.state.stage is SourceStage.ENDED_NEEDS_OPERATOR:
+                    await asyncio.sleep(NEEDS_OPERATOR_S)
+            except Exception:
+                # The keeper finds the attempt without its conductor and ends it as a restarted agent would.
+                log.exception("departure failed", migration=ref.migration, attempt=ref.attempt, guest=self.name)
+                await asyncio.sleep(RETRY_S)
+            finally:
+                departure.copy.in_session = False
+                self.departure = None
+                self._tools.link_shared()
+                self.wake()
+                self._tools.changed()
+
+        self._spawn(run())
+        self._spawn(self._sample(departure))
+        self._tools.link_shared()
+
+    async def _sample(self, departure: Departure) -> None:
+        while self.departure is departure:
+            await departure.sample()
+            self._tools.changed()
+            await asyncio.sleep(0.25)
+
+    # --- chaos --------------------------------------------------------------------------------------------------------
+
+    async def inject_late_ack(self, device: str, at: str, times: int, bytes: int) -> str:
+        """The scenario that is in force for the device afterwards."""
+        own = self._own()
+        known = [known.name for known in (*self.files.companions, *self.files.in_vmm)]
+        if own is None or own.devices is None or device not in known:
+            names = ", ".join(known) or "none"
+            raise DroverError(
+                RefusalReason.NOT_FOUND,
+                f"guest {self.name} has no device {device} here that could be told to; it has: {names}",
+                field="device",
+            )
+        try:
+            return await own.devices.inject_late_ack(device, at, times, bytes)
+        except ShimError as error:
+            raise DroverError(RefusalReason.INTERNAL, f"device {device} of guest {self.name}: {error}") from error
+
+    # --- keeping ------------------------------------------------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        """Look whenever something changed, and now and then, until nothing of the guest is here."""
+        while not self.forgotten:
+            try:
+                async with asyncio.timeout(RESYNC_S):
+                    await self._woken.wait()
+            except TimeoutError:
+                if not self._suspicious():
+                    continue
+            self._woken.clear()
+            try:
+                async with self._turn:
+                    await self._keep_once()
+            except (StoreUnavailable, DroverError, engine.EngineError, ShimError) as error:
+                log.warning("keeping a guest: trying again", guest=self.name, error=str(error))
+                await asyncio.sleep(RETRY_S)
+                self.wake()
+            except BadRecord as error:
+                log.error("a guest's record is unreadable: nothing is done to it", guest=self.name, error=str(error))
+                await asyncio.sleep(RESYNC_S)
+                self.wake()
+        self._unwatch()
+
+    def _suspicious(self) -> bool:
+        """Is a periodic look worth a write (the barrier)? At rest the watches and the processes tell everything."""
+        own = self._own()
+        settled = self.record is not None and self.record.phase is Ownership.IDLE
+        if own is None or not settled or len(self.copies) > 1:
+            return True
+        return own.running != self._wish.run and not own.ended
+
+    def _spoken_for(self) -> bool:
+        """Sessions conduct all that is here, and wake the keeper at their ends: a look before that costs a write."""
+        conducted = bool(self.copies) and all(copy.in_session for copy in self.copies.values())
+        return self.departure is not None or conducted
+
+    async def _keep_once(self) -> None:
+        while not self._spoken_for() and not self.forgotten:
+            record = await self._fresh()
+            wish = await self.ledger.want_run()
+            self._wish = wish
+            seen = [await copy.look() for copy in self.copies.values() if copy.in_session or copy.vmm.alive()]
+            marker = bool(record.inc) and self.files.marker(record.inc).exists()
+            duty = keeping.duty(record, self._tools.here, seen, marker=marker, want_run=wish.run)
+            if duty.do is Do.BURY and not self.may_bury:
+                return
+            if duty.do is Do.NOTHING:
+                await self._tidy(record)
+                return
+            log.info("keeping", guest=self.name, do=duty.do, inc=duty.inc, phase=record.phase)
+            await self._duties[duty.do](self, duty, record)
+
+    async def _tidy(self, record: GuestRecord) -> None:
+        """Remove what is left of dead processes; forget a guest of which nothing is here."""
+        for copy in list(self.copies.values()):
+            if not copy.in_session and not copy.vmm.alive():
+                self.copies.pop(copy.inc)
+                await copy.destroy()
+        elsewhere = record.owner.host != self._tools.here.host or record.phase is Ownership.GONE
+        if elsewhere and not self.copies and not self.arrivals and self.departure is None:
+            self.files.remove()
+            self.forgotten = True
+
+    async def _finish_birth(self, duty: Duty, record: GuestRecord) -> None:
+        await self.ledger.started()
+
+    async def _bury(self, duty: Duty, record: GuestRecord) -> None:
+        await self.ledger.buried(self._tools.here)
+
+    def _attempt_ledger(self, record: GuestRecord) -> AttemptLedger:
+        ref = AttemptRef(self.uuid, record.migration, record.attempt)
+        return AttemptLedger(self._tools.store, ref, record.owner, record.inc, self._tools.writer)
+
+    async def _declare_crashed(self, duty: Duty, record: GuestRecord) -> None:
+        await self._settled(self._attempt_ledger(record).crashed())
+
+    async def _give_back(self, duty: Duty, record: GuestRecord) -> None:
+        await self._settled(self._attempt_ledger(record).roll_back(vmm_seen_dead=True, marker=False))
+
+    async def _settled(self, write: Awaitable[Seen]) -> None:
+        """Whatever came of it, the next look decides; an unknown outcome waits for the store."""
+        if await write is Seen.LEDGER_UNKNOWN:
+            raise StoreUnavailable("outcome unknown")
+
+    async def _promote(self, duty: Duty, record: GuestRecord) -> None:
+        await self.copies[duty.inc].vmm.promote()
+
+    async def _end_as_source(self, duty: Duty, record: GuestRecord) -> None:
+        """H7: an attempt whose conductor died."""
+        copy = self.copies[duty.inc]
+        seen = await copy.look()
+        status = (await copy.vmm.state()).status
+        ref = AttemptRef(self.uuid, record.migration, record.attempt)
+        parked = status is engine.EngineStatus.PARKED
+        state, first = restarted_source(
+            ref, self._tools.here, record.inc, want_run=self._wish.run, parked=parked, sealed=seen.sealed
+        )
+        destination = record.owner if record.owner != self._tools.here else record.destination or record.owner
+        peer = self._tools.peers.destination(await self._peer_address(destination.host), ref, record.inc)
+        options = engine.OutgoingOptions("", engine.HoldStart.OPEN, 0, 1, 1)
+        runner = self._source_runner(copy, state, peer, MigrationPolicy(), options)
+        self._depart(Departure(runner, copy, peer, destination.host), first)
+
+    async def _end_as_destination(self, duty: Duty, record: GuestRecord) -> None:
+        copy = self.copies[duty.inc]
+        metadata = copy.vmm.metadata
+        ref = AttemptRef(self.uuid, metadata.migration, metadata.attempt)
+        marker = self.files.marker(duty.inc).exists()
+        state, first = restarted_destination(ref, self._tools.here, duty.inc, vmm_alive=True, marker=marker)
+        source = record.source or record.owner
+        peer = self._tools.peers.source(await self._peer_address(source.host), ref, duty.inc)
+        runner = self._destination_runner(copy, state, peer)
+        prepared = Prepared(duty.inc, metadata.endpoint, "")
+        arrival = Arrival(runner, copy, peer, prepared)
+        self.arrivals[ref.migration, ref.attempt] = arrival
+        self._receive(arrival, first)
+
+    async def _peer_address(self, host: str) -> str:
+        node = await self._tools.store.read(paths.host(host))
+        return (
+            decode(HostRecord, node.data, path=paths.host(host)).peer_address if node and node.data else "127.0.0.1:1"
+        )
+
+    async def _discard(self, duty: Duty, record: GuestRecord) -> None:
+        copy = self.copies.pop(duty.inc)
+        await copy.destroy()
+
+    async def _run(self, duty: Duty, record: GuestRecord) -> None:
+        """A guest that arrived paused is announced now: QEMU sends nothing while the vCPUs stand."""
+        vmm = self.copies[duty.inc].vmm
+        await vmm.resume()
+        if any(device.shim is ShimKind.NET for device in self.files.spec.devices):
+            await vmm.announce()
+
+    async def _stop(self, duty: Duty, record: GuestRecord) -> None:
+        await self.copies[duty.inc].vmm.pause()
+
+    _duties: ClassVar[dict[Do, Callable[[HostedGuest, Duty, GuestRecord], Coroutine[Any, Any, None]]]] = {
+        Do.FINISH_BIRTH: _finish_birth,
+        Do.BURY: _bury,
+        Do.DECLARE_CRASHED: _declare_crashed,
+        Do.GIVE_BACK: _give_back,
+        Do.PROMOTE: _promote,
+        Do.END_AS_SOURCE: _end_as_source,
+        Do.END_AS_DESTINATION: _end_as_destination,
+        Do.DISCARD: _discard,
+        Do.RUN: _run,
+        Do.STOP: _stop,
+    }
+
+    # --- what others see ----------------------------------------------------------------------------------------------
+
+    def _own(self) -> Copy | None:
+        """The copy that is the guest, as far as is known without asking."""
+        alive = [copy for copy in self.copies.values() if copy.vmm.alive()]
+        born = [copy for copy in alive if not copy.incoming]
+        named = [copy for copy in alive if self.is_here and self.record is not None and copy.inc == self.record.inc]
+        return (named or born or [None])[0]
+
+    def status(self) -> GuestStatus:
+        own = self._own()
+        if own is None and not self._all_known:
+            return GuestStatus(self.uuid, self.name, "", RunState.UNKNOWN)
+        if own is None:
+            starting = self.record is None or self.record.phase is Ownership.STARTING
+            return GuestStatus(self.uuid, self.name, "", RunState.STARTING if starting else RunState.ENDED)
+        if own.ended:
+            state = RunState.ENDED
+        elif own.running:
+            state = RunState.RUNNING
+        else:
+            state = RunState.STOPPED if self._wish.run else RunState.PAUSED
+        return GuestStatus(self.uuid, self.name, own.inc, state, own.vmm.metadata.pid)
+
+    @property
+    def is_here(self) -> bool:
+        """This host owns the guest, as far as is known."""
+        return self.record is not None and self.record.owner.host == self._tools.here.host
+
+    # --- refusals -----------------------------------------------------------------------------------------------------
+
+    async def _fresh(self) -> GuestRecord:
+        """The record, once all processes are known. Raises StoreUnavailable and BadRecord as well."""
+        await self._adopt_left()
+        record = await self.ledger.record()
+        if record is None:
+            raise self._refused(RefusalReason.NOT_FOUND, "it has no record")
+        self.record = record
+        return record
+
+    def _must_be_open(self, record: GuestRecord, ref: AttemptRef) -> None:
+        if record.phase is not Ownership.OPEN or (record.migration, record.attempt) != (ref.migration, ref.attempt):
+            raise self._stale(ref, f"is not open: the record says {record.phase}, attempt {record.attempt}")
+
+    def _stale(self, ref: AttemptRef, said: str) -> DroverError:
+        return DroverError(
+            RefusalReason.STALE_ATTEMPT, f"attempt {ref.attempt} of {ref.migration} for guest {self.name} {said}"
+        )
+
+    def _refused(self, reason: RefusalReason, said: str) -> DroverError:
+        return DroverError(reason, f"guest {self.name}: {said}")

@@ -1,0 +1,306 @@
+"""The shell of a destination session: carries out the commands of `destination.py`. Nothing is decided here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import structlog
+
+from agents.engine import base as engine
+from agents.handover import words
+from agents.handover.destination import DestinationState, destination_step
+from agents.handover.ledger import AttemptLedger
+from agents.handover.peer import PeerUnavailable, SourcePeer
+from agents.handover.report import DEVICES_LOST, device_entries
+from agents.handover.words import Command, Do, Event, Note, Seen, WriteAbort
+from agents.shims.base import DestinationShim, Frame, FrameKind, InVmmDevices, Load, ShimError
+from orchestrator.core.handover import GuestRecord
+from orchestrator.core.records import TimelineEntry
+from orchestrator.ledger.store import StoreUnavailable
+
+_RETRY_S = 0.1
+_END_S = 5.0
+_SOURCE_TIME_S = 2.0
+_LOOK_S = 0.5
+
+
+@dataclass
+class DestinationRunner:
+    """One attempt at its destination, from the waiting VMM to DONE or to its discard."""
+
+    state: DestinationState
+    vmm: engine.Vmm
+    shims: Sequence[DestinationShim]
+    ledger: AttemptLedger
+    peer: SourcePeer
+    marker: Path
+    """In the host's volatile directory. Written before anything here can have an effect on the guest."""
+    want_run: Callable[[], Awaitable[bool]]
+    """The operator's wish, read from the ledger when the guest is about to start and no GO has brought it."""
+    in_vmm: InVmmDevices | None = None
+    timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    """The guest was started here, or left stopped as wished."""
+    _told_want_run: bool | None = None
+    _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
+    _commands: asyncio.Queue[Command] = field(default_factory=asyncio.Queue[Command])
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    _loads: tuple[Load, ...] = ()
+    _ended: set[str] = field(default_factory=set[str])
+
+    def feed(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    def go(self, inc: str, want_run: bool) -> None:
+        """GO brings what the source knows of the wish, so that nothing is read in the blackout."""
+        if inc == self.state.inc:
+            self._told_want_run = want_run
+        self.feed(words.GoSeen(inc))
+
+    async def begin(self, session_number: int) -> None:
+        """Devices -> RESUMING, before the source may send. Raises ShimError."""
+        for shim in self.shims:
+            await shim.begin_load(session_number)
+
+    async def frame(self, frame: Frame) -> None:
+        """One piece of a device's state; its ACK goes back from here."""
+        shim = next((shim for shim in self.shims if shim.device == frame.device), None)
+        if shim is None:
+            return
+        try:
+            ack = await shim.load(frame)
+        except ShimError as error:
+            self._note("shim_failed", str(error))
+            self.feed(Seen.SHIM_FAILED)
+            return
+        if ack is not None:
+            self._spawn(self._repeat(lambda: self.peer.ack(ack), once=True))
+        if frame.kind is FrameKind.END:
+            self._ended.add(frame.device)
+            if len(self._ended) == len(self.shims):
+                self.feed(Seen.SHIMS_LOADED)
+
+    async def run(self, first: Sequence[Command] = ()) -> DestinationState:
+        """To DONE or discard. `first`: what `restarted_destination` asked for."""
+        loop = asyncio.get_running_loop()
+        self._began = loop.time()
+        ends = [self.vmm.subscribe(self._engine_event), self.ledger.watch_record(self._record_seen)]
+        worker = loop.create_task(self._carry_out())
+        for command in first:
+            self._commands.put_nowait(command)
+        try:
+            while not self.state.stage.ended:
+                event = await self._next(worker)
+                self.state, commands = destination_step(self.state, event)
+                for command in commands:
+                    self._commands.put_nowait(command)
+            with contextlib.suppress(PeerUnavailable):
+                if self.state.stage.name == "ENDED_DONE":
+                    await self.peer.done(self.state.inc)
+        finally:
+            for end in ends:
+                end()
+            for task in (worker, *self._tasks):
+                task.cancel()
+            await asyncio.wait([worker, *self._tasks], timeout=_END_S)
+        return self.state
+
+    async def _next(self, worker: asyncio.Task[None]) -> Event:
+        getter = asyncio.ensure_future(self._events.get())
+        try:
+            await asyncio.wait({getter, worker}, return_when=asyncio.FIRST_COMPLETED)
+            if not getter.done():
+                worker.result()
+            return getter.result()
+        finally:
+            getter.cancel()
+
+    async def _carry_out(self) -> None:
+        while True:
+            command = await self._commands.get()
+            event: Event | None = None
+            match command:
+                case Note(what, detail):
+                    self._note(what, detail)
+                case WriteAbort(reason, devices):
+                    event = await self.ledger.abort(reason, devices)
+                case Do():
+                    event = await self._effects[command](self)
+                case _:
+                    pass
+            if event is not None:
+                self.feed(event)
+
+    # --- commands -----------------------------------------------------------------------------------------------------
+
+    async def _validate(self) -> Event | None:
+        try:
+            self._loads = tuple(await asyncio.gather(*(shim.validate() for shim in self.shims)))
+        except ShimError as error:
+            self._note("shim_failed", str(error))
+            return Seen.SHIM_FAILED
+        return Seen.VALIDATED
+
+    async def _send_loaded(self) -> Event | None:
+        self._spawn(self._repeat(lambda: self.peer.loaded(self.state.inc, self._loads)))
+        return None
+
+    async def _send_failed(self) -> Event | None:
+        self._spawn(self._repeat(lambda: self.peer.failed(self.state.inc)))
+        return None
+
+    async def _write_marker(self) -> Event | None:
+        if not self.vmm.alive():
+            # Its death is on its way here as an event. Without a marker the guest can be given back.
+            self._note("marker_not_written", "the VMM is dead")
+            return Seen.MARKER_FAILED
+        try:
+            self.marker.touch()
+        except OSError as error:
+            self._note("marker_failed", str(error))
+            return Seen.MARKER_FAILED
+        return Seen.MARKER_WRITTEN
+
+    async def _activate_shims(self) -> Event | None:
+        try:
+            await asyncio.gather(*(shim.activate() for shim in self.shims))
+        except ShimError as error:
+            self._note("activation_failed", str(error))
+            return Seen.ACTIVATION_FAILED
+        return Seen.ACTIVATED
+
+    async def _start_guest(self) -> Event | None:
+        try:
+            told = self._told_want_run
+            if await self.want_run() if told is None else told:
+                await self.vmm.resume()
+            # Before DONE: a restarted agent must know this copy as the guest even when the record has moved on.
+            self.started.set()
+            await self.vmm.promote()
+            await self._note_inside()
+        except (engine.EngineError, StoreUnavailable) as error:
+            self._note("start_failed", str(error))
+            return Seen.ACTIVATION_FAILED
+        return Seen.STARTED
+
+    async def _note_inside(self) -> None:
+        """A device that could not be set going was reset by the VMM: the guest runs, with a device that forgot it."""
+        if self.in_vmm is None:
+            return
+        with contextlib.suppress(ShimError, TimeoutError):
+            async with asyncio.timeout(_LOOK_S):
+                inside = await self.in_vmm.look()
+            self.timeline.extend(device_entries(inside, self._began, self.state.here.host))
+            if lost := ",".join(one.device for one in inside if one.lost):
+                self._note(DEVICES_LOST, lost)
+
+    async def _announce(self) -> Event | None:
+        with contextlib.suppress(engine.EngineError):
+            await self.vmm.announce()
+        return None
+
+    async def _write_done(self) -> Event | None:
+        return await self.ledger.done()
+
+    async def _write_rollback(self) -> Event | None:
+        return await self.ledger.roll_back(vmm_seen_dead=not self.vmm.alive(), marker=self.marker.exists())
+
+    async def _declare_crashed(self) -> Event | None:
+        return await self.ledger.crashed()
+
+    async def _discard(self) -> Event | None:
+        await self.vmm.destroy()
+        for shim in self.shims:
+            with contextlib.suppress(ShimError):
+                await shim.discard()
+        return Seen.DISCARDED
+
+    async def _read(self) -> Event | None:
+        try:
+            record, version = await self.ledger.read_behind_barrier()
+        except StoreUnavailable:
+            return await self._retry_later()
+        return words.RecordRead(record, version)
+
+    async def _retry_later(self) -> Event | None:
+        await asyncio.sleep(_RETRY_S)
+        return Seen.RETRY_DUE
+
+    async def _give_source_time(self) -> Event | None:
+        """Aside, so that what the source writes meanwhile is acted on at once."""
+
+        async def wait() -> None:
+            await asyncio.sleep(_SOURCE_TIME_S)
+            self.feed(Seen.RETRY_DUE)
+
+        self._spawn(wait())
+        return None
+
+    async def _nothing(self) -> Event | None:
+        return None  # DONE is told to the source after the session ended, see `run`
+
+    _effects: ClassVar[dict[Do, Callable[[DestinationRunner], Awaitable[Event | None]]]] = {
+        Do.VALIDATE: _validate,
+        Do.SEND_LOADED: _send_loaded,
+        Do.SEND_FAILED: _send_failed,
+        Do.SEND_DONE: _nothing,
+        Do.WRITE_MARKER: _write_marker,
+        Do.ACTIVATE_SHIMS: _activate_shims,
+        Do.START_GUEST: _start_guest,
+        Do.ANNOUNCE: _announce,
+        Do.WRITE_DONE: _write_done,
+        Do.WRITE_ROLLBACK: _write_rollback,
+        Do.DECLARE_CRASHED: _declare_crashed,
+        Do.DISCARD_DESTINATION: _discard,
+        Do.READ: _read,
+        Do.RETRY_LATER: _retry_later,
+        Do.GIVE_SOURCE_TIME: _give_source_time,
+    }
+
+    # --- what comes in by itself --------------------------------------------------------------------------------------
+
+    def _record_seen(self, record: GuestRecord) -> None:
+        self.feed(words.RecordSeen(record))
+
+    def _engine_event(self, event: engine.EngineEvent) -> None:
+        match event:
+            case engine.StatusChanged(engine.EngineStatus.COMPLETED):
+                self.feed(Seen.COMPLETED)
+            case engine.StatusChanged(engine.EngineStatus.FAILED, error):
+                self._note("engine_failed", error)
+                self.feed(Seen.ENGINE_FAILED)
+            case engine.RunStateChanged(running, at_s):
+                # The engine's own stamp beside ours: what a guest stood still is read from it to the microsecond.
+                self._note("vcpus run" if running else "vcpus stopped", f"{at_s:.6f}")
+            case engine.VmmDied():
+                self.feed(Seen.VMM_DIED)
+            case _:
+                pass
+
+    async def _repeat(self, call: Callable[[], Awaitable[None]], *, once: bool = False) -> None:
+        """Until it was answered; a message that was answered but lost on its way is what the ledger is for."""
+        while True:
+            try:
+                await call()
+            except PeerUnavailable:
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if once:
+                return
+            await asyncio.sleep(_RETRY_S)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _note(self, event: str, detail: str = "") -> None:
+        at_ms = (asyncio.get_running_loop().time() - self._began) * 1000
+        self.timeline.append(TimelineEntry(round(at_ms, 2), self.state.here.host, event, detail))
+        ref = self.state.ref
+        structlog.get_logger().info(event, migration=ref.migration, attempt=ref.attempt, detail=detail)

@@ -1,0 +1,182 @@
+"""What a session's shell writes and reads in the ledger: the transitions of `core.handover` as compare-and-sets.
+
+Each write reads the record, asks the core for the next one, and writes it under the version it read. The result is an
+event for the session: the truth, "refused" (somebody else was first, or a copy of our own write won) or "unknown".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from agents.handover.words import RequestsWritten, Seen
+from orchestrator.core import handover
+from orchestrator.core.errors import AbortReason
+from orchestrator.core.handover import GuestRecord, Ownership, Refused
+from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
+from orchestrator.core.records import Requests
+from orchestrator.ledger import paths
+from orchestrator.ledger.records import decode, encode
+from orchestrator.ledger.store import Check, Done, OutcomeUnknown, SetData, Store, StoreUnavailable, Versioned
+
+_TRIES = 5
+
+
+@dataclass
+class AttemptLedger:
+    """One attempt's view of the store. `writer` names this agent process in every record it writes."""
+
+    store: Store
+    ref: AttemptRef
+    here: HostRef
+    inc: str
+    writer: str
+    zxid: int = 0
+    writes: int = 0
+    bound: tuple[GuestRecord, int] | None = field(default=None)
+    """Record and version after `bind`: what the COMMIT is prepared from, so that nothing is read in the blackout."""
+
+    async def read(self) -> tuple[GuestRecord, int]:
+        """Raises StoreUnavailable."""
+        path = paths.guest(self.ref.guest)
+        node = await self.store.read(path)
+        if node is None:
+            raise StoreUnavailable(f"{path} does not exist")
+        return decode(GuestRecord, node.data, path=path), node.version
+
+    async def read_behind_barrier(self) -> tuple[GuestRecord, int]:
+        """Record and version of `req`, not older than this call (H13). Raises StoreUnavailable."""
+        await self.store.barrier()
+        record, _ = await self.read()
+        req = await self.store.read(paths.requests(self.ref.migration))
+        return record, req.version if req else 0
+
+    async def _change(self, change: Callable[[GuestRecord], GuestRecord], good: Seen) -> Seen:
+        for _ in range(_TRIES):
+            try:
+                record, version = await self.read()
+                wanted = change(record)
+            except StoreUnavailable:
+                return Seen.LEDGER_UNKNOWN
+            except Refused:
+                return Seen.LEDGER_REFUSED
+            result = await self.store.multi([SetData(paths.guest(self.ref.guest), encode(wanted), version)])
+            if isinstance(result, Done):
+                self.zxid, self.writes = result.zxid, self.writes + 1
+                self.bound = (wanted, result.versions[0])
+                return good
+            if isinstance(result, OutcomeUnknown):
+                return Seen.LEDGER_UNKNOWN
+        return Seen.LEDGER_REFUSED
+
+    async def bind(self) -> Seen:
+        ref = self.ref
+        return await self._change(
+            lambda record: handover.bind(record, ref.migration, ref.attempt, self.inc, writer=self.writer), Seen.BOUND
+        )
+
+    async def abort(self, reason: AbortReason, devices: tuple[str, ...]) -> Seen:
+        ref = self.ref
+        return await self._change(
+            lambda record: handover.abort(record, ref.migration, ref.attempt, reason, devices, writer=self.writer),
+            Seen.ABORT_RECORDED,
+        )
+
+    async def done(self) -> Seen:
+        ref = self.ref
+        return await self._change(
+            lambda record: handover.done(record, ref.migration, ref.attempt, self.inc, writer=self.writer),
+            Seen.DONE_RECORDED,
+        )
+
+    async def roll_back(self, *, vmm_seen_dead: bool, marker: bool) -> Seen:
+        return await self._change(
+            lambda record: handover.roll_back(
+                record, by=self.here, vmm_seen_dead=vmm_seen_dead, marker=marker, writer=self.writer
+            ),
+            Seen.ROLLBACK_RECORDED,
+        )
+
+    async def crashed(self) -> Seen:
+        def change(record: GuestRecord) -> GuestRecord:
+            if record.owner != self.here:
+                raise Refused("not the owner")
+            return handover.crashed(record, writer=self.writer)
+
+        return await self._change(change, Seen.CRASH_RECORDED)
+
+    async def commit(self, req_version: int | None) -> Seen:
+        """The one write of the blackout, from what `bind` left: no read before it."""
+        if self.bound is None:
+            return Seen.LEDGER_REFUSED
+        record, version = self.bound
+        wanted = handover.commit(record, self.ref.migration, self.ref.attempt, self.inc, writer=self.writer)
+        give = SetData(paths.guest(self.ref.guest), encode(wanted), version)
+        check = () if req_version is None else (Check(paths.requests(self.ref.migration), req_version),)
+        result = await self.store.multi([*check, give])
+        if isinstance(result, Done):
+            self.zxid, self.writes = result.zxid, self.writes + 1
+            return Seen.COMMITTED
+        return Seen.LEDGER_UNKNOWN if isinstance(result, OutcomeUnknown) else Seen.LEDGER_REFUSED
+
+    async def write_requests(self, entries: tuple[AckRequest, ...]) -> RequestsWritten | None:
+        """`req` once it names `entries`, with all that it names; None: the attempt is over, or there is no store.
+
+        Idempotent: entries that are there already are not written again, so that a repetition never moves the version.
+        """
+        path = paths.requests(self.ref.migration)
+        for _ in range(_TRIES):
+            try:
+                await self.store.barrier()
+                record, guest_version = await self.read()
+                node = await self.store.read(path)
+            except StoreUnavailable:
+                return None
+            if node is None or record.phase is not Ownership.OPEN or record.attempt != self.ref.attempt:
+                return None
+            known = {entry.device: entry for entry in self._of_this_attempt(decode(Requests, node.data, path=path))}
+            if all(known.get(e.device, AckRequest("", 0)).generation >= e.generation for e in entries):
+                return RequestsWritten(entries, tuple(sorted(known.values())), node.version)
+            known |= {entry.device: entry for entry in entries}
+            data = encode(Requests(tuple(sorted(known.values())), self.ref.attempt))
+            result = await self.store.multi(
+                [Check(paths.guest(self.ref.guest), guest_version), SetData(path, data, node.version)]
+            )
+            if isinstance(result, Done):
+                self.writes += 1
+                return RequestsWritten(entries, tuple(sorted(known.values())), result.versions[1])
+        return None
+
+    def _of_this_attempt(self, stored: Requests) -> tuple[AckRequest, ...]:
+        """What was asked in an earlier attempt ended with its device sessions; who needs an ACK asks again."""
+        return stored.entries if stored.attempt == self.ref.attempt else ()
+
+    async def write_acks(self, entries: tuple[AckRequest, ...]) -> None:
+        """Informative: a failure changes nothing."""
+        path = paths.acks(self.ref.migration)
+        try:
+            node = await self.store.read(path)
+        except StoreUnavailable:
+            return
+        if node is not None and entries:
+            data = encode(Requests(entries, self.ref.attempt))
+            if data != node.data and isinstance(await self.store.multi([SetData(path, data, node.version)]), Done):
+                self.writes += 1
+
+    def watch_record(self, callback: Callable[[GuestRecord], None]) -> Callable[[], None]:
+        path = paths.guest(self.ref.guest)
+
+        def seen(node: Versioned | None) -> None:
+            if node is not None:
+                callback(decode(GuestRecord, node.data, path=path))
+
+        return self.store.watch(path, seen)
+
+    def watch_requests(self, callback: Callable[[tuple[AckRequest, ...], int], None]) -> Callable[[], None]:
+        path = paths.requests(self.ref.migration)
+
+        def seen(node: Versioned | None) -> None:
+            if node is not None and node.data:
+                callback(self._of_this_attempt(decode(Requests, node.data, path=path)), node.version)
+
+        return self.store.watch(path, seen)

@@ -1,0 +1,86 @@
+"""What is looked at before an attempt begins: everything that could only fail later, or be lost without a word.
+
+Refusals are typed and leave all as it was. What an outgoing migration is told of the link follows from the same facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from agents.config import AgentConfig
+from agents.engine import base as engine
+from agents.engine.qemu.hold import choose_hold
+from agents.guest.copies import Copy
+from agents.guest.files import GuestFiles
+from orchestrator.core.agent import ConductOrder
+from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
+from orchestrator.core.migration import Prepared
+
+
+async def probed(mover: engine.MigrationEngine, host: str) -> dict[str, str]:
+    """What the host's VMM can do. Raises INTERNAL when it does not even start."""
+    try:
+        return await mover.probe()
+    except engine.EngineError as error:
+        raise DroverError(RefusalReason.INTERNAL, f"{host}: {error}") from error
+
+
+async def must_fit(mover: engine.MigrationEngine, config: AgentConfig, files: GuestFiles) -> None:
+    """At the destination. Raises DEVICE_NOT_MIGRATABLE and MACHINE_TYPE_MISMATCH."""
+    for device in files.spec.devices:
+        if device.shim == "companion" and device.dma != "none":
+            said = f"device {device.name} writes guest memory (dma: {device.dma}), which QEMU cannot be told of"
+            raise DroverError(RefusalReason.DEVICE_NOT_MIGRATABLE, said)
+    can = await probed(mover, config.host)
+    if files.spec.machine not in can["machine_types"].split(","):
+        raise DroverError(
+            RefusalReason.MACHINE_TYPE_MISMATCH, f"{config.host} has no machine type {files.spec.machine}"
+        )
+    if files.in_vmm and not (config.vfio_preload and can["devices_inside"]):
+        inside = f"the devices that guest {files.spec.name} has inside its VMM"
+        raise DroverError(
+            RefusalReason.DEVICE_NOT_MIGRATABLE, f"{config.host} cannot give QEMU {can['version']} {inside}"
+        )
+
+
+async def must_be_movable(mover: engine.MigrationEngine, host: str, name: str, own: Copy, prepared: Prepared) -> None:
+    """At the source, about the VMM that runs. Raises DEVICE_NOT_MIGRATABLE and MACHINE_TYPE_MISMATCH, and
+    OUTCOME_UNKNOWN when the VMM does not answer."""
+    try:
+        obstacles = await own.vmm.unmigratable()
+    except engine.EngineError as error:
+        raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"guest {name}: {error}") from error
+    if obstacles:
+        raise DroverError(RefusalReason.DEVICE_NOT_MIGRATABLE, f"guest {name}: {'; '.join(obstacles)}")
+    here = (own.vmm.metadata.machine, (await probed(mover, host))["switchover_ack"])
+    for what, mine, theirs in zip(
+        ("machine type", "switchover-ack mode"), here, (prepared.machine, prepared.switchover_ack), strict=True
+    ):
+        if mine and theirs and mine != theirs:
+            said = f"guest {name}: {what} differs: {mine} here, {theirs} at the destination"
+            raise DroverError(RefusalReason.MACHINE_TYPE_MISMATCH, said)
+
+
+def outgoing(
+    order: ConductOrder, config: AgentConfig, files: GuestFiles, sharing: Callable[[], int], *, paused: bool
+) -> engine.OutgoingOptions:
+    """`paused`: no gate is held for a guest that stands still. `sharing`: how many attempts share the link just now."""
+    spec, policy = files.spec, order.policy
+    link = min(config.bandwidth_mbps, policy.max_bandwidth_mbps or config.bandwidth_mbps) * 125_000
+    hold, tail = engine.HoldStart.OPEN, 0
+    if files.companions and not paused:
+        initial = sum(device.initial_bytes for device in files.companions)
+        previous = AbortReason(order.previous_reason) if order.previous_reason else None
+        hold, tail = choose_hold(spec.memory_mib << 20, initial, link, previous)
+    # QEMU does not know of the devices' last bytes: they come out of the same budget.
+    beside_ms = sum(device.stop_copy_bytes for device in files.companions) * 1000 // link
+    return engine.OutgoingOptions(
+        endpoint=order.prepared.endpoint,
+        hold=hold,
+        tail_bytes=tail,
+        link_bytes_per_s=link,
+        downtime_limit_ms=max(1, policy.downtime_limit_ms - beside_ms),
+        multifd_channels=policy.multifd_channels,
+        auto_converge=policy.auto_converge,
+        sharing=sharing,
+    )

@@ -1,0 +1,471 @@
+"""The shell of a source session: carries out the commands of `source.py` and feeds back what came of them.
+
+Commands run one after another in the order in which the machine gave them, but for the writes of requests, which have
+a lane of their own: an abort in the blackout does not wait for them. Events are taken in at any time. That is just what
+the exploration assumes. Nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import structlog
+
+from agents.engine import base as engine
+from agents.handover import words
+from agents.handover.ledger import AttemptLedger
+from agents.handover.peer import DestinationPeer, PeerUnavailable
+from agents.handover.report import device_entries
+from agents.handover.source import SourceState, source_step
+from agents.handover.words import Command, Commit, Do, Event, Note, Seen, StartTimer, Timer, WriteAbort, WriteRequests
+from agents.shims.base import Frame, FrameKind, InVmmDevices, Load, ShimError, SourceShim
+from agents.shims.inside import InVmmDevice
+from orchestrator.core.handover import GuestRecord
+from orchestrator.core.ids import AckRequest
+from orchestrator.core.policy import MigrationPolicy
+from orchestrator.core.records import TimelineEntry
+from orchestrator.ledger.store import StoreUnavailable
+
+_RETRY_S = 0.1
+_VITALS_S = 0.25
+_FRESH_S = 1.0
+_HOOK_S = 2.0
+_END_S = 5.0
+_NAMES_S = 0.5
+"""So long an abort waits to learn which devices inside the VMM it is about."""
+
+
+@dataclass
+class SourceRunner:
+    """Conducts one attempt from BEGIN to its end. `run` returns the final state; the VMM is then as that state says."""
+
+    state: SourceState
+    vmm: engine.Vmm
+    shims: Sequence[SourceShim]
+    ledger: AttemptLedger
+    peer: DestinationPeer
+    policy: MigrationPolicy
+    options: engine.OutgoingOptions
+    session_number: int
+    in_vmm: InVmmDevices | None = None
+    inside: tuple[InVmmDevice, ...] = ()
+    """The devices inside the VMM, as they were last seen."""
+    timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
+    transferred_bytes: int = 0
+    """Of the engine's stream, known once the attempt is over."""
+    duration_ms: float = 0.0
+    _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
+    _commands: asyncio.Queue[Command] = field(default_factory=asyncio.Queue[Command])
+    _writes: asyncio.Queue[WriteRequests] = field(default_factory=asyncio.Queue[WriteRequests])
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    _precopy: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])
+    _sent: dict[str, Load] = field(default_factory=dict[str, Load])
+    _loaded: tuple[str, dict[str, Load]] | None = None
+
+    def feed(self, event: Event) -> None:
+        """Take in an event; from this loop only."""
+        self._events.put_nowait(event)
+
+    def loaded(self, inc: str, loads: Sequence[Load]) -> None:
+        """LOADED from the destination. Compared once everything was sent; repetitions are harmless."""
+        self._loaded = (inc, {load.device: load for load in loads})
+        self._compare()
+
+    async def run(self, first: Sequence[Command] | None = None) -> SourceState:
+        """To the attempt's end. `first`: what `restarted_source` asked for, instead of a beginning."""
+        loop = asyncio.get_running_loop()
+        self._began = loop.time()
+        ends = [
+            self.vmm.subscribe(self._engine_event),
+            self.ledger.watch_record(self._record_seen),
+            self.ledger.watch_requests(self._requests_seen),
+        ]
+        worker = loop.create_task(self._carry_out())
+        lane = loop.create_task(self._write_requests())
+        vitals = loop.create_task(self._vitals())
+        if first is None:
+            self.feed(Seen.BEGIN)
+        for command in first or ():
+            self._queue(command)
+        try:
+            while not self.state.stage.ended:
+                event = await self._next(worker, lane)
+                self.state, commands = source_step(self.state, event)
+                for command in commands:
+                    self._queue(command)
+            await self._count_bytes()
+            await self.look_inside()
+            self._note_inside()
+        finally:
+            self.duration_ms = (loop.time() - self._began) * 1000
+            for end in ends:
+                end()
+            for task in (worker, lane, vitals, *self._precopy, *self._tasks):
+                task.cancel()
+            # Bounded: a call that swallows its cancellation must not make the guest unmovable.
+            await asyncio.wait([worker, lane, vitals, *self._precopy, *self._tasks], timeout=_END_S)
+        return self.state
+
+    def _queue(self, command: Command) -> None:
+        match command:
+            case Note(event, detail):
+                self._note(event, detail)
+            case WriteRequests():
+                self._writes.put_nowait(command)
+            case _:
+                self._commands.put_nowait(command)
+
+    async def _next(self, *workers: asyncio.Task[None]) -> Event:
+        """The next event; a worker that died takes the runner with it instead of leaving the guest to a silent loop."""
+        getter = asyncio.ensure_future(self._events.get())
+        try:
+            await asyncio.wait({getter, *workers}, return_when=asyncio.FIRST_COMPLETED)
+            for worker in workers:
+                if worker.done():
+                    worker.result()
+            return getter.result()
+        finally:
+            getter.cancel()
+
+    # --- commands -----------------------------------------------------------------------------------------------------
+
+    async def _carry_out(self) -> None:
+        while True:
+            command = await self._commands.get()
+            event = await self._one(command)
+            if event is not None:
+                self.feed(event)
+
+    async def _one(self, command: Command) -> Event | None:
+        match command:
+            case StartTimer(timer):
+                self._start_timer(timer)
+            case Commit(version):
+                return await self.ledger.commit(version)
+            case WriteAbort(reason, devices):
+                event = await self.ledger.abort(reason, devices)
+                self._note(str(event), f"zxid {self.ledger.zxid}")
+                return event
+            case Do():
+                return await self._effects[command](self)
+            case Note() | WriteRequests():
+                raise AssertionError("carried out when it was queued, or in a lane of its own")
+        return None
+
+    async def _write_requests(self) -> None:
+        while True:
+            command = await self._writes.get()
+            self.feed(await self.ledger.write_requests(command.entries) or Seen.LEDGER_UNKNOWN)
+
+    async def _bind(self) -> Event | None:
+        return await self.ledger.bind()
+
+    async def _start_precopy(self) -> Event | None:
+        try:
+            for shim in self.shims:
+                await shim.begin(self.session_number, lambda entry: self.feed(words.Requested(entry)))
+            for shim in self.shims:
+                self._precopy.append(asyncio.create_task(self._run_shim(shim)))
+            await self._hook("precopy")
+            await self.vmm.start_outgoing(self.options)
+        except ShimError as error:
+            self._note("shim_failed", str(error))
+            return Seen.SHIM_FAILED
+        except engine.EngineError as error:
+            self._note("engine_failed", str(error))
+            return Seen.ENGINE_FAILED
+        return Seen.ACTIVE
+
+    async def _run_shim(self, shim: SourceShim) -> None:
+        try:
+            await shim.run_precopy(self._send)
+        except (ShimError, PeerUnavailable) as error:
+            self._note("shim_failed", f"{shim.device}: {error}")
+            self.feed(Seen.SHIM_FAILED)
+
+    async def _send(self, frame: Frame) -> None:
+        if frame.kind is FrameKind.END:
+            self._sent[frame.device] = Load(frame.device, frame.session, frame.total_bytes, frame.digest)
+        await self.peer.send_frame(frame)
+
+    async def _engine_call(self, call: Callable[[], Awaitable[None]]) -> Event | None:
+        """Hold, release: no promise, the engine may have stopped the guest meanwhile; its status will say so."""
+        try:
+            await call()
+        except engine.EngineError as error:
+            self._note("engine", str(error))
+        return None
+
+    async def _hold(self) -> Event | None:
+        return await self._engine_call(self.vmm.hold)
+
+    async def _release(self) -> Event | None:
+        await self._engine_call(self.vmm.release)
+        await self._hook("gate_open")
+        return None
+
+    async def _pause(self) -> Event | None:
+        try:
+            await self.vmm.pause()
+            state = await self.vmm.state()
+        except engine.EngineError as error:
+            self._note("pause_failed", str(error))
+            return Seen.PAUSE_QUEUED
+        return Seen.PAUSE_QUEUED if state.run_state is engine.RunState.FINISHING else Seen.PAUSED
+
+    async def _resume(self) -> Event | None:
+        try:
+            await self.vmm.resume()
+        except engine.EngineError as error:
+            if await self._has_ended():
+                return Seen.GUEST_ENDED
+            self._note("resume_failed", str(error))
+            return Seen.RESUME_FAILED
+        return Seen.RESUMED
+
+    async def _has_ended(self) -> bool:
+        """The guest shut down while nobody listened: an agent that came later has no event of it."""
+        with contextlib.suppress(engine.EngineError):
+            return (await self.vmm.state()).run_state is engine.RunState.ENDED
+        return False
+
+    async def _quiesce(self) -> Event | None:
+        for task in self._precopy:
+            task.cancel()
+        await asyncio.gather(*self._precopy, return_exceptions=True)
+        try:
+            await self._hook("freeze")
+            queries = await asyncio.gather(*(shim.quiesce() for shim in self.shims))
+            await self._hook("final_query")
+            await asyncio.gather(*(shim.stop_copy() for shim in self.shims))
+        except ShimError as error:
+            self._note("shim_failed", str(error))
+            return Seen.SHIM_FAILED
+        return words.Quiesced(tuple(query.newest for query in queries if query.newest is not None))
+
+    async def _proceed(self) -> Event | None:
+        self._spawn(self._send_stop_copy())
+        try:
+            await self.vmm.proceed()
+        except engine.EngineTimeout:
+            return None  # its status, or the switchover timeout, says how it went on
+        except engine.EngineError as error:
+            self._note("engine_failed", str(error))
+            return Seen.ENGINE_FAILED
+        return None
+
+    async def _send_stop_copy(self) -> None:
+        async def one(shim: SourceShim) -> None:
+            async for frame in shim.stop_copy_frames():
+                await self._send(frame)
+
+        try:
+            await self._hook("after_check")
+            await asyncio.gather(*(one(shim) for shim in self.shims))
+        except (ShimError, PeerUnavailable) as error:
+            self._note("shim_failed", str(error))
+            self.feed(Seen.SHIM_FAILED)
+            return
+        self.feed(Seen.SHIMS_SENT)
+        self._compare()
+
+    def _compare(self) -> None:
+        if self._loaded is not None and len(self._sent) == len(self.shims):
+            inc, loads = self._loaded
+            self.feed(words.LoadedReport(inc, loads == self._sent))
+
+    async def _roll_back_shims(self) -> Event | None:
+        results = await asyncio.gather(*(shim.roll_back() for shim in self.shims), return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        for error in errors:
+            self._note("roll_back_failed", str(error))
+        return Seen.SHIMS_BACK_RESET if errors else Seen.SHIMS_BACK
+
+    async def _abort_engine(self) -> Event | None:
+        while self.vmm.alive():
+            try:
+                state = await self.vmm.abort()
+            except engine.EngineError as error:
+                self._note("abort_again", str(error))
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self._note("guest", f"{state.run_state}")
+            await self.look_inside()
+            if state.late_devices:
+                self._found_late(state.late_devices)
+            if lost := tuple(one.device for one in self.inside if one.lost):
+                self.feed(words.DevicesLost(lost))
+            return Seen.ENGINE_SEALED if state.run_state is engine.RunState.SEALED else Seen.ENGINE_OVER
+        return Seen.VMM_DIED
+
+    async def _read(self) -> Event | None:
+        try:
+            record, version = await self.ledger.read_behind_barrier()
+        except StoreUnavailable:
+            return await self._retry_later()
+        return words.RecordRead(record, version)
+
+    async def _retry_later(self) -> Event | None:
+        await asyncio.sleep(_RETRY_S)
+        return Seen.RETRY_DUE
+
+    async def _go(self) -> Event | None:
+        self._spawn(self._repeat_go())
+        self._spawn(self._hook("after_commit"))
+        return None
+
+    async def _repeat_go(self) -> None:
+        told = False
+        while True:
+            with contextlib.suppress(PeerUnavailable):
+                if await self.peer.go(self.ledger.zxid, self.state.want_run) and not told:
+                    told = True
+                    self._note("runs there")
+            await asyncio.sleep(_RETRY_S)
+
+    async def _discard_source(self) -> Event | None:
+        await self._count_bytes()
+        await self.vmm.destroy()
+        for shim in self.shims:
+            with contextlib.suppress(ShimError):
+                await shim.retire()
+        return Seen.DISCARDED
+
+    async def _count_bytes(self) -> None:
+        """For the report; the blackout is over, and a VMM that is gone has told before."""
+        if self.vmm.alive():
+            with contextlib.suppress(engine.EngineError):
+                self.transferred_bytes = (await self.vmm.progress()).transferred_bytes
+
+    async def _write_acks(self) -> Event | None:
+        self._spawn(self.ledger.write_acks(self.state.acks.acks))
+        return None
+
+    async def _declare_crashed(self) -> Event | None:
+        return await self.ledger.crashed()
+
+    _effects: ClassVar[dict[Do, Callable[[SourceRunner], Awaitable[Event | None]]]] = {
+        Do.BIND: _bind,
+        Do.START_PRECOPY: _start_precopy,
+        Do.HOLD: _hold,
+        Do.RELEASE: _release,
+        Do.PAUSE: _pause,
+        Do.RESUME: _resume,
+        Do.QUIESCE: _quiesce,
+        Do.PROCEED: _proceed,
+        Do.ROLL_BACK_SHIMS: _roll_back_shims,
+        Do.ABORT_ENGINE: _abort_engine,
+        Do.READ: _read,
+        Do.RETRY_LATER: _retry_later,
+        Do.GO: _go,
+        Do.DISCARD_SOURCE: _discard_source,
+        Do.WRITE_ACKS: _write_acks,
+        Do.DECLARE_CRASHED: _declare_crashed,
+    }
+
+    # --- devices inside the VMM ---------------------------------------------------------------------------------------
+
+    async def look_inside(self) -> None:
+        """Refresh `inside`. What cannot be asked stays as it was."""
+        if self.in_vmm is None:
+            return
+        with contextlib.suppress(ShimError, TimeoutError):
+            async with asyncio.timeout(_NAMES_S):
+                self.inside = await self.in_vmm.look()
+
+    async def _name_late(self, count: int) -> None:
+        await self.look_inside()
+        self._found_late(count)
+
+    def _found_late(self, count: int) -> None:
+        """The VMM's verdict has a number only; the devices that we can ask know who it was."""
+        names = tuple(one.device for one in self.inside if one.late)
+        self._note("engine_found_late", f"{count}: {', '.join(names)}" if names else str(count))
+        self.feed(words.FoundLate(names))
+
+    def _note_inside(self) -> None:
+        """What QEMU did to the devices, where it belongs on the time line."""
+        if entries := device_entries(self.inside, self._began, self.state.here.host):
+            self.timeline[:] = sorted([*self.timeline, *entries], key=lambda entry: entry.at_ms)
+
+    # --- what comes in by itself --------------------------------------------------------------------------------------
+
+    def acked(self, entry: AckRequest) -> None:
+        """The destination's device loaded all initial bytes of this generation."""
+        self._note("ack", f"{entry.device}/{entry.generation}")
+        self.feed(words.Acked(entry))
+
+    def _record_seen(self, record: GuestRecord) -> None:
+        self.feed(words.RecordSeen(record))
+
+    def _requests_seen(self, entries: tuple[AckRequest, ...], version: int) -> None:
+        self.feed(words.RequestsSeen(entries, version))
+
+    def _engine_event(self, event: engine.EngineEvent) -> None:
+        match event:
+            case engine.StatusChanged(status, error):
+                self._note(f"engine {status}", error)
+                known = {
+                    engine.EngineStatus.PARKED: Seen.PARKED,
+                    engine.EngineStatus.COMPLETED: Seen.COMPLETED,
+                    engine.EngineStatus.FAILED: Seen.ENGINE_FAILED,
+                }.get(status)
+                if known is not None:
+                    self.feed(known)
+            case engine.SwitchoverAckLate(count):
+                self._spawn(self._name_late(count))
+            case engine.RunStateChanged(running, at_s):
+                # The engine's own stamp beside ours: what a guest stood still is read from it to the microsecond.
+                self._note("vcpus run" if running else "vcpus stopped", f"{at_s:.6f}")
+            case engine.GuestEnded(how):
+                self._note("guest_ended", how)
+                self.feed(Seen.GUEST_ENDED)
+            case engine.VmmDied():
+                self.feed(Seen.VMM_DIED)
+
+    async def _vitals(self) -> None:
+        """The gate opens only while the peer answers and a quorum was seen, both less than a second ago."""
+        while True:
+            good = False
+            with contextlib.suppress(PeerUnavailable, StoreUnavailable, TimeoutError):
+                async with asyncio.timeout(_FRESH_S):
+                    good = await self.peer.ping()
+                    if self.ledger.store.quorum_age_s > _FRESH_S / 2:
+                        await self.ledger.store.barrier(_FRESH_S)
+            self.feed(Seen.VITALS_GOOD if good else Seen.VITALS_BAD)
+            await asyncio.sleep(_VITALS_S)
+
+    async def _hook(self, name: str) -> None:
+        """Tell the devices which point was reached. A device that does not listen holds nothing up for long."""
+        with contextlib.suppress(ShimError, TimeoutError):
+            async with asyncio.timeout(_HOOK_S):
+                await asyncio.gather(*(shim.hook(name) for shim in self.shims))
+
+    def _start_timer(self, timer: Timer) -> None:
+        after_ms, event = {
+            Timer.PRECOPY: (self.policy.precopy_timeout_ms, Seen.TIMER_PRECOPY),
+            Timer.ACK: (self.policy.ack_timeout_ms, Seen.TIMER_ACK),
+            Timer.SWITCHOVER: (self.policy.switchover_timeout_ms, Seen.TIMER_SWITCHOVER),
+            Timer.GATE_WAIT: (self.policy.gate_wait_ms, Seen.TIMER_GATE_WAIT),
+        }[timer]
+
+        async def ring() -> None:
+            await asyncio.sleep(after_ms / 1000)
+            self.feed(event)
+
+        self._spawn(ring())
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _note(self, event: str, detail: str = "") -> None:
+        at_ms = (asyncio.get_running_loop().time() - self._began) * 1000
+        self.timeline.append(TimelineEntry(round(at_ms, 2), self.state.here.host, event, detail))
+        ref = self.state.ref
+        structlog.get_logger().info(event, migration=ref.migration, attempt=ref.attempt, detail=detail)

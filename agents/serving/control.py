@@ -1,0 +1,70 @@
+"""AgentService on the wire: translates and passes on. What may be done is decided by the agent and its sessions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from agents.agent import Agent
+from orchestrator import wire
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.ledger.records import BadRecord
+from orchestrator.ledger.store import StoreUnavailable
+from protos.drover.v1 import agent_pb2 as pb
+from protos.drover.v1 import agent_pb2_grpc as rpc
+
+
+def translate(error: Exception) -> DroverError | None:
+    """For `rpc.errors.Errors`: what a handler lets through."""
+    if isinstance(error, StoreUnavailable):
+        return DroverError(RefusalReason.LEDGER_UNREACHABLE, f"ZooKeeper does not answer this agent: {error}")
+    if isinstance(error, BadRecord):
+        return DroverError(RefusalReason.INTERNAL, str(error))
+    return None
+
+
+class AgentServicer(rpc.AgentServiceServicer):
+    """For coordinator and API."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def GetAgent(self, request: pb.GetAgentRequest, context: Any) -> pb.GetAgentResponse:
+        return wire.agent_status_to_proto(self._agent.status())
+
+    async def StartGuest(self, request: pb.StartGuestRequest, context: Any) -> pb.StartGuestResponse:
+        status = await self._agent.start_guest(request.guest_uuid)
+        return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
+
+    async def EndGuest(self, request: pb.EndGuestRequest, context: Any) -> pb.EndGuestResponse:
+        await self._agent.end_guest(request.guest_uuid)
+        return pb.EndGuestResponse()
+
+    async def ApplyWantRun(self, request: pb.ApplyWantRunRequest, context: Any) -> pb.ApplyWantRunResponse:
+        return wire.wish_applied_to_proto(await self._agent.apply_want_run(request.guest_uuid, request.sequence))
+
+    async def PrepareDestination(
+        self, request: pb.PrepareDestinationRequest, context: Any
+    ) -> pb.PrepareDestinationResponse:
+        return wire.prepared_to_proto(await self._agent.prepare_destination(wire.prepare_order_from_proto(request)))
+
+    async def ConductAttempt(self, request: pb.ConductAttemptRequest, context: Any) -> pb.ConductAttemptResponse:
+        await self._agent.conduct_attempt(wire.conduct_order_from_proto(request))
+        return pb.ConductAttemptResponse()
+
+    async def GetAttempt(self, request: pb.GetAttemptRequest, context: Any) -> pb.GetAttemptResponse:
+        return wire.attempt_seen_to_proto(self._agent.get_attempt(request.migration, request.attempt))
+
+    async def Nudge(self, request: pb.NudgeRequest, context: Any) -> pb.NudgeResponse:
+        self._agent.nudge(request.guest_uuid)
+        return pb.NudgeResponse()
+
+    async def WatchAgent(self, request: pb.WatchAgentRequest, context: Any) -> AsyncIterator[pb.WatchAgentResponse]:
+        async for sample in self._agent.watch():
+            yield wire.agent_sample_to_proto(sample)
+
+    async def InjectScenario(self, request: pb.InjectScenarioRequest, context: Any) -> pb.InjectScenarioResponse:
+        scenario = await self._agent.inject_late_ack(
+            request.guest_uuid, request.device, request.at, request.times, request.bytes
+        )
+        return pb.InjectScenarioResponse(scenario=scenario)

@@ -1,0 +1,267 @@
+"""PeerService between two agents: the clients of both directions, and the server that hands calls to their sessions.
+
+A call for an attempt that nobody here conducts is answered STALE_ATTEMPT; who sent it lets the ledger decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from agents.handover.peer import PeerUnavailable
+from agents.shims.base import Frame, FrameKind, Load
+from orchestrator import wire
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.ids import AckRequest, AttemptRef
+from orchestrator.core.records import TimelineEntry
+from protos.drover.v1 import agent_pb2 as pb
+from protos.drover.v1 import agent_pb2_grpc as rpc
+
+_CALL_S = 1.0
+_PING_S = 0.8
+_FRAME_S = 10.0
+"""A destination device that takes no data for so long has failed the attempt."""
+
+_TO_KIND = {
+    FrameKind.PRECOPY: pb.FRAME_KIND_PRECOPY,
+    FrameKind.INITIAL_SENT: pb.FRAME_KIND_INITIAL_SENT,
+    FrameKind.STOP_COPY: pb.FRAME_KIND_STOP_COPY,
+    FrameKind.END: pb.FRAME_KIND_END,
+}
+_FROM_KIND = {number: kind for kind, number in _TO_KIND.items()}
+
+AttemptKey = tuple[str, int, str]
+"""(migration, attempt, inc)"""
+
+
+def _tag(ref: AttemptRef, inc: str) -> pb.AttemptTag:
+    return pb.AttemptTag(guest_uuid=ref.guest, migration=ref.migration, attempt=ref.attempt, inc=inc)
+
+
+def key_of(tag: pb.AttemptTag) -> AttemptKey:
+    return tag.migration, tag.attempt, tag.inc
+
+
+async def _answered(call: Any) -> Any:
+    """The reply of a unary call, or PeerUnavailable."""
+    try:
+        return await call
+    except grpc.RpcError as error:
+        raise PeerUnavailable(str(error.code() if isinstance(error, grpc.aio.AioRpcError) else error)) from error
+
+
+class DestinationClient:
+    """`DestinationPeer` over gRPC: what a source says to its destination. One device stream per attempt."""
+
+    def __init__(self, channel: grpc.aio.Channel, ref: AttemptRef, inc: str) -> None:
+        self._stub: rpc.PeerServiceAsyncStub = rpc.PeerServiceStub(channel)
+        self._tag = _tag(ref, inc)
+        self._stream: Any = None
+        self._acks: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
+        self._closed = False
+        self.on_ack: Callable[[AckRequest], None] = lambda _entry: None
+        """Called on the event loop for each ACK of a destination device."""
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called once if the device stream ends and we did not end it: the destination's agent died or refused it."""
+
+    async def ping(self) -> bool:
+        reply = await _answered(self._stub.Ping(pb.PingRequest(tag=self._tag), timeout=_PING_S))
+        return bool(reply.known)
+
+    async def send_frame(self, frame: Frame) -> None:
+        message = pb.TransferDevicesRequest(
+            device=frame.device,
+            session=frame.session,
+            kind=_TO_KIND[frame.kind],
+            generation=frame.generation,
+            data=frame.data,
+            total_bytes=frame.total_bytes,
+            digest=frame.digest,
+        )
+        async with self._turn:
+            try:
+                async with asyncio.timeout(_FRAME_S):
+                    if self._stream is None:
+                        # An agent that was away a moment ago is waited for, within the bound.
+                        self._stream = self._stub.TransferDevices(wait_for_ready=True)
+                        self._acks = asyncio.create_task(self._read_acks(self._stream))
+                        message.tag.CopyFrom(self._tag)
+                    await self._stream.write(message)
+            except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
+                raise PeerUnavailable(f"device stream to the destination: {error!r}") from error
+
+    async def _read_acks(self, stream: Any) -> None:
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            async for reply in stream:
+                self.on_ack(AckRequest(reply.device, reply.ack_generation))
+        if not self._closed:
+            self.on_lost()
+
+    async def go(self, zxid: int, want_run: bool) -> bool:
+        request = pb.GoRequest(tag=self._tag, zxid=zxid, want_run=want_run)
+        return bool((await _answered(self._stub.Go(request, timeout=_CALL_S))).done)
+
+    async def close(self) -> None:
+        """End the device stream. Idempotent; never raises."""
+        self._closed = True
+        if self._stream is not None:
+            self._stream.cancel()
+        if self._acks is not None:
+            self._acks.cancel()
+            await asyncio.wait([self._acks], timeout=_CALL_S)
+
+
+class SourceClient:
+    """`SourcePeer` over gRPC: what a destination says to its source. ACKs go back on the source's own stream."""
+
+    def __init__(self, channel: grpc.aio.Channel, ref: AttemptRef, inc: str) -> None:
+        self._stub: rpc.PeerServiceAsyncStub = rpc.PeerServiceStub(channel)
+        self._tag = _tag(ref, inc)
+        self.acks: asyncio.Queue[AckRequest] = asyncio.Queue()
+        self.timeline: Callable[[], Sequence[TimelineEntry]] = tuple
+        """What DONE carries along, for `explain`."""
+
+    async def warm(self) -> None:
+        """Connect before the blackout; a failure is the source's to notice."""
+        with contextlib.suppress(PeerUnavailable):
+            await _answered(self._stub.Ping(pb.PingRequest(tag=self._tag), timeout=_CALL_S))
+
+    async def ack(self, entry: AckRequest) -> None:
+        self.acks.put_nowait(entry)
+
+    async def loaded(self, inc: str, loads: tuple[Load, ...]) -> None:
+        devices = [
+            pb.DeviceLoad(device=load.device, session=load.session, bytes=load.bytes, digest=load.digest)
+            for load in loads
+        ]
+        request = pb.ReportLoadedRequest(tag=self._tag, devices=devices, ledger_connected=True)
+        await _answered(self._stub.ReportLoaded(request, timeout=_CALL_S))
+
+    async def failed(self, inc: str) -> None:
+        await _answered(self._stub.ReportFailed(pb.ReportFailedRequest(tag=self._tag), timeout=_CALL_S))
+
+    async def done(self, inc: str) -> None:
+        entries = [wire.timeline_to_proto(entry) for entry in self.timeline()]
+        await _answered(self._stub.ReportDone(pb.ReportDoneRequest(tag=self._tag, timeline=entries), timeout=_CALL_S))
+
+
+class Departing(Protocol):
+    """An attempt that this agent conducts as the source."""
+
+    def loaded(self, inc: str, loads: Sequence[Load]) -> None: ...
+
+    def destination_failed(self) -> None: ...
+
+    def done(self, timeline: Sequence[TimelineEntry]) -> None: ...
+
+
+class Arriving(Protocol):
+    """An attempt that this agent receives."""
+
+    @property
+    def acks(self) -> asyncio.Queue[AckRequest]: ...
+
+    async def frame(self, frame: Frame) -> None: ...
+
+    async def go(self, inc: str, want_run: bool) -> bool: ...
+
+
+class Sessions(Protocol):
+    """Who is here to be spoken to."""
+
+    def departing(self, key: AttemptKey) -> Departing | None: ...
+
+    def arriving(self, key: AttemptKey) -> Arriving | None: ...
+
+
+class PeerServicer(rpc.PeerServiceServicer):
+    """Serves the other agents. Handlers only pass on: sessions decide."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    async def Ping(self, request: pb.PingRequest, context: Any) -> pb.PingResponse:
+        key = key_of(request.tag)
+        known = self._sessions.arriving(key) is not None or self._sessions.departing(key) is not None
+        return pb.PingResponse(known=known)
+
+    async def TransferDevices(
+        self, request_iterator: AsyncIterator[pb.TransferDevicesRequest], context: Any
+    ) -> AsyncIterator[pb.TransferDevicesResponse]:
+        """Frames are taken in order, each before the next is read; ACKs go out as they come, also between frames."""
+        first = await anext(request_iterator, None)
+        if first is None:
+            return
+        arriving = self._arriving(first.tag)
+        frames = asyncio.create_task(_take_frames(arriving, first, request_iterator))
+        ack = asyncio.create_task(arriving.acks.get())
+        try:
+            while not frames.done() or ack.done():
+                await asyncio.wait({ack, frames}, return_when=asyncio.FIRST_COMPLETED)
+                if ack.done():
+                    entry = ack.result()
+                    ack = asyncio.create_task(arriving.acks.get())
+                    yield pb.TransferDevicesResponse(device=entry.device, ack_generation=entry.generation)
+            frames.result()
+        finally:
+            ack.cancel()
+            frames.cancel()
+
+    async def ReportLoaded(self, request: pb.ReportLoadedRequest, context: Any) -> pb.ReportLoadedResponse:
+        loads = [Load(d.device, d.session, d.bytes, d.digest) for d in request.devices]
+        self._departing(request.tag).loaded(request.tag.inc, loads)
+        return pb.ReportLoadedResponse()
+
+    async def Go(self, request: pb.GoRequest, context: Any) -> pb.GoResponse:
+        return pb.GoResponse(done=await self._arriving(request.tag).go(request.tag.inc, request.want_run))
+
+    async def ReportDone(self, request: pb.ReportDoneRequest, context: Any) -> pb.ReportDoneResponse:
+        self._departing(request.tag).done([wire.timeline_from_proto(entry) for entry in request.timeline])
+        return pb.ReportDoneResponse()
+
+    async def ReportFailed(self, request: pb.ReportFailedRequest, context: Any) -> pb.ReportFailedResponse:
+        self._departing(request.tag).destination_failed()
+        return pb.ReportFailedResponse()
+
+    def _arriving(self, tag: pb.AttemptTag) -> Arriving:
+        found = self._sessions.arriving(key_of(tag))
+        if found is None:
+            raise _stale(tag)
+        return found
+
+    def _departing(self, tag: pb.AttemptTag) -> Departing:
+        found = self._sessions.departing(key_of(tag))
+        if found is None:
+            raise _stale(tag)
+        return found
+
+
+async def _take_frames(
+    arriving: Arriving, first: pb.TransferDevicesRequest, others: AsyncIterator[pb.TransferDevicesRequest]
+) -> None:
+    await arriving.frame(_frame(first))
+    async for message in others:
+        await arriving.frame(_frame(message))
+
+
+def _frame(message: pb.TransferDevicesRequest) -> Frame:
+    return Frame(
+        message.device,
+        message.session,
+        _FROM_KIND[message.kind],
+        message.generation,
+        message.data,
+        message.total_bytes,
+        message.digest,
+    )
+
+
+def _stale(tag: pb.AttemptTag) -> DroverError:
+    said = f"attempt {tag.attempt} of {tag.migration} with destination process {tag.inc} is not under way here"
+    return DroverError(RefusalReason.STALE_ATTEMPT, said)

@@ -1,0 +1,1 @@
+"""Installing Drover, and the lab: docstring only."""

@@ -1,0 +1,267 @@
+"""The network of a local cluster: a namespace per host, a bridge in a management namespace, a bandwidth limit per host.
+
+The root namespace is never touched: each veth pair is made with both ends inside the cluster's own namespaces. Where
+namespaces cannot be made, hosts are loopback addresses and `Places.notes` says why in one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from deploy.lab.cluster import processes
+from deploy.lab.cluster.layout import HostPlace, Layout, Places
+
+NAMESPACES = Path("/run/netns")
+NO_NAMESPACES_VARIABLE = "DROVER_NO_NETNS"
+SUBNET = "10.77.0"
+FIRST_HOST = 11
+
+TCP_RETRIES = 3
+"""Retransmissions until a connection to a vanished peer fails: 3 means about 3 s, the kernel's 15 many minutes."""
+
+_CLONE_NEWNET = 0x40000000
+_LISTEN = "0A"
+_COMMAND_TIMEOUT_S = 10.0
+
+
+class _CommandFailed(Exception):
+    pass
+
+
+def _run(*command: str, text: str | None = None) -> str:
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _CommandFailed(str(error)) from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise _CommandFailed(f"{' '.join(command)}: {lines[0]}")
+    return done.stdout
+
+
+def _batch(tool: str, namespace: str | None, lines: Sequence[str]) -> None:
+    """Several commands of `ip` or `tc` by one process: starting one for each would take longer than all else here."""
+    where = ["-n", namespace] if namespace else []
+    _run(tool, *where, "-batch", "-", text="\n".join(lines) + "\n")
+
+
+def command_in(namespace: str | None, command: Sequence[str]) -> list[str]:
+    """The command, run inside a namespace. nsenter executes it in its own place, so the pid is the command's."""
+    if namespace is None:
+        return list(command)
+    return ["nsenter", f"--net={NAMESPACES / namespace}", "--", *command]
+
+
+def enter(namespace: str) -> None:
+    """Move the calling thread, and all that it starts from now on, into a namespace."""
+    descriptor = os.open(NAMESPACES / namespace, os.O_RDONLY)
+    try:
+        # os.setns comes with Python 3.12 only.
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(descriptor, _CLONE_NEWNET):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), namespace)
+    finally:
+        os.close(descriptor)
+
+
+def set_link(namespace: str, *, up: bool) -> None:
+    """Plug a host's cable in or out. Pulled out, nothing the host's kernel still sends reaches anybody."""
+    try:
+        _run("ip", "-n", namespace, "link", "set", "eth0", "up" if up else "down")
+    except _CommandFailed as error:
+        raise OSError(str(error)) from error
+
+
+def existing(layout: Layout) -> list[str]:
+    """Names of the namespaces of this cluster that exist, also half-made ones."""
+    try:
+        return sorted(path.name for path in NAMESPACES.iterdir() if path.name.startswith(layout.namespace_prefix))
+    except FileNotFoundError:
+        return []
+
+
+def create(layout: Layout, hosts: int, rate_bps: int | None) -> Places:
+    """Make the whole network anew, or fall back to loopback addresses.
+
+    `rate_bps` limits each host in each direction; None: no limit. On any failure nothing is left of what was made.
+    Processes must not live in namespaces of an earlier run (see teardown).
+    """
+    reason = _obstacle()
+    if reason is None:
+        remove(layout)
+        try:
+            return _create_namespaces(layout, hosts, rate_bps)
+        except _CommandFailed as error:
+            remove(layout)
+            reason = str(error)
+    return _loopback(hosts, reason)
+
+
+def _obstacle() -> str | None:
+    if os.environ.get(NO_NAMESPACES_VARIABLE, "0") not in {"", "0"}:
+        return f"{NO_NAMESPACES_VARIABLE} is set"
+    if os.geteuid() != 0:
+        return "not root"
+    for tool in ("ip", "nsenter"):
+        if shutil.which(tool) is None:
+            return f"the command {tool} is missing; deploy/install-system.sh installs it"
+    return None
+
+
+def _create_namespaces(layout: Layout, hosts: int, rate_bps: int | None) -> Places:
+    management = layout.management_namespace
+    numbers = range(1, hosts + 1)
+    places = [HostPlace(f"host-{n}", f"{SUBNET}.{FIRST_HOST + n - 1}", layout.namespace(n)) for n in numbers]
+    namespaces = [management, *(layout.namespace(n) for n in numbers)]
+    _add_namespaces(namespaces)
+    # Being able to make one does not mean being allowed to enter it (seccomp profiles of containers).
+    _run(*command_in(management, ["true"]))
+    _batch("ip", None, [
+        f"link add eth0 netns {layout.namespace(n)} type veth peer name {_port(n)} netns {management}" for n in numbers
+    ])  # fmt: skip
+    bridge = ["link set lo up", "link add br0 type bridge", f"addr add {SUBNET}.1/24 dev br0", "link set br0 up"]
+    _batch("ip", management, bridge + [f"link set {_port(n)} master br0 up" for n in numbers])
+    for place in places:
+        _batch("ip", place.namespace, ["link set lo up", f"addr add {place.address}/24 dev eth0", "link set eth0 up"])
+    notes = _tune(namespaces) + (_shape(management, places, rate_bps) if rate_bps else ())
+    return Places(f"{SUBNET}.1", management, tuple(places), notes)
+
+
+def _port(number: int) -> str:
+    """The bridge's end of a host's cable."""
+    return f"h{number}"
+
+
+def _add_namespaces(names: Sequence[str]) -> None:
+    lines = [f"netns add {name}" for name in names]
+    try:
+        _batch("ip", None, lines)
+    except _CommandFailed:
+        # Another cluster that ends at this moment may have taken /run/netns away under our hands.
+        time.sleep(0.05)
+        for name in names:
+            _remove_namespace(name)
+        _batch("ip", None, lines)
+
+
+def _tune(namespaces: Sequence[str]) -> tuple[str, ...]:
+    def write() -> None:
+        for namespace in namespaces:
+            enter(namespace)
+            Path("/proc/sys/net/ipv4/tcp_retries2").write_text(str(TCP_RETRIES))
+
+    try:
+        # In a thread of its own, which then ends: the caller stays where it is.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(write).result()
+    except OSError:
+        return ("a lost link is noticed late: net.ipv4.tcp_retries2 cannot be set here",)
+    return ()
+
+
+def _shape(management: str, places: Sequence[HostPlace], rate_bps: int) -> tuple[str, ...]:
+    """Limit each host both ways: what it sends at its own end, what it receives at the bridge's port."""
+    # Two milliseconds' worth, and room for some of the 64 KiB packets that the kernel hands over in one piece.
+    burst_bytes = max(256 * 1024, rate_bps // 8 // 500)
+    limit = f"root tbf rate {rate_bps}bit burst {burst_bytes} latency 50ms"
+    try:
+        for place in places:
+            _batch("tc", place.namespace, [f"qdisc replace dev eth0 {limit}"])
+        _batch("tc", management, [f"qdisc replace dev {_port(n)} {limit}" for n in range(1, len(places) + 1)])
+    except _CommandFailed as error:
+        return (f"no bandwidth limit: {error}",)
+    return ()
+
+
+def _loopback(hosts: int, reason: str) -> Places:
+    """Without namespaces: loopback addresses. Their ports are the whole machine's, so busy ones are avoided."""
+    management = "127.0.0.1"
+    # 127.0.0.0/8 is one network to the kernel, so these need no set-up.
+    places = tuple(HostPlace(f"host-{n}", f"127.0.0.{FIRST_HOST + n - 1}") for n in range(1, hosts + 1))
+    usual = Places(management, None, places)
+    addresses = [place.address for place in places]
+    return Places(
+        management,
+        None,
+        places,
+        (f"no network namespaces ({reason}): hosts are loopback addresses without bandwidth limits",),
+        zookeeper_port=_free_port([management], usual.zookeeper_port),
+        # Ray listens on every address, and lets in whoever has the token.
+        ray_port=_free_port(["0.0.0.0"], usual.ray_port),
+        ray_client_port=_free_port(["0.0.0.0"], usual.ray_client_port),
+        api_port=_free_port([management], usual.api_port),
+        control_port=_free_port(addresses, usual.control_port),
+        peer_port=_free_port(addresses, usual.peer_port),
+    )
+
+
+def _free_port(addresses: Sequence[str], preferred: int) -> int:
+    """A port that is free on every one of these addresses: the preferred one if it is."""
+    candidate = preferred
+    for _ in range(50):
+        try:
+            with contextlib.ExitStack() as stack:
+                for address in addresses:
+                    holder = stack.enter_context(socket.socket())
+                    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    holder.bind((address, candidate))
+        except OSError:
+            with socket.socket() as holder:
+                holder.bind((addresses[0], 0))
+                candidate = holder.getsockname()[1]
+        else:
+            return candidate
+    return preferred
+
+
+def listener(port: int) -> str | None:
+    """Who listens on a TCP port in this thread's namespace: "nginx (pid 12)". None: nobody, or it may not be seen."""
+    inodes: set[str] = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/thread-self/net/{table}").read_text().splitlines()[1:]:
+                _, local, _, state, *rest = line.split()
+                if state == _LISTEN and int(local.rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{rest[5]}]")
+    for seen in processes.scan() if inodes else ():
+        if not inodes.isdisjoint(seen.files()):
+            return f"{seen.name} (pid {seen.pid})"
+    return None
+
+
+def remove(layout: Layout) -> None:
+    """Remove every namespace of the cluster; links, bridge and limits vanish with them. Safe to repeat."""
+    names = existing(layout)
+    for name in names:
+        _remove_namespace(name)
+    if names:
+        _remove_common_mount()
+
+
+def _remove_namespace(name: str) -> None:
+    with contextlib.suppress(_CommandFailed):
+        _run("ip", "netns", "del", name)
+    # A start that was killed half-way leaves a plain file that `ip netns del` refuses to take for a namespace.
+    with contextlib.suppress(OSError):
+        (NAMESPACES / name).unlink()
+
+
+def _remove_common_mount() -> None:
+    """/run/netns becomes a mount with the first namespace of the machine; take it away after the last one."""
+    with contextlib.suppress(OSError, _CommandFailed):
+        if not any(NAMESPACES.iterdir()):
+            # Not lazily: while any other namespace has its name there, this is refused, as it must be.
+            _run("umount", str(NAMESPACES))
+            NAMESPACES.rmdir()

@@ -1,0 +1,377 @@
+"""The parts of a local cluster: how each is configured, started, waited for and asked how it is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orchestrator
+from deploy.lab.cluster import network, ray_head, zookeeper
+from deploy.lab.cluster.config import LocalConfig, PartKind
+from deploy.lab.cluster.layout import (
+    CLUSTER_VARIABLE,
+    HOST_VARIABLE,
+    PART_VARIABLE,
+    RAY_ADDRESS,
+    HostPlace,
+    Layout,
+    LocalClusterError,
+    Places,
+)
+from deploy.lab.cluster.state import write_atomically
+from orchestrator.ledger import paths
+
+RAY_NAMESPACE = "drover"
+GUEST_IMAGE_VARIABLE = "DROVER_GUEST_IMAGE"
+
+Probe = Callable[[], Awaitable[str | None]]
+"""None: it serves; otherwise what is wrong, in a few words."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartSpec:
+    """One process that the supervisor keeps."""
+
+    name: str
+    kind: PartKind
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    directory: Path
+    log: Path
+    probe: Probe
+    health: Probe
+    """As `probe`, but it may take longer and look deeper."""
+    host: str | None = None
+    after: tuple[str, ...] = ()
+    """Parts that must serve before this one is started."""
+    prepare: Callable[[], None] | None = None
+    """Called before each start."""
+    listens: tuple[tuple[str, int], ...] = ()
+    """Address and port of each TCP socket that nobody else may have when it starts."""
+    watched: bool = False
+    """Its process may outlive what it is there for: kill it when `probe` goes on failing."""
+
+
+def package_root() -> Path:
+    """The directory that holds the packages: the repository, or site-packages."""
+    return Path(orchestrator.__file__ or "").resolve().parent.parent
+
+
+def guest_image(config: LocalConfig, layout: Layout) -> tuple[Path, Path | None]:
+    """The image that guests run, and the script that builds it (None: it is the operator's own and must be there)."""
+    own = config.guest_image or os.environ.get(GUEST_IMAGE_VARIABLE)
+    if own:
+        image = Path(own).expanduser().resolve()
+        if not image.is_file():
+            raise LocalClusterError(
+                f"the guest image {image} does not exist; name another or leave it out to build ours"
+            )
+        return image, None
+    root = package_root()
+    script = root / "deploy" / "lab" / "guest_image" / "build.sh"
+    if not script.is_file():
+        raise LocalClusterError(f"{script} is missing: name a guest image with {GUEST_IMAGE_VARIABLE}=FILE")
+    return _build_directory(layout) / "guest.elf", script
+
+
+def vfio_preload(layout: Layout) -> tuple[Path, Path]:
+    """What gives QEMU devices on a machine without VFIO, and the script that builds it."""
+    return _build_directory(
+        layout
+    ) / "vfio-preload.so", package_root() / "deploy" / "lab" / "devices" / "vfio" / "build.sh"
+
+
+def _build_directory(layout: Layout) -> Path:
+    root = package_root()
+    in_repository = (root / "pyproject.toml").is_file() and os.access(root, os.W_OK)
+    return root / "build" if in_repository else layout.dir
+
+
+def write_files(config: LocalConfig, layout: Layout, places: Places) -> None:
+    """Make the directories and write every part's configuration."""
+    for folder in (layout.logs, layout.console, layout.serial, layout.ray):
+        folder.mkdir(parents=True, exist_ok=True)
+    zookeeper.prepare(layout, places)
+    image, _ = guest_image(config, layout)
+    for place in places.hosts:
+        layout.volatile(place.name).mkdir(parents=True, exist_ok=True)
+        if not layout.power_cycle(place.name).exists():
+            new_power_cycle(layout, place.name)
+        _write_json(layout.agent_json(place.name), _agent(config, layout, places, place, image))
+    _write_json(
+        layout.api_json,
+        {
+            "listen": [f"unix:{layout.api_socket}", f"{places.management_address}:{places.api_port}"],
+            "zookeeper": places.zookeeper,
+            "chroot": paths.CHROOT,
+            "chaos": config.chaos,
+            "log_level": config.log_level,
+        },
+    )
+    ray_head.token(layout)
+    _write_json(
+        layout.coordinator_json,
+        {
+            "zookeeper": places.zookeeper,
+            "ray_address": f"{RAY_ADDRESS}:{places.ray_port}",
+            "ray_token_file": str(layout.ray_token),
+            "ray_namespace": RAY_NAMESPACE,
+            "workers": config.workers,
+            "limits": {
+                "starts_per_s": config.start_rate_per_s,
+                "max_concurrent": config.max_concurrent_migrations,
+                "max_per_source": config.max_per_source,
+            },
+        },
+    )
+
+
+def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace, image: Path) -> dict[str, Any]:
+    return {
+        "host": place.name,
+        "address": place.address,
+        "control_port": places.control_port,
+        "peer_port": places.peer_port,
+        "zookeeper": places.zookeeper,
+        "chroot": paths.CHROOT,
+        "dir": str(layout.host(place.name)),
+        "console_dir": str(layout.console),
+        "volatile_dir": str(layout.volatile(place.name)),
+        "identity": {"kind": "simulated", "file": str(layout.power_cycle(place.name))},
+        "memory_mib": config.memory_mib,
+        "bandwidth_mbps": config.bandwidth_bps // 10**6,
+        "accelerator": config.accelerator,
+        "qemu": config.qemu,
+        "guest_image": str(image),
+        "vfio_preload": str(vfio_preload(layout)[0]),
+        "chaos": config.chaos,
+        "log_level": config.log_level,
+    }
+
+
+def new_power_cycle(layout: Layout, host: str) -> None:
+    """Give the host a new boot_id."""
+    write_atomically(layout.power_cycle(host), f"{uuid.uuid4()}\n")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def build(config: LocalConfig, layout: Layout, places: Places) -> list[PartSpec]:
+    """Every part, in the order of starting. Parts whose command is overridden by [] are left out."""
+    make = _Maker(config, layout, places)
+    management = places.management_address
+    parts = [
+        make.part(
+            "zookeeper",
+            zookeeper.command(layout),
+            _zookeeper_probe(places),
+            listens=((management, places.zookeeper_port),),
+        ),
+        make.part(
+            "ray",
+            ray_head.command(layout, places, config.ray_cpus),
+            _tcp_probe(RAY_ADDRESS, places.ray_port),
+            environment=ray_head.environment(layout),
+            prepare=lambda: ray_head.prepare(layout),
+            listens=((RAY_ADDRESS, places.ray_port), (RAY_ADDRESS, places.ray_client_port)),
+        ),
+        make.part(
+            "api",
+            [sys.executable, "-m", "orchestrator.api", "--config", str(layout.api_json)],
+            _tcp_probe(management, places.api_port),
+            after=("zookeeper",),
+            listens=((management, places.api_port),),
+            serves=f"{management}:{places.api_port}",
+        ),
+        make.part(
+            "collector",
+            [sys.executable, "-m", "deploy.lab.cluster.collector", "--dir", str(layout.dir)],
+            _unix_probe(layout.dir / "collector.sock"),
+        ),
+        *(make.agent(place) for place in places.hosts),
+        make.part(
+            "coordinator",
+            [sys.executable, "-m", "orchestrator.coordinator", "--config", str(layout.coordinator_json)],
+            make.registered("coordinator", paths.leader()),
+            environment=ray_head.client_environment(layout),
+            after=("zookeeper", "ray"),
+        ),
+    ]
+    present = {part.name for part in parts if part.command}
+    return [_without(part, present) for part in parts if part.command]
+
+
+def _without(part: PartSpec, present: set[str]) -> PartSpec:
+    """The part, not waiting for parts that were left out."""
+    return replace(part, after=tuple(name for name in part.after if name in present))
+
+
+class _Maker:
+    """Fills in what all parts have in common."""
+
+    def __init__(self, config: LocalConfig, layout: Layout, places: Places) -> None:
+        self._config = config
+        self._layout = layout
+        self._places = places
+
+    def registered(self, kind: PartKind, path: str) -> Probe:
+        """Does the part hold its node in ZooKeeper? Stand-ins of tests hold none."""
+        places = self._places
+        if kind in self._config.commands:
+            return always
+
+        async def probe() -> str | None:
+            node = paths.CHROOT + path
+            return await zookeeper.has_ephemeral(node, places.management_address, places.zookeeper_port)
+
+        return probe
+
+    def agent(self, place: HostPlace) -> PartSpec:
+        layout = self._layout
+        return self.part(
+            "agent",
+            [sys.executable, "-m", "agents", "--config", str(layout.agent_json(place.name))],
+            _all(
+                _tcp_probe(place.address, self._places.control_port),
+                self.registered("agent", paths.live(place.name)),
+            ),
+            place=place,
+            after=("zookeeper",),
+            listens=((place.address, self._places.control_port), (place.address, self._places.peer_port)),
+            serves=f"{place.address}:{self._places.control_port}",
+        )
+
+    def part(
+        self,
+        kind: PartKind,
+        command: list[str],
+        probe: Probe,
+        *,
+        place: HostPlace | None = None,
+        environment: dict[str, str] | None = None,
+        after: tuple[str, ...] = (),
+        prepare: Callable[[], None] | None = None,
+        listens: tuple[tuple[str, int], ...] = (),
+        serves: str = "",
+    ) -> PartSpec:
+        layout = self._layout
+        name = f"{kind}-{place.name}" if place else kind
+        config_file = layout.agent_json(place.name) if place else layout.dir / f"{kind}.json"
+        override = self._config.commands.get(kind)
+        if override is not None:
+            names = {"dir": str(layout.dir), "host": place.name if place else "", "config": str(config_file)}
+            command = [word.format(**names) for word in override]
+        namespace = place.namespace if place else self._places.management_namespace
+        marks = {CLUSTER_VARIABLE: str(layout.dir), PART_VARIABLE: kind}
+        if place:
+            marks[HOST_VARIABLE] = place.name
+        return PartSpec(
+            name=name,
+            kind=kind,
+            command=tuple(network.command_in(namespace, command)) if command else (),
+            environment={**_inherited(), **(environment or {}), **marks},
+            directory=layout.host(place.name) if place else layout.logs,
+            log=layout.host(place.name) / "agent.log" if place else layout.logs / f"{kind}.log",
+            probe=probe,
+            health=_all(probe, _grpc_health(serves)) if serves and override is None else probe,
+            host=place.name if place else None,
+            after=after,
+            prepare=prepare,
+            listens=listens,
+            # While it is still starting, Ray's launcher does not notice that its GCS died, and waits for half a minute.
+            watched=kind == "ray",
+        )
+
+
+def _inherited() -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    root = package_root()
+    if root.name not in {"site-packages", "dist-packages"}:
+        # Also when the repository was never installed.
+        environment["PYTHONPATH"] = ":".join(filter(None, (str(root), environment.get("PYTHONPATH"))))
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment
+
+
+# --- how a part is ---------------------------------------------------------------------------------------------------
+
+_PROBE_TIMEOUT_S = 1.0
+
+
+async def always() -> str | None:
+    return None
+
+
+async def taken(spec: PartSpec) -> str | None:
+    """What is wrong with its ports, as a clause; None: they are free.
+
+    Asked by connecting, since an address in another namespace cannot be bound here.
+    """
+    for address, port in spec.listens:
+        if await _connects(asyncio.open_connection(address, port)) is None:
+            owner = network.listener(port) or "another process"
+            return f"port {port} on {address} is in use by {owner}: end it"
+    return None
+
+
+def _all(*probes: Probe) -> Probe:
+    async def probe() -> str | None:
+        for one in probes:
+            if wrong := await one():
+                return wrong
+        return None
+
+    return probe
+
+
+def _zookeeper_probe(places: Places) -> Probe:
+    async def probe() -> str | None:
+        return await zookeeper.srvr(places.management_address, places.zookeeper_port, _PROBE_TIMEOUT_S)
+
+    return probe
+
+
+def _tcp_probe(address: str, port: int) -> Probe:
+    async def probe() -> str | None:
+        return await _connects(asyncio.open_connection(address, port))
+
+    return probe
+
+
+def _unix_probe(path: Path) -> Probe:
+    async def probe() -> str | None:
+        return await _connects(asyncio.open_unix_connection(path))
+
+    return probe
+
+
+async def _connects(opening: Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> str | None:
+    try:
+        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            _, writer = await opening
+    except TimeoutError:
+        return "does not answer"
+    except OSError as error:
+        return os.strerror(error.errno).lower() if error.errno else "does not listen"
+    writer.close()
+    return None
+
+
+def _grpc_health(target: str) -> Probe:
+    """The standard health service of a gRPC server; imported late, since only `drover status` asks for it."""
+
+    async def probe() -> str | None:
+        from orchestrator.rpc.health import check
+
+        return await check(target, _PROBE_TIMEOUT_S)
+
+    return probe

@@ -1,0 +1,136 @@
+"""ZooKeeper as a child of the local cluster: one server, own data, every write on disk before it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+
+from deploy.lab.cluster.layout import Layout, LocalClusterError, Places, StopReason
+
+TICK_MS = 500
+"""Sessions may be 2 to 20 ticks long: 1 to 10 s."""
+
+_JAR_FOLDERS = (Path("/usr/share/java"), Path("/usr/share/zookeeper"), Path("/usr/share/zookeeper/lib"))
+_MAIN = "org.apache.zookeeper.server.quorum.QuorumPeerMain"
+_HINT = "deploy/install-system.sh installs it"
+
+
+def _jar(name: str) -> Path | None:
+    return next((path for folder in _JAR_FOLDERS if (path := folder / name).exists()), None)
+
+
+def require() -> None:
+    """Raises LocalClusterError naming what ZooKeeper lacks on this machine."""
+    if shutil.which("java") is None:
+        raise LocalClusterError(
+            f"a Java runtime (the command java), which runs ZooKeeper, is missing; {_HINT}",
+            reason=StopReason.MISSING_SOFTWARE,
+            part="zookeeper",
+        )
+    if _jar("zookeeper.jar") is None:
+        folders = ", ".join(map(str, _JAR_FOLDERS))
+        raise LocalClusterError(
+            f"ZooKeeper (zookeeper.jar in {folders}) is missing; {_HINT}",
+            reason=StopReason.MISSING_SOFTWARE,
+            part="zookeeper",
+        )
+
+
+def prepare(layout: Layout, places: Places) -> None:
+    """Write its configuration. Data of an earlier start stays: a restarted server goes on where the killed one was."""
+    data = layout.zookeeper / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"tickTime={TICK_MS}",
+        f"dataDir={data}",
+        f"clientPort={places.zookeeper_port}",
+        f"clientPortAddress={places.management_address}",
+        "initLimit=10",
+        "syncLimit=5",
+        "standaloneEnabled=true",
+        # Sixty connections per address is the default, and here the whole control plane has one address.
+        "maxClientCnxns=0",
+        "admin.enableServer=false",
+        "4lw.commands.whitelist=srvr,stat,mntr,wchs,cons,dump",
+        "autopurge.purgeInterval=0",
+        # KiB written at once to a fresh log: the default of 64 MiB would take longer than everything else here.
+        "preAllocSize=1024",
+    ]
+    (layout.zookeeper / "zoo.cfg").write_text("\n".join(lines) + "\n")
+
+
+def command(layout: Layout) -> list[str]:
+    """The server's command line; `prepare` comes first."""
+    jars = [path for name in ("zookeeper.jar", "slf4j-simple.jar") if (path := _jar(name))]
+    return [
+        "java",
+        "-Xms16m",
+        "-Xmx128m",
+        # It starts in half a second with these, and in two without.
+        "-XX:+UseSerialGC",
+        "-XX:TieredStopAtLevel=1",
+        "-Xshare:auto",
+        # Else every JVM keeps a file in /tmp, and leaves it there when it is killed.
+        "-XX:-UsePerfData",
+        "-Dzookeeper.forceSync=yes",
+        "-Dzookeeper.jmx.log4j.disable=true",
+        "-Dorg.slf4j.simpleLogger.defaultLogLevel=info",
+        "-Dorg.slf4j.simpleLogger.showDateTime=true",
+        "-Djava.net.preferIPv4Stack=true",
+        # The jar's manifest names the others that it needs.
+        "-cp",
+        ":".join([str(layout.zookeeper), *map(str, jars)]),
+        _MAIN,
+        str(layout.zookeeper / "zoo.cfg"),
+    ]
+
+
+async def srvr(address: str, port: int, timeout_s: float = 1.0) -> str | None:
+    """Ask the server how it is. None: it serves; otherwise what is wrong."""
+    try:
+        answer = await _ask("srvr", address, port, timeout_s)
+    except OSError as error:
+        return _short(error)
+    return None if "Mode:" in answer else "not serving yet"
+
+
+async def has_ephemeral(path: str, address: str, port: int, timeout_s: float = 1.0) -> str | None:
+    """Does a session that is connected hold this node? None: yes. Asked with four-letter words: it needs no session.
+
+    The session of a process that was killed goes on for seconds, its connection does not.
+    """
+    try:
+        holder = _holder(await _ask("dump", address, port, timeout_s), path)
+        connected = holder and f"sid={holder}," in await _ask("cons", address, port, timeout_s)
+    except OSError as error:
+        return f"ZooKeeper: {_short(error)}"
+    return None if connected else "not registered"
+
+
+def _holder(dump: str, path: str) -> str | None:
+    """The session that holds an ephemeral node: a dump has its id ("0x10a:") above the paths of its nodes."""
+    session = None
+    for line in map(str.strip, dump.splitlines()):
+        if line.startswith("0x"):
+            session = line.rstrip(":")
+        elif line == path:
+            return session
+    return None
+
+
+async def _ask(word: str, address: str, port: int, timeout_s: float) -> str:
+    async with asyncio.timeout(timeout_s):
+        reader, writer = await asyncio.open_connection(address, port)
+        try:
+            writer.write(word.encode())
+            return (await reader.read(-1)).decode(errors="replace")
+        finally:
+            writer.close()
+
+
+def _short(error: OSError) -> str:
+    if isinstance(error, TimeoutError):
+        return "does not answer"
+    return os.strerror(error.errno).lower() if error.errno else str(error)

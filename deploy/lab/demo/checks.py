@@ -1,0 +1,157 @@
+"""After the evacuation: what the API says of each guest, and each guest's check of its own memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.lab.cluster import console_client
+from deploy.lab.cluster.console_client import ConsoleError
+from deploy.lab.cluster.evidence import Beat
+from deploy.lab.demo.incidents import Incidents
+from deploy.lab.demo.judge import Answer, Attempt, Part
+from deploy.lab.demo.staging import beats, client_of
+from orchestrator import wire
+from orchestrator.cli.migration import took_s
+from orchestrator.core.agent import RunState
+
+if TYPE_CHECKING:
+    from orchestrator.rpc.messages import AttemptReport, Guest, Migration
+    from orchestrator.rpc.orchestrator_client import OrchestratorClient
+
+SILENCE_S = 0.5
+"""A paused guest is listened to for so long."""
+VERIFY_S = 60.0
+VERIFY_AT_A_TIME = 2
+BEATS_S = 5.0
+_LOOK_S = 0.05
+
+
+class Checks:
+    """`run` asks for everything once; what it found is in the attributes."""
+
+    def __init__(self, directory: Path, parts: Sequence[Part], incidents: Incidents) -> None:
+        self._directory = directory
+        self._parts = parts
+        self._incidents = incidents
+        self.answers: dict[str, Answer] = {}
+        self.consoles: dict[str, tuple[str, ...]] = {}
+        """Hosts where a VMM of the guest has its console open, by guest."""
+        self.evacuation_phase = ""
+        self.safe_to_power_off = False
+        self.mishaps: list[str] = []
+
+    def run(self, source: str) -> None:
+        """Raises DroverError and ConsoleError when the API or the collector cannot be asked at all."""
+        with client_of(self._directory) as client:
+            for part in self._parts:
+                self.answers[part.name] = self._arrived(client, part.name)
+            self._resume_paused()
+            self._verify()
+            self._await_life()
+            for part in self._parts:
+                ended = self._known(client, part.name)
+                self.answers[part.name] = replace(self.answers[part.name], state_at_end=_run_state(ended))
+            if jobs := [job for job in client.list_evacuations() if job.host == source]:
+                self.evacuation_phase = wire.word(jobs[0], "phase")
+                self.safe_to_power_off = jobs[0].safe_to_power_off
+        consoles = console_client.list_consoles_sync(self._directory)
+        for part in self._parts:
+            hosts = {each.vmm.host for each in consoles if each.connected and each.vmm.guest == part.name}
+            self.consoles[part.name] = tuple(sorted(hosts))
+
+    def _arrived(self, client: OrchestratorClient, name: str) -> Answer:
+        guest = self._known(client, name)
+        sight = self._incidents.sights.get(name)
+        answer = Answer(owner=guest.host, state_on_arrival=_run_state(guest))
+        if sight is None:
+            return answer
+        migration = client.get_migration(sight.migration)
+        return replace(
+            answer,
+            migration=migration.name,
+            phase=wire.word(migration, "phase"),
+            why=": ".join(filter(None, (migration.failure, migration.message))),
+            attempts=tuple(_attempt(report) for report in migration.attempts),
+            took_s=_took_s(migration),
+        )
+
+    def _known(self, client: OrchestratorClient, name: str) -> Guest:
+        """UNKNOWN says that the owner's agent was not heard just then, not how the guest is: ask again."""
+        found: list[Guest] = []
+
+        def known() -> bool:
+            found.append(client.get_guest(name))
+            return _run_state(found[-1]) != RunState.UNKNOWN
+
+        self._until(known)
+        return found[-1]
+
+    def _resume_paused(self) -> None:
+        if self._incidents.pauses:
+            time.sleep(SILENCE_S)  # no event tells of silence
+        for name in tuple(self._incidents.pauses):
+            self._incidents.resume(name)
+        self._until(lambda: self._incidents.pauses.keys() <= beats(self._directory).keys())
+
+    def _verify(self) -> None:
+        def verify(name: str) -> None:
+            try:
+                console_client.verify_sync(self._directory, name, timeout_s=VERIFY_S)
+            except ConsoleError as error:
+                self.mishaps.append(f"{name} could not be asked to check its memory: {error}")
+
+        pool = ThreadPoolExecutor(VERIFY_AT_A_TIME)
+        try:
+            list(pool.map(verify, (part.name for part in self._parts)))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _await_life(self) -> None:
+        """Until each has beaten after its check, and had an answer of a device. The judge finds out who did not.
+
+        A doorbell that was lost when the guest moved is rung again after 2 s.
+        """
+        before: dict[str, Beat] = {}
+
+        def all_alive() -> bool:
+            now = beats(self._directory)
+            for name, beat in now.items():
+                before.setdefault(name, beat)
+            return all(
+                part.name in now and (not part.devices or now[part.name].device_rings > before[part.name].device_rings)
+                for part in self._parts
+            )
+
+        self._until(all_alive)
+
+    def _until(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + BEATS_S
+        while not happened() and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+
+
+def _run_state(guest: Guest) -> str:
+    return wire.word(guest, "run_state")
+
+
+def _took_s(migration: Migration) -> float:
+    return took_s(migration.create_time, migration.end_time) or 0.0
+
+
+def _attempt(report: AttemptReport) -> Attempt:
+    return Attempt(
+        number=report.attempt,
+        outcome=report.outcome,
+        reason=report.reason,
+        devices=tuple(report.devices),
+        destination=report.destination,
+        zxid=report.zxid,
+        sent_bytes=report.transferred_bytes,
+        pending_when_stopped=tuple(dict.fromkeys(ack.device for ack in report.requested_while_stopped)),
+        suspended=any(entry.event == "suspend" for entry in report.timeline),
+    )

@@ -1,0 +1,623 @@
+"""The process that holds all devices of one VMM, outside and inside it: `python -m deploy.lab.devices.device_process`.
+
+It lives in a session of its own and outlives agent and VMM, as a DPU would. It ends when it is told to, on SIGTERM, or
+when its directory or its metadata file vanishes, so that nothing is ever left behind.
+
+It reads its description from standard input (JSON: `guest`, `inc`, `directory`, `seed`, `incoming`, `devices` with
+`name`, `shim`, `index`, sizes and `scenario`), writes `<inc>.devices.json` (pid and start time, for a later agent) and
+serves
+
+* `<inc>.dev`, the guest's second serial port: doorbells `R <d> <n>`, answers `A <d> <n> <answer>`
+  (deploy/lab/guest_image/README.md). A device answers while it may speak; doorbells that came while it was stopped are
+  answered when it runs again.
+* `<inc>.vfio`, if there are devices inside the VMM: the preload in it asks here what QEMU asks them (vfio/preload.c).
+  `<inc>.vfio.log` has each question with its answer (vfio/log.py);
+* `<inc>.ctl`, the control socket (frames: control.py). Any number of connections and of calls at a time. A call has a
+  `key`: the same key again is the same call, and gets the same answer. Calls, with their fields besides `device`:
+
+      hello                                    -> guest, inc, devices {name: {state, live, session, asked}}
+      begin       session by                   RUNNING -> PRE_COPY. `by`: who begins it; another one begins it anew
+      read        session seq wait_ms stopped  -> frame, generation, total, digest, and data as the body.
+                  `stopped`: refuse unless the device is in STOP_COPY. `seq` counts 1, 2, 3, ...: the last one
+                  again is the same frame. frame "": nothing in that time,
+                  "over": nothing more in this state, or of this session
+      hook        hook
+      quiesce     session                      -> newest, stop_copy_bytes
+      stop_copy   session
+      roll_back                                any state -> RUNNING
+      retire
+      begin_load  session                      -> RESUMING
+      load        session kind generation total digest, data as the body -> ack
+      validate    session                      RESUMING -> STOP -> bytes, digest
+      activate                                 STOP -> RUNNING
+      discard
+      inject      at times bytes               -> scenario; also for devices inside the VMM
+      look                                     -> devices: what those inside the VMM tell of themselves
+      end                                      the process ends
+
+  The note `asked` (device, session, generation) goes to every connection, before the answer to the call that made it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from agents.shims import control
+from deploy.lab.devices.device import Device, DeviceError, DeviceIdentity, DeviceSizes, DeviceState
+from deploy.lab.devices.vfio.endpoint import Endpoint, features_of
+from deploy.lab.devices.vfio.log import Log
+from deploy.lab.devices.vfio.server import VfioServer
+from orchestrator.core.errors import DroverError
+from orchestrator.core.scenario import Ask, Call, Hook, scenario_from, scenario_mapping
+
+_FRAME_BYTES = 256 << 10
+_DIRTY_PAUSE_S = 0.05
+"""Dirty data is collected for so long before it is sent, unless there is much of it."""
+_DIRTY_AT_ONCE_BYTES = 64 << 10
+_MAX_WAIT_S = 5.0
+_WATCH_S = 1.0
+_KEPT_CALLS = 512
+_MAX_UNSENT_ANSWERS = 65_536
+_VFIO_BUFFER = 1 << 20
+"""QEMU reads and writes up to so much at a time."""
+
+Reply = tuple[dict[str, Any], bytes]
+
+
+class CallError(Exception):
+    """A call was refused or failed."""
+
+    def __init__(self, message: str, *, reset: bool = False) -> None:
+        super().__init__(message)
+        self.reset = reset
+
+
+class Hosted:
+    """One device, and what the calls of an attempt need to know besides it."""
+
+    def __init__(self, device: Device, *, live: bool) -> None:
+        self.device = device
+        self.live = live
+        """It is the guest's device: newborn, or activated."""
+        self.ended = ""
+        """`retired` or `discarded`."""
+        self.lost = False
+        """The last session ended with a reset. Said until the next session begins, to whoever asks."""
+        self.session: int | None = None
+        self.begun_by = ""
+        self.course = 0
+        """Goes up with each begin and each end of a session: a slow call that was overtaken notices."""
+        self.seq = 0
+        self.frame: Reply = ({"frame": ""}, b"")
+        self.end_sent = False
+        self.dirty_sent_at = 0.0
+        self.expected: tuple[int, str] | None = None
+        """Total bytes and digest, as END says."""
+        self.loaded: dict[str, Any] | None = None
+        self.published: tuple[int | None, int] = (None, 0)
+        self.wake = asyncio.Event()
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def name(self) -> str:
+        return self.device.identity.name
+
+    def new_course(self, session: int | None) -> None:
+        self.session = session
+        self.course += 1
+        self.seq, self.frame, self.end_sent = 0, ({"frame": ""}, b""), False
+        self.expected = self.loaded = None
+
+    def must_be_in(self, session: object) -> None:
+        if self.ended:
+            raise CallError(f"{self.name} was {self.ended}")
+        if self.session is None or session != self.session:
+            raise CallError(f"{self.name}: session {session} is over or never began")
+
+    def must_be_live(self) -> None:
+        if self.ended:
+            raise CallError(f"{self.name} was {self.ended}")
+        if not self.live:
+            raise CallError(f"{self.name} is not the guest's device yet: load and activate it first")
+
+    def next_frame(self, now: float) -> Reply | None:
+        """What comes next in the stream; None: nothing at the moment."""
+        device = self.device
+        if device.state is DeviceState.STOP_COPY:
+            if data := self._gather(now):
+                return {"frame": "stop_copy", "generation": 0}, data
+            if not self.end_sent:
+                self.end_sent = True
+                return {"frame": "end", "total": device.sent_bytes, "digest": device.sent_digest.hex()}, b""
+            return {"frame": "over"}, b""
+        if device.state is not DeviceState.PRE_COPY:
+            return {"frame": "over"}, b""
+        if device.initial_bytes_left() or self._dirty_is_due(now):
+            self.dirty_sent_at = now
+            if data := self._gather(now):
+                return {"frame": "precopy", "generation": device.asked or 0}, data
+        marker = device.take_marker()
+        return None if marker is None else ({"frame": "initial_sent", "generation": marker}, b"")
+
+    def _dirty_is_due(self, now: float) -> bool:
+        dirty = self.device.readable_bytes(now)
+        return dirty >= _DIRTY_AT_ONCE_BYTES or (dirty > 0 and now - self.dirty_sent_at >= _DIRTY_PAUSE_S)
+
+    def _gather(self, now: float) -> bytes:
+        pieces: list[bytes] = []
+        left = _FRAME_BYTES
+        with contextlib.suppress(DeviceError):
+            while left > 0 and (piece := self.device.read(left, now)):
+                pieces.append(piece)
+                left -= len(piece)
+        return b"".join(pieces)
+
+    def next_look(self, now: float, until: float) -> float:
+        """When something may be there to send, at the latest."""
+        times = [until]
+        if self.device.readable_bytes(now) or self.device.gets_dirty:
+            times.append(max(now, self.dirty_sent_at) + _DIRTY_PAUSE_S)
+        if (due := self.device.next_due()) is not None:
+            times.append(due)
+        return min(times)
+
+
+class DeviceServer:
+    """All devices of one VMM behind their two sockets."""
+
+    def __init__(self, guest: str, inc: str, hosted: list[Hosted], endpoints: list[Endpoint]) -> None:
+        self.guest, self.inc = guest, inc
+        self.over = asyncio.Event()
+        self._endpoints = endpoints
+        self._by_name = {one.name: one for one in hosted}
+        self._by_index = {one.device.identity.index: one for one in hosted}
+        self._port: asyncio.StreamWriter | None = None
+        self._connections: set[asyncio.StreamWriter] = set()
+        self._calls: OrderedDict[str, asyncio.Task[bytes]] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- doorbells ----------------------------------------------------------------------------------------------------
+
+    async def serve_port(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One VMM at a time: a new connection takes the place of the old."""
+        if self._port is not None:
+            self._port.close()
+        self._port = writer
+        for hosted in self._by_index.values():
+            self._answer(hosted)
+        try:
+            while line := await reader.readline():
+                self._ring(line)
+        except (ConnectionError, ValueError):
+            pass
+        finally:
+            writer.close()
+            if self._port is writer:
+                self._port = None
+
+    def _ring(self, line: bytes) -> None:
+        """A torn line is dropped; a capital R begins a new one whatever came before."""
+        match = _DOORBELL.fullmatch(line[line.rfind(b"R") :].strip()) if b"R" in line else None
+        hosted = self._by_index.get(int(match[1], 16)) if match else None
+        if match is None or hosted is None or hosted.ended:
+            return
+        hosted.device.ring(int(match[2], 16))
+        self._answer(hosted)
+
+    def _answer(self, hosted: Hosted) -> None:
+        """Say what the device may say. With nobody there, or nobody reading, doorbells wait or are rung again."""
+        port = self._port
+        if port is None or port.is_closing() or port.transport.get_write_buffer_size() > _MAX_UNSENT_ANSWERS:
+            return
+        for n, answer in [] if hosted.ended else hosted.device.take_answers():
+            port.write(f"A {hosted.device.identity.index:x} {n:08x} {answer:08x}\n".encode())
+
+    # --- control ------------------------------------------------------------------------------------------------------
+
+    async def serve_control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(writer)
+        try:
+            while True:
+                header, body = await control.read_frame(reader)
+                self._spawn(self._respond(header, body, writer))
+        except ConnectionError:
+            pass
+        finally:
+            self._connections.discard(writer)
+            writer.close()
+
+    async def _respond(self, header: dict[str, Any], body: bytes, writer: asyncio.StreamWriter) -> None:
+        # Frames are kept by their number instead, and only the last one: they are large.
+        key = "" if header.get("call") == "read" else str(header.get("key", ""))
+        call = self._calls.get(key) if key else None
+        if call is None:
+            call = asyncio.ensure_future(self._carry_out(header, body))
+            if key:
+                self._calls[key] = call
+                while len(self._calls) > _KEPT_CALLS:
+                    self._calls.popitem(last=False)
+        # Shielded: the caller may be gone when it ends, and asks again with the same key.
+        reply = await asyncio.shield(call)
+        if not writer.is_closing():
+            writer.write(reply)
+
+    async def _carry_out(self, header: dict[str, Any], body: bytes) -> bytes:
+        number = header.get("id")
+        name = str(header.get("call"))
+        hosted: Hosted | None = None
+        try:
+            if name == "hello":
+                found: Reply = self._hello(), b""
+            elif name == "end":
+                self.over.set()
+                found = {}, b""
+            elif name == "look":
+                found = {"devices": [asdict(endpoint.look(_now())) for endpoint in self._endpoints]}, b""
+            elif name == "inject":
+                found = self._inject(str(header["device"]), header), b""
+                hosted = self._by_name.get(str(header["device"]))
+            else:
+                hosted = self._by_name.get(str(header.get("device")))
+                handler = _CALLS.get(name)
+                if hosted is None or handler is None:
+                    raise CallError(f"there is no device {header.get('device')!r} or no call {name!r} here")
+                found = await handler(self, hosted, header, body)
+            reply = control.encode({"id": number, "ok": True, **found[0]}, found[1])
+        except CallError as error:
+            _log(f"{header.get('device', '')} {name}: {error}")
+            reply = control.encode({"id": number, "error": str(error), "reset": error.reset})
+        except (DeviceError, KeyError, TypeError, ValueError) as error:
+            _log(f"{header.get('device', '')} {name}: {error}")
+            reply = control.encode({"id": number, "error": f"{header.get('device', '')}: {error}", "reset": False})
+        if hosted is not None:
+            self._after(hosted)
+        return reply
+
+    def _hello(self) -> dict[str, Any]:
+        devices = {
+            name: {
+                "state": one.device.state.name,
+                "live": one.live,
+                "session": one.session,
+                "asked": one.device.asked if one.session is not None else None,
+            }
+            for name, one in self._by_name.items()
+        }
+        return {"guest": self.guest, "inc": self.inc, "devices": devices}
+
+    def _after(self, hosted: Hosted) -> None:
+        """Whatever just happened to the device: tell of requests, answer doorbells, wake readers, set the timer."""
+        device = hosted.device
+        asked = device.asked
+        if hosted.session is not None and asked is not None and (hosted.session, asked) != hosted.published:
+            hosted.published = (hosted.session, asked)
+            note = control.encode(
+                {"note": "asked", "device": hosted.name, "session": hosted.session, "generation": asked}
+            )
+            for writer in self._connections:
+                writer.write(note)
+        self._answer(hosted)
+        hosted.wake.set()
+        hosted.wake.clear()
+        if hosted.timer is not None:
+            hosted.timer.cancel()
+            hosted.timer = None
+        if (due := device.next_due()) is not None:
+            hosted.timer = asyncio.get_running_loop().call_at(due, self._due, hosted)
+
+    def _due(self, hosted: Hosted) -> None:
+        if not hosted.ended:
+            hosted.device.advance(_now())
+            self._after(hosted)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _delay(self, hosted: Hosted, call: Call) -> None:
+        """The scripted slowness of a call. Raises CallError when the session ended meanwhile."""
+        if ms := hosted.device.take_delay(call):
+            course = hosted.course
+            await asyncio.sleep(ms / 1000)
+            if hosted.course != course:
+                raise CallError(f"{hosted.name}: {call.value} was overtaken by the end of its session")
+
+    # --- calls: the source --------------------------------------------------------------------------------------------
+
+    async def _begin(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        hosted.must_be_live()
+        session, device = int(header["session"]), hosted.device
+        by = str(header["by"])
+        if (hosted.session, hosted.begun_by) == (session, by) and device.state is DeviceState.PRE_COPY:
+            return {}, b""
+        if device.state not in (DeviceState.RUNNING, DeviceState.PRE_COPY):
+            raise CallError(f"{hosted.name} is in {device.state.name} of another session: roll it back first")
+        device.set_state(DeviceState.RUNNING, _now())
+        device.set_state(DeviceState.PRE_COPY, _now())
+        hosted.new_course(session)
+        hosted.begun_by, hosted.lost = by, False
+        _log(f"{hosted.name} begins session {session}, generation {device.generation}")
+        return {}, b""
+
+    async def _read(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        seq = int(header["seq"])
+        if header["stopped"] and hosted.device.state is not DeviceState.STOP_COPY:
+            raise CallError(f"{hosted.name} is in {hosted.device.state.name}, not in STOP_COPY")
+        until = _now() + min(int(header["wait_ms"]) / 1000, _MAX_WAIT_S)
+        while True:
+            if hosted.ended or header["session"] != hosted.session:
+                return {"frame": "over"}, b""
+            if seq == hosted.seq:
+                return hosted.frame
+            if seq != hosted.seq + 1:
+                raise CallError(f"{hosted.name}: frame {seq} asked for after {hosted.seq}")
+            now = _now()
+            frame = hosted.next_frame(now)
+            if frame is not None:
+                if frame[0]["frame"] != "over":
+                    hosted.seq, hosted.frame = seq, frame
+                return frame
+            if now >= until:
+                return {"frame": ""}, b""
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(hosted.next_look(now, until)):
+                    await hosted.wake.wait()
+
+    async def _hook(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        if not hosted.ended and hosted.session is not None:
+            hosted.device.hook(Hook(header["hook"]), _now())
+        return {}, b""
+
+    async def _quiesce(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        session, device = header["session"], hosted.device
+        if session is None and hosted.session is None:
+            hosted.must_be_live()  # a guest that was paused: the device never began pre-copy
+        else:
+            hosted.must_be_in(session)
+        if device.state in (DeviceState.PRE_COPY, DeviceState.RUNNING):
+            await self._delay(hosted, Call.QUIESCE)
+            began = device.state is DeviceState.PRE_COPY
+            device.set_state(DeviceState.PRE_COPY_P2P if began else DeviceState.RUNNING_P2P, _now())
+        return {"newest": device.asked, "stop_copy_bytes": device.stop_copy_length(_now())}, b""
+
+    async def _stop_copy(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        session, device = header["session"], hosted.device
+        if hosted.session is None and device.state is DeviceState.RUNNING_P2P and session is not None:
+            hosted.must_be_live()
+            hosted.new_course(int(session))
+        hosted.must_be_in(session)
+        if device.state is DeviceState.STOP_COPY:
+            return {}, b""
+        if device.state not in (DeviceState.PRE_COPY_P2P, DeviceState.RUNNING_P2P):
+            raise CallError(f"{hosted.name} is in {device.state.name}: quiesce it first")
+        await self._delay(hosted, Call.STOP_COPY)
+        device.set_state(DeviceState.STOP_COPY, _now())
+        return {}, b""
+
+    async def _roll_back(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        hosted.must_be_live()
+        device = hosted.device
+        if hosted.session is not None or device.state is not DeviceState.RUNNING:
+            hosted.new_course(None)
+            try:
+                device.set_state(DeviceState.RUNNING, _now())
+            except DeviceError as error:
+                device.reset()
+                hosted.lost = True
+                _log(f"{hosted.name} was reset: {error}")
+        if hosted.lost:
+            raise CallError(f"{hosted.name} came back by a reset only: it lost its state", reset=True)
+        return {}, b""
+
+    async def _retire(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        self._end(hosted, "retired")
+        return {}, b""
+
+    def _end(self, hosted: Hosted, how: str) -> None:
+        if hosted.ended:
+            return
+        hosted.new_course(None)
+        hosted.ended, hosted.live = how, False
+        _log(f"{hosted.name} is {how}")
+
+    # --- calls: the destination ---------------------------------------------------------------------------------------
+
+    async def _begin_load(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        if hosted.live or hosted.ended == "retired":
+            raise CallError(f"{hosted.name} is or was the guest's device here: nothing can be loaded into it")
+        hosted.ended = ""
+        device = hosted.device
+        if device.state is not DeviceState.STOP or device.has_content:
+            device.reset()
+        device.set_state(DeviceState.RESUMING, _now())
+        hosted.new_course(int(header["session"]))
+        return {}, b""
+
+    async def _load(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        if hosted.ended or hosted.session is None or header["session"] != hosted.session:
+            _log(f"{hosted.name} drops a frame of session {header['session']}")
+            return {"ack": False}, b""
+        device = hosted.device
+        match header["kind"]:
+            case "initial_sent":
+                await self._delay(hosted, Call.LOAD)
+                return {"ack": not device.load_plan.never_acks}, b""
+            case "end":
+                hosted.expected = (int(header["total"]), str(header["digest"]))
+            case _:
+                device.write(body)
+        return {"ack": False}, b""
+
+    async def _validate(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        hosted.must_be_in(header["session"])
+        device = hosted.device
+        if hosted.loaded is None:
+            await self._delay(hosted, Call.VALIDATE)
+            loaded = {"bytes": device.loaded_bytes, "digest": device.loaded_digest.hex()}
+            if hosted.expected is None:
+                raise CallError(f"{hosted.name}: the end of its state did not arrive")
+            if hosted.expected != (loaded["bytes"], loaded["digest"]):
+                raise CallError(f"{hosted.name}: what was loaded is not what was sent")
+            device.set_state(DeviceState.STOP, _now())
+            hosted.loaded = loaded
+        return hosted.loaded, b""
+
+    async def _activate(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        if hosted.live:
+            return {}, b""
+        if hosted.ended or hosted.device.state is not DeviceState.STOP or not hosted.device.has_content:
+            raise CallError(f"{hosted.name} holds no validated state: it cannot be activated")
+        await self._delay(hosted, Call.ACTIVATE)
+        hosted.device.set_state(DeviceState.RUNNING, _now())
+        hosted.new_course(None)
+        hosted.live = True
+        _log(f"{hosted.name} is activated, generation {hosted.device.generation}")
+        return {}, b""
+
+    async def _discard(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
+        if not hosted.ended:
+            hosted.device.reset()
+        self._end(hosted, "discarded")
+        return {}, b""
+
+    # --- calls: chaos -------------------------------------------------------------------------------------------------
+
+    def _inject(self, name: str, header: dict[str, Any]) -> dict[str, Any]:
+        device = self._live_device(name)
+        entry = {"at": header["at"], "times": header["times"], "bytes": header["bytes"]}
+        try:
+            made: Ask = scenario_from({"asks": [entry]}).asks[0]
+            device.inject(made, _now())
+        except DroverError as error:
+            raise CallError(str(error)) from None
+        _log(f"{name} will ask at {header['at']}, {header['times']} times")
+        return {"scenario": scenario_mapping(device.scenario)}
+
+    def _live_device(self, name: str) -> Device:
+        for endpoint in self._endpoints:
+            if endpoint.name == name:
+                if not endpoint.live:
+                    raise CallError(f"{name} is not the guest's device yet: its state has to arrive first")
+                return endpoint.device
+        hosted = self._by_name.get(name)
+        if hosted is None:
+            raise CallError(f"there is no device {name!r} here")
+        hosted.must_be_live()
+        return hosted.device
+
+
+_DOORBELL = re.compile(rb"R ([0-7]) ([0-9a-f]{1,8})")
+_Handler = Callable[[DeviceServer, Hosted, dict[str, Any], bytes], Awaitable[Reply]]
+_CALLS: dict[str, _Handler] = {
+    name: getattr(DeviceServer, f"_{name}")
+    for name in ("begin read hook quiesce stop_copy roll_back retire begin_load load validate activate discard".split())
+}
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _log(text: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stderr.flush()
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def hosted_from(description: dict[str, Any]) -> list[Hosted]:
+    """The companion devices of a description (see the module's docstring)."""
+    incoming = bool(description["incoming"])
+    devices = [_device(description, entry) for entry in description["devices"] if entry["shim"] == "companion"]
+    return [Hosted(device, live=not incoming) for device in devices]
+
+
+def endpoints_from(description: dict[str, Any], record: Log) -> list[Endpoint]:
+    """The devices inside the VMM."""
+    devices = [_device(description, entry) for entry in description["devices"] if entry["shim"] == "vfio"]
+    return [Endpoint(device, record) for device in devices]
+
+
+def _device(description: dict[str, Any], entry: dict[str, Any]) -> Device:
+    identity = DeviceIdentity(description["guest"], entry["name"], entry["index"], description["seed"])
+    sizes = DeviceSizes(entry["initial_bytes"], entry["stop_copy_bytes"], entry["dirty_bytes_per_s"])
+    scenario, incoming = scenario_from(entry["scenario"]), bool(description["incoming"])
+    if entry["shim"] == "vfio":
+        return Device(identity, sizes, scenario, incoming=incoming, features=features_of(scenario), in_vmm=True)
+    return Device(identity, sizes, scenario, incoming=incoming)
+
+
+def _start_time() -> int:
+    return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+
+
+async def _serve(description: dict[str, Any]) -> None:
+    directory, inc = Path(description["directory"]), str(description["inc"])
+    evidence = (directory / f"{inc}.vfio.log").open("a", buffering=1) if _has_vfio(description) else None
+    endpoints = endpoints_from(description, Log(evidence.write)) if evidence else []
+    server = DeviceServer(description["guest"], inc, hosted_from(description), endpoints)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.over.set)
+    metadata, port, ctl, vfio = (directory / f"{inc}.{suffix}" for suffix in ("devices.json", "dev", "ctl", "vfio"))
+    made = {"guest": server.guest, "inc": inc, "pid": os.getpid(), "start_time": _start_time()}
+    temporary = metadata.with_suffix(".tmp")
+    temporary.write_text(json.dumps(made))
+    temporary.replace(metadata)
+    inode = metadata.stat().st_ino
+    try:
+        listeners = [
+            await asyncio.start_unix_server(server.serve_port, port),
+            await asyncio.start_unix_server(server.serve_control, ctl),
+        ]
+        if endpoints:
+            inside = VfioServer(endpoints, _now)
+            listeners.append(await asyncio.start_unix_server(inside.serve, vfio, limit=_VFIO_BUFFER))
+        _log(f"{inc}: {', '.join(entry['name'] for entry in description['devices'])}")
+        while not server.over.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_WATCH_S):
+                    await server.over.wait()
+            if not _still_there(metadata, inode):
+                break
+        for listener in listeners:
+            listener.close()
+    finally:
+        if _still_there(metadata, inode):
+            for path in (port, ctl, vfio, metadata):
+                path.unlink(missing_ok=True)
+
+
+def _has_vfio(description: dict[str, Any]) -> bool:
+    return any(entry["shim"] == "vfio" for entry in description["devices"])
+
+
+def _still_there(metadata: Path, inode: int) -> bool:
+    """Our own metadata: another process under the same name has sockets of its own there."""
+    try:
+        return metadata.stat().st_ino == inode
+    except OSError:
+        return False
+
+
+def main() -> None:
+    os.umask(0o077)
+    asyncio.run(_serve(json.load(sys.stdin)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""PURE. What QEMU's command line, the preload (preload.c has the same numbers) and the device process agree on.
+
+A question is a header, then its payload; so is an answer. Numbers are in the machine's byte order: both ends run on it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+
+MAX_DEVICES = 8
+"""Inside one VMM."""
+FIRST_INDEX = 8
+"""Number of a VMM's first such device for the guest; companions have those below (deploy/lab/guest_image/README.md)."""
+BAR_BYTES = 4096
+CONFIG_OFFSET = 1 << 20
+CONFIG_BYTES = 4096
+VENDOR, DEVICE = 0x1234, 0xD07E
+
+_FIRST_FD = 400
+_FIRST_SLOT = 0x10
+
+QUESTION = struct.Struct("=IIII")
+"""Kind, number (of the ioctl or the device; bytes wanted by a read), payload length, offset into the BAR."""
+ANSWER = struct.Struct("=iIII")
+"""Result or minus errno, flags, payload length, nothing."""
+OPENS_SESSION = 1
+MAX_PAYLOAD = 4 << 20
+
+
+class Kind(IntEnum):
+    HELLO = 1
+    DEVICE_IOCTL = 2
+    DATA_IOCTL = 3
+    DATA_READ = 4
+    DATA_WRITE = 5
+    DATA_CLOSE = 6
+    BAR_READ = 7
+    BAR_WRITE = 8
+
+
+class Register(IntEnum):
+    """Offsets into the BAR, 32 bits each."""
+
+    MAGIC = 0x00
+    INDEX = 0x04
+    RING = 0x08
+    """Write n: doorbell n is rung."""
+    ANSWERED = 0x0C
+    """The newest doorbell that was answered; 0: none."""
+    ANSWER = 0x10
+
+
+MAGIC = 0x44524F56
+
+
+def environment(preload: str, socket: str, count: int) -> dict[str, str]:
+    """What a QEMU with `count` devices needs in its environment; both are paths."""
+    return {"LD_PRELOAD": preload, "DROVER_VFIO": f"{count}:{socket}"}
+
+
+def arguments(names: Sequence[str]) -> list[str]:
+    """QEMU's command line for devices of these names. Slots are fixed, so that both ends of a migration agree."""
+    found = ["-object", f"iommufd,id=vfio-iommu,fd={_FIRST_FD}"]
+    for place, name in enumerate(names):
+        where = f"fd={_FIRST_FD + 1 + place},iommufd=vfio-iommu,addr={_FIRST_SLOT + place:#x}"
+        how = "rombar=0,enable-migration=on,migration-events=on"
+        found += ["-device", f"vfio-pci,id=vfio-{name},{where},{how}"]
+    return found
+
+
+def configuration_space() -> bytes:
+    """The device's PCI header: one 32-bit memory BAR, no interrupt, no capabilities."""
+    header = bytearray(256)
+    struct.pack_into("<HHHHBBBBBBBB", header, 0, VENDOR, DEVICE, 0, 0, 1, 0, 0, 0xFF, 0, 0, 0, 0)
+    struct.pack_into("<HH", header, 0x2C, VENDOR, DEVICE)
+    return bytes(header)
