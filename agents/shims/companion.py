@@ -1,4 +1,4 @@
-"""The companion shim: a device whose state lives outside the VMM, held by a process of its own (`deploy/lab/devices/device_process.py`).
+"""The companion shim: a device whose state lives outside the VMM, held by a process of its own.
 
 An agent starts that process, or finds the one that an earlier agent started, and speaks with it through its control
 socket. Every call is bounded; a lost connection is made again and the call repeated under its key, so it happens once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 
 from structlog.testing import capture_logs
 
@@ -48,7 +49,7 @@ async def test_a_kept_loop_outlives_its_exceptions_and_slows_down_while_they_las
         async with asyncio.timeout(5):
             await enough.wait()
         await tasks.close()
-    waits = [after - before for before, after in zip(calls, calls[1:], strict=False)]
+    waits = [after - before for before, after in pairwise(calls)]
     assert len([line for line in lines if line["event"] == "a task failed"]) == 3
     assert waits[2] > waits[0] * 1.5
     assert len(tasks) == 0
