@@ -20,6 +20,7 @@ from agents.handover.arrival import Arrival
 from agents.handover.departure import Departure
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
+from agents.host.registration import Registration
 from agents.serving.peer import AttemptKey
 from orchestrator.core.agent import (
     AgentSample,
@@ -35,11 +36,9 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership, epoch_is_stale
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
-from orchestrator.core.records import Cordon, HostRecord, Reservations
 from orchestrator.ledger import paths
-from orchestrator.ledger.ledger import Ledger, op_create
-from orchestrator.ledger.records import BadRecord, decode, encode
-from orchestrator.ledger.store import Create, Delete, Done, Op, SessionState, SetData, Store, StoreUnavailable
+from orchestrator.ledger.records import BadRecord, decode
+from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 
 log = structlog.get_logger(__name__)
 
@@ -69,6 +68,7 @@ class Agent:
         self._config = config
         self._journal = Journal(config.dir / "journal")
         self._store, commits = stores
+        self._registration = Registration(config, here, mover, self._store)
         self._changes = 0
         self._changed = asyncio.Event()
         self._tools = Tools(
@@ -119,7 +119,7 @@ class Agent:
         """Adopt what an earlier agent left, then take the host's place in the ledger. Raises StoreUnavailable."""
         self._journal.open()
         await asyncio.gather(*(self._adopt(files) for files in found_on_disk(self._config)))
-        await self._register()
+        await self._registration.register()
         self._store.on_session(self._session)
         self._tasks.add(asyncio.create_task(self._scan_now_and_then()))
 
@@ -140,85 +140,11 @@ class Agent:
     def _session(self, state: SessionState) -> None:
         """A new session has no ephemeral node yet; watches are set again by the store."""
         if state is SessionState.CONNECTED:
-            task = asyncio.create_task(self._live_again())
+            task = asyncio.create_task(self._registration.live_again())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             for guest in self._guests.values():
                 guest.wake()
-
-    async def _live_again(self) -> None:
-        while True:
-            with contextlib.suppress(StoreUnavailable):
-                if await self._store.read(paths.live(self.here.host)) is None:
-                    await self._store.multi([Create(paths.live(self.here.host), b"", ephemeral=True)])
-                else:
-                    return
-            await asyncio.sleep(RETRY_S)
-
-    async def _register(self) -> None:
-        await Ledger(self._store).init_tree()
-        await self._store.barrier()
-        probed = await self._tools.mover.probe()
-        config = self._config
-        record = HostRecord(
-            name=self.here.host,
-            boot_id=self.here.boot_id,
-            control_address=f"{config.address}:{config.control_port}",
-            peer_address=f"{config.address}:{config.peer_port}",
-            memory_mib=config.memory_mib,
-            bandwidth_mbps=config.bandwidth_mbps,
-            engine=f"qemu {probed['version']}",
-            machine_types=tuple(probed["machine_types"].split(",")),
-            accelerator=probed["accelerator"],
-            switchover_ack=probed["switchover_ack"],
-        )
-        await self._until_written(lambda: self._register_ops(record))
-        await self._drop_old_live()
-        await self._live_again()
-
-    async def _register_ops(self, record: HostRecord) -> list[Op]:
-        path = paths.host(record.name)
-        node = await self._store.read(path)
-        if node is None:
-            return [
-                op_create(path, record),
-                op_create(paths.cordon(record.name), Cordon()),
-                op_create(paths.reservations(record.name), Reservations()),
-            ]
-        ops: list[Op] = []
-        if node.data:
-            before = decode(HostRecord, node.data, path=path)
-            if before.boot_id != record.boot_id:
-                await self._certify(before)
-        if encode(record) != node.data:
-            ops.append(SetData(path, encode(record), node.version))
-        for child, content in (
-            (paths.cordon(record.name), Cordon()),
-            (paths.reservations(record.name), Reservations()),
-        ):
-            if await self._store.read(child) is None:
-                ops.append(op_create(child, content))
-        return ops
-
-    async def _certify(self, before: HostRecord) -> None:
-        """The host itself came back with another boot_id: proof that its former power cycle is over (H11)."""
-        path = paths.fence(before.name, before.boot_id)
-        await self._store.ensure(path)
-        log.info("former power cycle is over", boot_id=before.boot_id)
-
-    async def _drop_old_live(self) -> None:
-        """The session of a predecessor may last some seconds longer than it; its node is not ours."""
-        path = paths.live(self.here.host)
-        node = await self._store.read(path)
-        if node is not None:
-            await self._store.multi([Delete(path, node.version)])
-
-    async def _until_written(self, make: Callable[[], Awaitable[list[Op]]]) -> None:
-        while True:
-            ops = await make()
-            if not ops or isinstance(await self._store.multi(ops), Done):
-                return
-            await self._store.barrier()
 
     # --- the ledger's guests ------------------------------------------------------------------------------------------
 
