@@ -39,6 +39,7 @@ from orchestrator.core.migration import Prepared
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
+from orchestrator.tasks import Tasks
 
 log = structlog.get_logger(__name__)
 
@@ -86,7 +87,7 @@ class Agent:
             changed=self._notice,
         )
         self._guests: dict[str, HostedGuest] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks(f"agent of {here.host}")
         self._hosting = asyncio.Lock()
         metrics.gauges(
             guests=lambda: sum(1 for guest in list(self._guests.values()) if guest.is_here),
@@ -109,9 +110,7 @@ class Agent:
         """Every engine that may stop its guest is told its new share of the link."""
         for guest in self._guests.values():
             if guest.departure is not None:
-                task = asyncio.create_task(guest.departure.share_again())
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._tasks.spawn(guest.departure.share_again(), "share of the link")
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -121,7 +120,7 @@ class Agent:
         await asyncio.gather(*(self._adopt(files) for files in found_on_disk(self._config)))
         await self._registration.register()
         self._store.on_session(self._session)
-        self._tasks.add(asyncio.create_task(self._scan_now_and_then()))
+        self._tasks.keep(self._scan_now_and_then, "scan of the ledger", again_s=RETRY_S)
 
     async def _adopt(self, files: GuestFiles) -> None:
         guest = HostedGuest(self._tools, files)
@@ -132,17 +131,13 @@ class Agent:
 
     async def stop(self) -> None:
         """Leave the ledger and let go; VMMs, devices and attempts are left to the next agent."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await asyncio.gather(*(guest.stop() for guest in self._guests.values()))
 
     def _session(self, state: SessionState) -> None:
         """A new session has no ephemeral node yet; watches are set again by the store."""
         if state is SessionState.CONNECTED:
-            task = asyncio.create_task(self._registration.live_again())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.spawn(self._registration.live_again(), "live node")
             for guest in self._guests.values():
                 guest.wake()
 
@@ -234,15 +229,10 @@ class Agent:
 
     async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
         """A caller that is cut off ends its waiting, never a birth or a death half-way."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task = self._tasks.spawn(work, "call", failed=lambda error: log.info("call ended", error=str(error)))
+        if task is None:
+            raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"the agent of {self.here.host} is ending")
         return await asyncio.shield(task)
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.info("call ended", error=str(task.exception()))
 
     async def apply_want_run(self, uuid: str, sequence: int) -> WishApplied:
         return await self._known(uuid).apply_wish(sequence)
