@@ -34,7 +34,6 @@ from agents.shims.base import (
     SourceShim,
 )
 from agents.shims.inside import DeviceEvent, InVmmDevice
-from deploy.lab.devices.vfio import layout
 from orchestrator.core.errors import DroverError
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import DeviceSpec, ShimKind
@@ -476,8 +475,7 @@ class DeviceProcess:
 
 def _description(spec: DevicesSpec, *, incoming: bool) -> bytes:
     devices: list[dict[str, Any]] = []
-    numbered = [*enumerate(spec.companions), *enumerate(spec.in_vmm, layout.FIRST_INDEX)]
-    for index, device in numbered:
+    for device in (*spec.companions, *spec.in_vmm):
         try:
             scenario = parse_scenario(device.scenario, f"{device.name}.scenario")
         except DroverError as error:
@@ -486,7 +484,6 @@ def _description(spec: DevicesSpec, *, incoming: bool) -> bytes:
             {
                 "name": device.name,
                 "shim": device.shim.value,
-                "index": index,
                 "initial_bytes": device.initial_bytes,
                 "stop_copy_bytes": device.stop_copy_bytes,
                 "dirty_bytes_per_s": device.dirty_bytes_per_s,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from deploy.lab.cluster.layout import Layout, default_dir
+from orchestrator.cli.directory import api_socket, default_dir
 from orchestrator.cli.exits import CliError, Exit
 from orchestrator.cli.output import Printer
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -38,7 +38,7 @@ class Settings:
     @property
     def address(self) -> str:
         """Of the API: --api, else $DROVER_API, else the local cluster's socket."""
-        return self.api or os.environ.get("DROVER_API", "") or f"unix:{Layout.of(self.directory).api_socket}"
+        return self.api or os.environ.get("DROVER_API", "") or f"unix:{api_socket(self.directory)}"
 
     @property
     def printer(self) -> Printer:

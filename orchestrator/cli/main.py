@@ -9,33 +9,38 @@ from collections.abc import Sequence
 
 import click
 
-from deploy.lab.cluster.layout import LocalClusterError
-from deploy.lab.commands import cluster
-from deploy.lab.demo import command as demo
 from orchestrator.cli import chaos, evacuation, explain, guest, host, migration
 from orchestrator.cli.context import api_option, dir_option
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.exits import explain as told
+from orchestrator.cli.plugins import OpenGroup
 from orchestrator.core.errors import DroverError
 
 NAME = "drover"
 
 
-class _Root(click.Group):
-    """Commands under headings, in the order in which they are needed."""
+class _Root(OpenGroup):
+    """Commands under headings, in the order in which they are needed; those of other packages come last."""
 
     sections = (
-        ("A cluster on this machine", ("up", "down", "status")),
         ("Hosts and guests", ("host", "guest")),
         ("Moving guests", ("migrate", "migration", "explain", "evacuate", "evacuation")),
-        ("Trying it out", ("chaos", "demo")),
+        ("Trying it out", ("chaos",)),
     )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, names in self.sections:
-            rows = [(name, self.commands[name].get_short_help_str(80)) for name in names]
-            with formatter.section(title):
-                formatter.write_dl(rows, col_max=12)
+        places = {name: title for title, names in self.sections for name in names}
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title, _ in self.sections}
+        for name in dict.fromkeys([*places, *self.list_commands(ctx)]):
+            command = self.get_command(ctx, name)
+            if command is None or command.hidden:
+                continue
+            title = places.get(name) or getattr(command, "section", "More")
+            rows.setdefault(title, []).append((name, command.get_short_help_str(80)))
+        for title, found in rows.items():
+            if found:
+                with formatter.section(title):
+                    formatter.write_dl(found, col_max=12)
 
 
 @click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -51,9 +56,6 @@ def root() -> None:
 
 
 for command in (
-    cluster.up,
-    cluster.down,
-    cluster.status,
     host.host,
     guest.guest,
     migration.migrate,
@@ -62,7 +64,6 @@ for command in (
     evacuation.evacuate,
     evacuation.evacuation,
     chaos.chaos,
-    demo.demo,
 ):
     root.add_command(command)
 
@@ -77,8 +78,6 @@ def run(arguments: Sequence[str]) -> int:
         return _complain(error)
     except DroverError as error:
         return _complain(told(error))
-    except LocalClusterError as error:
-        return _complain(CliError(Exit.FAILED, str(error)))
     except click.exceptions.NoArgsIsHelpError as error:
         sys.stderr.write(f"{error.format_message()}\n")
         return Exit.USAGE

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from agents.engine.qemu import vfio
 from agents.shims.companion import DeviceProcess, DevicesSpec
 from deploy.lab.devices.device import DeviceState
 from deploy.lab.devices.vfio import layout
@@ -80,7 +81,7 @@ class Lab:
     def program(self, code: str, count: int = 1, *, name: str = "qemu-system-x86_64", socket: str = "") -> list[str]:
         """Command line and environment in one: run with `run`."""
         path = socket or str(self.directory / "s.vfio")
-        environment = layout.environment(str(preload()), path, count)
+        environment = vfio.environment(str(preload()), path, count)
         words = [f"{key}={value}" for key, value in environment.items()]
         return ["env", f"PYTHONHOME={sys.base_prefix}", *words, "bash", "-c", f'exec -a {name} "$0" -c "$1"',
                 os.path.realpath(sys.executable), PRELUDE + code]  # fmt: skip

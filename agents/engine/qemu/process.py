@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
-from deploy.lab.devices.vfio import layout
+from agents.engine.qemu import vfio
 from orchestrator.core.records import ShimKind
 
 _GUEST_TIMER_HZ = 100
@@ -29,7 +29,7 @@ class Launch:
     reconnect_ms: bool
     """QEMU 9.2 and later take the delay in milliseconds."""
     vfio_preload: Path | None = None
-    """What gives QEMU devices where there is no VFIO (deploy/lab/devices/vfio/preload.c)."""
+    """What gives QEMU devices where there is no VFIO, see vfio.py."""
 
 
 def qmp_path(spec: VmmSpec) -> Path:
@@ -63,7 +63,7 @@ def environment(launch: Launch, spec: VmmSpec) -> dict[str, str]:
     if launch.vfio_preload is None or not launch.vfio_preload.is_file():
         where = launch.vfio_preload or "this host: its configuration names none (vfio_preload)"
         raise EngineError(f"devices inside the VMM ({', '.join(names)}) need the preload, and there is none at {where}")
-    return layout.environment(str(launch.vfio_preload), str(spec.vfio_path), len(names))
+    return vfio.environment(str(launch.vfio_preload), str(spec.vfio_path), len(names))
 
 
 def kernel_arguments(spec: VmmSpec) -> str:
@@ -109,7 +109,7 @@ def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     command += ["-serial", "chardev:console", "-chardev", device, "-serial", "chardev:device"]
     command += _network(spec)
     if spec.vfio_path is not None:
-        command += layout.arguments(in_vmm(spec))
+        command += vfio.arguments(in_vmm(spec))
     command += ["-kernel", str(launch.image), "-append", kernel_arguments(spec)]
     # No vCPU runs before the process is noted down: one that nobody knows of must not be a guest.
     command.append("-S")

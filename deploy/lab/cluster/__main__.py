@@ -15,8 +15,9 @@ import click
 
 from deploy.lab.cluster import config as configuration
 from deploy.lab.cluster import lock as locking
-from deploy.lab.cluster.layout import Layout, LocalClusterError, default_dir
+from deploy.lab.cluster.layout import Layout, LocalClusterError
 from deploy.lab.cluster.supervisor import Supervisor
+from orchestrator.cli.directory import default_dir
 
 
 def _serve(directory: Path, lock_fd: int | None, die_with: int | None) -> bool:

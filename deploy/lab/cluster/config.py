@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from deploy.lab.cluster.layout import Layout, LocalClusterError, default_dir
+from deploy.lab.cluster.layout import Layout, LocalClusterError
+from orchestrator.cli.directory import default_dir
 
 PartKind = Literal["zookeeper", "ray", "agent", "api", "coordinator", "collector"]
 

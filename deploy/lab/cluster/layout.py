@@ -1,6 +1,6 @@
 """Where one local cluster lives: its directory, the names of its namespaces, its addresses and ports.
 
-Standard library only: `drover down` and `drover status` read this and should start at once.
+Light to import: `drover down` and `drover status` read this and should start at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+
+from orchestrator.cli.directory import api_socket, resolved
 
 MAX_DIR_BYTES = 36
 """A UNIX socket's path ends at 107 bytes; Ray's longest one adds 68 to the directory, the consoles' about as many."""
@@ -53,11 +55,6 @@ class LocalClusterError(Exception):
         self.detail = detail
 
 
-def default_dir() -> Path:
-    """The directory used when none is named: $DROVER_DIR, else ~/.drover."""
-    return Path(os.environ.get("DROVER_DIR") or Path.home() / ".drover")
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The files of one cluster. Everything that it ever writes is below `dir`, apart from its namespaces' names."""
@@ -67,7 +64,7 @@ class Layout:
     @classmethod
     def of(cls, directory: Path | str) -> Layout:
         """The same cluster whichever way its directory is spelt."""
-        return cls(Path(directory).expanduser().resolve())
+        return cls(resolved(directory))
 
     def check(self) -> None:
         """Raises LocalClusterError when sockets below the directory would have too long a path."""
@@ -105,7 +102,7 @@ class Layout:
 
     @property
     def api_socket(self) -> Path:
-        return self.dir / "api.sock"
+        return api_socket(self.dir)
 
     @property
     def api_json(self) -> Path:

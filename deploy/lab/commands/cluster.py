@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deploy.lab.commands.base import LabCommand
 from orchestrator.cli import units
 from orchestrator.cli.context import Settings, dir_option, local, pass_settings
 from orchestrator.cli.exits import CliError, Ended, Exit
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _VERSION = re.compile(r"\d+(\.\d+){0,2}")
 
 
-@click.command()
+@click.command(cls=LabCommand)
 @click.option("--hosts", type=int, help="Simulated hosts.  [default: 4]")
 @click.option("--bandwidth", help="Of each host, per direction, e.g. 100mbit.  [default: 1gbit]")
 @click.option("--shape/--no-shape", default=None, help="Limit the bandwidth.  [default: yes, where it can be done]")
@@ -76,7 +77,7 @@ def _qemu(wanted: str) -> str:
     raise CliError(Exit.USAGE, f"there is no QEMU {wanted} here; found: {known}", hint="name its binary with --qemu")
 
 
-@click.command()
+@click.command(cls=LabCommand)
 @click.option("--keep", multiple=True, type=click.Choice(["serial", "logs"]), help="Leave these files there.")
 @dir_option
 @pass_settings
@@ -93,7 +94,7 @@ def down(settings: Settings, keep: tuple[str, ...]) -> None:
     note(f"{said} in {before.dir}, nothing of it is left{kept}")
 
 
-@click.command()
+@click.command(cls=LabCommand)
 @local
 @pass_settings
 def status(settings: Settings) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from deploy.lab.commands.base import LabCommand
 from orchestrator.cli import units
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.output import Printer, note
@@ -38,7 +39,7 @@ class _Stopped(BaseException):
     """Ctrl-C, SIGTERM or the end of the terminal. Nobody on the way may take it for an ordinary Ctrl-C."""
 
 
-@click.command()
+@click.command(cls=LabCommand)
 @click.option(
     "--dir",
     "directory",

@@ -4,8 +4,8 @@ It lives in a session of its own and outlives agent and VMM, as a DPU would. It 
 when its directory or its metadata file vanishes, so that nothing is ever left behind.
 
 It reads its description from standard input (JSON: `guest`, `inc`, `directory`, `seed`, `incoming`, `devices` with
-`name`, `shim`, `index`, sizes and `scenario`), writes `<inc>.devices.json` (pid and start time, for a later agent) and
-serves
+`name`, `shim`, sizes and `scenario`; their order numbers them for the guest), writes `<inc>.devices.json` (pid and
+start time, for a later agent) and serves
 
 * `<inc>.dev`, the guest's second serial port: doorbells `R <d> <n>`, answers `A <d> <n> <answer>`
   (deploy/lab/guest_image/README.md). A device answers while it may speak; doorbells that came while it was stopped are
@@ -57,6 +57,7 @@ from typing import Any
 from agents.shims import control
 from deploy.lab.devices.device import Device, DeviceError, DeviceIdentity, DeviceSizes, DeviceState
 from deploy.lab.devices.vfio.endpoint import Endpoint, features_of
+from deploy.lab.devices.vfio.layout import FIRST_INDEX
 from deploy.lab.devices.vfio.log import Log
 from deploy.lab.devices.vfio.server import VfioServer
 from orchestrator.core.errors import DroverError
@@ -542,18 +543,22 @@ def _log(text: str) -> None:
 def hosted_from(description: dict[str, Any]) -> list[Hosted]:
     """The companion devices of a description (see the module's docstring)."""
     incoming = bool(description["incoming"])
-    devices = [_device(description, entry) for entry in description["devices"] if entry["shim"] == "companion"]
+    devices = [_device(description, entry, index) for index, entry in enumerate(_of(description, "companion"))]
     return [Hosted(device, live=not incoming) for device in devices]
 
 
 def endpoints_from(description: dict[str, Any], record: Log) -> list[Endpoint]:
     """The devices inside the VMM."""
-    devices = [_device(description, entry) for entry in description["devices"] if entry["shim"] == "vfio"]
-    return [Endpoint(device, record) for device in devices]
+    numbered = enumerate(_of(description, "vfio"), FIRST_INDEX)
+    return [Endpoint(_device(description, entry, index), record) for index, entry in numbered]
 
 
-def _device(description: dict[str, Any], entry: dict[str, Any]) -> Device:
-    identity = DeviceIdentity(description["guest"], entry["name"], entry["index"], description["seed"])
+def _of(description: dict[str, Any], shim: str) -> list[dict[str, Any]]:
+    return [entry for entry in description["devices"] if entry["shim"] == shim]
+
+
+def _device(description: dict[str, Any], entry: dict[str, Any], index: int) -> Device:
+    identity = DeviceIdentity(description["guest"], entry["name"], index, description["seed"])
     sizes = DeviceSizes(entry["initial_bytes"], entry["stop_copy_bytes"], entry["dirty_bytes_per_s"])
     scenario, incoming = scenario_from(entry["scenario"]), bool(description["incoming"])
     if entry["shim"] == "vfio":

@@ -1,12 +1,12 @@
-"""PURE. What QEMU's command line, the preload (preload.c has the same numbers) and the device process agree on.
+"""PURE. What the preload (preload.c has the same numbers) and the device process agree on.
 
+The descriptors that the preload opens are those of QEMU's command line: agents/engine/qemu/vfio.py.
 A question is a header, then its payload; so is an answer. Numbers are in the machine's byte order: both ends run on it.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from enum import IntEnum
 
 MAX_DEVICES = 8
@@ -17,9 +17,6 @@ BAR_BYTES = 4096
 CONFIG_OFFSET = 1 << 20
 CONFIG_BYTES = 4096
 VENDOR, DEVICE = 0x1234, 0xD07E
-
-_FIRST_FD = 400
-_FIRST_SLOT = 0x10
 
 QUESTION = struct.Struct("=IIII")
 """Kind, number (of the ioctl or the device; bytes wanted by a read), payload length, offset into the BAR."""
@@ -53,21 +50,6 @@ class Register(IntEnum):
 
 
 MAGIC = 0x44524F56
-
-
-def environment(preload: str, socket: str, count: int) -> dict[str, str]:
-    """What a QEMU with `count` devices needs in its environment; both are paths."""
-    return {"LD_PRELOAD": preload, "DROVER_VFIO": f"{count}:{socket}"}
-
-
-def arguments(names: Sequence[str]) -> list[str]:
-    """QEMU's command line for devices of these names. Slots are fixed, so that both ends of a migration agree."""
-    found = ["-object", f"iommufd,id=vfio-iommu,fd={_FIRST_FD}"]
-    for place, name in enumerate(names):
-        where = f"fd={_FIRST_FD + 1 + place},iommufd=vfio-iommu,addr={_FIRST_SLOT + place:#x}"
-        how = "rombar=0,enable-migration=on,migration-events=on"
-        found += ["-device", f"vfio-pci,id=vfio-{name},{where},{how}"]
-    return found
 
 
 def configuration_space() -> bytes:

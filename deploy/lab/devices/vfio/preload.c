@@ -40,7 +40,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* --- what layout.py knows as well ------------------------------------------------------------------------------------ */
+/* --- what layout.py knows as well, and of FIRST_FD agents/engine/qemu/vfio.py ---------------------------------------- */
 
 enum { FIRST_FD = 400, MAX_DEVICES = 8 };
 enum { BAR_BYTES = 4096, CONFIG_OFFSET = 1 << 20, CONFIG_BYTES = 4096 };

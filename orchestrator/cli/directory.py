@@ -1,0 +1,21 @@
+"""Where the API of a cluster on this machine listens: one socket in one directory. Standard library only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def default_dir() -> Path:
+    """The directory used when none is named: $DROVER_DIR, else ~/.drover."""
+    return Path(os.environ.get("DROVER_DIR") or Path.home() / ".drover")
+
+
+def resolved(directory: Path | str) -> Path:
+    """The same path whichever way the directory is spelt."""
+    return Path(directory).expanduser().resolve()
+
+
+def api_socket(directory: Path | str) -> Path:
+    """The API's UNIX socket in a cluster's directory."""
+    return resolved(directory) / "api.sock"
