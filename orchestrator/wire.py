@@ -45,6 +45,7 @@ from orchestrator.core.records import (
     TimelineEntry,
     Workload,
 )
+from orchestrator.core.text import quoted
 from protos.drover.v1 import agent_pb2, types_pb2
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -141,11 +142,11 @@ def policy_patch(given: Mapping[str, object] | None) -> types_pb2.MigrationPolic
             message.on_timeout = _ON_TIMEOUT[known]
         elif name == "auto_converge":
             if not isinstance(value, bool):
-                raise _wrong(field, f"must be true or false, not {value!r}")
+                raise _wrong(field, f"must be true or false, not {quoted(value)}")
             message.auto_converge = value
         elif name in _POLICY_NUMBERS:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-                raise _wrong(field, f"must be a whole number from 0 to {(1 << 31) - 1}, not {value!r}")
+                raise _wrong(field, f"must be a whole number from 0 to {(1 << 31) - 1}, not {quoted(value)}")
             setattr(message, name, value)
         else:
             names = ", ".join(each.name for each in fields(MigrationPolicy))
@@ -158,7 +159,7 @@ def _wrong(field: str, said: str) -> DroverError:
 
 
 def _unknown_word(field: str, value: object, words: Iterable[str]) -> DroverError:
-    return _wrong(field, f"must be one of {', '.join(words)}, not {value!r}")
+    return _wrong(field, f"must be one of {', '.join(words)}, not {quoted(value)}")
 
 
 # --- guests -----------------------------------------------------------------------------------------------------------

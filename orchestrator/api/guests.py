@@ -12,7 +12,7 @@ from orchestrator.api import decisions, views
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
 from orchestrator.api.decisions import StopStep
 from orchestrator.api.migrations import Migrations
-from orchestrator.api.reads import GuestRead, guest_uuid, not_found, read_guest
+from orchestrator.api.reads import GuestRead, guest_uuid, no_place, not_found, read_guest
 from orchestrator.api.requests import Request
 from orchestrator.core import handover
 from orchestrator.core.agent import RunState
@@ -23,6 +23,7 @@ from orchestrator.core.ids import HostRef
 from orchestrator.core.placement import Choice, Need, choose
 from orchestrator.core.records import GuestSpec, HostRecord, Reservations, ShimKind, WantRun
 from orchestrator.core.scenario import HOOKS, MAX_BYTES, MAX_TIMES
+from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
 from orchestrator.ledger.inventory import HostEntry
 from orchestrator.ledger.ledger import op_create, op_set
@@ -117,7 +118,9 @@ class Guests:
             return ""
         if earlier := await asked.earlier(self._tools):
             return earlier.rpartition("/")[2]
-        raise DroverError(RefusalReason.ALREADY_EXISTS, f"there is a guest {spec.name!r} already", field="spec.name")
+        raise DroverError(
+            RefusalReason.ALREADY_EXISTS, f"there is a guest {quoted(spec.name)} already", field="spec.name"
+        )
 
     async def _place(self, spec: GuestSpec, wanted: str) -> tuple[HostRef, HostEntry]:
         """The host that has room, with the versions which must not have moved when the guest is recorded there."""
@@ -125,8 +128,7 @@ class Guests:
         need = Need(guest="", name=spec.name, source="", memory_mib=spec.memory_mib, machine=spec.machine)
         choice: Choice = choose(snapshot.views(), need, wanted=wanted)
         if choice.destination is None:
-            reason = choice.reason or RefusalReason.NO_CAPACITY
-            raise DroverError(reason, choice.message, field="host" if wanted else "")
+            raise no_place(choice, field="host" if wanted else "")
         return choice.destination, snapshot.hosts[choice.destination.host]
 
     async def _start(self, uuid: str, caller: Caller) -> types_pb2.Guest:
@@ -287,7 +289,7 @@ class Guests:
         device = next((each for each in read.spec.devices if each.name == request.device), None)
         if device is None or device.shim not in _SCRIPTED:
             known = ", ".join(each.name for each in read.spec.devices if each.shim in _SCRIPTED) or "none"
-            said = f"guest {read.record.name} has no companion or vfio device {request.device!r}; it has {known}"
+            said = f"guest {read.record.name} has no companion or vfio device {quoted(request.device)}; it has {known}"
             raise DroverError(RefusalReason.NOT_FOUND, said, field="device")
         agent = await self._agent(read.record.owner.host)
         log.warning("chaos", guest=read.record.name, device=request.device, hook=request.at, times=request.times)
@@ -370,7 +372,7 @@ def check_injection(request: pb.InjectLateAckRequest) -> None:
     if said := name_error(request.guest):
         bad.append(("guest", said))
     if request.at not in HOOKS:
-        bad.append(("at", f"must be one of {', '.join(HOOKS)}, not {request.at!r}"))
+        bad.append(("at", f"must be one of {', '.join(HOOKS)}, not {quoted(request.at)}"))
     if not 0 <= request.times <= MAX_TIMES:
         bad.append(("times", f"must be between 1 and {MAX_TIMES}, not {request.times}"))
     if not 0 <= request.bytes <= MAX_BYTES:

@@ -14,7 +14,7 @@ from orchestrator import wire
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
 from orchestrator.api.decisions import CancelStep
-from orchestrator.api.reads import GuestRead, MigrationRead, guest_uuid, read_guest, read_migration
+from orchestrator.api.reads import GuestRead, MigrationRead, guest_uuid, no_place, read_guest, read_migration
 from orchestrator.api.requests import Request
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason, invalid
@@ -149,8 +149,7 @@ class Migrations:
         need = Need(read.uuid, record.name, record.owner.host, spec.memory_mib, spec.machine)
         choice = choose(snapshot.views(), need, wanted=wanted)
         if choice.destination is None:
-            reason = choice.reason or RefusalReason.NO_CAPACITY
-            raise DroverError(reason, choice.message, field="destination" if wanted else "")
+            raise no_place(choice, field="destination" if wanted else "")
         return choice.destination.host
 
     async def _validated(self, spec: MigrationSpec, read: GuestRead) -> types_pb2.Migration:

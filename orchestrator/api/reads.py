@@ -9,6 +9,7 @@ from orchestrator.api.decisions import Standing, is_id
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import GuestRecord
+from orchestrator.core.placement import Choice, obstacles
 from orchestrator.core.records import (
     Attempts,
     Cordon,
@@ -19,6 +20,7 @@ from orchestrator.core.records import (
     MigrationState,
     WantRun,
 )
+from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.records import BadRecord
@@ -55,7 +57,13 @@ class EvacuationRead:
 
 
 def not_found(kind: str, name: str, *, field: str = "name") -> DroverError:
-    return DroverError(RefusalReason.NOT_FOUND, f"there is no {kind} {name!r}", field=field)
+    return DroverError(RefusalReason.NOT_FOUND, f"there is no {kind} {quoted(name)}", field=field)
+
+
+def no_place(choice: Choice, *, field: str = "") -> DroverError:
+    """Why a placement found no destination; `details` count the hosts that each reason stands against."""
+    counts = {reason.value: str(count) for reason, count in obstacles(choice.verdicts).items()}
+    return DroverError(choice.reason or RefusalReason.NO_CAPACITY, choice.message, field=field, details=counts)
 
 
 async def guest_uuid(ledger: Ledger, name: str, *, field: str = "name") -> str:

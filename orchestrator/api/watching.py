@@ -16,6 +16,7 @@ import structlog
 from google.protobuf.message import Message
 
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.text import quoted
 from orchestrator.fleet import Fleet
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import Store, StoreUnavailable
@@ -159,7 +160,7 @@ class Stream(Generic[R, M]):
     async def _begin_named(self) -> None:
         for name in self._named:
             if await self._source.read(name) is None:
-                raise DroverError(RefusalReason.NOT_FOUND, f"there is no {name!r}", field="names")
+                raise DroverError(RefusalReason.NOT_FOUND, f"there is no {quoted(name)}", field="names")
             self._follow(name)
 
     # --- hints --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
+from orchestrator.core.text import clip, handful
+
 
 class AbortReason(StrEnum):
     """Why one attempt ended without a commit. Stored in the guest record and in the attempt report."""
@@ -113,11 +115,14 @@ class DroverError(Exception):
 
 
 def invalid(violations: Sequence[tuple[str, str]]) -> DroverError:
-    """INVALID_ARGUMENT for everything that is wrong with a request or a file; there is at least one violation."""
+    """INVALID_ARGUMENT for everything that is wrong with a request or a file; there is at least one violation.
+
+    The sentence names the first few of them.
+    """
     if len(violations) == 1:
         field, message = violations[0]
         return DroverError(RefusalReason.INVALID_ARGUMENT, message, field=field)
-    said = "; ".join(f"{field}: {message}" for field, message in violations)
+    said = handful((clip(f"{field}: {message}") for field, message in violations), "; ")
     return DroverError(
         RefusalReason.INVALID_ARGUMENT, f"{len(violations)} fields are wrong: {said}", violations=violations
     )

@@ -7,6 +7,7 @@ import re
 from orchestrator.core.policy import policy_errors
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
 from orchestrator.core.scenario import Scenario, outside_errors
+from orchestrator.core.text import quoted
 
 Problem = tuple[str, str]
 """Field, relative to the specification, and a sentence."""
@@ -25,7 +26,7 @@ _WORDS = "must be lower-case letters, digits and hyphens, 1 to 63 of them, with 
 
 def name_error(name: str) -> str:
     """What is wrong with the name of a guest, host or device; empty when nothing is."""
-    return "" if _DNS_LABEL.fullmatch(name) else f"{_WORDS}, not {name!r}"
+    return "" if _DNS_LABEL.fullmatch(name) else f"{_WORDS}, not {quoted(name)}"
 
 
 def guest_errors(spec: GuestSpec) -> list[Problem]:
@@ -39,7 +40,7 @@ def guest_errors(spec: GuestSpec) -> list[Problem]:
     bad += _range("memory_mib", spec.memory_mib, 16, 1 << 20, "MiB")
     bad += _range("vcpus", spec.vcpus, 1, 255)
     if not _MACHINE.fullmatch(spec.machine):
-        bad.append(("machine", f"must be the name of a machine type such as pc or q35, not {spec.machine!r}"))
+        bad.append(("machine", f"must be the name of a machine type such as pc or q35, not {quoted(spec.machine)}"))
     bad += [(f"workload.{field}", said) for field, said in _workload(spec.workload, spec.memory_mib)]
     bad += _devices(spec.devices)
     bad += _labels(spec.labels)
@@ -77,7 +78,7 @@ def _devices(devices: tuple[DeviceSpec, ...]) -> list[Problem]:
         where = f"devices[{index}]"
         bad += [(f"{where}.{field}", said) for field, said in _device(device)]
         if device.name in seen:
-            bad.append((f"{where}.name", f"there is another device {device.name!r}: names must differ"))
+            bad.append((f"{where}.name", f"there is another device {quoted(device.name)}: names must differ"))
         seen.add(device.name)
     return bad
 
@@ -87,10 +88,15 @@ def _device(device: DeviceSpec) -> list[Problem]:
     if wrong := name_error(device.name):
         bad.append(("name", wrong))
     if device.shim is ShimKind.VFIO and device.dma != "none":
-        bad.append(("dma", f"must be none, not {device.dma!r}: the emulated device writes no memory of the guest"))
+        bad.append(
+            ("dma", f"must be none, not {quoted(device.dma)}: the emulated device writes no memory of the guest")
+        )
     if device.shim is ShimKind.COMPANION and device.dma != "none":
         bad.append(
-            ("dma", f"a companion device must say none, not {device.dma!r}: QEMU cannot be told of pages it wrote")
+            (
+                "dma",
+                f"a companion device must say none, not {quoted(device.dma)}: QEMU cannot be told of pages it wrote",
+            )
         )
     bad += _range("initial_bytes", device.initial_bytes, 0, MAX_DEVICE_BYTES, "bytes")
     bad += _range("stop_copy_bytes", device.stop_copy_bytes, 0, MAX_DEVICE_BYTES, "bytes")
@@ -111,7 +117,7 @@ def _labels(labels: dict[str, str]) -> list[Problem]:
         bad.append(("labels", f"at most 64 labels, not {len(labels)}"))
     for key, value in labels.items():
         if not _LABEL_KEY.fullmatch(key):
-            bad.append((f"labels[{key!r}]", "a key is 1 to 63 letters, digits, '.', '-', '_' and '/'"))
+            bad.append((f"labels[{quoted(key, 80)}]", "a key is 1 to 63 letters, digits, '.', '-', '_' and '/'"))
         if len(value) > 253:
-            bad.append((f"labels[{key!r}]", f"a value has at most 253 characters, not {len(value)}"))
+            bad.append((f"labels[{quoted(key, 80)}]", f"a value has at most 253 characters, not {len(value)}"))
     return bad

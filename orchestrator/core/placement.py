@@ -7,6 +7,7 @@ the reservation, which fails when the host's reservations or its cordon moved si
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations
+from orchestrator.core.text import NAMED, clip
 
 GUEST_OVERHEAD_MIB = 0
 """What a VMM takes beyond the guest's own memory, per guest. Hosts state a capacity that already allows for it."""
@@ -95,7 +97,7 @@ def judge(host: HostView, need: Need, *, source: HostView | None = None) -> Verd
     if name == need.source:
         return no(RefusalReason.INVALID_ARGUMENT, f"{need.name} is on {name} already")
     if host.cordoned:
-        why = f" ({host.cordon_reason})" if host.cordon_reason else ""
+        why = f" ({clip(host.cordon_reason)})" if host.cordon_reason else ""
         return no(RefusalReason.HOST_CORDONED, f"{name} is cordoned{why}")
     if need.machine and host.machine_types and need.machine not in host.machine_types:
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, f"{name} does not offer machine type {need.machine}")
@@ -148,9 +150,29 @@ def _nowhere(verdicts: tuple[Verdict, ...], need: Need, wanted: str) -> Choice:
         only = verdicts[0]
         return Choice(None, verdicts, only.reason, only.message, transient)
     others = [verdict for verdict in verdicts if verdict.host != need.source]
-    reasons = "; ".join(verdict.message for verdict in others) or "there is no other host"
-    said = f"no host can take {need.name} ({need.memory_mib} MiB): {reasons}"
+    said = f"no host can take {need.name} ({need.memory_mib} MiB): {in_short(others) or 'there is no other host'}"
     return Choice(None, verdicts, RefusalReason.NO_CAPACITY, said, transient)
+
+
+def obstacles(verdicts: Iterable[Verdict]) -> dict[RefusalReason, int]:
+    """How many hosts each reason stands against, the most frequent first. The guest's own host is not counted."""
+    reasons = (verdict.reason for verdict in verdicts if verdict.reason is not RefusalReason.INVALID_ARGUMENT)
+    count = Counter(reason for reason in reasons if reason is not None)
+    return dict(sorted(count.items(), key=lambda each: (-each[1], each[0])))
+
+
+def in_short(verdicts: Sequence[Verdict]) -> str:
+    """Why none of them: each host by name where they are few, else how many for which reason and some examples, so that
+    the sentence does not grow with the number of hosts."""
+    against = [verdict for verdict in verdicts if verdict.reason is not None]
+    if len(against) <= NAMED:
+        return "; ".join(verdict.message for verdict in against)
+    count = obstacles(against)
+    counts = ", ".join(f"{number} {reason}" for reason, number in count.items())
+    examples = [next(verdict for verdict in against if verdict.reason is reason) for reason in count]
+    named = list(dict.fromkeys([*examples, *against]))[:NAMED]
+    said = "; ".join(verdict.message for verdict in named)
+    return f"{len(against)} hosts ({counts}), among them: {said}"
 
 
 def plan(hosts: Sequence[HostView], needs: Sequence[Need]) -> tuple[PlannedGuest, ...]:

@@ -34,6 +34,9 @@ _CHANNEL = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # An older server may send a status that is longer than gRPC takes by itself (8 KiB): better long than lost.
+    ("grpc.max_metadata_size", 64 << 10),
+    ("grpc.absolute_max_metadata_size", 256 << 10),
     # Hosts are reached directly, whatever the environment says about a proxy.
     ("grpc.enable_http_proxy", 0),
 )

@@ -1,4 +1,8 @@
-"""DroverError <-> gRPC status: a canonical code, `google.rpc.ErrorInfo` and `google.rpc.BadRequest` for bad fields."""
+"""DroverError <-> gRPC status: a canonical code, `google.rpc.ErrorInfo` and `google.rpc.BadRequest` for bad fields.
+
+A status travels in HTTP/2 trailers, of which gRPC takes 8 KiB: with more the caller gets "stream removed" in place of
+the refusal. `to_status` is the one place that keeps every error within that, whatever is in it.
+"""
 
 # googleapis-common-protos ships stubs beside its modules, but does not say so; grpc_status leaves its messages untyped.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -6,7 +10,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import grpc
@@ -17,6 +22,7 @@ from grpc import aio
 from grpc_status import rpc_status
 
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.text import SHOWN, clip
 
 log = structlog.get_logger(__name__)
 
@@ -56,18 +62,95 @@ def code_of(reason: RefusalReason) -> grpc.StatusCode:
     return _CODES.get(reason, _C.FAILED_PRECONDITION)
 
 
+MAX_STATUS_BYTES = 7_168
+"""What a status takes in the trailers at most, as `status_bytes` counts; gRPC's own entries need some of the 8 KiB."""
+MAX_VIOLATIONS = 20
+_MESSAGE_BYTES = 2_600
+_METADATA_BYTES = 900
+_VIOLATIONS_BYTES = 3_000
+"""Shares of the parts, as they travel. What does not fit is cut off (texts) or left off (entries)."""
+_MAX_ENTRIES = 16
+_LEFT_OFF = "violations_left_off"
+"""Key of ErrorInfo.metadata: how many violations were left off."""
+
+
+def status_bytes(status: grpc.Status) -> int:
+    """What the texts of a status take in the trailers: the message percent-encoded, the details in base 64."""
+    metadata = cast(Any, status.trailing_metadata) or ()
+    details = sum(len(key) + _base64(len(value)) for key, value in metadata)
+    return _encoded(status.details) + details
+
+
 def to_status(error: DroverError) -> grpc.Status:
-    """The status to abort a call with, details in its trailing metadata."""
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.details)
+    """The status to abort a call with, details in its trailing metadata: never more than MAX_STATUS_BYTES.
+
+    At most MAX_VIOLATIONS violations go along; ErrorInfo says under `violations_left_off` how many were left off.
+    """
+    violations = _violations(error)
+    known = dict(error.details)
+    if left_off := len(error.violations) - len(violations):
+        known = {_LEFT_OFF: str(left_off), **known}
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(known))
     details = [_packed(info)]
-    if error.violations:
-        violations = [
-            error_details_pb2.BadRequest.FieldViolation(field=field, description=said)
-            for field, said in error.violations
-        ]
+    if violations:
         details.append(_packed(error_details_pb2.BadRequest(field_violations=violations)))
     code: int = code_of(error.reason).value[0]
-    return rpc_status.to_status(status_pb2.Status(code=code, message=error.message, details=details))
+    message = _cut(error.message, _MESSAGE_BYTES, _in_message)
+    return rpc_status.to_status(status_pb2.Status(code=code, message=message, details=details))
+
+
+def _violations(error: DroverError) -> list[error_details_pb2.BadRequest.FieldViolation]:
+    """As many as have room, each with its texts clipped; at least one when there is one."""
+    kept: list[error_details_pb2.BadRequest.FieldViolation] = []
+    room = _VIOLATIONS_BYTES
+    for field, said in error.violations[:MAX_VIOLATIONS]:
+        where, what = _cut(field, SHOWN, _in_details), _cut(said, 2 * SHOWN, _in_details)
+        room -= _in_details(where) + _in_details(what) + 16
+        if room < 0:
+            break
+        kept.append(error_details_pb2.BadRequest.FieldViolation(field=where, description=what))
+    return kept
+
+
+def _metadata(details: Mapping[str, str]) -> dict[str, str]:
+    kept: dict[str, str] = {}
+    room = _METADATA_BYTES
+    for name, value in list(details.items())[:_MAX_ENTRIES]:
+        key, text = _cut(name, 64, _in_details), _cut(value, SHOWN, _in_details)
+        room -= _in_details(key) + _in_details(text) + 16
+        if room < 0:
+            break
+        kept[key] = text
+    return kept
+
+
+def _cut(text: str, room: int, cost: Callable[[str], int]) -> str:
+    """As much of the text as costs at most `room`; what cannot be written as UTF-8 is replaced."""
+    start = text[: room + 1].encode("utf-8", "replace").decode()  # a character costs one at least
+    if cost(start) <= room:
+        return start
+    low, high = 0, len(start)  # the longest beginning that fits together with the ellipsis
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(f"{start[:middle]}…") <= room else (low, middle - 1)
+    return f"{start[:low]}…"
+
+
+def _encoded(text: str) -> int:
+    return sum(1 if 0x20 <= byte <= 0x7E and byte != 0x25 else 3 for byte in text.encode("utf-8", "replace"))
+
+
+def _base64(size: int) -> int:
+    return (size + 2) // 3 * 4
+
+
+def _in_message(text: str) -> int:
+    """It travels twice: as grpc-message, and in the details."""
+    return _encoded(text) + _in_details(text)
+
+
+def _in_details(text: str) -> int:
+    return _base64(len(text.encode("utf-8", "replace")))
 
 
 def _packed(message: Any) -> AnyMessage:
@@ -95,10 +178,21 @@ def from_rpc_error(
         return DroverError(unreachable, f"{where} cannot be reached: {said}")
     if code is _C.DEADLINE_EXCEEDED:
         return DroverError(_R.OUTCOME_UNKNOWN, f"{where} did not answer in time: the call may have had its effect")
+    if code is _C.RESOURCE_EXHAUSTED and _TRAILERS_BURST in said:
+        # Nothing but a refusal was ever so long. An API of this version sends none, and we take much longer ones.
+        return DroverError(_R.INTERNAL, f"{where} refused the call, with more words than fit into an answer")
+    if code is _C.RESOURCE_EXHAUSTED and said.startswith(_NOT_SENT):
+        return DroverError(_R.INVALID_ARGUMENT, f"the request is too large and was not sent: {said}")
     if code is _C.UNIMPLEMENTED:
         return DroverError(_R.INTERNAL, f"{where} does not know this call: is it another version of Drover?")
     reason = _REASONS.get(code, _R.OUTCOME_UNKNOWN)
-    return DroverError(reason, f"{where} answered {code.name}: {said}")
+    return DroverError(reason, f"{where} answered {code.name}: {clip(said, 2 * SHOWN)}")
+
+
+_TRAILERS_BURST = "metadata size exceeds"
+"""In gRPC's own words for trailers that it does not take."""
+_NOT_SENT = "Sent message larger than max"
+"""gRPC's own words when the request never left; of one that was too large for the other side nothing is known."""
 
 
 def _told(call: grpc.Call) -> DroverError | None:
@@ -125,6 +219,38 @@ def _told(call: grpc.Call) -> DroverError | None:
     return DroverError(reason, status.message, field=field, violations=violations, details=details)
 
 
+@dataclass(frozen=True, slots=True)
+class _Undecodable:
+    """In place of a request: gRPC itself would end the call as UNKNOWN, with a traceback for every such request."""
+
+    why: str
+
+
+def _decoding(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserialize is None:
+        return None
+
+    def decode(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except Exception as error:
+            return _Undecodable(clip(str(error)))
+
+    return decode
+
+
+def _decoded(request: Any) -> Any:
+    """The request, or an iterator of requests. Raises INVALID_ARGUMENT where it could not be decoded."""
+    if isinstance(request, _Undecodable):
+        raise DroverError(_R.INVALID_ARGUMENT, f"the request is not a message of this call: {request.why}")
+    return _each_decoded(cast(AsyncIterable[Any], request)) if isinstance(request, AsyncIterable) else request
+
+
+async def _each_decoded(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(request)
+
+
 Translate = Callable[[Exception], DroverError | None]
 """What an exception means that a handler let through; None: it was not foreseen."""
 
@@ -133,8 +259,8 @@ class Errors(aio.ServerInterceptor):
     """Ends calls whose handler raised DroverError with its status; anything unforeseen with INTERNAL and a log line.
 
     With `require_deadline` calls that have none are refused before their handler runs: nobody waits for ever, and a
-    server that is stuck is not buried under calls that nobody waits for any more. The standard health service is left
-    alone.
+    server that is stuck is not buried under calls that nobody waits for any more. A request that is no message of its
+    kind is refused with INVALID_ARGUMENT. The standard health service is left alone.
     """
 
     def __init__(self, *, require_deadline: bool, translate: Translate = lambda _error: None) -> None:
@@ -154,7 +280,7 @@ class Errors(aio.ServerInterceptor):
 
     def _wrapped(self, handler: Any, method: str) -> Any:
         parts = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": _decoding(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if handler.unary_unary:
@@ -169,7 +295,7 @@ class Errors(aio.ServerInterceptor):
         async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
             try:
                 self._check_deadline(context)
-                answer = behaviour(request, context)
+                answer = behaviour(_decoded(request), context)
                 return await answer if inspect.isawaitable(answer) else answer
             except Exception as error:
                 await self._end(context, error, method)
@@ -178,9 +304,10 @@ class Errors(aio.ServerInterceptor):
 
     def _stream(self, behaviour: Callable[..., AsyncIterator[Any]], method: str) -> Any:
         async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            answers = behaviour(request, context)
+            answers: Any = None
             try:
                 self._check_deadline(context)
+                answers = behaviour(_decoded(request), context)
                 async for answer in answers:
                     yield answer
             except Exception as error:

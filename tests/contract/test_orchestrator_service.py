@@ -248,6 +248,37 @@ async def test_a_cordon_is_idempotent_and_keeps_its_reason(api: Subject, client:
     assert await api.call(client.get_host, "h1") == free
 
 
+async def test_a_refusal_names_a_handful_of_hosts_and_counts_the_others(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    for number in range(60):
+        await api.host(f"small-{number:03}", 16)
+        if number < 20:
+            await api.call(client.cordon_host, f"small-{number:03}", "w" * 1000)
+    error = await api.refused(client.create_guest, GuestSpec("big", memory_mib=9000))
+    assert error.reason is R.NO_CAPACITY
+    assert error.details == {"NO_CAPACITY": "43", "HOST_CORDONED": "20"}
+    assert len(error.message) < 1000
+    assert "63 hosts (43 NO_CAPACITY, 20 HOST_CORDONED)" in error.message
+    for name in ("h2", "h3"):
+        await api.call(client.cordon_host, name)
+    error = await api.refused(client.create_migration, "web", validate_only=True)
+    assert error.reason is R.NO_CAPACITY
+    assert error.details == {"NO_CAPACITY": "40", "HOST_CORDONED": "22"}
+
+
+async def test_wrong_fields_are_counted_and_the_first_of_them_told(api: Subject, client: OrchestratorClient) -> None:
+    labels = {f"bad key {number} {'x' * 200}": "v" for number in range(64)}
+    error = await api.refused(client.create_guest, GuestSpec("lab", labels=labels))
+    assert error.reason is R.INVALID_ARGUMENT
+    assert error.message.startswith("64 fields are wrong")
+    assert 5 < len(error.violations) <= 20
+    assert error.details == {"violations_left_off": str(64 - len(error.violations))}
+    error = await api.refused(client.get_guest, "n" * 100_000)
+    assert (error.reason, error.field) == (R.INVALID_ARGUMENT, "name")
+    assert len(error.message) < 400
+
+
 @pytest.mark.parametrize(
     ("name", "reason"), [("h7", R.NOT_FOUND), ("", R.INVALID_ARGUMENT), ("h/1", R.INVALID_ARGUMENT)]
 )

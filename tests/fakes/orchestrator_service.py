@@ -26,7 +26,7 @@ from grpc import aio
 from orchestrator import wire
 from orchestrator.api import decisions, evacuations, guests, hosts, migrations, views
 from orchestrator.api.calls import digest
-from orchestrator.api.reads import not_found
+from orchestrator.api.reads import no_place, not_found
 from orchestrator.api.servicer import few
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
@@ -147,7 +147,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     def _place(self, spec: GuestSpec, source: str, wanted: str, field: str) -> str:
         choice = choose(self._views(), Need("", spec.name, source, spec.memory_mib, spec.machine), wanted=wanted)
         if choice.destination is None:
-            raise DroverError(choice.reason or R.NO_CAPACITY, choice.message, field=field if wanted else "")
+            raise no_place(choice, field=field if wanted else "")
         return choice.destination.host
 
     # --- guests

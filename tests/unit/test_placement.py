@@ -7,7 +7,17 @@ import pytest
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
-from orchestrator.core.placement import GuestInput, HostInput, HostView, Need, choose, host_views, judge, plan
+from orchestrator.core.placement import (
+    GuestInput,
+    HostInput,
+    HostView,
+    Need,
+    choose,
+    host_views,
+    judge,
+    obstacles,
+    plan,
+)
 from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations
 
 NEED = Need("g", "web", "h1", 100, "pc")
@@ -54,6 +64,22 @@ def test_a_silent_host_that_would_do_makes_the_answer_transient() -> None:
     assert choice.destination is None
     assert choice.transient
     assert not choose([view("h1"), view("h2", 10)], NEED).transient
+
+
+def test_a_refusal_grows_with_the_reasons_and_not_with_the_hosts() -> None:
+    few = choose([view("h1"), view("h2", 10), view("h3", cordoned=True)], NEED)
+    assert few.message == "no host can take web (100 MiB): h2 has 10 MiB free, web needs 100 MiB; h3 is cordoned"
+    hosts = [view("h1"), *(view(f"s{n:03}", 10) for n in range(200))]
+    hosts += [view("z", cordoned=True, cordon_reason="w" * 1000)]
+    many = choose(hosts, NEED)
+    assert obstacles(many.verdicts) == {
+        RefusalReason.NO_CAPACITY: 200,
+        RefusalReason.HOST_CORDONED: 1,
+    }
+    assert len(many.message) < 600
+    assert "201 hosts (200 NO_CAPACITY, 1 HOST_CORDONED), among them: s000 has 10 MiB free" in many.message
+    assert "z is cordoned" in many.message
+    assert len(many.verdicts) == 202
 
 
 def test_unknown_destination_is_named() -> None:

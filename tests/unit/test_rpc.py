@@ -131,6 +131,54 @@ async def test_a_handlers_exception_is_translated_by_who_knows_it() -> None:
     await server.stop(None)
 
 
+async def test_a_refusal_of_any_length_arrives_as_that_refusal(agent: Raising, client: AgentClient) -> None:
+    """Longer than gRPC takes, in its message as in its violations: 500 hosts, or 500 bad labels."""
+    agent.error = DroverError(R.NO_CAPACITY, "no room: " + "host-1 has 1 MiB free; " * 500)
+    got = await refusal(client)
+    assert got.reason is R.NO_CAPACITY
+    assert got.message.startswith("no room: host-1 has 1 MiB free")
+    agent.error = invalid([(f"spec.labels['{n}{'x' * 200}']", "a key is 1 to 63 letters") for n in range(500)])
+    got = await refusal(client)
+    assert got.reason is R.INVALID_ARGUMENT
+    assert got.message.startswith("500 fields are wrong")
+    assert 1 < len(got.violations) <= 20
+
+
+async def test_a_request_that_is_no_message_is_refused(agent: Raising, capsys: pytest.CaptureFixture[str]) -> None:
+    async with aio_channel(agent.address) as bare:
+        for call in (
+            bare.unary_unary("/drover.v1.AgentService/GetAgent"),
+            bare.unary_unary("/drover.v1.AgentService/Nudge"),
+        ):
+            with pytest.raises(aio.AioRpcError) as caught:
+                await call(b"\xff\xff", timeout=5)
+            got = from_rpc_error(caught.value)
+            assert (got.reason, caught.value.code()) == (R.INVALID_ARGUMENT, grpc.StatusCode.INVALID_ARGUMENT)
+            assert "not a message" in got.message
+        with pytest.raises(aio.AioRpcError) as caught:
+            async for _ in bare.unary_stream("/drover.v1.AgentService/WatchAgent")(b"\xff\xff", timeout=5):
+                pass
+        assert from_rpc_error(caught.value).reason is R.INVALID_ARGUMENT
+    assert "Traceback" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("details", "reason"),
+    [
+        ("Stream removed (received metadata size exceeds soft limit (14318 vs. 8192))", R.INTERNAL),
+        ("Stream removed (received metadata size exceeds hard limit (value length 20000 vs. 16384))", R.INTERNAL),
+        ("Sent message larger than max (300000 vs. 262144)", R.INVALID_ARGUMENT),
+        ("Received message larger than max (17000000 vs. 16777216)", R.OUTCOME_UNKNOWN),
+        ("quota", R.OUTCOME_UNKNOWN),
+    ],
+)
+def test_what_grpc_says_of_sizes(details: str, reason: RefusalReason) -> None:
+    """A refusal that was too long for its trailers is no unknown outcome, nor is a request that was never sent; an
+    answer that was too large to take may be one of a call that had its effect."""
+    got = from_rpc_error(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, details))
+    assert got.reason is reason
+
+
 async def test_calls_without_a_deadline_are_refused(agent: Raising) -> None:
     async with aio_channel(agent.address) as bare:
         stub = AgentServiceStub(bare)
