@@ -109,6 +109,7 @@ def migration(read: MigrationRead, fleet: Fleet, *, timelines: bool = True) -> t
         attempts=[wire.report_to_proto(report if timelines else _short(report)) for report in standing.reports],
         failure=state.failure or "",
         message=state.message or _silence(phase, (source, state.destination), fleet),
+        waiting_for=state.waiting_for or "",
         cancel_requested=cancel_is_wished(spec.id, standing),
         policy=wire.policy_to_proto(spec.policy),
         evacuation=spec.evacuation,

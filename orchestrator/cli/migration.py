@@ -190,7 +190,7 @@ def _facts(each: Migration) -> Iterable[tuple[str, Cell]]:
     yield "to", each.destination
     yield "phase", styled(phase_of(each))
     yield "attempt", str(each.attempt or "")
-    yield "failure", ": ".join(filter(None, (each.failure, each.message)))
+    yield ("failure" if each.failure else "message"), ": ".join(filter(None, (each.failure, each.message)))
     yield "evacuation", each.evacuation
     yield "cancel", "requested" if each.cancel_requested and not each.end_time.seconds else ""
     yield "began", units.clock(wall_s(each.create_time), now_s)

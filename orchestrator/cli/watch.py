@@ -51,7 +51,7 @@ _ORDER = {
     for phase in phases.split()
 }
 _ARRIVED = frozenset({"COMMITTED", "FINALIZING", "SUCCEEDED"})
-_HELD = ACTIVE - {"RETRY_WAIT"}
+_HELD = ACTIVE - {"RETRY_WAIT"} | {"PENDING"}
 """What the API says of them is what holds them up."""
 _STUMBLED = frozenset({"ABORTING", "RETRY_WAIT", "CANCELLED", "FAILED"})
 _SENDING = frozenset({"PRECOPY", "SWITCHOVER"})
@@ -113,7 +113,7 @@ def line_of_migration(migration: Migration) -> Line:
             phase=phase,
             attempt=migration.attempt,
             reason=failure or last_abort(migration.attempts),
-            remark=migration.message if phase in _HELD else "",
+            remark=migration.message if phase in _HELD or migration.waiting_for else "",
         ),
         migration.progress,
     )

@@ -168,7 +168,10 @@ class Driver:
 
     async def _loop(self) -> MigrationPhase:
         nodes = await self._look()
-        course = migration.start(self._spec, now_ms=self._now_ms(), reports=nodes.reports)
+        course = migration.start(
+            self._spec, now_ms=self._now_ms(), spent_ms=nodes.state.spent_ms, reports=nodes.reports
+        )
+        self._course = course
         event: migration.Event = migration.Seen(nodes.record, nodes.state, nodes.reports)
         while True:
             jitter = self._tools.rng.uniform(0.5, 1.0)
@@ -200,6 +203,9 @@ class Driver:
 
     def _now_ms(self) -> float:
         return self._tools.clock_s() * 1000
+
+    def _spent_ms(self) -> float:
+        return 0.0 if self._course is None else migration.spent_ms(self._course, self._now_ms())
 
     async def _look(self) -> _Nodes:
         while True:
@@ -312,7 +318,9 @@ class Driver:
             source=source,
             destination=choice.destination.host,
             message="",
+            waiting_for=None,
             retry_wait_ms=0,
+            spent_ms=self._spent_ms(),
             epoch=self._tools.epoch,
         )
         entry = snapshot.hosts[choice.destination.host]
@@ -392,7 +400,9 @@ class Driver:
             phase=command.phase,
             failure=command.failure,
             message=command.message,
+            waiting_for=None,
             retry_wait_ms=command.retry_wait_ms,
+            spent_ms=self._spent_ms(),
             end_time_s=self._tools.wall_s() if command.phase.terminal else 0.0,
             epoch=self._tools.epoch,
         )

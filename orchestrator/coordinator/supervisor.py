@@ -17,6 +17,7 @@ import structlog
 
 from orchestrator.coordinator.driver import STORE_RETRY_S, Deposed
 from orchestrator.coordinator.evacuations import EvacuationRunner
+from orchestrator.coordinator.places import Places
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import MigrationSpec, MigrationState
 from orchestrator.ledger import paths
@@ -115,8 +116,7 @@ class Supervisor:
         self._me = Leader(name, uuid.uuid4().hex)
         self._may_usurp = True
         self._bucket = TokenBucket(limits.starts_per_s, limits.burst)
-        self._slots = asyncio.Semaphore(limits.max_concurrent)
-        self._sources: dict[str, asyncio.Semaphore] = {}
+        self._places = Places(store, max_concurrent=limits.max_concurrent, max_per_source=limits.max_per_source)
         self._lost = asyncio.Event()
         self._known: set[str] = set()
         self._jobs: set[str] = set()
@@ -235,6 +235,7 @@ class Supervisor:
         shards: set[str] = set()
         runner = EvacuationRunner(self._store, Inventory(self._store), epoch, self._nudged)
         spawn(self._guard_power(runner))
+        spawn(self._places.tend(epoch))
         try:
             while True:
                 self.status.turns += 1
@@ -287,8 +288,8 @@ class Supervisor:
             await runner.refresh_ended()
             await asyncio.sleep(2.0)
 
-    async def _read_state(self, migration: str) -> tuple[MigrationState, str] | None:
-        """State and source host; None when the migration is over, or not written as a whole yet."""
+    async def _read_state(self, migration: str) -> tuple[MigrationSpec, MigrationState, str] | None:
+        """With the source host; None when the migration is over, or not written as a whole yet."""
         while True:
             try:
                 node = await self._store.read(paths.migration_state(migration))
@@ -298,13 +299,13 @@ class Supervisor:
                 state = decode(MigrationState, node.data, path=paths.migration_state(migration))
                 if state.phase.terminal:
                     return None
-                return state, state.source or await self._source_of(migration)
+                spec_node = await self._store.read(paths.migration(migration))
+                spec = decode(MigrationSpec, spec_node.data if spec_node else b"", path=paths.migration(migration))
+                return spec, state, state.source or await self._source_of(spec)
             except StoreUnavailable:
                 await asyncio.sleep(STORE_RETRY_S)
 
-    async def _source_of(self, migration: str) -> str:
-        spec_node = await self._store.read(paths.migration(migration))
-        spec = decode(MigrationSpec, spec_node.data if spec_node else b"", path=paths.migration(migration))
+    async def _source_of(self, spec: MigrationSpec) -> str:
         node = await self._store.read(paths.guest(spec.guest))
         return decode(GuestRecord, node.data, path=paths.guest(spec.guest)).owner.host if node else ""
 
@@ -317,13 +318,13 @@ class Supervisor:
             return
         if found is None:
             return
-        state, source = found
+        spec, state, source = found
         if state.attempt > 0:
             self.status.adopted += 1
-            await self._dispatch_until_over(migration, epoch)  # under way: holding it back would only stall it
+            async with self._places.held(spec, source):
+                await self._dispatch_until_over(migration, epoch)
             return
-        per_source = self._sources.setdefault(source, asyncio.Semaphore(self._limits.max_per_source))
-        async with self._slots, per_source:
+        async with self._places.turn(spec, source, state, epoch):
             await self._bucket.take()
             await self._dispatch_until_over(migration, epoch)
 

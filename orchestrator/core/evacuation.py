@@ -162,9 +162,11 @@ def _wants_another(guest: EvacuationGuest) -> bool:
 def _start_more(
     spec: EvacuationSpec, guests: tuple[EvacuationGuest, ...], facts: Facts
 ) -> tuple[tuple[EvacuationGuest, ...], tuple[Command, ...]]:
-    """Fill the free places, biggest guests first; guests in somebody else's migration wait for its end."""
+    """Fill the free places, biggest guests first; guests in somebody else's migration wait for its end. A guest
+    that was committed takes no place any more: its destination may have died, and the others need not wait for it."""
     here = {guest.uuid: guest for guest in facts.guests if _stays(guest, spec.host)}
-    room = spec.max_concurrent - sum(map(_active, guests))
+    gone = {guest.uuid for guest in facts.guests if guest.record.phase is Ownership.COMMITTED}
+    room = spec.max_concurrent - sum(_active(guest) and guest.guest not in gone for guest in guests)
     commands: list[Command] = []
     result: list[EvacuationGuest] = []
     for guest in guests:

@@ -225,10 +225,18 @@ class Step:
     commands: tuple[Command, ...] = ()
 
 
-def start(spec: MigrationSpec, *, now_ms: float, reports: tuple[AttemptReport, ...] = ()) -> Course:
-    """A course that knows nothing yet. The total budget is what the reported attempts left of it: no wall clock."""
-    spent = sum(report.duration_ms for report in reports)
+def start(
+    spec: MigrationSpec, *, now_ms: float, spent_ms: float = 0.0, reports: tuple[AttemptReport, ...] = ()
+) -> Course:
+    """A course that knows nothing yet. Of the total budget there is left what neither the state says (`spent_ms`, from
+    the migration's creation on) nor the reported attempts have used up: no wall clock."""
+    spent = max(spent_ms, sum(report.duration_ms for report in reports))
     return Course(spec=spec, total_deadline_ms=now_ms + max(0.0, spec.policy.total_timeout_ms - spent))
+
+
+def spent_ms(course: Course, now_ms: float) -> float:
+    """How much of the total budget is used up."""
+    return course.spec.policy.total_timeout_ms - (course.total_deadline_ms - now_ms)
 
 
 def situation(record: GuestRecord | None, migration: str, durable: MigrationState) -> Situation:

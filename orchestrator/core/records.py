@@ -148,6 +148,17 @@ class MigrationSpec:
     """Wall clock, for people only (A6)."""
 
 
+class WaitingFor(StrEnum):
+    """What holds up a migration that has not begun, or that is between two attempts."""
+
+    PLACE = "PLACE"
+    """Its turn: as many migrations as allowed leave its source, or run in the cluster."""
+    ROOM = "ROOM"
+    """A host that may take its guest now."""
+    SOURCE = "SOURCE"
+    """The agent of its source, which is silent."""
+
+
 @dataclass(frozen=True, slots=True)
 class MigrationState:
     """`/migs/<aa>/<m>/state`: durable phase. PENDING, ACTIVE-ish phases are coarse here; agents know the fine ones."""
@@ -162,6 +173,11 @@ class MigrationState:
     end_time_s: float = 0.0
     retry_wait_ms: int = 0
     epoch: int = 0
+    waiting_for: WaitingFor | None = None
+    """`message` says it as a sentence."""
+    spent_ms: float = 0.0
+    """Of `total_timeout_ms`, from the migration's creation until this was written, on the coordinators' monotonic
+    clocks. Time in which no coordinator led is not in it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,16 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator.api.decisions import cancelled_state
+from orchestrator.coordinator import places
 from orchestrator.coordinator.supervisor import Limits, Supervisor, TokenBucket, WorkerLost
 from orchestrator.coordinator.worker import Worker
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason, DroverError, FailureReason, RefusalReason
-from orchestrator.core.handover import Ownership
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import HostRef
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import Cordon, EvacuationPhase, MigrationPhase
+from orchestrator.core.records import Cordon, EvacuationPhase, MigrationPhase, WaitingFor
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import encode
 from orchestrator.ledger.store import Done, SetData, Versioned
@@ -314,6 +317,80 @@ async def test_worker_death_hands_the_migration_to_another(world: World) -> None
     task = asyncio.create_task(Supervisor(world.store, dispatch).run())
     await until(lambda: world.state("m1").phase is MigrationPhase.SUCCEEDED)
     task.cancel()
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_source_that_waits_for_its_own_place_holds_no_other(world: World) -> None:
+    for n in range(2, 5):
+        world.guest(f"g{n}", "h1")
+        world.migration(f"m{n}", f"g{n}")
+    world.guest("o", "h2")
+    world.migration("mo", "o")
+    world.hold = asyncio.Event()
+    async with leading(world, limits=Limits(max_concurrent=3, max_per_source=1)) as supervisor:
+        await until(lambda: bool(world.record("o").inc))
+        assert supervisor.status.driving == 2
+        waiting = [name for name in ("m1", "m2", "m3", "m4") if world.state(name).phase is MigrationPhase.PENDING]
+        assert len(waiting) == 3
+        await until(lambda: all(world.state(name).waiting_for is WaitingFor.PLACE for name in waiting))
+        assert "1 of at most 1 migrations are leaving h1 already" in world.state(waiting[0]).message
+        assert world.state(waiting[0]).spent_ms > 0
+        world.hold.set()
+        await until(lambda: all(world.state(name).phase.terminal for name in ("m1", "m2", "m3", "m4", "mo")))
+    assert {world.state(name).phase for name in waiting} == {MigrationPhase.SUCCEEDED}
+    assert world.state(waiting[0]).waiting_for is None
+
+
+async def test_the_total_timeout_runs_while_a_migration_waits_and_from_one_coordinator_to_the_next(
+    world: World,
+) -> None:
+    world.guest("g2", "h1")
+    world.hold = asyncio.Event()
+    limits = Limits(max_concurrent=1)
+    async with leading(world, limits=limits):
+        await until(lambda: bool(world.record("g1").inc))
+        world.migration("m2", "g2", policy=MigrationPolicy(total_timeout_ms=2_500))
+        world.store.tree.notify(paths.migration("m2"))
+        await until(lambda: world.state("m2").waiting_for is WaitingFor.PLACE)
+    spent = world.state("m2").spent_ms
+    assert spent >= 1_000
+    async with leading(world, limits=limits):
+        await until(lambda: world.state("m2").phase.terminal)
+    assert world.state("m2").failure is FailureReason.TOTAL_TIMEOUT
+    assert world.state("m2").spent_ms >= 2_500
+    assert world.record("g2").phase is Ownership.IDLE
+    assert not world.state("m1").phase.terminal
+
+
+async def test_a_cancelled_migration_leaves_the_queue(world: World) -> None:
+    world.guest("g2", "h1")
+    world.hold = asyncio.Event()
+    async with leading(world, limits=Limits(max_concurrent=1)) as supervisor:
+        await until(lambda: bool(world.record("g1").inc))
+        world.migration("m2", "g2")
+        world.store.tree.notify(paths.migration("m2"))
+        await until(lambda: world.state("m2").waiting_for is WaitingFor.PLACE)
+        world.edit_state("m2", lambda s: cancelled_state(s, wall_s=1.0))
+        await until(lambda: supervisor.status.finished.get("CANCELLED") == 1)
+        assert world.state("m2").message == "cancelled on request"
+
+
+async def test_a_migration_committed_to_a_dead_host_gives_its_places_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "COMMITTED_HOLD_S", 0.3)
+    world.guest("g2", "h1")
+    lost = GuestRecord(
+        "n-g1", Ownership.COMMITTED, HostRef("h2", "b"), "m1", 1, HostRef("h2", "b"), "inc", HostRef("h1", "boot-h1")
+    )
+    world.put(paths.guest("g1"), lost)
+    world.edit_state("m1", lambda s: replace(s, phase=MigrationPhase.PREPARING, attempt=1, source="h1"))
+    world.migration("m2", "g2")
+    async with leading(world, limits=Limits(max_concurrent=1)):
+        await until(lambda: world.state("m2").phase is MigrationPhase.SUCCEEDED)
+    assert not world.state("m1").phase.terminal
 
 
 async def test_evacuation_empties_the_host(world: World) -> None:

@@ -847,6 +847,7 @@ class Migration(_message.Message):
     EVACUATION_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    WAITING_FOR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Id, chosen by the server."""
     guest: _builtins.str
@@ -860,6 +861,10 @@ class Migration(_message.Message):
     message: _builtins.str
     cancel_requested: _builtins.bool
     evacuation: _builtins.str
+    waiting_for: _builtins.str
+    """PLACE (its turn among those that leave its source, or in the cluster), ROOM (a host that may take its guest now) or
+    SOURCE (its source's agent, which is silent); empty: it does not wait. `message` says it as a sentence.
+    """
     @_builtins.property
     def progress(self) -> Global___Progress: ...
     @_builtins.property
@@ -889,10 +894,11 @@ class Migration(_message.Message):
         evacuation: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        waiting_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "policy", b"policy", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attempts", b"attempts", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "destination", b"destination", "end_time", b"end_time", "evacuation", b"evacuation", "failure", b"failure", "guest", b"guest", "guest_uuid", b"guest_uuid", "message", b"message", "name", b"name", "phase", b"phase", "policy", b"policy", "progress", b"progress", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attempts", b"attempts", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "destination", b"destination", "end_time", b"end_time", "evacuation", b"evacuation", "failure", b"failure", "guest", b"guest", "guest_uuid", b"guest_uuid", "message", b"message", "name", b"name", "phase", b"phase", "policy", b"policy", "progress", b"progress", "source", b"source", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
