@@ -48,6 +48,8 @@ class AgentConfig(BaseModel):
     guest_image: Path
     vfio_preload: Path | None = None
     """What gives QEMU devices inside the VMM on a machine without VFIO; None: no guest with such devices runs here."""
+    device_program: tuple[str, ...] = ()
+    """The command that holds the devices of one VMM (docs/shims.md); empty: no guest with devices runs here."""
     chaos: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

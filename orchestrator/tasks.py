@@ -43,6 +43,11 @@ class Tasks:
     def __len__(self) -> int:
         return len(self._tasks)
 
+    @property
+    def closed(self) -> bool:
+        """`close` was called: nothing is begun any more."""
+        return self._closed
+
     def spawn(
         self, work: Coroutine[Any, Any, Any], name: str, *, failed: Failed | None = None
     ) -> asyncio.Task[Any] | None:

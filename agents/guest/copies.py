@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from typing import Any
 
 from agents.engine import base as engine
 from agents.guest import duty as keeping
@@ -108,19 +109,31 @@ class Copy:
 async def _devices(files: GuestFiles, inc: str, *, incoming: bool) -> DeviceProcess | None:
     if not files.has_devices:
         return None
-    return await DeviceProcess.start(files.devices_spec(inc), incoming=incoming)
+    return await DeviceProcess.launch(files.devices_spec(inc), incoming=incoming)
+
+
+async def _with_devices(devices: DeviceProcess | None, starting: Coroutine[Any, Any, engine.Vmm]) -> engine.Vmm:
+    """The VMM, once its devices take calls as well: the two start side by side. Nothing is left behind otherwise."""
+    if devices is None:
+        return await starting
+    vmm = asyncio.create_task(starting)
+    try:
+        await devices.ready()
+        return await vmm
+    except BaseException:
+        vmm.cancel()
+        await asyncio.wait({vmm})
+        if not vmm.cancelled() and vmm.exception() is None:
+            await vmm.result().destroy()
+        await devices.destroy()
+        raise
 
 
 async def start(mover: engine.MigrationEngine, files: GuestFiles, inc: str) -> Copy:
     """A new guest, running. Raises EngineError or ShimError; nothing is left behind then."""
     files.make()
     devices = await _devices(files, inc, incoming=False)
-    try:
-        vmm = await mover.start(files.vmm_spec(inc))
-    except BaseException:
-        if devices is not None:
-            await devices.destroy()
-        raise
+    vmm = await _with_devices(devices, mover.start(files.vmm_spec(inc)))
     return Copy(files, vmm, devices, running=True)
 
 
@@ -130,13 +143,8 @@ async def prepare(
     """A paused copy that waits for the stream of one attempt. Raises as `start` does."""
     files.make()
     devices = await _devices(files, inc, incoming=True)
-    try:
-        spec = files.vmm_spec(inc, multifd_channels=multifd_channels)
-        vmm = await mover.prepare_incoming(spec, migration, attempt)
-    except BaseException:
-        if devices is not None:
-            await devices.destroy()
-        raise
+    spec = files.vmm_spec(inc, multifd_channels=multifd_channels)
+    vmm = await _with_devices(devices, mover.prepare_incoming(spec, migration, attempt))
     return Copy(files, vmm, devices, running=False)
 
 

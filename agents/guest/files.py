@@ -88,7 +88,8 @@ class GuestFiles:
 
     def devices_spec(self, inc: str) -> DevicesSpec:
         """Of everything that a device process holds."""
-        return DevicesSpec(self.uuid, inc, self.directory, (*self.companions, *self.in_vmm), seed_of(self.uuid))
+        devices = (*self.companions, *self.in_vmm)
+        return DevicesSpec(self.uuid, inc, self.directory, devices, seed_of(self.uuid), self.config.device_program)
 
     def vmm_spec(self, inc: str, *, multifd_channels: int = 0) -> VmmSpec:
         return VmmSpec(

@@ -10,6 +10,7 @@ A peer that froze or lost its network keeps its TCP connection for many minutes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import grpc
 from grpc import aio
@@ -19,9 +20,17 @@ from orchestrator.core.errors import DroverError, RefusalReason
 MAX_MESSAGE_BYTES = 16 << 20
 """A list of some thousand guests fits; pages of guest memory never travel here."""
 
-_COMMON: tuple[tuple[str, int], ...] = (
+_SIZES: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+_AGAIN_AT_ONCE: tuple[tuple[str, int], ...] = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 100),
+)
+_COMMON: tuple[tuple[str, int], ...] = (
+    *_SIZES,
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.http2.ping_timeout_ms", 3_000),
@@ -58,6 +67,16 @@ def aio_channel(address: str, *, alone: bool = False) -> aio.Channel:
     next one fail at once. `alone` asks the address itself.
     """
     return aio.insecure_channel(address, options=(*_CHANNEL, ("grpc.use_local_subchannel_pool", int(alone))))
+
+
+def local_channel(path: Path) -> aio.Channel:
+    """To a program of this machine behind a unix socket, for the running event loop. Connects with the first call.
+
+    A program that restarts is looked for ten times a second (gRPC allows no more): a stopped guest may be waiting for
+    it. No keepalive: the kernel closes a socket whose other end died.
+    """
+    options = (*_SIZES, *_AGAIN_AT_ONCE, ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+    return aio.insecure_channel(f"unix:{path}", options=options)
 
 
 def channel(address: str) -> grpc.Channel:

@@ -15,6 +15,7 @@ import pytest
 
 from agents.shims.base import DestinationShim, Frame, FrameKind, Load, ShimError, SourceShim
 from agents.shims.companion import DeviceProcess, DevicesSpec
+from deploy.lab.devices import PROGRAM
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import DeviceSpec, ShimKind
 from tests.fakes.shims import FakeDestinationShim, FakeSourceShim
@@ -55,7 +56,7 @@ class CompanionPair:
 
     def spec(self, inc: str) -> DevicesSpec:
         device = DeviceSpec(DEVICE, ShimKind.COMPANION, dirty_bytes_per_s=1_000_000, scenario=self.scenario)
-        return DevicesSpec("guest-1", inc, self.directory, (device,), 77)
+        return DevicesSpec("guest-1", inc, self.directory, (device,), 77, PROGRAM)
 
     async def source(self, *, late_at: str = "", late_times: int = 0, spoil: bool = False) -> SourceShim:
         asks = f"asks: [{{at: {late_at}, times: {late_times}, bytes: 8192}}]\n" if late_at else ""

@@ -21,6 +21,7 @@ import pytest
 
 from agents.engine.qemu import vfio
 from agents.shims.companion import DeviceProcess, DevicesSpec
+from deploy.lab.devices import PROGRAM
 from deploy.lab.devices.device import DeviceState
 from deploy.lab.devices.vfio import layout
 from deploy.lab.devices.vfio.layout import Register
@@ -74,7 +75,7 @@ class Lab:
     async def start(self, *names: str, incoming: bool = False, scenario: str = "") -> DeviceProcess:
         devices = tuple(DeviceSpec(name, ShimKind.VFIO, "none", 20_000, 5_000, 0, scenario) for name in names)
         self.process = await DeviceProcess.start(
-            DevicesSpec("guest", "s", self.directory, devices, 7), incoming=incoming
+            DevicesSpec("guest", "s", self.directory, devices, 7, PROGRAM), incoming=incoming
         )
         return self.process
 

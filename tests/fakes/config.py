@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from agents.config import AgentConfig
+from deploy.lab.devices import PROGRAM
 
 
 def agent_config(directory: Path, host: str = "h2") -> AgentConfig:
@@ -19,4 +20,5 @@ def agent_config(directory: Path, host: str = "h2") -> AgentConfig:
         volatile_dir=directory,
         memory_mib=1024,
         guest_image=directory / "guest.elf",
+        device_program=PROGRAM,
     )

@@ -37,6 +37,7 @@ from agents.engine.base import (
 from agents.engine.qemu.engine import QemuEngine, QemuVmm
 from agents.shims.companion import DeviceProcess, DevicesSpec
 from agents.shims.inside import InVmmDevice
+from deploy.lab.devices import PROGRAM
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
 from tests.contract.test_engine import image
 
@@ -245,7 +246,7 @@ class Rig:
         return self.destination
 
     async def _end(self, inc: str, *, incoming: bool) -> End:
-        spec = DevicesSpec("guest-1", inc, self.directory, tuple(self.devices), SEED)
+        spec = DevicesSpec("guest-1", inc, self.directory, tuple(self.devices), SEED, PROGRAM)
         process = await DeviceProcess.start(spec, incoming=incoming)
         guest = GuestSpec("g", self.memory_mib, 1, self.machine, self.workload, tuple(self.devices))
         vmm_spec = VmmSpec(

@@ -20,6 +20,7 @@ from agents.engine.base import EngineStatus, HoldStart, OutgoingOptions, RunStat
 from agents.engine.qemu.engine import QemuEngine
 from agents.shims.base import DestinationShim, Frame, FrameKind, ShimError, SourceShim
 from agents.shims.companion import DeviceProcess, DevicesSpec
+from deploy.lab.devices import PROGRAM
 from deploy.lab.devices.device import hash32
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
@@ -42,7 +43,7 @@ class Lab:
     vmms: list[Vmm] = field(default_factory=list[Vmm])
 
     def spec(self, inc: str, *devices: DeviceSpec) -> DevicesSpec:
-        return DevicesSpec("guest-1", inc, self.directory, devices or (device(),), SEED)
+        return DevicesSpec("guest-1", inc, self.directory, devices or (device(),), SEED, PROGRAM)
 
     async def start(self, inc: str, *devices: DeviceSpec, incoming: bool = False) -> DeviceProcess:
         made = await DeviceProcess.start(self.spec(inc, *devices), incoming=incoming)
@@ -380,7 +381,7 @@ async def test_calls_are_bounded_when_the_process_hangs(lab: Lab) -> None:
 async def test_a_bad_description_is_explained_and_nothing_is_left(lab: Lab) -> None:
     with pytest.raises(ShimError, match=r"dpu.scenario.asks\[0\].at"):
         await lab.start("s", device(scenario="asks: [{at: teatime}]"))
-    long = DevicesSpec("guest-1", "s", lab.directory / ("x" * 100), (device(),), SEED)
+    long = DevicesSpec("guest-1", "s", lab.directory / ("x" * 100), (device(),), SEED, PROGRAM)
     with pytest.raises(ShimError, match="shorter"):
         await DeviceProcess.start(long, incoming=False)
     assert list(lab.directory.iterdir()) == []

@@ -26,6 +26,7 @@ from deploy.lab.cluster.layout import (
     Places,
 )
 from deploy.lab.cluster.state import write_atomically
+from deploy.lab.devices import PROGRAM
 from orchestrator.ledger import paths
 
 RAY_NAMESPACE = "drover"
@@ -148,6 +149,7 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "memory_mib": config.memory_mib,
         "bandwidth_mbps": config.bandwidth_bps // 10**6,
         "accelerator": config.accelerator,
+        "device_program": PROGRAM,
         "qemu": config.qemu,
         "guest_image": str(image),
         "vfio_preload": str(vfio_preload(layout)[0]),

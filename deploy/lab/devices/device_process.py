@@ -4,38 +4,20 @@ It lives in a session of its own and outlives agent and VMM, as a DPU would. It 
 when its directory or its metadata file vanishes, so that nothing is ever left behind.
 
 It reads its description from standard input (JSON: `guest`, `inc`, `directory`, `seed`, `incoming`, `devices` with
-`name`, `shim`, sizes and `scenario`; their order numbers them for the guest), writes `<inc>.devices.json` (pid and
-start time, for a later agent) and serves
+`name`, `shim`, sizes and `scenario`), writes `<inc>.devices.json` (pid and start time, for a later agent) and
+serves
 
 * `<inc>.dev`, the guest's second serial port: doorbells `R <d> <n>`, answers `A <d> <n> <answer>`
   (deploy/lab/guest_image/README.md). A device answers while it may speak; doorbells that came while it was stopped are
   answered when it runs again.
 * `<inc>.vfio`, if there are devices inside the VMM: the preload in it asks here what QEMU asks them (vfio/preload.c).
   `<inc>.vfio.log` has each question with its answer (vfio/log.py);
-* `<inc>.ctl`, the control socket (frames: control.py). Any number of connections and of calls at a time. A call has a
-  `key`: the same key again is the same call, and gets the same answer. Calls, with their fields besides `device`:
+* `<inc>.ctl`, the shim protocol (protos/drover/v1/shim.proto, served by serving.py): any number of connections and of
+  calls at a time.
 
-      hello                                    -> guest, inc, devices {name: {state, live, session, asked}}
-      begin       session by                   RUNNING -> PRE_COPY. `by`: who begins it; another one begins it anew
-      read        session seq wait_ms stopped  -> frame, generation, total, digest, and data as the body.
-                  `stopped`: refuse unless the device is in STOP_COPY. `seq` counts 1, 2, 3, ...: the last one
-                  again is the same frame. frame "": nothing in that time,
-                  "over": nothing more in this state, or of this session
-      hook        hook
-      quiesce     session                      -> newest, stop_copy_bytes
-      stop_copy   session
-      roll_back                                any state -> RUNNING
-      retire
-      begin_load  session                      -> RESUMING
-      load        session kind generation total digest, data as the body -> ack
-      validate    session                      RESUMING -> STOP -> bytes, digest
-      activate                                 STOP -> RUNNING
-      discard
-      inject      at times bytes               -> scenario; also for devices inside the VMM
-      look                                     -> devices: what those inside the VMM tell of themselves
-      end                                      the process ends
-
-  The note `asked` (device, session, generation) goes to every connection, before the answer to the call that made it.
+The serial port and the VFIO socket are there before gRPC is imported, so that a VMM can be started meanwhile. Whoever
+starts the process may name a descriptor in DROVER_READY_FD: `p` is written to it when the ports are there, `c` when the
+control socket is.
 """
 
 from __future__ import annotations
@@ -49,12 +31,11 @@ import signal
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from agents.shims import control
+from agents.shims.inside import InVmmDevice
 from deploy.lab.devices.device import Device, DeviceError, DeviceIdentity, DeviceSizes, DeviceState
 from deploy.lab.devices.vfio.endpoint import Endpoint, features_of
 from deploy.lab.devices.vfio.layout import FIRST_INDEX
@@ -69,8 +50,10 @@ _DIRTY_PAUSE_S = 0.05
 _DIRTY_AT_ONCE_BYTES = 64 << 10
 _MAX_WAIT_S = 5.0
 _WATCH_S = 1.0
+_STOP_S = 0.2
 _KEPT_CALLS = 512
 _MAX_UNSENT_ANSWERS = 65_536
+_MAX_UNTOLD = 1_024
 _VFIO_BUFFER = 1 << 20
 """QEMU reads and writes up to so much at a time."""
 
@@ -80,9 +63,11 @@ Reply = tuple[dict[str, Any], bytes]
 class CallError(Exception):
     """A call was refused or failed."""
 
-    def __init__(self, message: str, *, reset: bool = False) -> None:
+    def __init__(self, message: str, *, reset: bool = False, unknown: bool = False) -> None:
         super().__init__(message)
         self.reset = reset
+        self.unknown = unknown
+        """There is no such device."""
 
 
 class Hosted:
@@ -185,9 +170,8 @@ class DeviceServer:
         self._by_name = {one.name: one for one in hosted}
         self._by_index = {one.device.identity.index: one for one in hosted}
         self._port: asyncio.StreamWriter | None = None
-        self._connections: set[asyncio.StreamWriter] = set()
-        self._calls: OrderedDict[str, asyncio.Task[bytes]] = OrderedDict()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._watchers: set[asyncio.Queue[tuple[str, int, int]]] = set()
+        self._calls: OrderedDict[str, asyncio.Task[Reply | CallError]] = OrderedDict()
 
     # --- doorbells ----------------------------------------------------------------------------------------------------
 
@@ -225,78 +209,71 @@ class DeviceServer:
         for n, answer in [] if hosted.ended else hosted.device.take_answers():
             port.write(f"A {hosted.device.identity.index:x} {n:08x} {answer:08x}\n".encode())
 
-    # --- control ------------------------------------------------------------------------------------------------------
+    # --- control: what serving.py speaks gRPC for ---------------------------------------------------------------------
 
-    async def serve_control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections.add(writer)
-        try:
-            while True:
-                header, body = await control.read_frame(reader)
-                self._spawn(self._respond(header, body, writer))
-        except ConnectionError:
-            pass
-        finally:
-            self._connections.discard(writer)
-            writer.close()
+    async def call(self, name: str, device: str, header: dict[str, Any], body: bytes = b"", key: str = "") -> Reply:
+        """One call, once: a key that was seen before is that same call. Raises CallError.
 
-    async def _respond(self, header: dict[str, Any], body: bytes, writer: asyncio.StreamWriter) -> None:
-        # Frames are kept by their number instead, and only the last one: they are large.
-        key = "" if header.get("call") == "read" else str(header.get("key", ""))
+        Pieces of state have no key: the last one is kept by its number instead, because they are large.
+        """
         call = self._calls.get(key) if key else None
         if call is None:
-            call = asyncio.ensure_future(self._carry_out(header, body))
+            call = asyncio.ensure_future(self._carry_out(name, device, header, body))
             if key:
                 self._calls[key] = call
                 while len(self._calls) > _KEPT_CALLS:
                     self._calls.popitem(last=False)
         # Shielded: the caller may be gone when it ends, and asks again with the same key.
-        reply = await asyncio.shield(call)
-        if not writer.is_closing():
-            writer.write(reply)
+        outcome = await asyncio.shield(call)
+        if isinstance(outcome, CallError):
+            raise outcome
+        return outcome
 
-    async def _carry_out(self, header: dict[str, Any], body: bytes) -> bytes:
-        number = header.get("id")
-        name = str(header.get("call"))
-        hosted: Hosted | None = None
+    async def _carry_out(self, name: str, device: str, header: dict[str, Any], body: bytes) -> Reply | CallError:
+        hosted = self._by_name.get(device)
         try:
-            if name == "hello":
-                found: Reply = self._hello(), b""
-            elif name == "end":
-                self.over.set()
-                found = {}, b""
-            elif name == "look":
-                found = {"devices": [asdict(endpoint.look(_now())) for endpoint in self._endpoints]}, b""
-            elif name == "inject":
-                found = self._inject(str(header["device"]), header), b""
-                hosted = self._by_name.get(str(header["device"]))
-            else:
-                hosted = self._by_name.get(str(header.get("device")))
-                handler = _CALLS.get(name)
-                if hosted is None or handler is None:
-                    raise CallError(f"there is no device {header.get('device')!r} or no call {name!r} here")
-                found = await handler(self, hosted, header, body)
-            reply = control.encode({"id": number, "ok": True, **found[0]}, found[1])
+            if name == "inject":
+                return self._inject(device, header), b""
+            if hosted is None:
+                raise CallError(f"there is no device {device!r} here", unknown=True)
+            return await _CALLS[name](self, hosted, header, body)
         except CallError as error:
-            _log(f"{header.get('device', '')} {name}: {error}")
-            reply = control.encode({"id": number, "error": str(error), "reset": error.reset})
+            _log(f"{device} {name}: {error}")
+            return error
         except (DeviceError, KeyError, TypeError, ValueError) as error:
-            _log(f"{header.get('device', '')} {name}: {error}")
-            reply = control.encode({"id": number, "error": f"{header.get('device', '')}: {error}", "reset": False})
-        if hosted is not None:
-            self._after(hosted)
-        return reply
+            _log(f"{device} {name}: {error}")
+            return CallError(f"{device}: {error}")
+        finally:
+            if hosted is not None:
+                self._after(hosted)
 
-    def _hello(self) -> dict[str, Any]:
-        devices = {
-            name: {
-                "state": one.device.state.name,
-                "live": one.live,
-                "session": one.session,
-                "asked": one.device.asked if one.session is not None else None,
-            }
-            for name, one in self._by_name.items()
-        }
-        return {"guest": self.guest, "inc": self.inc, "devices": devices}
+    def look(self) -> list[InVmmDevice]:
+        """What the devices inside the VMM tell of themselves."""
+        return [endpoint.look(_now()) for endpoint in self._endpoints]
+
+    def hosted(self) -> list[Hosted]:
+        """The devices outside the VMM."""
+        return list(self._by_name.values())
+
+    def asked(self, device: str) -> tuple[int, int] | None:
+        """(session, generation) of the device's newest request in the session under way; None: there is none."""
+        one = self._by_name.get(device)
+        if one is None or one.session is None or one.device.asked is None:
+            return None
+        return one.session, one.device.asked
+
+    @contextlib.contextmanager
+    def watching(self) -> Generator[asyncio.Queue[tuple[str, int, int]]]:
+        """Requests as they are made: (device, session, generation), the newest of each session under way first."""
+        queue: asyncio.Queue[tuple[str, int, int]] = asyncio.Queue(_MAX_UNTOLD)
+        for name in self._by_name:
+            if (asked := self.asked(name)) is not None:
+                queue.put_nowait((name, *asked))
+        self._watchers.add(queue)
+        try:
+            yield queue
+        finally:
+            self._watchers.discard(queue)
 
     def _after(self, hosted: Hosted) -> None:
         """Whatever just happened to the device: tell of requests, answer doorbells, wake readers, set the timer."""
@@ -304,11 +281,10 @@ class DeviceServer:
         asked = device.asked
         if hosted.session is not None and asked is not None and (hosted.session, asked) != hosted.published:
             hosted.published = (hosted.session, asked)
-            note = control.encode(
-                {"note": "asked", "device": hosted.name, "session": hosted.session, "generation": asked}
-            )
-            for writer in self._connections:
-                writer.write(note)
+            for queue in self._watchers:
+                if queue.full():  # nobody reads: the newest generations are what counts
+                    queue.get_nowait()
+                queue.put_nowait((hosted.name, hosted.session, asked))
         self._answer(hosted)
         hosted.wake.set()
         hosted.wake.clear()
@@ -322,11 +298,6 @@ class DeviceServer:
         if not hosted.ended:
             hosted.device.advance(_now())
             self._after(hosted)
-
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _delay(self, hosted: Hosted, call: Call) -> None:
         """The scripted slowness of a call. Raises CallError when the session ended meanwhile."""
@@ -543,27 +514,34 @@ def _log(text: str) -> None:
 def hosted_from(description: dict[str, Any]) -> list[Hosted]:
     """The companion devices of a description (see the module's docstring)."""
     incoming = bool(description["incoming"])
-    devices = [_device(description, entry, index) for index, entry in enumerate(_of(description, "companion"))]
+    devices = [_device(description, *entry) for entry in _numbered(description, "companion", 0)]
     return [Hosted(device, live=not incoming) for device in devices]
 
 
 def endpoints_from(description: dict[str, Any], record: Log) -> list[Endpoint]:
     """The devices inside the VMM."""
-    numbered = enumerate(_of(description, "vfio"), FIRST_INDEX)
-    return [Endpoint(_device(description, entry, index), record) for index, entry in numbered]
+    devices = [_device(description, *entry) for entry in _numbered(description, "vfio", FIRST_INDEX)]
+    return [Endpoint(device, record) for device in devices]
 
 
-def _of(description: dict[str, Any], shim: str) -> list[dict[str, Any]]:
-    return [entry for entry in description["devices"] if entry["shim"] == shim]
+def _numbered(description: dict[str, Any], shim: str, first: int) -> list[tuple[int, dict[str, Any]]]:
+    """The devices of one kind with the numbers by which the guest rings them."""
+    return list(enumerate((entry for entry in description["devices"] if entry["shim"] == shim), first))
 
 
-def _device(description: dict[str, Any], entry: dict[str, Any], index: int) -> Device:
+def _device(description: dict[str, Any], index: int, entry: dict[str, Any]) -> Device:
     identity = DeviceIdentity(description["guest"], entry["name"], index, description["seed"])
     sizes = DeviceSizes(entry["initial_bytes"], entry["stop_copy_bytes"], entry["dirty_bytes_per_s"])
     scenario, incoming = scenario_from(entry["scenario"]), bool(description["incoming"])
     if entry["shim"] == "vfio":
         return Device(identity, sizes, scenario, incoming=incoming, features=features_of(scenario), in_vmm=True)
     return Device(identity, sizes, scenario, incoming=incoming)
+
+
+def _ready(word: bytes) -> None:
+    """Tell whoever started this process, if it wants to know and still listens."""
+    with contextlib.suppress(KeyError, ValueError, OSError):
+        os.write(int(os.environ["DROVER_READY_FD"]), word)
 
 
 def _start_time() -> int:
@@ -585,13 +563,15 @@ async def _serve(description: dict[str, Any]) -> None:
     temporary.replace(metadata)
     inode = metadata.stat().st_ino
     try:
-        listeners = [
-            await asyncio.start_unix_server(server.serve_port, port),
-            await asyncio.start_unix_server(server.serve_control, ctl),
-        ]
+        listeners = [await asyncio.start_unix_server(server.serve_port, port)]
         if endpoints:
             inside = VfioServer(endpoints, _now)
             listeners.append(await asyncio.start_unix_server(inside.serve, vfio, limit=_VFIO_BUFFER))
+        _ready(b"p")
+        from deploy.lab.devices.serving import serve  # late: gRPC takes longer to import than all else together
+
+        control = await serve(server, ctl)
+        _ready(b"c")
         _log(f"{inc}: {', '.join(entry['name'] for entry in description['devices'])}")
         while not server.over.is_set():
             with contextlib.suppress(TimeoutError):
@@ -601,6 +581,7 @@ async def _serve(description: dict[str, Any]) -> None:
                 break
         for listener in listeners:
             listener.close()
+        await control.stop(_STOP_S)
     finally:
         if _still_there(metadata, inode):
             for path in (port, ctl, vfio, metadata):

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import socket
 import struct
 import threading
 import time
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agents.shims import control
 from deploy.lab.cluster import evidence, processes, state, teardown
 from deploy.lab.cluster.layout import Layout
 from deploy.lab.cluster.processes import Identity
@@ -32,8 +30,10 @@ from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import StoreUnavailable
 from orchestrator.ledger.zookeeper import ZooKeeperStore
+from orchestrator.rpc import channels
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
-from protos.drover.v1 import types_pb2
+from protos.drover.v1 import shim_pb2, types_pb2
+from protos.drover.v1.shim_pb2_grpc import ShimServiceStub
 from tests.fakes.cluster import Cluster
 
 T = TypeVar("T")
@@ -457,15 +457,6 @@ class Scene:
 
 def _hello(path: Path) -> dict[str, str]:
     """One question to a device process, which takes any number of connections."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(2.0)
-        connection.connect(str(path))
-        connection.sendall(control.encode({"id": 1, "call": "hello"}))
-        with connection.makefile("rb") as reader:
-            while True:
-                (total,) = struct.unpack("!I", reader.read(4))
-                content = reader.read(total)
-                (length,) = struct.unpack("!I", content[:4])
-                header = json.loads(content[4 : 4 + length])
-                if header.get("id") == 1:
-                    return {name: each["state"] for name, each in header["devices"].items()}
+    with channels.channel(f"unix:{path}") as channel:
+        told = ShimServiceStub(channel).Describe(shim_pb2.DescribeRequest(), timeout=2.0)
+    return {each.tag.device: each.state for each in told.devices if each.tag.device}
