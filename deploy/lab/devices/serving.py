@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from grpc import StatusCode, aio
 
-from deploy.lab.devices.device_process import CallError, DeviceServer
+from deploy.lab.devices.server import CallError, DeviceServer
 from orchestrator.core.scenario import scenario_from
 from orchestrator.rpc import channels
 from orchestrator.scenario_text import format_scenario
