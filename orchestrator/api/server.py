@@ -7,6 +7,7 @@ from typing import Any
 
 import structlog
 
+from orchestrator.api import limits
 from orchestrator.api.calls import Tools
 from orchestrator.api.config import ApiConfig
 from orchestrator.api.requests import sweep_for_ever
@@ -16,7 +17,7 @@ from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 from orchestrator.rpc.agent_client import AgentClients
-from orchestrator.rpc.channels import aio_server, listen
+from orchestrator.rpc.channels import MAX_REQUEST_BYTES, aio_server, listen
 from orchestrator.rpc.errors import Errors
 from orchestrator.rpc.health import HealthService
 from protos.drover.v1 import orchestrator_pb2
@@ -45,7 +46,10 @@ class ApiServer:
             chaos=config.chaos,
         )
         self._health = HealthService([SERVICE])
-        self._server = aio_server([Errors(require_deadline=True, translate=translate)])
+        self._server = aio_server(
+            [Errors(require_deadline=True, translate=translate, check=limits.check)],
+            max_request_bytes=MAX_REQUEST_BYTES,
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._tree_is_there = False
         self.ports: list[int] = []

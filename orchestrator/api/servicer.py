@@ -28,7 +28,6 @@ from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceServicer
 
 MARGIN_S = 0.2
 """Kept back from the caller's time, so that "outcome unknown" is said before the call is cut off."""
-MAX_WATCHED = 1_000
 
 
 def translate(error: Exception) -> DroverError | None:
@@ -98,7 +97,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
             return await self._guests.stop(request.name, _caller(context))
 
     async def WatchGuests(self, request: pb.WatchGuestsRequest, context: Any) -> AsyncIterator[pb.WatchGuestsResponse]:
-        uuids = [await self._guests.uuid_of(name, field="names") for name in few(request.names)]
+        uuids = [await self._guests.uuid_of(name, field="names") for name in request.names]
         async with aclosing(self._watch(self._guest_source, uuids)) as guests:
             async for guest in guests:
                 yield pb.WatchGuestsResponse(guest=guest)
@@ -123,7 +122,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     async def WatchMigrations(
         self, request: pb.WatchMigrationsRequest, context: Any
     ) -> AsyncIterator[pb.WatchMigrationsResponse]:
-        async with aclosing(self._watch(self._migration_source, few(request.names))) as migrations:
+        async with aclosing(self._watch(self._migration_source, request.names)) as migrations:
             async for migration in migrations:
                 yield pb.WatchMigrationsResponse(migration=migration)
 
@@ -144,7 +143,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     async def WatchEvacuations(
         self, request: pb.WatchEvacuationsRequest, context: Any
     ) -> AsyncIterator[pb.WatchEvacuationsResponse]:
-        async with aclosing(self._watch(self._evacuation_source, few(request.names))) as evacuations:
+        async with aclosing(self._watch(self._evacuation_source, request.names)) as evacuations:
             async for evacuation in evacuations:
                 yield pb.WatchEvacuationsResponse(evacuation=evacuation)
 
@@ -157,12 +156,3 @@ class OrchestratorServicer(OrchestratorServiceServicer):
 
     def _watch(self, source: Source[Any, Any], names: Iterable[str]) -> Any:
         return Stream(source, self._hints, self._tools.fleet, names).run()
-
-
-def few(names: Iterable[str]) -> list[str]:
-    """What a watch may be asked for by name. Raises INVALID_ARGUMENT for more."""
-    found = list(names)
-    if len(found) > MAX_WATCHED:
-        said = f"at most {MAX_WATCHED} names, not {len(found)}: leave them out to watch all"
-        raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="names")
-    return found

@@ -13,7 +13,8 @@ Problem = tuple[str, str]
 """Field, relative to the specification, and a sentence."""
 
 MAX_DEVICES = 8
-"""The built-in guest image rings at most so many devices of either kind: companions, and those inside the VMM."""
+"""Of each kind: the built-in guest image rings at most so many companions, and so many devices inside the VMM."""
+MAX_LABELS = 64
 IMAGE_MIB = 6
 """Memory below the region that the guest dirties, and above what it checks."""
 MAX_DEVICE_BYTES = 1 << 30
@@ -69,7 +70,7 @@ def _workload(workload: Workload, memory_mib: int) -> list[Problem]:
 
 def _devices(devices: tuple[DeviceSpec, ...]) -> list[Problem]:
     bad: list[Problem] = []
-    for kind in (ShimKind.COMPANION, ShimKind.VFIO):
+    for kind in ShimKind:
         count = sum(device.shim is kind for device in devices)
         if count > MAX_DEVICES:
             bad.append(("devices", f"at most {MAX_DEVICES} {kind.value} devices per guest, not {count}"))
@@ -113,8 +114,8 @@ def scenario_problems(shim: ShimKind, scenario: Scenario) -> list[Problem]:
 
 def _labels(labels: dict[str, str]) -> list[Problem]:
     bad: list[Problem] = []
-    if len(labels) > 64:
-        bad.append(("labels", f"at most 64 labels, not {len(labels)}"))
+    if len(labels) > MAX_LABELS:
+        bad.append(("labels", f"at most {MAX_LABELS} labels, not {len(labels)}"))
     for key, value in labels.items():
         if not _LABEL_KEY.fullmatch(key):
             bad.append((f"labels[{quoted(key, 80)}]", "a key is 1 to 63 letters, digits, '.', '-', '_' and '/'"))

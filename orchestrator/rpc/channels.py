@@ -9,7 +9,7 @@ A peer that froze or lost its network keeps its TCP connection for many minutes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -19,6 +19,10 @@ from orchestrator.core.errors import DroverError, RefusalReason
 
 MAX_MESSAGE_BYTES = 16 << 20
 """A list of some thousand guests fits; pages of guest memory never travel here."""
+MAX_REQUEST_BYTES = 256 << 10
+"""Of a request to OrchestratorService, at both ends: a specification with eight scripted devices fits."""
+MAX_CALLS = 256
+"""Under way at a time over one connection to OrchestratorService; a client's later ones wait for these."""
 
 _SIZES: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -60,6 +64,11 @@ _SERVER = (
 )
 
 
+def _with(options: Sequence[tuple[str, int]], other: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Of an option that is given twice gRPC takes the first."""
+    return [*other.items(), *((name, value) for name, value in options if name not in other)]
+
+
 def aio_channel(address: str, *, alone: bool = False) -> aio.Channel:
     """For the running event loop. Connects with the first call.
 
@@ -80,13 +89,19 @@ def local_channel(path: Path) -> aio.Channel:
 
 
 def channel(address: str) -> grpc.Channel:
-    """For synchronous callers. Connects with the first call."""
-    return grpc.insecure_channel(address, options=_CHANNEL)
+    """For synchronous callers of OrchestratorService. Connects with the first call; sends no request that is larger
+    than MAX_REQUEST_BYTES."""
+    return grpc.insecure_channel(address, options=_with(_CHANNEL, {"grpc.max_send_message_length": MAX_REQUEST_BYTES}))
 
 
-def aio_server(interceptors: Sequence[aio.ServerInterceptor] = ()) -> aio.Server:
-    """A server that listens nowhere yet and is not started."""
-    return aio.server(interceptors=list(interceptors), options=_SERVER)
+def aio_server(interceptors: Sequence[aio.ServerInterceptor] = (), *, max_request_bytes: int = 0) -> aio.Server:
+    """A server that listens nowhere yet and is not started.
+
+    `max_request_bytes` > 0 is for a server that strangers may call: larger requests are not taken in, and a connection
+    has at most MAX_CALLS calls under way.
+    """
+    bounds = {"grpc.max_receive_message_length": max_request_bytes, "grpc.max_concurrent_streams": MAX_CALLS}
+    return aio.server(interceptors=list(interceptors), options=_with(_SERVER, bounds if max_request_bytes else {}))
 
 
 def listen(server: aio.Server, address: str) -> int:

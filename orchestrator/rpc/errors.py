@@ -17,6 +17,7 @@ from typing import Any, cast
 import grpc
 import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 from grpc_status import rpc_status
@@ -181,8 +182,8 @@ def from_rpc_error(
     if code is _C.RESOURCE_EXHAUSTED and _TRAILERS_BURST in said:
         # Nothing but a refusal was ever so long. An API of this version sends none, and we take much longer ones.
         return DroverError(_R.INTERNAL, f"{where} refused the call, with more words than fit into an answer")
-    if code is _C.RESOURCE_EXHAUSTED and said.startswith(_NOT_SENT):
-        return DroverError(_R.INVALID_ARGUMENT, f"the request is too large and was not sent: {said}")
+    if code is _C.RESOURCE_EXHAUSTED and any(words in said for words in _NOT_TAKEN):
+        return DroverError(_R.INVALID_ARGUMENT, f"the request is too large: {said}")
     if code is _C.UNIMPLEMENTED:
         return DroverError(_R.INTERNAL, f"{where} does not know this call: is it another version of Drover?")
     reason = _REASONS.get(code, _R.OUTCOME_UNKNOWN)
@@ -191,8 +192,9 @@ def from_rpc_error(
 
 _TRAILERS_BURST = "metadata size exceeds"
 """In gRPC's own words for trailers that it does not take."""
-_NOT_SENT = "Sent message larger than max"
-"""gRPC's own words when the request never left; of one that was too large for the other side nothing is known."""
+_NOT_TAKEN = ("CLIENT: Sent message larger than max", "SERVER: Received message larger than max")
+"""gRPC's own words for a request that never left, or was never taken in. The other way round it is the answer that was
+too large, of a call that may have had its effect."""
 
 
 def _told(call: grpc.Call) -> DroverError | None:
@@ -263,9 +265,17 @@ class Errors(aio.ServerInterceptor):
     kind is refused with INVALID_ARGUMENT. The standard health service is left alone.
     """
 
-    def __init__(self, *, require_deadline: bool, translate: Translate = lambda _error: None) -> None:
+    def __init__(
+        self,
+        *,
+        require_deadline: bool,
+        translate: Translate = lambda _error: None,
+        check: Callable[[Message], None] = lambda _request: None,
+    ) -> None:
+        """`check` judges each request of a call that takes one, before its handler sees it; raises DroverError."""
         self._require_deadline = require_deadline
         self._translate = translate
+        self._check = check
 
     async def intercept_service(
         self,
@@ -295,7 +305,7 @@ class Errors(aio.ServerInterceptor):
         async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
             try:
                 self._check_deadline(context)
-                answer = behaviour(_decoded(request), context)
+                answer = behaviour(self._checked(request), context)
                 return await answer if inspect.isawaitable(answer) else answer
             except Exception as error:
                 await self._end(context, error, method)
@@ -307,7 +317,7 @@ class Errors(aio.ServerInterceptor):
             answers: Any = None
             try:
                 self._check_deadline(context)
-                answers = behaviour(_decoded(request), context)
+                answers = behaviour(self._checked(request), context)
                 async for answer in answers:
                     yield answer
             except Exception as error:
@@ -317,6 +327,12 @@ class Errors(aio.ServerInterceptor):
                     await cast(AsyncGenerator[Any], answers).aclose()
 
         return call
+
+    def _checked(self, request: Any) -> Any:
+        decoded = _decoded(request)
+        if isinstance(decoded, Message):
+            self._check(decoded)
+        return decoded
 
     def _check_deadline(self, context: aio.ServicerContext[Any, Any]) -> None:
         remaining = cast(float | None, context.time_remaining())

@@ -849,6 +849,31 @@ async def test_chaos_is_off_unless_the_cluster_allows_it(kind: str, tmp_path: Pa
 # --- deadlines --------------------------------------------------------------------------------------------------------
 
 
+async def test_a_request_that_is_too_large_is_refused_and_changes_nothing(
+    api: Subject, client: OrchestratorClient
+) -> None:
+    """By the client before it is sent, and by the API when somebody else sends it."""
+    names = ["x" * 128] * 3_000
+    error = await api.refused(lambda: next(iter(client.watch_guests(names))))
+    assert error.reason is R.INVALID_ARGUMENT
+    assert "too large" in error.message
+
+    def strangers() -> R:
+        request = pb.CreateGuestRequest(spec=types.GuestSpec(name="x" * 300_000))
+        with grpc.insecure_channel(client.address) as raw:
+            stub = OrchestratorServiceStub(raw)
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.CreateGuest(request, timeout=5)
+        return from_rpc_error(caught.value).reason
+
+    assert await asyncio.to_thread(strangers) is R.INVALID_ARGUMENT
+    error = await api.refused(lambda: next(iter(client.watch_guests(["x"] * 1_001))))
+    assert (error.reason, error.field) == (R.INVALID_ARGUMENT, "names")
+    error = await api.refused(client.cordon_host, "h1", "w" * 1_025)
+    assert (error.reason, error.field) == (R.INVALID_ARGUMENT, "reason")
+    assert not (await api.call(client.get_host, "h1")).cordoned
+
+
 async def test_a_call_without_a_deadline_is_refused(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
     def ask(method: str, request: Any) -> DroverError:
         with channel(client.address) as raw:

@@ -24,17 +24,16 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from orchestrator import wire
-from orchestrator.api import decisions, evacuations, guests, hosts, migrations, views
+from orchestrator.api import decisions, evacuations, guests, hosts, limits, migrations, views
 from orchestrator.api.calls import digest
 from orchestrator.api.reads import no_place, not_found
-from orchestrator.api.servicer import few
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.placement import GuestInput, HostView, Need, choose, plan
 from orchestrator.core.records import GuestSpec, RequestRecord
-from orchestrator.rpc.channels import aio_server, listen
+from orchestrator.rpc.channels import MAX_REQUEST_BYTES, aio_server, listen
 from orchestrator.rpc.errors import Errors
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2 as types
@@ -226,7 +225,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         self, request: pb.WatchGuestsRequest, context: object
     ) -> AsyncIterator[pb.WatchGuestsResponse]:
         await self._called("WatchGuests", request)
-        uuids = [self._guest(name, "names").uuid for name in few(request.names)]
+        uuids = [self._guest(name, "names").uuid for name in request.names]
         async for guest in _follow(self._lives, uuids, lambda guest: guest.ownership == types.OWNERSHIP_PHASE_GONE):
             yield pb.WatchGuestsResponse(guest=guest)
 
@@ -296,7 +295,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         self, request: pb.WatchMigrationsRequest, context: object
     ) -> AsyncIterator[pb.WatchMigrationsResponse]:
         await self._called("WatchMigrations", request)
-        async for migration in self._watch(self.migrations, few(request.names)):
+        async for migration in self._watch(self.migrations, request.names):
             yield pb.WatchMigrationsResponse(migration=_without_time_lines(migration))
 
     async def _watch(self, resources: dict[str, M], names: Sequence[str]) -> AsyncIterator[M]:
@@ -384,7 +383,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         self, request: pb.WatchEvacuationsRequest, context: object
     ) -> AsyncIterator[pb.WatchEvacuationsResponse]:
         await self._called("WatchEvacuations", request)
-        async for evacuation in self._watch(self.evacuations, few(request.names)):
+        async for evacuation in self._watch(self.evacuations, request.names):
             yield pb.WatchEvacuationsResponse(evacuation=evacuation)
 
     # --- chaos
@@ -453,7 +452,7 @@ def serve(service: FakeOrchestrator, address: str) -> Iterator[str]:
     worker.start()
 
     async def start() -> tuple[aio.Server, str]:
-        server = aio_server([Errors(require_deadline=True)])
+        server = aio_server([Errors(require_deadline=True, check=limits.check)], max_request_bytes=MAX_REQUEST_BYTES)
         add_OrchestratorServiceServicer_to_server(service, server)
         port = listen(server, address)
         await server.start()

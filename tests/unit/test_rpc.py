@@ -167,8 +167,10 @@ async def test_a_request_that_is_no_message_is_refused(agent: Raising, capsys: p
     [
         ("Stream removed (received metadata size exceeds soft limit (14318 vs. 8192))", R.INTERNAL),
         ("Stream removed (received metadata size exceeds hard limit (value length 20000 vs. 16384))", R.INTERNAL),
-        ("Sent message larger than max (300000 vs. 262144)", R.INVALID_ARGUMENT),
-        ("Received message larger than max (17000000 vs. 16777216)", R.OUTCOME_UNKNOWN),
+        ("CLIENT: Sent message larger than max (300000 vs. 262144)", R.INVALID_ARGUMENT),
+        ("SERVER: Received message larger than max (300000 vs. 262144)", R.INVALID_ARGUMENT),
+        ("CLIENT: Received message larger than max (17000000 vs. 16777216)", R.OUTCOME_UNKNOWN),
+        ("SERVER: Sent message larger than max (17000000 vs. 16777216)", R.OUTCOME_UNKNOWN),
         ("quota", R.OUTCOME_UNKNOWN),
     ],
 )

@@ -1,0 +1,118 @@
+"""Requests are bounded: as a whole, and each list and text of them, before anything of it is converted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from orchestrator.api import limits
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.guest import guest_errors
+from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
+from orchestrator.rpc.channels import MAX_REQUEST_BYTES
+from protos.drover.v1 import orchestrator_pb2 as pb
+from protos.drover.v1 import types_pb2 as types
+
+SERVICE = pb.DESCRIPTOR.services_by_name["OrchestratorService"]
+REQUESTS: list[Descriptor] = [method.input_type for method in SERVICE.methods]
+_TEXTS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
+
+
+def fields(message: Descriptor, path: tuple[FieldDescriptor, ...] = ()) -> Iterator[tuple[FieldDescriptor, ...]]:
+    """Every list and text that a request can hold, with the fields that lead to it."""
+    for field in message.fields:
+        here = (*path, field)
+        if field.is_repeated or field.type in _TEXTS:
+            yield here
+        if field.message_type is not None and field not in path:
+            yield from fields(field.message_type, here)
+
+
+EVERY = [(request, path) for request in REQUESTS for path in fields(request)]
+
+
+def reach(message: Any, path: tuple[FieldDescriptor, ...]) -> Any:
+    """The message that holds the last field of the path; a list on the way gets one entry."""
+    for field in path[:-1]:
+        value = getattr(message, field.name)
+        message = value.add() if field.is_repeated else value
+    return message
+
+
+def fill(holder: Any, field: FieldDescriptor, size: int) -> None:
+    value = getattr(holder, field.name)
+    if not field.is_repeated:
+        setattr(holder, field.name, "x" * size if field.type == FieldDescriptor.TYPE_STRING else b"x" * size)
+    elif field.message_type is not None and field.message_type.GetOptions().map_entry:
+        value.update({str(number): "" for number in range(size)})
+    else:
+        value.extend([GetMessageClass(field.message_type)()] * size if field.message_type else [""] * size)
+
+
+def told(request: Message) -> tuple[tuple[str, str], ...]:
+    try:
+        limits.check(request)
+    except DroverError as error:
+        return error.violations if error.reason is RefusalReason.INVALID_ARGUMENT else ()
+    return ()
+
+
+def label(each: tuple[Descriptor, tuple[FieldDescriptor, ...]]) -> str:
+    return f"{each[0].name}.{'.'.join(field.name for field in each[1])}"
+
+
+@pytest.mark.parametrize("each", EVERY, ids=label)
+def test_every_list_and_text_of_every_request_is_bounded(
+    each: tuple[Descriptor, tuple[FieldDescriptor, ...]],
+) -> None:
+    request_type, path = each
+    field = path[-1]
+    most = limits.bound_of(field)
+    assert most is not None, f"{label(each)} needs an entry in limits.BOUNDS"
+    assert most < MAX_REQUEST_BYTES
+    if any(step.message_type and step.message_type.GetOptions().map_entry for step in path[:-1]):
+        request = GetMessageClass(request_type)()
+        labels = getattr(reach(request, path[:-1]), path[-2].name)
+        labels.update({"k": "v" * (most + 1)} if field.name == "value" else {"k" * (most + 1): "v"})
+        assert told(request)
+        return
+    for size, wrong in ((most, False), (most + 1, True)):
+        request = GetMessageClass(request_type)()
+        fill(reach(request, path), field, size)
+        assert bool(told(request)) == wrong, (label(each), size)
+
+
+def test_there_are_fields_to_walk() -> None:
+    assert len(REQUESTS) > 20
+    assert {"CreateGuestRequest.spec.devices.scenario", "CreateGuestRequest.spec.labels"} <= set(map(label, EVERY))
+    assert not [name for name in limits.BOUNDS if name not in _known()], "a bound of a field that there is not"
+
+
+def _known() -> set[str]:
+    return {path[-1].full_name.removeprefix("drover.v1.") for _, path in EVERY}
+
+
+def test_each_entry_of_a_list_of_names_is_bounded() -> None:
+    assert told(pb.WatchGuestsRequest(names=["a", "n" * 254])) == (("names[1]", "at most 253 characters, not 254"),)
+
+
+def test_a_list_that_is_too_long_is_not_walked() -> None:
+    request = pb.CreateGuestRequest(spec=types.GuestSpec(labels={str(n): "x" * 300 for n in range(20_000)}))
+    started = time.process_time()
+    assert told(request) == (("spec.labels", "at most 64 entries, not 20000"),)
+    assert time.process_time() - started < 0.5, "the walk of a refused list takes seconds"
+
+
+@pytest.mark.parametrize("kind", ShimKind)
+def test_devices_of_every_kind_are_counted(kind: ShimKind) -> None:
+    devices = tuple(DeviceSpec(f"d{n}", kind) for n in range(9))
+    assert ("devices", f"at most 8 {kind.value} devices per guest, not 9") in guest_errors(
+        GuestSpec("g", devices=devices)
+    )
+    assert guest_errors(GuestSpec("g", devices=devices[:8])) == []
