@@ -18,6 +18,7 @@ from agents.guest.keeper import Forgotten, HostedGuest, PeerChannels, Tools
 from agents.guest.ledger import GuestLedger
 from agents.handover.arrival import Arrival
 from agents.handover.departure import Departure
+from agents.handover.shell import Mistakes
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.host.registration import Registration
@@ -93,6 +94,7 @@ class Agent:
             guests=lambda: sum(1 for guest in list(self._guests.values()) if guest.is_here),
             under_way=self._departures,
             quorum_age_s=lambda: self._store.quorum_age_s,
+            mistakes=Mistakes.seen.total,
         )
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from agents.handover.shell import Mistakes
 from tests.rules import PAGE, Proofs, rules_of
 
 _TESTS = Path(__file__).parent
@@ -13,6 +14,7 @@ _proofs = pytest.StashKey[Proofs]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    Mistakes.strict = True  # of sessions in this process; agents of a cluster count, see `drover_invalid_transitions`
     config.stash[_proofs] = Proofs(rules_of(PAGE.read_text()))
 
 

@@ -1,14 +1,15 @@
 """PURE. The destination's half of one attempt: load, validate, wait for the ledger's word, take over.
 
-The words are in `session.py`, the rules in docs/protocol.md. `destination_step` is the only mutator.
+The words are in `words.py`, the rules in docs/protocol.md. `destination_step` is the only mutator, and `TABLE`, at the
+end, says which stage takes which event.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from agents.handover.table import InvalidTransition, Row, ignored, key_of, table
 from agents.handover.words import (
     Command,
     Do,
@@ -82,27 +83,17 @@ def restarted_destination(
 
 
 def destination_step(state: DestinationState, event: Event) -> DestinationStep:
-    """The only mutator of a destination session."""
-    if state.stage.ended:
-        return state, ()
-    match event:
-        case RecordRead(record, _):
-            return _arrival_record(state, record, fresh=True)
-        case RecordSeen(record):
-            return _arrival_record(state, record, fresh=False)
-        case GoSeen(inc):
-            return _take_over(state) if inc == state.inc else (state, ())
-        case Seen():
-            handler = _ARRIVAL.get(event)
-            return handler(state) if handler else (state, ())
-        case _:
-            return state, ()
+    """The only mutator of a destination session. Raises InvalidTransition for an event that the stage does not take."""
+    handler = TABLE.get((state.stage, key_of(event)))
+    if handler is None:
+        raise InvalidTransition(state.ref, state.stage, event)
+    return handler(state) if isinstance(event, Seen) else handler(state, event)
 
 
 def _arrived(state: DestinationState) -> DestinationStep:
     """VMM and shims have everything. Validate before LOADED: after COMMIT a refusal would lose the guest."""
     complete = state.vmm_loaded and (state.shims_loaded or not state.has_devices)
-    if state.stage is not DestinationStage.WAITING or not complete:
+    if not complete:
         return state, ()
     return replace(state, stage=DestinationStage.VALIDATING), (Do.VALIDATE,)
 
@@ -116,12 +107,7 @@ def _shims_loaded(state: DestinationState) -> DestinationStep:
 
 
 def _validated(state: DestinationState) -> DestinationStep:
-    if state.stage is not DestinationStage.VALIDATING:
-        return state, ()
-    loaded = replace(state, stage=DestinationStage.LOADED)
-    if state.committed:
-        return _take_over(loaded)
-    return loaded, (Note("loaded"), Do.SEND_LOADED)
+    return replace(state, stage=DestinationStage.LOADED), (Note("loaded"), Do.SEND_LOADED)
 
 
 def may_take_over(state: DestinationState, record: GuestRecord) -> bool:
@@ -129,21 +115,51 @@ def may_take_over(state: DestinationState, record: GuestRecord) -> bool:
     return handover.may_run_at_destination(record, state.here, state.inc)
 
 
-def _arrival_record(state: DestinationState, record: GuestRecord, *, fresh: bool) -> DestinationStep:
-    if fresh and state.stage in _WRITING:
-        return _after_uncertain_write(state, record)
+def _is_over(state: DestinationState, record: GuestRecord) -> bool:
+    ref = state.ref
+    return handover.is_over_for_destination(record, ref.migration, ref.attempt, state.inc)
+
+
+def _is_news(state: DestinationState, record: GuestRecord) -> bool:
+    """A watch may show what was before our attempt; only what comes from it, or after it, is news."""
+    return record.migration == state.ref.migration and record.attempt >= state.ref.attempt
+
+
+def _news(state: DestinationState, event: RecordSeen) -> DestinationStep:
+    """Somebody ended the attempt, or declared the guest dead: this copy is of no use."""
+    record = event.record
+    return _discard(state) if _is_news(state, record) and _is_over(state, record) else (state, ())
+
+
+def _news_when_loaded(state: DestinationState, event: RecordSeen) -> DestinationStep:
+    """The ledger's word, which needs no GO."""
+    return _take_over(state) if may_take_over(state, event.record) else _news(state, event)
+
+
+def _news_when_giving_up(state: DestinationState, event: RecordSeen) -> DestinationStep:
+    record = event.record
+    if handover.owns_for_good(record, state.here, state.inc):
+        return _done_recorded(replace(state, committed=True))
+    return _news_when_loaded(state, event)
+
+
+def _news_of_done(state: DestinationState, event: RecordSeen) -> DestinationStep:
+    """Our own DONE, faster than its answer."""
+    if handover.owns_for_good(event.record, state.here, state.inc):
+        return _done_recorded(state)
+    return _news(state, event)
+
+
+def _read(state: DestinationState, event: RecordRead) -> DestinationStep:
+    """Behind a barrier: what it shows is so, and while it is still open we end it."""
+    record = event.record
     if may_take_over(state, record):
         return _take_over(state)
     if handover.owns_for_good(record, state.here, state.inc):
         return _done_recorded(replace(state, committed=True))
-    ref = state.ref
-    if handover.is_over_for_destination(record, ref.migration, ref.attempt, state.inc) and (
-        fresh or _is_newer(state, record)
-    ):
+    if _is_over(state, record):
         return _discard(state)
-    if fresh and state.stage is DestinationStage.GIVING_UP:
-        return state, (WriteAbort(_give_up_reason(state)),)
-    return state, ()
+    return state, (WriteAbort(_give_up_reason(state)),)
 
 
 _WRITING: dict[DestinationStage, Do] = {
@@ -153,9 +169,9 @@ _WRITING: dict[DestinationStage, Do] = {
 }
 
 
-def _after_uncertain_write(state: DestinationState, record: GuestRecord) -> DestinationStep:
+def _read_after_write(state: DestinationState, event: RecordRead) -> DestinationStep:
     """Still COMMITTED to us: our write did not arrive, so it is repeated. Else it did, or somebody ended it."""
-    if may_take_over(state, record):
+    if may_take_over(state, event.record):
         return state, (_WRITING[state.stage],)
     if state.stage is DestinationStage.RECORDING_DONE:
         return _done_recorded(state)
@@ -164,33 +180,26 @@ def _after_uncertain_write(state: DestinationState, record: GuestRecord) -> Dest
     return replace(state, stage=DestinationStage.ENDED_DISCARDED), ()
 
 
-def _is_newer(state: DestinationState, record: GuestRecord) -> bool:
-    """A watch may show what was before our attempt; only what comes from it, or after it, is news."""
-    return record.migration == state.ref.migration and record.attempt >= state.ref.attempt
-
-
 def _give_up_reason(state: DestinationState) -> AbortReason:
     return AbortReason.DESTINATION_RESTARTED if state.restarted else AbortReason.DESTINATION_LOST
 
 
-def _take_over(state: DestinationState) -> DestinationStep:
+def _take_over(state: DestinationState, _go: GoSeen | None = None) -> DestinationStep:
     """COMMITTED with our inc. The marker comes before anything that could have an effect on the guest."""
-    if state.stage not in (DestinationStage.VALIDATING, DestinationStage.LOADED, DestinationStage.GIVING_UP):
-        return state, ()  # under way already: a repeated GO or watch is no news
     state = replace(state, committed=True)
     if state.vmm_dead:
         return _dead_owner(state)
     if state.stage is DestinationStage.GIVING_UP and state.marker:
         # Restarted after the marker: the VMM is alive, so it is started in place, never killed.
         return replace(state, stage=DestinationStage.ACTIVATING), (Do.ACTIVATE_SHIMS,)
-    if state.stage in (DestinationStage.LOADED, DestinationStage.GIVING_UP):
-        return replace(state, stage=DestinationStage.MARKING), (Note("take_over"), Do.WRITE_MARKER)
-    return state, ()
+    return replace(state, stage=DestinationStage.MARKING), (Note("take_over"), Do.WRITE_MARKER)
+
+
+def _go_seen(state: DestinationState, event: GoSeen) -> DestinationStep:
+    return _take_over(state) if event.inc == state.inc else (state, ())
 
 
 def _marker_written(state: DestinationState) -> DestinationStep:
-    if state.stage is not DestinationStage.MARKING:
-        return state, ()
     state = replace(state, marker=True)
     if state.vmm_dead:
         return _dead_owner(state)
@@ -199,35 +208,25 @@ def _marker_written(state: DestinationState) -> DestinationStep:
 
 def _marker_failed(state: DestinationState) -> DestinationStep:
     """Nothing may be activated without it: the copy is killed unused, then ownership goes back."""
-    if state.stage is not DestinationStage.MARKING:
-        return state, ()
     return replace(state, stage=DestinationStage.DISCARDING), (Note("marker_failed"), Do.DISCARD_DESTINATION)
 
 
 def _activated(state: DestinationState) -> DestinationStep:
-    if state.stage is not DestinationStage.ACTIVATING:
-        return state, ()
     return replace(state, stage=DestinationStage.STARTING), (Do.START_GUEST,)
 
 
 def _activation_failed(state: DestinationState) -> DestinationStep:
     """VMM alive: retry in place, never kill it. VMM dead with a marker: CRASHED."""
-    if state.stage not in (DestinationStage.ACTIVATING, DestinationStage.STARTING):
-        return state, ()
     if state.vmm_dead:
         return _dead_owner(state)
     return state, (Note("activation_failed"), Do.RETRY_LATER)
 
 
 def _started(state: DestinationState) -> DestinationStep:
-    if state.stage is not DestinationStage.STARTING:
-        return state, ()
     return replace(state, stage=DestinationStage.RECORDING_DONE), (Note("running"), Do.ANNOUNCE, Do.WRITE_DONE)
 
 
 def _done_recorded(state: DestinationState) -> DestinationStep:
-    if state.stage not in (DestinationStage.RECORDING_DONE, DestinationStage.GIVING_UP):
-        return state, ()
     return replace(state, stage=DestinationStage.ENDED_DONE), (Note("done"), Do.SEND_DONE)
 
 
@@ -242,15 +241,12 @@ def _dead_owner(state: DestinationState) -> DestinationStep:
     return replace(state, stage=DestinationStage.ROLLING_BACK), (Note("give_back"), Do.WRITE_ROLLBACK)
 
 
-def _arrival_vmm_died(state: DestinationState) -> DestinationStep:
-    state = replace(state, vmm_dead=True)
-    if state.stage in (DestinationStage.DISCARDING, DestinationStage.ROLLING_BACK, DestinationStage.DECLARING):
-        return state, ()
-    if state.stage is DestinationStage.MARKING:
-        return state, ()  # whether the marker is there is known in a moment
-    if state.stage is DestinationStage.RECORDING_DONE:
-        return state, ()  # DONE first; its record then names us, and a dead owner's VMM is declared by the guest keeper
-    return _dead_owner(state)
+def _vmm_died(state: DestinationState) -> DestinationStep:
+    return _dead_owner(replace(state, vmm_dead=True))
+
+
+def _vmm_death_noted(state: DestinationState) -> DestinationStep:
+    return replace(state, vmm_dead=True), ()
 
 
 def _give_up(state: DestinationState) -> DestinationStep:
@@ -258,78 +254,138 @@ def _give_up(state: DestinationState) -> DestinationStep:
 
     The source most often ended the attempt itself and is about to write why: our ABORT would hide its reason.
     """
-    if state.stage not in (DestinationStage.WAITING, DestinationStage.VALIDATING):
-        return state, ()
     return replace(state, stage=DestinationStage.GIVING_UP), (Note("give_up"), Do.SEND_FAILED, Do.GIVE_SOURCE_TIME)
 
 
 def _discard(state: DestinationState) -> DestinationStep:
-    if state.stage is DestinationStage.DISCARDING:
-        return state, ()
     return replace(state, stage=DestinationStage.DISCARDING), (Do.DISCARD_DESTINATION,)
 
 
-def _arrival_discarded(state: DestinationState) -> DestinationStep:
-    if state.stage is not DestinationStage.DISCARDING:
-        return state, ()
+def _discarded(state: DestinationState) -> DestinationStep:
     state = replace(state, vmm_dead=True)
     if state.committed:  # killed unused because the marker could not be written
         return _dead_owner(state)
     return replace(state, stage=DestinationStage.ENDED_DISCARDED), ()
 
 
-def _arrival_uncertain(state: DestinationState) -> DestinationStep:
-    waiting = (
-        DestinationStage.GIVING_UP,
-        DestinationStage.RECORDING_DONE,
-        DestinationStage.ROLLING_BACK,
-        DestinationStage.DECLARING,
-    )
-    return (state, (Do.RETRY_LATER,)) if state.stage in waiting else (state, ())
+def _try_later(state: DestinationState) -> DestinationStep:
+    return state, (Do.RETRY_LATER,)
 
 
-def _arrival_retry(state: DestinationState) -> DestinationStep:
-    again: dict[DestinationStage, Do] = {
-        DestinationStage.GIVING_UP: Do.READ,
-        DestinationStage.RECORDING_DONE: Do.READ,
-        DestinationStage.ROLLING_BACK: Do.READ,
-        DestinationStage.DECLARING: Do.READ,
-        DestinationStage.ACTIVATING: Do.ACTIVATE_SHIMS,
-        DestinationStage.STARTING: Do.START_GUEST,
-    }
-    command = again.get(state.stage)
-    return state, (command,) if command else ()
+def _read_again(state: DestinationState) -> DestinationStep:
+    return state, (Do.READ,)
 
 
-def _to(stage: DestinationStage, *sources: DestinationStage) -> Callable[[DestinationState], DestinationStep]:
-    def handler(state: DestinationState) -> DestinationStep:
-        return (replace(state, stage=stage), ()) if state.stage in sources else (state, ())
-
-    return handler
+def _activate_again(state: DestinationState) -> DestinationStep:
+    return state, (Do.ACTIVATE_SHIMS,)
 
 
-def _abort_won(state: DestinationState) -> DestinationStep:
-    return _discard(state) if state.stage is DestinationStage.GIVING_UP else (state, ())
+def _start_again(state: DestinationState) -> DestinationStep:
+    return state, (Do.START_GUEST,)
 
 
-_ARRIVAL = {
-    Seen.COMPLETED: _vmm_loaded,
-    Seen.SHIMS_LOADED: _shims_loaded,
-    Seen.VALIDATED: _validated,
-    Seen.MARKER_WRITTEN: _marker_written,
-    Seen.MARKER_FAILED: _marker_failed,
-    Seen.ACTIVATED: _activated,
-    Seen.STARTED: _started,
-    Seen.ACTIVATION_FAILED: _activation_failed,
-    Seen.DONE_RECORDED: _done_recorded,
-    Seen.VMM_DIED: _arrival_vmm_died,
-    Seen.ENGINE_FAILED: _give_up,
-    Seen.SHIM_FAILED: _give_up,
-    Seen.ABORT_RECORDED: _abort_won,
-    Seen.LEDGER_REFUSED: _arrival_uncertain,
-    Seen.LEDGER_UNKNOWN: _arrival_uncertain,
-    Seen.RETRY_DUE: _arrival_retry,
-    Seen.DISCARDED: _arrival_discarded,
-    Seen.ROLLBACK_RECORDED: _to(DestinationStage.ENDED_DISCARDED, DestinationStage.ROLLING_BACK),
-    Seen.CRASH_RECORDED: _to(DestinationStage.ENDED_CRASHED, DestinationStage.DECLARING),
-}
+def _given_back(state: DestinationState) -> DestinationStep:
+    return replace(state, stage=DestinationStage.ENDED_DISCARDED), ()
+
+
+def _crash_recorded(state: DestinationState) -> DestinationStep:
+    return replace(state, stage=DestinationStage.ENDED_CRASHED), ()
+
+
+# --- which stage takes which event ------------------------------------------------------------------------------------
+
+_WAITING, _VALIDATING, _LOADED = DestinationStage.WAITING, DestinationStage.VALIDATING, DestinationStage.LOADED
+_MARKING, _ACTIVATING, _STARTING = DestinationStage.MARKING, DestinationStage.ACTIVATING, DestinationStage.STARTING
+_RECORDING_DONE, _GIVING_UP = DestinationStage.RECORDING_DONE, DestinationStage.GIVING_UP
+_ROLLING_BACK, _DECLARING = DestinationStage.ROLLING_BACK, DestinationStage.DECLARING
+_DISCARDING = DestinationStage.DISCARDING
+
+_OURS = (_MARKING, _ACTIVATING, _STARTING, _RECORDING_DONE)
+"""Committed to us, and on the way to DONE."""
+
+_ROWS: tuple[Row[DestinationStage], ...] = (
+    # --- loading
+    # Memory and devices come by two ways, in any order; with both here they are validated.
+    (Seen.COMPLETED, (_WAITING,), _vmm_loaded),
+    (Seen.SHIMS_LOADED, (_WAITING,), _shims_loaded),
+    # Given up or ended while the rest was on its way; a status change may come twice.
+    (Seen.COMPLETED, (_VALIDATING, _LOADED, _GIVING_UP, _DISCARDING), ignored),
+    (Seen.SHIMS_LOADED, (_GIVING_UP, _DISCARDING), ignored),
+    # Everything is here and fits: only the ledger's word is missing.
+    (Seen.VALIDATED, (_VALIDATING,), _validated),
+    # Given up or ended while it was validated.
+    (Seen.VALIDATED, (_GIVING_UP, _DISCARDING), ignored),
+    # The stream broke, or a device refuses what came.
+    (Seen.ENGINE_FAILED, (_WAITING, _VALIDATING), _give_up),
+    (Seen.SHIM_FAILED, (_WAITING, _VALIDATING), _give_up),
+    # Our own end of the attempt breaks streams too, and several devices may refuse.
+    (Seen.ENGINE_FAILED, (_GIVING_UP, _ROLLING_BACK, _DISCARDING), ignored),
+    (Seen.SHIM_FAILED, (_GIVING_UP, _ROLLING_BACK, _DISCARDING), ignored),
+    # --- the ledger's word
+    # GO, once everything is loaded; and after a restart, when what was loaded is known from the ledger only.
+    (GoSeen, (_LOADED, _GIVING_UP), _go_seen),
+    # The source repeats it until DONE is known.
+    (GoSeen, (*_OURS, _ROLLING_BACK, _DECLARING, _DISCARDING), ignored),
+    # Nothing can be committed to a copy that has not said LOADED: only the end of the attempt is news.
+    (RecordSeen, (_WAITING, _VALIDATING), _news),
+    # COMMITTED with our inc counts as much as GO, however old the watch (H8).
+    (RecordSeen, (_LOADED,), _news_when_loaded),
+    (RecordSeen, (_GIVING_UP,), _news_when_giving_up),
+    # Under way already. A guest that was declared dead meanwhile must not run.
+    (RecordSeen, (_MARKING, _ACTIVATING, _STARTING), _news),
+    (RecordSeen, (_RECORDING_DONE,), _news_of_done),
+    # What is being written decides; a discard cannot be taken back.
+    (RecordSeen, (_ROLLING_BACK, _DECLARING, _DISCARDING), ignored),
+    # Behind a barrier, before we end the attempt ourselves.
+    (RecordRead, (_GIVING_UP,), _read),
+    # Our write had no clear answer.
+    (RecordRead, (_RECORDING_DONE, _ROLLING_BACK, _DECLARING), _read_after_write),
+    # A watch or GO told the outcome while the read was under way.
+    (RecordRead, (_MARKING, _ACTIVATING, _STARTING, _DISCARDING), ignored),
+    # --- taking over
+    (Seen.MARKER_WRITTEN, (_MARKING,), _marker_written),
+    (Seen.MARKER_FAILED, (_MARKING,), _marker_failed),
+    (Seen.ACTIVATED, (_ACTIVATING,), _activated),
+    (Seen.STARTED, (_STARTING,), _started),
+    # The VMM died, or the guest was declared dead, while it was done.
+    (Seen.MARKER_WRITTEN, (_DISCARDING,), ignored),
+    (Seen.MARKER_FAILED, (_DISCARDING,), ignored),
+    (Seen.ACTIVATED, (_DECLARING, _DISCARDING), ignored),
+    (Seen.STARTED, (_DECLARING, _DISCARDING), ignored),
+    # Our copy, or a device of it, cannot be set going: tried again in place while its VMM lives.
+    (Seen.ACTIVATION_FAILED, (_ACTIVATING, _STARTING), _activation_failed),
+    # Most often because the VMM died.
+    (Seen.ACTIVATION_FAILED, (_DECLARING, _DISCARDING), ignored),
+    (Seen.DONE_RECORDED, (_RECORDING_DONE,), _done_recorded),
+    # --- giving up
+    # Our ABORT won (H6).
+    (Seen.ABORT_RECORDED, (_GIVING_UP,), _discard),
+    # A watch showed it first.
+    (Seen.ABORT_RECORDED, (_DISCARDING,), ignored),
+    (Seen.DISCARDED, (_DISCARDING,), _discarded),
+    (Seen.ROLLBACK_RECORDED, (_ROLLING_BACK,), _given_back),
+    (Seen.CRASH_RECORDED, (_DECLARING,), _crash_recorded),
+    # The write has no clear answer, or somebody was first: read, after a pause.
+    (Seen.LEDGER_REFUSED, (_GIVING_UP, _RECORDING_DONE, _ROLLING_BACK, _DECLARING), _try_later),
+    (Seen.LEDGER_UNKNOWN, (_GIVING_UP, _RECORDING_DONE, _ROLLING_BACK, _DECLARING), _try_later),
+    # An ABORT that lost its race with the COMMIT, or with the ABORT of somebody else: a watch told so first.
+    (Seen.LEDGER_REFUSED, (_MARKING, _ACTIVATING, _STARTING, _DISCARDING), ignored),
+    (Seen.LEDGER_UNKNOWN, (_MARKING, _ACTIVATING, _STARTING, _DISCARDING), ignored),
+    # The pause is over.
+    (Seen.RETRY_DUE, (_GIVING_UP, _RECORDING_DONE, _ROLLING_BACK, _DECLARING), _read_again),
+    (Seen.RETRY_DUE, (_ACTIVATING,), _activate_again),
+    (Seen.RETRY_DUE, (_STARTING,), _start_again),
+    # The outcome was told during it.
+    (Seen.RETRY_DUE, (_MARKING, _DISCARDING), ignored),
+    # --- the death of our VMM
+    (Seen.VMM_DIED, (_WAITING, _VALIDATING, _LOADED, _GIVING_UP, _ACTIVATING, _STARTING), _vmm_died),
+    # Whether the marker is there is known in a moment.
+    (Seen.VMM_DIED, (_MARKING,), _vmm_death_noted),
+    # DONE first: its record then names us, and the guest's keeper declares the dead owner's VMM.
+    (Seen.VMM_DIED, (_RECORDING_DONE,), _vmm_death_noted),
+    # We killed it, or it is being written down already.
+    (Seen.VMM_DIED, (_DISCARDING, _ROLLING_BACK, _DECLARING), _vmm_death_noted),
+)
+
+TABLE = table(_ROWS)
+"""(stage, event) -> what becomes of it. What is not in here, a stage does not take."""

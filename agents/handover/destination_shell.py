@@ -17,6 +17,7 @@ from agents.handover.destination import DestinationState, destination_step
 from agents.handover.ledger import AttemptLedger
 from agents.handover.peer import PeerUnavailable, SourcePeer
 from agents.handover.report import DEVICES_LOST, device_entries
+from agents.handover.shell import stepped
 from agents.handover.words import Command, Do, Event, Note, Seen, WriteAbort
 from agents.shims.base import DestinationShim, Frame, FrameKind, InVmmDevices, Load, ShimError
 from orchestrator.core.handover import GuestRecord
@@ -96,7 +97,7 @@ class DestinationRunner:
         try:
             while not self.state.stage.ended:
                 event = await self._next(worker)
-                self.state, commands = destination_step(self.state, event)
+                self.state, commands = stepped(destination_step, self.state, event)
                 for command in commands:
                     self._commands.put_nowait(command)
             with contextlib.suppress(PeerUnavailable):

@@ -1,6 +1,7 @@
 """PURE. The source's half of one attempt: hold, freeze, check, seal, submit, and every way back.
 
-The words are in `session.py`, the rules in docs/protocol.md. `source_step` is the only mutator.
+The words are in `words.py`, the rules in docs/protocol.md. `source_step` is the only mutator, and `TABLE`, at the end,
+says which stage takes which event.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from agents.handover.table import InvalidTransition, Row, ignored, key_of, table
 from agents.handover.words import (
     Acked,
     Command,
@@ -17,7 +19,6 @@ from agents.handover.words import (
     Do,
     Event,
     FoundLate,
-    GoSeen,
     LoadedReport,
     Note,
     Quiesced,
@@ -119,36 +120,11 @@ Step = tuple[SourceState, tuple[Command, ...]]
 
 
 def source_step(state: SourceState, event: Event) -> Step:
-    """The only mutator of a source session."""
-    if state.stage.ended:
-        return state, ()
-    match event:
-        case Requested(entry):
-            return _requested(state, entry)
-        case Acked(entry):
-            return _gate(replace(state, acks=state.acks.ack(entry)))
-        case RequestsWritten(entries, present, version):
-            return _requests_written(state, entries, present, version)
-        case RequestsSeen(entries, version):
-            return _requests_seen(state, entries, version)
-        case Quiesced(newest):
-            return _check(state, newest)
-        case FoundLate(devices):
-            return _found_late(state, devices)
-        case DevicesLost(devices):
-            return _devices_lost(state, devices)
-        case LoadedReport(inc, equal):
-            return _loaded(state, inc, equal)
-        case WantRunSeen(run):
-            return _want_run(state, run)
-        case RecordRead(record, version):
-            return _record_read(state, record, version)
-        case RecordSeen(record):
-            return _record_seen(state, record)
-        case GoSeen():
-            return state, ()
-        case _:
-            return _seen(state, event)
+    """The only mutator of a source session. Raises InvalidTransition for an event that the stage does not take."""
+    handler = TABLE.get((state.stage, key_of(event)))
+    if handler is None:
+        raise InvalidTransition(state.ref, state.stage, event)
+    return handler(state) if isinstance(event, Seen) else handler(state, event)
 
 
 def restarted_source(ref: AttemptRef, here: HostRef, inc: str, *, want_run: bool, parked: bool, sealed: bool) -> Step:
@@ -166,20 +142,11 @@ def restarted_source(ref: AttemptRef, here: HostRef, inc: str, *, want_run: bool
     return replace(state, stage=SourceStage.ROLLING_BACK), (note, Do.ROLL_BACK_SHIMS)
 
 
-def _seen(state: SourceState, event: Seen) -> Step:
-    handler = _SEEN.get(event)
-    return handler(state) if handler else (state, ())
-
-
 def _begin(state: SourceState) -> Step:
-    if state.stage is not SourceStage.NEW:
-        return state, ()
     return replace(state, stage=SourceStage.BINDING), (Do.BIND,)
 
 
 def _bound(state: SourceState) -> Step:
-    if state.stage is not SourceStage.BINDING:
-        return state, ()
     return replace(state, stage=SourceStage.PRECOPY), (
         Note("bound", state.inc),
         StartTimer(Timer.PRECOPY),
@@ -192,9 +159,8 @@ def _active(state: SourceState) -> Step:
     return _gate(replace(state, active=True))
 
 
-def _requested(state: SourceState, entry: AckRequest) -> Step:
-    if state.acks.sealed_check or state.stage not in _TAKES_REQUESTS:
-        return state, (Note("request_too_late", f"{entry.device}/{entry.generation}"),)
+def _requested(state: SourceState, event: Requested) -> Step:
+    entry = event.entry
     acks = state.acks.request(entry)
     if acks == state.acks:
         return state, ()
@@ -203,27 +169,54 @@ def _requested(state: SourceState, entry: AckRequest) -> Step:
     return gated, (Note("request", f"{entry.device}/{entry.generation}"), WriteRequests((entry,)), *commands)
 
 
-def _requests_written(
-    state: SourceState, entries: tuple[AckRequest, ...], present: tuple[AckRequest, ...], version: int
-) -> Step:
+def _requested_too_late(state: SourceState, event: Requested) -> Step:
+    return state, (Note("request_too_late", f"{event.entry.device}/{event.entry.generation}"),)
+
+
+def _acked(state: SourceState, event: Acked) -> Step:
+    return _gate(_ack_noted(state, event)[0])
+
+
+def _ack_noted(state: SourceState, event: Acked) -> Step:
+    return replace(state, acks=state.acks.ack(event.entry)), ()
+
+
+def _requests_written(state: SourceState, event: RequestsWritten) -> Step:
     """The version that we may check from now on covers what others wrote too, so theirs is learnt first."""
-    state, learnt = _requests_seen(state, present, version)
-    state, gated = _gate(replace(state, unwritten=tuple(e for e in state.unwritten if e not in entries)))
+    seen = RequestsSeen(event.present, event.version)
+    state, learnt = (_requests_learnt if state.stage in _BEFORE_FREEZE else _requests_late)(state, seen)
+    if state.stage not in _BEFORE_FREEZE:
+        return state, learnt
+    state, gated = _gate(replace(state, unwritten=tuple(e for e in state.unwritten if e not in event.entries)))
     return state, (*learnt, *gated)
 
 
-def _requests_seen(state: SourceState, entries: tuple[AckRequest, ...], version: int) -> Step:
-    """Through the ledger. Before the freeze it is a request like any other; after it, late (H14)."""
-    if version <= state.req_version:
+def _requests_learnt(state: SourceState, event: RequestsSeen) -> Step:
+    """Before the freeze a request through the ledger is one like any other."""
+    if event.version <= state.req_version:
         return state, ()
-    acks = state.acks
+    return _gate(replace(state, acks=_with_requests(state.acks, event.entries), req_version=event.version))
+
+
+def _requests_late(state: SourceState, event: RequestsSeen) -> Step:
+    """After the freeze it is late (H14), unless the guest was stopped on purpose."""
+    if event.version <= state.req_version:
+        return state, ()
+    state = replace(state, acks=_with_requests(state.acks, event.entries))
+    return (state, ()) if state.paused else _abort(state, AbortReason.LATE_SWITCHOVER_ACK, _names(state.acks.pending))
+
+
+def _requests_noted(state: SourceState, event: RequestsSeen) -> Step:
+    """For the report, and for the reason of an abort that the ledger may have decided."""
+    if event.version <= state.req_version:
+        return state, ()
+    return replace(state, acks=_with_requests(state.acks, event.entries)), ()
+
+
+def _with_requests(acks: AckLedger, entries: tuple[AckRequest, ...]) -> AckLedger:
     for entry in entries:
         acks = acks.request(entry)
-    if state.stage in _BEFORE_FREEZE:
-        return _gate(replace(state, acks=acks, req_version=version))
-    if state.stage in (SourceStage.FREEZING, SourceStage.LAST_PASS) and not state.paused:
-        return _abort(replace(state, acks=acks), AbortReason.LATE_SWITCHOVER_ACK, _names(acks.pending))
-    return replace(state, acks=acks), ()
+    return acks
 
 
 def gate_may_open(state: SourceState) -> bool:
@@ -256,8 +249,6 @@ def _names(entries: tuple[AckRequest, ...]) -> tuple[str, ...]:
 
 def _parked(state: SourceState) -> Step:
     """The engine stopped the guest when it liked: the blackout has begun."""
-    if state.stage is not SourceStage.PRECOPY:
-        return state, ()
     if _gate_is_open(state):
         return _freeze(state)
     if state.gate_wait:
@@ -275,14 +266,10 @@ def _gate_stayed_closed(state: SourceState) -> Step:
     return _abort(state, reason, _names(tuple(sorted({*state.acks.pending, *state.unwritten}))))
 
 
-def _timer_gate_wait(state: SourceState) -> Step:
-    return _gate_stayed_closed(state) if state.stage is SourceStage.GATE_WAIT else (state, ())
-
-
 def _freeze(state: SourceState) -> Step:
     state = replace(state, stage=SourceStage.FREEZING)
     if not state.has_devices:
-        return _check(state, ())
+        return _check(state, Quiesced(()))
     return state, (Note("frozen"), Do.QUIESCE)
 
 
@@ -291,13 +278,8 @@ def late_at_check(state: SourceState) -> tuple[AckRequest, ...]:
     return state.acks.late
 
 
-def _check(state: SourceState, newest: tuple[AckRequest, ...]) -> Step:
-    if state.stage is not SourceStage.FREEZING:
-        return state, ()
-    acks = state.acks
-    for entry in newest:
-        acks = acks.request(entry)
-    state = replace(state, acks=acks.freeze())
+def _check(state: SourceState, event: Quiesced) -> Step:
+    state = replace(state, acks=_with_requests(state.acks, event.newest).freeze())
     late = late_at_check(state)
     if late:
         return _abort(state, AbortReason.LATE_SWITCHOVER_ACK, _names(late))
@@ -321,52 +303,42 @@ def req_to_check(state: SourceState) -> int | None:
     return None if state.paused else state.req_version
 
 
-def _loaded(state: SourceState, inc: str, equal: bool) -> Step:
-    if inc != state.inc or state.stage is not SourceStage.LAST_PASS:
+def _loaded(state: SourceState, event: LoadedReport) -> Step:
+    if event.inc != state.inc:
         return state, ()
-    if not equal:
+    if not event.equal:
         return _abort(state, AbortReason.SHIM_FAILED)
     return _advance(replace(state, loaded=True))
 
 
 def _completed(state: SourceState) -> Step:
-    return _advance(replace(state, sealed=True)) if state.stage is SourceStage.LAST_PASS else (state, ())
+    return _advance(replace(state, sealed=True))
 
 
 def _sent(state: SourceState) -> Step:
-    return _advance(replace(state, sent=True)) if state.stage is SourceStage.LAST_PASS else (state, ())
+    return _advance(replace(state, sent=True))
 
 
 def _committed(state: SourceState) -> Step:
-    if state.stage is not SourceStage.SUBMITTED:
-        return state, ()
     return replace(state, stage=SourceStage.COMMITTED), (Note("committed"), Do.GO)
 
 
 def _done_known(state: SourceState) -> Step:
     """H9: DONE, from the peer or the ledger."""
-    if state.stage not in (SourceStage.SUBMITTED, SourceStage.COMMITTED):
-        return state, ()
     return replace(state, stage=SourceStage.DISCARDING), (Note("done"), Do.DISCARD_SOURCE)
 
 
 def _discarded(state: SourceState) -> Step:
-    if state.stage is not SourceStage.DISCARDING:
-        return state, ()
     return replace(state, stage=SourceStage.ENDED_COMMITTED), ()
 
 
 # --- the source: abort path ---
 
 
-_GUEST_IS_OURS = frozenset({SourceStage.NEW, SourceStage.BINDING, SourceStage.PRECOPY})
-"""Before the freeze: a wish is applied at once."""
-
-_BEFORE_FREEZE = _GUEST_IS_OURS | {SourceStage.GATE_WAIT}
-
-_TAKES_REQUESTS = frozenset({SourceStage.PRECOPY, SourceStage.GATE_WAIT, SourceStage.FREEZING})
+_BEFORE_FREEZE = frozenset({SourceStage.NEW, SourceStage.BINDING, SourceStage.PRECOPY, SourceStage.GATE_WAIT})
 
 _UNILATERAL = frozenset({SourceStage.PRECOPY, SourceStage.GATE_WAIT, SourceStage.FREEZING, SourceStage.LAST_PASS})
+"""The guest is ours and no COMMIT has left: the source ends the attempt alone (H4)."""
 
 
 def _abort(state: SourceState, reason: AbortReason, devices: tuple[str, ...] = ()) -> Step:
@@ -374,15 +346,11 @@ def _abort(state: SourceState, reason: AbortReason, devices: tuple[str, ...] = (
     if state.stage in (SourceStage.NEW, SourceStage.BINDING):
         ended = replace(state, stage=SourceStage.RECORDING, reason=reason)
         return (ended, (WriteAbort(reason),)) if not state.refused else _ended(ended)
-    if state.stage not in _UNILATERAL:
-        return state, ()
     state = replace(state, stage=SourceStage.ROLLING_BACK, reason=reason, devices=devices, submitted=False)
     return state, (Note("abort", f"{reason} {','.join(devices)}".strip()), Do.ROLL_BACK_SHIMS)
 
 
 def _shims_back(state: SourceState) -> Step:
-    if state.stage is not SourceStage.ROLLING_BACK:
-        return state, ()
     if state.vmm_dead:
         return _vmm_gone(state)
     return state, (Do.ABORT_ENGINE,)
@@ -397,24 +365,26 @@ _SYMPTOMS = frozenset({AbortReason.DESTINATION_LOST, AbortReason.ENGINE_FAILED})
 """What the engine's own verdict looks like from elsewhere: the destination only sees its stream break."""
 
 
-def _found_late(state: SourceState, devices: tuple[str, ...]) -> Step:
-    if state.stage is SourceStage.ROLLING_BACK and state.reason in _SYMPTOMS and not state.refused:
-        return replace(state, reason=AbortReason.LATE_SWITCHOVER_ACK, devices=devices), ()
-    return _abort(state, AbortReason.LATE_SWITCHOVER_ACK, devices)
+def _found_late(state: SourceState, event: FoundLate) -> Step:
+    return _abort(state, AbortReason.LATE_SWITCHOVER_ACK, event.devices)
 
 
-def _devices_lost(state: SourceState, devices: tuple[str, ...]) -> Step:
-    """The guest runs on with devices that do not know it: that is what the attempt came to, whatever ended it."""
-    if state.stage is not SourceStage.ROLLING_BACK:
+def _found_late_after(state: SourceState, event: FoundLate) -> Step:
+    """The attempt is being ended for what was the symptom of this verdict: the verdict is what is written down."""
+    if state.reason not in _SYMPTOMS or state.refused:
         return state, ()
-    state = replace(state, lost=devices, devices=devices, reason=AbortReason.DEVICE_RESET)
-    return state, (Note("devices_lost", ",".join(devices)),)
+    return replace(state, reason=AbortReason.LATE_SWITCHOVER_ACK, devices=event.devices), ()
+
+
+def _devices_lost(state: SourceState, event: DevicesLost) -> Step:
+    """The guest runs on with devices that do not know it: that is what the attempt came to, whatever ended it."""
+    lost = event.devices
+    state = replace(state, lost=lost, devices=lost, reason=AbortReason.DEVICE_RESET)
+    return state, (Note("devices_lost", ",".join(lost)),)
 
 
 def _engine_over(state: SourceState) -> Step:
     """The attempt is over in the VMM. Apply the wish before anything else (5.2)."""
-    if state.stage is not SourceStage.ROLLING_BACK:
-        return state, ()
     stopped = state.paused or state.suspended
     if state.restarted or stopped != (not state.want_run):
         return _restore(state)
@@ -423,8 +393,6 @@ def _engine_over(state: SourceState) -> Step:
 
 def _engine_sealed(state: SourceState) -> Step:
     """It completed before the abort took effect: not submitted, so the guest is still ours (H4)."""
-    if state.stage is not SourceStage.ROLLING_BACK:
-        return state, ()
     if state.restarted and not state.refused:
         return replace(state, stage=SourceStage.SUBMITTED, submitted=True, sealed=True), (Do.READ,)
     return _restore(replace(state, sealed=True))
@@ -447,14 +415,6 @@ def _ended(state: SourceState) -> Step:
     return replace(state, stage=SourceStage.ENDED_ABORTED), (Note("ended", str(state.reason or "")),)
 
 
-def _abort_recorded(state: SourceState) -> Step:
-    if state.stage is SourceStage.RECORDING:
-        return _ended(state)
-    if state.stage is SourceStage.SUBMITTED:
-        return _refused(state)
-    return state, ()
-
-
 def _refused(state: SourceState) -> Step:
     """The ledger says that this attempt can never commit: shims back, then the guest (which is sealed, or dead)."""
     reason = state.reason or AbortReason.LATE_SWITCHOVER_ACK
@@ -464,15 +424,13 @@ def _refused(state: SourceState) -> Step:
     return replace(state, stage=SourceStage.ROLLING_BACK), (Note("refused", str(reason)), Do.ROLL_BACK_SHIMS)
 
 
-def _write_uncertain(state: SourceState) -> Step:
-    """A conflict may answer a repeated copy of a write that won (H5), a lost answer says nothing: read, then decide."""
-    if state.stage is SourceStage.BINDING:
-        return _abort(state, AbortReason.LEDGER_UNREACHABLE)
-    if state.stage in (SourceStage.SUBMITTED, SourceStage.RECORDING, SourceStage.DECLARING):
-        return state, (Do.READ,)
-    if state.stage is SourceStage.PRECOPY and state.unwritten:
-        return _abort(state, AbortReason.LEDGER_UNREACHABLE)
-    return state, ()
+def _read_then_decide(state: SourceState) -> Step:
+    """A conflict may answer a repeated copy of a write that won (H5), a lost answer says nothing."""
+    return state, (Do.READ,)
+
+
+def _request_not_written(state: SourceState) -> Step:
+    return _abort(state, AbortReason.LEDGER_UNREACHABLE) if state.unwritten else (state, ())
 
 
 def req_has_moved(state: SourceState, version: int) -> bool:
@@ -480,22 +438,23 @@ def req_has_moved(state: SourceState, version: int) -> bool:
     return not state.paused and not state.restarted and version > state.req_version
 
 
-def _record_read(state: SourceState, record: GuestRecord, version: int) -> Step:
+def _read_after_submit(state: SourceState, event: RecordRead) -> Step:
+    moved = req_has_moved(state, event.req_version)
     ref = state.ref
-    moved = req_has_moved(state, version)
-    verdict = handover.verdict(record, state.here, ref.migration, ref.attempt, req_moved=moved)
-    if state.stage is SourceStage.SUBMITTED:
-        return _submitted_verdict(state, record, verdict, moved)
-    if state.stage is SourceStage.RECORDING:
-        still_open = record.phase is Ownership.OPEN and (record.migration, record.attempt) == (
-            ref.migration,
-            ref.attempt,
-        )
-        return (state, (Do.RETRY_LATER,)) if still_open else _ended(state)
-    if state.stage is SourceStage.DECLARING:
-        ours = record.owner == state.here and record.phase is not Ownership.CRASHED
-        return (state, (Do.RETRY_LATER,)) if ours else (replace(state, stage=SourceStage.ENDED_CRASHED), ())
-    return _record_seen(state, record)
+    verdict = handover.verdict(event.record, state.here, ref.migration, ref.attempt, req_moved=moved)
+    return _submitted_verdict(state, event.record, verdict, moved)
+
+
+def _read_while_recording(state: SourceState, event: RecordRead) -> Step:
+    record, ref = event.record, state.ref
+    ours = (record.migration, record.attempt) == (ref.migration, ref.attempt)
+    still_open = record.phase is Ownership.OPEN and ours
+    return (state, (Do.RETRY_LATER,)) if still_open else _ended(state)
+
+
+def _read_while_declaring(state: SourceState, event: RecordRead) -> Step:
+    ours = event.record.owner == state.here and event.record.phase is not Ownership.CRASHED
+    return (state, (Do.RETRY_LATER,)) if ours else (replace(state, stage=SourceStage.ENDED_CRASHED), ())
 
 
 def _submitted_verdict(state: SourceState, record: GuestRecord, verdict: Verdict, moved: bool) -> Step:
@@ -535,48 +494,66 @@ def is_final_news(state: SourceState, record: GuestRecord) -> bool:
     return record.phase not in (Ownership.OPEN, Ownership.STARTING)
 
 
-def _record_seen(state: SourceState, record: GuestRecord) -> Step:
+def _news(state: SourceState, event: RecordSeen) -> Step:
+    """Somebody else ended the attempt: nothing needs to be written, and the guest runs on here."""
+    record = event.record
+    if not is_final_news(state, record) or record.owner != state.here or record.phase is Ownership.CRASHED:
+        return state, ()
+    return _abort(replace(state, refused=True), record.reason or AbortReason.CANCELLED, record.devices)
+
+
+def _news_after_submit(state: SourceState, event: RecordSeen | RecordRead) -> Step:
+    record = event.record
     if not is_final_news(state, record):
         return state, ()
     if record.owner != state.here:
-        if state.stage in (SourceStage.SUBMITTED, SourceStage.COMMITTED):
-            return _owner_moved(state, record)
-        return state, ()
+        return _owner_moved(state, record)
     if record.phase is Ownership.CRASHED:
         return state, ()
-    reason = record.reason or AbortReason.CANCELLED
-    if state.stage in (SourceStage.SUBMITTED, SourceStage.COMMITTED):
-        return _refused(replace(state, reason=reason, devices=record.devices))
-    return _abort(replace(state, refused=True), reason, record.devices)
+    return _refused(replace(state, reason=record.reason or AbortReason.CANCELLED, devices=record.devices))
 
 
-def _retry_due(state: SourceState) -> Step:
-    if state.stage is SourceStage.RECORDING:
-        return state, (_abort_command(state),)
-    if state.stage is SourceStage.DECLARING:
-        return state, (Do.DECLARE_CRASHED,)
-    if state.stage is SourceStage.SUBMITTED:
-        return state, (Do.READ,)
-    return state, ()
+def _news_at_the_end(state: SourceState, event: RecordSeen | RecordRead) -> Step:
+    """Being ended already. If the ledger has its end, no ABORT needs to be written."""
+    record = event.record
+    if not is_final_news(state, record) or record.owner != state.here or record.phase is Ownership.CRASHED:
+        return state, ()
+    return replace(state, refused=True), ()
+
+
+def _abort_again(state: SourceState) -> Step:
+    return state, (_abort_command(state),)
+
+
+def _declare_again(state: SourceState) -> Step:
+    return state, (Do.DECLARE_CRASHED,)
 
 
 # --- the source: pause, policy, faults ---
 
 
-def _want_run(state: SourceState, run: bool) -> Step:
-    """An operator's wish. From the freeze on it is queued: applied by whoever ends as owner, before any vCPU runs."""
-    if run == state.want_run:
+def _want_run(state: SourceState, event: WantRunSeen) -> Step:
+    """An operator's wish, while the guest is still ours to stop and start."""
+    if event.run == state.want_run:
         return state, ()
-    state = replace(state, want_run=run)
-    if state.stage is SourceStage.RECORDING:
-        return state, (Do.RESUME if run else Do.PAUSE,)
-    if state.stage not in _GUEST_IS_OURS:
-        return state, ()
-    if not run:
+    state = replace(state, want_run=event.run)
+    if not state.want_run:
         return state, () if state.suspended else (Do.PAUSE,)
     if not state.paused or state.suspended:
         return state, ()
     return (state, (Do.RESUME,)) if may_resume_in_place(state) else _abort(state, AbortReason.GUEST_RESUMED)
+
+
+def _wish_noted(state: SourceState, event: WantRunSeen) -> Step:
+    """From the freeze on it is queued: applied by whoever ends as owner, before any vCPU runs."""
+    return replace(state, want_run=event.run), ()
+
+
+def _wish_at_the_end(state: SourceState, event: WantRunSeen) -> Step:
+    """The guest is up again and the attempt only has to be written down."""
+    if event.run == state.want_run:
+        return state, ()
+    return replace(state, want_run=event.run), (Do.RESUME if event.run else Do.PAUSE,)
 
 
 def may_resume_in_place(state: SourceState) -> bool:
@@ -587,11 +564,11 @@ def may_resume_in_place(state: SourceState) -> bool:
 
 def _paused(state: SourceState) -> Step:
     """The guest is stopped on purpose: what is pending is the baseline, the gate opens and the hold is released."""
-    if state.stage is SourceStage.RESUMING:
-        return _record_abort(state) if not state.want_run else _restore(state)
-    if state.stage not in _GUEST_IS_OURS:
-        return state, ()
     return _gate(replace(state, paused=True, acks=state.acks.stop_by_wish()))
+
+
+def _paused_again(state: SourceState) -> Step:
+    return _record_abort(state) if not state.want_run else _restore(state)
 
 
 def _pause_queued(state: SourceState) -> Step:
@@ -600,32 +577,27 @@ def _pause_queued(state: SourceState) -> Step:
 
 
 def _resumed(state: SourceState) -> Step:
-    if state.stage is SourceStage.RESUMING:
-        return _record_abort(state) if state.want_run else _restore(state)
-    if state.stage not in _GUEST_IS_OURS:
-        return state, ()
-    resumed = replace(state, paused=False, acks=state.acks.resume_by_wish())
-    return _gate(resumed)
+    return _gate(replace(state, paused=False, acks=state.acks.resume_by_wish()))
+
+
+def _resumed_again(state: SourceState) -> Step:
+    return _record_abort(state) if state.want_run else _restore(state)
 
 
 def _resume_failed(state: SourceState) -> Step:
     """Block reactivation failed: no copy runs, nothing is started elsewhere, a person is needed."""
-    if state.stage is not SourceStage.RESUMING:
-        return state, ()
     return replace(state, stage=SourceStage.ENDED_NEEDS_OPERATOR), (Note("resume_failed"),)
 
 
-def _guest_ended(state: SourceState) -> Step:
-    """It shut down by itself: nothing to let run again, and nothing to move. A lost device is told for all that."""
-    if state.stage is SourceStage.RESUMING:
-        lost = state.reason is AbortReason.DEVICE_RESET
-        return _record_abort(state if lost else replace(state, reason=AbortReason.GUEST_ENDED))
-    return _abort(state, AbortReason.GUEST_ENDED)
+def _guest_is_gone(state: SourceState) -> Step:
+    """Nothing to let run again. A lost device is told for all that."""
+    lost = state.reason is AbortReason.DEVICE_RESET
+    return _record_abort(state if lost else replace(state, reason=AbortReason.GUEST_ENDED))
 
 
 def _timer_precopy(state: SourceState) -> Step:
     """The second time of a guest that policy stopped for the migration's sake: it does not end for all that."""
-    if state.stage is not SourceStage.PRECOPY or (state.paused and not state.suspended):
+    if state.paused and not state.suspended:
         return state, ()
     pending = _names(state.acks.pending)
     if state.suspended:
@@ -637,7 +609,7 @@ def _timer_precopy(state: SourceState) -> Step:
 
 def _timer_ack(state: SourceState) -> Step:
     pending = state.acks.pending
-    if state.stage is not SourceStage.PRECOPY or state.released or state.suspend_on_timeout or not pending:
+    if state.released or state.suspend_on_timeout or not pending:
         return state, ()
     return _abort(state, AbortReason.ACK_TIMEOUT, _names(pending))
 
@@ -649,67 +621,236 @@ def _fails(reason: AbortReason) -> Callable[[SourceState], Step]:
     return handler
 
 
-def _vmm_died(state: SourceState) -> Step:
-    """A dead VMM cannot run: unsealed it is a crash of the owner; submitted, the ledger decides as ever."""
-    state = replace(state, vmm_dead=True)
-    if state.stage in (SourceStage.COMMITTED, SourceStage.DISCARDING, SourceStage.SUBMITTED):
-        return state, ()
-    if state.stage is SourceStage.LAST_PASS and state.sealed:
-        return state, ()
-    return _vmm_gone(state)
-
-
 def _vmm_gone(state: SourceState) -> Step:
-    if state.stage in (SourceStage.DECLARING,):
-        return state, ()
-    return replace(state, stage=SourceStage.DECLARING, submitted=False), (Note("vmm_died"), Do.DECLARE_CRASHED)
+    """A dead VMM cannot run, and it was the owner's: a crash of the guest."""
+    state = replace(state, vmm_dead=True, submitted=False)
+    return replace(state, stage=SourceStage.DECLARING), (Note("vmm_died"), Do.DECLARE_CRASHED)
+
+
+def _vmm_died_in_last_pass(state: SourceState) -> Step:
+    """Sealed, the guest is all at the destination: it may still be committed."""
+    return _vmm_death_noted(state) if state.sealed else _vmm_gone(state)
+
+
+def _vmm_death_noted(state: SourceState) -> Step:
+    """Submitted: the ledger decides as ever."""
+    return replace(state, vmm_dead=True), ()
 
 
 def _crash_recorded(state: SourceState) -> Step:
-    if state.stage is not SourceStage.DECLARING:
-        return state, ()
     return replace(state, stage=SourceStage.ENDED_CRASHED), ()
 
 
-def _vitals(good: bool) -> Callable[[SourceState], Step]:
+def _pulse(good: bool) -> Callable[[SourceState], Step]:
     def handler(state: SourceState) -> Step:
         return _gate(replace(state, vitals=good))
 
     return handler
 
 
-_SEEN = {
-    Seen.BEGIN: _begin,
-    Seen.BOUND: _bound,
-    Seen.ACTIVE: _active,
-    Seen.PARKED: _parked,
-    Seen.COMPLETED: _completed,
-    Seen.SHIMS_SENT: _sent,
-    Seen.COMMITTED: _committed,
-    Seen.DONE_KNOWN: _done_known,
-    Seen.DISCARDED: _discarded,
-    Seen.SHIMS_BACK: _shims_back,
-    Seen.SHIMS_BACK_RESET: _shims_back_reset,
-    Seen.ENGINE_OVER: _engine_over,
-    Seen.ENGINE_SEALED: _engine_sealed,
-    Seen.ABORT_RECORDED: _abort_recorded,
-    Seen.LEDGER_REFUSED: _write_uncertain,
-    Seen.LEDGER_UNKNOWN: _write_uncertain,
-    Seen.RETRY_DUE: _retry_due,
-    Seen.PAUSED: _paused,
-    Seen.PAUSE_QUEUED: _pause_queued,
-    Seen.RESUMED: _resumed,
-    Seen.RESUME_FAILED: _resume_failed,
-    Seen.TIMER_PRECOPY: _timer_precopy,
-    Seen.TIMER_ACK: _timer_ack,
-    Seen.TIMER_GATE_WAIT: _timer_gate_wait,
-    Seen.TIMER_SWITCHOVER: _fails(AbortReason.SWITCHOVER_TIMEOUT),
-    Seen.ENGINE_FAILED: _fails(AbortReason.ENGINE_FAILED),
-    Seen.SHIM_FAILED: _fails(AbortReason.SHIM_FAILED),
-    Seen.DEST_FAILED: _fails(AbortReason.DESTINATION_LOST),
-    Seen.GUEST_ENDED: _guest_ended,
-    Seen.VMM_DIED: _vmm_died,
-    Seen.CRASH_RECORDED: _crash_recorded,
-    Seen.VITALS_GOOD: _vitals(True),
-    Seen.VITALS_BAD: _vitals(False),
-}
+# --- which stage takes which event ------------------------------------------------------------------------------------
+
+_NEW, _BINDING, _PRECOPY = SourceStage.NEW, SourceStage.BINDING, SourceStage.PRECOPY
+_GATE_WAIT, _FREEZING, _LAST_PASS = SourceStage.GATE_WAIT, SourceStage.FREEZING, SourceStage.LAST_PASS
+_SUBMITTED, _COMMITTED, _DISCARDING = SourceStage.SUBMITTED, SourceStage.COMMITTED, SourceStage.DISCARDING
+_ROLLING_BACK, _RESUMING = SourceStage.ROLLING_BACK, SourceStage.RESUMING
+_RECORDING, _DECLARING = SourceStage.RECORDING, SourceStage.DECLARING
+
+_STANDING = (_GATE_WAIT, _FREEZING, _LAST_PASS)
+"""The engine has stopped the guest, and no COMMIT has left."""
+_GIVEN = (_SUBMITTED, _COMMITTED, _DISCARDING)
+_ENDING = (_ROLLING_BACK, _RESUMING, _RECORDING, _DECLARING)
+
+_ROWS: tuple[Row[SourceStage], ...] = (
+    # The agent accepted the attempt: the ledger has to name the destination's process before anything moves.
+    (Seen.BEGIN, (_NEW,), _begin),
+    # It names it: copying may begin.
+    (Seen.BOUND, (_BINDING,), _bound),
+    # The attempt was ended while the bind was under way; what ends it stands behind it in the queue.
+    (Seen.BOUND, (_RECORDING, _DECLARING), ignored),
+    # Every device has begun and the engine has accepted: from now on the gate may open.
+    (Seen.ACTIVE, (_PRECOPY,), _active),
+    # The engine had parked, or the attempt was ended, before its acceptance was taken in. Only the gate asks for it.
+    (Seen.ACTIVE, (_GATE_WAIT, _FREEZING, _LAST_PASS, _ROLLING_BACK, _DECLARING), ignored),
+    # --- the gate: requests, ACKs, vital signs
+    # A device asks for an ACK while it may still be granted, or found late.
+    (Requested, (_PRECOPY, _GATE_WAIT, _FREEZING), _requested),
+    # After the check a device's own request is served in stop-copy (R30), after the end it is nobody's.
+    (Requested, (_LAST_PASS, *_GIVEN, *_ENDING), _requested_too_late),
+    # It may open the gate, or end the wait for it.
+    (Acked, (_PRECOPY, _GATE_WAIT), _acked),
+    # Late: it opens no gate any more, but the check and the report know of it.
+    (Acked, (_FREEZING, _LAST_PASS, *_GIVEN, *_ENDING), _ack_noted),
+    # Our request is durable, so it no longer keeps the gate closed; what others asked for is learnt with it. After the
+    # freeze a version that has moved is a late request.
+    (RequestsWritten, (_PRECOPY, _GATE_WAIT, _FREEZING, _LAST_PASS), _requests_written),
+    # Requests are written in a lane of their own, whose answers wait for nobody.
+    (RequestsWritten, (*_GIVEN, *_ENDING), ignored),
+    # Somebody asked through the ledger; a request of the attempt before may be seen before this one is bound.
+    (RequestsSeen, (_NEW, _BINDING, _PRECOPY, _GATE_WAIT), _requests_learnt),
+    # The guest stands: H14.
+    (RequestsSeen, (_FREEZING, _LAST_PASS), _requests_late),
+    # The COMMIT's own check decides, or the attempt is ended anyway; the reason may have to name who asked.
+    (RequestsSeen, (*_GIVEN, *_ENDING), _requests_noted),
+    # The gate opens only while peer and quorum answer.
+    (Seen.VITALS_GOOD, (_NEW, _BINDING, _PRECOPY), _pulse(True)),
+    (Seen.VITALS_BAD, (_NEW, _BINDING, _PRECOPY), _pulse(False)),
+    # The pulse is felt to the session's end; only the gate asks for it.
+    (Seen.VITALS_GOOD, (*_STANDING, *_GIVEN, *_ENDING), ignored),
+    (Seen.VITALS_BAD, (*_STANDING, *_GIVEN, *_ENDING), ignored),
+    # --- the freeze, the check, the last pass
+    # The engine stopped the guest when it liked: the blackout begins.
+    (Seen.PARKED, (_PRECOPY,), _parked),
+    # Status changes are hints and may come twice; or the abort was decided just before.
+    (Seen.PARKED, (*_STANDING, _ROLLING_BACK), ignored),
+    # Every device stands still: the one check, then the last pass or the way back.
+    (Quiesced, (_FREEZING,), _check),
+    # The attempt was ended while the devices were being stopped; the roll-back stands behind that in the queue.
+    (Quiesced, (_ROLLING_BACK, _DECLARING), ignored),
+    # Two of the three things that a COMMIT needs.
+    (Seen.COMPLETED, (_LAST_PASS,), _completed),
+    (Seen.SHIMS_SENT, (_LAST_PASS,), _sent),
+    # Completed before the abort took effect: ABORT_ENGINE says so itself. Or a hint that came twice.
+    (Seen.COMPLETED, (_SUBMITTED, _ROLLING_BACK), ignored),
+    # The devices' streams run beside everything else, and may end after the attempt.
+    (Seen.SHIMS_SENT, _ENDING, ignored),
+    # The third: the destination holds, validated, what was sent.
+    (LoadedReport, (_LAST_PASS,), _loaded),
+    # The destination repeats it until the attempt is over.
+    (LoadedReport, (*_GIVEN, *_ENDING), ignored),
+    # --- the COMMIT and after it
+    # Ours: GO to the destination.
+    (Seen.COMMITTED, (_SUBMITTED,), _committed),
+    # A watch was faster than the answer to the COMMIT; also with what came after it, to a roll-back by the destination.
+    (Seen.COMMITTED, (_COMMITTED, _DISCARDING, _ROLLING_BACK, _DECLARING), ignored),
+    # H9: the destination took over; the answer to the COMMIT may be missing still.
+    (Seen.DONE_KNOWN, (_SUBMITTED, _COMMITTED), _done_known),
+    # The ledger was faster, or the destination said it twice.
+    (Seen.DONE_KNOWN, (_DISCARDING,), ignored),
+    (Seen.DISCARDED, (_DISCARDING,), _discarded),
+    # --- what the record says
+    # A conflict or a lost answer of the COMMIT or of an ABORT: the content decides (H5).
+    (RecordRead, (_SUBMITTED,), _read_after_submit),
+    (RecordRead, (_RECORDING,), _read_while_recording),
+    (RecordRead, (_DECLARING,), _read_while_declaring),
+    # A watch told the outcome while the read was under way: the read is no older.
+    (RecordRead, (_COMMITTED,), _news_after_submit),
+    (RecordRead, (_ROLLING_BACK,), _news_at_the_end),
+    # Nothing can be newer than DONE.
+    (RecordRead, (_DISCARDING,), ignored),
+    # Cancelled, or ended by the destination or the coordinator.
+    (RecordSeen, (_NEW, _BINDING, _PRECOPY, *_STANDING), _news),
+    # The outcome of a COMMIT whose answer is late or lost; DONE; a roll-back by the destination.
+    (RecordSeen, (_SUBMITTED, _COMMITTED), _news_after_submit),
+    (RecordSeen, (_ROLLING_BACK, _RESUMING, _RECORDING), _news_at_the_end),
+    # DONE was the last word; a crash is declared whatever the watch shows.
+    (RecordSeen, (_DISCARDING, _DECLARING), ignored),
+    # --- answers of the ledger
+    # Our ABORT, after the guest came up or in the race with the COMMIT (H6).
+    (Seen.ABORT_RECORDED, (_RECORDING,), _ended),
+    (Seen.ABORT_RECORDED, (_SUBMITTED,), _refused),
+    # A watch showed it before its answer came; or the VMM died while it was written.
+    (Seen.ABORT_RECORDED, (_ROLLING_BACK, _DECLARING), ignored),
+    # Not bound: nothing was begun.
+    (Seen.LEDGER_REFUSED, (_BINDING,), _fails(AbortReason.LEDGER_UNREACHABLE)),
+    (Seen.LEDGER_UNKNOWN, (_BINDING,), _fails(AbortReason.LEDGER_UNREACHABLE)),
+    # A request that cannot be made durable: the gate would stay closed for good.
+    (Seen.LEDGER_REFUSED, (_PRECOPY,), _request_not_written),
+    (Seen.LEDGER_UNKNOWN, (_PRECOPY,), _request_not_written),
+    # COMMIT, ABORT or CRASHED without a clear answer.
+    (Seen.LEDGER_REFUSED, (_SUBMITTED, _RECORDING, _DECLARING), _read_then_decide),
+    (Seen.LEDGER_UNKNOWN, (_SUBMITTED, _RECORDING, _DECLARING), _read_then_decide),
+    # The lane of requests answers at any time: while the guest stands, the check and GATE_WAIT's own bound decide.
+    # After a COMMIT or on the way back: an older write whose outcome a watch has told.
+    (Seen.LEDGER_REFUSED, (*_STANDING, _COMMITTED, _DISCARDING, _ROLLING_BACK, _RESUMING), ignored),
+    (Seen.LEDGER_UNKNOWN, (*_STANDING, _COMMITTED, _DISCARDING, _ROLLING_BACK, _RESUMING), ignored),
+    (Seen.CRASH_RECORDED, (_DECLARING,), _crash_recorded),
+    # A bounded pause is over: what was uncertain is tried again.
+    (Seen.RETRY_DUE, (_SUBMITTED,), _read_then_decide),
+    (Seen.RETRY_DUE, (_RECORDING,), _abort_again),
+    (Seen.RETRY_DUE, (_DECLARING,), _declare_again),
+    # A watch told the outcome meanwhile.
+    (Seen.RETRY_DUE, (_COMMITTED, _DISCARDING, _ROLLING_BACK), ignored),
+    # --- the way back
+    (Seen.SHIMS_BACK, (_ROLLING_BACK,), _shims_back),
+    (Seen.SHIMS_BACK_RESET, (_ROLLING_BACK,), _shims_back_reset),
+    (Seen.ENGINE_OVER, (_ROLLING_BACK,), _engine_over),
+    (Seen.ENGINE_SEALED, (_ROLLING_BACK,), _engine_sealed),
+    (DevicesLost, (_ROLLING_BACK,), _devices_lost),
+    # The VMM died on the way: what it was asked for does not matter any more.
+    (Seen.SHIMS_BACK, (_DECLARING,), ignored),
+    (Seen.SHIMS_BACK_RESET, (_DECLARING,), ignored),
+    (Seen.ENGINE_OVER, (_DECLARING,), ignored),
+    (Seen.ENGINE_SEALED, (_DECLARING,), ignored),
+    (DevicesLost, (_DECLARING,), ignored),
+    # The VMM's own verdict on the devices inside it, whenever it comes while the guest is ours.
+    (FoundLate, tuple(_UNILATERAL), _found_late),
+    # Its names take a moment to find, and its symptoms may be heard first.
+    (FoundLate, (_ROLLING_BACK,), _found_late_after),
+    # The reason is being written already.
+    (FoundLate, (_RESUMING, _RECORDING, _DECLARING), ignored),
+    # --- stopped and started on purpose
+    (WantRunSeen, (_NEW, _BINDING, _PRECOPY), _want_run),
+    (WantRunSeen, (*_STANDING, *_GIVEN, _ROLLING_BACK, _RESUMING, _DECLARING), _wish_noted),
+    (WantRunSeen, (_RECORDING,), _wish_at_the_end),
+    # The operator's or policy's stop took effect before the freeze.
+    (Seen.PAUSED, (_BINDING, _PRECOPY), _paused),
+    # As wished, at the end of the attempt.
+    (Seen.PAUSED, (_RESUMING,), _paused_again),
+    # The engine parked between the stop and its answer: it counts as a wish then. Or the attempt was ended, and what
+    # ends it looks at the wish once more.
+    (Seen.PAUSED, (*_STANDING, _ROLLING_BACK, _RECORDING, _DECLARING), ignored),
+    # The engine was faster, or the VMM refused: the wish is applied at the end.
+    (Seen.PAUSE_QUEUED, (_BINDING, _PRECOPY, *_STANDING, _ROLLING_BACK, _RECORDING), _pause_queued),
+    # It cannot be stopped now. The attempt is over all the same, and who keeps the guest applies the wish.
+    (Seen.PAUSE_QUEUED, (_RESUMING,), _record_abort),
+    (Seen.PAUSE_QUEUED, (_DECLARING,), ignored),
+    # Within its attempt: the gate is judged anew.
+    (Seen.RESUMED, (_BINDING, _PRECOPY), _resumed),
+    (Seen.RESUMED, (_RESUMING,), _resumed_again),
+    # It ran again for a moment before the engine stopped it: what counted for a stopped guest is no longer true.
+    (Seen.RESUMED, _STANDING, _fails(AbortReason.GUEST_RESUMED)),
+    # The attempt was ended meanwhile; what ends it looks at the wish once more.
+    (Seen.RESUMED, (_ROLLING_BACK, _RECORDING, _DECLARING), ignored),
+    (Seen.RESUME_FAILED, (_RESUMING,), _resume_failed),
+    # The engine had parked, or refuses for now: the wish is applied by whoever ends as owner.
+    (Seen.RESUME_FAILED, (_BINDING, _PRECOPY, *_STANDING, _ROLLING_BACK, _RECORDING, _DECLARING), ignored),
+    # --- time
+    (Seen.TIMER_PRECOPY, (_PRECOPY,), _timer_precopy),
+    (Seen.TIMER_ACK, (_PRECOPY,), _timer_ack),
+    (Seen.TIMER_GATE_WAIT, (_GATE_WAIT,), _gate_stayed_closed),
+    (Seen.TIMER_SWITCHOVER, (_LAST_PASS,), _fails(AbortReason.SWITCHOVER_TIMEOUT)),
+    # What was waited for has come, or the attempt is ended.
+    (Seen.TIMER_PRECOPY, (*_STANDING, *_GIVEN, *_ENDING), ignored),
+    (Seen.TIMER_ACK, (*_STANDING, *_GIVEN, *_ENDING), ignored),
+    (Seen.TIMER_GATE_WAIT, (_FREEZING, _LAST_PASS, *_GIVEN, *_ENDING), ignored),
+    (Seen.TIMER_SWITCHOVER, (*_GIVEN, *_ENDING), ignored),
+    # --- faults
+    (Seen.ENGINE_FAILED, tuple(_UNILATERAL), _fails(AbortReason.ENGINE_FAILED)),
+    (Seen.SHIM_FAILED, tuple(_UNILATERAL), _fails(AbortReason.SHIM_FAILED)),
+    (Seen.DEST_FAILED, (_NEW, _BINDING, *_UNILATERAL), _fails(AbortReason.DESTINATION_LOST)),
+    # The same failure is told by a call and by an event, or by several devices; our own abort breaks streams too. After
+    # the COMMIT has left, the ledger alone decides (H5).
+    (Seen.ENGINE_FAILED, (*_GIVEN, *_ENDING), ignored),
+    (Seen.SHIM_FAILED, (*_GIVEN, *_ENDING), ignored),
+    (Seen.DEST_FAILED, (*_GIVEN, *_ENDING), ignored),
+    # It shut down by itself: nothing to move.
+    (Seen.GUEST_ENDED, (_NEW, _BINDING, *_UNILATERAL), _fails(AbortReason.GUEST_ENDED)),
+    (Seen.GUEST_ENDED, (_RESUMING,), _guest_is_gone),
+    # On the way back: RESUME will find it. Given: the destination has a guest that has ended. Else its keeper sees it.
+    (Seen.GUEST_ENDED, (*_GIVEN, _ROLLING_BACK, _RECORDING, _DECLARING), ignored),
+    # A crash of the owner's VMM.
+    (
+        Seen.VMM_DIED,
+        (_NEW, _BINDING, _PRECOPY, _GATE_WAIT, _FREEZING, _ROLLING_BACK, _RESUMING, _RECORDING),
+        _vmm_gone,
+    ),
+    (Seen.VMM_DIED, (_LAST_PASS,), _vmm_died_in_last_pass),
+    # It matters only if the guest turns out to be ours.
+    (Seen.VMM_DIED, _GIVEN, _vmm_death_noted),
+    # Told by its process and by the call that found it so.
+    (Seen.VMM_DIED, (_DECLARING,), ignored),
+)
+
+TABLE = table(_ROWS)
+"""(stage, event) -> what becomes of it. What is not in here, a stage does not take."""

@@ -20,6 +20,7 @@ from agents.handover import words
 from agents.handover.ledger import AttemptLedger
 from agents.handover.peer import DestinationPeer, PeerUnavailable
 from agents.handover.report import device_entries
+from agents.handover.shell import stepped
 from agents.handover.source import SourceState, source_step
 from agents.handover.words import Command, Commit, Do, Event, Note, Seen, StartTimer, Timer, WriteAbort, WriteRequests
 from agents.shims.base import Frame, FrameKind, InVmmDevices, Load, ShimError, SourceShim
@@ -94,7 +95,7 @@ class SourceRunner:
         try:
             while not self.state.stage.ended:
                 event = await self._next(worker, lane)
-                self.state, commands = source_step(self.state, event)
+                self.state, commands = stepped(source_step, self.state, event)
                 for command in commands:
                     self._queue(command)
             await self._count_bytes()

@@ -94,6 +94,11 @@ class Metrics:
         self._quorum_age = Gauge(
             "drover_quorum_age_seconds", "Since ZooKeeper's quorum last answered this agent", registry=registry
         )
+        self._mistakes = Gauge(
+            "drover_invalid_transitions",
+            "Events that no stage of a hand-over takes, since the agent began; each is in its log",
+            registry=registry,
+        )
         self._registry = registry
 
     def attempt_over(self, report: AttemptReport, devices: tuple[DeviceSpec, ...]) -> None:
@@ -118,11 +123,17 @@ class Metrics:
             self._device_bytes.labels("stop_copy").inc(sum(device.stop_copy_bytes for device in devices))
 
     def gauges(
-        self, *, guests: Callable[[], int], under_way: Callable[[], int], quorum_age_s: Callable[[], float]
+        self,
+        *,
+        guests: Callable[[], int],
+        under_way: Callable[[], int],
+        quorum_age_s: Callable[[], float],
+        mistakes: Callable[[], int] = lambda: 0,
     ) -> None:
         self._guests.set_function(guests)
         self._under_way.set_function(under_way)
         self._quorum_age.set_function(quorum_age_s)
+        self._mistakes.set_function(mistakes)
 
     def serve(self, address: str, port: int) -> None:
         """In a thread of its own. A port that is in use costs the metrics and nothing else."""

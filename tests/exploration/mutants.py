@@ -15,7 +15,8 @@ from agents.handover import destination as destination_session
 from agents.handover import source as source_session
 from agents.handover.destination import DestinationStage, DestinationState
 from agents.handover.source import SourceStage, SourceState
-from agents.handover.words import Commit, Do, Seen
+from agents.handover.table import ignored
+from agents.handover.words import Commit, DevicesLost, Do, Seen
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
@@ -35,8 +36,9 @@ class Mutant:
     """Caught by progress, not by a flaw."""
 
 
-def _with(table: dict[Seen, Any], **changes: Any) -> dict[Seen, Any]:
-    return table | {Seen[name.upper()]: value for name, value in changes.items()}
+def _with(module: Any, key: Any, handler: Any) -> Patch:
+    """The machine's table with another handler for an event, in every stage that takes it."""
+    return module, "TABLE", {edge: handler if edge[1] is key else old for edge, old in module.TABLE.items()}
 
 
 def run_uncommitted() -> list[Patch]:
@@ -55,7 +57,7 @@ def dest_commits() -> list[Patch]:
     def validated(state: DestinationState) -> Any:
         return replace(state, stage=DestinationStage.LOADED), (Do.SEND_LOADED, Commit(None))
 
-    return [(destination_session, "_ARRIVAL", _with(destination_session._ARRIVAL, validated=validated))]
+    return [_with(destination_session, Seen.VALIDATED, validated)]
 
 
 def submit_early() -> list[Patch]:
@@ -70,16 +72,16 @@ def resume_submitted() -> list[Patch]:
     def timeout(state: SourceState) -> Any:
         return source_session._refused(state) if state.stage is SourceStage.SUBMITTED else (state, ())
 
-    return [(source_session, "_SEEN", _with(source_session._SEEN, ledger_unknown=timeout))]
+    return [_with(source_session, Seen.LEDGER_UNKNOWN, timeout)]
 
 
 def bad_version_is_final() -> list[Patch]:
     def refused(state: SourceState) -> Any:
         if state.stage is SourceStage.SUBMITTED:
             return source_session._refused(state)
-        return source_session._write_uncertain(state)
+        return source_session._read_then_decide(state)
 
-    return [(source_session, "_SEEN", _with(source_session._SEEN, ledger_refused=refused))]
+    return [_with(source_session, Seen.LEDGER_REFUSED, refused)]
 
 
 def blind_abort() -> list[Patch]:
@@ -182,7 +184,7 @@ def resume_in_place() -> list[Patch]:
 
 
 def forget_reset() -> list[Patch]:
-    return [(source_session, "_devices_lost", lambda state, devices: (state, ()))]
+    return [_with(source_session, DevicesLost, ignored)]
 
 
 def start_what_ended() -> list[Patch]:
@@ -196,7 +198,8 @@ def start_what_ended() -> list[Patch]:
 
 def wait_for_what_ended() -> list[Patch]:
     ended = source_session._fails(AbortReason.GUEST_ENDED)
-    return [(source_session, "_SEEN", _with(source_session._SEEN, guest_ended=ended))]
+    ours = {SourceStage.NEW, SourceStage.BINDING, *source_session._UNILATERAL}
+    return [_with(source_session, Seen.GUEST_ENDED, lambda state: ended(state) if state.stage in ours else (state, ()))]
 
 
 _REQUEST = Bounds(requests=1, cancels=0, faults=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.exploration.world import Bounds, World, flaw, is_end, start, steps, successors
+from tests.exploration.world import Bounds, Strictness, World, flaw, is_end, start, steps, successors
 
 
 @dataclass
@@ -21,12 +21,15 @@ class Result:
     complete: bool
 
 
-def explore(bounds: Bounds, *, first: bool = False, limit: int = 2_000_000) -> Result:
+def explore(bounds: Bounds, *, first: bool = False, strict: bool = True, limit: int = 2_000_000) -> Result:
     """Breadth first over everything within `bounds`; `first` stops at the first flaw.
+
+    `strict`: an event that a stage does not take is a flaw; else it is dropped, as in production.
 
     States are numbered as they are found: hashing one is what costs, so it is done once for each edge.
     """
     steps.clear()
+    Strictness.on = strict
     worlds = [start(bounds)]
     numbers = {worlds[0]: 0}
     came: list[tuple[int, str]] = [(-1, "")]

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from agents.handover.destination import DestinationStage, DestinationState, destination_step
-from agents.handover.words import RecordRead
+from agents.handover.words import RecordSeen
 from orchestrator.core.handover import GuestRecord, Ownership
 from tests.exploration.mutants import MUTANTS, Mutant
 from tests.exploration.search import explore
@@ -70,7 +70,7 @@ def _marks(mutant: Mutant) -> list[pytest.MarkDecorator]:
 def test_every_rule_is_needed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name, value in mutant.patches():
         monkeypatch.setattr(owner, name, value)
-    result = explore(mutant.bounds, first=not mutant.dead_ends)
+    result = explore(mutant.bounds, first=not mutant.dead_ends, strict=False)
     for found, path in result.flaws.items():
         print(f"{mutant.rule} {mutant.name}: {found} after {len(path)} steps: {' > '.join(path[-8:])}")
     if mutant.dead_ends:
@@ -84,8 +84,8 @@ def test_a_copy_of_another_incarnation_never_takes_over() -> None:
     """H8, mutant `any_inc`: the world has one destination process per attempt, so this case stands on its own."""
     loaded = DestinationState(ref(1), D1, "i1", stage=DestinationStage.LOADED)
     other = GuestRecord("g", Ownership.COMMITTED, D1, MIGRATION, 1, D1, "i2", source=S1)
-    state, _ = destination_step(loaded, RecordRead(other, 0))
+    state, _ = destination_step(loaded, RecordSeen(other))
     assert state.stage is DestinationStage.DISCARDING
     mine = GuestRecord("g", Ownership.COMMITTED, D1, MIGRATION, 1, D1, "i1", source=S1)
-    state, _ = destination_step(loaded, RecordRead(mine, 0))
+    state, _ = destination_step(loaded, RecordSeen(mine))
     assert state.stage is DestinationStage.MARKING

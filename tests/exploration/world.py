@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from agents.guest import duty as keeping
 from agents.handover import words
@@ -23,6 +23,7 @@ from agents.handover.destination import (
     restarted_destination,
 )
 from agents.handover.source import SourceStage, SourceState, restarted_source, source_step
+from agents.handover.table import InvalidTransition
 from agents.handover.words import Command, Commit, Do, Event, Note, Seen, StartTimer, WriteAbort, WriteRequests
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason
@@ -123,6 +124,23 @@ def ref(attempt: int) -> AttemptRef:
     return AttemptRef("g", MIGRATION, attempt)
 
 
+INVALID = "NO SUCH TRANSITION"
+
+
+class Strictness:
+    """What becomes of an event that a stage does not take: a flaw, or, as in production, it is dropped. Mutants are
+    judged by what is lost in production."""
+
+    on = True
+
+
+def _stepped(step: Callable[[Any, Event], Any], state: object, event: Event) -> tuple[object, tuple[Command, ...]]:
+    try:
+        return step(state, event)
+    except InvalidTransition as error:
+        return (error if Strictness.on else state), ()
+
+
 INERT = frozenset({Do.HOLD, Do.RELEASE, Do.WRITE_ACKS, Do.ANNOUNCE, Do.START_PRECOPY})
 """Carried out at once: they neither branch nor send anything that could be lost in a way that matters."""
 MESSAGES = {Do.GO: "go", Do.SEND_LOADED: "loaded", Do.SEND_FAILED: "failed", Do.SEND_DONE: "done"}
@@ -147,8 +165,10 @@ def feed_source(world: World, event: Event) -> World:
         return world
     key = (id(world.source), event)
     if key not in steps:
-        steps[key] = (world.source, *source_step(world.source, event))
+        steps[key] = (world.source, *_stepped(source_step, world.source, event))
     _, state, commands = steps[key]
+    if isinstance(state, InvalidTransition):
+        return world._replace(flaw=f"{INVALID}: source {state.stage} {state.event}")
     assert isinstance(state, SourceState)
     if state is world.source and not commands:
         return world
@@ -174,8 +194,10 @@ def feed_destination(world: World, event: Event) -> World:
         return world
     key = (id(world.destination), event)
     if key not in steps:
-        steps[key] = (world.destination, *destination_step(world.destination, event))
+        steps[key] = (world.destination, *_stepped(destination_step, world.destination, event))
     _, state, commands = steps[key]
+    if isinstance(state, InvalidTransition):
+        return world._replace(flaw=f"{INVALID}: destination {state.stage} {state.event}")
     assert isinstance(state, DestinationState)
     if state is world.destination and not commands:
         return world
@@ -362,9 +384,7 @@ def _pause(world: World) -> World:
 def _resume(world: World) -> World:
     if world.engine and world.vmm in (RUN, STOPPED) and world.source is not None and world.source.inside:
         return world._replace(flaw="VCPUS STARTED UNDER A MIGRATION WITH DEVICES INSIDE")
-    if world.vmm in (PARKED, DEVICE):
-        return world
-    if world.vmm == DEAD:
+    if world.vmm in (PARKED, DEVICE, DEAD):
         return feed_source(world, Seen.RESUME_FAILED)
     if world.off:
         return feed_source(world, Seen.GUEST_ENDED)
@@ -568,15 +588,16 @@ def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
 
 
 def message_moves(world: World) -> Iterator[Move]:
-    """Messages arrive at any time, any number of times, or never; watches likewise."""
+    """Messages arrive at any time, any number of times, or never; watches likewise. What is for another attempt, or for
+    another process of the destination, an agent's PeerService answers by itself."""
     for kind, number, extra in sorted(world.flying):
         inc = f"i{number}"
         match kind:
-            case "loaded":
+            case "loaded" if world.source is not None and world.source.inc == inc:
                 yield "LOADED", True, feed_source(world, words.LoadedReport(inc, True))
             case "failed" if world.source is not None and world.source.inc == inc:
                 yield "FAILED", True, feed_source(world, Seen.DEST_FAILED)
-            case "go":
+            case "go" if world.destination is not None and world.destination.inc == inc:
                 yield "GO", True, feed_destination(world, words.GoSeen(inc))
             case "done" if world.source is not None and world.source.inc == inc:
                 yield "DONE", True, feed_source(world, Seen.DONE_KNOWN)
@@ -593,7 +614,12 @@ def message_moves(world: World) -> Iterator[Move]:
     if world.pending and world.source is not None:
         newest = AckRequest("x", max(world.pending))
         yield "S sees req", True, feed_source(world, words.RequestsSeen((newest,), world.req))
-        if world.copy == WAIT and (world.vmm in (RUN, STOPPED) or world.source.stage is SourceStage.GATE_WAIT):
+        begun = world.source.stage is not SourceStage.BINDING
+        if (
+            begun
+            and world.copy == WAIT
+            and (world.vmm in (RUN, STOPPED) or world.source.stage is SourceStage.GATE_WAIT)
+        ):
             acked = feed_source(world._replace(pending=frozenset()), words.Acked(newest))
             yield "ACK", True, acked
 
