@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from agents.handover.table import InvalidTransition, Row, ignored, key_of, table
+from agents.handover.table import Handler, InvalidTransition, Key, Row, ignored, key_of, table
 from agents.handover.words import (
     Command,
     Do,
@@ -387,5 +387,5 @@ _ROWS: tuple[Row[DestinationStage], ...] = (
     (Seen.VMM_DIED, (_DISCARDING, _ROLLING_BACK, _DECLARING), _vmm_death_noted),
 )
 
-TABLE = table(_ROWS)
+TABLE: dict[tuple[DestinationStage, Key], Handler] = table(_ROWS)
 """(stage, event) -> what becomes of it. What is not in here, a stage does not take."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from agents.handover.table import InvalidTransition, Row, ignored, key_of, table
+from agents.handover.table import Handler, InvalidTransition, Key, Row, ignored, key_of, table
 from agents.handover.words import (
     Acked,
     Command,
@@ -852,5 +852,5 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     (Seen.VMM_DIED, (_DECLARING,), ignored),
 )
 
-TABLE = table(_ROWS)
+TABLE: dict[tuple[SourceStage, Key], Handler] = table(_ROWS)
 """(stage, event) -> what becomes of it. What is not in here, a stage does not take."""
