@@ -90,6 +90,8 @@ class Agent:
         self._guests: dict[str, HostedGuest] = {}
         self._tasks = Tasks(f"agent of {here.host}")
         self._hosting = asyncio.Lock()
+        self._all_found = False
+        """Every guest that earlier agents wrote down on this disk is known."""
         metrics.gauges(
             guests=lambda: sum(1 for guest in list(self._guests.values()) if guest.is_here),
             under_way=self._departures,
@@ -119,10 +121,16 @@ class Agent:
     async def start(self) -> None:
         """Adopt what an earlier agent left, then take the host's place in the ledger. Raises StoreUnavailable."""
         self._journal.open()
-        await asyncio.gather(*(self._adopt(files) for files in found_on_disk(self._config)))
+        await self._adopt_found()
         await self._registration.register()
         self._store.on_session(self._session)
         self._tasks.keep(self._scan_now_and_then, "scan of the ledger", again_s=RETRY_S)
+
+    async def _adopt_found(self) -> None:
+        """One guest that cannot be adopted is that guest's trouble. What cannot be read is read again by each scan."""
+        found = await asyncio.to_thread(found_on_disk, self._config)
+        self._all_found = not found.unreadable
+        await asyncio.gather(*(self._adopt(files) for files in found.guests if files.uuid not in self._guests))
 
     async def _adopt(self, files: GuestFiles) -> None:
         guest = HostedGuest(self._tools, files)
@@ -161,6 +169,8 @@ class Agent:
 
     async def _scan(self, starting_before: set[str]) -> set[str]:
         """Births are buried only when they were found twice: whoever wrote one may be about to call `start_guest`."""
+        if not self._all_found:
+            await self._adopt_found()
         starting: set[str] = set()
         for uuid in await self._store.children(paths.GUESTS):
             if uuid in self._guests:
@@ -267,7 +277,16 @@ class Agent:
 
     def status(self) -> AgentStatus:
         sample = self._sample()
-        return AgentStatus(self.here, self._journal.epoch, sample.guests, sample.attempts)
+        guests = list(self._guests.values())
+        return AgentStatus(
+            self.here,
+            self._journal.epoch,
+            sample.guests,
+            sample.attempts,
+            copies=tuple(copy for guest in guests for copy in guest.copy_statuses()),
+            complete=self._all_found and not self._hosting.locked() and all(guest.all_known for guest in guests),
+            troubles=tuple(guest.trouble for guest in guests if guest.trouble is not None),
+        )
 
     def _sample(self) -> AgentSample:
         for uuid in [uuid for uuid, guest in self._guests.items() if guest.forgotten]:

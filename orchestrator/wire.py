@@ -23,10 +23,13 @@ from orchestrator.core.agent import (
     AttemptSeen,
     AttemptStatus,
     ConductOrder,
+    CopyStatus,
     GuestStatus,
+    GuestTrouble,
     PrepareOrder,
     Progress,
     RunState,
+    Trouble,
     WishApplied,
 )
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
@@ -423,7 +426,48 @@ def agent_status_to_proto(status: AgentStatus) -> agent_pb2.GetAgentResponse:
         epoch=status.epoch,
         guests=map(guest_status_to_proto, status.guests),
         attempts=map(attempt_status_to_proto, status.attempts),
+        copies=map(_copy_status_to_proto, status.copies),
+        complete=status.complete,
+        troubles=map(_guest_trouble_to_proto, status.troubles),
     )
+
+
+def _copy_status_to_proto(status: CopyStatus) -> agent_pb2.CopyStatus:
+    return agent_pb2.CopyStatus(
+        guest_uuid=status.guest,
+        name=status.name,
+        inc=status.inc,
+        memory_mib=status.memory_mib,
+        pid=status.pid,
+        devices_pid=status.devices_pid,
+        incoming=status.incoming,
+    )
+
+
+def _guest_trouble_to_proto(trouble: GuestTrouble) -> agent_pb2.GuestTrouble:
+    return agent_pb2.GuestTrouble(
+        guest_uuid=trouble.guest, name=trouble.name, trouble=trouble.trouble.value, message=trouble.message
+    )
+
+
+def _copy_status_from_proto(message: agent_pb2.CopyStatus) -> CopyStatus:
+    return CopyStatus(
+        guest=message.guest_uuid,
+        name=message.name,
+        inc=message.inc,
+        memory_mib=message.memory_mib,
+        pid=message.pid,
+        devices_pid=message.devices_pid,
+        incoming=message.incoming,
+    )
+
+
+def _guest_trouble_from_proto(message: agent_pb2.GuestTrouble) -> GuestTrouble:
+    try:
+        trouble = Trouble(message.trouble)
+    except ValueError:  # a newer agent's word
+        trouble = Trouble.NOT_KEPT
+    return GuestTrouble(message.guest_uuid, message.name, trouble, message.message)
 
 
 def agent_status_from_proto(message: agent_pb2.GetAgentResponse) -> AgentStatus:
@@ -432,6 +476,9 @@ def agent_status_from_proto(message: agent_pb2.GetAgentResponse) -> AgentStatus:
         epoch=message.epoch,
         guests=tuple(map(guest_status_from_proto, message.guests)),
         attempts=tuple(map(attempt_status_from_proto, message.attempts)),
+        copies=tuple(map(_copy_status_from_proto, message.copies)),
+        complete=message.complete,
+        troubles=tuple(map(_guest_trouble_from_proto, message.troubles)),
     )
 
 

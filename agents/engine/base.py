@@ -18,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import GuestSpec
 
 
@@ -222,8 +223,8 @@ class Vmm(Protocol):
         """Events in order, on the event loop. Returns a function that ends it."""
         ...
 
-    def alive(self) -> bool:
-        """The process exists (pid and start time)."""
+    def liveness(self) -> Liveness:
+        """Of the process. GONE only when that is certain; UNKNOWN decides nothing. Asks no VMM, takes no descriptor."""
         ...
 
     async def state(self, timeout_s: float = 2.0) -> VmmState: ...
@@ -305,5 +306,8 @@ class MigrationEngine(Protocol):
         ...
 
     async def adopt(self, metadata: VmmMetadata, spec: VmmSpec) -> Vmm | None:
-        """The VMM of an earlier agent process. None: that process is gone (same pid with another start time counts)."""
+        """The VMM of an earlier agent process. None: that process is gone (same pid with another start time counts).
+
+        Raises EngineError when it is not gone and does not answer, and when it cannot be told whether it is gone.
+        """
         ...

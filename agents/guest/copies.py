@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 from agents.engine import base as engine
 from agents.guest import duty as keeping
 from agents.guest.files import GuestFiles
-from agents.shims.base import DestinationShim, InVmmDevices, ShimError, SourceShim
+from agents.shims.base import DestinationShim, InVmmDevices, SourceShim
 from agents.shims.companion import DeviceProcess
+from orchestrator.core.liveness import Liveness
 
 MIGRATING = frozenset(
     {
@@ -73,9 +73,18 @@ class Copy:
     async def look(self) -> keeping.Copy:
         """What the keeper needs to know, asked from the VMM now. Raises EngineError when it does not answer."""
         metadata = self.vmm.metadata
-        seen = keeping.Copy(self.inc, self.incoming, metadata.migration, metadata.attempt, in_session=self.in_session)
+        seen = keeping.Copy(
+            self.inc,
+            self.incoming,
+            metadata.migration,
+            metadata.attempt,
+            liveness=self.vmm.liveness(),
+            in_session=self.in_session,
+        )
         if self.in_session:
             return replace(seen, running=self.running)
+        if seen.liveness is not Liveness.ALIVE:
+            return seen
         state = await self.vmm.state()
         self.found(state.run_state)
         return replace(
@@ -92,8 +101,16 @@ class Copy:
         if run_state is engine.RunState.ENDED:
             self.ended = self.ended or "before this agent came"
 
+    @property
+    def is_gone(self) -> bool:
+        """The VMM has ended for certain."""
+        return self.vmm.liveness() is Liveness.GONE
+
     async def destroy(self) -> None:
-        """VMM and devices are gone and their files removed. Idempotent."""
+        """VMM and devices are gone and their files removed. Idempotent.
+
+        Raises EngineError, ShimError and OSError when something is left; to be repeated then.
+        """
         await self.vmm.destroy()
         if self.devices is not None:
             await self.devices.destroy()
@@ -162,13 +179,14 @@ async def adopt(mover: engine.MigrationEngine, files: GuestFiles, metadata: engi
             copy = Copy(files, vmm, devices, running=False)
             copy.found((await vmm.state()).run_state)
             return copy
+        if devices is not None:
+            await devices.destroy()
     except BaseException:
         for held in filter(None, (vmm, devices)):
             await held.detach()
         raise
-    with contextlib.suppress(ShimError):
-        if devices is not None:
-            await devices.destroy()
-    for path in (spec.console_path, *files.directory.glob(f"{metadata.inc}.*")):
+    # The note last, as ever: whoever is killed in the middle leaves a successor that knows what to remove.
+    left = sorted(files.directory.glob(f"{metadata.inc}.*"), key=lambda path: path.suffixes == [".json"])
+    for path in (spec.console_path, *left):
         await asyncio.to_thread(path.unlink, missing_ok=True)
     return None

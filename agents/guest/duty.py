@@ -13,17 +13,20 @@ from enum import StrEnum
 from orchestrator.core import handover
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
+from orchestrator.core.liveness import Liveness
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One VMM process that is alive."""
+    """One VMM process that is known here. Of one that is gone nothing counts but that."""
 
     inc: str
     incoming: bool
     """Made to receive the guest and not promoted yet; `migration` and `attempt` then say for which attempt."""
     migration: str = ""
     attempt: int = 0
+    liveness: Liveness = Liveness.ALIVE
+    """Of the process. While one is UNKNOWN nothing is decided about the guest."""
     running: bool = False
     """The vCPUs run."""
     sealed: bool = False
@@ -33,11 +36,13 @@ class Copy:
     migrating: bool = False
     """A migration is under way in it, parked ones included."""
     in_session: bool = False
-    """A session conducts it: hands off."""
+    """A session conducts it: hands off, alive or not."""
 
 
 class Do(StrEnum):
     NOTHING = "nothing"
+    ASK_AGAIN = "ask_again"
+    """What would decide is not known: nothing is done, and everything is asked again."""
     FINISH_BIRTH = "finish_birth"
     """The record says STARTING and the VMM runs: write IDLE."""
     BURY = "bury"
@@ -69,11 +74,26 @@ def own_copy(record: GuestRecord, copies: Sequence[Copy]) -> Copy | None:
     return (named or sorted(own, key=lambda copy: copy.sealed) or [None])[0]
 
 
-def duty(record: GuestRecord, here: HostRef, copies: Sequence[Copy], *, marker: bool, want_run: bool) -> Duty:
+def decides(copy: Copy) -> bool:
+    """Its process is there, or may be: what it is counts."""
+    return copy.in_session or copy.liveness is not Liveness.GONE
+
+
+def is_unknown(copy: Copy) -> bool:
+    """Nobody can tell whether its process is there, and no session answers for it."""
+    return not copy.in_session and copy.liveness is Liveness.UNKNOWN
+
+
+def duty(record: GuestRecord | None, here: HostRef, known: Sequence[Copy], *, marker: bool, want_run: bool) -> Duty:
     """The next thing to do; NOTHING when all is well or a session is at it.
 
-    `marker`: there is one for record.inc. `copies` are those alive on this host, in no particular order.
+    `record` None: the ledger has none. That says nothing about the guest: a record is written before a guest's first
+    VMM is executed and is never deleted, so a ledger without it has lost it. `marker`: there is one for record.inc.
+    `known`: the copies of this host, in no particular order.
     """
+    if record is None or any(map(is_unknown, known)):
+        return Duty(Do.ASK_AGAIN)
+    copies = [copy for copy in known if decides(copy)]
     if record.owner.host == here.host:
         mine = _owned(record, here, copies, marker=marker, want_run=want_run)
         if mine.do is not Do.NOTHING:

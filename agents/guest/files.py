@@ -31,6 +31,23 @@ class _Note:
     spec: GuestSpec
 
 
+def there(path: Path) -> bool:
+    """Raises OSError when it cannot be told: what cannot be looked at is not missing."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def listed(directory: Path) -> list[Path]:
+    """Its entries, sorted; none when it does not exist. Raises OSError, which `glob` would hide."""
+    try:
+        return sorted(directory.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def seed_of(uuid: str) -> int:
     """Mixed into the devices' first states, so that two guests' devices never look alike."""
     return int(uuid.replace("-", "")[:8], 16)
@@ -107,11 +124,24 @@ class GuestFiles:
             segment=net.segment_of(f"{self.config.zookeeper}{self.config.chroot}", self.config.address),
         )
 
+    def has_marker(self, inc: str) -> bool:
+        """Raises BadRecord when that cannot be told."""
+        try:
+            return there(self.marker(inc))
+        except OSError as error:
+            raise BadRecord(f"whether there is a marker cannot be told: {error}") from error
+
+    def _listed(self) -> list[Path]:
+        try:
+            return listed(self.directory)
+        except OSError as error:
+            raise BadRecord(f"the notes of a guest's VMMs cannot be listed: {error}") from error
+
     def processes(self) -> list[VmmMetadata]:
         """The VMM processes that were noted down; any may be dead by now. Raises BadRecord: and that one alive."""
         found: list[VmmMetadata] = []
-        for path in sorted(self.directory.glob("*.json")):
-            if path.name == "guest.json" or path.name.endswith(".devices.json"):
+        for path in self._listed():
+            if path.suffix != ".json" or path.name == "guest.json" or path.name.endswith(".devices.json"):
                 continue
             try:
                 found.append(VmmMetadata(**json.loads(path.read_bytes())))
@@ -122,17 +152,35 @@ class GuestFiles:
         return found
 
 
-def found_on_disk(config: AgentConfig) -> list[GuestFiles]:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What earlier agents of this host left on its disk."""
+
+    guests: tuple[GuestFiles, ...]
+    unreadable: tuple[str, ...] = ()
+    """What cannot be read: there may be guests behind it that nobody knows of."""
+
+
+def found_on_disk(config: AgentConfig) -> Found:
     """Every guest that an earlier agent of this host had to do with; what it was about to remove is gone afterwards."""
     found: list[GuestFiles] = []
-    for path in (config.dir / "guests").glob("*"):
+    unreadable: list[str] = []
+    try:
+        directories = listed(config.dir / "guests")
+    except OSError as error:
+        directories = []
+        unreadable.append(str(error))
+    for directory in directories:
         with contextlib.suppress(OSError):  # not empty, as it should be
-            path.rmdir()
-    for path in sorted((config.dir / "guests").glob("*/guest.json")):
-        try:
-            note = decode(_Note, path.read_bytes(), path=str(path))
-        except (BadRecord, OSError) as error:
-            log.error("a guest's note is unreadable", file=str(path), error=str(error))
+            directory.rmdir()
             continue
-        found.append(GuestFiles(config, note.uuid, note.spec))
-    return found
+        note = directory / "guest.json"
+        try:
+            text = decode(_Note, note.read_bytes(), path=str(note))
+        except (BadRecord, OSError) as error:
+            unreadable.append(str(error))
+            continue
+        found.append(GuestFiles(config, text.uuid, text.spec))
+    for one in unreadable:
+        log.error("a guest's note is unreadable", error=one)
+    return Found(tuple(found), tuple(unreadable))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -36,10 +36,20 @@ from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.serving.peer import DestinationClient, SourceClient
 from agents.shims.base import ShimError
-from orchestrator.core.agent import ConductOrder, GuestStatus, PrepareOrder, RunState, WishApplied
+from orchestrator.core.agent import (
+    ConductOrder,
+    CopyStatus,
+    GuestStatus,
+    GuestTrouble,
+    PrepareOrder,
+    RunState,
+    Trouble,
+    WishApplied,
+)
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.liveness import Liveness, LivenessUnknown
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
 from orchestrator.core.records import HostRecord, ShimKind, WantRun
@@ -47,11 +57,17 @@ from orchestrator.core.switchover import AckLedger
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Store, StoreUnavailable
+from orchestrator.tasks import Tasks, failures
 
 log = structlog.get_logger(__name__)
 
+_EXPECTED = (StoreUnavailable, DroverError, BadRecord, engine.EngineError, ShimError, LivenessUnknown, OSError)
+"""What can go wrong while a guest is kept; anything else is a fault of ours, and is logged with its traceback."""
+
 RESYNC_S = 5.0
 RETRY_S = 0.3
+SAID_AGAIN_S = 60.0
+"""The same trouble of a guest is logged so often."""
 NEEDS_OPERATOR_S = 5.0
 """A guest that could not be started again is tried again this often; it is started nowhere else."""
 WISH_S = 2.0
@@ -115,7 +131,7 @@ class HostedGuest:
         self._wish = WantRun()
         self._turn = asyncio.Lock()
         self._woken = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(f"guest {files.spec.name}")
         self._unwatch: Callable[[], None] = lambda: None
         self.may_bury = True
         """A record that says STARTING may be of a birth that is about to be asked for; only a restart is sure."""
@@ -123,6 +139,14 @@ class HostedGuest:
         """Nothing of the guest is here any more."""
         self._all_known = False
         """Every process that an earlier agent left was adopted, or is dead."""
+        self._making = 0
+        """Processes that are being started and are not among the copies yet."""
+        self.trouble: GuestTrouble | None = None
+        """Why the guest is not kept just now; None: it is."""
+        self._troubles = 0
+        """Failures to keep it in a row."""
+        self._said_s = 0.0
+        """When its trouble was last logged, by the loop's clock."""
 
     @property
     def uuid(self) -> str:
@@ -137,14 +161,17 @@ class HostedGuest:
     def start(self) -> None:
         """Begin to watch and to keep."""
         self._unwatch = self.ledger.watch(self._record_seen, self._wish_seen)
-        self._spawn(self._keep())
+        self._tasks.spawn(self._keep(), "keeper")
 
     async def adopt(self) -> None:
-        """Find the processes that an earlier agent left, before anything is decided about them."""
+        """Find the processes that an earlier agent left, before anything is decided about them.
+
+        Never raises: what goes wrong is this guest's trouble, and the keeper tries again.
+        """
         try:
             await self._adopt_left()
-        except (DroverError, BadRecord) as error:
-            log.error("nothing is done to a guest yet", guest=self.name, error=str(error))
+        except Exception as error:
+            self._not_kept(error)
 
     async def _adopt_left(self) -> None:
         """Raises BUSY while a process that was left is alive and does not answer, BadRecord for a note that cannot be
@@ -166,18 +193,11 @@ class HostedGuest:
     async def stop(self) -> None:
         """Let go of everything and leave it to a later agent."""
         self._unwatch()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await asyncio.gather(*(copy.detach() for copy in self.copies.values()), return_exceptions=True)
 
     def wake(self) -> None:
         self._woken.set()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def _add(self, copy: Copy) -> None:
         self.copies[copy.inc] = copy
@@ -221,7 +241,8 @@ class HostedGuest:
 
     async def _execute(self) -> None:
         try:
-            self._add(await making.start(self._tools.mover, self.files, secrets.token_hex(8)))
+            with self._being_made():
+                self._add(await making.start(self._tools.mover, self.files, secrets.token_hex(8)))
         except (engine.EngineError, ShimError, OSError) as error:
             await self.ledger.buried(self._tools.here)
             self.files.remove()
@@ -250,7 +271,7 @@ class HostedGuest:
     async def _clear(self) -> None:
         for copy in list(self.copies.values()):
             await copy.destroy()
-        self.copies.clear()
+            self.copies.pop(copy.inc, None)
         self.files.remove()
         self.forgotten = True
 
@@ -306,21 +327,21 @@ class HostedGuest:
     async def _make_arrival(self, order: PrepareOrder) -> Arrival:
         ref, inc = order.attempt, secrets.token_hex(8)
         try:
-            copy = await making.prepare(
-                self._tools.mover, self.files, inc, ref.migration, ref.attempt, order.multifd_channels
-            )
+            with self._being_made():
+                copy = await making.prepare(
+                    self._tools.mover, self.files, inc, ref.migration, ref.attempt, order.multifd_channels
+                )
+                self._add(copy)
         except (engine.EngineError, ShimError, OSError) as error:
             said = f"{self._tools.here.host} cannot prepare guest {self.name}: {error}"
             raise DroverError(RefusalReason.INTERNAL, said) from error
-        self._add(copy)
         state = DestinationState(ref, self._tools.here, inc, has_devices=bool(self.files.companions))
         peer = self._tools.peers.source(order.source_peer_address, ref, inc)
         try:
             runner = self._destination_runner(copy, state, peer)
             await runner.begin(session_number(ref))
         except ShimError as error:
-            self.copies.pop(inc)
-            await copy.destroy()
+            await self._destroyed(copy)
             raise DroverError(RefusalReason.INTERNAL, f"devices of guest {self.name}: {error}") from error
         config = self._tools.config
         address = f"{config.address}:{config.peer_port}"
@@ -352,7 +373,7 @@ class HostedGuest:
             try:
                 stage = await arrival.receive(first)
                 log.info("arrival ended", migration=ref.migration, attempt=ref.attempt, guest=self.name, stage=stage)
-                if not arrival.copy.vmm.alive():
+                if arrival.copy.is_gone:
                     await arrival.copy.destroy()
             except Exception:
                 log.exception("arrival failed", migration=ref.migration, attempt=ref.attempt, guest=self.name)
@@ -363,7 +384,7 @@ class HostedGuest:
                 self.wake()
                 self._tools.changed()
 
-        self._spawn(run())
+        self._tasks.spawn(run(), "arrival")
 
     # --- source -------------------------------------------------------------------------------------------------------
 
@@ -460,7 +481,7 @@ class HostedGuest:
                     guest=self.name,
                     stage=departure.runner.state.stage,
                 )
-                if not departure.copy.vmm.alive():
+                if departure.copy.is_gone:
                     await departure.copy.destroy()
                 if departure.runner.state.stage is SourceStage.ENDED_NEEDS_OPERATOR:
                     await asyncio.sleep(NEEDS_OPERATOR_S)
@@ -475,13 +496,18 @@ class HostedGuest:
                 self.wake()
                 self._tools.changed()
 
-        self._spawn(run())
-        self._spawn(self._sample(departure))
+        self._tasks.spawn(run(), "departure")
+        self._tasks.spawn(self._sample(departure), "sampler")
         self._tools.link_shared()
 
     async def _sample(self, departure: Departure) -> None:
         while self.departure is departure:
-            await departure.sample()
+            try:
+                await departure.sample()
+            except Exception as error:  # a sample is missing, and the next one comes
+                failures["sampler"] += 1
+                log.warning("an attempt could not be sampled", guest=self.name, error=repr(error))
+                await asyncio.sleep(RETRY_S)
             self._tools.changed()
             await asyncio.sleep(0.25)
 
@@ -509,27 +535,53 @@ class HostedGuest:
         """Look whenever something changed, and now and then, until nothing of the guest is here."""
         while not self.forgotten:
             try:
-                async with asyncio.timeout(RESYNC_S):
-                    await self._woken.wait()
-            except TimeoutError:
-                if not self._suspicious():
+                if not await self._something_to_look_at():
                     continue
-            self._woken.clear()
-            try:
+                self._woken.clear()
                 async with self._turn:
                     await self._keep_once()
-            except (StoreUnavailable, DroverError, engine.EngineError, ShimError) as error:
-                log.warning("keeping a guest: trying again", guest=self.name, error=str(error))
-                await asyncio.sleep(RETRY_S)
+            except Exception as error:
+                self._not_kept(error)
+                await asyncio.sleep(min(RETRY_S * 2 ** min(self._troubles - 1, 10), RESYNC_S))
                 self.wake()
-            except BadRecord as error:
-                log.error("a guest's record is unreadable: nothing is done to it", guest=self.name, error=str(error))
-                await asyncio.sleep(RESYNC_S)
-                self.wake()
+            else:
+                self._kept()
         self._unwatch()
+
+    async def _something_to_look_at(self) -> bool:
+        try:
+            async with asyncio.timeout(RESYNC_S):
+                await self._woken.wait()
+        except TimeoutError:
+            return self._suspicious()
+        return True
+
+    def _kept(self) -> None:
+        if self.trouble is not None:
+            log.info("a guest is kept again", guest=self.name)
+            self._tools.changed()
+        self.trouble, self._troubles = None, 0
+
+    def _not_kept(self, error: Exception) -> None:
+        """Whatever it is, it is this guest's trouble, and said; everything else goes on, and this is tried again."""
+        self._troubles += 1
+        unreadable = isinstance(error, BadRecord)
+        kind = Trouble.UNREADABLE if unreadable else Trouble.NOT_KEPT
+        before, self.trouble = self.trouble, GuestTrouble(self.uuid, self.name, kind, str(error) or repr(error))
+        if not isinstance(error, _EXPECTED):
+            failures["keeper"] += 1
+        now_s = asyncio.get_running_loop().time()
+        if before == self.trouble and now_s - self._said_s < SAID_AGAIN_S:
+            return
+        self._said_s = now_s
+        self._tools.changed()
+        unknown = None if isinstance(error, _EXPECTED) else error
+        log.error("a guest is not kept: trying again", guest=self.name, error=self.trouble.message, exc_info=unknown)
 
     def _suspicious(self) -> bool:
         """Is a periodic look worth a write (the barrier)? At rest the watches and the processes tell everything."""
+        if self.trouble is not None:
+            return True
         own = self._own()
         settled = self.record is not None and self.record.phase is Ownership.IDLE
         if own is None or not settled or len(self.copies) > 1:
@@ -546,9 +598,12 @@ class HostedGuest:
             record = await self._fresh()
             wish = await self.ledger.want_run()
             self._wish = wish
-            seen = [await copy.look() for copy in self.copies.values() if copy.in_session or copy.vmm.alive()]
-            marker = bool(record.inc) and self.files.marker(record.inc).exists()
+            seen = [await copy.look() for copy in self.copies.values()]
+            marker = bool(record.inc) and self.files.has_marker(record.inc)
             duty = keeping.duty(record, self._tools.here, seen, marker=marker, want_run=wish.run)
+            if duty.do is Do.ASK_AGAIN:
+                unknown = ", ".join(copy.inc for copy in seen if keeping.is_unknown(copy))
+                raise self._refused(RefusalReason.BUSY, f"it cannot be told whether its process {unknown} lives")
             if duty.do is Do.BURY and not self.may_bury:
                 return
             if duty.do is Do.NOTHING:
@@ -560,9 +615,8 @@ class HostedGuest:
     async def _tidy(self, record: GuestRecord) -> None:
         """Remove what is left of dead processes; forget a guest of which nothing is here."""
         for copy in list(self.copies.values()):
-            if not copy.in_session and not copy.vmm.alive():
-                self.copies.pop(copy.inc)
-                await copy.destroy()
+            if not copy.in_session and copy.is_gone:
+                await self._destroyed(copy)
         elsewhere = record.owner.host != self._tools.here.host or record.phase is Ownership.GONE
         if elsewhere and not self.copies and not self.arrivals and self.departure is None:
             self.files.remove()
@@ -629,8 +683,20 @@ class HostedGuest:
         )
 
     async def _discard(self, duty: Duty, record: GuestRecord) -> None:
-        copy = self.copies.pop(duty.inc)
+        await self._destroyed(self.copies[duty.inc])
+
+    async def _destroyed(self, copy: Copy) -> None:
+        """It stays known while anything of it is left: what raises here is tried again."""
         await copy.destroy()
+        self.copies.pop(copy.inc, None)
+
+    @contextlib.contextmanager
+    def _being_made(self) -> Generator[None]:
+        self._making += 1
+        try:
+            yield
+        finally:
+            self._making -= 1
 
     async def _run(self, duty: Duty, record: GuestRecord) -> None:
         """A guest that arrived paused is announced now: QEMU sends nothing while the vCPUs stand."""
@@ -659,7 +725,7 @@ class HostedGuest:
 
     def _own(self) -> Copy | None:
         """The copy that is the guest, as far as is known without asking."""
-        alive = [copy for copy in self.copies.values() if copy.vmm.alive()]
+        alive = [copy for copy in self.copies.values() if not copy.is_gone]
         born = [copy for copy in alive if not copy.incoming]
         named = [copy for copy in alive if self.is_here and self.record is not None and copy.inc == self.record.inc]
         return (named or born or [None])[0]
@@ -671,13 +737,38 @@ class HostedGuest:
         if own is None:
             starting = self.record is None or self.record.phase is Ownership.STARTING
             return GuestStatus(self.uuid, self.name, "", RunState.STARTING if starting else RunState.ENDED)
-        if own.ended:
+        if own.vmm.liveness() is Liveness.UNKNOWN:
+            state = RunState.UNKNOWN
+        elif own.ended:
             state = RunState.ENDED
         elif own.running:
             state = RunState.RUNNING
         else:
             state = RunState.STOPPED if self._wish.run else RunState.PAUSED
         return GuestStatus(self.uuid, self.name, own.inc, state, own.vmm.metadata.pid)
+
+    def copy_statuses(self) -> tuple[CopyStatus, ...]:
+        """What of the guest is on this host, whoever owns it."""
+        return tuple(map(self._copy_status, self.copies.values()))
+
+    def _copy_status(self, copy: Copy) -> CopyStatus:
+        devices = copy.devices
+        return CopyStatus(
+            self.uuid,
+            self.name,
+            copy.inc,
+            memory_mib=0 if copy.is_gone else self.files.spec.memory_mib,
+            pid=0 if copy.is_gone else copy.vmm.metadata.pid,
+            devices_pid=0 if devices is None or devices.liveness() is Liveness.GONE else devices.pid,
+            incoming=copy.incoming,
+        )
+
+    @property
+    def all_known(self) -> bool:
+        """`copy_statuses` is all there is: nothing was left unadopted, is being started or cannot be told alive."""
+        processes = [copy.vmm.liveness() for copy in self.copies.values()]
+        processes += [copy.devices.liveness() for copy in self.copies.values() if copy.devices is not None]
+        return self._all_known and not self._making and Liveness.UNKNOWN not in processes
 
     @property
     def is_here(self) -> bool:

@@ -12,6 +12,7 @@ from typing import ClassVar
 import structlog
 
 from agents.engine import base as engine
+from agents.guest.files import there
 from agents.handover import words
 from agents.handover.destination import DestinationState, destination_step
 from agents.handover.ledger import AttemptLedger
@@ -21,6 +22,7 @@ from agents.handover.shell import stepped
 from agents.handover.words import Command, Do, Event, Note, Seen, WriteAbort
 from agents.shims.base import DestinationShim, Frame, FrameKind, InVmmDevices, Load, ShimError
 from orchestrator.core.handover import GuestRecord
+from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import TimelineEntry
 from orchestrator.ledger.store import StoreUnavailable
 
@@ -156,7 +158,7 @@ class DestinationRunner:
         return None
 
     async def _write_marker(self) -> Event | None:
-        if not self.vmm.alive():
+        if self.vmm.liveness() is Liveness.GONE:
             # Its death is on its way here as an event. Without a marker the guest can be given back.
             self._note("marker_not_written", "the VMM is dead")
             return Seen.MARKER_FAILED
@@ -209,7 +211,14 @@ class DestinationRunner:
         return await self.ledger.done()
 
     async def _write_rollback(self) -> Event | None:
-        return await self.ledger.roll_back(vmm_seen_dead=not self.vmm.alive(), marker=self.marker.exists())
+        try:
+            marker = there(self.marker)
+        except OSError as error:  # not known: nothing is given back on the strength of that
+            self._note("marker_unknown", str(error))
+            await asyncio.sleep(_RETRY_S)
+            return Seen.LEDGER_UNKNOWN
+        gone = self.vmm.liveness() is Liveness.GONE
+        return await self.ledger.roll_back(vmm_seen_dead=gone, marker=marker)
 
     async def _declare_crashed(self) -> Event | None:
         return await self.ledger.crashed()

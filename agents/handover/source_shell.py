@@ -27,6 +27,7 @@ from agents.shims.base import Frame, FrameKind, InVmmDevices, Load, ShimError, S
 from agents.shims.inside import InVmmDevice
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.ids import AckRequest
+from orchestrator.core.liveness import Liveness
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import TimelineEntry
 from orchestrator.ledger.store import StoreUnavailable
@@ -287,7 +288,7 @@ class SourceRunner:
         return Seen.SHIMS_BACK_RESET if errors else Seen.SHIMS_BACK
 
     async def _abort_engine(self) -> Event | None:
-        while self.vmm.alive():
+        while self.vmm.liveness() is not Liveness.GONE:
             try:
                 state = await self.vmm.abort()
             except engine.EngineError as error:
@@ -338,7 +339,7 @@ class SourceRunner:
 
     async def _count_bytes(self) -> None:
         """For the report; the blackout is over, and a VMM that is gone has told before."""
-        if self.vmm.alive():
+        if self.vmm.liveness() is not Liveness.GONE:
             with contextlib.suppress(engine.EngineError):
                 self.transferred_bytes = (await self.vmm.progress()).transferred_bytes
 

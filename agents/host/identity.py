@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Protocol
 
 from agents.config import AgentConfig
+from orchestrator import proc
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.ids import HostRef
+from orchestrator.core.liveness import LivenessUnknown
 
 _KERNEL_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _VOLATILE_FILE_SYSTEMS = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
@@ -123,7 +125,7 @@ class OneAgent:
             if not self._try():
                 raise DroverError(RefusalReason.INTERNAL, f"another agent holds {self._path} and could not be ended")
         os.ftruncate(self._descriptor, 0)
-        note = {"pid": os.getpid(), "start_time": _start_time(os.getpid())}
+        note = {"pid": os.getpid(), "start_time": proc.start_time_of(os.getpid())}
         os.pwrite(self._descriptor, json.dumps(note).encode(), 0)
 
     def _try(self) -> bool:
@@ -135,16 +137,15 @@ class OneAgent:
 
     def _kill_holder(self) -> None:
         """Through a pid descriptor whose start time was compared: a recycled pid cannot be hit."""
-        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError, LivenessUnknown):
             note = json.loads(os.pread(self._descriptor, 4096, 0))
-            descriptor = os.pidfd_open(int(note["pid"]))
+            descriptor = proc.open_process(int(note["pid"]), int(note["start_time"]))
+            if descriptor is None:
+                return
             try:
-                if _start_time(int(note["pid"])) == note["start_time"]:
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                    select.select([descriptor], [], [], _KILL_S)
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                waiting = select.poll()  # unlike select(2), it takes descriptors of any number
+                waiting.register(descriptor, select.POLLIN)
+                waiting.poll(_KILL_S * 1000)
             finally:
                 os.close(descriptor)
-
-
-def _start_time(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

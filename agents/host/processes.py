@@ -10,18 +10,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-
-def start_time_of(pid: int) -> int | None:
-    """Field 22 of /proc/<pid>/stat; None when there is no such process, or only its zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+from orchestrator import proc
+from orchestrator.core.liveness import Liveness, LivenessUnknown
 
 
 def tail_of(path: Path) -> str:
-    """The last words in a process's log, for an error message."""
+    """The last words in a process's log, for an error message; empty when they cannot be read."""
     try:
         return path.read_text(errors="replace").strip()[-400:]
     except OSError:
@@ -36,31 +30,62 @@ async def spawned(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Po
     except asyncio.CancelledError:
         await asyncio.wait({spawning})
         if spawning.exception() is None:
-            spawning.result().kill()
-            await asyncio.to_thread(spawning.result().wait)
+            await ended(spawning.result())
         raise
 
 
-class Watched:
-    """A process known by pid and start time, child or not. `on_death` is called once, on the event loop."""
+async def ended(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child that nothing has been done with yet, and reap it."""
+    child.kill()
+    await asyncio.to_thread(child.wait)
 
-    def __init__(self, pid: int, start_time: int) -> None:
+
+class Watched:
+    """A process behind a descriptor, child or not. `on_death` is called once, on the event loop."""
+
+    def __init__(self, pid: int, descriptor: int | None) -> None:
+        """`descriptor` is this object's from here on. None: the process is gone already."""
         self.pid = pid
-        self._start_time = start_time
         self.dead = asyncio.Event()
         self.on_death: Callable[[], None] | None = None
-        self._fd: int | None = None
-        try:
-            self._fd = os.pidfd_open(pid)
-        except ProcessLookupError:
+        self._fd = descriptor
+        if descriptor is None:
             self.dead.set()
-            return
-        asyncio.get_running_loop().add_reader(self._fd, self._died)
-        if start_time_of(pid) != start_time:  # the pid was recycled before the descriptor was open
-            self._died()
+        else:
+            asyncio.get_running_loop().add_reader(descriptor, self._died)
 
-    def alive(self) -> bool:
-        return not self.dead.is_set() and start_time_of(self.pid) == self._start_time
+    @classmethod
+    def find(cls, pid: int, start_time: int) -> Watched | None:
+        """The process that an earlier agent started; None: it is gone. Raises LivenessUnknown."""
+        descriptor = proc.open_process(pid, start_time)
+        return None if descriptor is None else cls(pid, descriptor)
+
+    @classmethod
+    async def adopt_child(cls, child: subprocess.Popen[bytes]) -> tuple[Watched, int]:
+        """A child that was just started, and its start time. Raises LivenessUnknown; the child is ended then.
+
+        Its pid cannot be given again before it was waited for, which from here on nobody but this object does.
+        """
+        descriptor: int | None = None
+        try:
+            descriptor = proc.descriptor_of(child.pid)
+            start_time = proc.start_time_of(child.pid)
+            if descriptor is None or start_time is None:
+                raise LivenessUnknown(f"process {child.pid}: it was started, and the kernel knows nothing of it")
+            watched = cls(child.pid, descriptor)
+        except BaseException:
+            if descriptor is not None:
+                os.close(descriptor)
+            await ended(child)
+            raise
+        child.returncode = 0  # Popen must neither reap it nor warn
+        return watched, start_time
+
+    def liveness(self) -> Liveness:
+        """Asked of the descriptor that is held: this needs no other one. UNKNOWN after `close`."""
+        if self.dead.is_set():
+            return Liveness.GONE
+        return Liveness.UNKNOWN if self._fd is None else proc.liveness_of(self._fd)
 
     def kill(self) -> None:
         """Through the descriptor: a recycled pid cannot be hit."""
@@ -69,6 +94,7 @@ class Watched:
                 signal.pidfd_send_signal(self._fd, signal.SIGKILL)
 
     def close(self) -> None:
+        """Let go of the process and leave it as it is."""
         if self._fd is not None:
             asyncio.get_running_loop().remove_reader(self._fd)
             os.close(self._fd)

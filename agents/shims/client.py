@@ -19,6 +19,7 @@ from grpc import StatusCode, aio
 from agents.shims.base import FinalQuery, Frame, FrameKind, Load, SendFrame, ShimError
 from agents.shims.inside import DeviceEvent, InVmmDevice
 from orchestrator.core.ids import AckRequest
+from orchestrator.core.liveness import Liveness
 from orchestrator.rpc import channels
 from orchestrator.tasks import Tasks
 from protos.drover.v1 import shim_pb2 as pb
@@ -60,10 +61,10 @@ _KINDS_BACK = {kind: number for number, kind in _KINDS.items()}
 class ShimClient:
     """Calls to one program about the devices of one VMM process. For the running event loop."""
 
-    def __init__(self, path: Path, guest: str, inc: str, alive: Callable[[], bool]) -> None:
-        """`path`: the program's unix socket. `alive`: may the program still answer; no call outlasts a False."""
+    def __init__(self, path: Path, guest: str, inc: str, liveness: Callable[[], Liveness]) -> None:
+        """`path`: the program's unix socket. `liveness`: of the program; no call outlasts a GONE."""
         self._path, self._guest, self._inc = path, guest, inc
-        self._alive = alive
+        self._liveness = liveness
         self._channel: aio.Channel | None = None
         self._tasks = Tasks(f"shim client {guest}/{inc}")
         self._watching = False
@@ -97,7 +98,7 @@ class ShimClient:
                 raise ShimError(f"{who}: {name} was not answered in {timeout_s:g} s")
             if code not in _BROKEN:
                 raise ShimError(said or f"{who}: {name} was refused: {code.name}", reset=code is StatusCode.DATA_LOSS)
-            if self._tasks.closed or not self._alive():
+            if self._tasks.closed or self._liveness() is Liveness.GONE:
                 raise ShimError(f"{who}: its device program is gone")
             await asyncio.sleep(_RECONNECT_S)
 

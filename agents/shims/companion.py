@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agents.host.processes import Watched, spawned, start_time_of, tail_of
+from agents.host.processes import Watched, spawned, tail_of
 from agents.shims.base import DestinationShim, InVmmDevices, ShimError, SourceShim
 from agents.shims.client import RemoteDestination, RemoteInside, RemoteSource, ShimClient
 from orchestrator.core.errors import DroverError
+from orchestrator.core.liveness import Liveness, LivenessUnknown
 from orchestrator.core.records import DeviceSpec, ShimKind
 from orchestrator.core.scenario import scenario_mapping
 from orchestrator.scenario_text import parse_scenario
@@ -68,7 +69,7 @@ class DeviceProcess:
         self.vfio_path = spec.path("vfio")
         """Unix socket that the preload of a VMM with devices inside it connects to."""
         self._process = watched
-        self._client = ShimClient(spec.path("ctl"), spec.guest, spec.inc, watched.alive)
+        self._client = ShimClient(spec.path("ctl"), spec.guest, spec.inc, watched.liveness)
         self._steps: _Steps | None = None
 
     @classmethod
@@ -83,7 +84,8 @@ class DeviceProcess:
             raise ShimError(
                 f"socket path {spec.path('dev')} is longer than {_MAX_SOCKET_PATH} bytes: use a shorter state directory"
             )
-        if _known_process(spec) is not None:
+        if (running := _known_process(spec)) is not None:
+            running.close()
             raise ShimError(f"the devices of {spec.guest} ({spec.inc}) are running already: adopt them")
         description = _description(spec, incoming=incoming)
         steps = _Steps()
@@ -93,8 +95,14 @@ class DeviceProcess:
             steps.close()
             raise
         steps.close_write()
-        child.returncode = 0  # from here the pid is watched by descriptor; Popen must neither reap nor warn
-        started = cls(spec, Watched(child.pid, start_time_of(child.pid) or 0))
+        try:
+            watched, _ = await Watched.adopt_child(child)
+        except BaseException as error:
+            steps.close()
+            if isinstance(error, LivenessUnknown):
+                raise ShimError(f"the device process cannot be watched, and was ended: {error}") from error
+            raise
+        started = cls(spec, watched)
         started._steps = steps
         await started._reached(b"p")
         return started
@@ -130,16 +138,20 @@ class DeviceProcess:
 
     @classmethod
     async def adopt(cls, spec: DevicesSpec) -> DeviceProcess | None:
-        """The process that an earlier agent started. None: it is gone. Raises ShimError when it does not answer."""
-        known = _known_process(spec)
-        if known is None:
+        """The process that an earlier agent started. None: it is gone.
+
+        Raises ShimError when it does not answer, and when it cannot be told whether it is gone.
+        """
+        watched = _known_process(spec)
+        if watched is None:
             return None
-        found = cls(spec, Watched(*known))
+        found = cls(spec, watched)
         try:
             await found._client.describe()
         except BaseException as error:
+            gone = found.liveness() is Liveness.GONE
             await found.detach()
-            if isinstance(error, ShimError) and not found.alive():
+            if gone and isinstance(error, ShimError):
                 return None
             raise
         return found
@@ -148,9 +160,9 @@ class DeviceProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def alive(self) -> bool:
-        """The process exists (pid and start time)."""
-        return self._process.alive()
+    def liveness(self) -> Liveness:
+        """Of the process. GONE only when that is certain; UNKNOWN decides nothing."""
+        return self._process.liveness()
 
     def source_shims(self) -> list[SourceShim]:
         """One per device, in the order of the specification. Each list is for one attempt."""
@@ -172,17 +184,23 @@ class DeviceProcess:
         return await self._client.inject(device, at, times, bytes)
 
     async def destroy(self) -> None:
-        """End the process and remove its files; returns when it is gone. Idempotent."""
-        if self.alive():
+        """End the process and remove its files; returns when it is gone. Idempotent.
+
+        Raises ShimError when it does not end, and OSError when a file cannot be removed; to be repeated then.
+        """
+        if self.liveness() is not Liveness.GONE:
             with contextlib.suppress(ShimError):
                 await self._client.end(_END_S / 2)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_END_S):
                     await self._process.dead.wait()
         self._process.kill()
-        if self.alive():
-            async with asyncio.timeout(_END_S):
-                await self._process.dead.wait()
+        if self.liveness() is not Liveness.GONE:
+            try:
+                async with asyncio.timeout(_END_S):
+                    await self._process.dead.wait()
+            except TimeoutError:
+                raise ShimError(f"the device process {self.pid} was killed and has not ended in {_END_S:g} s") from None
         await self.detach()
         for suffix in ("dev", "ctl", "vfio", "devices.json", "devices.tmp", "devices.log", "vfio.log"):
             self.spec.path(suffix).unlink(missing_ok=True)
@@ -289,12 +307,20 @@ def _spawn(spec: DevicesSpec, description: bytes, ready_fd: int) -> subprocess.P
     return child
 
 
-def _known_process(spec: DevicesSpec) -> tuple[int, int] | None:
-    """Pid and start time of the process that the metadata file names, if it is alive."""
+def _known_process(spec: DevicesSpec) -> Watched | None:
+    """The process that the metadata file names; None: there is no such file, or the process is gone.
+
+    Raises ShimError when that cannot be told.
+    """
+    note = spec.path("devices.json")
     try:
-        known = json.loads(spec.path("devices.json").read_text())
+        known = json.loads(note.read_text())
         pid, start_time = int(known["pid"]), int(known["start_time"])
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = (known.get("guest"), known.get("inc")) == (spec.guest, spec.inc)
+        return Watched.find(pid, start_time) if ours else None
+    except FileNotFoundError:
         return None
-    ours = (known.get("guest"), known.get("inc")) == (spec.guest, spec.inc)
-    return (pid, start_time) if ours and start_time_of(pid) == start_time else None
+    except LivenessUnknown as error:
+        raise ShimError(f"device process of {spec.inc}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShimError(f"{note}: the note of a device process cannot be read: {error}") from error

@@ -59,6 +59,7 @@ _TEXTS = {
     "pause_failed": "the guest could not be stopped",
     "marker_not_written": "this copy is not used: {detail}",
     "marker_failed": "no marker could be written, so this copy is not used",
+    "marker_unknown": "whether this copy had an effect could not be looked up; it is asked again",
     "activation_failed": "the devices could not be activated, tried again",
     "start_failed": "the guest could not be started, tried again",
     "roll_back_failed": "a device lost its state on the way back",

@@ -62,6 +62,50 @@ class GuestStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyStatus:
+    """What an agent's host has of one copy of a guest, whoever owns the guest: a VMM process, the process of its
+    devices, or what is left of them."""
+
+    guest: str
+    """Uuid."""
+    name: str
+    inc: str
+    memory_mib: int
+    """What the VMM takes; 0 when it has ended."""
+    pid: int
+    """0: the VMM has ended."""
+    devices_pid: int = 0
+    """0: there is no device process, or it has ended."""
+    incoming: bool = False
+    """Made for an attempt to move the guest here, and not the guest yet."""
+
+
+class Trouble(StrEnum):
+    """Why an agent does nothing about a guest that it holds."""
+
+    NOT_KEPT = "NOT_KEPT"
+    """Something failed; it is tried again."""
+    UNREADABLE = "UNREADABLE"
+    """A record or a note cannot be read, and has to be mended."""
+    NO_RECORD = "NO_RECORD"
+    """The ledger has lost the guest's record; the guest is left as it is."""
+    OLD_RECORD = "OLD_RECORD"
+    """The ledger's record is older than what this agent has seen before; the guest is left as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestTrouble:
+    """One guest that an agent holds and does not keep just now."""
+
+    guest: str
+    """Uuid."""
+    name: str
+    trouble: Trouble
+    message: str
+    """A sentence: what failed, and what to do where that is known."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptStatus:
     """One attempt that an agent takes part in. `phase` is None when the agent's word for it is not known here."""
 
@@ -88,7 +132,14 @@ class AgentStatus:
     epoch: int
     """Highest coordinator epoch it has seen."""
     guests: tuple[GuestStatus, ...] = ()
+    """Guests that this host owns, as far as is known."""
     attempts: tuple[AttemptStatus, ...] = ()
+    copies: tuple[CopyStatus, ...] = ()
+    """Every copy of a guest on this host in this power cycle, those of guests that are owned elsewhere included."""
+    complete: bool = False
+    """`copies` names everything that is there. False: some process, or what the agent wrote down of it, is not known
+    yet, so that nothing may be concluded from what is missing."""
+    troubles: tuple[GuestTrouble, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

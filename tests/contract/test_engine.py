@@ -34,6 +34,7 @@ from agents.engine.base import (
 )
 from agents.engine.qemu import process
 from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import GuestSpec, Workload
 from tests.fakes.engine import FakeEngine, FakeVmm
 
@@ -253,7 +254,7 @@ async def test_death_is_told_and_destroy_is_idempotent(pair: Pair) -> None:
     async with asyncio.timeout(2):
         while VmmDied() not in seen:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
-    assert not source.alive()
+    assert source.liveness() is Liveness.GONE
     await source.destroy()
     await source.destroy()
 

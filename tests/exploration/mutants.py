@@ -20,6 +20,7 @@ from agents.handover.words import Commit, DevicesLost, Do, Seen
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
+from orchestrator.core.liveness import Liveness
 from tests.exploration import world as world_module
 from tests.exploration.world import BORN, Bounds, World
 
@@ -202,6 +203,22 @@ def wait_for_what_ended() -> list[Patch]:
     return [_with(source_session, Seen.GUEST_ENDED, lambda state: ended(state) if state.stage in ours else (state, ()))]
 
 
+def unknown_is_gone() -> list[Patch]:
+    return [
+        (keeping, "is_unknown", lambda copy: False),
+        (keeping, "decides", lambda copy: copy.in_session or copy.liveness is Liveness.ALIVE),
+    ]
+
+
+def missing_is_gone() -> list[Patch]:
+    duty = keeping.duty
+
+    def credulous(record: Any, here: Any, known: Any, **rest: Any) -> Any:
+        return duty(record or replace(BORN, phase=Ownership.GONE), here, known, **rest)
+
+    return [(keeping, "duty", credulous)]
+
+
 _REQUEST = Bounds(requests=1, cancels=0, faults=0)
 _CANCEL = Bounds(requests=0, cancels=1, faults=0)
 _STOP = Bounds(requests=0, cancels=0, faults=0, wishes=1)
@@ -233,5 +250,7 @@ MUTANTS = (
     Mutant("resume_in_place", "5.2", resume_in_place, replace(_INSIDE, wishes=2)),
     Mutant("forget_reset", "DEVICE_RESET", forget_reset, replace(_INSIDE, requests=1)),
     Mutant("start_what_ended", "GUEST_ENDED", start_what_ended, replace(_OFF, faults=0)),
+    Mutant("unknown_is_gone", "H10", unknown_is_gone),
+    Mutant("missing_is_gone", "H9", missing_is_gone),
     Mutant("wait_for_what_ended", "GUEST_ENDED", wait_for_what_ended, _OFF, dead_ends=True),
 )

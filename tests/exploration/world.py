@@ -29,6 +29,7 @@ from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
+from orchestrator.core.liveness import Liveness
 
 S1, S2 = HostRef("s", "s1"), HostRef("s", "s2")
 D1, D2 = HostRef("d", "d1"), HostRef("d", "d2")
@@ -711,19 +712,42 @@ def _fence(world: World, host: str) -> World:
     return attempted(world, lambda: handover.crashed(world.record, writer="f")) or world
 
 
+Sees = tuple[GuestRecord | None, Liveness | None]
+"""What a keeper is told: the record, or that the ledger has none, and a word on its process in place of the truth."""
+
+
+def sights(world: World) -> Iterator[tuple[World, Sees]]:
+    """The truth; and, as a fault, a process that cannot be asked about, and a ledger that has lost the record."""
+    yield world, (read_record(world), None)
+    if world.faults:
+        less = world._replace(faults=world.faults - 1)
+        yield less, (read_record(world), Liveness.UNKNOWN)
+        yield less, (None, None)
+
+
+def _seen(told: Liveness | None, *, gone: bool) -> Liveness:
+    truth = Liveness.GONE if gone else Liveness.ALIVE
+    return truth if told is None else told
+
+
 def _source_keeper(world: World) -> Iterator[Move]:
     """What `agents/guest/duty.py` makes of the source's VMM while no session speaks for it."""
-    record, here = read_record(world), S2 if world.power == 3 else S1
+    for seen, sees in sights(world):
+        yield from _source_duty(seen, *sees)
+
+
+def _source_duty(world: World, record: GuestRecord | None, told: Liveness | None) -> Iterator[Move]:
+    here = S2 if world.power == 3 else S1
     copy = keeping.Copy(
         "s",
         False,
+        liveness=_seen(told, gone=world.vmm == DEAD),
         running=world.vmm == RUN,
         sealed=world.vmm == SEALED,
         ended=world.off and world.vmm == STOPPED,
         migrating=world.engine,
     )
-    copies = () if world.vmm == DEAD else (copy,)
-    found = keeping.duty(record, here, copies, marker=False, want_run=world.want)
+    found = keeping.duty(record, here, (copy,), marker=False, want_run=world.want)
     match found.do:
         case keeping.Do.DECLARE_CRASHED:
             after = attempted(world, lambda: handover.crashed(world.record, writer="s"))
@@ -739,6 +763,7 @@ def _source_keeper(world: World) -> Iterator[Move]:
             after = world._replace(vmm=RUN if run else STOPPED, wished_stop=not run)
             yield "S keeper applies the wish", True, after
         case keeping.Do.END_AS_SOURCE:
+            assert record is not None
             k = record.attempt
             state, commands = restarted_source(
                 ref(k), here, f"i{k}", want_run=world.want, parked=world.vmm == PARKED, sealed=world.vmm == SEALED
@@ -749,19 +774,30 @@ def _source_keeper(world: World) -> Iterator[Move]:
 
 
 def _destination_keeper(world: World) -> Iterator[Move]:
-    record, here = read_record(world), D2 if world.power == 4 else D1
+    for seen, sees in sights(world):
+        yield from _destination_duty(seen, *sees)
+
+
+def _destination_duty(world: World, record: GuestRecord | None, told: Liveness | None) -> Iterator[Move]:
+    here = D2 if world.power == 4 else D1
     inc = f"i{world.copy_inc}"
     own = world.copy == OWN
-    copy = keeping.Copy(inc, not own, MIGRATION, world.copy_inc, running=world.want if own else False)
-    copies = (copy,) if world.copy in (WAIT, LOADED, OWN) else ()
-    found = keeping.duty(record, here, copies, marker=world.marker, want_run=world.want)
+    gone = world.copy not in (WAIT, LOADED, OWN)
+    copy = keeping.Copy(
+        inc,
+        not own,
+        MIGRATION,
+        world.copy_inc,
+        liveness=_seen(told, gone=gone),
+        running=world.want if own else False,
+    )
+    known = () if world.copy == NONE else (copy,)
+    found = keeping.duty(record, here, known, marker=world.marker, want_run=world.want)
     match found.do:
         case keeping.Do.GIVE_BACK:
             back = attempted(
                 world,
-                lambda: handover.roll_back(
-                    world.record, by=here, vmm_seen_dead=not copies, marker=world.marker, writer="d"
-                ),
+                lambda: handover.roll_back(world.record, by=here, vmm_seen_dead=True, marker=world.marker, writer="d"),
             )
             if back is not None:
                 yield "D keeper gives back", True, back

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from agents.engine import base
 from agents.engine.base import EngineError, EngineStatus, HoldStart, RunState, VmmMetadata, VmmState
+from orchestrator.core.liveness import Liveness
 
 _UNDER_WAY = (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.PARKED, EngineStatus.DEVICE)
 
@@ -22,6 +23,8 @@ class Script:
     late_devices: int = 0
     """So many devices inside the VMM ask after the decision, once: `proceed` ends in the VMM's own verdict."""
     unmigratable: tuple[str, ...] = ()
+    blind: bool = False
+    """Of no process can be told whether it lives."""
 
 
 class FakeVmm:
@@ -51,6 +54,11 @@ class FakeVmm:
 
     def alive(self) -> bool:
         return not self._dead
+
+    def liveness(self) -> Liveness:
+        if self.engine.script.blind:
+            return Liveness.UNKNOWN
+        return Liveness.GONE if self._dead else Liveness.ALIVE
 
     async def state(self, timeout_s: float = 2.0) -> VmmState:
         self._called("state")

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from orchestrator.proc import start_time_of
+
 
 def listener(kind: str, config: Path) -> socket.socket | None:
     if kind == "collector":
@@ -33,23 +35,19 @@ def listener(kind: str, config: Path) -> socket.socket | None:
     return None
 
 
-def start_time(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-
-
 def keep_guest(config: Path) -> None:
     note = config.parent / "guests" / "one" / "i1.json"
     if note.exists():
         known = json.loads(note.read_text())
         try:
-            if start_time(known["pid"]) == known["start_time"]:
+            if start_time_of(known["pid"]) == known["start_time"]:
                 return
         except OSError:
             pass
     # An empty environment and nothing on the command line: only the note, or the namespace, tells whose it is.
     guest = subprocess.Popen(guest_command(config), start_new_session=True, env={"PATH": os.environ["PATH"]})
     note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps({"pid": guest.pid, "start_time": start_time(guest.pid)}))
+    note.write_text(json.dumps({"pid": guest.pid, "start_time": start_time_of(guest.pid)}))
 
 
 def guest_command(config: Path) -> list[str]:

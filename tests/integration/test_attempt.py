@@ -20,6 +20,7 @@ from agents.handover.source import SourceStage
 from agents.handover.source_shell import SourceRunner
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
+from orchestrator.core.liveness import Liveness
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import GuestSpec, Requests, TimelineEntry, Workload
 from orchestrator.ledger import paths
@@ -107,7 +108,7 @@ async def test_a_clean_attempt_gives_the_guest_away_once(lab: Lab) -> None:
     assert destination.state.stage is DestinationStage.ENDED_DONE
     record = await lab.record()
     assert (record.phase, record.owner, record.inc) == (Ownership.IDLE, D, "i1")
-    assert not source.vmm.alive()
+    assert source.vmm.liveness() is Liveness.GONE
     assert (await destination.vmm.state()).run_state is RunState.RUNNING
     assert source.ledger.writes + destination.ledger.writes == 3, "bind, COMMIT, DONE"
 
@@ -139,7 +140,7 @@ async def test_a_late_ack_aborts_the_guest_runs_on_and_the_retry_succeeds(lab: L
         assert (record.reason, record.devices) == (AbortReason.LATE_SWITCHOVER_ACK, ("dpu",))
         assert (await source.vmm.state()).run_state is RunState.RUNNING
         assert shim.state == "RUNNING"
-        assert not destination.vmm.alive()
+        assert destination.vmm.liveness() is Liveness.GONE
         pauses.append(blackout_ms(source.timeline))
     print(f"guest stopped for {pauses} ms by its late ACKs")
     source, destination = await lab.run([shim], [FakeDestinationShim("dpu")])
@@ -154,7 +155,7 @@ async def test_a_device_that_cannot_validate_never_becomes_the_guest(lab: Lab) -
     record = await lab.record()
     assert (record.phase, record.owner) == (Ownership.ABORTED, S)
     assert (await source.vmm.state()).run_state is RunState.RUNNING
-    assert not destination.vmm.alive()
+    assert destination.vmm.liveness() is Liveness.GONE
 
 
 async def test_an_ack_that_never_comes_ends_at_its_deadline(lab: Lab) -> None:

@@ -23,6 +23,7 @@ from agents.shims.companion import DeviceProcess, DevicesSpec
 from deploy.lab.devices import PROGRAM
 from deploy.lab.devices.device import hash32
 from orchestrator.core.ids import AckRequest
+from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
 from tests.contract.test_engine import image, no_qemu, until
 
@@ -323,7 +324,7 @@ async def test_adopt_finds_the_process_and_only_that(lab: Lab) -> None:
     adopted = await DeviceProcess.adopt(process.spec)
     assert adopted is not None
     lab.processes[:] = [adopted]
-    assert adopted.alive()
+    assert adopted.liveness() is Liveness.ALIVE
     metadata = process.spec.path("devices.json")
     metadata.write_text(metadata.read_text().replace('"start_time": ', '"start_time": 1'))
     assert await DeviceProcess.adopt(process.spec) is None
@@ -333,7 +334,7 @@ async def test_destroy_removes_everything_and_is_idempotent(lab: Lab) -> None:
     process = await lab.start("s")
     await process.destroy()
     await process.destroy()
-    assert not process.alive()
+    assert process.liveness() is Liveness.GONE
     assert list(lab.directory.iterdir()) == []
     assert await DeviceProcess.adopt(process.spec) is None
 
@@ -343,7 +344,7 @@ async def test_a_process_that_hangs_is_destroyed_all_the_same(lab: Lab) -> None:
     os.kill(process.pid, signal.SIGSTOP)
     began = time.monotonic()
     await process.destroy()
-    assert not process.alive()
+    assert process.liveness() is Liveness.GONE
     assert time.monotonic() - began < 5
 
 
@@ -354,7 +355,7 @@ async def test_it_ends_by_itself_when_it_cannot_be_found_any_more(lab: Lab, vani
         shutil.rmtree(lab.directory)
     else:
         process.spec.path("devices.json").unlink()
-    await wait_for(lambda: not process.alive(), 4)
+    await wait_for(lambda: process.liveness() is Liveness.GONE, 4)
 
 
 async def test_calls_fail_at_once_when_the_process_is_gone(lab: Lab) -> None:

@@ -25,6 +25,7 @@ from agents.handover.source import SourceStage
 from agents.handover.words import WantRunSeen
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
+from orchestrator.core.liveness import Liveness
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
 from orchestrator.core.records import AttemptReport, DeviceSpec, ShimKind
 from tests.fakes.attempt import Coming, D, Leaving, Moves, S
@@ -98,7 +99,7 @@ class Course(Moves):
         assert self.destination.state.stage is DestinationStage.ENDED_DONE
         record = await self.record()
         assert (record.phase, record.owner) == (Ownership.IDLE, D)
-        assert not self.here.vmm.alive()
+        assert self.here.vmm.liveness() is Liveness.GONE
         await _sound(self.there)
 
     async def stayed(self, reason: AbortReason, *devices: str) -> None:
@@ -106,7 +107,7 @@ class Course(Moves):
         record = await self.record()
         assert (record.phase, record.owner) == (Ownership.ABORTED, S)
         assert (record.reason, record.devices) == (reason, devices)
-        assert not self.there.vmm.alive()
+        assert self.there.vmm.liveness() is Liveness.GONE
         await _sound(self.here)
 
 

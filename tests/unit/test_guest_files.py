@@ -40,7 +40,7 @@ def test_killed_after_any_step_of_the_removal(tmp_path: Path, monkeypatch: pytes
                 files.remove()
         else:
             files.remove()
-    assert [found.uuid for found in found_on_disk(config)] == ([G] if after < 4 else [])
+    assert [found.uuid for found in found_on_disk(config).guests] == ([G] if after < 4 else [])
     files.remove()
     assert not files.directory.exists()
 
@@ -49,5 +49,5 @@ def test_a_directory_that_was_about_to_go_is_gone_at_the_next_start(tmp_path: Pa
     config = agent_config(tmp_path)
     left = config.dir / "guests" / G[:16]
     left.mkdir(parents=True)
-    assert found_on_disk(config) == []
+    assert found_on_disk(config).guests == ()
     assert not left.exists()

@@ -19,6 +19,7 @@ from agents.engine.base import EngineError, EngineStatus, EngineTimeout, HoldSta
 from agents.engine.qemu import process, verdict
 from agents.engine.qemu.qmp import QmpConnection
 from agents.host import processes
+from orchestrator.core.liveness import Liveness, LivenessUnknown
 
 log = structlog.get_logger(__name__)
 
@@ -92,8 +93,8 @@ class QemuVmm:
         self._sinks.append(sink)
         return lambda: self._sinks.remove(sink) if sink in self._sinks else None
 
-    def alive(self) -> bool:
-        return self._process.alive()
+    def liveness(self) -> Liveness:
+        return self._process.liveness()
 
     async def connect(self, timeout_s: float = _CONNECT_S) -> None:
         """Both QMP connections; retried until QEMU has made its sockets. Raises EngineError with QEMU's last words."""
@@ -114,7 +115,7 @@ class QemuVmm:
                 return connection
             except EngineError:
                 await connection.close()
-                if not self.alive():
+                if self.liveness() is Liveness.GONE:
                     words = processes.tail_of(process.log_path(self._spec))
                     raise EngineError(f"QEMU ended at its start: {words}") from None
                 await asyncio.sleep(0.01)
@@ -325,7 +326,7 @@ class QemuVmm:
     async def destroy(self) -> None:
         self._process.kill()
         async with _bounded("destroy", 5.0):
-            if self.alive():
+            if self.liveness() is not Liveness.GONE:
                 await self._process.dead.wait()
         await self.detach()
         spec = self._spec
@@ -365,7 +366,7 @@ class QemuVmm:
     async def _execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float = 2.0
     ) -> Any:
-        if not self.alive():
+        if self.liveness() is Liveness.GONE:
             raise EngineError(f"{command}: the QEMU process is gone; {self._with_words('')}")
         return await self._main.execute(command, arguments, timeout_s=timeout_s)
 
@@ -373,7 +374,8 @@ class QemuVmm:
         """A refused stream is explained in the destination's log only."""
         if self._metadata.role != "incoming" and error:
             return error
-        words = processes.tail_of(process.log_path(self._spec)) if error or not self.alive() else ""
+        gone = self.liveness() is Liveness.GONE
+        words = processes.tail_of(process.log_path(self._spec)) if error or gone else ""
         return f"{error} {words}".strip()
 
     def _emit(self, event: base.EngineEvent) -> None:
@@ -460,16 +462,21 @@ class QemuEngine:
 
     async def adopt(self, metadata: VmmMetadata, spec: base.VmmSpec) -> QemuVmm | None:
         features = await self._known()
-        if processes.start_time_of(metadata.pid) != metadata.start_time:
+        try:
+            watched = processes.Watched.find(metadata.pid, metadata.start_time)
+        except LivenessUnknown as error:
+            raise EngineError(f"VMM of {spec.spec.name}: {error}") from error
+        if watched is None:
             return None
-        vmm = QemuVmm(metadata, spec, processes.Watched(metadata.pid, metadata.start_time), features)
+        vmm = QemuVmm(metadata, spec, watched, features)
         try:
             await vmm.connect(4.0)
-        except EngineError:
+        except BaseException as error:
+            gone = vmm.liveness() is Liveness.GONE
             await vmm.detach()
-            if vmm.alive():
-                raise
-            return None
+            if gone and isinstance(error, EngineError):
+                return None
+            raise
         with contextlib.suppress(EngineError):
             await vmm.set_capabilities({"events": True})
         return vmm
@@ -482,20 +489,18 @@ class QemuEngine:
         command = process.command_line(launch, spec, incoming=role == "incoming")
         environment = process.environment(launch, spec)
         child = await processes.spawned(lambda: process.popen(command, process.log_path(spec), environment))
-        start_time = processes.start_time_of(child.pid)
-        child_words = processes.tail_of(process.log_path(spec))
-        if start_time is None:
-            await asyncio.to_thread(child.wait, 2.0)
-            raise EngineError(f"QEMU ended at its start: {child_words}")
+        try:
+            watched, start_time = await processes.Watched.adopt_child(child)
+        except LivenessUnknown as error:
+            raise EngineError(f"the VMM of {spec.spec.name} cannot be watched, and was ended: {error}") from error
         metadata = VmmMetadata(spec.guest, spec.inc, child.pid, start_time, role, migration, attempt)
+        vmm = QemuVmm(metadata, spec, watched, features)
         try:
             process.write_metadata(process.metadata_path(spec), metadata)
         except OSError as error:
-            child.kill()  # a VMM without a note would be nobody's
-            await asyncio.to_thread(child.wait)
+            await vmm.destroy()  # a VMM without a note would be nobody's
             raise EngineError(f"cannot note down the VMM of {spec.spec.name}: {error}") from error
-        child.returncode = 0  # from here the pid is watched by descriptor; Popen must neither reap nor warn
-        return QemuVmm(metadata, spec, processes.Watched(child.pid, start_time), features)
+        return vmm
 
     async def _known(self) -> Features:
         async with self._probing:

@@ -1,17 +1,22 @@
 """Processes by pid and start time, so that nothing is ever done to a stranger that got a recycled pid.
 
-Standard library and /proc only. Every function treats a process that vanishes meanwhile as one that is gone.
+Every function treats a process that vanishes meanwhile as one that is gone, and raises LivenessUnknown when the kernel
+cannot tell (no descriptor left, for one): nothing may be taken for gone then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from orchestrator import proc
+from orchestrator.core.liveness import LivenessUnknown
 
 PROC = Path("/proc")
 
@@ -68,18 +73,18 @@ class Seen:
 def _read(pid: int, what: str) -> bytes:
     try:
         return (PROC / str(pid) / what).read_bytes()
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise LivenessUnknown(f"process {pid}: {error}") from error
         return b""
 
 
 def look(pid: int) -> Seen | None:
     """The process with this pid, or None if there is none. A zombie counts as none: it can do nothing any more."""
-    # The name is in parentheses and may itself hold any of them, so the fields start after the last one.
-    before, _, after = _read(pid, "stat").decode(errors="replace").rpartition(")")
-    fields = after.split()
-    if len(fields) < 20 or fields[0] in {"Z", "X"}:
+    stat = proc.stat_of(pid)
+    if stat is None or stat.zombie:
         return None
-    return Seen(Identity(pid, int(fields[19])), int(fields[1]), before.partition("(")[2])
+    return Seen(Identity(pid, stat.start_time), stat.parent, stat.name)
 
 
 def identify(pid: int) -> Identity | None:
@@ -128,13 +133,10 @@ def ancestors_and_self() -> set[int]:
 
 def send(identity: Identity, number: signal.Signals) -> bool:
     """Signal exactly this process; False if it is gone. No race: the pidfd is opened before the identity is checked."""
-    try:
-        descriptor = os.pidfd_open(identity.pid)
-    except ProcessLookupError:
+    descriptor = proc.open_process(identity.pid, identity.start_time)
+    if descriptor is None:
         return False
     try:
-        if not is_alive(identity):
-            return False
         signal.pidfd_send_signal(descriptor, number)
     except ProcessLookupError:
         return False
@@ -144,10 +146,17 @@ def send(identity: Identity, number: signal.Signals) -> bool:
 
 
 def wait_gone(identities: Collection[Identity], timeout_s: float) -> set[Identity]:
-    """Wait until all are gone, at most `timeout_s`; what is still there."""
+    """Wait until all are gone, at most `timeout_s`; what is still there, or may be."""
     deadline = time.monotonic() + timeout_s
-    left = {identity for identity in identities if is_alive(identity)}
+    left = {identity for identity in identities if _may_be_alive(identity)}
     while left and time.monotonic() < deadline:
         time.sleep(0.01)
-        left = {identity for identity in left if is_alive(identity)}
+        left = {identity for identity in left if _may_be_alive(identity)}
     return left
+
+
+def _may_be_alive(identity: Identity) -> bool:
+    try:
+        return is_alive(identity)
+    except LivenessUnknown:
+        return True

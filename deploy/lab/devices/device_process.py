@@ -37,6 +37,7 @@ from deploy.lab.devices.vfio.endpoint import Endpoint, features_of
 from deploy.lab.devices.vfio.layout import FIRST_INDEX
 from deploy.lab.devices.vfio.log import Log
 from deploy.lab.devices.vfio.server import VfioServer
+from orchestrator import proc
 from orchestrator.core.scenario import scenario_from
 
 _WATCH_S = 1.0
@@ -78,10 +79,6 @@ def _ready(word: bytes) -> None:
         os.write(int(os.environ["DROVER_READY_FD"]), word)
 
 
-def _start_time() -> int:
-    return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-
-
 async def _serve(description: dict[str, Any]) -> None:
     directory, inc = Path(description["directory"]), str(description["inc"])
     evidence = (directory / f"{inc}.vfio.log").open("a", buffering=1) if _has_vfio(description) else None
@@ -91,7 +88,7 @@ async def _serve(description: dict[str, Any]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.over.set)
     metadata, port, ctl, vfio = (directory / f"{inc}.{suffix}" for suffix in ("devices.json", "dev", "ctl", "vfio"))
-    made = {"guest": server.guest, "inc": inc, "pid": os.getpid(), "start_time": _start_time()}
+    made = {"guest": server.guest, "inc": inc, "pid": os.getpid(), "start_time": proc.start_time_of(os.getpid())}
     temporary = metadata.with_suffix(".tmp")
     temporary.write_text(json.dumps(made))
     temporary.replace(metadata)

@@ -71,13 +71,26 @@ class GetAgentResponse(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     GUESTS_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    TROUBLES_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     boot_id: _builtins.str
     epoch: _builtins.int
+    complete: _builtins.bool
+    """`copies` names everything that is there. False (also: an older agent): nothing follows from what is missing."""
     @_builtins.property
     def guests(self) -> _containers.RepeatedCompositeFieldContainer[Global___GuestStatus]: ...
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptStatus]: ...
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___CopyStatus]:
+        """Every copy of a guest on this host in this power cycle, those of guests that are owned elsewhere included."""
+
+    @_builtins.property
+    def troubles(self) -> _containers.RepeatedCompositeFieldContainer[Global___GuestTrouble]:
+        """Guests that this agent holds and does not keep just now."""
+
     def __init__(
         self,
         *,
@@ -86,14 +99,89 @@ class GetAgentResponse(_message.Message):
         epoch: _builtins.int = ...,
         guests: _abc.Iterable[Global___GuestStatus] | None = ...,
         attempts: _abc.Iterable[Global___AttemptStatus] | None = ...,
+        copies: _abc.Iterable[Global___CopyStatus] | None = ...,
+        complete: _builtins.bool = ...,
+        troubles: _abc.Iterable[Global___GuestTrouble] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "boot_id", b"boot_id", "epoch", b"epoch", "guests", b"guests", "host", b"host"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "boot_id", b"boot_id", "complete", b"complete", "copies", b"copies", "epoch", b"epoch", "guests", b"guests", "host", b"host", "troubles", b"troubles"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetAgentResponse: _TypeAlias = GetAgentResponse  # noqa: Y015
+
+@_typing.final
+class CopyStatus(_message.Message):
+    """A VMM process, the process of its devices, or what is left of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    INC_FIELD_NUMBER: _builtins.int
+    MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    DEVICES_PID_FIELD_NUMBER: _builtins.int
+    INCOMING_FIELD_NUMBER: _builtins.int
+    guest_uuid: _builtins.str
+    name: _builtins.str
+    inc: _builtins.str
+    memory_mib: _builtins.int
+    """What the VMM takes; 0 when it has ended."""
+    pid: _builtins.int
+    """0: the VMM has ended."""
+    devices_pid: _builtins.int
+    """0: there is no device process, or it has ended."""
+    incoming: _builtins.bool
+    """Made for an attempt to move the guest here, and not the guest yet."""
+    def __init__(
+        self,
+        *,
+        guest_uuid: _builtins.str = ...,
+        name: _builtins.str = ...,
+        inc: _builtins.str = ...,
+        memory_mib: _builtins.int = ...,
+        pid: _builtins.int = ...,
+        devices_pid: _builtins.int = ...,
+        incoming: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices_pid", b"devices_pid", "guest_uuid", b"guest_uuid", "inc", b"inc", "incoming", b"incoming", "memory_mib", b"memory_mib", "name", b"name", "pid", b"pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyStatus: _TypeAlias = CopyStatus  # noqa: Y015
+
+@_typing.final
+class GuestTrouble(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TROUBLE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    guest_uuid: _builtins.str
+    name: _builtins.str
+    trouble: _builtins.str
+    """NOT_KEPT, UNREADABLE, NO_RECORD or OLD_RECORD"""
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        guest_uuid: _builtins.str = ...,
+        name: _builtins.str = ...,
+        trouble: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_uuid", b"guest_uuid", "message", b"message", "name", b"name", "trouble", b"trouble"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GuestTrouble: _TypeAlias = GuestTrouble  # noqa: Y015
 
 @_typing.final
 class GuestStatus(_message.Message):
