@@ -93,17 +93,16 @@ def evacuation_phase_to_proto(phase: EvacuationPhase) -> types_pb2.EvacuationPha
 
 # --- policy -----------------------------------------------------------------------------------------------------------
 
+_POLICY_SWITCHES = ("auto_converge", "wait_for_capacity")
 _POLICY_NUMBERS = tuple(
-    field.name for field in fields(MigrationPolicy) if field.name not in ("on_timeout", "auto_converge")
+    field.name for field in fields(MigrationPolicy) if field.name not in ("on_timeout", *_POLICY_SWITCHES)
 )
 
 
 def policy_to_proto(policy: MigrationPolicy) -> types_pb2.MigrationPolicy:
     """Every field set."""
-    numbers: dict[str, Any] = {name: getattr(policy, name) for name in _POLICY_NUMBERS}
-    return types_pb2.MigrationPolicy(
-        **numbers, auto_converge=policy.auto_converge, on_timeout=_ON_TIMEOUT[policy.on_timeout]
-    )
+    plain: dict[str, Any] = {name: getattr(policy, name) for name in (*_POLICY_NUMBERS, *_POLICY_SWITCHES)}
+    return types_pb2.MigrationPolicy(**plain, on_timeout=_ON_TIMEOUT[policy.on_timeout])
 
 
 def policy_from_proto(
@@ -116,10 +115,8 @@ def policy_from_proto(
 def overrides_from_proto(message: types_pb2.MigrationPolicy, *, field: str = "policy") -> dict[str, int | bool | str]:
     """What is set in the message, as `core.policy.override` takes it."""
     given: dict[str, int | bool | str] = {
-        name: getattr(message, name) for name in _POLICY_NUMBERS if _is_set(message, name)
+        name: getattr(message, name) for name in (*_POLICY_NUMBERS, *_POLICY_SWITCHES) if _is_set(message, name)
     }
-    if message.HasField("auto_converge"):
-        given["auto_converge"] = message.auto_converge
     if message.on_timeout:
         known = _ON_TIMEOUT_OF.get(message.on_timeout)
         if known is None:
@@ -143,10 +140,10 @@ def policy_patch(given: Mapping[str, object] | None) -> types_pb2.MigrationPolic
             if known is None:
                 raise _unknown_word(field, value, OnTimeout)
             message.on_timeout = _ON_TIMEOUT[known]
-        elif name == "auto_converge":
+        elif name in _POLICY_SWITCHES:
             if not isinstance(value, bool):
                 raise _wrong(field, f"must be true or false, not {quoted(value)}")
-            message.auto_converge = value
+            setattr(message, name, value)
         elif name in _POLICY_NUMBERS:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
                 raise _wrong(field, f"must be a whole number from 0 to {(1 << 31) - 1}, not {quoted(value)}")

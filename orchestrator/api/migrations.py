@@ -22,7 +22,7 @@ from orchestrator.core.guest import name_error
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.placement import Need, choose
 from orchestrator.core.policy import MigrationPolicy, policy_errors
-from orchestrator.core.records import HostRecord, MigrationSpec
+from orchestrator.core.records import HostRecord, MigrationSpec, Reservations
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.migrations import creation, free_of_others
@@ -129,25 +129,29 @@ class Migrations:
         """The migration that would be, and the guest as it was when it was judged. Raises why there can be none."""
         read = await read_guest(self._tools.ledger, guest)
         decisions.need_movable(read.record)
+        policy = _policy(request, read)
         if request.destination:
-            await self._destination(read, request.destination)
+            await self._destination(read, request.destination, may_wait=policy.wait_for_capacity)
         spec = MigrationSpec(
             id=uuid.uuid4().hex[:12],
             guest=guest,
             guest_name=read.record.name,
             destination=request.destination,
-            policy=_policy(request, read),
+            policy=policy,
             requested_by=caller.by,
             create_time_s=self._tools.wall_s(),
         )
         return spec, read
 
-    async def _destination(self, read: GuestRead, wanted: str) -> str:
-        """Where the guest would go now. Raises the refusal that stands against the wanted host, or against all."""
+    async def _destination(self, read: GuestRead, wanted: str, *, may_wait: bool = False) -> str:
+        """Where the guest would go now; empty: nowhere, but `may_wait`, and time may bring a place. Raises the refusal that
+        stands against the wanted host, or against all."""
         snapshot = await self._tools.inventory.snapshot()
         record, spec = read.record, read.spec
         need = Need(read.uuid, record.name, record.owner.host, spec.memory_mib, spec.machine)
         choice = choose(snapshot.views(), need, wanted=wanted)
+        if choice.destination is None and may_wait and choice.passing:
+            return ""
         if choice.destination is None:
             raise no_place(choice, field="destination" if wanted else "")
         return choice.destination.host
@@ -176,7 +180,10 @@ class Migrations:
             step = decisions.cancel_step(name, read.standing)
             if step is CancelStep.NOTHING:
                 return
-            result = await write(self._tools, self._cancel_ops(step, read, writer), caller)
+            ops = self._cancel_ops(step, read, writer)
+            if step is CancelStep.CLOSE:
+                ops += await self._release(name, read.standing.state.destination)
+            result = await write(self._tools, ops, caller)
             if isinstance(result, Done):
                 log.info("cancelled", migration=name, guest=read.spec.guest_name, step=step, by=caller.by)
                 if step is CancelStep.ABORT and read.standing.record is not None:
@@ -185,6 +192,14 @@ class Migrations:
             if result is not None:
                 await pause(caller)
         raise contended()
+
+    async def _release(self, migration: str, host: str) -> list[Op]:
+        """Between two attempts a migration keeps the memory that is promised to it."""
+        found = await self._tools.ledger.read(Reservations, paths.reservations(host)) if host else None
+        if found is None or migration not in found[0].memory_mib:
+            return []
+        left = {mig: mib for mig, mib in found[0].memory_mib.items() if mig != migration}
+        return [op_set(paths.reservations(host), Reservations(memory_mib=left), found[1])]
 
     def _cancel_ops(self, step: CancelStep, read: MigrationRead, writer: str) -> list[Op]:
         spec, standing = read.spec, read.standing

@@ -40,7 +40,7 @@ _OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--on-timeout", "on_timeout", click.Choice([each.value for each in OnTimeout]), "What the pre-copy timeout does."),
     ("--ack-timeout", "ack_timeout_ms", TIME, "How long a device's switchover ACK may be missing."),
     ("--switchover-timeout", "switchover_timeout_ms", TIME, "From the freeze until all is loaded."),
-    ("--total-timeout", "total_timeout_ms", TIME, "All attempts together."),
+    ("--total-timeout", "total_timeout_ms", TIME, "All waits and attempts together."),
     ("--max-attempts", "max_attempts", click.IntRange(1, 100), "Attempts before the migration fails."),
     ("--backoff-initial", "backoff_initial_ms", TIME, "Pause before the second attempt; doubles."),
     ("--backoff-max", "backoff_max_ms", TIME, "Longest pause between attempts."),
@@ -50,7 +50,8 @@ _OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--multifd-channels", "multifd_channels", click.IntRange(0, 255), "Parallel streams of memory."),
 )
 _AUTO_CONVERGE = "auto_converge"
-POLICY_FIELDS = (*(field for _, field, _, _ in _OPTIONS), _AUTO_CONVERGE)
+_WAIT_FOR_CAPACITY = "wait_for_capacity"
+POLICY_FIELDS = (*(field for _, field, _, _ in _OPTIONS), _AUTO_CONVERGE, _WAIT_FOR_CAPACITY)
 
 
 def policy_options(command: F) -> F:
@@ -60,6 +61,12 @@ def policy_options(command: F) -> F:
         _AUTO_CONVERGE,
         default=None,
         help="Slow the guest down until it converges.",
+    )(command)
+    command = click.option(
+        "--wait-for-capacity/--no-wait-for-capacity",
+        _WAIT_FOR_CAPACITY,
+        default=None,
+        help="Wait for a host that can take the guest, up to --total-timeout.",
     )(command)
     for flag, field, kind, text in reversed(_OPTIONS):
         command = click.option(flag, field, type=kind, help=text)(command)

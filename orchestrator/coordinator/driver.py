@@ -68,6 +68,10 @@ _REPEATED = frozenset(
 T = TypeVar("T")
 
 
+WAITING = "WAITING"
+"""In place of a terminal phase: the migration waits for room, and is to be driven again later."""
+
+
 class Deposed(Exception):
     """Another coordinator leads, or may: nothing more may be written under this epoch."""
 
@@ -144,8 +148,8 @@ class Driver:
         self._opened_at_s = tools.clock_s()
         self._course: migration.Course | None = None
 
-    async def run(self) -> MigrationPhase:
-        """Returns the terminal phase. Raises Deposed, or BadRecord when a node cannot be read.
+    async def run(self) -> str:
+        """Returns the terminal phase, or WAITING. Raises Deposed, or BadRecord when a node cannot be read.
 
         Cancelling it is a crash as far as the protocol is concerned: safe at any instant.
         """
@@ -166,7 +170,7 @@ class Driver:
     def _changed(self, _content: Versioned | None) -> None:
         self._events.put_nowait(None)
 
-    async def _loop(self) -> MigrationPhase:
+    async def _loop(self) -> str:
         nodes = await self._look()
         course = migration.start(
             self._spec, now_ms=self._now_ms(), spent_ms=nodes.state.spent_ms, reports=nodes.reports
@@ -180,6 +184,8 @@ class Driver:
             for command in step.commands:
                 if isinstance(command, migration.End):
                     return course.durable.phase
+                if isinstance(command, migration.StandBack):
+                    return WAITING
                 self._spawn(command)
             event = await self._next(course)
 
@@ -251,6 +257,8 @@ class Driver:
         match command:
             case migration.Open():
                 return await self._until_read(lambda: self._open(command))
+            case migration.Wait():
+                return await self._until_read(lambda: self._wait(command))
             case migration.Abort():
                 return await self._until_read(lambda: self._abort(command))
             case migration.Settle():
@@ -261,8 +269,8 @@ class Driver:
                 return await self._conduct(command)
             case migration.FetchReport():
                 return migration.ReportAnswer(await self._until_read(lambda: self._report(command)))
-            case migration.End():
-                raise AssertionError("End is not an effect")
+            case migration.End() | migration.StandBack():
+                raise AssertionError(f"{command} is not an effect")
 
     async def _until_read(self, call: Callable[[], object]) -> T:  # type: ignore[type-var]
         while True:
@@ -301,10 +309,16 @@ class Driver:
         source = record.owner.host
         need = Need(spec.guest, record.name, source, guest_spec.memory_mib, guest_spec.machine)
         choice = choose(
-            snapshot.views(), need, wanted=command.wanted, avoid=command.avoid, max_arrivals=self._tools.max_arrivals
+            snapshot.views(but=spec.id),
+            need,
+            wanted=command.wanted,
+            prefer=command.prefer,
+            avoid=command.avoid,
+            max_arrivals=self._tools.max_arrivals,
         )
         if choice.destination is None:
-            return migration.NoPlace(choice.reason or RefusalReason.NO_CAPACITY, choice.message, choice.transient)
+            reason = choice.reason or RefusalReason.NO_CAPACITY
+            return migration.NoPlace(reason, choice.message, choice.transient, choice.passing)
         try:
             opened = handover.open_attempt(
                 record, spec.id, command.attempt, choice.destination, epoch=self._tools.epoch, writer=_writer()
@@ -324,7 +338,9 @@ class Driver:
             epoch=self._tools.epoch,
         )
         entry = snapshot.hosts[choice.destination.host]
+        moved = nodes.state.destination not in ("", choice.destination.host)
         return [
+            *(await self._release(nodes.state.destination) if moved else []),
             Check(paths.cordon(choice.destination.host), entry.cordon_version),
             SetData(paths.guest(spec.guest), encode(opened), nodes.guest.version),
             _reserve(entry, spec.id, guest_spec.memory_mib),
@@ -338,6 +354,25 @@ class Driver:
             if await self._tools.store.read(path) is None:
                 missing.append(Create(path, encode(Requests())))
         return missing
+
+    async def _wait(self, command: migration.Wait) -> migration.Event:
+        for _ in range(WRITE_TRIES):
+            nodes = await self._read()
+            if nodes.state.cancel_requested or nodes.state.phase.terminal:
+                return migration.Finished()
+            state = replace(
+                nodes.state,
+                message=command.message,
+                waiting_for=command.what,
+                spent_ms=self._spent_ms(),
+                epoch=self._tools.epoch,
+            )
+            write = SetData(paths.migration_state(self._spec.id), encode(state), nodes.state_version)
+            release = await self._release(nodes.state.destination) if nodes.state.destination else []
+            if await epoch_write(self._tools.store, self._tools.epoch, [write, *release]):
+                return migration.Told(command.stand_back)
+            await self._pause()
+        return migration.Finished()
 
     async def _abort(self, command: migration.Abort) -> migration.Event:
         """Repeats the compare-and-set until the attempt is open no longer, whoever ended it."""
@@ -393,7 +428,7 @@ class Driver:
         if report is not None and all(known.attempt != report.attempt for known in nodes.reports):
             data = encode_attempts((*nodes.reports, report))
             ops.append(_put(paths.attempts(spec.id), data, nodes.attempts))
-        if nodes.state.destination:
+        if nodes.state.destination and command.phase.terminal:
             ops += await self._release(nodes.state.destination)
         state = replace(
             nodes.state,

@@ -12,6 +12,7 @@ import structlog
 from orchestrator.coordinator.driver import STORE_RETRY_S, epoch_write
 from orchestrator.core import evacuation
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.placement import need_of
 from orchestrator.core.policy import override
 from orchestrator.core.records import (
     Cordon,
@@ -106,7 +107,7 @@ class EvacuationRunner:
         snapshot = await self._inventory.snapshot()
         entry = snapshot.hosts.get(spec.host)
         guests = [
-            evacuation.GuestOnHost(guest.uuid, guest.spec.name, guest.spec.memory_mib, guest.record)
+            evacuation.GuestOnHost(guest.uuid, guest.spec.name, guest.spec.memory_mib, guest.record, need_of(guest))
             for guest in snapshot.guests.values()
             if evacuation.concerns(guest.record, spec.host)
         ]
@@ -115,6 +116,7 @@ class EvacuationRunner:
             guests=guests,
             migrations=migrations,
             reserved=entry is not None and bool(entry.input.reservations.memory_mib),
+            hosts=snapshot.views(),
         )
 
     async def _carry_out(self, command: evacuation.Command, spec: EvacuationSpec) -> None:
@@ -143,6 +145,7 @@ class EvacuationRunner:
             id=command.id,
             guest=command.guest,
             guest_name=command.name,
+            preferred=command.preferred,
             policy=override(guest_spec.policy, spec.policy),
             evacuation=spec.id,
             requested_by=spec.requested_by,

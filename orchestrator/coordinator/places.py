@@ -75,15 +75,17 @@ class Places:
             yield
 
     @contextlib.asynccontextmanager
-    async def turn(self, spec: MigrationSpec, source: str, state: MigrationState, epoch: int) -> AsyncGenerator[None]:
-        """Wait for the migration's turn and have its places inside.
+    async def turn(
+        self, spec: MigrationSpec, source: str, state: MigrationState, epoch: int, *, waited_s: float = 0.0
+    ) -> AsyncGenerator[None]:
+        """Wait for the migration's turn and have its places inside. `waited_s`: it has waited before, unwritten so far.
 
         A migration whose total timeout runs out while it waits, or that somebody ends meanwhile, gets in without a
         place: it takes none to be told its end. Raises Deposed.
         """
         ticket = Ticket(spec.id, source, spec.evacuation)
         now_s = self._clock_s()
-        waiting = _Waiting(ticket, now_s, state.spent_ms, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(ticket, now_s, state.spent_ms + waited_s * 1000, asyncio.get_running_loop().create_future())
         self._admission.add(ticket)
         self._waiting[spec.id] = waiting
         self._call()
@@ -93,13 +95,13 @@ class Places:
 
         unwatch = self._store.watch(paths.migration_state(spec.id), seen)
         try:
-            left_s = max(0.0, spec.policy.total_timeout_ms - state.spent_ms) / 1000
+            left_s = max(0.0, spec.policy.total_timeout_ms - waiting.spent_ms) / 1000
             await asyncio.wait([waiting.called], timeout=left_s)
             if not waiting.called.done():
                 self._admission.leave(spec.id)
             unwatch()
             del self._waiting[spec.id]
-            if waiting.told or self._clock_s() - now_s >= TELL_AFTER_S:
+            if waiting.told or self._clock_s() - now_s + waited_s >= TELL_AFTER_S:
                 await self._until_told(waiting, epoch)
             async with self._occupied(spec.id):
                 yield
@@ -172,6 +174,8 @@ class Places:
         now_s = self._clock_s()
         spent_ms = waiting.spent_ms + (now_s - waiting.since_s) * 1000
         what = WaitingFor.PLACE if said else None
+        if not said and not waiting.told:
+            said, what = state.message, state.waiting_for  # it waits for something else as well, which stays true
         new = replace(state, message=said, waiting_for=what, spent_ms=spent_ms, epoch=epoch)
         waiting.told, waiting.told_at_s = said, now_s
         return await epoch_write(self._store, epoch, [SetData(path, encode(new), node.version)])

@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from orchestrator.coordinator.driver import STORE_RETRY_S, Deposed
+from orchestrator.coordinator.driver import STORE_RETRY_S, WAITING, Deposed
 from orchestrator.coordinator.evacuations import EvacuationRunner
 from orchestrator.coordinator.places import Places
 from orchestrator.core.handover import GuestRecord
@@ -40,6 +40,9 @@ log = structlog.get_logger(__name__)
 ELECTION_POLL_S = 0.25
 WORKER_RETRY_S = 0.3
 BAD_RECORD_RETRY_S = 10.0
+ROOM_AGAIN_S = 1.0
+ROOM_AGAIN_MAX_S = 10.0
+"""A migration that waits for room looks for it at first this often, and in the end this seldom."""
 
 
 class WorkerLost(Exception):
@@ -310,25 +313,32 @@ class Supervisor:
         return decode(GuestRecord, node.data, path=paths.guest(spec.guest)).owner.host if node else ""
 
     async def _drive(self, migration: str, epoch: int) -> None:
-        """Admit one migration and see it to its end, under as many workers as it takes."""
-        try:
-            found = await self._read_state(migration)
-        except BadRecord as error:
-            log.error("migration cannot be read", migration=migration, error=str(error))
-            return
-        if found is None:
-            return
-        spec, state, source = found
-        if state.attempt > 0:
+        """Admit one migration and see it to its end, in as many turns and under as many workers as it takes."""
+        again_s, waited_s = ROOM_AGAIN_S, 0.0
+        while True:
+            try:
+                found = await self._read_state(migration)
+            except BadRecord as error:
+                log.error("migration cannot be read", migration=migration, error=str(error))
+                return
+            if found is None or await self._take_turn(*found, waited_s, epoch) != WAITING:
+                return
+            await asyncio.sleep(again_s)
+            waited_s, again_s = again_s, min(ROOM_AGAIN_MAX_S, again_s * 1.5)
+
+    async def _take_turn(
+        self, spec: MigrationSpec, state: MigrationState, source: str, waited_s: float, epoch: int
+    ) -> str:
+        if state.attempt > 0 and state.waiting_for is None:
             self.status.adopted += 1
             async with self._places.held(spec, source):
-                await self._dispatch_until_over(migration, epoch)
-            return
-        async with self._places.turn(spec, source, state, epoch):
+                return await self._dispatch_until_over(spec.id, epoch)
+        async with self._places.turn(spec, source, state, epoch, waited_s=waited_s):
             await self._bucket.take()
-            await self._dispatch_until_over(migration, epoch)
+            return await self._dispatch_until_over(spec.id, epoch)
 
-    async def _dispatch_until_over(self, migration: str, epoch: int) -> None:
+    async def _dispatch_until_over(self, migration: str, epoch: int) -> str:
+        """The terminal phase, or WAITING."""
         self.status.driving += 1
         try:
             while True:
@@ -344,9 +354,11 @@ class Supervisor:
                     continue
                 if phase == "DEPOSED":
                     raise Deposed(f"epoch {epoch} is over")
+                if phase == WAITING:
+                    return phase
                 log.info("migration ended", migration=migration, phase=phase)
                 self.status.finished[phase] = self.status.finished.get(phase, 0) + 1
                 self._nudged.set()
-                return
+                return phase
         finally:
             self.status.driving -= 1

@@ -8,11 +8,12 @@ Migration ids follow from (job, guest, try): creating one twice is the same migr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.core.errors import FailureReason
 from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.placement import HostView, Need, pack
 from orchestrator.core.records import (
     EvacuationGuest,
     EvacuationPhase,
@@ -20,12 +21,18 @@ from orchestrator.core.records import (
     EvacuationState,
     MigrationPhase,
     MigrationState,
+    WaitingFor,
 )
 
 MAX_TRIES = 2
 """Migrations per guest and job; each has its own attempts inside."""
 
-_WORTH_ANOTHER = frozenset({FailureReason.ATTEMPTS_EXHAUSTED, FailureReason.DESTINATION_NOT_ELIGIBLE})
+MAX_WAITING = 32
+"""A job's migrations that wait for room take none of its places, but no more of them are begun than this."""
+
+_WORTH_ANOTHER = frozenset(
+    {FailureReason.ATTEMPTS_EXHAUSTED, FailureReason.DESTINATION_NOT_ELIGIBLE, FailureReason.HOST_NOT_LIVE}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,8 @@ class GuestOnHost:
     name: str
     memory_mib: int
     record: GuestRecord
+    need: Need | None = None
+    """What it asks of a destination; None: nothing is planned for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,8 @@ class Facts:
     """States of the job's migrations that exist, by id."""
     reserved: bool = False
     """Memory of the host is promised to an arrival."""
+    hosts: Sequence[HostView] = ()
+    """Where guests could go; empty: nothing is planned, and each migration finds its own place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +74,8 @@ class CreateMigration:
     id: str
     guest: str
     name: str
+    preferred: str = ""
+    """Host where the plan for all that still have to leave has a place for this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,31 +175,50 @@ def _wants_another(guest: EvacuationGuest) -> bool:
 def _start_more(
     spec: EvacuationSpec, guests: tuple[EvacuationGuest, ...], facts: Facts
 ) -> tuple[tuple[EvacuationGuest, ...], tuple[Command, ...]]:
-    """Fill the free places, biggest guests first; guests in somebody else's migration wait for its end. A guest
-    that was committed takes no place any more: its destination may have died, and the others need not wait for it."""
+    """Fill the job's free places: guests with a place to go to first, of those the biggest. Guests in somebody else's
+    migration wait for its end."""
     here = {guest.uuid: guest for guest in facts.guests if _stays(guest, spec.host)}
-    gone = {guest.uuid for guest in facts.guests if guest.record.phase is Ownership.COMMITTED}
-    room = spec.max_concurrent - sum(_active(guest) and guest.guest not in gone for guest in guests)
+    idle = {name for name, guest in here.items() if guest.record.phase is Ownership.IDLE}
+    lost = {g.guest for g in guests if _active(g) and g.migration not in facts.migrations}
+    wanting = [g.guest for g in guests if g.guest in idle and _wants_another(g)]
+    places = _places(wanting, lost & idle, here, facts)
+    wanting.sort(key=lambda name: name not in places)
+    begun = frozenset(wanting[: _room(spec, guests, facts)])
     commands: list[Command] = []
     result: list[EvacuationGuest] = []
     for guest in guests:
-        there = here.get(guest.guest)
-        idle = there is not None and there.record.phase is Ownership.IDLE
-        if _active(guest) and guest.migration not in facts.migrations:
-            # Stored, then we crashed; or somebody else was first to ask for one, which may have taken the guest away.
-            if there is None:
-                guest = replace(guest, migration="", tries=guest.tries - 1)
-            elif idle:
-                commands.append(CreateMigration(guest.migration, guest.guest, guest.name))
-        if room > 0 and idle and _wants_another(guest):
+        if guest.guest in begun:
             tries = guest.tries + 1
             name = migration_id(spec.id, guest.guest, tries)
             pending = MigrationPhase.PENDING
             guest = replace(guest, migration=name, tries=tries, phase=pending, failure=None, message="")
-            commands.append(CreateMigration(name, guest.guest, guest.name))
-            room -= 1
+        elif guest.guest in lost and guest.guest not in here:
+            # Stored, then we crashed; and somebody else was first to ask for one, which has taken the guest away.
+            guest = replace(guest, migration="", tries=guest.tries - 1)
+        if guest.guest in begun or guest.guest in lost & idle:
+            where = places.get(guest.guest, "")
+            commands.append(CreateMigration(guest.migration, guest.guest, guest.name, where))
         result.append(guest)
     return tuple(result), tuple(commands)
+
+
+def _room(spec: EvacuationSpec, guests: tuple[EvacuationGuest, ...], facts: Facts) -> int:
+    """How many more may be begun. A guest that was committed takes no place any more: its destination may have died,
+    and the others need not wait for it. Nor does one that waits for room, while they are few."""
+    committed = {guest.uuid for guest in facts.guests if guest.record.phase is Ownership.COMMITTED}
+    active = [guest for guest in guests if _active(guest) and guest.guest not in committed]
+    states = [facts.migrations.get(guest.migration) for guest in active]
+    waiting = sum(state is not None and state.waiting_for is WaitingFor.ROOM for state in states)
+    return max(0, spec.max_concurrent - len(active) + min(waiting, MAX_WAITING))
+
+
+def _places(
+    wanting: Sequence[str], lost: Iterable[str], here: Mapping[str, GuestOnHost], facts: Facts
+) -> dict[str, str]:
+    """A host for as many as possible of those that have to leave and are promised no memory yet, all of them together:
+    what is begun first must not take the only place of what comes later."""
+    needs = [here[name].need for name in (*wanting, *lost)]
+    return pack(facts.hosts, [need for need in needs if need is not None]) if facts.hosts and wanting else {}
 
 
 def _cancelling(state: EvacuationState, facts: Facts) -> Step:

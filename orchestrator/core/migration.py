@@ -19,7 +19,7 @@ from enum import StrEnum
 from orchestrator.core.errors import AbortReason, FailureReason, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership, may_retry
 from orchestrator.core.policy import backoff_ms
-from orchestrator.core.records import AttemptReport, MigrationPhase, MigrationSpec, MigrationState
+from orchestrator.core.records import AttemptReport, MigrationPhase, MigrationSpec, MigrationState, WaitingFor
 
 REPEAT_MS = 1_000.0
 """Pause before an idempotent call is repeated."""
@@ -98,6 +98,9 @@ class NoPlace:
     reason: RefusalReason
     message: str
     transient: bool = False
+    """A host that is silent, or that receives too many at the moment, would do."""
+    passing: bool = False
+    """Time may bring a place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +132,18 @@ class ReportAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """`Wait` is written. `stand_back`: as the command asked."""
+
+    stand_back: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     pass
 
 
-Event = Seen | Finished | NoPlace | PrepareAnswer | ConductAnswer | CallRefused | ReportAnswer | Tick
+Event = Seen | Finished | NoPlace | Told | PrepareAnswer | ConductAnswer | CallRefused | ReportAnswer | Tick
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -146,6 +156,24 @@ class Open:
     attempt: int
     wanted: str
     avoid: tuple[str, ...]
+    prefer: str = ""
+    """Where its memory is promised already, or where the evacuation wants it; any other host will do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Write what the migration waits for, and give up the memory that is promised to it.
+
+    `stand_back`: the wait may be long, so the migration also gives up its places; a later driver tries again."""
+
+    what: WaitingFor
+    message: str
+    stand_back: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StandBack:
+    """The driver's work is over for now; the migration's is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +219,7 @@ class End:
     """Nothing is left to do."""
 
 
-Command = Open | Prepare | Conduct | Abort | FetchReport | Settle | End
+Command = Open | Wait | StandBack | Prepare | Conduct | Abort | FetchReport | Settle | End
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +328,8 @@ def step(course: Course, event: Event, *, now_ms: float, jitter: float = 1.0) ->
             return Step(replace(course, stage=Stage.LOOK, deadline_ms=None, again_ms=None))
         case NoPlace():
             return _no_place(course, event, now_ms)
+        case Told() if event.stand_back and course.stage is Stage.PLACEMENT_WAIT:
+            return Step(replace(course, stage=Stage.ENDED), (StandBack(),))
         case PrepareAnswer() if event.attempt == course.attempt and course.stage is Stage.PREPARE:
             ready = replace(course, stage=Stage.CONDUCT, prepared=event.prepared, again_ms=now_ms + REPEAT_MS)
             return Step(ready, (_conduct(ready, event.prepared),))
@@ -382,7 +412,8 @@ def _free(course: Course, now_ms: float) -> Step:
 def _issue_open(course: Course, attempt: int) -> Step:
     avoid = tuple(dict.fromkeys(r.destination for r in course.reports if r.reason in _DESTINATION_AT_FAULT))
     course = replace(course, stage=Stage.OPEN, deadline_ms=None, again_ms=None)
-    return Step(course, (Open(attempt, course.spec.destination, avoid),))
+    prefer = course.durable.destination or course.spec.preferred
+    return Step(course, (Open(attempt, course.spec.destination, avoid, prefer),))
 
 
 def _open(course: Course, now_ms: float, *, bound: bool) -> Step:
@@ -493,15 +524,32 @@ def _conduct(course: Course, prepared: Prepared) -> Conduct:
 
 
 def _no_place(course: Course, event: NoPlace, now_ms: float) -> Step:
+    """Wait, or give up. A wait for room may take long and must not keep others from moving; one for a host that is
+    silent or busy for a moment is waited out here, with PLACEMENT_PATIENCE_MS."""
     if course.stage is not Stage.OPEN:
         return Step(course)
+    wait = Wait(WaitingFor.ROOM, f"waiting for room: {event.message}")
+    if course.spec.policy.wait_for_capacity and event.passing and now_ms < course.total_deadline_ms:
+        course = replace(course, stage=Stage.PLACEMENT_WAIT, again_ms=now_ms + REPEAT_MS)
+        return Step(course, (replace(wait, stand_back=True),))
     patience = course.patience_ms if course.patience_ms is not None else now_ms + PLACEMENT_PATIENCE_MS
     if event.transient and now_ms < min(patience, course.total_deadline_ms):
         again = now_ms + PLACEMENT_REPEAT_MS
-        return Step(replace(course, stage=Stage.PLACEMENT_WAIT, patience_ms=patience, again_ms=again))
+        told = course.patience_ms is not None
+        course = replace(course, stage=Stage.PLACEMENT_WAIT, patience_ms=patience, again_ms=again)
+        return Step(course, () if told else (wait,))
+    named = None if course.spec.destination else _NO_PLACE.get(event.reason)
     no_room = event.reason is RefusalReason.NO_CAPACITY
-    failure = FailureReason.NO_CAPACITY if no_room else FailureReason.DESTINATION_NOT_ELIGIBLE
+    failure = FailureReason.NO_CAPACITY if no_room else named or FailureReason.DESTINATION_NOT_ELIGIBLE
     return _settle(course, MigrationPhase.FAILED, failure, event.message)
+
+
+_NO_PLACE = {
+    RefusalReason.HOST_CORDONED: FailureReason.HOST_CORDONED,
+    RefusalReason.HOST_NOT_LIVE: FailureReason.HOST_NOT_LIVE,
+    RefusalReason.MACHINE_TYPE_MISMATCH: FailureReason.MACHINE_TYPE_MISMATCH,
+}
+"""What stands against every host, where that is one and the same thing."""
 
 
 def _call_refused(course: Course, event: CallRefused, now_ms: float) -> Step:

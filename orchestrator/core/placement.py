@@ -8,7 +8,7 @@ the reservation, which fails when the host's reservations or its cordon moved si
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.core.errors import RefusalReason
@@ -65,6 +65,8 @@ class Verdict:
     free_mib: int
     reason: RefusalReason | None = None
     message: str = ""
+    passing: bool = False
+    """Time may remove the obstacle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class Choice:
     message: str = ""
     transient: bool = False
     """Nothing fits now, but a host that is silent at the moment would."""
+    passing: bool = False
+    """Nothing fits now, but room, a cordon that is lifted or a host that comes back may change that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +94,12 @@ class PlannedGuest:
 def judge(host: HostView, need: Need, *, source: HostView | None = None) -> Verdict:
     """One host, one guest. Lasting obstacles are named before passing ones."""
 
-    def no(reason: RefusalReason, message: str) -> Verdict:
-        return Verdict(host.ref.host, False, host.free_mib, reason, message)
+    def no(reason: RefusalReason, message: str, *, passing: bool = False) -> Verdict:
+        return Verdict(host.ref.host, False, host.free_mib, reason, message, passing)
 
     name = host.ref.host
     if name == need.source:
         return no(RefusalReason.INVALID_ARGUMENT, f"{need.name} is on {name} already")
-    if host.cordoned:
-        why = f" ({clip(host.cordon_reason)})" if host.cordon_reason else ""
-        return no(RefusalReason.HOST_CORDONED, f"{name} is cordoned{why}")
     if need.machine and host.machine_types and need.machine not in host.machine_types:
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, f"{name} does not offer machine type {need.machine}")
     if source is not None and host.accelerator and source.accelerator and host.accelerator != source.accelerator:
@@ -107,21 +108,36 @@ def judge(host: HostView, need: Need, *, source: HostView | None = None) -> Verd
     if source is not None and source.switchover_ack != host.switchover_ack:
         said = f"switchover-ack mode differs: {need.source} {source.switchover_ack!r}, {name} {host.switchover_ack!r}"
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)
+    if host.memory_mib < need.memory_mib + GUEST_OVERHEAD_MIB:
+        return no(RefusalReason.NO_CAPACITY, _too_small(host, need))
+    if host.cordoned:
+        why = f" ({clip(host.cordon_reason)})" if host.cordon_reason else ""
+        return no(RefusalReason.HOST_CORDONED, f"{name} is cordoned{why}", passing=True)
     if host.free_mib < need.memory_mib + GUEST_OVERHEAD_MIB:
-        said = f"{name} has {max(0, host.free_mib)} MiB free, {need.name} needs {need.memory_mib} MiB"
-        return no(RefusalReason.NO_CAPACITY, said)
+        return no(RefusalReason.NO_CAPACITY, _too_small(host, need), passing=True)
     if not host.live:
-        return no(RefusalReason.HOST_NOT_LIVE, f"the agent of {name} is silent")
+        return no(RefusalReason.HOST_NOT_LIVE, f"the agent of {name} is silent", passing=True)
     return Verdict(name, True, host.free_mib)
 
 
+def _too_small(host: HostView, need: Need) -> str:
+    return f"{host.ref.host} has {max(0, host.free_mib)} MiB free, {need.name} needs {need.memory_mib} MiB"
+
+
 def choose(
-    hosts: Sequence[HostView], need: Need, *, wanted: str = "", avoid: Iterable[str] = (), max_arrivals: int = 0
+    hosts: Sequence[HostView],
+    need: Need,
+    *,
+    wanted: str = "",
+    prefer: str = "",
+    avoid: Iterable[str] = (),
+    max_arrivals: int = 0,
 ) -> Choice:
     """The eligible host with most memory left, then with fewest arrivals, then by name.
 
-    `wanted` restricts the choice to that host. Hosts in `avoid` (an earlier attempt failed there) are taken only when
-    nothing else is eligible. `max_arrivals` > 0 holds back hosts that receive so many migrations already: transient.
+    `wanted` restricts the choice to that host; `prefer` is taken when it is eligible. Hosts in `avoid` (an earlier
+    attempt failed there) are taken only when nothing else is eligible. `max_arrivals` > 0 holds back hosts that receive
+    so many migrations already: transient.
     """
     source = next((host for host in hosts if host.ref.host == need.source), None)
     candidates = [host for host in hosts if not wanted or host.ref.host == wanted]
@@ -133,25 +149,130 @@ def choose(
     open_for = [host for host in fit if max_arrivals <= 0 or host.arrivals < max_arrivals]
     if fit and not open_for:
         said = f"every host that could take {need.name} receives {max_arrivals} migrations already"
-        return Choice(None, verdicts, RefusalReason.NO_CAPACITY, said, transient=True)
+        return Choice(None, verdicts, RefusalReason.NO_CAPACITY, said, transient=True, passing=True)
     if not open_for:
         return _nowhere(verdicts, need, wanted)
     shunned = frozenset(avoid)
     best = min(
         open_for,
-        key=lambda host: (host.ref.host in shunned, -(host.free_mib - need.memory_mib), host.arrivals, host.ref.host),
+        key=lambda host: (
+            host.ref.host in shunned,
+            host.ref.host != prefer,
+            -host.free_mib,
+            host.arrivals,
+            host.ref.host,
+        ),
     )
     return Choice(best.ref, verdicts)
 
 
+def pack(hosts: Sequence[HostView], needs: Sequence[Need]) -> dict[str, str]:
+    """Guest -> host, for as many of `needs` as possible; of two such packings the one that moves more memory.
+
+    Guests are spread over the hosts where that suffices, for the sake of their load, else packed tightly. Where that
+    leaves somebody behind and the guests are few enough, a better packing is searched for: the best within
+    SEARCH_STEPS, not proven to be the best of all.
+    """
+    packing = _Packing(hosts, needs)
+    best = max(packing.spread(), packing.tight(), key=packing.worth)
+    if len(best) < len(needs) <= SEARCHED_GUESTS:
+        best = max(best, packing.search(best), key=packing.worth)
+    return best
+
+
+SEARCH_STEPS = 20_000
+SEARCHED_GUESTS = 32
+"""Among more guests than that a search sees too little of what is possible to be worth its time."""
+
+
+class _Packing:
+    """One packing problem: who may go where but for memory, and how much is free."""
+
+    def __init__(self, hosts: Sequence[HostView], needs: Sequence[Need]) -> None:
+        self._order = sorted(needs, key=lambda need: (-need.memory_mib, need.name))
+        self._size = {need.guest: need.memory_mib + GUEST_OVERHEAD_MIB for need in needs}
+        self._free = {host.ref.host: host.free_mib for host in hosts}
+        self._arrivals = {host.ref.host: host.arrivals for host in hosts}
+        by_name = {host.ref.host: host for host in hosts}
+        kinds: dict[Need, tuple[str, ...]] = {}
+        self._may: dict[str, tuple[str, ...]] = {}
+        for need in needs:
+            kind = replace(need, guest="", name="", memory_mib=0)
+            if kind not in kinds:
+                source = by_name.get(need.source)
+                kinds[kind] = tuple(
+                    name for name in sorted(by_name) if judge(by_name[name], kind, source=source).eligible
+                )
+            self._may[need.guest] = kinds[kind]
+        self._alike = {name: tuple(name in may for may in kinds.values()) for name in by_name}
+        self._steps = 0
+        self._best: dict[str, str] = {}
+
+    def worth(self, places: dict[str, str]) -> tuple[int, int]:
+        return len(places), sum(self._size[guest] for guest in places)
+
+    def spread(self) -> dict[str, str]:
+        """Biggest first, each to the host with most memory left."""
+        return self._greedy(lambda host, free, arrivals: (-free, arrivals, host))
+
+    def tight(self) -> dict[str, str]:
+        """Biggest first, each to the host that it fills best."""
+        return self._greedy(lambda host, free, arrivals: (free, arrivals, host))
+
+    def _greedy(self, key: Callable[[str, int, int], tuple[int, int, str]]) -> dict[str, str]:
+        free, arrivals, places = dict(self._free), dict(self._arrivals), dict[str, str]()
+        for need in self._order:
+            fit = [host for host in self._may[need.guest] if free[host] >= self._size[need.guest]]
+            if fit:
+                host = min(fit, key=lambda host: key(host, free[host], arrivals[host]))
+                places[need.guest] = host
+                free[host] -= self._size[need.guest]
+                arrivals[host] += 1
+        return places
+
+    def search(self, known: dict[str, str]) -> dict[str, str]:
+        """Better than `known`, or `known`. Depth first, biggest guest first, tightest host first."""
+        self._best, self._steps = known, SEARCH_STEPS
+        self._walk(0, dict(self._free), {})
+        return self._best
+
+    def _walk(self, at: int, free: dict[str, int], places: dict[str, str]) -> None:
+        self._steps -= 1
+        if self.worth(places) > self.worth(self._best):
+            self._best = dict(places)
+        if self._steps < 0 or at == len(self._order) or not self._may_be_better(at, places):
+            return
+        guest = self._order[at].guest
+        size, tried = self._size[guest], set[tuple[int, tuple[bool, ...]]]()
+        for host in sorted(self._may[guest], key=lambda host: (free[host], host)):
+            if free[host] < size or (free[host], self._alike[host]) in tried:
+                continue
+            tried.add((free[host], self._alike[host]))
+            places[guest] = host
+            free[host] -= size
+            self._walk(at + 1, free, places)
+            free[host] += size
+            del places[guest]
+        self._walk(at + 1, free, places)
+
+    def _may_be_better(self, at: int, places: dict[str, str]) -> bool:
+        count, memory = self.worth(places)
+        rest = self._order[at:]
+        most = count + len(rest), memory + sum(self._size[need.guest] for need in rest)
+        return most > self.worth(self._best)
+
+
 def _nowhere(verdicts: tuple[Verdict, ...], need: Need, wanted: str) -> Choice:
     transient = any(verdict.reason is RefusalReason.HOST_NOT_LIVE for verdict in verdicts)
+    passing = any(verdict.passing for verdict in verdicts)
     if wanted:
         only = verdicts[0]
-        return Choice(None, verdicts, only.reason, only.message, transient)
+        return Choice(None, verdicts, only.reason, only.message, transient, passing)
     others = [verdict for verdict in verdicts if verdict.host != need.source]
     said = f"no host can take {need.name} ({need.memory_mib} MiB): {in_short(others) or 'there is no other host'}"
-    return Choice(None, verdicts, RefusalReason.NO_CAPACITY, said, transient)
+    reasons = set(obstacles(others))
+    reason = reasons.pop() if len(reasons) == 1 else RefusalReason.NO_CAPACITY
+    return Choice(None, verdicts, reason, said, transient, passing or not others)
 
 
 def obstacles(verdicts: Iterable[Verdict]) -> dict[RefusalReason, int]:
@@ -176,21 +297,21 @@ def in_short(verdicts: Sequence[Verdict]) -> str:
 
 
 def plan(hosts: Sequence[HostView], needs: Sequence[Need]) -> tuple[PlannedGuest, ...]:
-    """Who can move where if all of `needs` go: biggest first, each arrival counted before the next is placed.
+    """Who can move where if all of `needs` go, by `pack`; who has no place is judged with the others in theirs.
 
-    Greedy, so it may miss a packing that exists; it never promises one that does not. Order of the answer = of `needs`.
+    Order of the answer = of `needs`. For a guest with a place the verdicts are that of its host alone.
     """
-    views = {host.ref.host: host for host in hosts}
-    placed: dict[str, PlannedGuest] = {}
-    for need in sorted(needs, key=lambda need: (-need.memory_mib, need.name)):
-        choice = choose(tuple(views.values()), need)
-        placed[need.guest] = PlannedGuest(need, choice)
-        if choice.destination is not None:
-            taken = views[choice.destination.host]
-            views[taken.ref.host] = replace(
-                taken, reserved_mib=taken.reserved_mib + need.memory_mib, arrivals=taken.arrivals + 1
-            )
-    return tuple(placed[need.guest] for need in needs)
+    places = pack(hosts, needs)
+    left = {host.ref.host: host for host in hosts}
+    planned: dict[str, PlannedGuest] = {}
+    for need in needs:
+        if (name := places.get(need.guest)) is not None:
+            host = left[name]
+            planned[need.guest] = PlannedGuest(need, Choice(host.ref, (Verdict(name, True, host.free_mib),)))
+            taken = host.reserved_mib + need.memory_mib
+            left[name] = replace(host, reserved_mib=taken, arrivals=host.arrivals + 1)
+    views = tuple(left.values())
+    return tuple(planned.get(need.guest) or PlannedGuest(need, choose(views, need)) for need in needs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,12 +333,18 @@ class GuestInput:
     spec: GuestSpec
 
 
+def need_of(guest: GuestInput) -> Need:
+    """What a guest asks of a destination now."""
+    return Need(guest.uuid, guest.record.name, guest.record.owner.host, guest.spec.memory_mib, guest.spec.machine)
+
+
 _HOLDS_MEMORY = (Ownership.STARTING, Ownership.IDLE, Ownership.OPEN, Ownership.COMMITTED, Ownership.ABORTED)
 
 
-def host_views(hosts: Sequence[HostInput], guests: Sequence[GuestInput]) -> tuple[HostView, ...]:
-    """Memory by ownership. A committed guest takes memory at both ends until DONE; a guest that has arrived is not
-    counted a second time for the reservation that its migration has not released yet."""
+def host_views(hosts: Sequence[HostInput], guests: Sequence[GuestInput], *, but: str = "") -> tuple[HostView, ...]:
+    """Memory by ownership, without what is promised to the migration `but`. A committed guest takes memory at both ends
+    until DONE; a guest that has arrived is not counted a second time for the reservation that its migration has not
+    released yet."""
     used: dict[str, int] = {}
     arrived: dict[str, set[str]] = {}
     for guest in guests:
@@ -232,7 +359,7 @@ def host_views(hosts: Sequence[HostInput], guests: Sequence[GuestInput]) -> tupl
     for host in hosts:
         name = host.record.name
         here = arrived.get(name, set())
-        promised = {mig: mib for mig, mib in host.reservations.memory_mib.items() if mig not in here}
+        promised = {mig: mib for mig, mib in host.reservations.memory_mib.items() if mig not in here and mig != but}
         views.append(
             HostView(
                 ref=HostRef(name, host.record.boot_id),

@@ -44,6 +44,8 @@ class MigrationPolicy:
     multifd_channels: int = 0
     """0 or 1: one stream; n > 1: multifd with n channels."""
     auto_converge: bool = False
+    wait_for_capacity: bool = False
+    """While no host can take the guest, wait for one that can, up to `total_timeout_ms`; else NO_CAPACITY at once."""
 
 
 PolicyOverrides = Mapping[str, int | bool | str]

@@ -146,6 +146,8 @@ class MigrationSpec:
     requested_by: str = ""
     create_time_s: float = 0.0
     """Wall clock, for people only (A6)."""
+    preferred: str = ""
+    """Where the evacuation's plan has a place for it; any other host will do."""
 
 
 class WaitingFor(StrEnum):

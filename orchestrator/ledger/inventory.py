@@ -33,8 +33,9 @@ class Snapshot:
     hosts: dict[str, HostEntry]
     guests: dict[str, GuestInput]
 
-    def views(self) -> tuple[HostView, ...]:
-        return host_views([host.input for host in self.hosts.values()], list(self.guests.values()))
+    def views(self, *, but: str = "") -> tuple[HostView, ...]:
+        """`but`: a migration whose own promise is not counted."""
+        return host_views([host.input for host in self.hosts.values()], list(self.guests.values()), but=but)
 
 
 class Inventory:

@@ -31,6 +31,7 @@ from orchestrator.core.records import (
     MigrationPhase,
     MigrationSpec,
     MigrationState,
+    Reservations,
     TimelineEntry,
 )
 from orchestrator.ledger import paths
@@ -263,6 +264,19 @@ async def test_migrations_that_cannot_be(
     assert await api.call(client.list_migrations) == []
 
 
+@pytest.mark.parametrize("destination", ["cordoned", "silent"])
+async def test_a_migration_that_may_wait_is_taken_where_time_may_bring_a_place(
+    api: ApiCluster, client: OrchestratorClient, destination: str
+) -> None:
+    await api.host("cordoned")
+    await api.call(client.cordon_host, "cordoned")
+    await api.host("silent", live=False)
+    await api.host("small", memory_mib=10)
+    waits = {"wait_for_capacity": True}
+    assert wire.word(await api.call(client.create_migration, "web", destination, waits), "phase") == "PENDING"
+    assert (await api.refused(client.create_migration, "web", "small", waits)).reason is R.NO_CAPACITY
+
+
 async def test_a_part_of_a_policy_is_judged_together_with_the_guests_own(
     api: ApiCluster, client: OrchestratorClient
 ) -> None:
@@ -428,9 +442,11 @@ async def test_cancel_in_retry_wait_closes_the_record_at_once(
 ) -> None:
     name = (await api.call(client.create_migration, "web")).name
     at(world, web, name, "retry")
+    world.put(paths.reservations("h2"), Reservations({name: 64, "other": 1}))
     cancelled = await api.call(client.cancel_migration, name)
     assert (wire.word(cancelled, "phase"), cancelled.attempts[0].reason) == ("CANCELLED", "LATE_SWITCHOVER_ACK")
     assert world.record(web).phase is Ownership.IDLE
+    assert world.reserved("h2") == {"other": 1}
     await api.call(client.create_migration, "web")  # the guest is free for another one
 
 
@@ -523,6 +539,7 @@ async def test_cancels_at_any_instant_of_a_driven_migration_are_true(
         except DroverError as error:
             answer = error.reason
         await driving
+        assert all(name not in world.reserved(host) for host in ("h1", "h2", "h3"))
         phase = world.state(name).phase
         seen.add(answer)
         if answer == "CANCELLED":

@@ -18,9 +18,9 @@ from orchestrator.core.errors import AbortReason, DroverError, FailureReason, Re
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import Cordon, EvacuationPhase, MigrationPhase, WaitingFor
+from orchestrator.core.records import Cordon, EvacuationPhase, HostRecord, MigrationPhase, WaitingFor
 from orchestrator.ledger import paths
-from orchestrator.ledger.records import encode
+from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Done, SetData, Versioned
 from tests.fakes.coordination import MemoryStore, World
 
@@ -375,6 +375,99 @@ async def test_a_cancelled_migration_leaves_the_queue(world: World) -> None:
         world.edit_state("m2", lambda s: cancelled_state(s, wall_s=1.0))
         await until(lambda: supervisor.status.finished.get("CANCELLED") == 1)
         assert world.state("m2").message == "cancelled on request"
+
+
+def make_room(world: World, host: str, memory_mib: int) -> None:
+    """Another host record in place of the old one, as an agent with another configuration writes it."""
+    path = paths.host(host)
+    node = world.store.tree.nodes[path]
+    record = replace(decode(HostRecord, node.data), memory_mib=memory_mib)
+    assert isinstance(world.store._apply([SetData(path, encode(record), node.version)]), Done)
+
+
+def fill(world: World, *hosts: str) -> None:
+    for host in hosts:
+        world.guest(f"filler-{host}", host, memory_mib=1000)
+
+
+async def test_a_migration_waits_for_room_without_holding_a_place(world: World) -> None:
+    fill(world, "h2", "h3")
+    world.migration("m1", "g1", policy=MigrationPolicy(wait_for_capacity=True))
+    world.guest("small", "h1", memory_mib=8)
+    async with leading(world, limits=Limits(max_concurrent=1)):
+        await until(lambda: world.state("m1").waiting_for is WaitingFor.ROOM)
+        assert "waiting for room" in world.state("m1").message
+        world.migration("m2", "small")
+        world.store.tree.notify(paths.migration("m2"))
+        await until(lambda: world.state("m2").phase is MigrationPhase.SUCCEEDED)
+        assert world.state("m1").phase is MigrationPhase.PENDING
+        make_room(world, "h3", 2048)
+        await until(lambda: world.state("m1").phase is MigrationPhase.SUCCEEDED)
+    assert world.record("g1").owner.host == "h3"
+
+
+async def test_the_wait_for_room_ends_with_the_total_timeout(world: World) -> None:
+    fill(world, "h2", "h3")
+    world.migration("m1", "g1", policy=MigrationPolicy(wait_for_capacity=True, total_timeout_ms=2_000))
+    async with leading(world):
+        await until(lambda: world.state("m1").phase.terminal)
+    state = world.state("m1")
+    assert state.failure in (FailureReason.TOTAL_TIMEOUT, FailureReason.NO_CAPACITY)
+    assert state.spent_ms >= 2_000
+
+
+async def test_a_retry_keeps_the_memory_that_is_promised_to_it(world: World) -> None:
+    world.ends = [LATE]
+    world.migration("m1", "g1", policy=MigrationPolicy(backoff_initial_ms=400, backoff_max_ms=400))
+    task = asyncio.create_task(drive(world))
+    await until(lambda: world.state("m1").phase is MigrationPhase.RETRY_WAIT)
+    assert world.reserved("h2") == {"m1": 64}
+    assert await task == "SUCCEEDED"
+    assert world.record("g1").owner.host == "h2"
+    assert world.reserved("h2") == {} == world.reserved("h3")
+
+
+async def test_the_promise_moves_with_the_destination(world: World) -> None:
+    world.ends = [AbortReason.DESTINATION_LOST]
+    world.migration("m1", "g1", policy=MigrationPolicy(backoff_initial_ms=400, backoff_max_ms=400))
+    task = asyncio.create_task(drive(world))
+    await until(lambda: world.state("m1").phase is MigrationPhase.RETRY_WAIT)
+    world.hold = asyncio.Event()
+    await until(lambda: world.record("g1").attempt == 2 and bool(world.record("g1").inc))
+    assert (world.reserved("h2"), world.reserved("h3")) == ({}, {"m1": 64})
+    world.hold.set()
+    assert await task == "SUCCEEDED"
+    assert world.reserved("h2") == {} == world.reserved("h3")
+
+
+async def test_a_retry_that_finds_no_room_gives_back_its_promise(world: World) -> None:
+    world.ends = [LATE]
+    policy = MigrationPolicy(backoff_initial_ms=400, backoff_max_ms=400, wait_for_capacity=True)
+    world.migration("m1", "g1", policy=policy)
+    async with leading(world):
+        await until(lambda: world.state("m1").phase is MigrationPhase.RETRY_WAIT)
+        for host in ("h2", "h3"):
+            world.put(paths.cordon(host), Cordon(on=True, why="repair"))
+        await until(lambda: world.state("m1").waiting_for is WaitingFor.ROOM)
+        assert world.reserved("h2") == {}
+        assert world.state("m1").phase is MigrationPhase.RETRY_WAIT
+        world.put(paths.cordon("h3"), Cordon())
+        await until(lambda: world.state("m1").phase is MigrationPhase.SUCCEEDED)
+    assert [r.attempt for r in world.attempts("m1")] == [1, 2]
+
+
+async def test_an_evacuation_finds_the_packing_that_exists(world: World) -> None:
+    world.store.tree.nodes.pop(paths.migration("m1"))
+    world.guest("g1", "h1", memory_mib=600)
+    world.guest("g2", "h1", memory_mib=400)
+    world.guest("g3", "h1", memory_mib=400)
+    make_room(world, "h2", 800)
+    make_room(world, "h3", 600)
+    world.evacuation("e1", "h1", max_concurrent=1)
+    async with leading(world):
+        await until(lambda: world.job("e1").phase.terminal)
+    assert world.job("e1").phase is EvacuationPhase.SUCCEEDED
+    assert world.record("g1").owner.host == "h3"
 
 
 async def test_a_migration_committed_to_a_dead_host_gives_its_places_back(

@@ -29,14 +29,17 @@ from orchestrator.core.migration import (
     Settle,
     Situation,
     Stage,
+    StandBack,
     Tick,
+    Told,
+    Wait,
     situation,
     start,
     step,
     wake_ms,
 )
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import AttemptReport, MigrationPhase, MigrationSpec, MigrationState
+from orchestrator.core.records import AttemptReport, MigrationPhase, MigrationSpec, MigrationState, WaitingFor
 
 H1, H2 = HostRef("h1", "b1"), HostRef("h2", "b2")
 IDLE = GuestRecord("g", Ownership.IDLE, H1)
@@ -128,7 +131,7 @@ def test_a_wish_to_cancel_in_retry_wait_closes() -> None:
     assert result.commands[0] == Settle(
         MigrationPhase.CANCELLED, None, True, FailureReason.CANCELLED, "cancelled on request"
     )
-    assert step(course, Tick(), now_ms=500).commands == (Open(2, "", ()),)
+    assert step(course, Tick(), now_ms=500).commands == (Open(2, "", (), prefer="h2"),)
 
 
 def test_a_committed_guest_is_never_aborted() -> None:
@@ -149,12 +152,46 @@ def test_silent_hosts_are_waited_for_but_not_for_ever() -> None:
     course, _ = seen(IDLE, MigrationState())
     quiet = NoPlace(RefusalReason.HOST_NOT_LIVE, "h2 is silent", transient=True)
     waiting = step(course, quiet, now_ms=0)
-    assert waiting.commands == ()
+    assert waiting.commands == (Wait(WaitingFor.ROOM, "waiting for room: h2 is silent"),)
     retry = step(waiting.course, Tick(), now_ms=400)
     assert retry.commands == (Open(1, "", ()),)
+    assert step(retry.course, quiet, now_ms=500).commands == ()
     end = step(retry.course, quiet, now_ms=20_001).commands[0]
     assert isinstance(end, Settle)
-    assert end.failure is FailureReason.DESTINATION_NOT_ELIGIBLE
+    assert end.failure is FailureReason.HOST_NOT_LIVE
+
+
+def waits_for_room(total_timeout_ms: int = 60_000) -> Course:
+    policy = MigrationPolicy(wait_for_capacity=True, total_timeout_ms=total_timeout_ms)
+    spec = replace(SPEC, policy=policy)
+    return step(start(spec, now_ms=0), Seen(IDLE, MigrationState()), now_ms=0).course
+
+
+def test_a_migration_that_may_wait_for_room_stands_back_until_its_time_is_over() -> None:
+    full = NoPlace(RefusalReason.NO_CAPACITY, "h2 has 3 MiB free", passing=True)
+    waiting = step(waits_for_room(), full, now_ms=50_000)
+    assert waiting.commands == (Wait(WaitingFor.ROOM, "waiting for room: h2 has 3 MiB free", stand_back=True),)
+    gone = step(waiting.course, Told(stand_back=True), now_ms=50_001)
+    assert gone.commands == (StandBack(),)
+    assert step(gone.course, Tick(), now_ms=99_999).commands == ()
+    (end,) = step(waits_for_room(), full, now_ms=60_000).commands
+    assert isinstance(end, Settle)
+    assert end.failure is FailureReason.NO_CAPACITY
+
+
+def test_nobody_waits_for_room_that_can_never_come() -> None:
+    never = NoPlace(RefusalReason.NO_CAPACITY, "h2 has 3 MiB free", passing=False)
+    (end,) = step(waits_for_room(), never, now_ms=1).commands
+    assert isinstance(end, Settle)
+    assert end.failure is FailureReason.NO_CAPACITY
+
+
+@pytest.mark.parametrize("reason", ["HOST_CORDONED", "HOST_NOT_LIVE", "MACHINE_TYPE_MISMATCH"])
+def test_what_stands_against_every_host_is_the_reason(reason: str) -> None:
+    course, _ = seen(IDLE, MigrationState())
+    (end,) = step(course, NoPlace(RefusalReason(reason), "all of them"), now_ms=1).commands
+    assert isinstance(end, Settle)
+    assert end.failure is FailureReason(reason)
 
 
 def test_fatal_refusal_of_a_call() -> None:

@@ -16,6 +16,7 @@ from orchestrator.core.placement import (
     host_views,
     judge,
     obstacles,
+    pack,
     plan,
 )
 from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations
@@ -80,6 +81,48 @@ def test_a_refusal_grows_with_the_reasons_and_not_with_the_hosts() -> None:
     assert "201 hosts (200 NO_CAPACITY, 1 HOST_CORDONED), among them: s000 has 10 MiB free" in many.message
     assert "z is cordoned" in many.message
     assert len(many.verdicts) == 202
+
+
+@pytest.mark.parametrize(
+    ("others", "reason", "passing"),
+    [
+        ([view("h2", cordoned=True), view("h3", cordoned=True)], RefusalReason.HOST_CORDONED, True),
+        ([view("h2", machine_types=("q35",))], RefusalReason.MACHINE_TYPE_MISMATCH, False),
+        ([view("h2", live=False)], RefusalReason.HOST_NOT_LIVE, True),
+        ([view("h2", used_mib=950), view("h3", cordoned=True)], RefusalReason.NO_CAPACITY, True),
+        ([view("h2", 99)], RefusalReason.NO_CAPACITY, False),
+        ([view("h2", 99, cordoned=True), view("h3", machine_types=("q35",))], RefusalReason.NO_CAPACITY, False),
+        ([], RefusalReason.NO_CAPACITY, True),
+    ],
+)
+def test_the_only_reason_is_the_reason_and_time_may_mend_what_is_passing(
+    others: list[HostView], reason: RefusalReason, passing: bool
+) -> None:
+    choice = choose([view("h1"), *others], NEED)
+    assert (choice.destination, choice.reason, choice.passing) == (None, reason, passing)
+
+
+def test_a_preferred_host_is_taken_if_it_can_be_and_is_not_shunned() -> None:
+    hosts = [view("h1"), view("h2", 500), view("h3", 900)]
+    assert choose(hosts, NEED, prefer="h2").destination == HostRef("h2", "b")
+    assert choose(hosts, NEED, prefer="h2", avoid=["h2"]).destination == HostRef("h3", "b")
+    assert choose([*hosts[:1], view("h2", 50), hosts[2]], NEED, prefer="h2").destination == HostRef("h3", "b")
+
+
+def test_a_packing_that_exists_is_found() -> None:
+    needs = [Need(f"g{n}", f"g{n}", "s", mib) for n, mib in enumerate([6, 4, 4])]
+    assert pack([view("s", 100, cordoned=True), view("a", 8), view("b", 6)], needs) == {"g0": "b", "g1": "a", "g2": "a"}
+
+
+def test_memory_is_spread_where_that_suffices() -> None:
+    needs = [Need(f"g{n}", f"g{n}", "s", 100) for n in range(4)]
+    places = pack([view("s"), view("a"), view("b")], needs)
+    assert sorted(places.values()) == ["a", "a", "b", "b"]
+
+
+def test_a_promise_to_the_migration_itself_is_not_in_its_way() -> None:
+    (h1,) = host_views([host("h1", m=100, other=50)], [], but="m")
+    assert (h1.reserved_mib, h1.arrivals) == (50, 1)
 
 
 def test_unknown_destination_is_named() -> None:

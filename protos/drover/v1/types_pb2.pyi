@@ -217,6 +217,7 @@ class MigrationPolicy(_message.Message):
     MAX_BANDWIDTH_MBPS_FIELD_NUMBER: _builtins.int
     MULTIFD_CHANNELS_FIELD_NUMBER: _builtins.int
     AUTO_CONVERGE_FIELD_NUMBER: _builtins.int
+    WAIT_FOR_CAPACITY_FIELD_NUMBER: _builtins.int
     prepare_timeout_ms: _builtins.int
     precopy_timeout_ms: _builtins.int
     on_timeout: Global___OnTimeout.ValueType
@@ -231,6 +232,7 @@ class MigrationPolicy(_message.Message):
     max_bandwidth_mbps: _builtins.int
     multifd_channels: _builtins.int
     auto_converge: _builtins.bool
+    wait_for_capacity: _builtins.bool
     def __init__(
         self,
         *,
@@ -248,10 +250,11 @@ class MigrationPolicy(_message.Message):
         max_bandwidth_mbps: _builtins.int | None = ...,
         multifd_channels: _builtins.int | None = ...,
         auto_converge: _builtins.bool | None = ...,
+        wait_for_capacity: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ack_timeout_ms", b"_ack_timeout_ms", "_auto_converge", b"_auto_converge", "_backoff_initial_ms", b"_backoff_initial_ms", "_backoff_max_ms", b"_backoff_max_ms", "_downtime_limit_ms", b"_downtime_limit_ms", "_gate_wait_ms", b"_gate_wait_ms", "_max_attempts", b"_max_attempts", "_max_bandwidth_mbps", b"_max_bandwidth_mbps", "_multifd_channels", b"_multifd_channels", "_precopy_timeout_ms", b"_precopy_timeout_ms", "_prepare_timeout_ms", b"_prepare_timeout_ms", "_switchover_timeout_ms", b"_switchover_timeout_ms", "_total_timeout_ms", b"_total_timeout_ms", "ack_timeout_ms", b"ack_timeout_ms", "auto_converge", b"auto_converge", "backoff_initial_ms", b"backoff_initial_ms", "backoff_max_ms", b"backoff_max_ms", "downtime_limit_ms", b"downtime_limit_ms", "gate_wait_ms", b"gate_wait_ms", "max_attempts", b"max_attempts", "max_bandwidth_mbps", b"max_bandwidth_mbps", "multifd_channels", b"multifd_channels", "precopy_timeout_ms", b"precopy_timeout_ms", "prepare_timeout_ms", b"prepare_timeout_ms", "switchover_timeout_ms", b"switchover_timeout_ms", "total_timeout_ms", b"total_timeout_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ack_timeout_ms", b"_ack_timeout_ms", "_auto_converge", b"_auto_converge", "_backoff_initial_ms", b"_backoff_initial_ms", "_backoff_max_ms", b"_backoff_max_ms", "_downtime_limit_ms", b"_downtime_limit_ms", "_gate_wait_ms", b"_gate_wait_ms", "_max_attempts", b"_max_attempts", "_max_bandwidth_mbps", b"_max_bandwidth_mbps", "_multifd_channels", b"_multifd_channels", "_precopy_timeout_ms", b"_precopy_timeout_ms", "_prepare_timeout_ms", b"_prepare_timeout_ms", "_switchover_timeout_ms", b"_switchover_timeout_ms", "_total_timeout_ms", b"_total_timeout_ms", "_wait_for_capacity", b"_wait_for_capacity", "ack_timeout_ms", b"ack_timeout_ms", "auto_converge", b"auto_converge", "backoff_initial_ms", b"backoff_initial_ms", "backoff_max_ms", b"backoff_max_ms", "downtime_limit_ms", b"downtime_limit_ms", "gate_wait_ms", b"gate_wait_ms", "max_attempts", b"max_attempts", "max_bandwidth_mbps", b"max_bandwidth_mbps", "multifd_channels", b"multifd_channels", "precopy_timeout_ms", b"precopy_timeout_ms", "prepare_timeout_ms", b"prepare_timeout_ms", "switchover_timeout_ms", b"switchover_timeout_ms", "total_timeout_ms", b"total_timeout_ms", "wait_for_capacity", b"wait_for_capacity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ack_timeout_ms", b"_ack_timeout_ms", "_auto_converge", b"_auto_converge", "_backoff_initial_ms", b"_backoff_initial_ms", "_backoff_max_ms", b"_backoff_max_ms", "_downtime_limit_ms", b"_downtime_limit_ms", "_gate_wait_ms", b"_gate_wait_ms", "_max_attempts", b"_max_attempts", "_max_bandwidth_mbps", b"_max_bandwidth_mbps", "_multifd_channels", b"_multifd_channels", "_precopy_timeout_ms", b"_precopy_timeout_ms", "_prepare_timeout_ms", b"_prepare_timeout_ms", "_switchover_timeout_ms", b"_switchover_timeout_ms", "_total_timeout_ms", b"_total_timeout_ms", "ack_timeout_ms", b"ack_timeout_ms", "auto_converge", b"auto_converge", "backoff_initial_ms", b"backoff_initial_ms", "backoff_max_ms", b"backoff_max_ms", "downtime_limit_ms", b"downtime_limit_ms", "gate_wait_ms", b"gate_wait_ms", "max_attempts", b"max_attempts", "max_bandwidth_mbps", b"max_bandwidth_mbps", "multifd_channels", b"multifd_channels", "on_timeout", b"on_timeout", "precopy_timeout_ms", b"precopy_timeout_ms", "prepare_timeout_ms", b"prepare_timeout_ms", "switchover_timeout_ms", b"switchover_timeout_ms", "total_timeout_ms", b"total_timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ack_timeout_ms", b"_ack_timeout_ms", "_auto_converge", b"_auto_converge", "_backoff_initial_ms", b"_backoff_initial_ms", "_backoff_max_ms", b"_backoff_max_ms", "_downtime_limit_ms", b"_downtime_limit_ms", "_gate_wait_ms", b"_gate_wait_ms", "_max_attempts", b"_max_attempts", "_max_bandwidth_mbps", b"_max_bandwidth_mbps", "_multifd_channels", b"_multifd_channels", "_precopy_timeout_ms", b"_precopy_timeout_ms", "_prepare_timeout_ms", b"_prepare_timeout_ms", "_switchover_timeout_ms", b"_switchover_timeout_ms", "_total_timeout_ms", b"_total_timeout_ms", "_wait_for_capacity", b"_wait_for_capacity", "ack_timeout_ms", b"ack_timeout_ms", "auto_converge", b"auto_converge", "backoff_initial_ms", b"backoff_initial_ms", "backoff_max_ms", b"backoff_max_ms", "downtime_limit_ms", b"downtime_limit_ms", "gate_wait_ms", b"gate_wait_ms", "max_attempts", b"max_attempts", "max_bandwidth_mbps", b"max_bandwidth_mbps", "multifd_channels", b"multifd_channels", "on_timeout", b"on_timeout", "precopy_timeout_ms", b"precopy_timeout_ms", "prepare_timeout_ms", b"prepare_timeout_ms", "switchover_timeout_ms", b"switchover_timeout_ms", "total_timeout_ms", b"total_timeout_ms", "wait_for_capacity", b"wait_for_capacity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ack_timeout_ms: _TypeAlias = _typing.Literal["ack_timeout_ms"]  # noqa: Y015
     _WhichOneofArgType__ack_timeout_ms: _TypeAlias = _typing.Literal["_ack_timeout_ms", b"_ack_timeout_ms"]  # noqa: Y015
@@ -279,6 +282,8 @@ class MigrationPolicy(_message.Message):
     _WhichOneofArgType__switchover_timeout_ms: _TypeAlias = _typing.Literal["_switchover_timeout_ms", b"_switchover_timeout_ms"]  # noqa: Y015
     _WhichOneofReturnType__total_timeout_ms: _TypeAlias = _typing.Literal["total_timeout_ms"]  # noqa: Y015
     _WhichOneofArgType__total_timeout_ms: _TypeAlias = _typing.Literal["_total_timeout_ms", b"_total_timeout_ms"]  # noqa: Y015
+    _WhichOneofReturnType__wait_for_capacity: _TypeAlias = _typing.Literal["wait_for_capacity"]  # noqa: Y015
+    _WhichOneofArgType__wait_for_capacity: _TypeAlias = _typing.Literal["_wait_for_capacity", b"_wait_for_capacity"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ack_timeout_ms) -> _WhichOneofReturnType__ack_timeout_ms | None: ...
     @_typing.overload
@@ -305,6 +310,8 @@ class MigrationPolicy(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__switchover_timeout_ms) -> _WhichOneofReturnType__switchover_timeout_ms | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__total_timeout_ms) -> _WhichOneofReturnType__total_timeout_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__wait_for_capacity) -> _WhichOneofReturnType__wait_for_capacity | None: ...
 
 Global___MigrationPolicy: _TypeAlias = MigrationPolicy  # noqa: Y015
 
