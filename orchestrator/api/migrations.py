@@ -144,8 +144,8 @@ class Migrations:
         return spec, read
 
     async def _destination(self, read: GuestRead, wanted: str, *, may_wait: bool = False) -> str:
-        """Where the guest would go now; empty: nowhere, but `may_wait`, and time may bring a place. Raises the refusal that
-        stands against the wanted host, or against all."""
+        """Where the guest would go now; empty: nowhere, but `may_wait`, and time may bring a place. Raises the refusal
+        that stands against the wanted host, or against all."""
         snapshot = await self._tools.inventory.snapshot()
         record, spec = read.record, read.spec
         need = Need(read.uuid, record.name, record.owner.host, spec.memory_mib, spec.machine)

@@ -297,7 +297,8 @@ def in_short(verdicts: Sequence[Verdict]) -> str:
 
 
 def plan(hosts: Sequence[HostView], needs: Sequence[Need]) -> tuple[PlannedGuest, ...]:
-    """Who can move where if all of `needs` go, by `pack`; who has no place is judged with the others in theirs.
+    """Who can move where if all of `needs` go, by `pack`. Who has no place could go nowhere even alone, or else is told
+    what is left once the others are in theirs.
 
     Order of the answer = of `needs`. For a guest with a place the verdicts are that of its host alone.
     """
@@ -310,8 +311,12 @@ def plan(hosts: Sequence[HostView], needs: Sequence[Need]) -> tuple[PlannedGuest
             planned[need.guest] = PlannedGuest(need, Choice(host.ref, (Verdict(name, True, host.free_mib),)))
             taken = host.reserved_mib + need.memory_mib
             left[name] = replace(host, reserved_mib=taken, arrivals=host.arrivals + 1)
-    views = tuple(left.values())
-    return tuple(planned.get(need.guest) or PlannedGuest(need, choose(views, need)) for need in needs)
+    for need in needs:
+        if need.guest not in planned:
+            alone = choose(hosts, need)
+            choice = choose(tuple(left.values()), need) if alone.destination is not None else alone
+            planned[need.guest] = PlannedGuest(need, choice)
+    return tuple(planned[need.guest] for need in needs)
 
 
 @dataclass(frozen=True, slots=True)
