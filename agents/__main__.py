@@ -12,7 +12,10 @@ import gc
 import os
 import signal
 import sys
+import uuid
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import click
 import grpc.aio
@@ -27,7 +30,8 @@ from agents.host.metrics import Metrics
 from agents.serving.control import AgentServicer, translate
 from agents.serving.peer import DestinationClient, PeerServicer, SourceClient
 from orchestrator.core.errors import DroverError
-from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.identity import AgentIdentity
+from orchestrator.core.ids import AttemptRef
 from orchestrator.ledger.store import SessionState, StoreUnavailable
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.rpc import channels
@@ -81,9 +85,9 @@ async def _probed(engine: QemuEngine) -> None:
         await engine.probe()
 
 
-def _follow(health: HealthService, state: SessionState) -> None:
-    """An agent without ZooKeeper keeps its guests and begins no switchover."""
-    task = asyncio.ensure_future(health.set(state is SessionState.CONNECTED))
+def _follow(health: HealthService, state: SessionState, agent: Agent) -> None:
+    """An agent without ZooKeeper begins no switchover, and one that lost its host's place begins nothing."""
+    task = asyncio.ensure_future(health.set(state is SessionState.CONNECTED and not agent.place.lost))
     _following.add(task)
     task.add_done_callback(_following.discard)
 
@@ -91,7 +95,7 @@ def _follow(health: HealthService, state: SessionState) -> None:
 _following: set[asyncio.Future[None]] = set()
 
 
-async def _serve(config: AgentConfig, here: HostRef) -> None:
+async def _serve(config: AgentConfig, me: AgentIdentity) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -101,7 +105,7 @@ async def _serve(config: AgentConfig, here: HostRef) -> None:
     (store, commits), _ = await asyncio.gather(asyncio.gather(*map(_connected, stores)), _probed(engine))
     peers = Peers()
     metrics = Metrics()
-    agent = Agent(config, here, engine, (store, commits), peers, metrics)
+    agent = Agent(config, me, engine, (store, commits), peers, metrics)
     if config.metrics_port:
         metrics.serve(config.address, config.metrics_port)
     errors = Errors(require_deadline=False, translate=translate)
@@ -113,21 +117,44 @@ async def _serve(config: AgentConfig, here: HostRef) -> None:
     channels.listen(control, f"{config.address}:{config.control_port}")
     channels.listen(hand_over, f"{config.address}:{config.peer_port}")
     await hand_over.start()  # sessions that are adopted speak to their peers at once
-    await agent.start()
-    await control.start()
+    try:
+        if not await _done_before(agent.start(), stopping):
+            return
+        await control.start()
+        await _serve_until(stopping, agent, control, health, store)
+    finally:
+        await hand_over.stop(STOP_S)
+        await peers.close()
+        await asyncio.gather(store.close(), commits.close())
+
+
+async def _done_before(work: Coroutine[Any, Any, None], stopping: asyncio.Event) -> bool:
+    """False: it was cancelled, since the agent is to stop. Raises what the work raises."""
+    doing, stop = asyncio.ensure_future(work), asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({doing, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if doing.done():
+        doing.result()
+        return True
+    doing.cancel()
+    await asyncio.wait({doing})
+    return False
+
+
+async def _serve_until(
+    stopping: asyncio.Event, agent: Agent, control: grpc.aio.Server, health: HealthService, store: ZooKeeperStore
+) -> None:
     # What lives for ever is never looked at again, so that collections stay short in a blackout.
     gc.collect()
     gc.freeze()
-    store.on_session(lambda state: _follow(health, state))
+    store.on_session(lambda state: _follow(health, state, agent))
+    agent.place.on_change = lambda: _follow(health, store.session, agent)
     await health.set(True)
-    log.info("agent serves", host=here.host, boot_id=here.boot_id)
+    log.info("agent serves", host=agent.here.host, boot_id=agent.here.boot_id)
     await stopping.wait()
     await health.end()
     await control.stop(STOP_S)
     await agent.stop()
-    await hand_over.stop(STOP_S)
-    await peers.close()
-    await asyncio.gather(store.close(), commits.close())
 
 
 def _go_before_guests() -> None:
@@ -152,10 +179,12 @@ def main(path: Path) -> None:
         identity = make_identity(config)
         identity.check_volatile(config.volatile_dir)
         lock = OneAgent(config.dir / "agent.lock")
-        lock.take()
-        here = identity.read()
-        structlog.contextvars.bind_contextvars(host=here.host)
-        asyncio.run(_serve(config, here))
+        held = lock.take()
+        found = identity.read()
+        # The installation is read, or made, when the host is registered.
+        me = AgentIdentity("", found.machine, found.boot_id, agent=uuid.uuid4().hex, lock=held)
+        structlog.contextvars.bind_contextvars(host=config.host)
+        asyncio.run(_serve(config, me))
     except (ConfigError, DroverError, OSError) as error:
         click.echo(f"drover-agent: {error}", err=True)
         sys.exit(2)

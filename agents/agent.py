@@ -19,6 +19,7 @@ from agents.guest.ledger import GuestLedger
 from agents.handover.arrival import Arrival
 from agents.handover.departure import Departure
 from agents.handover.shell import Mistakes
+from agents.host.identity import Installation
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.host.registration import Registration
@@ -35,6 +36,7 @@ from orchestrator.core.agent import (
 )
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership, epoch_is_stale
+from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.ledger import paths
@@ -61,7 +63,7 @@ class Agent:
     def __init__(
         self,
         config: AgentConfig,
-        here: HostRef,
+        me: AgentIdentity,
         mover: engine.MigrationEngine,
         stores: tuple[Store, Store],
         peers: PeerChannels,
@@ -70,7 +72,8 @@ class Agent:
         self._config = config
         self._journal = Journal(config.dir / "journal")
         self._store, commits = stores
-        self._registration = Registration(config, here, mover, self._store)
+        here = HostRef(config.host, me.boot_id)
+        self.place = Registration(config, me, Installation(config.dir), mover, self._store)
         self._changes = 0
         self._changed = asyncio.Event()
         self._tools = Tools(
@@ -97,6 +100,7 @@ class Agent:
             under_way=self._departures,
             quorum_age_s=lambda: self._store.quorum_age_s,
             mistakes=Mistakes.seen.total,
+            place_lost=lambda: int(bool(self.place.lost)),
         )
 
     @property
@@ -119,10 +123,12 @@ class Agent:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Adopt what an earlier agent left, then take the host's place in the ledger. Raises StoreUnavailable."""
+        """Take the host's place in the ledger, then adopt what an earlier agent left: nothing is decided about a guest
+        by an agent that may not be its host's. Raises as `Registration.take` does."""
+        await self.place.take()
         self._journal.open()
         await self._adopt_found()
-        await self._registration.register()
+        self.place.hold()
         self._store.on_session(self._session)
         self._tasks.keep(self._scan_now_and_then, "scan of the ledger", again_s=RETRY_S)
 
@@ -141,13 +147,13 @@ class Agent:
 
     async def stop(self) -> None:
         """Leave the ledger and let go; VMMs, devices and attempts are left to the next agent."""
-        await self._tasks.close()
+        await asyncio.gather(self._tasks.close(), self.place.close())
         await asyncio.gather(*(guest.stop() for guest in self._guests.values()))
 
     def _session(self, state: SessionState) -> None:
         """A new session has no ephemeral node yet; watches are set again by the store."""
         if state is SessionState.CONNECTED:
-            self._tasks.spawn(self._registration.live_again(), "live node")
+            self.place.wake()
             for guest in self._guests.values():
                 guest.wake()
 
@@ -228,6 +234,7 @@ class Agent:
         self._journal.see_epoch(epoch)
 
     async def start_guest(self, uuid: str) -> GuestStatus:
+        self.place.must_hold()
         return await self._to_its_end(self._kept(uuid, lambda guest: guest.birth()))
 
     async def end_guest(self, uuid: str) -> None:
@@ -250,10 +257,12 @@ class Agent:
         return await self._known(uuid).apply_wish(sequence)
 
     async def prepare_destination(self, order: PrepareOrder) -> Prepared:
+        self.place.must_hold()
         self.see_epoch(order.epoch)
         return await self._kept(order.attempt.guest, lambda guest: guest.prepare(order))
 
     async def conduct_attempt(self, order: ConductOrder) -> None:
+        self.place.must_hold()
         self.see_epoch(order.epoch)
         await self._known(order.attempt.guest).conduct(order)
 

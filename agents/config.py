@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from orchestrator.core.guest import name_error
 
 
 class ConfigError(Exception):
     """The file cannot be used; the text says what is wrong with which key."""
+
+
+def _host_name(name: str) -> str:
+    """What the API could not address would be filled by placement and never emptied."""
+    if wrong := name_error(name):
+        raise ValueError(wrong)
+    return name
 
 
 class IdentityConfig(BaseModel):
@@ -26,7 +35,7 @@ class AgentConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: Annotated[str, Field(min_length=1, max_length=63)]
+    host: Annotated[str, AfterValidator(_host_name)]
     address: str
     """Where this host is reached: both services and the engines' streams listen here."""
     control_port: Annotated[int, Field(ge=0, le=65535)] = 7701

@@ -626,13 +626,25 @@ class HostedGuest:
         await self.ledger.started()
 
     async def _bury(self, duty: Duty, record: GuestRecord) -> None:
+        await self._must_be_over(record)
         await self.ledger.buried(self._tools.here)
 
     def _attempt_ledger(self, record: GuestRecord) -> AttemptLedger:
         ref = AttemptRef(self.uuid, record.migration, record.attempt)
         return AttemptLedger(self._tools.store, ref, record.owner, record.inc, self._tools.writer)
 
+    async def _must_be_over(self, record: GuestRecord) -> None:
+        """A guest of a former power cycle is over only if that is certified (H11): whoever bears this host's name is
+        not the host for that. Raises FENCER_REQUIRED."""
+        owner = record.owner
+        if owner.boot_id == self._tools.here.boot_id:
+            return
+        if await self._tools.store.read(paths.fence(owner.host, owner.boot_id)) is None:
+            said = f"it belongs to power cycle {owner.boot_id}, of which nothing says that it is over"
+            raise self._refused(RefusalReason.FENCER_REQUIRED, said)
+
     async def _declare_crashed(self, duty: Duty, record: GuestRecord) -> None:
+        await self._must_be_over(record)
         await self._settled(self._attempt_ledger(record).crashed())
 
     async def _give_back(self, duty: Duty, record: GuestRecord) -> None:

@@ -1,7 +1,8 @@
-"""Which power cycle of which host this is, whether its volatile directory is volatile, and that the agent is alone.
+"""Which machine in which power cycle this is, which installation, and that the agent is alone on it.
 
 Assumptions A5 and A7 of docs/protocol.md: the id changes with every power cycle, markers vanish with the power, and
-there is one agent per host, also when its predecessor only seemed dead.
+there is one agent per host, also when its predecessor only seemed dead. What follows from it for the host's place in
+the ledger is decided in `orchestrator.core.identity`.
 """
 
 from __future__ import annotations
@@ -9,29 +10,53 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import select
 import signal
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from agents.config import AgentConfig
 from orchestrator import proc
 from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.core.ids import HostRef
 from orchestrator.core.liveness import LivenessUnknown
 
 _KERNEL_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_HARDWARE = (Path("/sys/class/dmi/id/product_uuid"), Path("/proc/device-tree/serial-number"))
+_MEANINGLESS = frozenset(
+    (
+        "03000200-0400-0500-0006-000700080009",
+        "00020003-0004-0005-0006-000700080009",
+        "12345678-1234-5678-90ab-cddeefaabbcc",
+        "not settable",
+        "not specified",
+        "not present",
+        "none",
+    )
+)
+"""What boards say that were never given a number of their own."""
 _VOLATILE_FILE_SYSTEMS = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
 _KILL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PowerCycle:
+    """One power cycle of one machine."""
+
+    boot_id: str
+    machine: str
+    """Bound to the hardware, never to a disk; empty when the hardware has nothing of its own to say."""
 
 
 class HostIdentity(Protocol):
     """The port: one implementation reads the kernel, the other a file that the local cluster replaces."""
 
-    def read(self) -> HostRef:
-        """Raises DroverError when the host cannot be told from another."""
+    def read(self) -> PowerCycle:
+        """Raises DroverError when one power cycle cannot be told from another."""
         ...
 
     def check_volatile(self, directory: Path) -> None:
@@ -40,13 +65,10 @@ class HostIdentity(Protocol):
 
 
 class KernelIdentity:
-    """A real host."""
+    """A real host. `/etc/machine-id` says nothing: it lies on the disk and is copied with it."""
 
-    def __init__(self, host: str) -> None:
-        self._host = host
-
-    def read(self) -> HostRef:
-        return HostRef(self._host, _read_id(_KERNEL_BOOT_ID))
+    def read(self) -> PowerCycle:
+        return PowerCycle(_read_id(_KERNEL_BOOT_ID), _digest(_hardware_number()))
 
     def check_volatile(self, directory: Path) -> None:
         kind = file_system_magic(directory)
@@ -60,14 +82,17 @@ class KernelIdentity:
 
 
 class SimulatedIdentity:
-    """A host of the local cluster: whoever simulates its loss of power replaces the file and empties the directory."""
+    """A host of the local cluster: whoever simulates its loss of power replaces the file and empties the directory.
 
-    def __init__(self, host: str, file: Path) -> None:
-        self._host = host
+    The file's first line is the boot_id, the second one the machine; without that the machine is unknown.
+    """
+
+    def __init__(self, file: Path) -> None:
         self._file = file
 
-    def read(self) -> HostRef:
-        return HostRef(self._host, _read_id(self._file))
+    def read(self) -> PowerCycle:
+        boot_id, _, machine = _read_id(self._file).partition("\n")
+        return PowerCycle(boot_id.strip(), _digest(machine.strip()))
 
     def check_volatile(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -76,10 +101,10 @@ class SimulatedIdentity:
 def make_identity(config: AgentConfig) -> HostIdentity:
     """Raises DroverError when a simulated identity names no file."""
     if config.identity.kind == "kernel":
-        return KernelIdentity(config.host)
+        return KernelIdentity()
     if config.identity.file is None:
         raise DroverError(RefusalReason.INVALID_ARGUMENT, "a simulated identity needs a file", field="identity.file")
-    return SimulatedIdentity(config.host, config.identity.file)
+    return SimulatedIdentity(config.identity.file)
 
 
 def _read_id(path: Path) -> str:
@@ -90,6 +115,77 @@ def _read_id(path: Path) -> str:
     if not found:
         raise DroverError(RefusalReason.INTERNAL, f"{path} is empty: this host has no identity")
     return found
+
+
+def _hardware_number() -> str:
+    """Empty when there is none, when we may not read it, or when every board of its kind says the same."""
+    for path in _HARDWARE:
+        with contextlib.suppress(OSError):
+            found = path.read_text(errors="replace").strip("\0 \n").lower()
+            same_everywhere = len(set(found.replace("-", ""))) < 3
+            if not same_everywhere and found not in _MEANINGLESS:
+                return found
+    return ""
+
+
+def _digest(number: str) -> str:
+    """Serial numbers are nobody's business: what stands in the ledger tells machines apart and nothing else."""
+    return hashlib.sha256(f"drover machine {number}".encode()).hexdigest()[:32] if number else ""
+
+
+class Installation:
+    """What the agent's directory says of itself: its id, and the claims under which it may have been registered.
+
+    `installation.json`; it survives a restart of the agent and a loss of power, and is copied with the disk.
+    """
+
+    KEPT = 8
+    """Claims: one is registered, the others were noted by agents that ended before they knew."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file = directory / "installation.json"
+        self.id = ""
+        self.claims: tuple[str, ...] = ()
+        """The newest last."""
+
+    def open(self) -> None:
+        """Read it, or make it where the directory is new. Raises DroverError when it cannot be read, and OSError when
+        it cannot be made: without it a host that lost power could not prove that it is itself."""
+        try:
+            content = json.loads(self._file.read_bytes())
+            self.id, self.claims = str(content["id"]), tuple(map(str, content["claims"]))
+        except FileNotFoundError:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self.id = uuid.uuid4().hex
+            self._write()
+        except (ValueError, KeyError, TypeError) as error:
+            raise DroverError(
+                RefusalReason.INTERNAL,
+                f"{self._file} cannot be read ({error!r}): restore it; where that is not possible, remove it and see "
+                "`declare-dead` in docs/operations.md",
+            ) from error
+
+    def claim(self, claim: str) -> None:
+        """Note that the next registration is made under it. Durable. Raises OSError; then nothing was noted."""
+        before, self.claims = self.claims, (*self.claims, claim)[-self.KEPT :]
+        try:
+            self._write()
+        except OSError:
+            self.claims = before
+            raise
+
+    def _write(self) -> None:
+        temporary = self._file.with_suffix(".tmp")
+        with temporary.open("w") as file:
+            json.dump({"id": self.id, "claims": self.claims}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._file)
+        descriptor = os.open(self._file.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class _StatFs(ctypes.Structure):
@@ -113,10 +209,11 @@ class OneAgent:
         self._path = path
         self._descriptor = -1
 
-    def take(self) -> None:
+    def take(self) -> str:
         """Kills a predecessor that still holds it: one that was frozen must never wake up and drive a VMM (A7).
 
-        Raises DroverError when the holder does not die.
+        Returns `device:inode` of the file: on one kernel, who held it before and is not us is dead. Raises DroverError
+        when the holder does not die, and OSError when the file cannot be made.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -124,9 +221,11 @@ class OneAgent:
             self._kill_holder()
             if not self._try():
                 raise DroverError(RefusalReason.INTERNAL, f"another agent holds {self._path} and could not be ended")
-        os.ftruncate(self._descriptor, 0)
         note = {"pid": os.getpid(), "start_time": proc.start_time_of(os.getpid())}
-        os.pwrite(self._descriptor, json.dumps(note).encode(), 0)
+        # Of one length, and never truncated: it needs no room on a disk that has become full.
+        os.pwrite(self._descriptor, json.dumps(note).encode().ljust(128), 0)
+        found = os.fstat(self._descriptor)
+        return f"{found.st_dev}:{found.st_ino}"
 
     def _try(self) -> bool:
         try:

@@ -99,6 +99,11 @@ class Metrics:
             "Events that no stage of a hand-over takes, since the agent began; each is in its log",
             registry=registry,
         )
+        self._place_lost = Gauge(
+            "drover_host_place_lost",
+            "1: another agent has the host's place",
+            registry=registry,
+        )
         self._registry = registry
 
     def attempt_over(self, report: AttemptReport, devices: tuple[DeviceSpec, ...]) -> None:
@@ -129,11 +134,13 @@ class Metrics:
         under_way: Callable[[], int],
         quorum_age_s: Callable[[], float],
         mistakes: Callable[[], int] = lambda: 0,
+        place_lost: Callable[[], int] = lambda: 0,
     ) -> None:
         self._guests.set_function(guests)
         self._under_way.set_function(under_way)
         self._quorum_age.set_function(quorum_age_s)
         self._mistakes.set_function(mistakes)
+        self._place_lost.set_function(place_lost)
 
     def serve(self, address: str, port: int) -> None:
         """In a thread of its own. A port that is in use costs the metrics and nothing else."""

@@ -1,53 +1,204 @@
-"""The host's place in the ledger: its record, its live node, the certificate that its former power cycle is over."""
+"""The host's place in the ledger: its record, its `live` node, the certificate that its former power cycle is over.
+
+Whether it may be taken is decided by `orchestrator.core.identity.may_take`. Record, `live` node and certificate are
+written in one transaction that holds only if nothing has changed since it was decided: of two agents that claim one
+name at the same time, one gets it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import structlog
 
 from agents.config import AgentConfig
 from agents.engine import base as engine
-from orchestrator.core.ids import HostRef
+from agents.host.identity import Installation
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.identity import AgentIdentity, Answer, Doubt, Place, PlaceSeen, may_take
 from orchestrator.core.records import Cordon, HostRecord, Reservations
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger, op_create
-from orchestrator.ledger.records import decode, encode
-from orchestrator.ledger.store import Create, Delete, Done, Op, SetData, Store, StoreUnavailable
+from orchestrator.ledger.records import BadRecord, decode, encode
+from orchestrator.ledger.store import Check, Create, Delete, Done, Op, SetData, Store, StoreUnavailable, Versioned
+from orchestrator.tasks import Tasks
 
 log = structlog.get_logger(__name__)
 
 RETRY_S = 0.2
+LOOK_S = 10.0
+"""The place is looked at this often, whatever the watches say."""
+PATIENCE_S = 30.0
+"""How long a newcomer waits for a session that is in its way: one that nobody keeps alive lapses long before."""
+
+_SAID: dict[Doubt, str] = {
+    Doubt.SESSION_LIVES: "another agent's session holds the name and is kept alive. Two agents must not have one name: "
+    "end the wrong one, or give this host a name of its own (`host` in agent.json)",
+    Doubt.NO_IDENTITY: "the agent that registered it last was of a version that did not say which machine it is. If "
+    "its former power cycle is over, declare it dead; upgrade agents before their hosts restart",
+    Doubt.OTHER_INSTALLATION: "it belongs to another installation of Drover. Is agent.json a copy of another host's? "
+    "Then give this host a name of its own. If this host replaces the other, declare that one dead first",
+    Doubt.OTHER_DIRECTORY: "it was registered on this machine, in this power cycle, with another directory. Start the "
+    "agent with the directory (`dir`) that it had; if that is lost, restart the host",
+    Doubt.OLD_COPY: "its directory (`dir`) is an older copy: the host has been registered since. Is this disk a clone, "
+    "or was it restored? If the other host's power cycle is over, declare it dead",
+    Doubt.MACHINE_UNKNOWN: "nothing in this machine's hardware proves that it is the one which was registered (no "
+    "usable DMI product UUID), so it may be a clone of it. If its former power cycle is over, declare it dead",
+    Doubt.OTHER_MACHINE: "it was registered by another machine. Is this disk a clone? Then give this host a name of "
+    "its own. If this machine replaces the other, declare that one dead first",
+    Doubt.DECLARED_DEAD: "this power cycle was declared dead, and its guests may run elsewhere: restart the host",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """The place as it was read, and the versions that a write depends on."""
+
+    seen: PlaceSeen
+    record: Versioned | None
+    live: Versioned | None
 
 
 class Registration:
-    """Takes the host's place once (`register`), and again in each new session (`live_again`)."""
+    """Takes the host's place once (`take`), then holds it in every new session and notices when it is lost."""
 
-    def __init__(self, config: AgentConfig, here: HostRef, mover: engine.MigrationEngine, store: Store) -> None:
+    def __init__(
+        self,
+        config: AgentConfig,
+        me: AgentIdentity,
+        installation: Installation,
+        mover: engine.MigrationEngine,
+        store: Store,
+    ) -> None:
         self._config = config
-        self._here = here
+        self._me = me
+        self._installation = installation
         self._mover = mover
         self._store = store
+        self._tasks = Tasks(f"place of {config.host}")
+        self._woken = asyncio.Event()
+        self._unwatch: list[Callable[[], None]] = []
+        self._record: HostRecord | None = None
+        self.lost = ""
+        """Why this agent starts nothing new: somebody else has the host's place. Empty: it is ours."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when `lost` changed."""
 
-    async def live_again(self) -> None:
+    # --- taking it ----------------------------------------------------------------------------------------------------
+
+    async def take(self) -> None:
+        """Become the host's agent in the ledger; waits for ZooKeeper, and for a predecessor's session to lapse.
+
+        Raises DroverError HOST_NAME_TAKEN when the place is, or may be, another's: nothing was changed then. Raises
+        EngineError when the engine cannot be asked what it can do, OSError when there is no room for this
+        installation's id.
+        """
+        self._installation.open()
+        self._me = replace(self._me, installation=self._installation.id)
+        probed = await self._mover.probe()
+        loop = asyncio.get_running_loop()
+        gives_up: float | None = None
         while True:
-            with contextlib.suppress(StoreUnavailable):
-                if await self._store.read(paths.live(self._here.host)) is None:
-                    await self._store.multi([Create(paths.live(self._here.host), b"", ephemeral=True)])
-                else:
-                    return
+            try:
+                await Ledger(self._store).init_tree()
+                await self._store.barrier()
+                answer = await self._try_to_take(probed)
+            except StoreUnavailable as error:
+                log.warning("the host cannot be registered: ZooKeeper does not answer, trying again", error=str(error))
+                gives_up = None
+                await asyncio.sleep(RETRY_S)
+                continue
+            if answer is None:
+                return
+            if answer.place is Place.REFUSED:
+                raise self._refusal(answer.doubt)
+            if answer.place is Place.WAIT and gives_up is None:
+                gives_up = loop.time() + PATIENCE_S
+                log.warning("another session holds the host's name: waiting for it to lapse", longest_s=PATIENCE_S)
+            if answer.place is Place.WAIT and gives_up is not None and loop.time() > gives_up:
+                raise self._refusal(answer.doubt)
             await asyncio.sleep(RETRY_S)
 
-    async def register(self) -> None:
-        await Ledger(self._store).init_tree()
-        await self._store.barrier()
-        probed = await self._mover.probe()
+    async def _try_to_take(self, probed: dict[str, str]) -> Answer | None:
+        """None: taken. An answer of TAKE or CERTIFY: something changed meanwhile, look again."""
+        look = await self._look()
+        answer = may_take(self._me, self._installation.claims, look.seen)
+        if answer.place not in (Place.TAKE, Place.CERTIFY):
+            return answer
+        me = self._with_new_claim(look.seen.holder)
+        record = self._host_record(me, probed)
+        ops = await self._taking(look, record)
+        if answer.place is Place.CERTIFY:
+            # A host comes back with another boot_id: its former power cycle is over (H11).
+            await self._store.ensure(paths.fences(record.name))
+            ops.append(Create(paths.fence(record.name, look.seen.boot_id), b""))
+        if not isinstance(await self._store.multi(ops), Done):
+            return answer  # if our own write went through all the same, the next look finds it
+        if answer.place is Place.CERTIFY:
+            log.info("former power cycle is over", boot_id=look.seen.boot_id)
+        self._me, self._record = me, record
+        return None
+
+    def _with_new_claim(self, holder: AgentIdentity | None) -> AgentIdentity:
+        claim = secrets.token_hex(8)
+        try:
+            self._installation.claim(claim)
+        except OSError as error:
+            # Its guests need their agent now. Without a claim on the disk the old one stays: it proves a little less.
+            log.warning("no room for a new claim on the host's name", error=str(error))
+            claim = holder.claim if holder is not None else ""
+        return replace(self._me, claim=claim)
+
+    async def _look(self) -> _Look:
+        """Raises StoreUnavailable, and DroverError for a record that cannot be read: it may be anybody's."""
+        host, me = self._config.host, self._me
+        node, live = await self._store.read(paths.host(host)), await self._store.read(paths.live(host))
+        try:
+            before = decode(HostRecord, node.data, path=paths.host(host)) if node and node.data else None
+        except BadRecord as error:
+            raise DroverError(RefusalReason.HOST_NAME_TAKEN, f"the record of {host} cannot be read: {error}") from error
+        certified = before is not None and await self._is_certified(before.boot_id)
+        return _Look(
+            PlaceSeen(
+                boot_id=before.boot_id if before else "",
+                holder=before.identity if before else None,
+                live=live is not None,
+                live_holder=_holder(live),
+                certified=certified,
+                declared_dead=await self._is_certified(me.boot_id),
+            ),
+            node,
+            live,
+        )
+
+    async def _is_certified(self, boot_id: str) -> bool:
+        return await self._store.read(paths.fence(self._config.host, boot_id)) is not None
+
+    async def _taking(self, look: _Look, record: HostRecord) -> list[Op]:
+        path, live = paths.host(record.name), paths.live(record.name)
+        ops: list[Op] = [
+            SetData(path, encode(record), look.record.version) if look.record is not None else op_create(path, record)
+        ]
+        for child, content in (
+            (paths.cordon(record.name), Cordon()),
+            (paths.reservations(record.name), Reservations()),
+        ):
+            if await self._store.read(child) is None:
+                ops.append(op_create(child, content))
+        if look.live is not None:
+            ops.append(Delete(live, look.live.version))
+        ops.append(Create(live, encode(record.identity), ephemeral=True))
+        return ops
+
+    def _host_record(self, me: AgentIdentity, probed: dict[str, str]) -> HostRecord:
         config = self._config
-        record = HostRecord(
-            name=self._here.host,
-            boot_id=self._here.boot_id,
+        return HostRecord(
+            name=config.host,
+            boot_id=me.boot_id,
             control_address=f"{config.address}:{config.control_port}",
             peer_address=f"{config.address}:{config.peer_port}",
             memory_mib=config.memory_mib,
@@ -56,51 +207,91 @@ class Registration:
             machine_types=tuple(probed["machine_types"].split(",")),
             accelerator=probed["accelerator"],
             switchover_ack=probed["switchover_ack"],
+            identity=me,
         )
-        await self._until_written(lambda: self._register_ops(record))
-        await self._drop_old_live()
-        await self.live_again()
 
-    async def _register_ops(self, record: HostRecord) -> list[Op]:
-        path = paths.host(record.name)
-        node = await self._store.read(path)
-        if node is None:
-            return [
-                op_create(path, record),
-                op_create(paths.cordon(record.name), Cordon()),
-                op_create(paths.reservations(record.name), Reservations()),
-            ]
-        ops: list[Op] = []
-        if node.data:
-            before = decode(HostRecord, node.data, path=path)
-            if before.boot_id != record.boot_id:
-                await self._certify(before)
-        if encode(record) != node.data:
-            ops.append(SetData(path, encode(record), node.version))
-        for child, content in (
-            (paths.cordon(record.name), Cordon()),
-            (paths.reservations(record.name), Reservations()),
-        ):
-            if await self._store.read(child) is None:
-                ops.append(op_create(child, content))
-        return ops
+    def _refusal(self, doubt: Doubt) -> DroverError:
+        said = f"this agent may not be {self._config.host}: {_SAID[doubt]} (docs/operations.md, `declare-dead`)"
+        return DroverError(RefusalReason.HOST_NAME_TAKEN, said, field="host", details={"doubt": doubt})
 
-    async def _certify(self, before: HostRecord) -> None:
-        """The host itself came back with another boot_id: proof that its former power cycle is over (H11)."""
-        path = paths.fence(before.name, before.boot_id)
-        await self._store.ensure(path)
-        log.info("former power cycle is over", boot_id=before.boot_id)
+    # --- holding it ---------------------------------------------------------------------------------------------------
 
-    async def _drop_old_live(self) -> None:
-        """The session of a predecessor may last some seconds longer than it; its node is not ours."""
-        path = paths.live(self._here.host)
-        node = await self._store.read(path)
-        if node is not None:
-            await self._store.multi([Delete(path, node.version)])
+    def hold(self) -> None:
+        """Watch over the place that was taken, until `close`."""
+        host = self._config.host
+        for path in (paths.host(host), paths.live(host)):
+            self._unwatch.append(self._store.watch(path, lambda _: self.wake()))
+        self._tasks.keep(self._hold_once, "the host's place", again_s=RETRY_S, every_s=0.0)
 
-    async def _until_written(self, make: Callable[[], Awaitable[list[Op]]]) -> None:
-        while True:
-            ops = await make()
-            if not ops or isinstance(await self._store.multi(ops), Done):
-                return
-            await self._store.barrier()
+    def wake(self) -> None:
+        """Look soon: a new session has no `live` node yet."""
+        self._woken.set()
+
+    async def close(self) -> None:
+        for end in self._unwatch:
+            end()
+        await self._tasks.close()
+
+    def must_hold(self) -> None:
+        """Raises HOST_NAME_TAKEN when somebody else has the host's place: nothing new is started here."""
+        if self.lost:
+            raise DroverError(RefusalReason.HOST_NAME_TAKEN, f"{self._config.host} starts nothing new: {self.lost}")
+
+    async def _hold_once(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                await self._woken.wait()
+        self._woken.clear()
+        try:
+            lost = await self._look_after_it()
+        except StoreUnavailable:
+            await asyncio.sleep(RETRY_S)
+            self.wake()
+            return
+        if lost == self.lost:
+            return
+        self.lost = lost
+        if lost:
+            log.error("the host's place was taken: guests are kept, nothing new is started", why=lost)
+        else:
+            log.warning("the host's place is ours again")
+        self.on_change()
+
+    async def _look_after_it(self) -> str:
+        """Make what is missing again; why the place is not ours, empty when it is."""
+        look = await self._look()
+        record, seen = self._record, look.seen
+        if record is None or seen.declared_dead:
+            return "this power cycle was declared dead; restart the host"
+        if look.record is None:
+            log.error("the host's record has vanished from the ledger: registering again")
+            await Ledger(self._store).init_tree()
+            if not isinstance(await self._store.multi(await self._taking(look, record)), Done):
+                self.wake()
+            return self.lost
+        if seen.holder is None or seen.holder.agent != self._me.agent:
+            return f"another agent has registered as {self._config.host} ({_whose(seen.holder)})"
+        if not seen.live:
+            ops = [Check(paths.host(record.name), look.record.version)]
+            made = [*ops, Create(paths.live(record.name), encode(self._me), ephemeral=True)]
+            if not isinstance(await self._store.multi(made), Done):
+                await asyncio.sleep(RETRY_S)
+                self.wake()
+            return self.lost
+        if seen.live_holder is None or seen.live_holder.agent != self._me.agent:
+            return f"another agent's session stands for {self._config.host} ({_whose(seen.live_holder)})"
+        return ""
+
+
+def _holder(live: Versioned | None) -> AgentIdentity | None:
+    if live is None or not live.data:
+        return None
+    with contextlib.suppress(BadRecord):
+        return decode(AgentIdentity, live.data)
+    return None
+
+
+def _whose(holder: AgentIdentity | None) -> str:
+    if holder is None:
+        return "it does not say which machine it is"
+    return f"installation {holder.installation}, power cycle {holder.boot_id}"

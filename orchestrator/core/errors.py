@@ -68,6 +68,8 @@ class RefusalReason(StrEnum):
     GUEST_NOT_RUNNING = "GUEST_NOT_RUNNING"
     HOST_CORDONED = "HOST_CORDONED"
     HOST_NOT_LIVE = "HOST_NOT_LIVE"
+    HOST_NAME_TAKEN = "HOST_NAME_TAKEN"
+    """The agent may not (any more) act as this host: the name belongs to another installation, machine or session."""
     NO_CAPACITY = "NO_CAPACITY"
     ALREADY_COMMITTED = "ALREADY_COMMITTED"
     ALREADY_ENDED = "ALREADY_ENDED"

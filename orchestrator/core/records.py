@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from orchestrator.core.errors import AbortReason, FailureReason
+from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.ids import AckRequest, HostRef
 from orchestrator.core.policy import MigrationPolicy
 
@@ -88,6 +89,8 @@ class HostRecord:
     machine_types: tuple[str, ...] = ()
     accelerator: str = "tcg"
     switchover_ack: str = ""
+    identity: AgentIdentity | None = None
+    """Of the agent that registered it; None: one of a version that did not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,10 @@ def reservations(host_name: str) -> str:
     return f"{HOSTS}/{host_name}/resv"
 
 
+def fences(host_name: str) -> str:
+    return f"{FENCE}/{host_name}"
+
+
 def fence(host_name: str, boot_id: str) -> str:
     return f"{FENCE}/{host_name}/{boot_id}"
 

@@ -40,7 +40,7 @@ from orchestrator.rpc.channels import aio_server, listen
 from orchestrator.rpc.errors import Errors
 from protos.drover.v1.agent_pb2_grpc import add_AgentServiceServicer_to_server
 from tests.fakes.agent import FakeAgent
-from tests.fakes.config import agent_config
+from tests.fakes.config import agent_config, agent_identity
 from tests.fakes.coordination import World
 from tests.fakes.engine import FakeEngine
 
@@ -79,7 +79,9 @@ async def real(world: World, engine: FakeEngine, directory: Path) -> AsyncIterat
     """The agent of h2 behind its servicer."""
     config = agent_config(directory)
     peers, stores = Peers(), (world.store, type(world.store)(world.store.tree))
-    agent = Agent(config, HERE, cast(MigrationEngine, engine), stores, peers, Metrics(CollectorRegistry()))
+    agent = Agent(
+        config, agent_identity(HERE), cast(MigrationEngine, engine), stores, peers, Metrics(CollectorRegistry())
+    )
     server = aio_server([Errors(require_deadline=False, translate=translate)])
     add_AgentServiceServicer_to_server(AgentServicer(agent), server)
     client = AgentClient(f"127.0.0.1:{listen(server, '127.0.0.1:0')}")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from agents.config import AgentConfig
 from deploy.lab.devices import PROGRAM
+from orchestrator.core.identity import AgentIdentity
+from orchestrator.core.ids import HostRef
 
 
 def agent_config(directory: Path, host: str = "h2") -> AgentConfig:
@@ -22,3 +24,8 @@ def agent_config(directory: Path, host: str = "h2") -> AgentConfig:
         guest_image=directory / "guest.elf",
         device_program=PROGRAM,
     )
+
+
+def agent_identity(here: HostRef, *, agent: str = "a1", machine: str = "m", lock: str = "1:1") -> AgentIdentity:
+    """Of an agent process of a host; another one of the same host and lock is its successor."""
+    return AgentIdentity("", f"{machine}-{here.host}", here.boot_id, agent, lock)

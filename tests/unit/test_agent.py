@@ -27,7 +27,7 @@ from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, WantRun
 from orchestrator.ledger import paths
-from tests.fakes.config import agent_config
+from tests.fakes.config import agent_config, agent_identity
 from tests.fakes.coordination import MemoryStore, World
 from tests.fakes.engine import FakeEngine, FakeVmm
 
@@ -77,7 +77,9 @@ def config(tmp_path: Path) -> AgentConfig:
 
 def made(config: AgentConfig, world: World, mover: SlowEngine) -> Agent:
     stores = (world.store, MemoryStore(world.store.tree))
-    return Agent(config, HERE, cast(engine.MigrationEngine, mover), stores, Peers(), Metrics(CollectorRegistry()))
+    return Agent(
+        config, agent_identity(HERE), cast(engine.MigrationEngine, mover), stores, Peers(), Metrics(CollectorRegistry())
+    )
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from orchestrator.core.ids import HostRef
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 from orchestrator.core.records import GuestSpec, WantRun
 from orchestrator.ledger import paths
-from tests.fakes.config import agent_config
+from tests.fakes.config import agent_config, agent_identity
 from tests.fakes.coordination import MemoryStore, World
 from tests.fakes.engine import FakeEngine, FakeVmm
 
@@ -204,7 +204,7 @@ def made(tmp_path: Path, world: World, child: subprocess.Popen[bytes]) -> Agent:
     (files.directory / "i1.json").write_text(json.dumps(asdict(metadata)))
     stores = (world.store, MemoryStore(world.store.tree))
     mover = cast(engine.MigrationEngine, RealProcesses())
-    return Agent(config, HERE, mover, stores, Peers(), Metrics(CollectorRegistry()))
+    return Agent(config, agent_identity(HERE), mover, stores, Peers(), Metrics(CollectorRegistry()))
 
 
 async def until(agent: Agent, state: RunState) -> None:

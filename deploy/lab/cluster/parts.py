@@ -159,8 +159,11 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
 
 
 def new_power_cycle(layout: Layout, host: str) -> None:
-    """Give the host a new boot_id."""
-    write_atomically(layout.power_cycle(host), f"{uuid.uuid4()}\n")
+    """Give the host a new boot_id; it is still the same machine."""
+    file = layout.power_cycle(host)
+    before = file.read_text().split() if file.exists() else []
+    machine = before[1] if len(before) > 1 else uuid.uuid4()
+    write_atomically(file, f"{uuid.uuid4()}\n{machine}\n")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
