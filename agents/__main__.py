@@ -99,7 +99,7 @@ async def _serve(config: AgentConfig, me: AgentIdentity) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    engine = QemuEngine(config.guest_image, config.qemu, config.accelerator, config.vfio_preload)
+    engine = QemuEngine(config.guest_image, config.qemu, config.accelerator, config.vfio_preload, images=config.images)
     stores = [ZooKeeperStore(config.zookeeper, chroot=config.chroot) for _ in range(2)]
     # Side by side: guests that stand still may be waiting for an agent that was killed.
     (store, commits), _ = await asyncio.gather(asyncio.gather(*map(_connected, stores)), _probed(engine))

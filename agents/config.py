@@ -54,7 +54,10 @@ class AgentConfig(BaseModel):
     bandwidth_mbps: Annotated[int, Field(ge=1)] = 1000
     accelerator: Literal["tcg", "kvm"] = "kvm"
     qemu: str = "qemu-system-x86_64"
-    guest_image: Path
+    guest_image: Path | None = None
+    """The kernel of guests that name none. None: each guest must name one."""
+    images: Path | None = None
+    """Directory of the images that guests may name (`boot.kernel`, `boot.initrd`). None: no guest may name one."""
     vfio_preload: Path | None = None
     """What gives QEMU devices inside the VMM on a machine without VFIO; None: no guest with such devices runs here."""
     device_program: tuple[str, ...] = ()

@@ -39,6 +39,7 @@ from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy, OnTimeout, override
 from orchestrator.core.records import (
     AttemptReport,
+    Boot,
     DeviceProgress,
     DeviceSpec,
     EvacuationPhase,
@@ -46,7 +47,6 @@ from orchestrator.core.records import (
     MigrationPhase,
     ShimKind,
     TimelineEntry,
-    Workload,
 )
 from orchestrator.core.text import quoted
 from protos.drover.v1 import agent_pb2, types_pb2
@@ -164,7 +164,6 @@ def _unknown_word(field: str, value: object, words: Iterable[str]) -> DroverErro
 
 # --- guests -----------------------------------------------------------------------------------------------------------
 
-_WORKLOAD = tuple(field.name for field in fields(Workload))
 _DEVICE_SIZES = ("initial_bytes", "stop_copy_bytes", "dirty_bytes_per_s")
 
 
@@ -198,7 +197,7 @@ def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
             memory_mib=spec.memory_mib,
             vcpus=spec.vcpus,
             machine=spec.machine,
-            workload=types_pb2.Workload(**{name: getattr(spec.workload, name) for name in _WORKLOAD}),
+            boot=types_pb2.Boot(kernel=spec.boot.kernel, initrd=spec.boot.initrd, append=spec.boot.append),
             devices=[device_to_proto(device) for device in spec.devices],
             labels=spec.labels,
             policy=policy_to_proto(spec.policy),
@@ -208,8 +207,7 @@ def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
 
 
 def guest_spec_from_proto(message: types_pb2.GuestSpec, *, field: str = "spec") -> GuestSpec:
-    workload = message.workload
-    given: dict[str, Any] = {name: getattr(workload, name) for name in _WORKLOAD if _is_set(workload, name)}
+    boot = message.boot
     default = GuestSpec(message.name)
     devices = enumerate(message.devices)
     return GuestSpec(
@@ -217,7 +215,7 @@ def guest_spec_from_proto(message: types_pb2.GuestSpec, *, field: str = "spec") 
         memory_mib=message.memory_mib or default.memory_mib,
         vcpus=message.vcpus or default.vcpus,
         machine=message.machine or default.machine,
-        workload=Workload(**given),
+        boot=Boot(kernel=boot.kernel, initrd=boot.initrd, append=boot.append),
         devices=tuple(device_from_proto(device, field=f"{field}.devices[{index}]") for index, device in devices),
         labels=dict(message.labels),
         policy=policy_from_proto(message.policy, field=f"{field}.policy"),

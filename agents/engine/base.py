@@ -155,8 +155,6 @@ class VmmSpec:
     listen_address: str = ""
     """Destination only: address for the stream."""
     multifd_channels: int = 0
-    seed: int = 0
-    """32 bits that the guest's devices start from, so that one guest's are never taken for another's."""
     vfio_path: Path | None = None
     """Unix socket of the device process that holds the devices inside the VMM; None when there are none."""
     nics: tuple[Nic, ...] = ()

@@ -118,7 +118,6 @@ class GuestFiles:
             device_path=self.directory / f"{inc}.dev" if self.companions else None,
             listen_address=self.config.address,
             multifd_channels=multifd_channels,
-            seed=seed_of(self.uuid),
             vfio_path=self.directory / f"{inc}.vfio" if self.in_vmm else None,
             nics=net.nics(self.uuid, self.spec.devices),
             segment=net.segment_of(f"{self.config.zookeeper}{self.config.chroot}", self.config.address),

@@ -43,7 +43,7 @@ class DevicesSpec:
     devices: tuple[DeviceSpec, ...]
     """Devices with other shims are left out. The order numbers them on the guest's second serial port."""
     seed: int
-    """The guest's, 32 bits: what its devices start from (VmmSpec.seed)."""
+    """The guest's, 32 bits: what its devices start from."""
     program: tuple[str, ...] = ()
     """The command that holds the devices (AgentConfig.device_program); empty: this host has none."""
 

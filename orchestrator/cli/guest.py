@@ -183,7 +183,7 @@ def show(settings: Settings, guest: str) -> None:
 def _facts(each: Guest) -> Iterable[tuple[str, Cell]]:
     from orchestrator import wire
 
-    spec, work = each.spec, each.spec.workload
+    spec = each.spec
     yield "guest", each.name
     yield "uuid", each.uuid
     yield "host", each.host
@@ -195,8 +195,9 @@ def _facts(each: Guest) -> Iterable[tuple[str, Cell]]:
     yield "memory", f"{spec.memory_mib} MiB"
     yield "vcpus", str(spec.vcpus)
     yield "machine", spec.machine
-    dirties = f"dirties {work.dirty_mib} MiB at {work.dirty_pages_per_s} pages/s, {work.static_mib} MiB static"
-    yield "workload", f"{dirties}, {work.heartbeat_hz} heartbeats/s, {work.doorbell_hz} doorbells/s"
+    yield "kernel", spec.boot.kernel
+    yield "initrd", spec.boot.initrd
+    yield "append", spec.boot.append
     yield "labels", ", ".join(f"{key}={value}" for key, value in sorted(spec.labels.items()))
 
 

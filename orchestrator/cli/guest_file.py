@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
+from importlib import metadata
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal, cast, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, cast, get_type_hints
 
 import yaml
 from pydantic import (
@@ -28,15 +30,18 @@ from pydantic_core import ErrorDetails
 
 from orchestrator import scenario_text
 from orchestrator.cli import marked_yaml, units
+from orchestrator.cli.exits import CliError, Exit
 from orchestrator.cli.marked_yaml import Marked, Path, YamlError
 from orchestrator.core.errors import DroverError
 from orchestrator.core.guest import guest_errors, scenario_problems
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
+from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind
 
+ENTRY_POINTS = "drover.guest_file"
 MAX_COUNT = 1000
-_MERGED = ("workload", "labels", "policy")
-"""Defaults and a guest's own values are put together key by key here; elsewhere the guest's own take their place."""
+_MERGED = ("boot", "labels", "policy")
+"""Defaults and a guest's own values are put together key by key here, and below keys that other packages add; elsewhere
+the guest's own take their place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,35 +76,38 @@ def _size(parse: Callable[[str], int]) -> BeforeValidator:
     return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
-_Mib = Annotated[int, _size(units.parse_mib)]
+Mib = Annotated[int, _size(units.parse_mib)]
+"""Whole MiB, or a size with a unit."""
 _Bytes = Annotated[int, _size(units.parse_bytes)]
 _Text = Annotated[str, Field(max_length=4096)]
 
 
-class _Model(BaseModel):
+class Model(BaseModel):
+    """A mapping of a guest file: unknown keys and values of another kind are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-def _as(model: type[_Model]) -> PlainValidator:
+def _as(model: type[Model]) -> PlainValidator:
     """Of a type that only exists at run time."""
     return PlainValidator(model.model_validate)
 
 
-def _model_of(record: type[Any], **types: Any) -> type[_Model]:
+def model_of(record: type[Any], **types: Any) -> type[Model]:
     """A model with the fields of a record of the core, so that a new one can be written in a file at once.
 
     The defaults stay the record's own: what a file leaves out is not set in the model.
     """
     hints = get_type_hints(record)
     definitions: dict[str, Any] = {each.name: (types.get(each.name, hints[each.name]), None) for each in fields(record)}
-    return create_model(record.__name__, __base__=_Model, **definitions)
+    return create_model(record.__name__, __base__=Model, **definitions)
 
 
-_Workload = _model_of(Workload, dirty_mib=_Mib, static_mib=_Mib)
-_Policy = _model_of(MigrationPolicy, on_timeout=Literal["abort", "suspend"])
+_Boot = model_of(Boot)
+_Policy = model_of(MigrationPolicy, on_timeout=Literal["abort", "suspend"])
 
 
-class _Device(_Model):
+class _Device(Model):
     name: _Text
     shim: Literal["companion", "net", "vfio"]
     dma: _Text = "none"
@@ -114,16 +122,16 @@ class _Device(_Model):
         return DeviceSpec(**given, shim=ShimKind(self.shim), scenario=scenario)
 
 
-class _Guest(_Model):
+class _Guest(Model):
     name: _Text
     count: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
-    memory: _Mib = 0
+    memory: Mib = 0
     vcpus: int = 0
     machine: _Text = ""
-    workload: Annotated[_Model, _as(_Workload)] = _Model()
+    boot: Annotated[Model, _as(_Boot)] = Model()
     devices: list[_Device] = Field(default_factory=list[_Device])
     labels: dict[str, _Text] = Field(default_factory=dict[str, str])
-    policy: Annotated[_Model, _as(_Policy)] = _Model()
+    policy: Annotated[Model, _as(_Policy)] = Model()
 
     @model_validator(mode="before")
     @classmethod
@@ -141,10 +149,50 @@ class _Guest(_Model):
             policy["on_timeout"] = OnTimeout(policy["on_timeout"])
         return GuestSpec(
             **given,
-            workload=Workload(**self.workload.model_dump(exclude_unset=True)),
+            boot=Boot(**self.boot.model_dump(exclude_unset=True)),
             devices=tuple(device.spec(scenario) for device, scenario in zip(self.devices, scenarios, strict=True)),
             policy=MigrationPolicy(**policy),
         )
+
+
+# --- keys that other packages add ------------------------------------------------------------------------------------
+
+
+class Key(Protocol):
+    """A key of a guest that another package adds: an entry point of the group `drover.guest_file`, named as the key."""
+
+    model: type[Model]
+    """What may stand below it."""
+
+    def apply(self, spec: GuestSpec, given: Model) -> tuple[GuestSpec, Sequence[tuple[str, str]]]:
+        """The guest with what the key means, and what is wrong: a field of the guest and a sentence.
+
+        Called for guests that have the key, after everything else of them was read.
+        """
+        ...
+
+
+@cache
+def added_keys() -> Mapping[str, Key]:
+    """Of the installed packages; a key of our own cannot be taken. Raises CliError when one cannot be loaded."""
+    found: dict[str, Key] = {}
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        if entry.name in _Guest.model_fields:
+            continue
+        try:
+            found[entry.name] = entry.load()()
+        except ModuleNotFoundError:
+            continue  # promised by an installation that has not all of its packages
+        except Exception as error:
+            said = f"the key {entry.name} of guest files cannot be loaded from {entry.value}: {error}"
+            raise CliError(Exit.FAILED, said, hint="install the package that it comes from again") from error
+    return found
+
+
+@cache
+def _guest_model() -> type[_Guest]:
+    added: dict[str, Any] = {name: (Annotated[Model, _as(key.model)], Model()) for name, key in added_keys().items()}
+    return create_model("Guest", __base__=_Guest, **added)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -233,7 +281,7 @@ class _FileReader:
             if values.pop(key, None) is not None:
                 self.add(("defaults", key), "cannot be shared: it belongs to each guest")
         try:
-            _Guest.model_validate({**values, "name": "name"})
+            _guest_model().model_validate({**values, "name": "name"})
         except ValidationError as error:
             for path, message in _told(error):
                 self.add(("defaults", *path), message)
@@ -248,7 +296,7 @@ class _FileReader:
 
         before = len(self.problems)
         try:
-            guest = _Guest.model_validate(entry.value)
+            guest = _guest_model().model_validate(entry.value)
         except ValidationError as error:
             for place, message in _told(error):
                 wrong(place, message)
@@ -257,13 +305,23 @@ class _FileReader:
             self._scenario(device, lambda below, said, index=index: wrong(("devices", index, "scenario", *below), said))
             for index, device in enumerate(guest.devices)
         ]
-        spec = guest.spec(scenarios)
-        for field, message in guest_errors(spec):
+        spec, added = self._with_added(guest, guest.spec(scenarios))
+        for field, message in (*guest_errors(spec), *added):
             place = _parsed("memory" + field[10:] if field.startswith("memory_mib") else field)
             wrong(place, message)
         if len(self.problems) > before:
             return []
         return [replace(spec, name=name) for name in _numbered(guest.name, guest.count)]
+
+    @staticmethod
+    def _with_added(guest: _Guest, spec: GuestSpec) -> tuple[GuestSpec, list[tuple[str, str]]]:
+        """The guest with what keys of other packages make of it, and what is wrong with them."""
+        wrong: list[tuple[str, str]] = []
+        for name, key in added_keys().items():
+            if name in guest.model_fields_set:
+                spec, problems = key.apply(spec, getattr(guest, name))
+                wrong += problems
+        return spec, wrong
 
     def _scenario(self, device: _Device, wrong: Callable[[Path, str], None]) -> str:
         """Its YAML text; empty when there is none, or a wrong one."""
@@ -303,7 +361,7 @@ def _merged(defaults: Marked, own: Marked) -> Marked:
     shared = cast("dict[str, Any]", defaults.value)
     both = {**shared, **mine}
     replaced = [(key,) for key in mine]
-    for key in _MERGED:
+    for key in (*_MERGED, *added_keys()):
         if isinstance(shared.get(key), dict) and isinstance(mine.get(key), dict):
             both[key] = {**shared[key], **mine[key]}
             replaced.remove((key,))
@@ -384,12 +442,13 @@ def _short(value: Any) -> str:
 
 def _keys(path: Path) -> list[str]:
     """Of the mapping at this place of a guest."""
-    models: dict[Path, type[_Model]] = {
-        ("workload",): _Workload,
+    models: dict[Path, type[Model]] = {
+        **{(name,): key.model for name, key in added_keys().items()},
+        ("boot",): _Boot,
         ("policy",): _Policy,
         ("devices",): _Device,
     }
-    return list(models.get(path[:1], _Guest).model_fields)
+    return list(models.get(path[:1], _guest_model()).model_fields)
 
 
 def _unknown(key: str, known: list[str], otherwise: str = "") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from orchestrator.core.policy import policy_errors
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
+from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind
 from orchestrator.core.scenario import Scenario, outside_errors
 from orchestrator.core.text import quoted
 
@@ -13,14 +13,16 @@ Problem = tuple[str, str]
 """Field, relative to the specification, and a sentence."""
 
 MAX_DEVICES = 8
-"""Of each kind: the built-in guest image rings at most so many companions, and so many devices inside the VMM."""
+"""Of each kind: companions, devices inside the VMM, network cards."""
 MAX_LABELS = 64
-IMAGE_MIB = 6
-"""Memory below the region that the guest dirties, and above what it checks."""
+MAX_APPEND_BYTES = 2047
+"""What an x86 kernel takes of its command line."""
 MAX_DEVICE_BYTES = 1 << 30
 
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_./-]{0,61}[A-Za-z0-9])?")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
+_PLACEHOLDER = re.compile(r"\$\{[^}]*\}?")
 _MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WORDS = "must be lower-case letters, digits and hyphens, 1 to 63 of them, with a letter or digit at both ends"
 
@@ -42,7 +44,7 @@ def guest_errors(spec: GuestSpec) -> list[Problem]:
     bad += _range("vcpus", spec.vcpus, 1, 255)
     if not _MACHINE.fullmatch(spec.machine):
         bad.append(("machine", f"must be the name of a machine type such as pc or q35, not {quoted(spec.machine)}"))
-    bad += [(f"workload.{field}", said) for field, said in _workload(spec.workload, spec.memory_mib)]
+    bad += [(f"boot.{field}", said) for field, said in boot_errors(spec.boot)]
     bad += _devices(spec.devices)
     bad += _labels(spec.labels)
     bad += [(f"policy.{field}", said) for field, said in policy_errors(spec.policy)]
@@ -55,17 +57,28 @@ def _range(field: str, value: int, low: int, high: int, unit: str = "") -> list[
     return [(field, f"must be between {low} and {high}{f' {unit}' if unit else ''}, not {value}")]
 
 
-def _workload(workload: Workload, memory_mib: int) -> list[Problem]:
-    bad = _range("dirty_mib", workload.dirty_mib, 1, 2048, "MiB")
-    bad += _range("dirty_pages_per_s", workload.dirty_pages_per_s, 0, 10_000_000)
-    bad += _range("static_mib", workload.static_mib, 0, 2048, "MiB")
-    bad += _range("heartbeat_hz", workload.heartbeat_hz, 1, 100)
-    bad += _range("doorbell_hz", workload.doorbell_hz, 1, 100)
-    asked = workload.dirty_mib + workload.static_mib
-    if not bad and asked + IMAGE_MIB > memory_mib:
-        needs = f"dirty_mib and static_mib take {asked} MiB and the guest itself {IMAGE_MIB} MiB"
-        bad.append(("dirty_mib", f"{needs}: more than its memory of {memory_mib} MiB"))
+def boot_errors(boot: Boot) -> list[Problem]:
+    """Everything that is wrong with what a guest boots, apart from what only its host knows: which images there are."""
+    bad: list[Problem] = []
+    for field, name in (("kernel", boot.kernel), ("initrd", boot.initrd)):
+        if name and not _IMAGE.fullmatch(name):
+            said = "must be the name, not a path, of a file in the hosts' directory of images: 1 to 128 letters,"
+            more = "digits and '.', '_', '+', '-', the first a letter or digit"
+            bad.append((field, f"{said} {more}; not {quoted(name)}"))
+    size = len(boot.append.encode(errors="replace"))
+    if size > MAX_APPEND_BYTES:
+        bad.append(("append", f"must have at most {MAX_APPEND_BYTES} bytes, not {size}"))
+    elif boot.append and not boot.append.isprintable():
+        bad.append(("append", "must be one line of printable characters"))
+    for word in _PLACEHOLDER.findall(boot.append):
+        if word not in {"${name}", "${uuid}"}:
+            bad.append(("append", f"there is no {quoted(word)}; there are ${{name}} and ${{uuid}}"))
     return bad
+
+
+def command_line_of(boot: Boot, *, name: str, uuid: str) -> str:
+    """`append` with what it asks to have filled in."""
+    return boot.append.replace("${name}", name).replace("${uuid}", uuid)
 
 
 def _devices(devices: tuple[DeviceSpec, ...]) -> list[Problem]:

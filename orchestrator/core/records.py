@@ -37,16 +37,15 @@ class DeviceSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """What the built-in guest image does. Rates per second of virtual time."""
+class Boot:
+    """What the VMM starts. Images are named, never given as paths: each host has a directory of them (ADR 0018)."""
 
-    dirty_mib: int = 4
-    """Size of the region that is dirtied."""
-    dirty_pages_per_s: int = 400
-    static_mib: int = 0
-    """Filled once, never written again, checked by verify."""
-    heartbeat_hz: int = 50
-    doorbell_hz: int = 10
+    kernel: str = ""
+    """Name of an image; empty: the host's default."""
+    initrd: str = ""
+    """Name of an image; empty: none."""
+    append: str = ""
+    """The kernel's command line. `${name}` and `${uuid}` in it are the guest's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class GuestSpec:
     memory_mib: int = 64
     vcpus: int = 1
     machine: str = "pc"
-    workload: Workload = Workload()
+    boot: Boot = Boot()
     devices: tuple[DeviceSpec, ...] = ()
     labels: dict[str, str] = field(default_factory=dict[str, str])
     policy: MigrationPolicy = MigrationPolicy()

@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.lab.cluster import evidence
+from deploy.lab.workload import Workload, boot_of
 from orchestrator import wire
-from orchestrator.core.records import AttemptReport, DeviceSpec, GuestSpec, ShimKind, Workload
+from orchestrator.core.records import AttemptReport, DeviceSpec, GuestSpec, ShimKind
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from tests.fakes.cluster import Cluster, make_config, running_cluster, short_directory
 from tests.fakes.vfio_rig import Rig, device, qemu
@@ -80,7 +81,9 @@ class Bench:
 
     def guest(self, *devices: DeviceSpec, memory_mib: int = 64) -> str:
         name = f"bench-{next(_SERIAL)}"
-        self.client.create_guest(GuestSpec(name, memory_mib, workload=QUIET, devices=devices), host="host-1")
+        self.client.create_guest(
+            GuestSpec(name, memory_mib, boot=boot_of(QUIET, devices), devices=devices), host="host-1"
+        )
         return name
 
     def end(self, guest: str) -> None:

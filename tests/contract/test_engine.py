@@ -34,8 +34,10 @@ from agents.engine.base import (
 )
 from agents.engine.qemu import process
 from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.images import Images
+from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.liveness import Liveness
-from orchestrator.core.records import GuestSpec, Workload
+from orchestrator.core.records import GuestSpec
 from tests.fakes.engine import FakeEngine, FakeVmm
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +68,7 @@ class Pair:
 
     def spec(self, inc: str, memory_mib: int = 64, static_mib: int = 0) -> VmmSpec:
         workload = Workload(dirty_mib=1, dirty_pages_per_s=100, static_mib=static_mib)
-        guest = GuestSpec(name="g", memory_mib=memory_mib, workload=workload)
+        guest = GuestSpec(name="g", memory_mib=memory_mib, boot=boot_of(workload, seed=0))
         return VmmSpec("guest-1", inc, guest, self.directory, self.directory / f"{inc}.con", None, "127.0.0.1")
 
     async def source(self, **sizes: int) -> Vmm:
@@ -314,7 +316,7 @@ async def test_a_vmm_that_cannot_be_noted_down_is_not_left_behind(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     pair = Pair(QemuEngine(image=image()), tmp_path)
-    command = process.command_line(process.Launch("qemu", image(), "tcg", True), pair.spec("s"), incoming=False)
+    command = process.command_line(process.Launch("qemu", Images(image()), "tcg", True), pair.spec("s"), incoming=False)
     assert "-S" in command, "and before it is noted down it does not run"
     monkeypatch.setattr(process, "write_metadata", full)
     with pytest.raises(EngineError, match="No space left"):

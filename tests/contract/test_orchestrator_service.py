@@ -24,7 +24,7 @@ from orchestrator.coordinator.worker import Worker
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import AttemptReport, Attempts, DeviceSpec, GuestSpec, ShimKind, TimelineEntry, Workload
+from orchestrator.core.records import AttemptReport, Attempts, Boot, DeviceSpec, GuestSpec, ShimKind, TimelineEntry
 from orchestrator.ledger import paths
 from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.store import Versioned
@@ -344,7 +344,7 @@ async def test_guests_that_there_are_not(
             GuestSpec(
                 "-",
                 vcpus=300,
-                workload=Workload(heartbeat_hz=0),
+                boot=Boot(initrd="/etc/shadow"),
                 devices=(DeviceSpec("nic", ShimKind.COMPANION, dma="all", scenario="{"),),
                 policy=MigrationPolicy(max_attempts=0),
             ),
@@ -355,7 +355,7 @@ async def test_guests_that_there_are_not(
                 "host",
                 "spec.name",
                 "spec.vcpus",
-                "spec.workload.heartbeat_hz",
+                "spec.boot.initrd",
                 "spec.devices[0].dma",
                 "spec.policy.max_attempts",
                 "spec.devices[0].scenario",

@@ -38,7 +38,8 @@ from agents.engine.qemu.engine import QemuEngine, QemuVmm
 from agents.shims.companion import DeviceProcess, DevicesSpec
 from agents.shims.inside import InVmmDevice
 from deploy.lab.devices import PROGRAM
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
+from deploy.lab.workload import Workload, boot_of
+from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from tests.contract.test_engine import image
 
 ROOT = Path(__file__).parents[2]
@@ -248,7 +249,8 @@ class Rig:
     async def _end(self, inc: str, *, incoming: bool) -> End:
         spec = DevicesSpec("guest-1", inc, self.directory, tuple(self.devices), SEED, PROGRAM)
         process = await DeviceProcess.start(spec, incoming=incoming)
-        guest = GuestSpec("g", self.memory_mib, 1, self.machine, self.workload, tuple(self.devices))
+        boot = boot_of(self.workload, self.devices, seed=SEED)
+        guest = GuestSpec("g", self.memory_mib, 1, self.machine, boot, tuple(self.devices))
         vmm_spec = VmmSpec(
             "guest-1",
             inc,
@@ -257,7 +259,6 @@ class Rig:
             self.directory / f"{inc}.con",
             process.com_path if process.spec.companions else None,
             "127.0.0.1",
-            seed=SEED,
             vfio_path=process.vfio_path if process.spec.in_vmm else None,
         )
         engine = self._engines[incoming]

@@ -18,11 +18,12 @@ from agents.handover.destination import DestinationStage
 from agents.handover.destination_shell import DestinationRunner
 from agents.handover.source import SourceStage
 from agents.handover.source_shell import SourceRunner
+from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import GuestSpec, Requests, TimelineEntry, Workload
+from orchestrator.core.records import GuestSpec, Requests, TimelineEntry
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.zookeeper import ZooKeeperStore
@@ -52,7 +53,7 @@ class Lab(Moves):
     vmms: list[Vmm] = field(default_factory=list[Vmm])
 
     def spec(self, inc: str) -> VmmSpec:
-        guest = GuestSpec("g", memory_mib=64, workload=Workload(dirty_mib=1, dirty_pages_per_s=100))
+        guest = GuestSpec("g", memory_mib=64, boot=boot_of(Workload(dirty_mib=1, dirty_pages_per_s=100), seed=0))
         return VmmSpec(self.guest, inc, guest, self.directory, self.directory / f"{inc}.con", None, "127.0.0.1")
 
     async def born(self) -> None:

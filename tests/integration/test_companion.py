@@ -22,9 +22,10 @@ from agents.shims.base import DestinationShim, Frame, FrameKind, ShimError, Sour
 from agents.shims.companion import DeviceProcess, DevicesSpec
 from deploy.lab.devices import PROGRAM
 from deploy.lab.devices.device import hash32
+from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.liveness import Liveness
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
+from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from tests.contract.test_engine import image, no_qemu, until
 
 pytestmark = pytest.mark.timeout(60)
@@ -106,7 +107,7 @@ class Guest:
         self.lab = lab
         self.engine = QemuEngine(image())
         workload = Workload(dirty_mib=1, dirty_pages_per_s=100, doorbell_hz=50)
-        self.spec = GuestSpec("g", memory_mib=32, workload=workload, devices=devices)
+        self.spec = GuestSpec("g", memory_mib=32, boot=boot_of(workload, devices, seed=SEED), devices=devices)
 
     def vmm_spec(self, process: DeviceProcess) -> VmmSpec:
         inc = process.spec.inc
@@ -118,7 +119,6 @@ class Guest:
             self.lab.directory / f"{inc}.con",
             process.com_path,
             "127.0.0.1",
-            seed=SEED,
         )
 
     async def born(self) -> tuple[DeviceProcess, Vmm, Console]:

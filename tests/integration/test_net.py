@@ -18,7 +18,8 @@ import pytest
 from agents.engine.base import EngineStatus, HoldStart, OutgoingOptions, RunState, Segment, Vmm, VmmSpec
 from agents.engine.qemu.engine import QemuEngine
 from agents.shims.net import mac_address, nics, segment_of
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
+from deploy.lab.workload import Workload, boot_of
+from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from tests.contract.test_engine import image, no_qemu, until
 
 DEVICES = (DeviceSpec("lan", ShimKind.NET),)
@@ -98,7 +99,8 @@ class Lab:
         return QemuEngine(image(), binary=str(wrapper))
 
     def spec(self, inc: str, address: str) -> VmmSpec:
-        guest = GuestSpec("g", memory_mib=32, workload=Workload(dirty_mib=1, dirty_pages_per_s=100), devices=DEVICES)
+        boot = boot_of(Workload(dirty_mib=1, dirty_pages_per_s=100), seed=0)
+        guest = GuestSpec("g", memory_mib=32, boot=boot, devices=DEVICES)
         return VmmSpec(
             GUEST,
             inc,

@@ -10,6 +10,7 @@ import pytest
 
 from deploy.lab.cluster import commands, network, processes, teardown
 from deploy.lab.cluster.layout import LocalClusterError
+from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from tests.fakes.cluster import Cluster, make_config, missing, running_cluster, short_directory, until
@@ -80,7 +81,7 @@ def test_guests_outlive_agent_and_supervisor_and_end_with_down(monkeypatch: pyte
             assert other.status().healthy
             device = DeviceSpec("dpu", ShimKind.COMPANION, initial_bytes=65_536)
             with OrchestratorClient(other.api, timeout_s=30) as client:
-                client.create_guest(GuestSpec("web", devices=(device,)), "host-1")
+                client.create_guest(GuestSpec("web", boot=boot_of(Workload(), (device,)), devices=(device,)), "host-1")
             processes_of_guest = set(teardown.noted_processes(other.layout))
             assert len(other.guests()) == 1
             assert len(processes_of_guest) == 2

@@ -36,7 +36,8 @@ from deploy.lab.devices.device import Device, DeviceIdentity, DeviceSizes
 from deploy.lab.devices.qemu_acks import RETURN_PATH, SWITCHOVER_ACK
 from deploy.lab.devices.vfio.endpoint import Endpoint, Entry, features_of
 from deploy.lab.devices.vfio.server import VfioServer
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
+from deploy.lab.workload import Workload, boot_of
+from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from orchestrator.core.scenario import Scenario
 from orchestrator.core.switchover import AckMode
 from tests.contract.test_engine import image
@@ -212,10 +213,8 @@ class Lab:
         servers.append(_DeviceServer([Endpoint(device, log.append) for device in devices.values()]))
         await servers[-1].listen(path)
         specs = tuple(DeviceSpec(name, ShimKind.VFIO, "none") for name in devices)
-        guest = GuestSpec("g", 32, 1, "pc", Workload(dirty_mib=1, dirty_pages_per_s=100), specs)
-        spec = VmmSpec(
-            "guest", inc, guest, directory, directory / f"{inc}.con", None, "127.0.0.1", vfio_path=path, seed=1
-        )
+        guest = GuestSpec("g", 32, 1, "pc", boot_of(Workload(dirty_mib=1, dirty_pages_per_s=100), specs, seed=1), specs)
+        spec = VmmSpec("guest", inc, guest, directory, directory / f"{inc}.con", None, "127.0.0.1", vfio_path=path)
         vmm = await (engine.prepare_incoming(spec, "m", 1) if incoming else engine.start(spec))
         end = End(vmm, devices, log, directory)
         vmm.subscribe(end.hear)

@@ -19,6 +19,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import (
+    Boot,
     DeviceSpec,
     EvacuationSpec,
     EvacuationState,
@@ -28,7 +29,6 @@ from orchestrator.core.records import (
     Reservations,
     ShimKind,
     WantRun,
-    Workload,
 )
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode
@@ -305,7 +305,7 @@ async def test_everything_that_is_wrong_is_said_at_once(api: ApiCluster, client:
         WEB,
         name="-",
         vcpus=300,
-        workload=Workload(heartbeat_hz=0),
+        boot=Boot(initrd="/etc/shadow"),
         devices=(DeviceSpec("nic", ShimKind.COMPANION, dma="all", scenario="{"),),
         policy=MigrationPolicy(max_attempts=0),
     )
@@ -315,7 +315,7 @@ async def test_everything_that_is_wrong_is_said_at_once(api: ApiCluster, client:
         "host",
         "spec.name",
         "spec.vcpus",
-        "spec.workload.heartbeat_hz",
+        "spec.boot.initrd",
         "spec.devices[0].dma",
         "spec.policy.max_attempts",
         "spec.devices[0].scenario",

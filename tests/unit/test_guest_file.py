@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from deploy.lab.workload import Workload, boot_of
 from orchestrator.cli import guest_file
 from orchestrator.cli.guest_file import GuestFileError, load
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
+from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind
 from orchestrator.scenario_text import parse_scenario
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "guest-file.md"
@@ -42,7 +43,7 @@ name: gpu-1
 memory: 1GiB
 vcpus: 2
 machine: q35
-workload: {dirty_mib: 16MiB, dirty_pages_per_s: 10, static_mib: 4, heartbeat_hz: 20, doorbell_hz: 5}
+boot: {kernel: vmlinuz-6.1, initrd: initrd.img, append: "console=ttyS0 id=${uuid}"}
 devices:
   - {name: flows, shim: companion, initial_bytes: 64KiB, stop_copy_bytes: 512, dirty_bytes_per_s: 1KiB}
   - {name: eth0, shim: net}
@@ -55,7 +56,7 @@ policy: {max_attempts: 9, on_timeout: suspend, auto_converge: true}
         memory_mib=1024,
         vcpus=2,
         machine="q35",
-        workload=Workload(16, 10, 4, 20, 5),
+        boot=Boot("vmlinuz-6.1", "initrd.img", "console=ttyS0 id=${uuid}"),
         devices=(
             DeviceSpec("flows", ShimKind.COMPANION, "none", 65_536, 512, 1024),
             DeviceSpec("eth0", ShimKind.NET),
@@ -65,7 +66,7 @@ policy: {max_attempts: 9, on_timeout: suspend, auto_converge: true}
     )
 
 
-@pytest.mark.parametrize(("record", "path"), [(Workload, "workload"), (MigrationPolicy, "policy")])
+@pytest.mark.parametrize(("record", "path"), [(Boot, "boot"), (MigrationPolicy, "policy")])
 def test_each_field_of_the_core_can_be_written(record: type, path: str) -> None:
     """A field that is new in the core needs no change here."""
     default = record()
@@ -77,7 +78,7 @@ def test_each_field_of_the_core_can_be_written(record: type, path: str) -> None:
 @pytest.mark.parametrize(("written", "mib"), [("64", 64), ("64MiB", 64), ("2GiB", 2048), ("1024KiB", 1), ("'96'", 96)])
 def test_sizes(written: str, mib: int) -> None:
     text = f"name: g\nworkload: {{dirty_mib: {written}}}\nmemory: 4GiB"
-    assert read(text)[0].workload.dirty_mib == mib
+    assert read(text)[0].boot == boot_of(Workload(dirty_mib=mib))
 
 
 def test_defaults_are_shared_and_a_guest_s_own_keys_win_one_by_one() -> None:
@@ -97,10 +98,43 @@ guests:
     devices: []
 """
     )
-    assert (first.memory_mib, first.workload.dirty_mib, first.workload.static_mib) == (128, 16, 2)
+    assert (first.memory_mib, first.boot) == (128, boot_of(Workload(dirty_mib=16, static_mib=2)))
     assert first.labels == {"owner": "me", "tier": "web"}
     assert [device.name for device in first.devices] == ["a"]
-    assert (second.memory_mib, second.workload.dirty_mib, second.devices) == (256, 8, ())
+    assert (second.memory_mib, second.devices) == (256, ())
+    assert second.boot == boot_of(Workload(dirty_mib=8, static_mib=2))
+
+
+def test_the_lab_s_workload_writes_the_command_line_of_its_image() -> None:
+    (spec,) = read(
+        "name: g\nmemory: 64\n"
+        "workload: {dirty_mib: 16MiB, dirty_pages_per_s: 10, static_mib: 4, heartbeat_hz: 20, doorbell_hz: 5}\n"
+        "devices: [{name: a, shim: companion}, {name: b, shim: vfio}, {name: c, shim: vfio}]\n"
+    )
+    assert spec.boot == boot_of(Workload(16, 10, 4, 20, 5), spec.devices)
+    assert "dev=1 pci=2" in spec.boot.append
+    kept = read("name: g\nboot: {kernel: other.elf}\nworkload: {}")[0].boot
+    assert (kept.kernel, kept.append) == ("other.elf", boot_of(Workload()).append)
+    told = problems("name: g\nboot: {append: quiet}\nworkload: {}")
+    assert told == [
+        "guests.yaml:3: workload: writes the guest's command line, and so does boot.append: leave one of them out"
+    ]
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Workload)])
+def test_each_field_of_a_workload_can_be_written(field: str) -> None:
+    assert read(f"name: g\nworkload: {{{field}: 10}}")[0].boot == boot_of(replace(Workload(), **{field: 10}))
+
+
+def test_without_the_lab_there_is_no_workload(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_keys: dict[str, guest_file.Key] = {}
+    monkeypatch.setattr(guest_file, "added_keys", lambda: no_keys)
+    guest_file._guest_model.cache_clear()
+    try:
+        (told,) = problems("name: g\nworkload: {dirty_mib: 3}")
+        assert told.startswith("guests.yaml:2: workload: there is no such key; there are name, count")
+    finally:
+        guest_file._guest_model.cache_clear()
 
 
 def test_count_numbers_the_guests() -> None:
@@ -233,6 +267,10 @@ def test_a_wrong_scenario_file_is_named(tmp_path: Path) -> None:
         ("name: 7", ":1: name: must be text (in quotes, if it looks like something else), not 7"),
         ("name: a\ndevices: {}", ":2: devices: must be a list, not {}"),
         ("name: a\nworkload: 3", ":2: workload: must be a mapping, not 3"),
+        ("name: a\nworkload: {dirty_mb: 3}", ":2: workload.dirty_mb: there is no such key; did you mean dirty_mib?"),
+        ("name: a\nboot: vmlinuz", ":2: boot: must be a mapping, not 'vmlinuz'"),
+        ("name: a\nboot: {kernl: v}", ":2: boot.kernl: there is no such key; did you mean kernel?"),
+        ("name: a\nboot:\n  initrd: /etc/shadow", ":3: boot.initrd: must be the name, not a path, of a file in"),
         ("name: a\nguests: [{name: b}]", ":1: name: there is no such key; there are guests, defaults (a guest's own"),
         ("defaults: {name: x}\nguests: [{name: b}]", ":1: defaults.name: cannot be shared: it belongs to each guest"),
         ("name: a\n<<: {memory: 3}", ":2: merge keys (<<) are not read here: use defaults"),
@@ -277,7 +315,7 @@ def test_the_examples_of_the_documentation_are_read(example: str, tmp_path: Path
 
 def test_the_documentation_names_every_key_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `(\w+)`.* \|(.*)\|$", DOCS.read_text(), re.MULTILINE))
-    for record in (Workload, MigrationPolicy):
+    for record in (Workload, Boot, MigrationPolicy):
         for field in fields(record):
             if field.name == "backoff_max_ms":
                 continue  # stands in the row of the initial one

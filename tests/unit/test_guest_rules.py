@@ -8,10 +8,26 @@ import pytest
 
 from orchestrator.core.guest import guest_errors, name_error
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, Workload
+from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind
 
 NIC = DeviceSpec("nic", ShimKind.COMPANION)
 SOUND = GuestSpec("web-1", devices=(NIC, DeviceSpec("eth0", ShimKind.NET, dma="")), labels={"team": "a/b", "t.r": ""})
+BOOT = Boot("vmlinuz-6.1.0+a_b", "initrd.img", "ro root=/dev/sda1 id=${uuid} host=${name} price=$5,x")
+
+BAD_IMAGES = (
+    "/etc/shadow",
+    "../vmlinuz",
+    "..",
+    ".",
+    ".hidden",
+    "a/b",
+    "-kernel",
+    "a,b",
+    "a b",
+    "a\nb",
+    "x" * 129,
+    "\u00e9",
+)
 
 
 def fields(spec: GuestSpec) -> list[str]:
@@ -21,6 +37,7 @@ def fields(spec: GuestSpec) -> list[str]:
 def test_a_sound_guest() -> None:
     assert fields(SOUND) == []
     assert fields(GuestSpec("a")) == []
+    assert fields(replace(SOUND, boot=BOOT)) == []
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a-", "A", "a_b", "a.b", "a/b", "ä", "x" * 64, "a\n", "../a"])
@@ -32,17 +49,19 @@ def test_names_that_are_no_dns_labels(name: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "field"),
     [
-        (replace(SOUND, memory_mib=15, workload=Workload(dirty_mib=1)), "memory_mib"),
+        (replace(SOUND, memory_mib=15), "memory_mib"),
         (replace(SOUND, memory_mib=2**21), "memory_mib"),
         (replace(SOUND, vcpus=0), "vcpus"),
         (replace(SOUND, vcpus=256), "vcpus"),
         (replace(SOUND, machine="pc,accel=kvm"), "machine"),
-        (replace(SOUND, workload=Workload(dirty_mib=0)), "workload.dirty_mib"),
-        (replace(SOUND, workload=Workload(dirty_pages_per_s=-1)), "workload.dirty_pages_per_s"),
-        (replace(SOUND, workload=Workload(static_mib=-1)), "workload.static_mib"),
-        (replace(SOUND, workload=Workload(heartbeat_hz=0)), "workload.heartbeat_hz"),
-        (replace(SOUND, workload=Workload(doorbell_hz=101)), "workload.doorbell_hz"),
-        (replace(SOUND, workload=Workload(dirty_mib=40, static_mib=20)), "workload.dirty_mib"),
+        *[(replace(SOUND, boot=Boot(kernel=name)), "boot.kernel") for name in BAD_IMAGES],
+        *[(replace(SOUND, boot=Boot(initrd=name)), "boot.initrd") for name in BAD_IMAGES],
+        (replace(SOUND, boot=Boot(append="x" * 2048)), "boot.append"),
+        (replace(SOUND, boot=Boot(append="\u00e9" * 1024)), "boot.append"),
+        (replace(SOUND, boot=Boot(append="a\nb")), "boot.append"),
+        (replace(SOUND, boot=Boot(append="a\0b")), "boot.append"),
+        (replace(SOUND, boot=Boot(append="id=${host}")), "boot.append"),
+        (replace(SOUND, boot=Boot(append="id=${uuid")), "boot.append"),
         (replace(SOUND, devices=(NIC, NIC)), "devices[1].name"),
         (replace(SOUND, devices=(replace(NIC, name="N"),)), "devices[0].name"),
         (replace(SOUND, devices=(replace(NIC, dma="full"),)), "devices[0].dma"),

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from orchestrator.core.records import AttemptReport, Attempts, Cordon, TimelineEntry
+from orchestrator.core.records import AttemptReport, Attempts, Boot, Cordon, GuestSpec, TimelineEntry
 from orchestrator.ledger.ledger import Ledger, op_create, op_set
 from orchestrator.ledger.records import BadRecord, decode, encode, encode_attempts
 from orchestrator.ledger.store import Conflict, Done
@@ -51,3 +51,13 @@ def test_a_hundred_attempts_with_long_time_lines_fit_into_a_node() -> None:
     assert told == sorted(told), "the oldest lose theirs first"
     assert told[-1]
     assert decode(Attempts, encode_attempts(reports[:3])).reports == tuple(reports[:3])
+
+
+def test_a_guest_from_before_boot_took_the_place_of_workload_is_still_read() -> None:
+    old = (
+        b'{"name":"web-1","memory_mib":128,"vcpus":2,"machine":"pc","workload":{"dirty_mib":8,"dirty_pages_per_s":400,'
+        b'"static_mib":8,"heartbeat_hz":50,"doorbell_hz":10},"devices":[],"labels":{"a":"b"},"policy":{"max_attempts":3}}'
+    )
+    spec = decode(GuestSpec, old)
+    assert (spec.name, spec.memory_mib, spec.labels, spec.policy.max_attempts) == ("web-1", 128, {"a": "b"}, 3)
+    assert spec.boot == Boot()

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.engine.base import Segment, VmmSpec
+from agents.engine.qemu.images import Images
 from agents.engine.qemu.process import Launch, command_line
 from agents.shims.net import mac_address, nics, segment_of
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
@@ -55,10 +56,11 @@ def test_there_is_no_segment_where_it_would_leave_the_cluster(address: str) -> N
 )
 def test_the_vmm_gets_each_card_once(segment: Segment | None, backend: str) -> None:
     cards = nics("guest-1", DEVICES)
+    launch = Launch("q", Images(Path(__file__)), "tcg", True)
     spec = VmmSpec("guest-1", "s", GuestSpec("g", devices=DEVICES), Path("/x"), Path("/x/con"), None)
-    assert "-netdev" not in command_line(Launch("q", Path("/i"), "tcg", True), spec, incoming=False)
+    assert "-netdev" not in command_line(launch, spec, incoming=False)
     with_cards = VmmSpec("guest-1", "s", spec.spec, Path("/x"), Path("/x/con"), None, nics=cards, segment=segment)
-    line = command_line(Launch("q", Path("/i"), "tcg", True), with_cards, incoming=True)
+    line = command_line(launch, with_cards, incoming=True)
     told = [line[n + 1] for n, word in enumerate(line) if word in ("-netdev", "-device")]
     assert [card.device for card in cards] == ["lan", "wan"]
     assert told == [

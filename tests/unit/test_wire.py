@@ -29,13 +29,13 @@ from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy, OnTimeout, override
 from orchestrator.core.records import (
     AttemptReport,
+    Boot,
     DeviceSpec,
     EvacuationPhase,
     GuestSpec,
     MigrationPhase,
     ShimKind,
     TimelineEntry,
-    Workload,
 )
 from protos.drover.v1 import agent_pb2, orchestrator_pb2, types_pb2
 
@@ -67,7 +67,7 @@ GUESTS = records(
     memory_mib=st.integers(1, 2**31 - 1),
     vcpus=st.integers(1, 2**31 - 1),
     machine=st.text(min_size=1, max_size=5),
-    workload=records(Workload),
+    boot=records(Boot),
     devices=st.lists(DEVICES, max_size=3).map(tuple),
     labels=st.dictionaries(TEXT, TEXT, max_size=3),
     policy=POLICIES,

@@ -17,6 +17,7 @@ import structlog
 from agents.engine import base
 from agents.engine.base import EngineError, EngineStatus, EngineTimeout, HoldStart, RunState, VmmMetadata, VmmState
 from agents.engine.qemu import process, verdict
+from agents.engine.qemu.images import Images
 from agents.engine.qemu.qmp import QmpConnection
 from agents.host import processes
 from orchestrator.core.liveness import Liveness, LivenessUnknown
@@ -419,19 +420,22 @@ def _status(info: Mapping[str, Any]) -> EngineStatus:
 
 
 class QemuEngine:
-    """`image` is the guest's kernel, `accelerator` tcg or kvm, `vfio_preload` what gives QEMU devices without VFIO.
+    """`image` is the kernel of guests that name none, `images` the directory of those that guests may name,
+    `accelerator` tcg or kvm, `vfio_preload` what gives QEMU devices without VFIO.
 
     See `base.MigrationEngine`.
     """
 
     def __init__(
         self,
-        image: Path,
+        image: Path | None,
         binary: str = "qemu-system-x86_64",
         accelerator: str = "tcg",
         vfio_preload: Path | None = None,
+        *,
+        images: Path | None = None,
     ) -> None:
-        self._image = image
+        self._images = Images(image, images)
         self._binary = binary
         self._accelerator = accelerator
         self._vfio_preload = vfio_preload
@@ -483,9 +487,9 @@ class QemuEngine:
 
     async def _spawn(self, spec: base.VmmSpec, role: str, migration: str, attempt: int) -> QemuVmm:
         features = await self._known()
-        if not self._image.is_file():
-            raise EngineError(f"no guest image at {self._image}: build it first (make)")
-        launch = process.Launch(self._binary, self._image, self._accelerator, features.reconnect_ms, self._vfio_preload)
+        launch = process.Launch(
+            self._binary, self._images, self._accelerator, features.reconnect_ms, self._vfio_preload
+        )
         command = process.command_line(launch, spec, incoming=role == "incoming")
         environment = process.environment(launch, spec)
         child = await processes.spawned(lambda: process.popen(command, process.log_path(spec), environment))

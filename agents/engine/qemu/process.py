@@ -13,9 +13,10 @@ from typing import IO
 
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
 from agents.engine.qemu import vfio
+from agents.engine.qemu.images import Images
+from orchestrator.core.guest import command_line_of
 from orchestrator.core.records import ShimKind
 
-_GUEST_TIMER_HZ = 100
 _MAX_SOCKET_PATH = 107
 
 
@@ -24,7 +25,7 @@ class Launch:
     """What does not depend on the guest."""
 
     binary: str
-    image: Path
+    images: Images
     accelerator: str
     reconnect_ms: bool
     """QEMU 9.2 and later take the delay in milliseconds."""
@@ -66,28 +67,8 @@ def environment(launch: Launch, spec: VmmSpec) -> dict[str, str]:
     return vfio.environment(str(launch.vfio_preload), str(spec.vfio_path), len(names))
 
 
-def kernel_arguments(spec: VmmSpec) -> str:
-    """The guest image's command line; its rates are per tick of the guest's 100 Hz timer."""
-    work = spec.spec.workload
-    rate = max(1, round(work.dirty_pages_per_s / _GUEST_TIMER_HZ)) if work.dirty_pages_per_s > 0 else 0
-    keys = {
-        "base": 4,
-        "pages": work.dirty_mib * 256,
-        "rate": rate,
-        "hz": _GUEST_TIMER_HZ,
-        "hb": max(1, round(_GUEST_TIMER_HZ / max(1, work.heartbeat_hz))),
-        "fill": 1,
-        "res": work.static_mib,
-        "dev": sum(1 for device in spec.spec.devices if device.shim is ShimKind.COMPANION),
-        "pci": len(in_vmm(spec)),
-        "devhz": max(1, round(_GUEST_TIMER_HZ / max(1, work.doorbell_hz))),
-        "seed": spec.seed,
-    }
-    return " ".join(f"{key}={value}" for key, value in keys.items())
-
-
 def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
-    """Raises EngineError when a socket path is too long for the kernel."""
+    """Raises EngineError when a socket path is too long for the kernel, or an image of the guest is not here."""
     sockets = [qmp_path(spec), oob_path(spec), spec.console_path]
     sockets += [path for path in (spec.device_path, spec.vfio_path) if path is not None]
     for path in sockets:
@@ -110,10 +91,19 @@ def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     command += _network(spec)
     if spec.vfio_path is not None:
         command += vfio.arguments(in_vmm(spec))
-    command += ["-kernel", str(launch.image), "-append", kernel_arguments(spec)]
+    command += _boot(launch.images, spec)
     # No vCPU runs before the process is noted down: one that nobody knows of must not be a guest.
     command.append("-S")
     return [*command, "-incoming", "defer"] if incoming else command
+
+
+def _boot(images: Images, spec: VmmSpec) -> list[str]:
+    boot = spec.spec.boot
+    arguments = ["-kernel", str(images.kernel(boot))]
+    initrd = images.initrd(boot)
+    if initrd is not None:
+        arguments += ["-initrd", _escaped(initrd)]
+    return [*arguments, "-append", command_line_of(boot, name=spec.spec.name, uuid=spec.guest)]
 
 
 def _network(spec: VmmSpec) -> list[str]:

@@ -43,7 +43,9 @@ class LocalConfig(BaseModel):
     accelerator: Literal["tcg", "kvm"] = "tcg"
     qemu: str = "qemu-system-x86_64"
     guest_image: Path | None = None
-    """None: $DROVER_GUEST_IMAGE, else the one built from deploy/lab/guest_image."""
+    """Of guests that name no kernel. None: $DROVER_GUEST_IMAGE, else the one built from deploy/lab/guest_image."""
+    images: Path | None = None
+    """Directory of the images that guests may name."""
     ray_cpus: Annotated[int, Field(ge=1)] = 2
     workers: Annotated[int, Field(ge=1, le=16)] = 2
     """Ray actors that drive migrations; two for fail-over, one carries a thousand."""

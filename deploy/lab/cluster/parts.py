@@ -152,6 +152,7 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "device_program": PROGRAM,
         "qemu": config.qemu,
         "guest_image": str(image),
+        "images": str(config.images.expanduser().resolve()) if config.images else None,
         "vfio_preload": str(vfio_preload(layout)[0]),
         "chaos": config.chaos,
         "log_level": config.log_level,

@@ -32,6 +32,9 @@ _VERSION = re.compile(r"\d+(\.\d+){0,2}")
 @click.option("--qemu", metavar="BINARY|VERSION", help="QEMU to use.  [default: qemu-system-x86_64]")
 @click.option("--accelerator", type=click.Choice(["tcg", "kvm"]), help="How guests are run.  [default: tcg]")
 @click.option("--guest-image", type=click.Path(dir_okay=False, path_type=Path), help="Another image than our own.")
+@click.option(
+    "--images", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Images that guests name."
+)
 @click.option("--workers", type=int, help="Ray actors that drive migrations.  [default: 2]")
 @click.option("--max-concurrent", "max_concurrent_migrations", type=int, help="Migrations at a time.  [default: 64]")
 @click.option("--max-per-source", type=int, help="Migrations that leave one host at a time.  [default: 8]")

@@ -186,9 +186,29 @@ static const char *after_name(const char *word, const char *name)
     return *word == '=' ? word + 1 : 0;
 }
 
+/* The first 32 bits of a uuid, as the seed; 0 when there are no eight hexadecimal digits. */
+static int read_uuid(const char *digit)
+{
+    u32 value = 0;
+    for (u32 n = 0; n < 8; n++, digit++) {
+        char low = (char)(*digit | 0x20);
+        if (*digit >= '0' && *digit <= '9')
+            value = value << 4 | (u32)(*digit - '0');
+        else if (low >= 'a' && low <= 'f')
+            value = value << 4 | (u32)(low - 'a' + 10);
+        else
+            return 0;
+    }
+    config.seed = value;
+    return 1;
+}
+
 /* Read one `key=decimal` word into the configuration; 0 when it is no such thing or out of range. */
 static int read_word(const char *word, const struct key **key)
 {
+    const char *uuid = after_name(word, "uuid");
+    if (uuid)
+        return read_uuid(uuid);
     for (u32 k = 0; k < KEYS; k++) {
         const char *digit = after_name(word, keys[k].name);
         if (!digit)

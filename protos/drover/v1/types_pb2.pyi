@@ -435,54 +435,34 @@ class DeviceSpec(_message.Message):
 Global___DeviceSpec: _TypeAlias = DeviceSpec  # noqa: Y015
 
 @_typing.final
-class Workload(_message.Message):
+class Boot(_message.Message):
+    """What the VMM starts. Images are names of files in a directory that each host's configuration names, never paths."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    DIRTY_MIB_FIELD_NUMBER: _builtins.int
-    DIRTY_PAGES_PER_S_FIELD_NUMBER: _builtins.int
-    STATIC_MIB_FIELD_NUMBER: _builtins.int
-    HEARTBEAT_HZ_FIELD_NUMBER: _builtins.int
-    DOORBELL_HZ_FIELD_NUMBER: _builtins.int
-    dirty_mib: _builtins.int
-    dirty_pages_per_s: _builtins.int
-    static_mib: _builtins.int
-    heartbeat_hz: _builtins.int
-    doorbell_hz: _builtins.int
+    KERNEL_FIELD_NUMBER: _builtins.int
+    INITRD_FIELD_NUMBER: _builtins.int
+    APPEND_FIELD_NUMBER: _builtins.int
+    kernel: _builtins.str
+    """Empty: the host's default."""
+    initrd: _builtins.str
+    """Empty: none."""
+    append: _builtins.str
+    """The kernel's command line, at most 2047 bytes. ${name} and ${uuid} in it are the guest's."""
     def __init__(
         self,
         *,
-        dirty_mib: _builtins.int | None = ...,
-        dirty_pages_per_s: _builtins.int | None = ...,
-        static_mib: _builtins.int | None = ...,
-        heartbeat_hz: _builtins.int | None = ...,
-        doorbell_hz: _builtins.int | None = ...,
+        kernel: _builtins.str = ...,
+        initrd: _builtins.str = ...,
+        append: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dirty_mib", b"_dirty_mib", "_dirty_pages_per_s", b"_dirty_pages_per_s", "_doorbell_hz", b"_doorbell_hz", "_heartbeat_hz", b"_heartbeat_hz", "_static_mib", b"_static_mib", "dirty_mib", b"dirty_mib", "dirty_pages_per_s", b"dirty_pages_per_s", "doorbell_hz", b"doorbell_hz", "heartbeat_hz", b"heartbeat_hz", "static_mib", b"static_mib"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dirty_mib", b"_dirty_mib", "_dirty_pages_per_s", b"_dirty_pages_per_s", "_doorbell_hz", b"_doorbell_hz", "_heartbeat_hz", b"_heartbeat_hz", "_static_mib", b"_static_mib", "dirty_mib", b"dirty_mib", "dirty_pages_per_s", b"dirty_pages_per_s", "doorbell_hz", b"doorbell_hz", "heartbeat_hz", b"heartbeat_hz", "static_mib", b"static_mib"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "initrd", b"initrd", "kernel", b"kernel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__dirty_mib: _TypeAlias = _typing.Literal["dirty_mib"]  # noqa: Y015
-    _WhichOneofArgType__dirty_mib: _TypeAlias = _typing.Literal["_dirty_mib", b"_dirty_mib"]  # noqa: Y015
-    _WhichOneofReturnType__dirty_pages_per_s: _TypeAlias = _typing.Literal["dirty_pages_per_s"]  # noqa: Y015
-    _WhichOneofArgType__dirty_pages_per_s: _TypeAlias = _typing.Literal["_dirty_pages_per_s", b"_dirty_pages_per_s"]  # noqa: Y015
-    _WhichOneofReturnType__doorbell_hz: _TypeAlias = _typing.Literal["doorbell_hz"]  # noqa: Y015
-    _WhichOneofArgType__doorbell_hz: _TypeAlias = _typing.Literal["_doorbell_hz", b"_doorbell_hz"]  # noqa: Y015
-    _WhichOneofReturnType__heartbeat_hz: _TypeAlias = _typing.Literal["heartbeat_hz"]  # noqa: Y015
-    _WhichOneofArgType__heartbeat_hz: _TypeAlias = _typing.Literal["_heartbeat_hz", b"_heartbeat_hz"]  # noqa: Y015
-    _WhichOneofReturnType__static_mib: _TypeAlias = _typing.Literal["static_mib"]  # noqa: Y015
-    _WhichOneofArgType__static_mib: _TypeAlias = _typing.Literal["_static_mib", b"_static_mib"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__dirty_mib) -> _WhichOneofReturnType__dirty_mib | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__dirty_pages_per_s) -> _WhichOneofReturnType__dirty_pages_per_s | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__doorbell_hz) -> _WhichOneofReturnType__doorbell_hz | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__heartbeat_hz) -> _WhichOneofReturnType__heartbeat_hz | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__static_mib) -> _WhichOneofReturnType__static_mib | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Workload: _TypeAlias = Workload  # noqa: Y015
+Global___Boot: _TypeAlias = Boot  # noqa: Y015
 
 @_typing.final
 class GuestSpec(_message.Message):
@@ -514,22 +494,22 @@ class GuestSpec(_message.Message):
     MEMORY_MIB_FIELD_NUMBER: _builtins.int
     VCPUS_FIELD_NUMBER: _builtins.int
     MACHINE_FIELD_NUMBER: _builtins.int
-    WORKLOAD_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    BOOT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     memory_mib: _builtins.int
     vcpus: _builtins.int
     machine: _builtins.str
-    @_builtins.property
-    def workload(self) -> Global___Workload: ...
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceSpec]: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def policy(self) -> Global___MigrationPolicy: ...
+    @_builtins.property
+    def boot(self) -> Global___Boot: ...
     def __init__(
         self,
         *,
@@ -537,14 +517,14 @@ class GuestSpec(_message.Message):
         memory_mib: _builtins.int = ...,
         vcpus: _builtins.int = ...,
         machine: _builtins.str = ...,
-        workload: Global___Workload | None = ...,
         devices: _abc.Iterable[Global___DeviceSpec] | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         policy: Global___MigrationPolicy | None = ...,
+        boot: Global___Boot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "workload", b"workload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "labels", b"labels", "machine", b"machine", "memory_mib", b"memory_mib", "name", b"name", "policy", b"policy", "vcpus", b"vcpus", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "devices", b"devices", "labels", b"labels", "machine", b"machine", "memory_mib", b"memory_mib", "name", b"name", "policy", b"policy", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

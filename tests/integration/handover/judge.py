@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from deploy.lab.cluster import console_client, evidence, processes
 from deploy.lab.cluster.layout import CLUSTER_VARIABLE
+from deploy.lab.workload import checked_pages
 from orchestrator import wire
 from orchestrator.core.handover import Ownership
 from orchestrator.core.records import ShimKind
@@ -133,7 +134,7 @@ def _spoke(scene: Scene, guest: Born) -> Verdict:
         "heartbeats missing": said.missing_beats,
         "boots beyond the first": sum(log.booted_ns is not None for log in logs) - 1,
     }
-    pages = (guest.spec.workload.dirty_mib + guest.spec.workload.static_mib) * 256
+    pages = checked_pages(guest.spec.boot)
     assert answer.ok, answer
     assert answer.pages == pages, f"{guest.name} checked {answer.pages} pages of {pages}"
     assert not any(wrong.values()), f"{guest.name}: {wrong}, {said.overlap}"

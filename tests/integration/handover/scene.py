@@ -22,10 +22,11 @@ from typing import Any, TypeVar
 from deploy.lab.cluster import evidence, processes, state, teardown
 from deploy.lab.cluster.layout import Layout
 from deploy.lab.cluster.processes import Identity
+from deploy.lab.workload import Workload, boot_of
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord
-from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, ShimKind, WantRun, Workload
+from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, ShimKind, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import StoreUnavailable
@@ -200,7 +201,10 @@ class Scene:
     ) -> Born:
         """A guest with a name of its own, running `here` or on `host`, its heartbeat seen."""
         spec = GuestSpec(
-            f"{self._prefix}-{self._made}", memory_mib=memory_mib, workload=workload, devices=tuple(devices)
+            f"{self._prefix}-{self._made}",
+            memory_mib=memory_mib,
+            boot=boot_of(workload, devices),
+            devices=tuple(devices),
         )
         request_id = f"birth-{spec.name}"
         # The API may have to find an agent again that was away a moment ago.

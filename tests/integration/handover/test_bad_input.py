@@ -22,7 +22,7 @@ from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, WantRun, Workload
+from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import encode
 from orchestrator.ledger.store import Done, SetData
@@ -53,10 +53,10 @@ REFUSED: dict[str, tuple[Call, RefusalReason, str]] = {
     "too much memory": (lambda c, g: c.create_guest(replace(GOOD, memory_mib=9000)), RefusalReason.NO_CAPACITY, ""),
     "fewer CPUs than none": (lambda c, g: c.create_guest(replace(GOOD, vcpus=-1)), WRONG, "spec.vcpus"),
     "no such machine": (lambda c, g: c.create_guest(replace(GOOD, machine="z80")), RefusalReason.NO_CAPACITY, ""),
-    "a workload beyond the memory": (
-        lambda c, g: c.create_guest(replace(GOOD, workload=Workload(dirty_mib=500))),
+    "a file of the host as its kernel": (
+        lambda c, g: c.create_guest(replace(GOOD, boot=Boot(kernel="../../etc/shadow"))),
         WRONG,
-        "spec.workload.dirty_mib",
+        "spec.boot.kernel",
     ),
     "a device that writes memory": (
         lambda c, g: c.create_guest(replace(GOOD, devices=(DeviceSpec("d", ShimKind.COMPANION, dma="full"),))),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from deploy.lab.workload import Workload
 from orchestrator import wire
 from orchestrator.core.errors import AbortReason, FailureReason
-from orchestrator.core.records import Workload
 from tests.integration.handover.scene import Scene, device
 
 pytestmark = [pytest.mark.integration, pytest.mark.qemu, pytest.mark.zookeeper]

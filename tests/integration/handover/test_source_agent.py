@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 
+from deploy.lab.workload import Workload
 from orchestrator import wire
 from orchestrator.core.errors import AbortReason, FailureReason
 from orchestrator.core.handover import Ownership
-from orchestrator.core.records import Workload
 from protos.drover.v1 import types_pb2
 from tests.integration.handover.scene import Born, Scene, device
 
