@@ -280,6 +280,6 @@ def cordon(current: Cordon, on: bool, why: str, by: str) -> Cordon | None:
     return None if current.on and wanted.why == current.why else wanted
 
 
-def is_safe_to_power_off(state: EvacuationState, cordon: Cordon | None) -> bool:
-    """What the coordinator last saw holds only while the host is cordoned: nothing can have come there meanwhile."""
-    return state.safe_to_power_off and cordon is not None and cordon.on
+def is_safe_to_power_off(state: EvacuationState, cordon: Cordon | None, cordon_version: int) -> bool:
+    """What the coordinator saw holds while the host is under the same cordon: nothing can have come there meanwhile."""
+    return state.safe_to_power_off and cordon is not None and cordon.on and state.safe_at == cordon_version

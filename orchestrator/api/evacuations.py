@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,8 @@ from orchestrator.core.handover import Ownership
 from orchestrator.core.placement import GuestInput, Need, plan
 from orchestrator.core.records import Cordon, EvacuationPhase, EvacuationSpec, EvacuationState
 from orchestrator.ledger import paths
+from orchestrator.ledger.evacuations import read_job
+from orchestrator.ledger.gather import each
 from orchestrator.ledger.inventory import Snapshot
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.store import Check, Done, Op
@@ -47,7 +48,7 @@ class Evacuations:
 
     async def list(self) -> list[types_pb2.Evacuation]:
         """Newest first."""
-        found = await asyncio.gather(*(self.get(job) for job in await self._tools.ledger.list_evacuations()))
+        found = await each(await self._tools.ledger.list_evacuations(), self.get)
         return sorted(found, key=lambda each: (-each.create_time.ToNanoseconds(), each.name))
 
     # --- ask ----------------------------------------------------------------------------------------------------------
@@ -74,7 +75,8 @@ class Evacuations:
             )
             verdicts = _verdicts(snapshot, leaving)
             if request.validate_only:
-                unsaved = EvacuationRead(replace(spec, id="", create_time_s=0.0), EvacuationState(), 0, None)
+                empty = EvacuationState()
+                unsaved = EvacuationRead(replace(spec, id="", create_time_s=0.0), empty, empty, 0, None)
                 return _response(views.evacuation(unsaved, self._tools.fleet), verdicts)
             await self._refuse_second(request.host, asked)
             created = await asked.create(self._tools, f"evacuations/{spec.id}", _ops(spec, snapshot), caller)
@@ -95,8 +97,10 @@ class Evacuations:
 
     async def _refuse_second(self, host: str, asked: Request) -> None:
         for job in await self._tools.ledger.list_evacuations():
-            read = await self.read(job)
-            if read.spec.host == host and not read.state.phase.terminal and not await asked.earlier(self._tools):
+            read = await read_job(self._tools.store, job, rows=())
+            if read is None or read.spec.host != host or read.head.phase.terminal:
+                continue
+            if not await asked.earlier(self._tools):
                 said = f"evacuation {job} is emptying {host} already: watch that one, or cancel it first"
                 raise DroverError(RefusalReason.ALREADY_EXISTS, said, details={"evacuation": job})
 
@@ -112,7 +116,7 @@ class Evacuations:
             if state.phase.terminal:
                 said = f"evacuation {name} is over: {state.phase}"
                 raise DroverError(RefusalReason.ALREADY_ENDED, said, details={"phase": state.phase})
-            wished = op_set(paths.evacuation_state(name), replace(state, cancel_requested=True), read.version)
+            wished = op_set(paths.evacuation_state(name), replace(read.head, cancel_requested=True), read.version)
             if isinstance(await write(self._tools, [wished], caller), Done):
                 log.info("evacuation cancelled", evacuation=name, host=read.spec.host, by=caller.by)
                 return await self.get(name)
@@ -153,7 +157,7 @@ def _verdicts(snapshot: Snapshot, leaving: Sequence[GuestInput]) -> list[pb.Plac
         for each in staying
     ]
     planned = {each.need.guest: each for each in plan(snapshot.views(), needs)}
-    return [views.verdict(each, planned.get(each.uuid)) for each in by_size]
+    return [views.verdict(one, planned.get(one.uuid)) for one in by_size]
 
 
 def _ops(spec: EvacuationSpec, snapshot: Snapshot) -> list[Op]:

@@ -25,6 +25,7 @@ from orchestrator.core.records import GuestSpec, HostRecord, Reservations, ShimK
 from orchestrator.core.scenario import HOOKS, MAX_BYTES, MAX_TIMES
 from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
+from orchestrator.ledger.gather import each
 from orchestrator.ledger.inventory import HostEntry
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.store import Check, Delete, Done, Op
@@ -69,9 +70,9 @@ class Guests:
         snapshot = await self._tools.inventory.snapshot()
         if host and host not in snapshot.hosts:
             raise not_found("host", host, field="host")
-        here = [each for each in snapshot.guests.values() if not host or each.record.owner.host == host]
-        found = await asyncio.gather(*(self._view_or_none(each.uuid) for each in here))
-        return sorted((each for each in found if each is not None), key=lambda each: (each.name, each.uuid))
+        here = [one for one in snapshot.guests.values() if not host or one.record.owner.host == host]
+        found = await each([one.uuid for one in here], self._view_or_none)
+        return sorted((one for one in found if one is not None), key=lambda one: (one.name, one.uuid))
 
     async def _view_or_none(self, uuid: str) -> types_pb2.Guest | None:
         read = await self.read(uuid)

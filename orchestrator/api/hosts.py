@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import structlog
 
 from orchestrator.api import decisions, views
@@ -11,11 +9,11 @@ from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, pause,
 from orchestrator.api.reads import not_found
 from orchestrator.core.errors import invalid
 from orchestrator.core.guest import name_error
-from orchestrator.core.records import Cordon, EvacuationSpec, EvacuationState
+from orchestrator.core.records import Cordon
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.records import decode
-from orchestrator.ledger.store import Done, Op
+from orchestrator.ledger.store import Done
 from protos.drover.v1 import types_pb2
 
 log = structlog.get_logger(__name__)
@@ -41,7 +39,8 @@ class Hosts:
         return await self.get(name)
 
     async def uncordon(self, name: str, caller: Caller) -> types_pb2.Host:
-        """In the same transaction no evacuation says any more that the host may be powered off."""
+        """With the same write no evacuation says any more that the host may be powered off: what they say holds under
+        the cordon that they saw."""
         await self._change(name, False, "", caller)
         return await self.get(name)
 
@@ -56,24 +55,11 @@ class Hosts:
             wanted = decisions.cordon(current, on, why, caller.by)
             if wanted is None:
                 return
-            ops: list[Op] = [op_set(path, wanted, node.version)]
-            if not on:
-                ops += await self._no_longer_safe(name)
-            if isinstance(await write(self._tools, ops, caller), Done):
+            if isinstance(await write(self._tools, [op_set(path, wanted, node.version)], caller), Done):
                 log.info("cordon", host=name, on=on, why=why, by=caller.by)
                 return
             await pause(caller)
         raise contended()
-
-    async def _no_longer_safe(self, name: str) -> list[Op]:
-        ops: list[Op] = []
-        for job in await self._tools.ledger.list_evacuations():
-            spec = await self._tools.ledger.read(EvacuationSpec, paths.evacuation(job))
-            state = await self._tools.ledger.read(EvacuationState, paths.evacuation_state(job))
-            if spec is not None and state is not None and spec[0].host == name and state[0].safe_to_power_off:
-                unsafe = replace(state[0], safe_to_power_off=False)
-                ops.append(op_set(paths.evacuation_state(job), unsafe, state[1]))
-        return ops
 
 
 def _check_name(name: str) -> None:

@@ -22,8 +22,9 @@ from orchestrator.core.records import (
 )
 from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
+from orchestrator.ledger.evacuations import read_job
 from orchestrator.ledger.ledger import Ledger
-from orchestrator.ledger.records import BadRecord
+from orchestrator.ledger.records import BadRecord, decode
 
 T = TypeVar("T")
 
@@ -51,9 +52,16 @@ class MigrationRead:
 class EvacuationRead:
     spec: EvacuationSpec
     state: EvacuationState
+    """With its guests."""
+    head: EvacuationState
+    """As its node holds it."""
     version: int
+    """Of the head."""
     cordon: Cordon | None
     """Of its host, as it is now."""
+    cordon_version: int = -1
+    order: int = 0
+    """zxid that made it."""
 
 
 def not_found(kind: str, name: str, *, field: str = "name") -> DroverError:
@@ -119,10 +127,11 @@ async def read_migration(ledger: Ledger, migration: str) -> MigrationRead:
 
 async def read_evacuation(ledger: Ledger, job: str) -> EvacuationRead:
     """Raises NOT_FOUND."""
-    spec = await ledger.read(EvacuationSpec, paths.evacuation(job)) if is_id(job) else None
-    state = await ledger.read(EvacuationState, paths.evacuation_state(job)) if spec else None
-    if spec is None or state is None:
+    read = await read_job(ledger.store, job) if is_id(job) else None
+    if read is None:
         raise not_found("evacuation", job)
-    cordon = await ledger.store.read(paths.cordon(spec[0].host))
-    known = await ledger.read(Cordon, paths.cordon(spec[0].host)) if cordon is not None and cordon.data else None
-    return EvacuationRead(spec[0], *state, known[0] if known else None)
+    path = paths.cordon(read.spec.host)
+    node = await ledger.store.read(path)
+    cordon = decode(Cordon, node.data, path=path) if node is not None and node.data else None
+    version = node.version if node is not None else -1
+    return EvacuationRead(read.spec, read.state, read.head, read.version, cordon, version, read.mzxid)

@@ -137,7 +137,7 @@ def evacuation(read: EvacuationRead, fleet: Fleet) -> types_pb2.Evacuation:
         guests=[_evacuation_guest(one, spec.host, fleet) for one in state.guests],
         max_concurrent=spec.max_concurrent,
         policy=wire.policy_patch(spec.policy),
-        safe_to_power_off=is_safe_to_power_off(state, read.cordon),
+        safe_to_power_off=is_safe_to_power_off(state, read.cordon, read.cordon_version),
         failure=state.failure or "",
         message=state.message,
         cancel_requested=state.cancel_requested,

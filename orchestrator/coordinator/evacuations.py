@@ -16,13 +16,15 @@ from orchestrator.core.placement import need_of
 from orchestrator.core.policy import override
 from orchestrator.core.records import (
     Cordon,
+    EvacuationGuest,
     EvacuationSpec,
     EvacuationState,
-    MigrationPhase,
     MigrationSpec,
     MigrationState,
 )
 from orchestrator.ledger import paths
+from orchestrator.ledger.evacuations import Job, Rows, read_job, transactions, trimmed, written
+from orchestrator.ledger.gather import each
 from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.migrations import creation
 from orchestrator.ledger.records import BadRecord, decode, encode
@@ -49,6 +51,10 @@ class EvacuationRunner:
         self._epoch = epoch
         self._nudged = nudged
         self._wall_s = wall_s
+        self._rows: dict[str, tuple[Rows, ...]] = {}
+        """Of the jobs under way."""
+        self._ended: dict[str, Job] = {}
+        """Jobs that are over, without their guests."""
 
     async def run(self, job: str) -> None:
         """Until the job is over. Raises Deposed, BadRecord."""
@@ -68,42 +74,45 @@ class EvacuationRunner:
 
     async def turn(self, job: str) -> bool:
         """One look and what follows from it. True: the job is over."""
-        spec_node = await self._store.read(paths.evacuation(job))
-        node = await self._store.read(paths.evacuation_state(job))
-        if spec_node is None or node is None:
+        read = await self._read(job)
+        if read is None:
             return False
-        spec = decode(EvacuationSpec, spec_node.data, path=paths.evacuation(job))
-        state = decode(EvacuationState, node.data, path=paths.evacuation_state(job))
+        spec, state = read.spec, read.state
         if state.phase.terminal:
+            self._rows.pop(job, None)
             return True
         facts = await self._facts(spec, state)
         step = evacuation.step(spec, state, facts)
-        new = replace(step.state, epoch=self._epoch)
+        new = trimmed(replace(step.state, epoch=self._epoch, safe_at=_safe_at(step.state, facts)))
         if new.phase.terminal:
             new = replace(new, end_time_s=self._wall_s())
-        if new != state and not await self._store_state(job, new, node.version):
+        if new != state and not await self._store_state(read, new):
             return False  # cancelled meanwhile, perhaps: look again before anything is done
         for command in step.commands:
             await self._carry_out(command, spec)
         return new.phase.terminal
 
-    async def _store_state(self, job: str, state: EvacuationState, version: int) -> bool:
-        write = SetData(paths.evacuation_state(job), encode(state), version)
-        return await epoch_write(self._store, self._epoch, [write])
+    async def _read(self, job: str) -> Job | None:
+        """The leader alone writes the guests' rows, so they are read once."""
+        read = await read_job(self._store, job, rows=self._rows.get(job))
+        if read is not None:
+            self._rows[job] = read.rows
+        return read
+
+    async def _store_state(self, job: Job, state: EvacuationState) -> bool:
+        """False: somebody else moved the job, or the answer was lost. Some guests may be stored then: look again."""
+        known = self._rows.pop(job.spec.id, None)
+        for ops in transactions(job, state):
+            if not await epoch_write(self._store, self._epoch, ops):
+                return False
+        if known is not None:
+            self._rows[job.spec.id] = written(job, state).rows
+        return True
 
     async def _facts(self, spec: EvacuationSpec, state: EvacuationState) -> evacuation.Facts:
         """Migrations first: one that ended is never seen with a guest record from before its end."""
-        migrations: dict[str, MigrationState] = {}
-        for guest in state.guests:
-            if not guest.migration:
-                continue
-            if guest.phase is MigrationPhase.SUCCEEDED:
-                known = MigrationState(guest.phase, guest.attempts, destination=guest.destination)
-                migrations[guest.migration] = known
-                continue
-            node = await self._store.read(paths.migration_state(guest.migration))
-            if node is not None:
-                migrations[guest.migration] = decode(MigrationState, node.data)
+        known = await each((guest for guest in state.guests if guest.migration), self._migration)
+        migrations = {name: found for name, found in known if found is not None}
         snapshot = await self._inventory.snapshot()
         entry = snapshot.hosts.get(spec.host)
         guests = [
@@ -117,7 +126,17 @@ class EvacuationRunner:
             migrations=migrations,
             reserved=entry is not None and bool(entry.input.reservations.memory_mib),
             hosts=snapshot.views(),
+            cordon_version=entry.cordon_version if entry is not None else -1,
         )
+
+    async def _migration(self, guest: EvacuationGuest) -> tuple[str, MigrationState | None]:
+        """One that is over does not change any more: what the job wrote down of it is all that the job needs."""
+        if guest.phase.terminal:
+            state = MigrationState(guest.phase, guest.attempts, destination=guest.destination)
+            return guest.migration, replace(state, failure=guest.failure, message=guest.message)
+        node = await self._store.read(paths.migration_state(guest.migration))
+        path = paths.migration_state(guest.migration)
+        return guest.migration, decode(MigrationState, node.data, path=path) if node is not None else None
 
     async def _carry_out(self, command: evacuation.Command, spec: EvacuationSpec) -> None:
         match command:
@@ -176,29 +195,38 @@ class EvacuationRunner:
 
     async def refresh_ended(self) -> None:
         """Keep "safe to power off" true or false for jobs that are over, while their host stays cordoned."""
+        facts: dict[str, evacuation.Facts | None] = {}
         try:
-            jobs = await self._store.children(paths.EVACUATIONS)
-            for job in jobs:
-                await self._refresh_one(job)
+            for job in await self._store.children(paths.EVACUATIONS):
+                await self._refresh_one(job, facts)
         except StoreUnavailable:
             return
         except BadRecord as error:
             log.error("evacuation cannot be read", error=str(error))
 
-    async def _refresh_one(self, job: str) -> None:
-        spec_node = await self._store.read(paths.evacuation(job))
-        node = await self._store.read(paths.evacuation_state(job))
-        if spec_node is None or node is None:
+    async def _refresh_one(self, name: str, facts: dict[str, evacuation.Facts | None]) -> None:
+        """`facts` are those of this round, by host: a host is looked at once however many of its jobs are over."""
+        job = self._ended.get(name) or await read_job(self._store, name, rows=())
+        if job is None or not job.head.phase.terminal:
             return
-        state = decode(EvacuationState, node.data, path=paths.evacuation_state(job))
-        if not state.phase.terminal:
-            return
-        spec = decode(EvacuationSpec, spec_node.data, path=paths.evacuation(job))
-        cordon = await self._store.read(paths.cordon(spec.host))
-        on = cordon is not None and bool(cordon.data) and decode(Cordon, cordon.data).on
-        if not on and not state.safe_to_power_off:
-            return  # the usual case of an old job costs four reads
-        facts = await self._facts(spec, replace(state, guests=()))
-        safe = evacuation.safe_to_power_off(spec.host, facts)
-        if safe != state.safe_to_power_off:
-            await self._store_state(job, replace(state, safe_to_power_off=safe), node.version)
+        if not job.head.guests:  # as a job of this version is written; it changes no more but by what follows here
+            self._ended[name] = job
+        host, head = job.spec.host, job.head
+        if host not in facts:
+            cordon = await self._store.read(paths.cordon(host))
+            on = cordon is not None and bool(cordon.data) and decode(Cordon, cordon.data, path=paths.cordon(host)).on
+            facts[host] = await self._facts(job.spec, EvacuationState()) if on else None
+        seen = facts[host]
+        safe = seen is not None and evacuation.safe_to_power_off(host, seen)
+        if seen is None or (safe, seen.cordon_version if safe else -1) == (head.safe_to_power_off, head.safe_at):
+            return  # what it said before an uncordon holds no more, without a word
+        new = replace(head, safe_to_power_off=safe)
+        new = replace(new, safe_at=_safe_at(new, seen))
+        write = SetData(paths.evacuation_state(name), encode(new), job.version)
+        self._ended.pop(name, None)
+        if await epoch_write(self._store, self._epoch, [write]) and not new.guests:
+            self._ended[name] = replace(job, head=new, version=job.version + 1)
+
+
+def _safe_at(state: EvacuationState, facts: evacuation.Facts) -> int:
+    return facts.cordon_version if state.safe_to_power_off else -1

@@ -23,6 +23,7 @@ from orchestrator.core.records import (
     MigrationState,
     WaitingFor,
 )
+from orchestrator.core.text import handful
 
 MAX_TRIES = 2
 """Migrations per guest and job; each has its own attempts inside."""
@@ -60,6 +61,8 @@ class Facts:
     """Memory of the host is promised to an arrival."""
     hosts: Sequence[HostView] = ()
     """Where guests could go; empty: nothing is planned, and each migration finds its own place."""
+    cordon_version: int = -1
+    """Of the node that `cordoned` was read from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +256,7 @@ def _finish(spec: EvacuationSpec, state: EvacuationState, facts: Facts) -> Step:
         return Step(replace(state, phase=EvacuationPhase.SUCCEEDED, failure=None, message=f"{spec.host} is empty"))
     if not remain or any(g.phase is MigrationPhase.SUCCEEDED for g in remain):
         return Step(state)  # arrivals under way, or copies of guests that left still being discarded
-    said = ", ".join(f"{g.name} ({g.failure or 'not started'})" for g in remain)
+    said = handful(f"{g.name} ({g.failure or 'not started'})" for g in remain)
     return Step(
         replace(
             state,

@@ -295,12 +295,23 @@ class EvacuationState:
 
     phase: EvacuationPhase = EvacuationPhase.PENDING
     guests: tuple[EvacuationGuest, ...] = ()
+    """Kept in nodes of their own (`ledger.evacuations`); older versions wrote them here."""
     cancel_requested: bool = False
     safe_to_power_off: bool = False
+    """As the coordinator saw it while the host's cordon had the version `safe_at`. It holds for as long as the cordon
+    has that version: an uncordon takes back what every job ever said, in one write."""
+    safe_at: int = -1
     failure: FailureReason | None = None
     message: str = ""
     end_time_s: float = 0.0
     epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EvacuationGuests:
+    """`/evac/<job>/guests-<nnnn>`: some of a job's guests."""
+
+    guests: tuple[EvacuationGuest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

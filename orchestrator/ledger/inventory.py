@@ -9,6 +9,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.placement import GuestInput, HostInput, HostView, host_views
 from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations
 from orchestrator.ledger import paths
+from orchestrator.ledger.gather import each
 from orchestrator.ledger.records import decode
 from orchestrator.ledger.store import Store
 
@@ -63,7 +64,7 @@ class Inventory:
 
     async def _hosts(self) -> dict[str, HostEntry]:
         names = await self._store.children(paths.HOSTS)
-        entries = await asyncio.gather(*(self.host(name) for name in names))
+        entries = await each(names, self.host)
         return {name: entry for name, entry in zip(names, entries, strict=True) if entry is not None}
 
     async def host(self, name: str) -> HostEntry | None:
@@ -89,14 +90,8 @@ class Inventory:
         )
 
     async def _guests(self) -> dict[str, GuestInput]:
-        bound = asyncio.Semaphore(_AT_ONCE)
-
-        async def one(uuid: str) -> GuestInput | None:
-            async with bound:
-                return await self._guest(uuid)
-
         uuids = [uuid for uuid in await self._store.children(paths.GUESTS) if uuid not in self._gone]
-        found = await asyncio.gather(*(one(uuid) for uuid in uuids))
+        found = await each(uuids, self._guest, at_once=_AT_ONCE)
         return {guest.uuid: guest for guest in found if guest is not None}
 
     async def _guest(self, uuid: str) -> GuestInput | None:

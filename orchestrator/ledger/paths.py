@@ -68,6 +68,16 @@ def evacuation_state(job: str) -> str:
     return f"{EVACUATIONS}/{job}/state"
 
 
+def evacuation_guests(job: str, number: int) -> str:
+    """Some of the guests of a job, see `ledger.evacuations`."""
+    return f"{EVACUATIONS}/{job}/guests-{number:04}"
+
+
+def is_evacuation_guests(child: str) -> bool:
+    """Whether a child of a job's node holds guests."""
+    return child.startswith("guests-")
+
+
 def request_id(request: str) -> str:
     return f"{REQUESTS}/{request}"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.coordinator.ports import AttemptSeen, ConductOrder
 from orchestrator.core import handover
@@ -21,6 +21,7 @@ from orchestrator.core.records import (
     AttemptReport,
     Attempts,
     Cordon,
+    EvacuationGuests,
     EvacuationSpec,
     EvacuationState,
     GuestSpec,
@@ -46,6 +47,9 @@ from orchestrator.ledger.store import (
     Versioned,
     WriteResult,
 )
+
+MAX_TRANSACTION = 1_048_575
+"""ZooKeeper's jute.maxbuffer."""
 
 
 @dataclass
@@ -136,6 +140,8 @@ class MemoryStore:
         await asyncio.sleep(0)
         if self.down:
             return OutcomeUnknown(sent=False)
+        if sum(len(op.path) + len(op.data) for op in ops if isinstance(op, Create | SetData)) > MAX_TRANSACTION:
+            return OutcomeUnknown(why="too large: ZooKeeper cuts the connection")
         if self.fail_next:
             if self.fail_next.pop(0):
                 self._apply(ops)
@@ -339,7 +345,12 @@ class World:
         return decode(Reservations, self.store.tree.nodes[paths.reservations(host)].data).memory_mib
 
     def job(self, job: str) -> EvacuationState:
-        return decode(EvacuationState, self.store.tree.nodes[paths.evacuation_state(job)].data)
+        """With its guests."""
+        nodes = self.store.tree.nodes
+        head = decode(EvacuationState, nodes[paths.evacuation_state(job)].data)
+        rows = [name for name in self.store.tree.children(paths.evacuation(job)) if paths.is_evacuation_guests(name)]
+        found = [decode(EvacuationGuests, nodes[f"{paths.evacuation(job)}/{name}"].data).guests for name in rows]
+        return replace(head, guests=(*(guest for guests in found for guest in guests), *head.guests))
 
     def edit_state(self, migration: str, change: Callable[[MigrationState], MigrationState]) -> None:
         path = paths.migration_state(migration)

@@ -286,8 +286,10 @@ def test_a_cordon_is_written_once_and_keeps_its_reason() -> None:
 
 
 def test_safe_to_power_off_ends_with_the_cordon() -> None:
-    safe = EvacuationState(safe_to_power_off=True)
-    assert decisions.is_safe_to_power_off(safe, Cordon(on=True))
-    assert not decisions.is_safe_to_power_off(safe, Cordon())
-    assert not decisions.is_safe_to_power_off(safe, None)
-    assert not decisions.is_safe_to_power_off(EvacuationState(), Cordon(on=True))
+    safe = EvacuationState(safe_to_power_off=True, safe_at=4)
+    assert decisions.is_safe_to_power_off(safe, Cordon(on=True), 4)
+    assert not decisions.is_safe_to_power_off(safe, Cordon(on=True), 6), "another cordon"
+    assert not decisions.is_safe_to_power_off(safe, Cordon(), 4)
+    assert not decisions.is_safe_to_power_off(safe, None, -1)
+    assert not decisions.is_safe_to_power_off(EvacuationState(safe_to_power_off=True), None, -1)
+    assert not decisions.is_safe_to_power_off(EvacuationState(safe_at=4), Cordon(on=True), 4)

@@ -205,7 +205,7 @@ async def test_an_evacuation(api: ApiCluster, world: World) -> None:
     job = (await api.call(api.client.create_evacuation, "h1")).evacuation.name
     with watching(api, lambda client: client.watch_evacuations([job])) as watch:
         assert wire.word(await watch.next(), "phase") == "PENDING"
-        await put(world, paths.evacuation_state(job), replace(world.job(job), safe_to_power_off=True))
+        await put(world, paths.evacuation_state(job), replace(world.job(job), safe_to_power_off=True, safe_at=1))
         assert (await watch.next()).safe_to_power_off
         await api.call(api.client.uncordon_host, "h1")
         assert not (await watch.next()).safe_to_power_off

@@ -499,9 +499,11 @@ async def test_evacuation_empties_the_host(world: World) -> None:
         assert job.safe_to_power_off
         assert {world.record(f"g{n}").owner.host for n in range(1, 7)} == {"h2", "h3"}
         path = paths.cordon("h1")
-        off = world.store._apply([SetData(path, encode(Cordon()), world.store.tree.nodes[path].version)])
-        assert isinstance(off, Done)
-        await until(lambda: not world.job("e1").safe_to_power_off)
+        assert job.safe_at == world.store.tree.nodes[path].version
+        for cordon in (Cordon(), Cordon(on=True)):
+            write = SetData(path, encode(cordon), world.store.tree.nodes[path].version)
+            assert isinstance(world.store._apply([write]), Done)
+        await until(lambda: world.job("e1").safe_at == world.store.tree.nodes[path].version)
 
 
 async def test_evacuation_survives_its_coordinator(world: World) -> None:
