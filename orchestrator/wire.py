@@ -45,6 +45,7 @@ from orchestrator.core.records import (
     EvacuationPhase,
     GuestSpec,
     MigrationPhase,
+    OnHostDeath,
     ShimKind,
     TimelineEntry,
 )
@@ -54,6 +55,7 @@ from protos.drover.v1 import agent_pb2, types_pb2
 # --- words ------------------------------------------------------------------------------------------------------------
 
 _ON_TIMEOUT = {value: types_pb2.OnTimeout.Value(f"ON_TIMEOUT_{value.name}") for value in OnTimeout}
+_ON_HOST_DEATH = {value: types_pb2.OnHostDeath.Value(f"ON_HOST_DEATH_{value.name}") for value in OnHostDeath}
 _SHIM_KIND = {value: types_pb2.ShimKind.Value(f"SHIM_KIND_{value.name}") for value in ShimKind}
 _OWNERSHIP = {value: types_pb2.OwnershipPhase.Value(f"OWNERSHIP_PHASE_{value.name}") for value in Ownership}
 _RUN_STATE = {value: types_pb2.RunState.Value(f"RUN_STATE_{value.name}") for value in RunState}
@@ -63,6 +65,7 @@ _EVACUATION = {value: types_pb2.EvacuationPhase.Value(f"EVACUATION_PHASE_{value.
 _RUN_STATE_OF = {number: value for value, number in _RUN_STATE.items()}
 _PHASE_OF = {number: value for value, number in _PHASE.items()}
 _ON_TIMEOUT_OF = {number: value for value, number in _ON_TIMEOUT.items()}
+_ON_HOST_DEATH_OF = {number: value for value, number in _ON_HOST_DEATH.items()}
 _SHIM_KIND_OF = {number: value for value, number in _SHIM_KIND.items()}
 
 
@@ -201,6 +204,7 @@ def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
             devices=[device_to_proto(device) for device in spec.devices],
             labels=spec.labels,
             policy=policy_to_proto(spec.policy),
+            on_host_death=_ON_HOST_DEATH[spec.on_host_death],
         )
     except (ValueError, OverflowError) as error:
         raise _wrong("spec", f"a number is too large: {error}") from error
@@ -219,7 +223,17 @@ def guest_spec_from_proto(message: types_pb2.GuestSpec, *, field: str = "spec") 
         devices=tuple(device_from_proto(device, field=f"{field}.devices[{index}]") for index, device in devices),
         labels=dict(message.labels),
         policy=policy_from_proto(message.policy, field=f"{field}.policy"),
+        on_host_death=_on_host_death(message, field=field),
     )
+
+
+def _on_host_death(message: types_pb2.GuestSpec, *, field: str) -> OnHostDeath:
+    if not message.on_host_death:
+        return OnHostDeath.LEAVE
+    known = _ON_HOST_DEATH_OF.get(message.on_host_death)
+    if known is None:
+        raise _wrong(f"{field}.on_host_death", f"must be LEAVE or RESTART, not {message.on_host_death}")
+    return known
 
 
 def _is_set(message: Message, name: str) -> bool:

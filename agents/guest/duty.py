@@ -114,7 +114,7 @@ def _owned(record: GuestRecord, here: HostRef, copies: Sequence[Copy], *, marker
         alive = own is not None and record.owner == here
         return Duty(Do.FINISH_BIRTH, own.inc) if alive and own is not None else Duty(Do.BURY)
     if record.phase in (Ownership.CRASHED, Ownership.GONE):
-        return Duty()
+        return _over(copies)
     if record.phase is Ownership.COMMITTED:
         return _committed_to_us(record, here, copies, marker=marker)
     if handover.must_declare_crashed(record, here, vmm_alive=own is not None, marker=marker):
@@ -128,6 +128,13 @@ def _owned(record: GuestRecord, here: HostRef, copies: Sequence[Copy], *, marker
     if own.running != want_run and not own.ended:
         return Duty(Do.RUN if want_run else Do.STOP, own.inc)
     return Duty()
+
+
+def _over(copies: Sequence[Copy]) -> Duty:
+    """This life is over. A copy that is alive all the same was cut off while its host was declared dead on somebody's
+    word: the guest may run elsewhere by now, so this one ends, whatever it is doing."""
+    left = next((copy for copy in copies if not copy.in_session), None)
+    return Duty() if left is None else Duty(Do.DISCARD, left.inc)
 
 
 def _unconducted(record: GuestRecord, here: HostRef, own: Copy, *, want_run: bool) -> Duty:

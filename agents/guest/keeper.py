@@ -645,7 +645,8 @@ class HostedGuest:
 
     async def _declare_crashed(self, duty: Duty, record: GuestRecord) -> None:
         await self._must_be_over(record)
-        await self._settled(self._attempt_ledger(record).crashed())
+        host_died = record.owner.boot_id != self._tools.here.boot_id
+        await self._settled(self._attempt_ledger(record).crashed(host_died=host_died))
 
     async def _give_back(self, duty: Duty, record: GuestRecord) -> None:
         await self._settled(self._attempt_ledger(record).roll_back(vmm_seen_dead=True, marker=False))

@@ -97,10 +97,14 @@ class AttemptLedger:
             Seen.ROLLBACK_RECORDED,
         )
 
-    async def crashed(self) -> Seen:
+    async def crashed(self, *, host_died: bool = False) -> Seen:
+        """`host_died`: the owner's power cycle is over, as its host itself has certified by coming back."""
+
         def change(record: GuestRecord) -> GuestRecord:
             if record.owner != self.here:
                 raise Refused("not the owner")
+            if host_died:
+                return handover.host_died(record, certificate=True, writer=self.writer)
             return handover.crashed(record, writer=self.writer)
 
         return await self._change(change, Seen.CRASH_RECORDED)

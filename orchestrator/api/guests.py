@@ -21,14 +21,15 @@ from orchestrator.core.guest import guest_errors, name_error, scenario_problems
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.placement import Choice, Need, choose
-from orchestrator.core.records import GuestSpec, HostRecord, Reservations, ShimKind, WantRun
+from orchestrator.core.records import GuestSpec, HostRecord, ShimKind, WantRun
 from orchestrator.core.scenario import HOOKS, MAX_BYTES, MAX_TIMES
 from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
+from orchestrator.ledger.births import birth_ops
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.inventory import HostEntry
 from orchestrator.ledger.ledger import op_create, op_set
-from orchestrator.ledger.store import Check, Delete, Done, Op
+from orchestrator.ledger.store import Delete, Done, Op
 from orchestrator.rpc.agent_client import CALL_S, END_GUEST_S, START_GUEST_S, AgentClient
 from orchestrator.scenario_text import parse_scenario
 from protos.drover.v1 import orchestrator_pb2 as pb
@@ -334,21 +335,9 @@ def checked(request: pb.CreateGuestRequest) -> GuestSpec:
 
 
 def _birth(spec: GuestSpec, born: str, host: HostRef, entry: HostEntry, caller: Caller) -> list[Op]:
-    """Everything that a new guest is, in one transaction. The host's reservations are written as they are: their
-    version moves, so that two who saw the same free memory cannot both take it."""
-    promised = entry.input.reservations
-    path = paths.reservations(host.host)
-    taken = op_set(path, promised, entry.reservations_version)
-    if entry.reservations_version < 0:
-        taken = op_create(path, Reservations())
-    return [
-        op_create(paths.name(spec.name), born),
-        op_create(paths.guest(born), handover.birth(spec.name, host, writer=f"api-{born}")),
-        op_create(paths.guest_spec(born), spec),
-        op_create(paths.want_run(born), WantRun(by=caller.by)),
-        Check(paths.cordon(host.host), entry.cordon_version),
-        taken,
-    ]
+    """Everything that a new guest is, in one transaction."""
+    record = handover.birth(spec.name, host, writer=f"api-{born}")
+    return [op_create(paths.name(spec.name), born), *birth_ops(born, record, spec, WantRun(by=caller.by), entry)]
 
 
 def _not_started(error: DroverError, record: GuestRecord) -> DroverError:

@@ -35,7 +35,7 @@ from orchestrator.cli.marked_yaml import Marked, Path, YamlError
 from orchestrator.core.errors import DroverError
 from orchestrator.core.guest import guest_errors, scenario_problems
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
-from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind
+from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, OnHostDeath, ShimKind
 
 ENTRY_POINTS = "drover.guest_file"
 MAX_COUNT = 1000
@@ -132,6 +132,7 @@ class _Guest(Model):
     devices: list[_Device] = Field(default_factory=list[_Device])
     labels: dict[str, _Text] = Field(default_factory=dict[str, str])
     policy: Annotated[Model, _as(_Policy)] = Model()
+    on_host_death: Literal["leave", "restart"] = "leave"
 
     @model_validator(mode="before")
     @classmethod
@@ -152,6 +153,7 @@ class _Guest(Model):
             boot=Boot(**self.boot.model_dump(exclude_unset=True)),
             devices=tuple(device.spec(scenario) for device, scenario in zip(self.devices, scenarios, strict=True)),
             policy=MigrationPolicy(**policy),
+            on_host_death=OnHostDeath(self.on_host_death),
         )
 
 

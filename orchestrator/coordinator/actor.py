@@ -83,7 +83,9 @@ class Coordinator:
     async def _run(self) -> None:
         self._workers = [_start_worker(self._config, number) for number in range(self._config.workers)]
         store = await _connect(self._config)
-        self._supervisor = Supervisor(store, self._dispatch, limits=self._config.limits)
+        self._supervisor = Supervisor(
+            store, self._dispatch, agents=make_agents(self._config), limits=self._config.limits
+        )
         await self._supervisor.run()
 
     async def _dispatch(self, migration: str, epoch: int) -> str:

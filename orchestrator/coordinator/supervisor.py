@@ -15,11 +15,14 @@ from typing import Any
 
 import structlog
 
+from orchestrator.coordinator.deaths import DeathRunner
 from orchestrator.coordinator.driver import STORE_RETRY_S, WAITING, Deposed
 from orchestrator.coordinator.evacuations import EvacuationRunner
 from orchestrator.coordinator.places import Places
+from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import MigrationSpec, MigrationState
+from orchestrator.fencing.base import Fencers
 from orchestrator.ledger import paths
 from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.records import BadRecord, decode, encode
@@ -111,10 +114,19 @@ class Supervisor:
     """`name` identifies this coordinator's seat: a new process on the same seat replaces the leader that sat there."""
 
     def __init__(
-        self, store: Store, dispatch: Dispatch, *, name: str = "coordinator", limits: Limits = Limits()
+        self,
+        store: Store,
+        dispatch: Dispatch,
+        *,
+        agents: AgentDirectory,
+        fencers: Fencers | None = None,
+        name: str = "coordinator",
+        limits: Limits = Limits(),
     ) -> None:
         self._store = store
         self._dispatch = dispatch
+        self._agents = agents
+        self._fencers = fencers or Fencers()
         self._limits = limits
         self._me = Leader(name, uuid.uuid4().hex)
         self._may_usurp = True
@@ -239,6 +251,7 @@ class Supervisor:
         runner = EvacuationRunner(self._store, Inventory(self._store), epoch, self._nudged)
         spawn(self._guard_power(runner))
         spawn(self._places.tend(epoch))
+        spawn(DeathRunner(self._store, self._agents, Inventory(self._store), epoch, self._fencers).run())
         try:
             while True:
                 self.status.turns += 1

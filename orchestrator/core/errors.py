@@ -54,6 +54,7 @@ class FailureReason(StrEnum):
     PAUSED_NEEDS_OPERATOR = "PAUSED_NEEDS_OPERATOR"
     SOURCE_UNREACHABLE = "SOURCE_UNREACHABLE"
     SOME_GUESTS_REMAIN = "SOME_GUESTS_REMAIN"
+    HOST_DIED = "HOST_DIED"
 
 
 class RefusalReason(StrEnum):
@@ -83,6 +84,18 @@ class RefusalReason(StrEnum):
     VOLATILE_DIRECTORY_UNSAFE = "VOLATILE_DIRECTORY_UNSAFE"
     RETRY_NEEDS_RUN = "RETRY_NEEDS_RUN"
     FENCER_REQUIRED = "FENCER_REQUIRED"
+    """No fencer serves the host: only the operator's own word can declare it dead."""
+    NOT_FENCED = "NOT_FENCED"
+    """The fencer did not confirm that the power is off."""
+    HOST_ALIVE = "HOST_ALIVE"
+    """The session of the host's agent lives: it cannot be declared dead or removed."""
+    HOST_DECLARED_DEAD = "HOST_DECLARED_DEAD"
+    """This power cycle of the host is certified to be over: it takes nothing on before it has booted again."""
+    HOST_NOT_EMPTY = "HOST_NOT_EMPTY"
+    CONFIRMATION_STALE = "CONFIRMATION_STALE"
+    """What was confirmed is no longer so, or the confirmation is too old: look again."""
+    NOTHING_SAFE = "NOTHING_SAFE"
+    """A repair was asked for that is not safe now."""
     OUTCOME_UNKNOWN = "OUTCOME_UNKNOWN"
     LEDGER_UNREACHABLE = "LEDGER_UNREACHABLE"
     AGENT_UNREACHABLE = "AGENT_UNREACHABLE"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from orchestrator.core.policy import policy_errors
-from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind
+from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, OnHostDeath, ShimKind
 from orchestrator.core.scenario import Scenario, outside_errors
 from orchestrator.core.text import quoted
 
@@ -48,7 +48,19 @@ def guest_errors(spec: GuestSpec) -> list[Problem]:
     bad += _devices(spec.devices)
     bad += _labels(spec.labels)
     bad += [(f"policy.{field}", said) for field, said in policy_errors(spec.policy)]
+    if spec.on_host_death is OnHostDeath.RESTART and (state := local_state(spec)):
+        bad.append(("on_host_death", f"must be leave: {state}, which a new life elsewhere would lack"))
     return bad
+
+
+def local_state(spec: GuestSpec) -> str:
+    """What of a guest exists on its host only, as a clause; empty: nothing, a new life needs nothing of the old one."""
+    names = [device.name for device in spec.devices if device.shim is not ShimKind.NET]
+    if not names:
+        return ""
+    if len(names) == 1:
+        return f"device {names[0]} keeps state on its host"
+    return f"devices {', '.join(names)} keep state on its host"
 
 
 def _range(field: str, value: int, low: int, high: int, unit: str = "") -> list[Problem]:

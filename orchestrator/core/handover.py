@@ -48,6 +48,14 @@ class GuestRecord:
     coord_epoch: int = 0
     writer: str = ""
     """Id of the request that wrote this version: how a writer recognises its own write after a lost answer."""
+    host_died: bool = False
+    """CRASHED because the owner's power cycle is certified to be over, not because the VMM died."""
+    successor: str = ""
+    """Uuid of the life that was created to follow this one under the same name; empty: none."""
+    restarts: int = 0
+    """How many successors were created; all but the last never ran."""
+    never_ran: bool = False
+    """GONE straight from STARTING: no vCPU of this life ever ran."""
 
 
 class Refused(Exception):
@@ -81,7 +89,10 @@ def started(record: GuestRecord, *, writer: str) -> GuestRecord:
 def gone(record: GuestRecord, *, writer: str) -> GuestRecord:
     """The guest ended for good, or never started."""
     _need(record, Ownership.STARTING, Ownership.IDLE, Ownership.CRASHED)
-    return replace(record, phase=Ownership.GONE, migration="", destination=None, inc="", writer=writer)
+    never_ran = record.phase is Ownership.STARTING
+    return replace(
+        record, phase=Ownership.GONE, migration="", destination=None, inc="", never_ran=never_ran, writer=writer
+    )
 
 
 def open_attempt(
@@ -183,6 +194,21 @@ def crashed(record: GuestRecord, *, writer: str) -> GuestRecord:
     """The owner's VMM is dead, or the owner lost power: nothing runs, nothing may be resumed elsewhere."""
     _need(record, Ownership.STARTING, Ownership.IDLE, Ownership.OPEN, Ownership.ABORTED, Ownership.COMMITTED)
     return replace(record, phase=Ownership.CRASHED, writer=writer)
+
+
+def host_died(record: GuestRecord, *, certificate: bool, writer: str) -> GuestRecord:
+    """H11: CRASHED because its owner's power cycle is over. `certificate`: one stands for exactly that power cycle."""
+    if not may_declare_dead(certificate=certificate):
+        raise Refused(f"no certificate says that power cycle {record.owner.boot_id} of {record.owner.host} is over")
+    return replace(crashed(record, writer=writer), host_died=True)
+
+
+def succeeded_by(record: GuestRecord, successor: str, *, writer: str) -> GuestRecord:
+    """Another life takes over the name of one whose host died. Written together with that life and the name."""
+    _need(record, Ownership.CRASHED)
+    if not record.host_died:
+        raise Refused(f"guest {record.name} crashed by itself: only the death of its host starts it again")
+    return replace(record, successor=successor, restarts=record.restarts + 1, writer=writer)
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------

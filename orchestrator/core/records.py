@@ -48,6 +48,15 @@ class Boot:
     """The kernel's command line. `${name}` and `${uuid}` in it are the guest's."""
 
 
+class OnHostDeath(StrEnum):
+    """What becomes of a guest whose host is certified dead."""
+
+    LEAVE = "leave"
+    """It stays CRASHED until an operator ends it."""
+    RESTART = "restart"
+    """It is started elsewhere: a new life under the same name. Only for guests without state on their host."""
+
+
 @dataclass(frozen=True, slots=True)
 class GuestSpec:
     """Immutable description of a guest, `/guests/<uuid>/spec`."""
@@ -60,6 +69,7 @@ class GuestSpec:
     devices: tuple[DeviceSpec, ...] = ()
     labels: dict[str, str] = field(default_factory=dict[str, str])
     policy: MigrationPolicy = MigrationPolicy()
+    on_host_death: OnHostDeath = OnHostDeath.LEAVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,84 @@ class Cordon:
     on: bool = False
     why: str = ""
     by: str = ""
+
+
+class Proof(StrEnum):
+    """Why a power cycle is known to be over."""
+
+    RETURNED = "returned"
+    """The host itself came back with another boot_id."""
+    FENCER = "fencer"
+    """A fencer confirmed that the power is off."""
+    OPERATOR = "operator"
+    """An operator gave their word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """`/fence/<h>/<boot_id>`: this power cycle is over (H11). That the node exists is the certificate; what it holds is
+    for people, and may be empty."""
+
+    proof: Proof = Proof.RETURNED
+    by: str = ""
+    """Who asked for the declaration, and the fencer that confirmed it."""
+    time_s: float = 0.0
+    """Wall clock, for people only (A6)."""
+
+
+class DeathPhase(StrEnum):
+    """How far the declaration that a host is dead got."""
+
+    REQUESTED = "REQUESTED"
+    FENCING = "FENCING"
+    """The fencer was asked to cut the power; it may be asked again."""
+    CERTIFIED = "CERTIFIED"
+    """The certificate is written; what the host's guests become is being written."""
+    DONE = "DONE"
+    FAILED = "FAILED"
+    """No certificate was written: nothing changed."""
+
+    @property
+    def terminal(self) -> bool:
+        return self in (DeathPhase.DONE, DeathPhase.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class HostDeath:
+    """`/deaths/<h>`: the newest declaration that a host is dead. The API asks for it, the leader carries it out."""
+
+    host: str
+    boot_id: str
+    phase: DeathPhase = DeathPhase.REQUESTED
+    on_word: bool = False
+    """On the operator's word: no fencer is asked."""
+    requested_by: str = ""
+    fencer: str = ""
+    failure: str = ""
+    """RefusalReason of a FAILED one."""
+    message: str = ""
+    crashed: int = 0
+    """Guests that this declaration made CRASHED."""
+    request_time_s: float = 0.0
+    end_time_s: float = 0.0
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FencerEntry:
+    """One fencer, as far as others than the coordinator need to know it."""
+
+    name: str
+    kind: str
+    hosts: tuple[str, ...]
+    """Patterns of host names, `*` and `?` as in a shell."""
+
+
+@dataclass(frozen=True, slots=True)
+class FencerTable:
+    """`/fencers`: which fencer serves which host. The first that fits; written by the leader from its configuration."""
+
+    entries: tuple[FencerEntry, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,11 @@ EVACUATIONS = "/evac"
 REQUESTS = "/requests"
 HOSTS = "/hosts"
 FENCE = "/fence"
+DEATHS = "/deaths"
+FENCERS = "/fencers"
 COORDINATOR = "/coord/0"
 BARRIER = "/barrier"
-ROOTS = (NAMES, GUESTS, MIGRATIONS, EVACUATIONS, REQUESTS, HOSTS, FENCE, COORDINATOR, BARRIER)
+ROOTS = (NAMES, GUESTS, MIGRATIONS, EVACUATIONS, REQUESTS, HOSTS, FENCE, DEATHS, FENCERS, COORDINATOR, BARRIER)
 
 
 def name(guest_name: str) -> str:
@@ -104,6 +106,10 @@ def fences(host_name: str) -> str:
 
 def fence(host_name: str, boot_id: str) -> str:
     return f"{FENCE}/{host_name}/{boot_id}"
+
+
+def death(host_name: str) -> str:
+    return f"{DEATHS}/{host_name}"
 
 
 def epoch() -> str:

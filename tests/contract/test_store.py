@@ -96,6 +96,14 @@ async def test_a_conflict_applies_nothing_and_says_which(
     assert await store.read("/a/x") is not None
 
 
+async def test_a_node_may_be_made_and_taken_away_in_one_transaction(store: Store) -> None:
+    """That is how the absence of a node is tested: it conflicts when the node is there."""
+    await done(store, Create("/a/x", b""), Delete("/a/x", 0), Create("/a/y", b""))
+    assert await store.children("/a") == ("y",)
+    assert await store.multi([Create("/a/y", b""), Delete("/a/y", 0)]) == Conflict(0, ConflictKind.EXISTS)
+    assert await store.children("/a") == ("y",)
+
+
 async def test_check_delete_and_children(store: Store) -> None:
     await done(store, Create("/a/x", b""), Create("/a/b", b""))
     assert await store.children("/a") == ("b", "x")

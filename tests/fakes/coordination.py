@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.coordinator.ports import AttemptSeen, ConductOrder
 from orchestrator.core import handover
+from orchestrator.core.agent import GuestStatus, RunState
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
@@ -149,21 +150,24 @@ class MemoryStore:
         return self._apply(ops)
 
     def _apply(self, ops: Sequence[Op]) -> WriteResult:
-        nodes = self.tree.nodes
+        seen = dict(self.tree.nodes)  # each operation sees what those before it did
         for index, op in enumerate(ops):
-            node = nodes.get(op.path)
+            node = seen.get(op.path)
             if isinstance(op, Create):
-                deleted = any(isinstance(other, Delete) and other.path == op.path for other in ops[:index])
-                if node is not None and not deleted:
+                if node is not None:
                     return Conflict(index, ConflictKind.EXISTS)
                 parent = op.path.rpartition("/")[0]
-                made = any(isinstance(other, Create) and other.path == parent for other in ops[:index])
-                if parent and parent not in nodes and not made:
+                if parent and parent not in seen:
                     return Conflict(index, ConflictKind.MISSING)
+                seen[op.path] = Versioned(op.data, 0, 0)
             elif node is None:
                 return Conflict(index, ConflictKind.MISSING)
             elif node.version != op.version:
                 return Conflict(index, ConflictKind.BAD_VERSION)
+            elif isinstance(op, Delete):
+                del seen[op.path]
+            elif isinstance(op, SetData):
+                seen[op.path] = Versioned(op.data, op.version + 1, 0)
         self.tree.zxid += 1
         self.writes.append(tuple(ops))
         return Done(self.tree.zxid, tuple(self._apply_one(op) for op in ops))
@@ -227,6 +231,9 @@ class FakeAgent:
 
     async def nudge(self, guest: str) -> None: ...
 
+    async def start_guest(self, guest: str) -> GuestStatus:
+        return await self.world.start(guest, self.host)
+
 
 @dataclass
 class World:
@@ -240,6 +247,9 @@ class World:
     """While set up and not set, conducted attempts stay in pre-copy."""
     refuse: DroverError | None = None
     silent: set[str] = field(default_factory=set)
+    broken: set[str] = field(default_factory=set)
+    """Hosts on which no guest starts."""
+    starts: list[tuple[str, str]] = field(default_factory=list)
     conducting: dict[tuple[str, int], asyncio.Task[None]] = field(default_factory=dict)
     seen_epoch: int = -1
 
@@ -323,6 +333,22 @@ class World:
             await self._write(ref.guest, lambda r: handover.done(r, ref.migration, ref.attempt, inc, writer="b"))
         except handover.Refused:
             self.reports.pop((ref.migration, ref.attempt))
+
+    async def start(self, guest: str, host: str) -> GuestStatus:
+        """As a real agent: a guest that it does not start is GONE, and its name is free."""
+        self.starts.append((guest, host))
+        if host in self.silent:
+            raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} does not answer")
+        record = self.record(guest)
+        if record.phase is Ownership.STARTING and host in self.broken:
+            await self._write(guest, lambda r: handover.gone(r, writer="a"))
+            self.store.tree.nodes.pop(paths.name(record.name), None)
+            raise DroverError(RefusalReason.INTERNAL, f"guest {record.name} did not start on {host}")
+        if record.owner.host != host or record.phase in (Ownership.CRASHED, Ownership.GONE):
+            raise DroverError(RefusalReason.GUEST_NOT_RUNNING, f"{record.phase}, owner {record.owner.host}")
+        if record.phase is Ownership.STARTING:
+            await self._write(guest, lambda r: handover.started(r, writer="a"))
+        return GuestStatus(guest, record.name, "inc", RunState.RUNNING, 4711)
 
     async def _write(self, guest: str, change: Callable[[GuestRecord], GuestRecord]) -> None:
         while True:

@@ -257,7 +257,7 @@ async def test_agent_that_saw_a_newer_epoch_deposes(world: World) -> None:
 async def leading(world: World, store: MemoryStore | None = None, name: str = "c", limits: Limits | None = None):
     store = store or world.store
     drivers = Worker(store, world)
-    supervisor = Supervisor(store, drivers.drive, name=name, limits=limits or Limits())
+    supervisor = Supervisor(store, drivers.drive, agents=world, name=name, limits=limits or Limits())
     task = asyncio.create_task(supervisor.run())
     try:
         yield supervisor
@@ -301,7 +301,7 @@ async def test_new_process_on_the_same_seat_need_not_wait_for_the_session(world:
 
 async def test_election_whose_answer_was_lost_is_recognised(world: World) -> None:
     world.store.fail_next = [True]
-    supervisor = Supervisor(world.store, worker(world).drive)
+    supervisor = Supervisor(world.store, worker(world).drive, agents=world)
     assert await supervisor.elect() == EPOCH + 1
 
 
@@ -314,7 +314,7 @@ async def test_worker_death_hands_the_migration_to_another(world: World) -> None
             raise WorkerLost("killed")
         return await drivers.drive(migration, epoch)
 
-    task = asyncio.create_task(Supervisor(world.store, dispatch).run())
+    task = asyncio.create_task(Supervisor(world.store, dispatch, agents=world).run())
     await until(lambda: world.state("m1").phase is MigrationPhase.SUCCEEDED)
     task.cancel()
 

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.core.guest import guest_errors, name_error
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind
+from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, OnHostDeath, ShimKind
 
 NIC = DeviceSpec("nic", ShimKind.COMPANION)
 SOUND = GuestSpec("web-1", devices=(NIC, DeviceSpec("eth0", ShimKind.NET, dma="")), labels={"team": "a/b", "t.r": ""})
@@ -38,6 +38,13 @@ def test_a_sound_guest() -> None:
     assert fields(SOUND) == []
     assert fields(GuestSpec("a")) == []
     assert fields(replace(SOUND, boot=BOOT)) == []
+
+
+def test_what_keeps_state_on_its_host_is_not_started_elsewhere() -> None:
+    restart = replace(SOUND, on_host_death=OnHostDeath.RESTART)
+    assert fields(restart) == ["on_host_death"]
+    assert fields(replace(restart, devices=(DeviceSpec("eth0", ShimKind.NET, dma=""),))) == []
+    assert fields(replace(restart, devices=(DeviceSpec("card", ShimKind.VFIO), NIC))) == ["on_host_death"]
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a-", "A", "a_b", "a.b", "a/b", "ä", "x" * 64, "a\n", "../a"])

@@ -90,6 +90,15 @@ CASES = {
         do(ARRIVED, replace(WAITING, incoming=False, running=True), SEALED),
         (Do.DISCARD, "born"),
     ),
+    "H11: declared dead while it was cut off": (
+        do(replace(IDLE, phase=Ownership.CRASHED, host_died=True), BORN),
+        (Do.DISCARD, "born"),
+    ),
+    "H11: declared dead, the session sees to it": (
+        do(replace(LEAVING, phase=Ownership.CRASHED, host_died=True), replace(BORN, in_session=True)),
+        (Do.NOTHING, ""),
+    ),
+    "ended, its process was not": (do(replace(IDLE, phase=Ownership.GONE), BORN), (Do.DISCARD, "born")),
     "ended elsewhere": (do(replace(GONE_THERE, phase=Ownership.GONE), SEALED), (Do.DISCARD, "born")),
 }
 

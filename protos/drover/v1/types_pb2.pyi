@@ -78,6 +78,28 @@ SHIM_KIND_VFIO: ShimKind.ValueType  # 3
 """A device inside the VMM: its state travels in the VMM's own stream."""
 Global___ShimKind: _TypeAlias = ShimKind  # noqa: Y015
 
+class _OnHostDeath:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnHostDeathEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnHostDeath.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_HOST_DEATH_UNSPECIFIED: _OnHostDeath.ValueType  # 0
+    ON_HOST_DEATH_LEAVE: _OnHostDeath.ValueType  # 1
+    """It stays CRASHED until an operator ends it."""
+    ON_HOST_DEATH_RESTART: _OnHostDeath.ValueType  # 2
+    """It is started elsewhere, a new life under the same name. Only for guests that keep no state on their host."""
+
+class OnHostDeath(_OnHostDeath, metaclass=_OnHostDeathEnumTypeWrapper):
+    """What becomes of a guest whose host is declared dead. Not set: LEAVE."""
+
+ON_HOST_DEATH_UNSPECIFIED: OnHostDeath.ValueType  # 0
+ON_HOST_DEATH_LEAVE: OnHostDeath.ValueType  # 1
+"""It stays CRASHED until an operator ends it."""
+ON_HOST_DEATH_RESTART: OnHostDeath.ValueType  # 2
+"""It is started elsewhere, a new life under the same name. Only for guests that keep no state on their host."""
+Global___OnHostDeath: _TypeAlias = OnHostDeath  # noqa: Y015
+
 class _OwnershipPhase:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -498,10 +520,12 @@ class GuestSpec(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     BOOT_FIELD_NUMBER: _builtins.int
+    ON_HOST_DEATH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     memory_mib: _builtins.int
     vcpus: _builtins.int
     machine: _builtins.str
+    on_host_death: Global___OnHostDeath.ValueType
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceSpec]: ...
     @_builtins.property
@@ -521,10 +545,11 @@ class GuestSpec(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         policy: Global___MigrationPolicy | None = ...,
         boot: Global___Boot | None = ...,
+        on_host_death: Global___OnHostDeath.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "devices", b"devices", "labels", b"labels", "machine", b"machine", "memory_mib", b"memory_mib", "name", b"name", "policy", b"policy", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "devices", b"devices", "labels", b"labels", "machine", b"machine", "memory_mib", b"memory_mib", "name", b"name", "on_host_death", b"on_host_death", "policy", b"policy", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
