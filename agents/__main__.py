@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import signal
 import sys
 import uuid
@@ -25,6 +26,7 @@ from agents.agent import Agent
 from agents.config import AgentConfig, ConfigError, load
 from agents.engine.base import EngineError
 from agents.engine.qemu.engine import QemuEngine
+from agents.host import descriptors
 from agents.host.identity import OneAgent, make_identity
 from agents.host.metrics import Metrics
 from agents.serving.control import AgentServicer, translate
@@ -106,10 +108,10 @@ async def _serve(config: AgentConfig, me: AgentIdentity) -> None:
     peers = Peers()
     metrics = Metrics()
     agent = Agent(config, me, engine, (store, commits), peers, metrics)
-    if config.metrics_port:
-        metrics.serve(config.address, config.metrics_port)
+    told = await metrics.serve(config.address, config.metrics_port) if config.metrics_port else None
     errors = Errors(require_deadline=False, translate=translate)
-    control, hand_over = channels.aio_server([errors]), channels.aio_server([errors])
+    connections = descriptors.connections_of(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    control, hand_over = (channels.aio_server([errors], max_connections=connections) for _ in range(2))
     add_AgentServiceServicer_to_server(AgentServicer(agent), control)
     add_PeerServiceServicer_to_server(PeerServicer(agent), hand_over)
     health = HealthService([SERVICE])
@@ -124,6 +126,8 @@ async def _serve(config: AgentConfig, me: AgentIdentity) -> None:
         await _serve_until(stopping, agent, control, health, store)
     finally:
         await hand_over.stop(STOP_S)
+        if told is not None:
+            await told.close()
         await peers.close()
         await asyncio.gather(store.close(), commits.close())
 
@@ -175,6 +179,7 @@ def main(path: Path) -> None:
     try:
         config = load(path)
         configure_logging(config.log_level)
+        descriptors.raise_limit()
         _go_before_guests()
         identity = make_identity(config)
         identity.check_volatile(config.volatile_dir)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import structlog
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from agents.host.exposition import Exposition
 from agents.shims.inside import ASKS, INITIAL_SENT
 from orchestrator.core.records import AttemptReport, DeviceSpec, TimelineEntry
 
@@ -142,9 +143,11 @@ class Metrics:
         self._mistakes.set_function(mistakes)
         self._place_lost.set_function(place_lost)
 
-    def serve(self, address: str, port: int) -> None:
-        """In a thread of its own. A port that is in use costs the metrics and nothing else."""
+    async def serve(self, address: str, port: int) -> Exposition:
+        """A port that is in use costs the metrics and nothing else. The caller closes what it gets."""
+        exposition = Exposition(self._registry)
         try:
-            start_http_server(port, address, self._registry)
+            await exposition.start(address, port)
         except OSError as error:
             log.error("metrics are not served", address=address, port=port, error=str(error))
+        return exposition

@@ -24,6 +24,11 @@ MAX_REQUEST_BYTES = 256 << 10
 MAX_CALLS = 256
 """Under way at a time over one connection to OrchestratorService; a client's later ones wait for these."""
 
+MAX_CONNECTIONS = 1024
+"""Of one server and address. Each costs a descriptor, also when nothing is ever said on it."""
+HANDSHAKE_TIMEOUT_MS = 5_000
+"""Who connects and does not speak HTTP/2 by then is cut off (gRPC itself waits two minutes)."""
+
 _SIZES: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -59,6 +64,7 @@ _SERVER = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
     # Two servers on one port would share its calls between them.
     ("grpc.so_reuseport", 0),
 )
@@ -94,14 +100,23 @@ def channel(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, options=_with(_CHANNEL, {"grpc.max_send_message_length": MAX_REQUEST_BYTES}))
 
 
-def aio_server(interceptors: Sequence[aio.ServerInterceptor] = (), *, max_request_bytes: int = 0) -> aio.Server:
+def aio_server(
+    interceptors: Sequence[aio.ServerInterceptor] = (),
+    *,
+    max_request_bytes: int = 0,
+    max_connections: int = MAX_CONNECTIONS,
+) -> aio.Server:
     """A server that listens nowhere yet and is not started.
+
+    Of each address that it listens at it takes `max_connections`, and closes what comes beyond.
 
     `max_request_bytes` > 0 is for a server that strangers may call: larger requests are not taken in, and a connection
     has at most MAX_CALLS calls under way.
     """
-    bounds = {"grpc.max_receive_message_length": max_request_bytes, "grpc.max_concurrent_streams": MAX_CALLS}
-    return aio.server(interceptors=list(interceptors), options=_with(_SERVER, bounds if max_request_bytes else {}))
+    bounds = {"grpc.max_allowed_incoming_connections": max_connections}
+    if max_request_bytes:
+        bounds |= {"grpc.max_receive_message_length": max_request_bytes, "grpc.max_concurrent_streams": MAX_CALLS}
+    return aio.server(interceptors=list(interceptors), options=_with(_SERVER, bounds))
 
 
 def listen(server: aio.Server, address: str) -> int:

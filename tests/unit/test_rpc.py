@@ -27,7 +27,7 @@ from orchestrator.core.records import MigrationPhase, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_create
 from orchestrator.ledger.store import Done
-from orchestrator.rpc import health
+from orchestrator.rpc import channels, health
 from orchestrator.rpc.agent_client import AgentClient
 from orchestrator.rpc.channels import aio_channel, aio_server, channel, listen
 from orchestrator.rpc.errors import Errors, code_of, from_rpc_error
@@ -369,3 +369,31 @@ async def test_wishes_and_chaos(plain: FakeAgent) -> None:
     assert (answer.applied, answer.run_state) == (True, RunState.PAUSED)
     assert "at: freeze" in await client.inject_late_ack("g1", "nic", "freeze", 2)
     await client.close()
+
+
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+async def test_a_server_takes_a_bounded_number_of_connections_and_cuts_off_who_says_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = channels._with(channels._SERVER, {"grpc.server_handshake_timeout_ms": 1_000})
+    monkeypatch.setattr(channels, "_SERVER", options)
+    server = aio_server(max_connections=8)
+    port = listen(server, "127.0.0.1:0")
+    await server.start()
+    before = open_descriptors()
+    idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(40)]
+    await asyncio.sleep(0.3)
+    assert open_descriptors() - before - len(idle) <= 8
+    async with asyncio.timeout(20):
+        for reader, _ in idle:
+            try:
+                while await reader.read(4096):  # its settings, which nobody asked for
+                    pass
+            except ConnectionError:
+                pass
+    async with aio_channel(f"127.0.0.1:{port}", alone=True) as late, asyncio.timeout(20):
+        await late.channel_ready()
+    await server.stop(0)
