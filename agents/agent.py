@@ -130,6 +130,7 @@ class Agent:
         await self._adopt_found()
         self.place.hold()
         self._store.on_session(self._session)
+        self._tasks.keep(self._journal.write_on, "journal", again_s=RETRY_S, every_s=0.0)
         self._tasks.keep(self._scan_now_and_then, "scan of the ledger", again_s=RETRY_S)
 
     async def _adopt_found(self) -> None:
@@ -224,14 +225,14 @@ class Agent:
 
     # --- AgentService -------------------------------------------------------------------------------------------------
 
-    def see_epoch(self, epoch: int) -> None:
+    async def see_epoch(self, epoch: int) -> None:
         """H12. Raises STALE_EPOCH for a coordinator that was followed by another."""
         if epoch_is_stale(self._journal.epoch, epoch):
             log.warning("stale coordinator refused", epoch=epoch, seen=self._journal.epoch)
             raise DroverError(
                 RefusalReason.STALE_EPOCH, f"epoch {epoch} is over: {self.here.host} has seen {self._journal.epoch}"
             )
-        self._journal.see_epoch(epoch)
+        await self._journal.see_epoch(epoch)
 
     async def start_guest(self, uuid: str) -> GuestStatus:
         self.place.must_hold()
@@ -258,12 +259,12 @@ class Agent:
 
     async def prepare_destination(self, order: PrepareOrder) -> Prepared:
         self.place.must_hold()
-        self.see_epoch(order.epoch)
+        await self.see_epoch(order.epoch)
         return await self._kept(order.attempt.guest, lambda guest: guest.prepare(order))
 
     async def conduct_attempt(self, order: ConductOrder) -> None:
         self.place.must_hold()
-        self.see_epoch(order.epoch)
+        await self.see_epoch(order.epoch)
         await self._known(order.attempt.guest).conduct(order)
 
     def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:

@@ -114,7 +114,7 @@ class Copy:
         await self.vmm.destroy()
         if self.devices is not None:
             await self.devices.destroy()
-        self.files.marker(self.inc).unlink(missing_ok=True)
+        self.files.drop_marker(self.inc)
 
     async def detach(self) -> None:
         """Leave both processes to a later agent."""
@@ -157,8 +157,12 @@ async def start(mover: engine.MigrationEngine, files: GuestFiles, inc: str) -> C
 async def prepare(
     mover: engine.MigrationEngine, files: GuestFiles, inc: str, migration: str, attempt: int, multifd_channels: int
 ) -> Copy:
-    """A paused copy that waits for the stream of one attempt. Raises as `start` does."""
+    """A paused copy that waits for the stream of one attempt. Raises as `start` does.
+
+    What it writes when it becomes the guest has its room from here on.
+    """
     files.make()
+    files.reserve_marker(inc)
     devices = await _devices(files, inc, incoming=True)
     spec = files.vmm_spec(inc, multifd_channels=multifd_channels)
     vmm = await _with_devices(devices, mover.prepare_incoming(spec, migration, attempt))

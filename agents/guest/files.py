@@ -40,6 +40,19 @@ def there(path: Path) -> bool:
     return True
 
 
+def reserved(marker: Path) -> Path:
+    """What a marker is before it is one: a file with room in the directory, which says nothing."""
+    return marker.with_name(f"{marker.name}.reserved")
+
+
+def make_marker(marker: Path) -> None:
+    """Idempotent. Raises OSError, and then there is none that was not there before."""
+    try:
+        reserved(marker).replace(marker)
+    except FileNotFoundError:  # made before, or prepared by an agent that reserved nothing
+        marker.touch()
+
+
 def listed(directory: Path) -> list[Path]:
     """Its entries, sorted; none when it does not exist. Raises OSError, which `glob` would hide."""
     try:
@@ -122,6 +135,19 @@ class GuestFiles:
             nics=net.nics(self.uuid, self.spec.devices),
             segment=net.segment_of(f"{self.config.zookeeper}{self.config.chroot}", self.config.address),
         )
+
+    def reserve_marker(self, inc: str) -> None:
+        """So that `make_marker` takes no room: a destination whose disk fills up meanwhile can still take over.
+
+        Raises OSError.
+        """
+        self.config.volatile_dir.mkdir(parents=True, exist_ok=True)
+        reserved(self.marker(inc)).touch()
+
+    def drop_marker(self, inc: str) -> None:
+        """Idempotent. Raises OSError."""
+        for path in (self.marker(inc), reserved(self.marker(inc))):
+            path.unlink(missing_ok=True)
 
     def has_marker(self, inc: str) -> bool:
         """Raises BadRecord when that cannot be told."""

@@ -247,6 +247,8 @@ class HostedGuest:
             await self.ledger.buried(self._tools.here)
             self.files.remove()
             self.forgotten = True
+            if (full := preflight.no_room(error, self._tools.here.host, self.files.config.dir)) is not None:
+                raise full from error
             raise DroverError(
                 RefusalReason.INTERNAL, f"guest {self.name} did not start on {self._tools.here.host}: {error}"
             ) from error
@@ -317,6 +319,7 @@ class HostedGuest:
             self._must_be_open(record, ref)
             if record.destination != self._tools.here or record.inc:
                 raise self._stale(ref, "is not to arrive here")
+            preflight.must_have_room(self.files)
             await preflight.must_fit(self._tools.mover, self._tools.config, self.files)
             arrival = await self._make_arrival(order)
             self.arrivals[ref.migration, ref.attempt] = arrival
@@ -333,6 +336,8 @@ class HostedGuest:
                 )
                 self._add(copy)
         except (engine.EngineError, ShimError, OSError) as error:
+            if (full := preflight.no_room(error, self._tools.here.host, self.files.config.dir)) is not None:
+                raise full from error
             said = f"{self._tools.here.host} cannot prepare guest {self.name}: {error}"
             raise DroverError(RefusalReason.INTERNAL, said) from error
         state = DestinationState(ref, self._tools.here, inc, has_devices=bool(self.files.companions))

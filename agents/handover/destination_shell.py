@@ -12,7 +12,7 @@ from typing import ClassVar
 import structlog
 
 from agents.engine import base as engine
-from agents.guest.files import there
+from agents.guest.files import make_marker, there
 from agents.handover import words
 from agents.handover.destination import DestinationState, destination_step
 from agents.handover.ledger import AttemptLedger
@@ -163,7 +163,7 @@ class DestinationRunner:
             self._note("marker_not_written", "the VMM is dead")
             return Seen.MARKER_FAILED
         try:
-            self.marker.touch()
+            make_marker(self.marker)
         except OSError as error:
             self._note("marker_failed", str(error))
             return Seen.MARKER_FAILED

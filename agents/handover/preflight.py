@@ -5,7 +5,10 @@ Refusals are typed and leave all as it was. What an outgoing migration is told o
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 from agents.config import AgentConfig
 from agents.engine import base as engine
@@ -15,6 +18,9 @@ from agents.guest.files import GuestFiles
 from orchestrator.core.agent import ConductOrder
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.migration import Prepared
+
+ROOM_BYTES, ROOM_FILES = 512 << 10, 32
+"""In each of the agent's directories, for one more copy: notes, sockets, the logs of VMM and devices, a marker."""
 
 
 async def probed(mover: engine.MigrationEngine, host: str) -> dict[str, str]:
@@ -41,6 +47,37 @@ async def must_fit(mover: engine.MigrationEngine, config: AgentConfig, files: Gu
         raise DroverError(
             RefusalReason.DEVICE_NOT_MIGRATABLE, f"{config.host} cannot give QEMU {can['version']} {inside}"
         )
+
+
+def must_have_room(files: GuestFiles) -> None:
+    """For the files of one more copy, in both directories. Raises HOST_DISK_FULL.
+
+    From there on the copy needs no more: what it writes when it becomes the guest is reserved (`copies.prepare`).
+    """
+    config = files.config
+    for directory in (config.dir, config.volatile_dir):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            found = os.statvfs(directory)
+        except OSError as error:
+            raise DroverError(RefusalReason.HOST_DISK_FULL, f"{config.host}: {error}") from error
+        # A file system that counts no blocks or no files (0 of 0) has no such bound.
+        free = found.f_bavail * found.f_frsize if found.f_blocks else ROOM_BYTES
+        files_free = found.f_favail if found.f_files else ROOM_FILES
+        if free < ROOM_BYTES or files_free < ROOM_FILES:
+            said = f"{config.host} has {free >> 10} KiB and room for {files_free} files left in {directory}"
+            wanted = f"a guest needs {ROOM_BYTES >> 10} KiB and {ROOM_FILES} files: make room, or choose another host"
+            raise DroverError(RefusalReason.HOST_DISK_FULL, f"{said}; {wanted}")
+
+
+def no_room(error: Exception, host: str, directory: Path) -> DroverError | None:
+    """The refusal for a start that failed because the disk was full after all; None for any other failure."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return DroverError(RefusalReason.HOST_DISK_FULL, f"{host} has no room left in {directory}: {error}")
+        cause = cause.__cause__
+    return None
 
 
 async def must_be_movable(mover: engine.MigrationEngine, host: str, name: str, own: Copy, prepared: Prepared) -> None:

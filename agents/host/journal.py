@@ -5,6 +5,7 @@ Losing the journal loses explanations and one comparison (the epoch is read agai
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from orchestrator.core.records import AttemptReport
 from orchestrator.ledger.records import BadRecord, decode, encode
 
 KEPT_REPORTS = 500
+RETRY_S = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -27,22 +29,35 @@ class _Epoch:
 
 
 class Journal:
-    """Files below `directory`; the reports of the last attempts are also held in memory."""
+    """Files below `directory`; the reports of the last attempts are also held in memory.
+
+    Nothing is written on the event loop. A report that cannot be written is kept in memory and written when there is
+    room again (`write_on`).
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._unwritten: dict[Path, bytes | None] = {}
+        """What the files are to hold; None: they are to go. No more than the last reports."""
+        self._dirty = asyncio.Event()
+        self._writing = asyncio.Lock()
         self._reports: OrderedDict[tuple[str, int], AttemptReport] = OrderedDict()
         self._epoch = -1
+        self._said = ""
 
     def open(self) -> None:
-        """Read what an earlier agent left. A file that cannot be read is left out, and said."""
-        (self._directory / "attempts").mkdir(parents=True, exist_ok=True)
+        """Read what an earlier agent left. What cannot be read, or made, is left out, and said."""
+        try:
+            (self._directory / "attempts").mkdir(parents=True, exist_ok=True)
+            files = sorted((self._directory / "attempts").glob("*.json"), key=lambda path: path.stat().st_mtime)
+        except OSError as error:
+            log.error("journal: its directory cannot be used", error=str(error))
+            files = []
         with contextlib.suppress(FileNotFoundError):
             try:
                 self._epoch = decode(_Epoch, (self._directory / "epoch.json").read_bytes()).epoch
-            except BadRecord as error:
+            except (BadRecord, OSError) as error:
                 log.warning("journal: epoch is unreadable", error=str(error))
-        files = sorted((self._directory / "attempts").glob("*.json"), key=lambda path: path.stat().st_mtime)
         for path in files:
             migration, _, attempt = path.stem.rpartition("-")
             try:
@@ -55,11 +70,42 @@ class Journal:
         """The highest that was ever seen; -1 before the first."""
         return self._epoch
 
-    def see_epoch(self, epoch: int) -> None:
-        """Durable before it is acted on, so that a restarted agent refuses the same coordinators (H12)."""
-        if epoch > self._epoch:
-            _write(self._directory / "epoch.json", encode(_Epoch(epoch)), durable=True)
-            self._epoch = epoch
+    async def see_epoch(self, epoch: int) -> None:
+        """Durable before it is acted on, so that a restarted agent refuses the same coordinators (H12).
+
+        On a disk that takes nothing it holds for the life of this process, and is written when there is room again.
+        """
+        if epoch <= self._epoch:
+            return
+        self._epoch = epoch
+        self._unwritten[self._directory / "epoch.json"] = encode(_Epoch(epoch))
+        await self._write_all()
+
+    async def write_on(self) -> None:
+        """Write what waits to be written, once there is something; for ever, by whoever keeps the agent's tasks."""
+        await self._dirty.wait()
+        self._dirty.clear()
+        if not await self._write_all():
+            await asyncio.sleep(RETRY_S)
+
+    async def _write_all(self) -> bool:
+        async with self._writing:
+            for path, data in list(self._unwritten.items()):
+                error = await asyncio.to_thread(_write, path, data)
+                if error is not None:
+                    self._say(error)
+                    self._dirty.set()
+                    return False
+                if self._unwritten.get(path, b"") == data:
+                    self._unwritten.pop(path, None)
+        self._said = ""
+        return True
+
+    def _say(self, error: OSError) -> None:
+        """Once for each trouble: it is tried again every second."""
+        if str(error) != self._said:
+            self._said = str(error)
+            log.error("journal: cannot write, trying again", error=str(error), waiting=len(self._unwritten))
 
     def report(self, migration: str, attempt: int) -> AttemptReport | None:
         return self._reports.get((migration, attempt))
@@ -68,24 +114,33 @@ class Journal:
         """Remember the report of an attempt that is over; the oldest beyond KEPT_REPORTS are dropped."""
         key = (migration, report.attempt)
         self._reports[key] = report
-        _write(self._file(*key), encode(report), durable=False)
+        self._unwritten[self._file(*key)] = encode(report)
         while len(self._reports) > KEPT_REPORTS:
             oldest, _ = self._reports.popitem(last=False)
-            self._file(*oldest).unlink(missing_ok=True)
+            self._unwritten[self._file(*oldest)] = None
+        while len(self._unwritten) > 2 * KEPT_REPORTS:  # on a disk that takes nothing for long
+            self._unwritten.pop(next(iter(self._unwritten)))
+        self._dirty.set()
 
     def _file(self, migration: str, attempt: int) -> Path:
         return self._directory / "attempts" / f"{migration}-{attempt}.json"
 
 
-def _write(path: Path, data: bytes, *, durable: bool) -> None:
-    """Whole or not at all. A full disk costs the note and nothing else."""
+def _write(path: Path, data: bytes | None) -> OSError | None:
+    """Blocking. Whole or not at all, and durable; None: done."""
     temporary = path.with_suffix(".tmp")
     try:
+        if data is None:
+            path.unlink(missing_ok=True)
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        log.error("journal: cannot write", file=str(path), error=str(error))
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        return error
+    return None

@@ -307,11 +307,20 @@ class QemuVmm:
                 await asyncio.sleep(_POLL_S)
 
     async def promote(self) -> None:
-        self._metadata = replace(self._metadata, role="owner")
+        """The note was written by `reserve`; to put it in its place takes no room on the disk."""
+        promoted = replace(self._metadata, role="owner")
         try:
-            process.write_metadata(process.metadata_path(self._spec), self._metadata)
+            try:
+                process.reserved_path(self._spec).replace(process.metadata_path(self._spec))
+            except FileNotFoundError:  # promoted before, or prepared by an agent that reserved nothing
+                process.write_metadata(process.metadata_path(self._spec), promoted)
         except OSError as error:
             raise EngineError(f"cannot note that the VMM is the guest's now: {error}") from error
+        self._metadata = promoted
+
+    def reserve(self) -> None:
+        """Write now what `promote` is to leave: a guest that stands still needs no room on a disk. Raises OSError."""
+        process.write_metadata(process.reserved_path(self._spec), replace(self._metadata, role="owner"))
 
     async def announce(self) -> None:
         timing = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
@@ -332,14 +341,15 @@ class QemuVmm:
         await self.detach()
         spec = self._spec
         # The note last: an agent that is killed in the middle leaves a successor that knows what to remove.
-        for path in (process.qmp_path(spec), process.oob_path(spec), spec.console_path, process.metadata_path(spec)):
+        sockets = (process.qmp_path(spec), process.oob_path(spec), spec.console_path)
+        for path in (*sockets, process.reserved_path(spec), process.metadata_path(spec)):
             path.unlink(missing_ok=True)
 
     async def note_machine(self) -> None:
         """Keep what machine type this really is, for the other end to compare."""
         kind = await self._execute("qom-get", {"path": "/machine", "property": "type"})
         self._metadata = replace(self._metadata, machine=str(kind).removesuffix("-machine"))
-        process.write_metadata(process.metadata_path(self._spec), self._metadata)
+        self._note()
 
     async def listen(self, address: str, channels: int) -> str:
         """Destination: accept one stream; returns the endpoint."""
@@ -357,8 +367,12 @@ class QemuVmm:
         if not sockets:
             raise EngineError("QEMU listens but does not say where")
         self._metadata = replace(self._metadata, endpoint=f"tcp:{sockets[0]['host']}:{sockets[0]['port']}")
-        process.write_metadata(process.metadata_path(self._spec), self._metadata)
+        self._note()
+        self.reserve()
         return self._metadata.endpoint
+
+    def _note(self) -> None:
+        process.write_metadata(process.metadata_path(self._spec), self._metadata)
 
     async def set_capabilities(self, wanted: Mapping[str, bool]) -> None:
         entries = [{"capability": name, "state": state} for name, state in wanted.items()]
@@ -525,8 +539,10 @@ async def _or_destroyed(vmm: QemuVmm, step: Any) -> QemuVmm:
     """No process is left behind by a failed start."""
     try:
         await step
-    except BaseException:
+    except BaseException as error:
         await vmm.destroy()
+        if isinstance(error, OSError):
+            raise EngineError(f"the VMM was started and ended, since it could not be noted down: {error}") from error
         raise
     return vmm
 

@@ -49,6 +49,11 @@ def metadata_path(spec: VmmSpec) -> Path:
     return spec.directory / f"{spec.inc}.json"
 
 
+def reserved_path(spec: VmmSpec) -> Path:
+    """The note that an incoming VMM leaves when it becomes the guest, written before it can."""
+    return spec.directory / f"{spec.inc}.owner"
+
+
 def in_vmm(spec: VmmSpec) -> list[str]:
     """Names of the devices inside the VMM."""
     return [device.name for device in spec.spec.devices if device.shim is ShimKind.VFIO]

@@ -28,8 +28,9 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from deploy.lab.devices.device import Device, DeviceIdentity, DeviceSizes
 from deploy.lab.devices.server import DeviceServer, Hosted, log, now_s
@@ -82,7 +83,7 @@ def _ready(word: bytes) -> None:
 async def _serve(description: dict[str, Any]) -> None:
     directory, inc = Path(description["directory"]), str(description["inc"])
     evidence = (directory / f"{inc}.vfio.log").open("a", buffering=1) if _has_vfio(description) else None
-    endpoints = endpoints_from(description, Log(evidence.write)) if evidence else []
+    endpoints = endpoints_from(description, Log(_as_far_as_it_goes(evidence))) if evidence else []
     server = DeviceServer(description["guest"], inc, hosted_from(description), endpoints)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -119,16 +120,31 @@ async def _serve(description: dict[str, Any]) -> None:
                 path.unlink(missing_ok=True)
 
 
+def _as_far_as_it_goes(file: TextIO) -> Callable[[str], None]:
+    """Evidence that cannot be written, on a full disk, is missing, and costs no device its guest."""
+
+    def write(line: str) -> None:
+        with contextlib.suppress(OSError):
+            file.write(line)
+
+    return write
+
+
 def _has_vfio(description: dict[str, Any]) -> bool:
     return any(entry["shim"] == "vfio" for entry in description["devices"])
 
 
 def _still_there(metadata: Path, inode: int) -> bool:
-    """Our own metadata: another process under the same name has sockets of its own there."""
+    """Our own metadata: another process under the same name has sockets of its own there.
+
+    An error of the disk says nothing about it: a guest's devices do not end because of that.
+    """
     try:
         return metadata.stat().st_ino == inode
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError:
+        return True
 
 
 def main() -> None:

@@ -478,5 +478,6 @@ def now_s() -> float:
 
 def log(text: str) -> None:
     """A line in the log of the process, which its agent reads when something went wrong."""
-    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk costs the line
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        sys.stderr.flush()
