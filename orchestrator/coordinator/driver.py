@@ -65,6 +65,9 @@ _REPEATED = frozenset(
 )
 """Answers after which the same call is made again, until the attempt's deadline."""
 
+_AT_SOURCE = frozenset({Ownership.STARTING, Ownership.IDLE, Ownership.OPEN, Ownership.ABORTED})
+"""While the guest's owner is the source of the migration, or would be."""
+
 T = TypeVar("T")
 
 
@@ -103,6 +106,10 @@ class _Nodes:
     state: MigrationState
     attempts: Versioned | None
     reports: tuple[AttemptReport, ...]
+    source_live: bool = True
+
+    def seen(self) -> migration.Seen:
+        return migration.Seen(self.record, self.state, self.reports, self.source_live)
 
 
 async def epoch_write(store: Store, epoch: int, ops: Sequence[Op]) -> bool:
@@ -159,7 +166,10 @@ class Driver:
             store.watch(paths.migration_state(self._spec.id), self._changed),
         ]
         try:
-            return await self._loop()
+            nodes = await self._look()
+            if nodes.record is not None and nodes.record.phase in _AT_SOURCE:
+                unwatch.append(store.watch(paths.live(nodes.record.owner.host), self._changed))
+            return await self._loop(nodes)
         finally:
             for stop in unwatch:
                 stop()
@@ -170,13 +180,12 @@ class Driver:
     def _changed(self, _content: Versioned | None) -> None:
         self._events.put_nowait(None)
 
-    async def _loop(self) -> str:
-        nodes = await self._look()
+    async def _loop(self, nodes: _Nodes) -> str:
         course = migration.start(
             self._spec, now_ms=self._now_ms(), spent_ms=nodes.state.spent_ms, reports=nodes.reports
         )
         self._course = course
-        event: migration.Event = migration.Seen(nodes.record, nodes.state, nodes.reports)
+        event: migration.Event = nodes.seen()
         while True:
             jitter = self._tools.rng.uniform(0.5, 1.0)
             step = migration.step(course, event, now_ms=self._now_ms(), jitter=jitter)
@@ -204,8 +213,7 @@ class Driver:
             raise got
         if got is not None:
             return got
-        nodes = await self._look()
-        return migration.Seen(nodes.record, nodes.state, nodes.reports)
+        return (await self._look()).seen()
 
     def _now_ms(self) -> float:
         return self._tools.clock_s() * 1000
@@ -226,9 +234,12 @@ class Driver:
         guest = await store.read(paths.guest(spec.guest))
         state = await store.read(paths.migration_state(spec.id))
         attempts = await store.read(paths.attempts(spec.id))
+        record = decode(GuestRecord, guest.data, path=paths.guest(spec.guest)) if guest else None
+        source = record.owner.host if record is not None and record.phase in _AT_SOURCE else ""
         return _Nodes(
             guest=guest,
-            record=decode(GuestRecord, guest.data, path=paths.guest(spec.guest)) if guest else None,
+            record=record,
+            source_live=not source or await store.read(paths.live(source)) is not None,
             state_version=state.version if state else -1,
             state=_decode_or(MigrationState, state, MigrationState()),
             attempts=attempts,
@@ -297,9 +308,7 @@ class Driver:
             await self._pause()
         return migration.Finished()
 
-    async def _open_ops(
-        self, command: migration.Open, snapshot: Snapshot, nodes: _Nodes
-    ) -> list[Op] | migration.NoPlace | migration.Finished:
+    async def _open_ops(self, command: migration.Open, snapshot: Snapshot, nodes: _Nodes) -> list[Op] | migration.Event:
         spec, record = self._spec, nodes.record
         guest_spec = await self._tools.inventory.spec(spec.guest)
         if record is None or nodes.guest is None or guest_spec is None:
@@ -307,6 +316,8 @@ class Driver:
         if nodes.state.cancel_requested or nodes.state.phase.terminal:
             return migration.Finished()
         source = record.owner.host
+        if source in snapshot.hosts and not snapshot.hosts[source].input.live:
+            return migration.SourceSilent()
         need = Need(spec.guest, record.name, source, guest_spec.memory_mib, guest_spec.machine)
         choice = choose(
             snapshot.views(but=spec.id),
@@ -428,7 +439,7 @@ class Driver:
         if report is not None and all(known.attempt != report.attempt for known in nodes.reports):
             data = encode_attempts((*nodes.reports, report))
             ops.append(_put(paths.attempts(spec.id), data, nodes.attempts))
-        if nodes.state.destination and command.phase.terminal:
+        if nodes.state.destination and not command.keep_room:
             ops += await self._release(nodes.state.destination)
         state = replace(
             nodes.state,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -35,6 +35,31 @@ log = structlog.get_logger(__name__)
 TURN_S = 0.5
 
 
+REMEMBER_MS = 30_000.0
+"""At most so much of a job's time is lost with its coordinator."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What is known of a job from one look to the next: durations, on this coordinator's clock."""
+
+    begun_s: float
+    spent_ms: float
+    """Before that."""
+    changed_s: float
+    silent_s: float | None = None
+    """Since when the host's agent is silent."""
+
+    def dated(self, facts: evacuation.Facts, now_s: float) -> evacuation.Facts:
+        self.silent_s = None if facts.source_live else (self.silent_s or now_s)
+        return replace(
+            facts,
+            spent_ms=self.spent_ms + (now_s - self.begun_s) * 1000,
+            silent_ms=0.0 if self.silent_s is None else max(1.0, (now_s - self.silent_s) * 1000),
+            stalled_ms=(now_s - self.changed_s) * 1000,
+        )
+
+
 class EvacuationRunner:
     """All jobs of one leadership. `nudged` is set by whoever knows that a migration ended."""
 
@@ -45,6 +70,7 @@ class EvacuationRunner:
         epoch: int,
         nudged: asyncio.Event,
         wall_s: Callable[[], float] = time.time,
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._inventory = inventory
@@ -55,6 +81,8 @@ class EvacuationRunner:
         """Of the jobs under way."""
         self._ended: dict[str, Job] = {}
         """Jobs that are over, without their guests."""
+        self._clock_s = clock_s
+        self._seen: dict[str, _Seen] = {}
 
     async def run(self, job: str) -> None:
         """Until the job is over. Raises Deposed, BadRecord."""
@@ -80,12 +108,19 @@ class EvacuationRunner:
         spec, state = read.spec, read.state
         if state.phase.terminal:
             self._rows.pop(job, None)
+            self._seen.pop(job, None)
             return True
-        facts = await self._facts(spec, state)
+        now_s = self._clock_s()
+        seen = self._seen.setdefault(job, _Seen(now_s, state.spent_ms, now_s))
+        facts = seen.dated(await self._facts(spec, state), now_s)
         step = evacuation.step(spec, state, facts)
         new = trimmed(replace(step.state, epoch=self._epoch, safe_at=_safe_at(step.state, facts)))
+        if (new.phase, new.guests) != (state.phase, state.guests):
+            seen.changed_s = now_s
         if new.phase.terminal:
             new = replace(new, end_time_s=self._wall_s())
+        if new != state or facts.spent_ms - state.spent_ms >= REMEMBER_MS:
+            new = replace(new, spent_ms=facts.spent_ms)
         if new != state and not await self._store_state(read, new):
             return False  # cancelled meanwhile, perhaps: look again before anything is done
         for command in step.commands:
@@ -124,6 +159,7 @@ class EvacuationRunner:
             cordoned=entry is not None and entry.input.cordon.on,
             guests=guests,
             migrations=migrations,
+            source_live=entry is None or entry.input.live,
             reserved=entry is not None and bool(entry.input.reservations.memory_mib),
             hosts=snapshot.views(),
             cordon_version=entry.cordon_version if entry is not None else -1,
@@ -160,12 +196,15 @@ class EvacuationRunner:
         guest_spec = await self._inventory.spec(command.guest)
         if guest_spec is None or await self._store.read(paths.migration(command.id)) is not None:
             return
+        policy = dict(spec.policy)
+        if command.total_timeout_ms:
+            policy["total_timeout_ms"] = command.total_timeout_ms
         migration = MigrationSpec(
             id=command.id,
             guest=command.guest,
             guest_name=command.name,
             preferred=command.preferred,
-            policy=override(guest_spec.policy, spec.policy),
+            policy=override(guest_spec.policy, policy),
             evacuation=spec.id,
             requested_by=spec.requested_by,
             create_time_s=self._wall_s(),

@@ -8,11 +8,13 @@ Migration ids follow from (job, guest, try): creating one twice is the same migr
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.core.errors import FailureReason
 from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.migration import SOURCE_PATIENCE_MS
 from orchestrator.core.placement import HostView, Need, pack
 from orchestrator.core.records import (
     EvacuationGuest,
@@ -28,6 +30,13 @@ from orchestrator.core.text import handful
 MAX_TRIES = 2
 """Migrations per guest and job; each has its own attempts inside."""
 
+SILENT_MS = SOURCE_PATIENCE_MS + 2_000.0
+"""A job ends when its host's agent has been silent for so long: a little later than its migrations do."""
+STALLED_MS = 60_000.0
+"""A job waits no longer than this for a guest that is starting, for one whose destination does not finish what was
+committed, or for what is left of guests that have moved, while nothing else in it changes."""
+GRACE_MS = 30_000.0
+"""Between a job's total timeout and its end: for the attempts that it interrupts."""
 MAX_WAITING = 32
 """A job's migrations that wait for room take none of its places, but no more of them are begun than this."""
 
@@ -63,6 +72,13 @@ class Facts:
     """Where guests could go; empty: nothing is planned, and each migration finds its own place."""
     cordon_version: int = -1
     """Of the node that `cordoned` was read from."""
+    source_live: bool = True
+    spent_ms: float = 0.0
+    """Since the job was created."""
+    silent_ms: float = 0.0
+    """How long the host's agent has been silent; 0: it is not."""
+    stalled_ms: float = 0.0
+    """How long nothing has changed in the job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,8 @@ class CreateMigration:
     name: str
     preferred: str = ""
     """Host where the plan for all that still have to leave has a place for this one."""
+    total_timeout_ms: int = 0
+    """What is left of the job's own; 0: the job has none, and the guest's policy says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +148,26 @@ def step(spec: EvacuationSpec, state: EvacuationState, facts: Facts) -> Step:
     if not facts.cordoned:
         said = f"{spec.host} was uncordoned while it was being emptied: waiting for the migrations under way"
         return _finish(spec, replace(state, guests=guests, phase=EvacuationPhase.RUNNING, message=said), facts)
-    guests, commands = _start_more(spec, guests, facts)
     state = replace(state, guests=guests, phase=EvacuationPhase.RUNNING, message="")
-    if commands:
-        return Step(state, commands)
-    return _finish(spec, state, facts)
+    if facts.silent_ms:
+        said = f"waiting for the agent of {spec.host}, which is silent"
+        return _finish(spec, replace(state, message=said), facts)
+    if _left_ms(spec, facts) > 0:
+        guests, commands = _start_more(spec, guests, facts)
+        if commands:
+            return Step(replace(state, guests=guests), commands)
+    return _finish(spec, replace(state, guests=guests), facts)
+
+
+def total_timeout_ms(spec: EvacuationSpec) -> int:
+    """The job's own; 0: none."""
+    return int(spec.policy.get("total_timeout_ms", 0))
+
+
+def _left_ms(spec: EvacuationSpec, facts: Facts) -> float:
+    """Of the job's total timeout; infinite when it has none."""
+    total = total_timeout_ms(spec)
+    return total - facts.spent_ms if total else math.inf
 
 
 def _stays(guest: GuestOnHost, host: str) -> bool:
@@ -187,6 +220,7 @@ def _start_more(
     places = _places(wanting, lost & idle, here, facts)
     wanting.sort(key=lambda name: name not in places)
     begun = frozenset(wanting[: _room(spec, guests, facts)])
+    left_ms = max(1, int(_left_ms(spec, facts))) if total_timeout_ms(spec) else 0
     commands: list[Command] = []
     result: list[EvacuationGuest] = []
     for guest in guests:
@@ -200,7 +234,7 @@ def _start_more(
             guest = replace(guest, migration="", tries=guest.tries - 1)
         if guest.guest in begun or guest.guest in lost & idle:
             where = places.get(guest.guest, "")
-            commands.append(CreateMigration(guest.migration, guest.guest, guest.name, where))
+            commands.append(CreateMigration(guest.migration, guest.guest, guest.name, where, left_ms))
         result.append(guest)
     return tuple(result), tuple(commands)
 
@@ -208,11 +242,15 @@ def _start_more(
 def _room(spec: EvacuationSpec, guests: tuple[EvacuationGuest, ...], facts: Facts) -> int:
     """How many more may be begun. A guest that was committed takes no place any more: its destination may have died,
     and the others need not wait for it. Nor does one that waits for room, while they are few."""
-    committed = {guest.uuid for guest in facts.guests if guest.record.phase is Ownership.COMMITTED}
+    committed = _committed(facts)
     active = [guest for guest in guests if _active(guest) and guest.guest not in committed]
     states = [facts.migrations.get(guest.migration) for guest in active]
     waiting = sum(state is not None and state.waiting_for is WaitingFor.ROOM for state in states)
     return max(0, spec.max_concurrent - len(active) + min(waiting, MAX_WAITING))
+
+
+def _committed(facts: Facts) -> frozenset[str]:
+    return frozenset(guest.uuid for guest in facts.guests if guest.record.phase is Ownership.COMMITTED)
 
 
 def _places(
@@ -227,7 +265,9 @@ def _places(
 def _cancelling(state: EvacuationState, facts: Facts) -> Step:
     """Migrations under way are cancelled one by one; those past their commit arrive all the same."""
     active = [guest for guest in state.guests if _active(guest) and guest.migration in facts.migrations]
-    if active:
+    committed = _committed(facts)
+    arriving = all(guest.guest in committed for guest in active)
+    if active and not (arriving and facts.stalled_ms >= STALLED_MS):
         return Step(
             replace(state, phase=EvacuationPhase.CANCELLING),
             tuple(CancelMigration(guest.migration) for guest in active),
@@ -244,24 +284,67 @@ def _cancelling(state: EvacuationState, facts: Facts) -> Step:
 
 
 def _finish(spec: EvacuationSpec, state: EvacuationState, facts: Facts) -> Step:
-    """The terminal report, once nothing is under way and nothing more can be started."""
-    if any(_active(guest) for guest in state.guests):
-        return Step(state)
-    staying = {guest.uuid for guest in facts.guests if concerns(guest.record, spec.host)}
-    waiting = [g for g in state.guests if g.guest in staying and _wants_another(g)]
-    if waiting and facts.cordoned:
-        return Step(state)  # busy in somebody else's migration, or still starting
-    remain = [g for g in state.guests if g.guest in staying]
-    if not staying:
+    """The terminal report, once nothing is under way and nothing more can be started. Every wait here has an end."""
+    committed = _committed(facts)
+    moving = [guest for guest in state.guests if _active(guest) and guest.guest not in committed]
+    over = _left_ms(spec, facts) <= 0
+    if moving and not (over and _left_ms(spec, facts) <= -GRACE_MS):
+        known = [guest.migration for guest in moving if guest.migration in facts.migrations]
+        return Step(state, tuple(map(CancelMigration, known)) if over else ())
+    staying = {guest.uuid: guest for guest in facts.guests if concerns(guest.record, spec.host)}
+    if not staying and not any(map(_active, state.guests)):
         return Step(replace(state, phase=EvacuationPhase.SUCCEEDED, failure=None, message=f"{spec.host} is empty"))
-    if not remain or any(g.phase is MigrationPhase.SUCCEEDED for g in remain):
-        return Step(state)  # arrivals under way, or copies of guests that left still being discarded
-    said = handful(f"{g.name} ({g.failure or 'not started'})" for g in remain)
-    return Step(
-        replace(
-            state,
-            phase=EvacuationPhase.FAILED,
-            failure=FailureReason.SOME_GUESTS_REMAIN,
-            message=f"{len(remain)} of {len(state.guests)} guests remain on {spec.host}: {said}",
-        )
+    if not over and _may_still_empty(state, staying, facts):
+        return Step(state)
+    return Step(_left_behind(spec, state, staying, facts, over=over))
+
+
+def _may_still_empty(state: EvacuationState, staying: Mapping[str, GuestOnHost], facts: Facts) -> bool:
+    """Somebody else than this job is at work on what is left, and has not taken too long."""
+    if facts.silent_ms:
+        return facts.silent_ms < SILENT_MS
+    remain = [guest for guest in state.guests if guest.guest in staying]
+    waiting = [guest for guest in remain if _wants_another(guest)] if facts.cordoned else []
+    if any(staying[guest.guest].record.phase in _ELSEWHERE for guest in waiting):
+        return True  # in somebody else's migration, which has a total timeout of its own
+    arriving = not remain or any(guest.phase is MigrationPhase.SUCCEEDED or _active(guest) for guest in remain)
+    return bool(waiting or arriving) and facts.stalled_ms < STALLED_MS
+
+
+_ELSEWHERE = frozenset({Ownership.IDLE, Ownership.OPEN, Ownership.ABORTED})
+
+
+def _left_behind(
+    spec: EvacuationSpec, state: EvacuationState, staying: Mapping[str, GuestOnHost], facts: Facts, *, over: bool
+) -> EvacuationState:
+    """FAILED, with every guest that is left and why."""
+    failure = FailureReason.SOME_GUESTS_REMAIN
+    because = ""
+    if over:
+        failure, because = FailureReason.TOTAL_TIMEOUT, f"; its total timeout of {total_timeout_ms(spec)} ms is over"
+    if facts.silent_ms >= SILENT_MS:
+        failure, because = FailureReason.SOURCE_UNREACHABLE, f"; the agent of {spec.host} is silent"
+    guests = tuple(
+        _reason_given(guest, staying[guest.guest].record, failure) if guest.guest in staying else guest
+        for guest in state.guests
     )
+    remain = [guest for guest in guests if guest.guest in staying]
+    named = handful(f"{guest.name} ({_why(guest, staying[guest.guest].record)})" for guest in remain)
+    said = f"{len(remain)} of {len(guests)} guests remain on {spec.host}: {named}{because}"
+    return replace(state, guests=guests, phase=EvacuationPhase.FAILED, failure=failure, message=said)
+
+
+def _reason_given(guest: EvacuationGuest, record: GuestRecord, failure: FailureReason) -> EvacuationGuest:
+    """A guest that never had a migration is told why as well."""
+    if guest.migration:
+        return guest
+    given = None if failure is FailureReason.SOME_GUESTS_REMAIN else failure
+    return replace(guest, failure=given, message=f"no migration was begun: {_why(guest, record)}")
+
+
+def _why(guest: EvacuationGuest, record: GuestRecord) -> str:
+    if record.phase is Ownership.STARTING:
+        return "still starting"
+    if record.phase is Ownership.COMMITTED:
+        return f"committed to {record.owner.host}, which has not finished"
+    return guest.failure or "not started"

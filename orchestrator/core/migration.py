@@ -27,6 +27,9 @@ UNREACHABLE_REPEAT_MS = 200.0
 PLACEMENT_PATIENCE_MS = 20_000.0
 """How long a migration waits for a host that is silent or busy before it gives up placing."""
 PLACEMENT_REPEAT_MS = 300.0
+SOURCE_PATIENCE_MS = 15_000.0
+"""How long the source's agent may be silent (it has no session any more) before its migrations are given up: long
+enough for an agent that restarts, short enough for an operator who waits for a host that is dead."""
 
 
 class Stage(StrEnum):
@@ -86,6 +89,8 @@ class Seen:
     record: GuestRecord | None
     durable: MigrationState
     reports: tuple[AttemptReport, ...] = ()
+    source_live: bool = True
+    """The agent of the guest's owner has a session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,11 @@ class NoPlace:
     """A host that is silent, or that receives too many at the moment, would do."""
     passing: bool = False
     """Time may bring a place."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSilent:
+    """The attempt was not opened: the source's agent has no session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +153,9 @@ class Tick:
     pass
 
 
-Event = Seen | Finished | NoPlace | Told | PrepareAnswer | ConductAnswer | CallRefused | ReportAnswer | Tick
+Event = (
+    Seen | Finished | NoPlace | SourceSilent | Told | PrepareAnswer | ConductAnswer | CallRefused | ReportAnswer | Tick
+)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -212,6 +224,8 @@ class Settle:
     failure: FailureReason | None = None
     message: str = ""
     retry_wait_ms: int = 0
+    keep_room: bool = False
+    """The memory at the destination stays promised: another attempt follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +259,12 @@ class Course:
     fatal: FailureReason | None = None
     """A refusal after which no attempt can do better."""
     fatal_message: str = ""
+    silent_since_ms: float | None = None
+    """Since when the source's agent is silent; None: it is not."""
+    unanswered: bool = False
+    """The last call to the source had no answer."""
+    told: str = ""
+    """What the migration last said that it waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,13 +348,15 @@ def step(course: Course, event: Event, *, now_ms: float, jitter: float = 1.0) ->
             return Step(replace(course, stage=Stage.LOOK, deadline_ms=None, again_ms=None))
         case NoPlace():
             return _no_place(course, event, now_ms)
+        case SourceSilent() if course.stage is Stage.OPEN:
+            return _source_silent(_hear(course, now_ms, live=False), now_ms)
         case Told() if event.stand_back and course.stage is Stage.PLACEMENT_WAIT:
             return Step(replace(course, stage=Stage.ENDED), (StandBack(),))
         case PrepareAnswer() if event.attempt == course.attempt and course.stage is Stage.PREPARE:
             ready = replace(course, stage=Stage.CONDUCT, prepared=event.prepared, again_ms=now_ms + REPEAT_MS)
             return Step(ready, (_conduct(ready, event.prepared),))
         case ConductAnswer() if event.attempt == course.attempt and course.stage is Stage.CONDUCT:
-            return Step(replace(course, again_ms=now_ms + REPEAT_MS))
+            return Step(replace(course, again_ms=now_ms + REPEAT_MS, unanswered=False))
         case CallRefused() if event.attempt == course.attempt and course.stage in (Stage.PREPARE, Stage.CONDUCT):
             return _call_refused(course, event, now_ms)
         case ReportAnswer() if event.report.attempt == course.attempt and course.stage is Stage.REPORT:
@@ -351,6 +373,8 @@ def wake_ms(course: Course) -> float | None:
     committed = course.record is not None and course.record.phase is Ownership.COMMITTED
     if course.stage in _BOUNDED_BY_TOTAL and not committed:
         times.append(course.total_deadline_ms)
+        if course.silent_since_ms is not None and course.stage is Stage.FOLLOW:
+            times.append(course.silent_since_ms + SOURCE_PATIENCE_MS)
     return min(times, default=None)
 
 
@@ -361,6 +385,7 @@ _BOUNDED_BY_TOTAL = frozenset(
 
 def _seen(course: Course, event: Seen, now_ms: float, jitter: float) -> Step:
     course = replace(course, record=event.record, durable=event.durable, reports=event.reports)
+    course = _hear(course, now_ms, live=event.source_live)
     if event.durable.phase.terminal:
         return Step(replace(course, stage=Stage.ENDED, deadline_ms=None, again_ms=None), (End(),))
     if course.stage in (Stage.OPEN, Stage.SETTLE, Stage.ABORT):
@@ -372,6 +397,8 @@ def _seen(course: Course, event: Seen, now_ms: float, jitter: float) -> Step:
         case Situation.BUSY:
             if event.durable.cancel_requested:
                 return _settle_cancelled(course)
+            if _is_lost(course, now_ms):
+                return _settle_lost(course)
             return _total(replace(course, stage=Stage.WAIT_GUEST, again_ms=None), now_ms)
         case Situation.OPEN | Situation.BOUND:
             return _open(course, now_ms, bound=where is Situation.BOUND)
@@ -391,12 +418,48 @@ def _seen(course: Course, event: Seen, now_ms: float, jitter: float) -> Step:
             return _settle(course, MigrationPhase.FAILED, FailureReason.GUEST_GONE, "the guest is gone")
 
 
+def _hear(course: Course, now_ms: float, *, live: bool) -> Course:
+    if live:
+        return course if course.silent_since_ms is None else replace(course, silent_since_ms=None)
+    return course if course.silent_since_ms is not None else replace(course, silent_since_ms=now_ms)
+
+
+def _is_lost(course: Course, now_ms: float) -> bool:
+    """The source's agent has been silent for too long."""
+    return course.silent_since_ms is not None and now_ms - course.silent_since_ms >= SOURCE_PATIENCE_MS
+
+
+def _source_silent(course: Course, now_ms: float) -> Step:
+    """No attempt is opened: its end would be blamed on a healthy destination, and memory promised there for nothing."""
+    if _is_lost(course, now_ms):
+        return _settle_lost(course)
+    wait = Wait(WaitingFor.SOURCE, f"waiting for the agent of {_source(course)}, which is silent")
+    return _wait(course, wait, again_ms=now_ms + PLACEMENT_REPEAT_MS)
+
+
+def _wait(course: Course, wait: Wait, *, again_ms: float) -> Step:
+    """For something without which there is no attempt; said once."""
+    commands = () if course.told == wait.message and not wait.stand_back else (wait,)
+    return Step(replace(course, stage=Stage.PLACEMENT_WAIT, told=wait.message, again_ms=again_ms), commands)
+
+
+def _source(course: Course) -> str:
+    return course.record.owner.host if course.record is not None else course.durable.source
+
+
+def _settle_lost(course: Course) -> Step:
+    said = f"the agent of {_source(course)} is silent; the guest may run on there, and moves when the agent is back"
+    return _settle(course, MigrationPhase.FAILED, FailureReason.SOURCE_UNREACHABLE, said)
+
+
 def _at_attempt(course: Course) -> Course:
     """Adopt the record's attempt number; what belonged to another attempt is forgotten."""
     assert course.record is not None
     if course.record.migration != course.spec.id or course.record.attempt == course.attempt:
         return course
-    return replace(course, attempt=course.record.attempt, prepared=None, report=None, stage=Stage.LOOK)
+    return replace(
+        course, attempt=course.record.attempt, prepared=None, report=None, stage=Stage.LOOK, unanswered=False
+    )
 
 
 def _free(course: Course, now_ms: float) -> Step:
@@ -406,10 +469,12 @@ def _free(course: Course, now_ms: float) -> Step:
         return _settle_total(course)
     if course.stage is Stage.PLACEMENT_WAIT and course.again_ms is not None and now_ms < course.again_ms:
         return Step(course)
-    return _issue_open(course, 1)
+    return _issue_open(course, 1, now_ms)
 
 
-def _issue_open(course: Course, attempt: int) -> Step:
+def _issue_open(course: Course, attempt: int, now_ms: float) -> Step:
+    if course.silent_since_ms is not None:
+        return _source_silent(course, now_ms)
     avoid = tuple(dict.fromkeys(r.destination for r in course.reports if r.reason in _DESTINATION_AT_FAULT))
     course = replace(course, stage=Stage.OPEN, deadline_ms=None, again_ms=None)
     prefer = course.durable.destination or course.spec.preferred
@@ -417,11 +482,13 @@ def _issue_open(course: Course, attempt: int) -> Step:
 
 
 def _open(course: Course, now_ms: float, *, bound: bool) -> Step:
-    course = replace(_at_attempt(course), patience_ms=None)
+    course = replace(_at_attempt(course), patience_ms=None, told="")
     if course.durable.cancel_requested:
         return _abort(course, AbortReason.CANCELLED)
     if now_ms >= course.total_deadline_ms:
         return _abort(course, AbortReason.TOTAL_TIMEOUT)
+    if course.silent_since_ms is not None and (not bound or _is_lost(course, now_ms)):
+        return _abort(course, AbortReason.SOURCE_UNREACHABLE)
     if bound:
         return Step(replace(course, stage=Stage.FOLLOW, deadline_ms=None, again_ms=None))
     if course.stage in (Stage.PREPARE, Stage.CONDUCT):
@@ -440,7 +507,7 @@ def _aborted(course: Course, now_ms: float) -> Step:
     if now_ms >= course.total_deadline_ms:
         return _settle_total(course)
     if course.stage in (Stage.RETRY_WAIT, Stage.PLACEMENT_WAIT) and course.again_ms is not None:
-        return Step(course) if now_ms < course.again_ms else _issue_open(course, course.attempt + 1)
+        return Step(course) if now_ms < course.again_ms else _issue_open(course, course.attempt + 1, now_ms)
     again = now_ms + course.durable.retry_wait_ms
     return Step(replace(course, stage=Stage.RETRY_WAIT, deadline_ms=None, again_ms=again))
 
@@ -484,12 +551,15 @@ def _judge(course: Course, now_ms: float, jitter: float) -> Step:
     said = f"attempt {course.attempt}: {reason}" + (f" ({detail})" if detail else "")
     if reason in _FATAL:
         return _settle(course, MigrationPhase.FAILED, _FATAL[reason], said)
+    lost = reason is AbortReason.SOURCE_UNREACHABLE
+    if lost and course.attempt >= policy.max_attempts:
+        return _settle_lost(course)
     if course.attempt >= policy.max_attempts:
         return _settle(course, MigrationPhase.FAILED, FailureReason.ATTEMPTS_EXHAUSTED, said)
     wait = int(backoff_ms(policy, course.attempt) * jitter)
     if now_ms + wait >= course.total_deadline_ms:
         return _settle(course, MigrationPhase.FAILED, FailureReason.TOTAL_TIMEOUT, f"no time for another one; {said}")
-    settle = Settle(MigrationPhase.RETRY_WAIT, course.report, message=said, retry_wait_ms=wait)
+    settle = Settle(MigrationPhase.RETRY_WAIT, course.report, message=said, retry_wait_ms=wait, keep_room=not lost)
     return Step(replace(course, stage=Stage.SETTLE, deadline_ms=None, again_ms=None), (settle,))
 
 
@@ -530,14 +600,10 @@ def _no_place(course: Course, event: NoPlace, now_ms: float) -> Step:
         return Step(course)
     wait = Wait(WaitingFor.ROOM, f"waiting for room: {event.message}")
     if course.spec.policy.wait_for_capacity and event.passing and now_ms < course.total_deadline_ms:
-        course = replace(course, stage=Stage.PLACEMENT_WAIT, again_ms=now_ms + REPEAT_MS)
-        return Step(course, (replace(wait, stand_back=True),))
+        return _wait(course, replace(wait, stand_back=True), again_ms=now_ms + REPEAT_MS)
     patience = course.patience_ms if course.patience_ms is not None else now_ms + PLACEMENT_PATIENCE_MS
     if event.transient and now_ms < min(patience, course.total_deadline_ms):
-        again = now_ms + PLACEMENT_REPEAT_MS
-        told = course.patience_ms is not None
-        course = replace(course, stage=Stage.PLACEMENT_WAIT, patience_ms=patience, again_ms=again)
-        return Step(course, () if told else (wait,))
+        return _wait(replace(course, patience_ms=patience), wait, again_ms=now_ms + PLACEMENT_REPEAT_MS)
     named = None if course.spec.destination else _NO_PLACE.get(event.reason)
     no_room = event.reason is RefusalReason.NO_CAPACITY
     failure = FailureReason.NO_CAPACITY if no_room else named or FailureReason.DESTINATION_NOT_ELIGIBLE
@@ -554,7 +620,8 @@ _NO_PLACE = {
 
 def _call_refused(course: Course, event: CallRefused, now_ms: float) -> Step:
     if event.unreachable:
-        return Step(replace(course, again_ms=now_ms + UNREACHABLE_REPEAT_MS))
+        unanswered = course.stage is Stage.CONDUCT
+        return Step(replace(course, again_ms=now_ms + UNREACHABLE_REPEAT_MS, unanswered=unanswered))
     fatal = _FATAL_REFUSALS.get(event.reason)
     message = f"{event.reason}: {event.message}"
     return _abort(replace(course, fatal=fatal, fatal_message=message), AbortReason.PREPARE_FAILED)
@@ -572,7 +639,7 @@ def _tick(course: Course, now_ms: float) -> Step:
                 return _settle_total(course)
             if course.again_ms is not None and now_ms >= course.again_ms:
                 where = situation(course.record, course.spec.id, course.durable)
-                return _issue_open(course, course.attempt + 1 if where is Situation.ABORTED else 1)
+                return _issue_open(course, course.attempt + 1 if where is Situation.ABORTED else 1, now_ms)
         case _:
             pass
     return Step(course)
@@ -583,9 +650,11 @@ def _tick_attempt(course: Course, now_ms: float, *, total: bool) -> Step:
     if total and not committed:
         return _abort(course, AbortReason.TOTAL_TIMEOUT)
     if course.stage is Stage.FOLLOW:
-        return Step(course)
+        lost = _is_lost(course, now_ms) and not committed
+        return _abort(course, AbortReason.SOURCE_UNREACHABLE) if lost else Step(course)
     if course.deadline_ms is not None and now_ms >= course.deadline_ms:
-        return _abort(course, AbortReason.PREPARE_TIMEOUT)
+        silent = course.stage is Stage.CONDUCT and course.unanswered
+        return _abort(course, AbortReason.SOURCE_UNREACHABLE if silent else AbortReason.PREPARE_TIMEOUT)
     if course.again_ms is None or now_ms < course.again_ms:
         return Step(course)
     course = replace(course, again_ms=now_ms + REPEAT_MS)

@@ -393,6 +393,8 @@ class EvacuationState:
     message: str = ""
     end_time_s: float = 0.0
     epoch: int = 0
+    spent_ms: float = 0.0
+    """Since the job's creation, as of the last write, on the coordinators' monotonic clocks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,13 @@ from orchestrator.api.decisions import cancelled_state
 from orchestrator.coordinator import places
 from orchestrator.coordinator.supervisor import Limits, Supervisor, TokenBucket, WorkerLost
 from orchestrator.coordinator.worker import Worker
-from orchestrator.core import handover
+from orchestrator.core import evacuation, handover
+from orchestrator.core import migration as machine
 from orchestrator.core.errors import AbortReason, DroverError, FailureReason, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import Cordon, EvacuationPhase, HostRecord, MigrationPhase, WaitingFor
+from orchestrator.core.records import Cordon, EvacuationPhase, GuestSpec, HostRecord, MigrationPhase, WaitingFor
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Done, SetData, Versioned
@@ -454,6 +455,57 @@ async def test_a_retry_that_finds_no_room_gives_back_its_promise(world: World) -
         world.put(paths.cordon("h3"), Cordon())
         await until(lambda: world.state("m1").phase is MigrationPhase.SUCCEEDED)
     assert [r.attempt for r in world.attempts("m1")] == [1, 2]
+
+
+def silence(world: World, host: str) -> None:
+    world.store.tree.nodes.pop(paths.live(host))
+    world.store.tree.notify(paths.live(host))
+
+
+async def test_a_migration_waits_for_its_sources_agent_and_promises_nothing(world: World) -> None:
+    silence(world, "h1")
+    async with leading(world):
+        await until(lambda: world.state("m1").waiting_for is WaitingFor.SOURCE)
+        assert "the agent of h1" in world.state("m1").message
+        assert world.reserved("h2") == {} == world.reserved("h3")
+        assert world.calls == []
+        world.put(paths.live("h1"), Cordon())
+        world.store.tree.notify(paths.live("h1"))
+        await until(lambda: world.state("m1").phase is MigrationPhase.SUCCEEDED)
+
+
+async def test_an_attempt_whose_source_falls_silent_blames_no_destination(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "SOURCE_PATIENCE_MS", 800.0)
+    world.silent = {"h1"}
+    async with leading(world):
+        await until(lambda: ("conduct", "h1", 1) in world.calls)
+        silence(world, "h1")
+        await until(lambda: world.state("m1").phase.terminal)
+    assert world.state("m1").failure is FailureReason.SOURCE_UNREACHABLE
+    assert [r.reason for r in world.attempts("m1")] == [AbortReason.SOURCE_UNREACHABLE]
+    assert world.reserved("h2") == {} == world.reserved("h3")
+    assert (world.record("g1").phase, world.record("g1").owner.host) == (Ownership.IDLE, "h1")
+
+
+async def test_the_evacuation_of_a_dead_host_ends_and_names_what_is_left(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "SOURCE_PATIENCE_MS", 500.0)
+    monkeypatch.setattr(evacuation, "SILENT_MS", 1_000.0)
+    world.store.tree.nodes.pop(paths.migration("m1"))
+    world.put(paths.guest("st"), GuestRecord("n-st", Ownership.STARTING, HostRef("h1", "boot-h1")))
+    world.put(paths.guest_spec("st"), GuestSpec("n-st"))
+    silence(world, "h1")
+    world.evacuation("e1", "h1")
+    async with leading(world):
+        await until(lambda: world.job("e1").phase.terminal)
+    job = world.job("e1")
+    assert (job.phase, job.failure) == (EvacuationPhase.FAILED, FailureReason.SOURCE_UNREACHABLE)
+    assert "n-st (still starting)" in job.message
+    assert not job.safe_to_power_off
+    assert world.reserved("h2") == {} == world.reserved("h3")
 
 
 async def test_an_evacuation_finds_the_packing_that_exists(world: World) -> None:

@@ -18,8 +18,17 @@ from orchestrator.core.evacuation import (
 )
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
-from orchestrator.core.records import EvacuationPhase, EvacuationSpec, EvacuationState, MigrationPhase, MigrationState
+from orchestrator.core.placement import HostView, Need
+from orchestrator.core.records import (
+    EvacuationPhase,
+    EvacuationSpec,
+    EvacuationState,
+    MigrationPhase,
+    MigrationState,
+    WaitingFor,
+)
 
+P = MigrationPhase
 SPEC = EvacuationSpec("job", "h1", max_concurrent=2)
 H1, H2 = HostRef("h1", "b"), HostRef("h2", "b")
 
@@ -106,6 +115,121 @@ def test_late_arrival_joins_the_job() -> None:
     state = begun(on_host("a"))
     result = step(SPEC, state, Facts(True, [on_host("b")], end(state, MigrationPhase.SUCCEEDED)))
     assert created(result) == ["b"]
+
+
+# --- every wait has an end --------------------------------------------------------------------------------------------
+
+SILENT = Facts(True, [], {}, source_live=False, silent_ms=1.0)
+
+
+def test_nothing_is_begun_from_a_silent_host_and_the_job_ends_with_what_is_left_and_why() -> None:
+    here = [on_host("a"), on_host("new", phase=Ownership.STARTING)]
+    quiet = step(SPEC, EvacuationState(), replace(SILENT, guests=here))
+    assert quiet.commands == ()
+    assert (quiet.state.phase, quiet.state.message) == (
+        EvacuationPhase.RUNNING,
+        "waiting for the agent of h1, which is silent",
+    )
+    end = step(SPEC, quiet.state, replace(SILENT, guests=here, silent_ms=17_000.0)).state
+    assert (end.phase, end.failure) == (EvacuationPhase.FAILED, FailureReason.SOURCE_UNREACHABLE)
+    assert end.message == (
+        "2 of 2 guests remain on h1: a (SOURCE_UNREACHABLE), new (still starting); the agent of h1 is silent"
+    )
+    assert {(g.failure, g.message) for g in end.guests} == {
+        (FailureReason.SOURCE_UNREACHABLE, "no migration was begun: not started"),
+        (FailureReason.SOURCE_UNREACHABLE, "no migration was begun: still starting"),
+    }
+
+
+def test_a_host_whose_agent_restarts_is_emptied_all_the_same() -> None:
+    quiet = step(SPEC, EvacuationState(), replace(SILENT, guests=[on_host("a")], silent_ms=9_000.0))
+    assert created(step(SPEC, quiet.state, Facts(True, [on_host("a")], {}))) == ["a"]
+
+
+def test_migrations_under_way_find_their_own_end_on_a_silent_host() -> None:
+    state = begun(on_host("a"))
+    facts = replace(SILENT, guests=[on_host("a")], silent_ms=60_000.0)
+    going = step(SPEC, state, replace(facts, migrations=end(state, MigrationPhase.PREPARING))).state
+    assert going.phase is EvacuationPhase.RUNNING
+    lost = end(state, MigrationPhase.FAILED, FailureReason.SOURCE_UNREACHABLE)
+    over = step(SPEC, state, replace(facts, migrations=lost)).state
+    assert (over.failure, over.guests[0].failure) == (FailureReason.SOURCE_UNREACHABLE,) * 2
+    assert "a (SOURCE_UNREACHABLE)" in over.message
+
+
+def test_a_guest_that_does_not_come_out_of_starting_is_not_waited_for_for_ever() -> None:
+    facts = Facts(True, [on_host("a", phase=Ownership.STARTING)], {}, stalled_ms=59_000.0)
+    state = step(SPEC, EvacuationState(), facts).state
+    assert not state.phase.terminal
+    over = step(SPEC, state, replace(facts, stalled_ms=60_000.0)).state
+    assert (over.phase, over.failure) == (EvacuationPhase.FAILED, FailureReason.SOME_GUESTS_REMAIN)
+    assert "a (still starting)" in over.message
+
+
+def committed_to(host: str, uuid: str = "a") -> GuestOnHost:
+    there = HostRef(host, "b")
+    record = GuestRecord(uuid, Ownership.COMMITTED, there, "m", 1, there, "inc", source=H1)
+    return GuestOnHost(uuid, uuid, 64, record)
+
+
+def test_a_guest_committed_to_a_dead_host_holds_up_neither_the_others_nor_the_jobs_end() -> None:
+    one = replace(SPEC, max_concurrent=1)
+    state = step(one, EvacuationState(), Facts(True, [on_host("a", 99), on_host("b")], {})).state
+    facts = Facts(True, [committed_to("h2"), on_host("b")], end(state, MigrationPhase.COMMITTED))
+    result = step(one, state, facts)
+    assert created(result) == ["b"]
+    moved = {
+        g.migration: MigrationState(MigrationPhase.SUCCEEDED if g.name == "b" else MigrationPhase.COMMITTED)
+        for g in result.state.guests
+    }
+    facts = Facts(True, [committed_to("h2")], moved, stalled_ms=59_000.0)
+    assert not step(one, result.state, facts).state.phase.terminal
+    over = step(one, result.state, replace(facts, stalled_ms=60_000.0)).state
+    assert over.failure is FailureReason.SOME_GUESTS_REMAIN
+    assert "a (committed to h2, which has not finished)" in over.message
+    wish = replace(result.state, cancel_requested=True)
+    assert step(one, wish, replace(facts, stalled_ms=60_000.0)).state.phase is EvacuationPhase.CANCELLED
+
+
+def test_the_jobs_total_timeout_bounds_the_job() -> None:
+    spec = replace(SPEC, policy={"total_timeout_ms": 40_000})
+    first = step(spec, EvacuationState(), Facts(True, [on_host("a")], {}, spent_ms=10_000.0))
+    (create,) = first.commands
+    assert isinstance(create, CreateMigration)
+    assert create.total_timeout_ms == 30_000
+    late = Facts(True, [on_host("a"), on_host("b", phase=Ownership.OPEN)], end(first.state, P.PRECOPY), spent_ms=4e4)
+    ending = step(spec, first.state, late)
+    assert ending.commands == (CancelMigration(create.id),)
+    assert not ending.state.phase.terminal
+    over = step(spec, ending.state, replace(late, migrations=end(first.state, P.FAILED, FailureReason.TOTAL_TIMEOUT)))
+    assert (over.state.phase, over.state.failure) == (EvacuationPhase.FAILED, FailureReason.TOTAL_TIMEOUT)
+    assert over.state.message == (
+        "2 of 2 guests remain on h1: a (TOTAL_TIMEOUT), b (TOTAL_TIMEOUT); its total timeout of 40000 ms is over"
+    )
+    assert step(spec, ending.state, replace(late, spent_ms=7e4)).state.phase is EvacuationPhase.FAILED
+
+
+def test_a_job_whose_time_is_over_begins_nothing() -> None:
+    spec = replace(SPEC, policy={"total_timeout_ms": 40_000})
+    result = step(spec, EvacuationState(), Facts(True, [on_host("a")], {}, spent_ms=4e4))
+    assert (result.commands, result.state.failure) == ((), FailureReason.TOTAL_TIMEOUT)
+
+
+def test_guests_with_a_place_go_first_and_those_that_wait_for_room_keep_nobody_from_going() -> None:
+    def need(name: str, memory: int) -> GuestOnHost:
+        return replace(on_host(name, memory), need=Need(name, name, "h1", memory))
+
+    one = replace(SPEC, max_concurrent=1)
+    hosts = [HostView(HostRef("h2", "b"), 100)]
+    facts = Facts(True, [need("big", 200), need("small", 50)], {}, hosts=hosts)
+    first = step(one, EvacuationState(), facts)
+    assert first.commands == (CreateMigration(migration_id("job", "small", 1), "small", "small", "h2"),)
+    moved = end(first.state, MigrationPhase.SUCCEEDED)
+    second = step(one, first.state, replace(facts, guests=[need("big", 200)], migrations=moved))
+    assert created(second) == ["big"]
+    waits = {g.migration: MigrationState(waiting_for=WaitingFor.ROOM) for g in second.state.guests if g.name == "big"}
+    late = replace(facts, guests=[need("big", 200), need("late", 10)], migrations=moved | waits)
+    assert created(step(one, second.state, late)) == ["late"]
 
 
 def test_cancel_waits_for_what_is_under_way() -> None:

@@ -28,8 +28,10 @@ from orchestrator.core.migration import (
     Seen,
     Settle,
     Situation,
+    SourceSilent,
     Stage,
     StandBack,
+    Step,
     Tick,
     Told,
     Wait,
@@ -192,6 +194,81 @@ def test_what_stands_against_every_host_is_the_reason(reason: str) -> None:
     (end,) = step(course, NoPlace(RefusalReason(reason), "all of them"), now_ms=1).commands
     assert isinstance(end, Settle)
     assert end.failure is FailureReason(reason)
+
+
+# --- a source that is silent ------------------------------------------------------------------------------------------
+
+SILENT = "waiting for the agent of h1, which is silent"
+
+
+def failure(result: Step) -> FailureReason | None:
+    (settle,) = result.commands
+    assert isinstance(settle, Settle)
+    assert settle.phase is MigrationPhase.FAILED
+    return settle.failure
+
+
+def test_no_attempt_is_opened_from_a_silent_source() -> None:
+    quiet = step(start(SPEC, now_ms=0), Seen(IDLE, MigrationState(), source_live=False), now_ms=0)
+    assert quiet.commands == (Wait(WaitingFor.SOURCE, SILENT),)
+    again = step(quiet.course, Tick(), now_ms=400)
+    assert (again.commands, again.course.stage) == ((), Stage.PLACEMENT_WAIT)
+    assert failure(step(again.course, Tick(), now_ms=15_000)) is FailureReason.SOURCE_UNREACHABLE
+    back = step(again.course, Seen(IDLE, MigrationState()), now_ms=600).course
+    assert step(back, Tick(), now_ms=1000).commands == (Open(1, "", ()),)
+
+
+def test_a_source_that_is_found_silent_when_the_attempt_would_open_is_waited_for_as_well() -> None:
+    course, _ = seen(IDLE, MigrationState())
+    quiet = step(course, SourceSilent(), now_ms=5)
+    assert quiet.commands == (Wait(WaitingFor.SOURCE, SILENT),)
+    assert wake_ms(quiet.course) == 305
+
+
+def test_an_attempt_that_has_not_begun_ends_with_its_source() -> None:
+    course, _ = seen(OPEN1)
+    result = step(course, Seen(OPEN1, ACTIVE, source_live=False), now_ms=10)
+    assert result.commands == (Abort(1, AbortReason.SOURCE_UNREACHABLE),)
+
+
+def test_an_attempt_under_way_outlives_its_agents_restart_and_no_more() -> None:
+    course, _ = seen(BOUND1)
+    quiet = step(course, Seen(BOUND1, ACTIVE, source_live=False), now_ms=100)
+    assert quiet.commands == ()
+    assert wake_ms(quiet.course) == 15_100
+    back = step(quiet.course, Seen(BOUND1, ACTIVE), now_ms=8_000).course
+    assert step(back, Tick(), now_ms=20_000).commands == ()
+    assert step(quiet.course, Tick(), now_ms=15_100).commands == (Abort(1, AbortReason.SOURCE_UNREACHABLE),)
+
+
+def test_a_committed_guest_does_not_need_its_source() -> None:
+    course, _ = seen(COMMITTED)
+    result = step(course, Seen(COMMITTED, ACTIVE, source_live=False), now_ms=1)
+    assert result.commands == ()
+    assert step(result.course, Tick(), now_ms=99_999).commands == ()
+
+
+def test_the_destination_is_not_blamed_for_a_source_that_does_not_answer() -> None:
+    course, _ = seen(OPEN1)
+    course = step(course, PrepareAnswer(1, READY), now_ms=10).course
+    refused = CallRefused(1, RefusalReason.AGENT_UNREACHABLE, "h1 does not answer", unreachable=True)
+    course = step(course, refused, now_ms=900).course
+    assert step(course, Tick(), now_ms=1000).commands == (Abort(1, AbortReason.SOURCE_UNREACHABLE),)
+    lost = AttemptReport(1, "ABORTED", AbortReason.SOURCE_UNREACHABLE, destination="h2")
+    course, _ = seen(aborted(AbortReason.SOURCE_UNREACHABLE))
+    (settle,) = step(course, ReportAnswer(lost), now_ms=0).commands
+    assert isinstance(settle, Settle)
+    assert (settle.phase, settle.keep_room) == (MigrationPhase.RETRY_WAIT, False)
+    waiting = replace(ACTIVE, phase=MigrationPhase.RETRY_WAIT, retry_wait_ms=500)
+    course, _ = seen(aborted(AbortReason.SOURCE_UNREACHABLE), waiting, lost)
+    assert step(course, Tick(), now_ms=500).commands == (Open(2, "", (), prefer="h2"),)
+
+
+def test_a_guest_that_is_starting_on_a_silent_host_is_not_waited_for_until_the_total_timeout() -> None:
+    starting = replace(IDLE, phase=Ownership.STARTING)
+    course = step(start(SPEC, now_ms=0), Seen(starting, MigrationState(), source_live=False), now_ms=0).course
+    late = step(course, Seen(starting, MigrationState(), source_live=False), now_ms=15_000)
+    assert failure(late) is FailureReason.SOURCE_UNREACHABLE
 
 
 def test_fatal_refusal_of_a_call() -> None:
