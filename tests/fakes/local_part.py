@@ -15,6 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# It is run without site-packages, to start at once.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from orchestrator.proc import start_time_of
 
 

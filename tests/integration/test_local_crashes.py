@@ -395,3 +395,36 @@ def test_after_supervisor_and_launcher_were_killed_nothing_of_ray_stays(
         assert known
         assert commands.down(directory) == []
         assert not any(map(processes.is_alive, known))
+
+
+# --- a fault of the supervisor's own ----------------------------------------------------------------------------------
+
+
+def test_a_fault_of_the_supervisor_leaves_the_guests_alone(directory: Path) -> None:
+    """It gives up and says why; what runs goes on, and `down` ends it."""
+    config = a_config(directory)
+    config.layout.lock.touch()
+    config.layout.config_json.write_text(config.model_dump_json())
+    program = (
+        "import asyncio, sys\n"
+        "from deploy.lab.cluster import supervisor\n"
+        "async def broken(self):\n"
+        "    while self._ready_after_s is None: await asyncio.sleep(0.05)\n"
+        "    raise RuntimeError('a bug')\n"
+        "supervisor.Supervisor._tidy = broken\n"
+        "from deploy.lab.cluster.__main__ import main\n"
+        "main(['--dir', sys.argv[1]])\n"
+    )
+    command = [sys.executable, "-c", program, str(directory)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert ran.returncode == 1, ran.stderr
+    guests = teardown.running_guests(config.layout)
+    assert len(guests) == 2, ran.stderr
+    now = commands.status(directory)
+    assert (now.running, now.state) == (False, "crashed")
+    assert now.failure == "the supervisor failed: RuntimeError: a bug"
+    assert all(part.pid for part in now.parts), "parts go on as well"
+    with pytest.raises(LocalClusterError, match="2 of its guests still run"):
+        commands.up(config)
+    assert commands.down(directory) == []
+    assert not any(map(processes.is_alive, guests))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import click
 
 from deploy.lab.cluster import config as configuration
 from deploy.lab.cluster import lock as locking
-from deploy.lab.cluster.layout import Layout, LocalClusterError
+from deploy.lab.cluster.layout import PRIVATE_UMASK, Layout, LocalClusterError
 from deploy.lab.cluster.supervisor import Supervisor
 from orchestrator.cli.directory import default_dir
 
 
 def _serve(directory: Path, lock_fd: int | None, die_with: int | None) -> bool:
+    os.umask(PRIVATE_UMASK)
     layout = Layout.of(directory)
     layout.check()
     if lock_fd is not None:
@@ -47,7 +49,6 @@ def _serve(directory: Path, lock_fd: int | None, die_with: int | None) -> bool:
 def _end_with(parent: int) -> None:
     """SIGTERM for this process when its parent, the foreground `drover up`, is killed."""
     import ctypes
-    import os
     import signal
 
     pr_set_pdeathsig = 1

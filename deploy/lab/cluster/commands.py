@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from deploy.lab.cluster import lock as locking
 from deploy.lab.cluster import network, processes, state, teardown
-from deploy.lab.cluster.layout import CLUSTER_VARIABLE, Layout, LocalClusterError, StopReason
+from deploy.lab.cluster.layout import CLUSTER_VARIABLE, PRIVATE_UMASK, Layout, LocalClusterError, StopReason
 from deploy.lab.cluster.processes import Identity
 from deploy.lab.cluster.state import ClusterRecord, ClusterState, PartState
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 STOP_TIMEOUT_S = 20.0
 """So long the supervisor has to end everything itself; then it is killed and `down` does it."""
 BUILD_TIMEOUT_S = 60.0
+READY_GRACE_S = 60.0
+"""Beyond the time that the supervisor gives itself for the start."""
 _POLL_S = 0.05
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STATUS_TIMEOUT_S = 6.0
@@ -68,7 +70,7 @@ class ClusterStatus:
     notes: tuple[str, ...] = ()
     ready_after_s: float | None = None
     failure: str = ""
-    """In state failed: why."""
+    """In state failed, and in state crashed when its supervisor gave up: why."""
 
     @property
     def healthy(self) -> bool:
@@ -107,12 +109,13 @@ def up(config: LocalConfig, *, foreground: bool = False, out: TextIO = sys.stder
             _check_interrupt(signals)
             _build_images(config, layout, out)
             _check_interrupt(signals)
-            layout.config_json.write_text(config.model_dump_json(indent=1) + "\n")
+            state.write_atomically(layout.config_json, config.model_dump_json(indent=1) + "\n")
             child = _start_supervisor(layout, lock, foreground=foreground)
+            late_at = time.monotonic() + config.start_timeout_s + READY_GRACE_S
             lock.sign(child.pid)
             lock.release()  # the supervisor has it now
             progress = _Progress(out)
-            record = _await_ready(layout, child, signals, progress)
+            record = _await_ready(layout, child, signals, progress, late_at)
             now = status(layout.dir)
             _check_interrupt(signals)
             # Whoever reads this may rely on it: from here on the cluster stays, unless it runs in the foreground.
@@ -253,13 +256,13 @@ def _marked(layout: Layout) -> dict[str, str]:
 
 
 def _start_supervisor(layout: Layout, lock: locking.Lock, *, foreground: bool) -> subprocess.Popen[bytes]:
-    layout.logs.mkdir(exist_ok=True)
+    layout.logs.mkdir(mode=0o700, exist_ok=True)
     command = [sys.executable, "-m", "deploy.lab.cluster", "--dir", str(layout.dir), "--lock-fd", str(lock.descriptor)]
     if foreground:
         command += ["--die-with", str(os.getpid())]
     root = Path(__file__).resolve().parents[3]
     path = ":".join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    with layout.supervisor_log.open("ab") as log:
+    with open(layout.supervisor_log, "ab", opener=state.private) as log:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -269,13 +272,14 @@ def _start_supervisor(layout: Layout, lock: locking.Lock, *, foreground: bool) -
             env={**_marked(layout), "PYTHONPATH": path},
             pass_fds=(lock.descriptor,),
             start_new_session=True,
+            umask=PRIVATE_UMASK,
         )
 
 
 def _await_ready(
-    layout: Layout, child: subprocess.Popen[bytes], signals: _Signals, progress: _Progress
+    layout: Layout, child: subprocess.Popen[bytes], signals: _Signals, progress: _Progress, late_at: float
 ) -> ClusterRecord:
-    """The record, once it says ready. The supervisor bounds its own start, so this ends."""
+    """The record, once it says ready. The supervisor bounds its own start, but it may be unable to write that down."""
     while True:
         record = state.read(layout.cluster_json)
         progress.show(record)
@@ -287,6 +291,9 @@ def _await_ready(
         if child.poll() is not None:
             progress.done("", ())
             raise _why_ended(layout, child.returncode)
+        if time.monotonic() > late_at:
+            progress.done("", ())
+            raise LocalClusterError(f"the cluster does not say that it is ready: {layout.cluster_json} is not written")
         time.sleep(_POLL_S)
 
 
@@ -345,6 +352,9 @@ def _stay(layout: Layout, child: subprocess.Popen[bytes], signals: _Signals, out
         time.sleep(0.2)
     ended_alone = child.poll() is not None and not signals.set
     why = _why_ended(layout, child.returncode) if ended_alone and child.returncode else None
+    if why and (guests := teardown.running_guests(layout)):
+        said = f"{why.sentence}; {len(guests)} of its guests go on: `drover down` ends them and cleans up"
+        raise LocalClusterError(said, reason=why.reason, detail=why.detail)
     _remove_everything(layout)
     if why:
         raise why
@@ -433,10 +443,13 @@ def status(directory: Path | str) -> ClusterStatus:
         return ClusterStatus(layout.dir, running=starting, state="starting" if starting else "not running")
     running = processes.is_alive(record.supervisor)
     health: dict[str, str] = {}
+    notes = _notes(record)
     with contextlib.suppress(LocalClusterError):
         if running:
-            health = _request(layout, _STATUS_TIMEOUT_S, op="status")["health"]
-            record = state.read(layout.cluster_json) or record
+            # What it knows, not what it wrote: on a full disk the file is older.
+            told = _request(layout, _STATUS_TIMEOUT_S, op="status")
+            record = state.parse(told["record"]) or record
+            health, notes = told["health"], (*_notes(record), *told["notes"])
     ended = record.state in {ClusterState.STOPPED, ClusterState.FAILED}
     cluster_state = str(record.state) if running or ended else "crashed"
     unknown = "unknown" if running else "unwatched: the supervisor is gone"
@@ -457,7 +470,7 @@ def status(directory: Path | str) -> ClusterStatus:
             )
             for part in (() if ended else record.parts)
         ),
-        notes=_notes(record),
+        notes=notes,
         ready_after_s=record.ready_after_s,
         failure=str(record.stop.error()) if record.stop else "",
     )

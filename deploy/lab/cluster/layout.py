@@ -19,6 +19,9 @@ MAX_DIR_BYTES = 36
 RAY_ADDRESS = "127.0.0.2"
 """Ray replaces 127.0.0.1 by the first interface's address and keeps this one, so its traffic stays on loopback."""
 
+PRIVATE_UMASK = 0o077
+"""Of every process of a cluster: consoles, guests' sockets and the ledger's data are nobody else's."""
+
 CLUSTER_VARIABLE = "DROVER_CLUSTER"
 HOST_VARIABLE = "DROVER_HOST"
 PART_VARIABLE = "DROVER_PART"

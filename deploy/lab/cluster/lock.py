@@ -103,8 +103,10 @@ def is_held(layout: Layout) -> bool:
 
 def _make_directory(layout: Layout) -> None:
     try:
-        layout.dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        layout.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         foreign = not layout.lock.exists() and any(layout.dir.iterdir())
+        if not foreign:
+            layout.dir.chmod(0o700)  # also one that was there before, or was made with another umask
     except FileNotFoundError:
         return
     except OSError as error:

@@ -15,12 +15,14 @@ own processes (teardown.find_ray) and killed one by one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import click
 
@@ -68,6 +70,9 @@ def environment(layout: Layout) -> dict[str, str]:
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         "RAY_LOG_TO_DRIVER": "0",
+        # Of each of its logs: half a GiB by default.
+        "RAY_ROTATION_MAX_BYTES": str(8 << 20),
+        "RAY_ROTATION_BACKUP_COUNT": "1",
     }
 
 
@@ -134,12 +139,21 @@ def _run(port: int, cpus: int, directory: str) -> str:
         no_monitor=True,
     )
     node = Head(params, head=True, shutdown_at_exit=False, spawn_reaper=False)
+    _close_to_others(Path(directory))
     try:
         while not stopping and not node.dead_processes():
             time.sleep(_LOOK_S)
         return ", ".join(f"{kind} ({process.returncode})" for kind, process in node.dead_processes())
     finally:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+def _close_to_others(directory: Path) -> None:
+    """Ray makes its directories writable for everybody, whatever the umask is."""
+    for path in (directory, *directory.rglob("*")):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(0o700)
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -56,7 +57,7 @@ class PartRecord:
 
 @dataclass(frozen=True, slots=True)
 class StopRecord:
-    """Why the cluster is in state `failed`: a LocalClusterError, written down."""
+    """Why the cluster is in state `failed`, or why its supervisor gave up and left all as it was."""
 
     sentence: str
     reason: StopReason | None = None
@@ -95,19 +96,44 @@ class ClusterRecord:
 
 def write(path: Path, record: ClusterRecord) -> None:
     """Atomically: a reader sees the old or the new file, never half of one."""
-    write_atomically(path, json.dumps({"version": VERSION, **asdict(record)}, indent=1, default=str) + "\n")
+    write_atomically(path, text_of(record))
+
+
+def private(path: str, flags: int) -> int:
+    """`opener` of `open`: a new file is its owner's only."""
+    return os.open(path, flags, 0o600)
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """Raises OSError; the old file is whole then, and nothing lies beside it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        with open(temporary, "w", opener=private) as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def read(path: Path) -> ClusterRecord | None:
     """None when there is none, or none that this version understands: then /proc alone must tell what is ours."""
     try:
-        raw: dict[str, Any] = json.loads(path.read_bytes())
+        return parse(path.read_bytes())
+    except OSError:
+        return None
+
+
+def text_of(record: ClusterRecord) -> str:
+    """What `write` writes and `parse` reads."""
+    return json.dumps({"version": VERSION, **asdict(record)}, indent=1, default=str) + "\n"
+
+
+def parse(text: str | bytes) -> ClusterRecord | None:
+    """None for anything that this version does not understand."""
+    try:
+        raw: dict[str, Any] = json.loads(text)
         if raw.pop("version") != VERSION:
             return None
         places, stop = raw.pop("places"), raw.pop("stop")
@@ -120,7 +146,7 @@ def read(path: Path) -> ClusterRecord | None:
             ray_processes=tuple(Identity(**one) for one in raw.pop("ray_processes")),
             **raw,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -18,12 +18,13 @@ import subprocess
 import time
 from typing import Any, cast
 
-from deploy.lab.cluster import network, parts, processes, state, teardown
+from deploy.lab.cluster import logs, network, parts, processes, state, teardown
 from deploy.lab.cluster.config import LocalConfig
 from deploy.lab.cluster.layout import LocalClusterError, Places, StopReason
 from deploy.lab.cluster.parts import PartSpec
 from deploy.lab.cluster.processes import Identity
 from deploy.lab.cluster.state import ClusterRecord, ClusterState, PartRecord, PartState, StopRecord
+from orchestrator.core.liveness import LivenessUnknown
 
 log = logging.getLogger("drover.local")
 
@@ -48,6 +49,8 @@ PORT_WAIT_S = 1.0
 """A port may be busy for a moment after its owner was killed."""
 POWER_ON_TIMEOUT_S = 20.0
 LOG_TAIL_LINES = 15
+REWRITE_S = 1.0
+BOUND_LOGS_ROUNDS = 10
 
 
 class Part:
@@ -98,13 +101,16 @@ class Supervisor:
         self._parts: dict[str, Part] = {}
         self._ray_processes: set[Identity] = set()
         self._power = asyncio.Lock()
+        self._unwritten = ""
+        """Why cluster.json is older than what we know; empty: it is not."""
 
     # --- from start to end -------------------------------------------------------------------------------------------
 
     async def run(self) -> bool:
         """Until SIGTERM or SIGINT, or until it is clear that the cluster does not come up (False).
 
-        Afterwards no process and no namespace of the cluster is left; its files are, for whoever started it.
+        Afterwards no process and no namespace of the cluster is left; its files are, for whoever started it. A fault of
+        this process itself is no reason to end guests: once the cluster was ready, all is left as it is then (False).
         """
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -119,7 +125,10 @@ class Supervisor:
             for task in (keeping, stopped):
                 task.cancel()
             await asyncio.gather(keeping, stopped, return_exceptions=True)
-            self._end()
+            if self._stop and self._stop.reason is StopReason.SUPERVISOR_FAILED and self._ready_after_s is not None:
+                self._abandon()
+            else:
+                self._end()
         return self._stop is None
 
     async def _keep_cluster(self) -> None:
@@ -142,6 +151,7 @@ class Supervisor:
                 group.create_task(self._keep(part))
             group.create_task(self._announce())
             group.create_task(self._note_ray())
+            group.create_task(self._tidy())
 
     async def _announce(self) -> None:
         """Say so once all parts serve; raise LocalClusterError if that takes too long."""
@@ -169,28 +179,30 @@ class Supervisor:
         teardown.remove_sockets(self._layout)
         self._note_state(ClusterState.FAILED if self._stop else ClusterState.STOPPED)
 
+    def _abandon(self) -> None:
+        """Parts and guests go on without us, as after a crash; `drover down` ends them."""
+        log.error("gives up and leaves everything as it is: `drover down` ends it")
+        self._write()
+
     def _note_state(self, to: ClusterState) -> None:
-        """Ending is more important than saying so: the disk may be full, the directory gone."""
         self._state = to
-        try:
-            self._write()
-        except OSError as error:
-            log.error("cannot write %s: %s", self._layout.cluster_json, error)
+        self._write()
 
     # --- one part ----------------------------------------------------------------------------------------------------
 
     async def _keep(self, part: Part) -> None:
-        """Start the part whenever it does not run and may."""
+        """Start the part whenever it does not run and may. In a cluster that was ready nothing stops that."""
         delay_s = FIRST_DELAY_S
         while True:
-            await part.powered.wait()
-            self._move(part, PartState.WAITING)
-            for name in part.spec.after:
-                await self._parts[name].serving.wait()
-            if not part.powered.is_set():
-                continue
-            code = await self._live(part)
-            await self._clean_up_after(part, code)
+            try:
+                await self._live_once(part)
+            except LocalClusterError:
+                raise
+            except Exception as error:
+                if self._ready_after_s is None:
+                    raise
+                part.last_exit = f"{type(error).__name__}: {error}"
+                log.exception("cannot look after %s; it is tried again", part.spec.name)
             if not part.powered.is_set():
                 self._move(part, PartState.OFF)
                 delay_s = FIRST_DELAY_S
@@ -202,6 +214,15 @@ class Supervisor:
             self._move(part, PartState.DOWN)
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, MAX_DELAY_S)
+
+    async def _live_once(self, part: Part) -> None:
+        """Start it when it may be started, and return when it has ended; at once when its host has no power by then."""
+        await part.powered.wait()
+        self._move(part, PartState.WAITING)
+        for name in part.spec.after:
+            await self._parts[name].serving.wait()
+        if part.powered.is_set():
+            await self._clean_up_after(part, await self._live(part))
 
     async def _live(self, part: Part) -> int:
         """From its start to its end; its exit status (a signal's number is negative)."""
@@ -220,15 +241,23 @@ class Supervisor:
             log.error("%s %s", part.spec.name, part.last_exit)
             return 127
         part.ended.clear()
-        part.process = processes.identify(child.pid)
-        part.since = time.time()
-        self._move(part, PartState.STARTING)
-        waiting = asyncio.create_task(self._until_serving(part))
+        waiting: asyncio.Task[None] | None = None
         try:
+            part.process = processes.identify(child.pid)
+            part.since = time.time()
+            self._move(part, PartState.STARTING)
+            waiting = asyncio.create_task(self._until_serving(part))
             code = await _ended(child)
+        except Exception:
+            child.kill()  # else it would be in the way of its successor, and nobody would know of it
+            await asyncio.to_thread(child.wait)
+            part.process = None
+            part.ended.set()
+            raise
         finally:
-            waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
+            if waiting:
+                waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
             part.serving.clear()
         part.process = None
         part.ended.set()
@@ -277,9 +306,27 @@ class Supervisor:
         ray = self._parts.get("ray")
         while ray:
             await asyncio.sleep(RAY_NOTE_S)
-            if ray.process and (found := processes.descendants([ray.process.pid])) != self._ray_processes:
-                self._ray_processes = {old for old in self._ray_processes if processes.is_alive(old)} | found
+            with contextlib.suppress(OSError, LivenessUnknown):  # no descriptor left: what is noted stays, for a while
+                if ray.process and (found := processes.descendants([ray.process.pid])) != self._ray_processes:
+                    self._ray_processes = {old for old in self._ray_processes if processes.is_alive(old)} | found
+                    self._write()
+
+    async def _tidy(self) -> None:
+        """Write cluster.json as soon as that can be done again, and keep the logs from filling the disk."""
+        rounds = 0
+        while True:
+            await asyncio.sleep(REWRITE_S)
+            if self._unwritten:
                 self._write()
+            rounds += 1
+            if rounds % BOUND_LOGS_ROUNDS == 0:
+                await asyncio.to_thread(self._bound_logs)
+
+    def _bound_logs(self) -> None:
+        guests = self._layout.hosts.glob("*/guests/*/*.log")
+        for path in (self._layout.supervisor_log, *(part.spec.log for part in self._parts.values()), *guests):
+            if logs.bound(path):
+                log.info("%s was too long and begins anew", path)
 
     def _move(self, part: Part, to: PartState) -> None:
         if part.state is not to:
@@ -287,7 +334,20 @@ class Supervisor:
             self._write()
 
     def _write(self) -> None:
-        record = ClusterRecord(
+        """Write cluster.json. On a full disk it keeps what it was, `_tidy` tries again, and everything else goes on."""
+        try:
+            state.write(self._layout.cluster_json, self._record())
+        except OSError as error:
+            if not self._unwritten:
+                log.error("cannot write %s: %s; it is tried again", self._layout.cluster_json, error)
+            self._unwritten = f"{self._layout.cluster_json.name} cannot be written: {error.strerror}"
+        else:
+            if self._unwritten:
+                log.info("%s is written again", self._layout.cluster_json)
+            self._unwritten = ""
+
+    def _record(self) -> ClusterRecord:
+        return ClusterRecord(
             id=self._layout.id,
             state=self._state,
             supervisor=self._me,
@@ -299,7 +359,6 @@ class Supervisor:
             stop=self._stop,
             ray_processes=tuple(self._ray_processes),
         )
-        state.write(self._layout.cluster_json, record)
 
     # --- what `drover status` and chaos ask --------------------------------------------------------------------------
 
@@ -314,6 +373,9 @@ class Supervisor:
             answer = {"error": str(error)}
         except TimeoutError:
             answer = {"error": "took too long"}
+        except Exception as error:
+            log.exception("cannot do what was asked")
+            answer = {"error": f"the cluster could not do it: {error}"}
         with contextlib.suppress(OSError):
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
@@ -324,7 +386,9 @@ class Supervisor:
             case "status":
                 names = list(self._parts)
                 healths = await asyncio.gather(*(self._health(part) for part in self._parts.values()))
-                return {"health": dict(zip(names, healths, strict=True))}
+                notes = [self._unwritten] if self._unwritten else []
+                health = dict(zip(names, healths, strict=True))
+                return {"health": health, "notes": notes, "record": state.text_of(self._record())}
             case "power_off":
                 async with self._power:
                     await self._power_off(self._agent(question["host"]))

@@ -54,7 +54,9 @@ def prepare(layout: Layout, places: Places) -> None:
         "maxClientCnxns=0",
         "admin.enableServer=false",
         "4lw.commands.whitelist=srvr,stat,mntr,wchs,cons,dump",
-        "autopurge.purgeInterval=0",
+        # Snapshots and logs before the last three go, once an hour.
+        "autopurge.purgeInterval=1",
+        "autopurge.snapRetainCount=3",
         # KiB written at once to a fresh log: the default of 64 MiB would take longer than everything else here.
         "preAllocSize=1024",
     ]

@@ -113,7 +113,8 @@ def status(settings: Settings) -> None:
         printer.document(_document(cluster))
     else:
         ready = f", ready after {cluster.ready_after_s} s" if cluster.ready_after_s else ""
-        printer.show(f"cluster in {cluster.dir}: {cluster.state}{ready}", *cluster.notes)
+        why = [cluster.failure] if cluster.failure else []
+        printer.show(f"cluster in {cluster.dir}: {cluster.state}{ready}", *why, *cluster.notes)
         if cluster.parts:
             printer.table(_columns(time.time()), cluster.parts, empty="")
     if not cluster.running:
