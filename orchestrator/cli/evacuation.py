@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from orchestrator.cli.context import (
     request_id_option,
 )
 from orchestrator.cli.exits import Ended, Exit
-from orchestrator.cli.migration import took_s, unknown_outcome, wall_s, worst_of
+from orchestrator.cli.jobs import created, facts_of_time, goes_on, phase_of, show_list, times, took, wall_s, worst_of
 from orchestrator.cli.output import Cell, Column, Printer, note, pairs, styled, table
 from orchestrator.cli.policy_options import policy_of, policy_options
 from orchestrator.core.errors import DroverError
@@ -28,12 +27,6 @@ from orchestrator.core.errors import DroverError
 if TYPE_CHECKING:
     from orchestrator.rpc.messages import CreateEvacuationResponse, Evacuation, PlacementVerdict
     from orchestrator.rpc.orchestrator_client import OrchestratorClient
-
-
-def phase_of(evacuation: Evacuation) -> str:
-    from orchestrator import wire
-
-    return wire.word(evacuation, "phase")
 
 
 @click.command()
@@ -59,15 +52,15 @@ def evacuate(
     Policy options take the place of each guest's own policy. With --watch the exit code is that of the evacuation:
     0 the host is empty, 1 guests remain, 6 cancelled. With --validate-only: 0 every guest can go, 1 one cannot.
     """
-    request_id = request_id or str(uuid.uuid4())
     printer = settings.printer
     with settings.client() as client:
-        try:
-            made = client.create_evacuation(
+
+        def create(request_id: str) -> CreateEvacuationResponse:
+            return client.create_evacuation(
                 host, max_concurrent or 0, policy_of(policy), validate_only=validate_only, request_id=request_id
             )
-        except DroverError as error:
-            raise (error if validate_only else unknown_outcome(error, "evacuation", request_id)) from None
+
+        made = created("evacuation", create, request_id, validate_only=validate_only)
         if validate_only:
             _say_verdicts(printer, host, made)
         elif watch:
@@ -133,11 +126,6 @@ def _moved(job: Evacuation) -> str:
     return f"{moved} of {len(job.guests)}"
 
 
-def _took(job: Evacuation) -> str:
-    took = took_s(job.create_time, job.end_time)
-    return "" if took is None else units.seconds(took)
-
-
 def _power(job: Evacuation) -> Cell:
     return ("safe", "green") if job.safe_to_power_off else "no"
 
@@ -149,8 +137,7 @@ def _columns(short: dict[str, str], now_s: float) -> list[Column[Evacuation]]:
         Column("PHASE", lambda job: styled(phase_of(job))),
         Column("MOVED", _moved, right=True),
         Column("POWER OFF", _power),
-        Column("BEGAN", lambda job: units.clock(wall_s(job.create_time), now_s), rank=2),
-        Column("TOOK", _took, right=True, rank=1),
+        *times(now_s),
         Column("MESSAGE", lambda job: job.message, elastic=True, optional=True),
     ]
 
@@ -160,17 +147,8 @@ def _columns(short: dict[str, str], now_s: float) -> list[Column[Evacuation]]:
 @pass_settings
 def list_(settings: Settings) -> None:
     """List evacuations, the newest last."""
-    from orchestrator import wire
-
     with settings.client() as client:
-        found = client.list_evacuations()
-    found.sort(key=lambda job: (wall_s(job.create_time), job.name))
-    printer = settings.printer
-    if printer.machine:
-        printer.document({"evacuations": [wire.to_json(job) for job in found]})
-    else:
-        short = units.abbreviate(job.name for job in found)
-        printer.table(_columns(short, time.time()), found, empty="there are no evacuations")
+        show_list(settings.printer, "evacuations", client.list_evacuations(), _columns)
 
 
 @evacuation.command()
@@ -223,9 +201,7 @@ def _facts(job: Evacuation) -> Iterable[tuple[str, Cell]]:
     yield "failure", job.failure
     yield "message", job.message
     yield "at a time", str(job.max_concurrent or "")
-    yield "cancel", "requested" if job.cancel_requested and not job.end_time.seconds else ""
-    yield "began", units.clock(wall_s(job.create_time), time.time())
-    yield "took", _took(job)
+    yield from facts_of_time(job)
 
 
 @evacuation.command()
@@ -305,19 +281,13 @@ def _watch(client: OrchestratorClient, printer: Printer, name: str) -> None:
             board.lines[key] = watching.forward(board.lines.get(key), watching.line_of_guest(guest, reason))
         return board.phase in watching.TERMINAL
 
-    def interrupted() -> str:
-        return (
-            f"the evacuation goes on; `drover evacuation cancel {name}` cancels it, "
-            f"`drover evacuation watch {name}` looks again"
-        )
-
     watching.follow(
         printer,
         board,
         lambda: client.watch_evacuations([name]),
         take,
         document=wire.to_json,
-        interrupted=interrupted,
+        interrupted=lambda: goes_on("evacuation", name),
     )
     job = client.get_evacuation(name)
     if not printer.machine:
@@ -330,11 +300,11 @@ def ending(job: Evacuation, lines: Iterable[Any]) -> Sequence[str]:
     from orchestrator.cli.watch import Line
 
     told: list[Line] = list(lines)
-    took = f" in {_took(job)}" if _took(job) else ""
+    within = f" in {took(job)}" if took(job) else ""
     retries = sum(max(0, line.attempt - 1) for line in told)
     again = f", {units.count(retries, 'attempt')} repeated" if retries else ""
     power = f"; {job.host} is safe to power off" if job.safe_to_power_off else ""
-    said = [f"{phase_of(job)}: {_moved(job)} guests moved off {job.host}{took}{again}{power}"]
+    said = [f"{phase_of(job)}: {_moved(job)} guests moved off {job.host}{within}{again}{power}"]
     if job.message and phase_of(job) != "SUCCEEDED":
         said.append(job.message)
     return said

@@ -50,7 +50,7 @@ def explain(settings: Settings, migration: str | None, guest: str) -> None:
 
 
 def _newest(client: OrchestratorClient, guest: str) -> Migration:
-    from orchestrator.cli.migration import wall_s
+    from orchestrator.cli.jobs import wall_s
 
     found = client.list_migrations(guest)
     if not found:
@@ -93,7 +93,7 @@ def explain_lines(reports: Sequence[AttemptReport], stories: Sequence[Story], wi
 def _head(found: Migration) -> list[Text | str]:
     from rich.text import Text
 
-    from orchestrator.cli.migration import phase_of, took_s, wall_s
+    from orchestrator.cli.jobs import phase_of, took_s, wall_s
 
     phase = phase_of(found)
     head = Text(f"migration {found.name}\n{found.guest}", style="bold").append(f": {found.source}", style="not bold")

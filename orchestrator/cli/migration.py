@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,40 +20,14 @@ from orchestrator.cli.context import (
     request_id_option,
 )
 from orchestrator.cli.exits import CliError, Ended, Exit
+from orchestrator.cli.jobs import created, facts_of_time, goes_on, phase_of, show_list, times, took, wall_s, worst_of
 from orchestrator.cli.output import Cell, Column, Printer, note, pairs, styled, table
 from orchestrator.cli.policy_options import policy_of, policy_options
 from orchestrator.core.errors import DroverError, RefusalReason
 
 if TYPE_CHECKING:
-    from orchestrator.rpc.messages import AttemptReport, Migration, Timestamp
+    from orchestrator.rpc.messages import AttemptReport, Migration
     from orchestrator.rpc.orchestrator_client import OrchestratorClient
-
-
-def wall_s(stamp: Timestamp) -> float:
-    """Seconds since 1970; 0 when not set."""
-    return stamp.seconds + stamp.nanos / 1e9
-
-
-def took_s(start: Timestamp, end: Timestamp) -> float | None:
-    """From creation to the end; None before the end."""
-    return max(0.0, wall_s(end) - wall_s(start)) if end.seconds else None
-
-
-def phase_of(migration: Migration) -> str:
-    from orchestrator import wire
-
-    return wire.word(migration, "phase")
-
-
-def unknown_outcome(error: DroverError, what: str, request_id: str) -> DroverError:
-    """A create call without an answer: how to find out, and how to repeat it without doing it twice."""
-    if error.reason not in (RefusalReason.OUTCOME_UNKNOWN, RefusalReason.API_UNREACHABLE):
-        return error
-    said = (
-        f"{error.message}; whether the {what} was created is not known: the same command with "
-        f"--request-id {request_id} is safe to repeat"
-    )
-    return DroverError(error.reason, said, field=error.field, details=error.details)
 
 
 @click.command()
@@ -82,14 +55,14 @@ def migrate(
     """
     from orchestrator import wire
 
-    request_id = request_id or str(uuid.uuid4())
     with settings.client() as client:
-        try:
-            made = client.create_migration(
+
+        def create(request_id: str) -> Migration:
+            return client.create_migration(
                 guest, destination, policy_of(policy), validate_only=validate_only, request_id=request_id
             )
-        except DroverError as error:
-            raise (error if validate_only else unknown_outcome(error, "migration", request_id)) from None
+
+        made = created("migration", create, request_id, validate_only=validate_only)
         printer = settings.printer
         if validate_only:
             if printer.machine:
@@ -113,11 +86,6 @@ def migration() -> None:
 migration_argument = click.argument("migration", shell_complete=complete_migration)
 
 
-def _took(each: Migration) -> str:
-    took = took_s(each.create_time, each.end_time)
-    return "" if took is None else units.seconds(took)
-
-
 def _reason(each: Migration) -> str:
     from orchestrator.cli.watch import last_abort
 
@@ -132,8 +100,7 @@ def _columns(short: dict[str, str], now_s: float) -> list[Column[Migration]]:
         Column("TO", lambda each: each.destination),
         Column("PHASE", lambda each: styled(phase_of(each))),
         Column("TRY", lambda each: str(each.attempt or ""), right=True),
-        Column("BEGAN", lambda each: units.clock(wall_s(each.create_time), now_s), rank=2),
-        Column("TOOK", _took, right=True, rank=1),
+        *times(now_s),
         Column("LAST REASON", _reason, elastic=True, least=20, optional=True),
     ]
 
@@ -146,18 +113,9 @@ def _columns(short: dict[str, str], now_s: float) -> list[Column[Migration]]:
 @pass_settings
 def list_(settings: Settings, guest: str, active: bool, last: int | None) -> None:
     """List migrations, the newest last."""
-    from orchestrator import wire
-
     with settings.client() as client:
         found = client.list_migrations(guest, active_only=active)
-    found.sort(key=lambda each: (wall_s(each.create_time), each.name))
-    found = found[-last:] if last else found
-    printer = settings.printer
-    if printer.machine:
-        printer.document({"migrations": [wire.to_json(each) for each in found]})
-    else:
-        short = units.abbreviate(each.name for each in found)
-        printer.table(_columns(short, time.time()), found, empty="there are no such migrations")
+    show_list(settings.printer, "migrations", found, _columns, last=last)
 
 
 @migration.command()
@@ -183,7 +141,6 @@ def show_migration(printer: Printer, each: Migration) -> None:
 
 
 def _facts(each: Migration) -> Iterable[tuple[str, Cell]]:
-    now_s = time.time()
     yield "migration", each.name
     yield "guest", f"{each.guest} ({each.guest_uuid})" if each.guest_uuid else each.guest
     yield "from", each.source
@@ -192,9 +149,7 @@ def _facts(each: Migration) -> Iterable[tuple[str, Cell]]:
     yield "attempt", str(each.attempt or "")
     yield ("failure" if each.failure else "message"), ": ".join(filter(None, (each.failure, each.message)))
     yield "evacuation", each.evacuation
-    yield "cancel", "requested" if each.cancel_requested and not each.end_time.seconds else ""
-    yield "began", units.clock(wall_s(each.create_time), now_s)
-    yield "took", _took(each)
+    yield from facts_of_time(each)
     if each.HasField("progress") and not each.end_time.seconds:
         yield from _progress(each)
     if each.HasField("policy"):
@@ -281,10 +236,7 @@ def _watch(client: OrchestratorClient, printer: Printer, names: list[str]) -> No
             return "nothing is under way"
         if len(going) > 1:
             return f"{len(going)} migrations go on; `drover migration cancel ID` cancels one, `list` shows them"
-        return (
-            f"the migration goes on; `drover migration cancel {going[0]}` cancels it, "
-            f"`drover migration watch {going[0]}` looks again"
-        )
+        return goes_on("migration", going[0])
 
     watching.follow(
         printer,
@@ -303,26 +255,18 @@ def _watch(client: OrchestratorClient, printer: Printer, names: list[str]) -> No
     raise Ended(worst_of(ends.values()))
 
 
-def worst_of(phases: Iterable[str]) -> Exit:
-    """The exit code for how migrations or evacuations ended."""
-    ended = set(phases)
-    if "FAILED" in ended:
-        return Exit.FAILED
-    return Exit.CANCELLED if "CANCELLED" in ended else Exit.OK
-
-
 def ending(each: Migration) -> str:
     """One sentence on how a migration ended."""
     phase = phase_of(each)
-    took = f" after {_took(each)}" if _took(each) else ""
+    after = f" after {took(each)}" if took(each) else ""
     tries = units.count(max(1, each.attempt), "attempt")
     if phase == "SUCCEEDED":
         committed = [report for report in each.attempts if report.outcome == "COMMITTED"]
         stood_ms = committed[-1].blackout_ms if committed else 0.0
         blackout = f", blackout {units.milliseconds(stood_ms)}" if stood_ms else ""
-        return f"{each.guest} is on {each.destination}{took}, {tries}{blackout}"
+        return f"{each.guest} is on {each.destination}{after}, {tries}{blackout}"
     why = ": ".join(filter(None, (each.failure, each.message)))
-    return f"{each.guest} stays on {each.source}: {phase}{took}, {tries}{': ' if why else ''}{why}"
+    return f"{each.guest} stays on {each.source}: {phase}{after}, {tries}{': ' if why else ''}{why}"
 
 
 @migration.command()

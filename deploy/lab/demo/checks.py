@@ -16,7 +16,7 @@ from deploy.lab.demo.incidents import Incidents
 from deploy.lab.demo.judge import Answer, Attempt, Part
 from deploy.lab.demo.staging import beats, client_of
 from orchestrator import wire
-from orchestrator.cli.migration import took_s
+from orchestrator.cli.jobs import took_s
 from orchestrator.core.agent import RunState
 
 if TYPE_CHECKING:
