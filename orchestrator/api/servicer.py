@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from orchestrator.api.calls import Caller, Tools
+from orchestrator.api.deaths import Deaths
 from orchestrator.api.evacuations import Evacuations
 from orchestrator.api.guests import Guests
 from orchestrator.api.hosts import Hosts
@@ -51,6 +52,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         self._tools = tools
         self._hints = Hints(tools.store)
         self._hosts = Hosts(tools)
+        self._deaths = Deaths(tools)
         self._migrations = Migrations(tools)
         self._guests = Guests(tools, self._migrations)
         self._evacuations = Evacuations(tools)
@@ -71,6 +73,16 @@ class OrchestratorServicer(OrchestratorServiceServicer):
 
     async def UncordonHost(self, request: pb.UncordonHostRequest, context: Any) -> types_pb2.Host:
         return await self._hosts.uncordon(request.name, _caller(context))
+
+    async def DeclareHostDead(self, request: pb.DeclareHostDeadRequest, context: Any) -> types_pb2.HostDeath:
+        return await self._deaths.declare(request, _caller(context))
+
+    async def GetHostDeath(self, request: pb.GetHostDeathRequest, context: Any) -> types_pb2.HostDeath:
+        return await self._deaths.get(request.name)
+
+    async def RemoveHost(self, request: pb.RemoveHostRequest, context: Any) -> pb.RemoveHostResponse:
+        await self._deaths.remove(request.name, _caller(context))
+        return pb.RemoveHostResponse()
 
     # --- guests -------------------------------------------------------------------------------------------------------
 

@@ -15,19 +15,22 @@ from orchestrator.api.decisions import (
 )
 from orchestrator.api.reads import EvacuationRead, GuestRead, MigrationRead
 from orchestrator.core.agent import AttemptStatus
+from orchestrator.core.death import standing
 from orchestrator.core.handover import Ownership
-from orchestrator.core.placement import GuestInput, HostView, PlannedGuest
-from orchestrator.core.records import AttemptReport, EvacuationGuest, HostRecord, MigrationPhase
+from orchestrator.core.placement import GuestInput, HostInput, HostView, PlannedGuest
+from orchestrator.core.records import AttemptReport, EvacuationGuest, MigrationPhase
 from orchestrator.fleet import Fleet
 from orchestrator.ledger.inventory import Snapshot
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
 
 
-def host(record: HostRecord, view: HostView, guests: int) -> types_pb2.Host:
+def host(known: HostInput, view: HostView, guests: int) -> types_pb2.Host:
+    record = known.record
+    silent = types_pb2.HOST_STATE_DEAD if known.certified_dead else types_pb2.HOST_STATE_SILENT
     return types_pb2.Host(
         name=record.name,
-        state=types_pb2.HOST_STATE_LIVE if view.live else types_pb2.HOST_STATE_SILENT,
+        state=types_pb2.HOST_STATE_LIVE if known.live else silent,
         boot_id=record.boot_id,
         control_address=record.control_address,
         peer_address=record.peer_address,
@@ -52,7 +55,7 @@ def hosts(snapshot: Snapshot) -> list[types_pb2.Host]:
     for guest in snapshot.guests.values():
         if guest.record.phase is not Ownership.CRASHED:
             count[guest.record.owner.host] = count.get(guest.record.owner.host, 0) + 1
-    return [host(snapshot.hosts[name].input.record, views[name], count.get(name, 0)) for name in sorted(snapshot.hosts)]
+    return [host(snapshot.hosts[name].input, views[name], count.get(name, 0)) for name in sorted(snapshot.hosts)]
 
 
 def guest(read: GuestRead, fleet: Fleet) -> types_pb2.Guest:
@@ -67,7 +70,7 @@ def guest(read: GuestRead, fleet: Fleet) -> types_pb2.Guest:
         run_state=wire.run_state_to_proto(run_state(record, told)),
         want_run=read.want_run is None or read.want_run.run,
         migration=present_migration(record),
-        message=f"crashed on {record.owner.host}" if record.phase is Ownership.CRASHED else "",
+        message=standing(record, read.spec) if record.phase is Ownership.CRASHED else "",
     )
 
 

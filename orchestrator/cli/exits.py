@@ -72,6 +72,11 @@ _HINTS = {
     RefusalReason.ALREADY_COMMITTED: "it cannot be cancelled any more: the guest belongs to the destination",
     RefusalReason.CHAOS_DISABLED: "start the cluster with `drover up --chaos`",
     RefusalReason.REQUEST_ID_REUSED: "use a new --request-id for another request",
+    RefusalReason.HOST_ALIVE: "a host that lives is cordoned and evacuated; `drover host show` says how it is",
+    RefusalReason.FENCER_REQUIRED: "configure one (docs/fencing.md), or see that its power is off and say --i-am-sure",
+    RefusalReason.NOT_FENCED: "nothing was changed; mend the fencer and repeat, or see that the power is off yourself",
+    RefusalReason.CONFIRMATION_STALE: "run it without --confirm and look at what it says now",
+    RefusalReason.HOST_NOT_EMPTY: "`drover guest list --host` shows what is recorded there",
     RefusalReason.INTERNAL: "the log of the API has the details",
 }
 

@@ -8,11 +8,12 @@ import click
 
 from orchestrator.cli import units
 from orchestrator.cli.context import Settings, complete_host, pass_settings, remote
+from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.output import Cell, Column, Printer, pairs, styled
 from orchestrator.cli.plugins import open_group
 
 if TYPE_CHECKING:
-    from orchestrator.rpc.messages import Host
+    from orchestrator.rpc.messages import GuestFate, Host, HostDeath
 
 
 @click.group(cls=open_group("host"))
@@ -127,6 +128,96 @@ def uncordon(settings: Settings, host: str) -> None:
     """Let guests go to HOST again."""
     with settings.client() as client:
         _changed(settings.printer, client.uncordon_host(host))
+
+
+@host.command("declare-dead", short_help="Say that it is gone for good, so that its guests' names are free.")
+@host_argument
+@click.option("--confirm", "token", default="", metavar="TOKEN", help="Of the same command without it: do it.")
+@click.option("--i-am-sure", is_flag=True, help="Ask no fencer: you vouch that nothing runs there any more.")
+@remote
+@pass_settings
+def declare_dead(settings: Settings, host: str, token: str, i_am_sure: bool) -> None:
+    """Declare a silent HOST dead.
+
+    Without --confirm nothing is done: it shows which guests would be lost or started elsewhere, and the token to
+    repeat. With it the host's fencer cuts the power and confirms it; then its guests are CRASHED.
+
+    --i-am-sure takes your word for that. A host that runs on all the same may then run guests that run elsewhere too:
+    go and see that it has no power first.
+    """
+    if i_am_sure and not token:
+        raise CliError(Exit.USAGE, "--i-am-sure needs the token of a look at what would happen", hint=_look_first(host))
+    with settings.client() as client:
+        seen = client.declare_host_dead(host, token, on_operators_word=i_am_sure, requested_by=_who())
+    if settings.printer.machine:
+        from orchestrator import wire
+
+        settings.printer.document(wire.to_json(seen))
+    else:
+        _show_death(settings.printer, seen)
+    if token and _word(seen) not in ("CERTIFIED", "DONE"):
+        raise Ended(Exit.UNREACHABLE)
+
+
+def _look_first(host: str) -> str:
+    return f"`drover host declare-dead {host}` shows it and changes nothing"
+
+
+def _who() -> str:
+    import getpass
+    import socket
+
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (KeyError, OSError):
+        return f"somebody@{socket.gethostname()}"
+
+
+def _word(seen: HostDeath) -> str:
+    from orchestrator import wire
+
+    return wire.word(seen, "phase")
+
+
+def _fate_columns() -> list[Column[GuestFate]]:
+    return [
+        Column("GUEST", lambda each: each.guest),
+        Column("BECOMES", lambda each: styled(each.fate)),
+        Column("BECAUSE", lambda each: each.message, elastic=True),
+    ]
+
+
+def _show_death(printer: Printer, seen: HostDeath) -> None:
+    if _word(seen) != "PLANNED":
+        said = seen.message or "asked for; the coordinator carries it out"
+        printer.show(f"{seen.host} {_word(seen)}: {said}")
+        return
+    printer.table(_fate_columns(), list(seen.guests), empty=f"no guest is recorded on {seen.host}")
+    named = len(seen.guests)
+    total = seen.lost + seen.restarted + seen.staying
+    if total > named:
+        printer.show(f"... and {total - named} more")
+    counts = f"{seen.lost} lost, {seen.restarted} started elsewhere, {seen.staying} staying where they are"
+    printer.show(f"nothing was done; {seen.host} dead would mean: {counts}")
+    again = f"drover host declare-dead {seen.host} --confirm {seen.confirmation_token}"
+    if seen.fencer:
+        printer.show(f"fencer {seen.fencer} would cut its power: {again}")
+    else:
+        printer.show(f"no fencer is configured for it. When you have seen that it has no power: {again} --i-am-sure")
+
+
+@host.command()
+@host_argument
+@remote
+@pass_settings
+def remove(settings: Settings, host: str) -> None:
+    """Forget a HOST that is gone: not live, without guests, declared dead or cordoned."""
+    with settings.client() as client:
+        client.remove_host(host)
+    if settings.printer.machine:
+        settings.printer.document({"host": host, "removed": True})
+    else:
+        settings.printer.show(f"{host} is forgotten; an agent of that name registers anew")
 
 
 def _changed(printer: Printer, each: Host) -> None:

@@ -18,7 +18,8 @@ from types import FrameType
 import click
 import structlog
 
-from orchestrator.coordinator.wiring import CoordinatorConfig, load
+from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, load
+from orchestrator.core.errors import DroverError
 from orchestrator.ledger.records import BadRecord
 
 log = structlog.get_logger(__name__)
@@ -83,8 +84,9 @@ def main(path: Path, stop: bool) -> None:
     """Keep the coordinator alive inside Ray."""
     try:
         config = load(path)
+        fencers_of(config)
         _authenticate(config)
-    except (OSError, BadRecord) as error:
+    except (OSError, BadRecord, DroverError) as error:
         raise click.ClickException(f"cannot start the coordinator: {error}") from error
     from orchestrator.coordinator import actor
 

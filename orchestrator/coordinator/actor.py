@@ -20,7 +20,7 @@ import structlog
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from orchestrator.coordinator.supervisor import Supervisor, WorkerLost
-from orchestrator.coordinator.wiring import CoordinatorConfig, make_agents, make_store
+from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, make_agents, make_store
 from orchestrator.coordinator.worker import Worker
 from orchestrator.ledger.store import Store, StoreUnavailable
 
@@ -84,7 +84,11 @@ class Coordinator:
         self._workers = [_start_worker(self._config, number) for number in range(self._config.workers)]
         store = await _connect(self._config)
         self._supervisor = Supervisor(
-            store, self._dispatch, agents=make_agents(self._config), limits=self._config.limits
+            store,
+            self._dispatch,
+            agents=make_agents(self._config),
+            fencers=fencers_of(self._config),
+            limits=self._config.limits,
         )
         await self._supervisor.run()
 

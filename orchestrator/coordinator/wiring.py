@@ -9,6 +9,8 @@ from typing import cast
 
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.coordinator.supervisor import Limits
+from orchestrator.fencing.base import Fencers
+from orchestrator.fencing.config import FencerConfig, make_fencers
 from orchestrator.ledger.records import decode
 from orchestrator.ledger.store import Store
 
@@ -29,6 +31,8 @@ class CoordinatorConfig:
     max_arrivals: int = 0
     """Migrations towards one host at a time; 0: as many as its memory takes."""
     limits: Limits = field(default_factory=Limits)
+    fencing: tuple[FencerConfig, ...] = ()
+    """Who can cut which host's power (docs/fencing.md). Used by the leader alone."""
     store_factory: str = "orchestrator.ledger.zookeeper:ZooKeeperStore"
     """module:callable, called with `zookeeper`, returns a Store."""
     agents_factory: str = "orchestrator.coordinator.agents:RpcAgents"
@@ -55,3 +59,8 @@ def make_agents(config: CoordinatorConfig) -> AgentDirectory:
     factory = _resolve(config.agents_factory)
     assert callable(factory)
     return cast(AgentDirectory, factory())
+
+
+def fencers_of(config: CoordinatorConfig) -> Fencers:
+    """Raises DroverError with everything that is wrong with the section `fencing`."""
+    return make_fencers(config.fencing)

@@ -327,6 +327,8 @@ class HostInput:
     live: bool
     cordon: Cordon
     reservations: Reservations
+    certified_dead: bool = False
+    """This power cycle of it is certified to be over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ class Power(StrEnum):
     OFF = "OFF"
     """Confirmed: whatever ran there before is over."""
     NOT_OFF = "NOT_OFF"
-    """The host has power still, or the fencer does not know it. It may be off the next moment."""
+    """The host has power still. It may be off the next moment."""
     UNKNOWN = "UNKNOWN"
     """No answer, an error, or an answer that says nothing. Never taken for OFF."""
 

@@ -78,10 +78,13 @@ class Inventory:
         if record is None or not record.data or cordon is None:
             return None
         promised = decode(Reservations, reservations.data) if reservations and reservations.data else Reservations()
+        known = decode(HostRecord, record.data, path=paths.host(name))
+        over = live is None and await self._store.read(paths.fence(name, known.boot_id)) is not None
         return HostEntry(
             HostInput(
-                record=decode(HostRecord, record.data, path=paths.host(name)),
+                record=known,
                 live=live is not None,
+                certified_dead=over,
                 cordon=decode(Cordon, cordon.data, path=paths.cordon(name)) if cordon.data else Cordon(),
                 reservations=promised,
             ),

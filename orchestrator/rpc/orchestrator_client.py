@@ -88,6 +88,27 @@ class OrchestratorClient:
     def uncordon_host(self, name: str) -> types_pb2.Host:
         return self._call(self._stub.UncordonHost, pb.UncordonHostRequest(name=name))
 
+    def declare_host_dead(
+        self, name: str, confirmation_token: str = "", *, on_operators_word: bool = False, requested_by: str = ""
+    ) -> types_pb2.HostDeath:
+        """Without a token: what would become of which guest, and the token. With it: the declaration, ended or as far
+        as it got within the time; `get_host_death` shows how it goes on."""
+        request = pb.DeclareHostDeadRequest(
+            name=name,
+            confirmation_token=confirmation_token,
+            on_operators_word=on_operators_word,
+            requested_by=requested_by,
+        )
+        return self._call(self._stub.DeclareHostDead, request, self._slow_s if confirmation_token else None)
+
+    def get_host_death(self, name: str) -> types_pb2.HostDeath:
+        """The newest declaration."""
+        return self._call(self._stub.GetHostDeath, pb.GetHostDeathRequest(name=name))
+
+    def remove_host(self, name: str) -> None:
+        """Forget a host that is not live, has no guests, and is certified dead or cordoned."""
+        self._call(self._stub.RemoveHost, pb.RemoveHostRequest(name=name))
+
     # --- guests -------------------------------------------------------------------------------------------------------
 
     def create_guest(

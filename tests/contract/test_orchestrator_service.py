@@ -248,6 +248,30 @@ async def test_a_cordon_is_idempotent_and_keeps_its_reason(api: Subject, client:
     assert await api.call(client.get_host, "h1") == free
 
 
+async def test_a_host_that_lives_is_neither_dead_nor_removed(api: Subject, client: OrchestratorClient) -> None:
+    assert (await api.refused(client.declare_host_dead, "h1")).reason is R.HOST_ALIVE
+    assert (await api.refused(client.remove_host, "h1")).reason is R.HOST_ALIVE
+    assert (await api.refused(client.get_host_death, "h1")).reason is R.NOT_FOUND
+    for method in (client.declare_host_dead, client.remove_host, client.get_host_death):
+        assert (await api.refused(method, "h77")).reason is R.NOT_FOUND
+        assert (await api.refused(method, "a/b")).reason is R.INVALID_ARGUMENT
+
+
+async def test_a_silent_host_is_declared_dead_with_a_token_and_ones_word(
+    api: Subject, client: OrchestratorClient
+) -> None:
+    await api.host("h8", live=False)
+    plan = await api.call(client.declare_host_dead, "h8")
+    assert (wire.word(plan, "phase"), plan.fencer) == ("PLANNED", "")
+    error = await api.refused(client.declare_host_dead, "h8", "rubbish", on_operators_word=True)
+    assert (error.reason, error.field) == (R.INVALID_ARGUMENT, "confirmation_token")
+    assert (await api.refused(client.declare_host_dead, "h8", plan.confirmation_token)).reason is R.FENCER_REQUIRED
+    assert (await api.refused(client.remove_host, "h8")).reason is R.HOST_NOT_EMPTY
+    await api.call(client.cordon_host, "h8")
+    await api.call(client.remove_host, "h8")
+    assert (await api.refused(client.get_host, "h8")).reason is R.NOT_FOUND
+
+
 async def test_a_refusal_names_a_handful_of_hosts_and_counts_the_others(
     api: Subject, client: OrchestratorClient, web: types.Guest
 ) -> None:

@@ -27,6 +27,7 @@ from orchestrator import wire
 from orchestrator.api import decisions, evacuations, guests, hosts, limits, migrations, views
 from orchestrator.api.calls import digest
 from orchestrator.api.reads import no_place, not_found
+from orchestrator.core.death import issued_at_s
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -61,6 +62,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     guests: dict[str, types.Guest] = field(default_factory=dict[str, types.Guest])
     migrations: dict[str, types.Migration] = field(default_factory=dict[str, types.Migration])
     evacuations: dict[str, types.Evacuation] = field(default_factory=dict[str, types.Evacuation])
+    deaths: dict[str, types.HostDeath] = field(default_factory=dict[str, types.HostDeath])
     gone: list[types.Guest] = field(default_factory=list[types.Guest])
     verdicts: list[pb.PlacementVerdict] = field(default_factory=list[pb.PlacementVerdict])
     """Of every evacuation; empty: what free memory says."""
@@ -128,6 +130,49 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             if evacuation.host == host.name:
                 evacuation.safe_to_power_off = False
         return host
+
+    async def DeclareHostDead(self, request: pb.DeclareHostDeadRequest, context: object) -> types.HostDeath:
+        await self._called("DeclareHostDead", request)
+        host = self._host(request.name)
+        if host.state == types.HOST_STATE_LIVE:
+            raise DroverError(R.HOST_ALIVE, f"the session of the agent of {host.name} lives")
+        death = self.deaths.setdefault(host.name, types.HostDeath(host=host.name, boot_id=host.boot_id))
+        if host.state == types.HOST_STATE_DEAD:
+            death.phase = types.HOST_DEATH_PHASE_DONE
+            return death
+        if not request.confirmation_token:
+            plan = types.HostDeath()
+            plan.CopyFrom(death)
+            plan.phase, plan.confirmation_token = types.HOST_DEATH_PHASE_PLANNED, f"token-{host.name}"
+            return plan
+        if issued_at_s(request.confirmation_token) is None and not request.confirmation_token.startswith("token-"):
+            raise invalid([("confirmation_token", "is no token of this call")])
+        if request.confirmation_token != f"token-{host.name}":
+            raise DroverError(R.CONFIRMATION_STALE, f"{host.name} or its guests have changed")
+        if not death.fencer and not request.on_operators_word:
+            raise DroverError(R.FENCER_REQUIRED, f"no fencer is configured for {host.name}")
+        host.state = types.HOST_STATE_DEAD
+        death.phase, death.message = types.HOST_DEATH_PHASE_DONE, f"{host.name} is dead"
+        death.on_operators_word, death.requested_by = request.on_operators_word, request.requested_by
+        return death
+
+    async def GetHostDeath(self, request: pb.GetHostDeathRequest, context: object) -> types.HostDeath:
+        await self._called("GetHostDeath", request)
+        hosts._check_name(request.name)
+        return self._known(self.deaths, request.name, "declaration of the death of")
+
+    async def RemoveHost(self, request: pb.RemoveHostRequest, context: object) -> pb.RemoveHostResponse:
+        await self._called("RemoveHost", request)
+        host = self._host(request.name)
+        if host.state == types.HOST_STATE_LIVE:
+            raise DroverError(R.HOST_ALIVE, f"the session of the agent of {host.name} lives")
+        there = [each.name for each in self.guests.values() if each.host == host.name]
+        if there:
+            raise DroverError(R.HOST_NOT_EMPTY, f"{len(there)} guests are recorded on {host.name}")
+        if host.state != types.HOST_STATE_DEAD and not host.cordoned:
+            raise DroverError(R.HOST_NOT_EMPTY, f"{host.name} is silent, but neither cordoned nor declared dead")
+        del self.hosts[host.name]
+        return pb.RemoveHostResponse()
 
     def _views(self) -> list[HostView]:
         return [

@@ -10,8 +10,10 @@ import grpc
 
 from orchestrator.api.config import ApiConfig
 from orchestrator.core.agent import RunState
+from orchestrator.core.death import Fate
 from orchestrator.core.errors import RefusalReason
-from orchestrator.core.records import MigrationPhase, WaitingFor
+from orchestrator.core.handover import Ownership
+from orchestrator.core.records import DeathPhase, MigrationPhase, WaitingFor
 from orchestrator.rpc.errors import code_of
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
@@ -38,5 +40,5 @@ def test_every_key_of_the_configuration() -> None:
 def test_words_in_capitals_are_words_of_the_code() -> None:
     text = PAGE.split("## Answers that need exactness", 1)[1].split("## Errors", 1)[0]
     known = {*RefusalReason, *MigrationPhase, *WaitingFor, *RunState.__members__}
-    known |= {"APPLIED", "QUEUED", "RECORDED", "OPEN", "ABORTED", "IDLE"}
+    known |= {"APPLIED", "QUEUED", "RECORDED", *Ownership, *Fate, *DeathPhase}
     assert set(re.findall(r"\b[A-Z][A-Z_]{3,}\b", text)) <= known

@@ -284,6 +284,43 @@ def test_global_options_stand_before_or_behind_the_command(
 # --- hosts and guests -------------------------------------------------------------------------------------------------
 
 
+def test_declaring_a_host_dead_takes_two_steps(drover: Drover, service: FakeOrchestrator) -> None:
+    assert "HOST_ALIVE" in drover("host", "declare-dead", "host-1").err
+    service.hosts["host-1"].state = types.HOST_STATE_SILENT
+    fate = types.GuestFate(guest="web-2", guest_uuid="u", fate="LOST", message="its policy says leave")
+    service.deaths["host-1"] = types.HostDeath(host="host-1", guests=[fate], lost=130, fencer="ipmi")
+    plan = drover("host", "declare-dead", "host-1")
+    assert plan.code == Exit.OK
+    assert "web-2  LOST     its policy says leave" in plan.out
+    assert "... and 129 more" in plan.out
+    assert "130 lost" in plan.out
+    assert "fencer ipmi would cut its power: drover host declare-dead host-1 --confirm token-host-1" in plan.out
+    assert service.hosts["host-1"].state == types.HOST_STATE_SILENT
+    stale = drover("host", "declare-dead", "host-1", "--confirm", "token-host-9")
+    assert (stale.code, "CONFIRMATION_STALE" in stale.err) == (Exit.REFUSED, True)
+    done = drover("host", "declare-dead", "host-1", "--confirm", "token-host-1")
+    assert (done.code, done.out) == (Exit.OK, "host-1 DONE: host-1 is dead\n")
+    assert "@" in service.requests("DeclareHostDead")[-1].requested_by
+
+
+def test_ones_word_needs_a_look_first(drover: Drover, service: FakeOrchestrator) -> None:
+    service.hosts["host-1"].state = types.HOST_STATE_SILENT
+    without = drover("host", "declare-dead", "host-1", "--i-am-sure")
+    assert (without.code, service.requests("DeclareHostDead")) == (Exit.USAGE, [])
+    assert "no fencer is configured" in drover("host", "declare-dead", "host-1").out
+    refused = drover("host", "declare-dead", "host-1", "--confirm", "token-host-1")
+    assert (refused.code, "FENCER_REQUIRED" in refused.err) == (Exit.REFUSED, True)
+    done = drover("host", "declare-dead", "host-1", "--confirm", "token-host-1", "--i-am-sure", "-o", "json")
+    assert (done.code, done.json["on_operators_word"], done.json["phase"]) == (Exit.OK, True, "DONE")
+
+
+def test_removing_a_host(drover: Drover, service: FakeOrchestrator) -> None:
+    assert "HOST_ALIVE" in drover("host", "remove", "host-10").err
+    service.hosts["host-10"].state = types.HOST_STATE_DEAD
+    assert drover("host", "remove", "host-10").out.startswith("host-10 is forgotten")
+    assert "host-10" not in service.hosts
+
+
 def test_cordon_and_uncordon(drover: Drover, service: FakeOrchestrator) -> None:
     assert drover("host", "cordon", "host-1", "--reason", "disks").out.startswith("host-1 is cordoned")
     assert service.hosts["host-1"].cordon_reason == "disks"

@@ -130,6 +130,14 @@ def write_files(config: LocalConfig, layout: Layout, places: Places) -> None:
                 "max_concurrent": config.max_concurrent_migrations,
                 "max_per_source": config.max_per_source,
             },
+            "fencing": [
+                {
+                    "name": "lab",
+                    "kind": "exec",
+                    "hosts": ["*"],
+                    "command": [sys.executable, "-m", "deploy.lab.cluster.fence", "--dir", str(layout.dir)],
+                }
+            ],
         },
     )
 

@@ -55,6 +55,21 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.UncordonHostRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Host.FromString,
                 _registered_method=True)
+        self.DeclareHostDead = channel.unary_unary(
+                '/drover.v1.OrchestratorService/DeclareHostDead',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.DeclareHostDeadRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.HostDeath.FromString,
+                _registered_method=True)
+        self.GetHostDeath = channel.unary_unary(
+                '/drover.v1.OrchestratorService/GetHostDeath',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetHostDeathRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.HostDeath.FromString,
+                _registered_method=True)
+        self.RemoveHost = channel.unary_unary(
+                '/drover.v1.OrchestratorService/RemoveHost',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostResponse.FromString,
+                _registered_method=True)
         self.CreateGuest = channel.unary_unary(
                 '/drover.v1.OrchestratorService/CreateGuest',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CreateGuestRequest.SerializeToString,
@@ -171,6 +186,29 @@ class OrchestratorServiceServicer:
 
     def UncordonHost(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeclareHostDead(self, request, context):
+        """Without a confirmation nothing is done: the answer says what would become of which guest, and has the token. With the
+        token the host is declared dead: its fencer confirms that its power is off, or, with on_operators_word, the caller
+        does. Refused with HOST_ALIVE while the session of the host's agent lives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetHostDeath(self, request, context):
+        """The newest declaration.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveHost(self, request, context):
+        """Forgets a host that is not live, has no guests, and is certified dead or cordoned.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -311,6 +349,21 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.UncordonHost,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.UncordonHostRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Host.SerializeToString,
+            ),
+            'DeclareHostDead': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeclareHostDead,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.DeclareHostDeadRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.HostDeath.SerializeToString,
+            ),
+            'GetHostDeath': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHostDeath,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetHostDeathRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.HostDeath.SerializeToString,
+            ),
+            'RemoveHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveHost,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostResponse.SerializeToString,
             ),
             'CreateGuest': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateGuest,
@@ -511,6 +564,87 @@ class OrchestratorService:
             '/drover.v1.OrchestratorService/UncordonHost',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.UncordonHostRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_types__pb2.Host.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeclareHostDead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/DeclareHostDead',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.DeclareHostDeadRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_types__pb2.HostDeath.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHostDeath(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/GetHostDeath',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetHostDeathRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_types__pb2.HostDeath.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/RemoveHost',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostResponse.FromString,
             options,
             channel_credentials,
             insecure,

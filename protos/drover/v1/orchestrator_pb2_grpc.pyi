@@ -47,6 +47,15 @@ class OrchestratorServiceStub:
     CordonHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CordonHostRequest, _types_pb2.Host]
     """New guests and migrations no longer go to the host. Idempotent."""
     UncordonHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.UncordonHostRequest, _types_pb2.Host]
+    DeclareHostDead: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.DeclareHostDeadRequest, _types_pb2.HostDeath]
+    """Without a confirmation nothing is done: the answer says what would become of which guest, and has the token. With the
+    token the host is declared dead: its fencer confirms that its power is off, or, with on_operators_word, the caller
+    does. Refused with HOST_ALIVE while the session of the host's agent lives.
+    """
+    GetHostDeath: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetHostDeathRequest, _types_pb2.HostDeath]
+    """The newest declaration."""
+    RemoveHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RemoveHostRequest, _orchestrator_pb2.RemoveHostResponse]
+    """Forgets a host that is not live, has no guests, and is certified dead or cordoned."""
     CreateGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateGuestRequest, _types_pb2.Guest]
     """Creates and starts a guest. Repeat-safe by request_id."""
     GetGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetGuestRequest, _types_pb2.Guest]
@@ -80,6 +89,15 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     CordonHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CordonHostRequest, _types_pb2.Host]  # type: ignore[assignment]
     """New guests and migrations no longer go to the host. Idempotent."""
     UncordonHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.UncordonHostRequest, _types_pb2.Host]  # type: ignore[assignment]
+    DeclareHostDead: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.DeclareHostDeadRequest, _types_pb2.HostDeath]  # type: ignore[assignment]
+    """Without a confirmation nothing is done: the answer says what would become of which guest, and has the token. With the
+    token the host is declared dead: its fencer confirms that its power is off, or, with on_operators_word, the caller
+    does. Refused with HOST_ALIVE while the session of the host's agent lives.
+    """
+    GetHostDeath: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetHostDeathRequest, _types_pb2.HostDeath]  # type: ignore[assignment]
+    """The newest declaration."""
+    RemoveHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.RemoveHostRequest, _orchestrator_pb2.RemoveHostResponse]  # type: ignore[assignment]
+    """Forgets a host that is not live, has no guests, and is certified dead or cordoned."""
     CreateGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """Creates and starts a guest. Repeat-safe by request_id."""
     GetGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
@@ -134,6 +152,33 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _orchestrator_pb2.UncordonHostRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_types_pb2.Host, _abc.Awaitable[_types_pb2.Host]]: ...
+
+    @_abc_1.abstractmethod
+    def DeclareHostDead(
+        self,
+        request: _orchestrator_pb2.DeclareHostDeadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.HostDeath, _abc.Awaitable[_types_pb2.HostDeath]]:
+        """Without a confirmation nothing is done: the answer says what would become of which guest, and has the token. With the
+        token the host is declared dead: its fencer confirms that its power is off, or, with on_operators_word, the caller
+        does. Refused with HOST_ALIVE while the session of the host's agent lives.
+        """
+
+    @_abc_1.abstractmethod
+    def GetHostDeath(
+        self,
+        request: _orchestrator_pb2.GetHostDeathRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.HostDeath, _abc.Awaitable[_types_pb2.HostDeath]]:
+        """The newest declaration."""
+
+    @_abc_1.abstractmethod
+    def RemoveHost(
+        self,
+        request: _orchestrator_pb2.RemoveHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.RemoveHostResponse, _abc.Awaitable[_orchestrator_pb2.RemoveHostResponse]]:
+        """Forgets a host that is not live, has no guests, and is certified dead or cordoned."""
 
     @_abc_1.abstractmethod
     def CreateGuest(

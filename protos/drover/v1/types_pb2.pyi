@@ -48,6 +48,8 @@ class _HostStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HostState.V
     HOST_STATE_LIVE: _HostState.ValueType  # 1
     """The agent's session lives (a hint, never a right)."""
     HOST_STATE_SILENT: _HostState.ValueType  # 2
+    HOST_STATE_DEAD: _HostState.ValueType  # 3
+    """Its power cycle is certified to be over."""
 
 class HostState(_HostState, metaclass=_HostStateEnumTypeWrapper): ...
 
@@ -55,7 +57,42 @@ HOST_STATE_UNSPECIFIED: HostState.ValueType  # 0
 HOST_STATE_LIVE: HostState.ValueType  # 1
 """The agent's session lives (a hint, never a right)."""
 HOST_STATE_SILENT: HostState.ValueType  # 2
+HOST_STATE_DEAD: HostState.ValueType  # 3
+"""Its power cycle is certified to be over."""
 Global___HostState: _TypeAlias = HostState  # noqa: Y015
+
+class _HostDeathPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HostDeathPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HostDeathPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HOST_DEATH_PHASE_UNSPECIFIED: _HostDeathPhase.ValueType  # 0
+    HOST_DEATH_PHASE_PLANNED: _HostDeathPhase.ValueType  # 1
+    """Nothing was asked for yet."""
+    HOST_DEATH_PHASE_REQUESTED: _HostDeathPhase.ValueType  # 2
+    HOST_DEATH_PHASE_FENCING: _HostDeathPhase.ValueType  # 3
+    HOST_DEATH_PHASE_CERTIFIED: _HostDeathPhase.ValueType  # 4
+    """The certificate is written."""
+    HOST_DEATH_PHASE_DONE: _HostDeathPhase.ValueType  # 5
+    """All of its guests are CRASHED."""
+    HOST_DEATH_PHASE_FAILED: _HostDeathPhase.ValueType  # 6
+    """Nothing was changed."""
+
+class HostDeathPhase(_HostDeathPhase, metaclass=_HostDeathPhaseEnumTypeWrapper): ...
+
+HOST_DEATH_PHASE_UNSPECIFIED: HostDeathPhase.ValueType  # 0
+HOST_DEATH_PHASE_PLANNED: HostDeathPhase.ValueType  # 1
+"""Nothing was asked for yet."""
+HOST_DEATH_PHASE_REQUESTED: HostDeathPhase.ValueType  # 2
+HOST_DEATH_PHASE_FENCING: HostDeathPhase.ValueType  # 3
+HOST_DEATH_PHASE_CERTIFIED: HostDeathPhase.ValueType  # 4
+"""The certificate is written."""
+HOST_DEATH_PHASE_DONE: HostDeathPhase.ValueType  # 5
+"""All of its guests are CRASHED."""
+HOST_DEATH_PHASE_FAILED: HostDeathPhase.ValueType  # 6
+"""Nothing was changed."""
+Global___HostDeathPhase: _TypeAlias = HostDeathPhase  # noqa: Y015
 
 class _ShimKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -404,6 +441,114 @@ class Host(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Host: _TypeAlias = Host  # noqa: Y015
+
+@_typing.final
+class GuestFate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    FATE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    guest: _builtins.str
+    guest_uuid: _builtins.str
+    fate: _builtins.str
+    """LOST, RESTARTED or STAYS"""
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        guest: _builtins.str = ...,
+        guest_uuid: _builtins.str = ...,
+        fate: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fate", b"fate", "guest", b"guest", "guest_uuid", b"guest_uuid", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GuestFate: _TypeAlias = GuestFate  # noqa: Y015
+
+@_typing.final
+class HostDeath(_message.Message):
+    """The declaration that one power cycle of a host is over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    ON_OPERATORS_WORD_FIELD_NUMBER: _builtins.int
+    REQUESTED_BY_FIELD_NUMBER: _builtins.int
+    FENCER_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    GUESTS_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    RESTARTED_FIELD_NUMBER: _builtins.int
+    STAYING_FIELD_NUMBER: _builtins.int
+    CONFIRMATION_TOKEN_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    REQUEST_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    CRASHED_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    boot_id: _builtins.str
+    phase: Global___HostDeathPhase.ValueType
+    on_operators_word: _builtins.bool
+    requested_by: _builtins.str
+    fencer: _builtins.str
+    """The fencer that serves the host; empty: none."""
+    failure: _builtins.str
+    """RefusalReason of a FAILED one."""
+    message: _builtins.str
+    lost: _builtins.int
+    restarted: _builtins.int
+    staying: _builtins.int
+    confirmation_token: _builtins.str
+    """Of a plan only."""
+    crashed: _builtins.int
+    """Guests that became CRASHED because of it."""
+    @_builtins.property
+    def guests(self) -> _containers.RepeatedCompositeFieldContainer[Global___GuestFate]:
+        """What becomes of its guests, at most 100 of them; of a plan only."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def request_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        boot_id: _builtins.str = ...,
+        phase: Global___HostDeathPhase.ValueType = ...,
+        on_operators_word: _builtins.bool = ...,
+        requested_by: _builtins.str = ...,
+        fencer: _builtins.str = ...,
+        failure: _builtins.str = ...,
+        message: _builtins.str = ...,
+        guests: _abc.Iterable[Global___GuestFate] | None = ...,
+        lost: _builtins.int = ...,
+        restarted: _builtins.int = ...,
+        staying: _builtins.int = ...,
+        confirmation_token: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        request_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        crashed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "expire_time", b"expire_time", "request_time", b"request_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "confirmation_token", b"confirmation_token", "crashed", b"crashed", "end_time", b"end_time", "expire_time", b"expire_time", "failure", b"failure", "fencer", b"fencer", "guests", b"guests", "host", b"host", "lost", b"lost", "message", b"message", "on_operators_word", b"on_operators_word", "phase", b"phase", "request_time", b"request_time", "requested_by", b"requested_by", "restarted", b"restarted", "staying", b"staying"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostDeath: _TypeAlias = HostDeath  # noqa: Y015
 
 @_typing.final
 class DeviceSpec(_message.Message):
