@@ -26,7 +26,7 @@ from agents.guest.ledger import GuestLedger
 from agents.handover import preflight
 from agents.handover.arrival import Arrival
 from agents.handover.departure import Departure
-from agents.handover.destination import DestinationState, restarted_destination
+from agents.handover.destination import DestinationState, prepared_destination, restarted_destination
 from agents.handover.destination_shell import DestinationRunner
 from agents.handover.ledger import AttemptLedger
 from agents.handover.source import SourceStage, SourceState, restarted_source
@@ -321,13 +321,13 @@ class HostedGuest:
                 raise self._stale(ref, "is not to arrive here")
             preflight.must_have_room(self.files)
             await preflight.must_fit(self._tools.mover, self._tools.config, self.files)
-            arrival = await self._make_arrival(order)
+            arrival, first = await self._make_arrival(order)
             self.arrivals[ref.migration, ref.attempt] = arrival
-            self._receive(arrival)
+            self._receive(arrival, first)
         self._tools.changed()
         return arrival.prepared
 
-    async def _make_arrival(self, order: PrepareOrder) -> Arrival:
+    async def _make_arrival(self, order: PrepareOrder) -> tuple[Arrival, tuple[Command, ...]]:
         ref, inc = order.attempt, secrets.token_hex(8)
         try:
             with self._being_made():
@@ -340,10 +340,11 @@ class HostedGuest:
                 raise full from error
             said = f"{self._tools.here.host} cannot prepare guest {self.name}: {error}"
             raise DroverError(RefusalReason.INTERNAL, said) from error
-        state = DestinationState(ref, self._tools.here, inc, has_devices=bool(self.files.companions))
+        state, first = prepared_destination(ref, self._tools.here, inc, has_devices=bool(self.files.companions))
         peer = self._tools.peers.source(order.source_peer_address, ref, inc)
         try:
             runner = self._destination_runner(copy, state, peer)
+            runner.unclaimed_ms = order.timeout_ms
             await runner.begin(session_number(ref))
         except ShimError as error:
             await self._destroyed(copy)
@@ -352,7 +353,7 @@ class HostedGuest:
         address = f"{config.address}:{config.peer_port}"
         made = copy.vmm.metadata
         acks = (await preflight.probed(self._tools.mover, self._tools.here.host))["switchover_ack"]
-        return Arrival(runner, copy, peer, Prepared(inc, made.endpoint, address, made.machine, acks))
+        return Arrival(runner, copy, peer, Prepared(inc, made.endpoint, address, made.machine, acks)), first
 
     def _destination_runner(self, copy: Copy, state: DestinationState, peer: SourceClient) -> DestinationRunner:
         async def want_run() -> bool:

@@ -6,24 +6,27 @@ end, says which stage takes which event.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from agents.handover.table import Handler, InvalidTransition, Key, Row, ignored, key_of, table
+from agents.handover.timers import Timers
 from agents.handover.words import (
     Command,
     Do,
     Event,
     GoSeen,
     Note,
+    Rang,
     RecordRead,
     RecordSeen,
     Seen,
+    Timer,
     WriteAbort,
 )
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason
-from orchestrator.core.handover import GuestRecord
+from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 
 
@@ -67,7 +70,13 @@ class DestinationState:
     marker: bool = False
     """Written in this power cycle: something here may have had an effect on the guest."""
     committed: bool = False
-    restarted: bool = False
+    claimed: bool = False
+    """The ledger has bound the attempt to this VMM: the source conducts it, within bounds of its own."""
+    patient: bool = False
+    """The source gets time to write down why it ended the attempt, before we do."""
+    reason: AbortReason = AbortReason.DESTINATION_LOST
+    """What our own ABORT would say."""
+    timers: Timers = field(default_factory=Timers)
 
 
 DestinationStep = tuple[DestinationState, tuple[Command, ...]]
@@ -77,17 +86,41 @@ def restarted_destination(
     ref: AttemptRef, here: HostRef, inc: str, *, vmm_alive: bool, marker: bool
 ) -> DestinationStep:
     """A new agent process: what was loaded is not known any more, so it reads and, if still open, gives up."""
-    state = DestinationState(ref, here, inc, vmm_dead=not vmm_alive, marker=marker, restarted=True)
-    state = replace(state, stage=DestinationStage.GIVING_UP)
+    state = DestinationState(ref, here, inc, vmm_dead=not vmm_alive, marker=marker, stage=DestinationStage.GIVING_UP)
+    state = replace(state, reason=AbortReason.DESTINATION_RESTARTED)
     return state, (Note("restarted"), Do.READ)
 
 
 def destination_step(state: DestinationState, event: Event) -> DestinationStep:
     """The only mutator of a destination session. Raises InvalidTransition for an event that the stage does not take."""
+    if isinstance(event, Rang):
+        timers = state.timers.rang(event)
+        if timers is None:
+            return state, ()  # it was cancelled while its ring was on its way
+        state = replace(state, timers=timers)
     handler = TABLE.get((state.stage, key_of(event)))
     if handler is None:
         raise InvalidTransition(state.ref, state.stage, event)
-    return handler(state) if isinstance(event, Seen) else handler(state, event)
+    return _timed(*(handler(state) if isinstance(event, Seen | Rang) else handler(state, event)))
+
+
+def prepared_destination(ref: AttemptRef, here: HostRef, inc: str, *, has_devices: bool) -> DestinationStep:
+    """A VMM that listens for an attempt, and waits only so long for somebody to conduct it."""
+    return _timed(DestinationState(ref, here, inc, has_devices=has_devices), ())
+
+
+def due_timers(state: DestinationState) -> tuple[Timer, ...]:
+    """Nothing runs once LOADED was said: only the ledger ends that wait."""
+    if state.stage is DestinationStage.WAITING and not state.claimed:
+        return (Timer.UNCLAIMED,)
+    if state.stage is DestinationStage.GIVING_UP and state.patient:
+        return (Timer.SOURCE_TIME,)
+    return ()
+
+
+def _timed(state: DestinationState, commands: tuple[Command, ...]) -> DestinationStep:
+    timers, changes = state.timers.kept(due_timers(state))
+    return (replace(state, timers=timers), (*changes, *commands)) if changes else (state, commands)
 
 
 def _arrived(state: DestinationState) -> DestinationStep:
@@ -131,6 +164,32 @@ def _news(state: DestinationState, event: RecordSeen) -> DestinationStep:
     return _discard(state) if _is_news(state, record) and _is_over(state, record) else (state, ())
 
 
+def _is_bound(state: DestinationState, record: GuestRecord) -> bool:
+    """Bound once per attempt, so even an old copy of the fact is true."""
+    ref = state.ref
+    ours = (record.migration, record.attempt, record.inc) == (ref.migration, ref.attempt, state.inc)
+    return ours and record.phase is Ownership.OPEN
+
+
+def _news_while_waiting(state: DestinationState, event: RecordSeen) -> DestinationStep:
+    return _news(replace(state, claimed=True) if _is_bound(state, event.record) else state, event)
+
+
+def _unclaimed(state: DestinationState) -> DestinationStep:
+    """Nobody was heard of in time: ask the ledger, and end the attempt only if it is not bound."""
+    return replace(state, claimed=True), (Do.READ,)
+
+
+def _read_unclaimed(state: DestinationState, event: RecordRead) -> DestinationStep:
+    record = event.record
+    if _is_over(state, record):
+        return _discard(state)
+    if _is_bound(state, record):
+        return state, (Note("claimed late"),)
+    state = replace(state, stage=DestinationStage.GIVING_UP, reason=AbortReason.PREPARE_TIMEOUT)
+    return state, (Note("unclaimed"), WriteAbort(state.reason))
+
+
 def _news_when_loaded(state: DestinationState, event: RecordSeen) -> DestinationStep:
     """The ledger's word, which needs no GO."""
     return _take_over(state) if may_take_over(state, event.record) else _news(state, event)
@@ -159,7 +218,7 @@ def _read(state: DestinationState, event: RecordRead) -> DestinationStep:
         return _done_recorded(replace(state, committed=True))
     if _is_over(state, record):
         return _discard(state)
-    return state, (WriteAbort(_give_up_reason(state)),)
+    return state, (WriteAbort(state.reason),)
 
 
 _WRITING: dict[DestinationStage, Do] = {
@@ -178,10 +237,6 @@ def _read_after_write(state: DestinationState, event: RecordRead) -> Destination
     if state.stage is DestinationStage.DECLARING:
         return replace(state, stage=DestinationStage.ENDED_CRASHED), ()
     return replace(state, stage=DestinationStage.ENDED_DISCARDED), ()
-
-
-def _give_up_reason(state: DestinationState) -> AbortReason:
-    return AbortReason.DESTINATION_RESTARTED if state.restarted else AbortReason.DESTINATION_LOST
 
 
 def _take_over(state: DestinationState, _go: GoSeen | None = None) -> DestinationStep:
@@ -235,7 +290,7 @@ def _dead_owner(state: DestinationState) -> DestinationStep:
     if not state.committed:
         if state.stage is DestinationStage.GIVING_UP:
             return state, ()
-        return replace(state, stage=DestinationStage.GIVING_UP), (Do.SEND_FAILED, Do.GIVE_SOURCE_TIME)
+        return replace(state, stage=DestinationStage.GIVING_UP, patient=True), (Do.SEND_FAILED,)
     if state.marker:
         return replace(state, stage=DestinationStage.DECLARING), (Note("crashed"), Do.DECLARE_CRASHED)
     return replace(state, stage=DestinationStage.ROLLING_BACK), (Note("give_back"), Do.WRITE_ROLLBACK)
@@ -254,7 +309,11 @@ def _give_up(state: DestinationState) -> DestinationStep:
 
     The source most often ended the attempt itself and is about to write why: our ABORT would hide its reason.
     """
-    return replace(state, stage=DestinationStage.GIVING_UP), (Note("give_up"), Do.SEND_FAILED, Do.GIVE_SOURCE_TIME)
+    return replace(state, stage=DestinationStage.GIVING_UP, patient=True), (Note("give_up"), Do.SEND_FAILED)
+
+
+def _source_had_its_time(state: DestinationState) -> DestinationStep:
+    return replace(state, patient=False), (Do.READ,)
 
 
 def _discard(state: DestinationState) -> DestinationStep:
@@ -326,8 +385,9 @@ _ROWS: tuple[Row[DestinationStage], ...] = (
     (GoSeen, (_LOADED, _GIVING_UP), _go_seen),
     # The source repeats it until DONE is known.
     (GoSeen, (*_OURS, _ROLLING_BACK, _DECLARING, _DISCARDING), ignored),
-    # Nothing can be committed to a copy that has not said LOADED: only the end of the attempt is news.
-    (RecordSeen, (_WAITING, _VALIDATING), _news),
+    # Nothing can be committed to a copy that has not said LOADED: that it is conducted, or over, is news.
+    (RecordSeen, (_WAITING,), _news_while_waiting),
+    (RecordSeen, (_VALIDATING,), _news),
     # COMMITTED with our inc counts as much as GO, however old the watch (H8).
     (RecordSeen, (_LOADED,), _news_when_loaded),
     (RecordSeen, (_GIVING_UP,), _news_when_giving_up),
@@ -340,8 +400,10 @@ _ROWS: tuple[Row[DestinationStage], ...] = (
     (RecordRead, (_GIVING_UP,), _read),
     # Our write had no clear answer.
     (RecordRead, (_RECORDING_DONE, _ROLLING_BACK, _DECLARING), _read_after_write),
-    # A watch or GO told the outcome while the read was under way.
-    (RecordRead, (_MARKING, _ACTIVATING, _STARTING, _DISCARDING), ignored),
+    # Nobody had been heard of in time.
+    (RecordRead, (_WAITING,), _read_unclaimed),
+    # The attempt went on, or a watch or GO told the outcome, while the read was under way.
+    (RecordRead, (_VALIDATING, _LOADED, _MARKING, _ACTIVATING, _STARTING, _DISCARDING), ignored),
     # --- taking over
     (Seen.MARKER_WRITTEN, (_MARKING,), _marker_written),
     (Seen.MARKER_FAILED, (_MARKING,), _marker_failed),
@@ -375,8 +437,15 @@ _ROWS: tuple[Row[DestinationStage], ...] = (
     (Seen.RETRY_DUE, (_GIVING_UP, _RECORDING_DONE, _ROLLING_BACK, _DECLARING), _read_again),
     (Seen.RETRY_DUE, (_ACTIVATING,), _activate_again),
     (Seen.RETRY_DUE, (_STARTING,), _start_again),
-    # The outcome was told during it.
-    (Seen.RETRY_DUE, (_MARKING, _DISCARDING), ignored),
+    # No ledger yet to say whether the attempt is conducted.
+    (Seen.RETRY_DUE, (_WAITING,), _read_again),
+    # The attempt went on, or its outcome was told, during it.
+    (Seen.RETRY_DUE, (_VALIDATING, _LOADED, _MARKING, _DISCARDING), ignored),
+    # --- time: a ring that comes after its timer was cancelled is dropped by its number
+    # A prepared VMM that nobody conducts ends by itself.
+    (Timer.UNCLAIMED, (_WAITING,), _unclaimed),
+    # The source has written nothing: we do.
+    (Timer.SOURCE_TIME, (_GIVING_UP,), _source_had_its_time),
     # --- the death of our VMM
     (Seen.VMM_DIED, (_WAITING, _VALIDATING, _LOADED, _GIVING_UP, _ACTIVATING, _STARTING), _vmm_died),
     # Whether the marker is there is known in a moment.

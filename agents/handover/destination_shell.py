@@ -18,8 +18,8 @@ from agents.handover.destination import DestinationState, destination_step
 from agents.handover.ledger import AttemptLedger
 from agents.handover.peer import PeerUnavailable, SourcePeer
 from agents.handover.report import DEVICES_LOST, device_entries
-from agents.handover.shell import stepped
-from agents.handover.words import Command, Do, Event, Note, Seen, WriteAbort
+from agents.handover.shell import Clock, stepped
+from agents.handover.words import CancelTimer, Command, Do, Event, Note, Seen, StartTimer, Timer, WriteAbort
 from agents.shims.base import DestinationShim, Frame, FrameKind, InVmmDevices, Load, ShimError
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.liveness import Liveness
@@ -30,6 +30,7 @@ _RETRY_S = 0.1
 _END_S = 5.0
 _SOURCE_TIME_S = 2.0
 _LOOK_S = 0.5
+_UNCLAIMED_MS = 15_000.0
 
 
 @dataclass
@@ -45,6 +46,8 @@ class DestinationRunner:
     """In the host's volatile directory. Written before anything here can have an effect on the guest."""
     want_run: Callable[[], Awaitable[bool]]
     """The operator's wish, read from the ledger when the guest is about to start and no GO has brought it."""
+    unclaimed_ms: float = _UNCLAIMED_MS
+    """So long the VMM waits for somebody to conduct its attempt (PrepareOrder.timeout_ms)."""
     in_vmm: InVmmDevices | None = None
     timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
     started: asyncio.Event = field(default_factory=asyncio.Event)
@@ -92,26 +95,37 @@ class DestinationRunner:
         """To DONE or discard. `first`: what `restarted_destination` asked for."""
         loop = asyncio.get_running_loop()
         self._began = loop.time()
+        self._clock = Clock(self.feed, {Timer.UNCLAIMED: self.unclaimed_ms, Timer.SOURCE_TIME: _SOURCE_TIME_S * 1000})
         ends = [self.vmm.subscribe(self._engine_event), self.ledger.watch_record(self._record_seen)]
         worker = loop.create_task(self._carry_out())
         for command in first:
-            self._commands.put_nowait(command)
+            self._queue(command)
         try:
             while not self.state.stage.ended:
                 event = await self._next(worker)
                 self.state, commands = stepped(destination_step, self.state, event)
                 for command in commands:
-                    self._commands.put_nowait(command)
+                    self._queue(command)
             with contextlib.suppress(PeerUnavailable):
                 if self.state.stage.name == "ENDED_DONE":
                     await self.peer.done(self.state.inc)
         finally:
+            self._clock.close()
             for end in ends:
                 end()
             for task in (worker, *self._tasks):
                 task.cancel()
             await asyncio.wait([worker, *self._tasks], timeout=_END_S)
         return self.state
+
+    def _queue(self, command: Command) -> None:
+        match command:
+            case StartTimer():
+                self._clock.start(command)
+            case CancelTimer():
+                self._clock.cancel(command)
+            case _:
+                self._commands.put_nowait(command)
 
     async def _next(self, worker: asyncio.Task[None]) -> Event:
         getter = asyncio.ensure_future(self._events.get())
@@ -241,16 +255,6 @@ class DestinationRunner:
         await asyncio.sleep(_RETRY_S)
         return Seen.RETRY_DUE
 
-    async def _give_source_time(self) -> Event | None:
-        """Aside, so that what the source writes meanwhile is acted on at once."""
-
-        async def wait() -> None:
-            await asyncio.sleep(_SOURCE_TIME_S)
-            self.feed(Seen.RETRY_DUE)
-
-        self._spawn(wait())
-        return None
-
     async def _nothing(self) -> Event | None:
         return None  # DONE is told to the source after the session ended, see `run`
 
@@ -269,7 +273,6 @@ class DestinationRunner:
         Do.DISCARD_DESTINATION: _discard,
         Do.READ: _read,
         Do.RETRY_LATER: _retry_later,
-        Do.GIVE_SOURCE_TIME: _give_source_time,
     }
 
     # --- what comes in by itself --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from agents.handover.table import Handler, InvalidTransition, Key, Row, ignored, key_of, table
+from agents.handover.timers import Timers
 from agents.handover.words import (
     Acked,
     Command,
@@ -22,13 +23,13 @@ from agents.handover.words import (
     LoadedReport,
     Note,
     Quiesced,
+    Rang,
     RecordRead,
     RecordSeen,
     Requested,
     RequestsSeen,
     RequestsWritten,
     Seen,
-    StartTimer,
     Timer,
     WantRunSeen,
     WriteAbort,
@@ -112,6 +113,7 @@ class SourceState:
     """Devices inside the VMM that lost their state in this attempt."""
     refused: bool = False
     """The ledger already says that this attempt never commits: no ABORT needs to be written."""
+    timers: Timers = field(default_factory=Timers)
     restarted: bool = False
     """Adopted by a new agent process: conducts nothing, only ends it (H7)."""
 
@@ -121,10 +123,35 @@ Step = tuple[SourceState, tuple[Command, ...]]
 
 def source_step(state: SourceState, event: Event) -> Step:
     """The only mutator of a source session. Raises InvalidTransition for an event that the stage does not take."""
+    if isinstance(event, Rang):
+        timers = state.timers.rang(event)
+        if timers is None:
+            return state, ()  # it was cancelled while its ring was on its way
+        state = replace(state, timers=timers)
     handler = TABLE.get((state.stage, key_of(event)))
     if handler is None:
         raise InvalidTransition(state.ref, state.stage, event)
-    return handler(state) if isinstance(event, Seen) else handler(state, event)
+    return _timed(*(handler(state) if isinstance(event, Seen | Rang) else handler(state, event)))
+
+
+def due_timers(state: SourceState) -> tuple[Timer, ...]:
+    """Every wait has a bound. A guest that its operator stopped is not held to that of pre-copy: it has its full time
+    again when it runs again."""
+    if state.stage in _STANDING:
+        return (Timer.SWITCHOVER, *((Timer.GATE_WAIT,) if state.stage is SourceStage.GATE_WAIT else ()))
+    if state.stage is not SourceStage.PRECOPY:
+        return ()
+    if state.suspended:
+        return (Timer.SUSPENDED,)
+    if state.paused:
+        return ()
+    waits = not state.acks.gate_open and not state.suspend_on_timeout
+    return (Timer.PRECOPY, *((Timer.ACK,) if waits else ()))
+
+
+def _timed(state: SourceState, commands: tuple[Command, ...]) -> Step:
+    timers, changes = state.timers.kept(due_timers(state))
+    return (replace(state, timers=timers), (*changes, *commands)) if changes else (state, commands)
 
 
 def restarted_source(ref: AttemptRef, here: HostRef, inc: str, *, want_run: bool, parked: bool, sealed: bool) -> Step:
@@ -147,12 +174,7 @@ def _begin(state: SourceState) -> Step:
 
 
 def _bound(state: SourceState) -> Step:
-    return replace(state, stage=SourceStage.PRECOPY), (
-        Note("bound", state.inc),
-        StartTimer(Timer.PRECOPY),
-        StartTimer(Timer.ACK),
-        Do.START_PRECOPY,
-    )
+    return replace(state, stage=SourceStage.PRECOPY), (Note("bound", state.inc), Do.START_PRECOPY)
 
 
 def _active(state: SourceState) -> Step:
@@ -239,7 +261,7 @@ def _gate(state: SourceState) -> Step:
         return replace(state, released=True, opened=True), (Note("gate_open"), Do.RELEASE, Do.WRITE_ACKS)
     if state.released and not state.acks.gate_open:
         pending = ",".join(_names(state.acks.pending))
-        return replace(state, released=False), (Note("gate_closed", pending), Do.HOLD, StartTimer(Timer.ACK))
+        return replace(state, released=False), (Note("gate_closed", pending), Do.HOLD)
     return state, ()
 
 
@@ -253,7 +275,7 @@ def _parked(state: SourceState) -> Step:
         return _freeze(state)
     if state.gate_wait:
         waited_for = ",".join(_names(state.acks.pending))
-        return replace(state, stage=SourceStage.GATE_WAIT), (Note("gate_wait", waited_for), StartTimer(Timer.GATE_WAIT))
+        return replace(state, stage=SourceStage.GATE_WAIT), (Note("gate_wait", waited_for),)
     return _gate_stayed_closed(replace(state, stage=SourceStage.FREEZING))
 
 
@@ -284,7 +306,7 @@ def _check(state: SourceState, event: Quiesced) -> Step:
     if late:
         return _abort(state, AbortReason.LATE_SWITCHOVER_ACK, _names(late))
     state = replace(state, stage=SourceStage.LAST_PASS, acks=state.acks.pass_check(), sent=not state.has_devices)
-    return state, (Note("check_passed"), StartTimer(Timer.SWITCHOVER), Do.PROCEED)
+    return state, (Note("check_passed"), Do.PROCEED)
 
 
 def may_submit(state: SourceState) -> bool:
@@ -595,23 +617,20 @@ def _guest_is_gone(state: SourceState) -> Step:
     return _record_abort(state if lost else replace(state, reason=AbortReason.GUEST_ENDED))
 
 
-def _timer_precopy(state: SourceState) -> Step:
-    """The second time of a guest that policy stopped for the migration's sake: it does not end for all that."""
-    if state.paused and not state.suspended:
-        return state, ()
-    pending = _names(state.acks.pending)
-    if state.suspended:
-        return _abort(state, AbortReason.NOT_CONVERGING, pending)
+def _precopy_is_over(state: SourceState) -> Step:
     if state.suspend_on_timeout:
-        return replace(state, suspended=True), (Note("suspend"), StartTimer(Timer.PRECOPY), Do.PAUSE)
+        return replace(state, suspended=True), (Note("suspend"), Do.PAUSE)
+    pending = _names(state.acks.pending)
     return _abort(state, AbortReason.ACK_TIMEOUT if pending else AbortReason.NOT_CONVERGING, pending)
 
 
-def _timer_ack(state: SourceState) -> Step:
-    pending = state.acks.pending
-    if state.released or state.suspend_on_timeout or not pending:
-        return state, ()
-    return _abort(state, AbortReason.ACK_TIMEOUT, _names(pending))
+def _suspended_in_vain(state: SourceState) -> Step:
+    """Policy stopped the guest for the migration's sake, and it does not end for all that."""
+    return _abort(state, AbortReason.NOT_CONVERGING, _names(state.acks.pending))
+
+
+def _ack_is_missing(state: SourceState) -> Step:
+    return _abort(state, AbortReason.ACK_TIMEOUT, _names(state.acks.pending))
 
 
 def _fails(reason: AbortReason) -> Callable[[SourceState], Step]:
@@ -815,16 +834,16 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     (Seen.RESUME_FAILED, (_RESUMING,), _resume_failed),
     # The engine had parked, or refuses for now: the wish is applied by whoever ends as owner.
     (Seen.RESUME_FAILED, (_BINDING, _PRECOPY, *_STANDING, _ROLLING_BACK, _RECORDING, _DECLARING), ignored),
-    # --- time
-    (Seen.TIMER_PRECOPY, (_PRECOPY,), _timer_precopy),
-    (Seen.TIMER_ACK, (_PRECOPY,), _timer_ack),
-    (Seen.TIMER_GATE_WAIT, (_GATE_WAIT,), _gate_stayed_closed),
-    (Seen.TIMER_SWITCHOVER, (_LAST_PASS,), _fails(AbortReason.SWITCHOVER_TIMEOUT)),
-    # What was waited for has come, or the attempt is ended.
-    (Seen.TIMER_PRECOPY, (*_STANDING, *_GIVEN, *_ENDING), ignored),
-    (Seen.TIMER_ACK, (*_STANDING, *_GIVEN, *_ENDING), ignored),
-    (Seen.TIMER_GATE_WAIT, (_FREEZING, _LAST_PASS, *_GIVEN, *_ENDING), ignored),
-    (Seen.TIMER_SWITCHOVER, (*_GIVEN, *_ENDING), ignored),
+    # --- time: a timer runs only where `due_timers` says so, and a ring that comes later is dropped by its number
+    # It does not converge: end the attempt, or stop the guest for its sake.
+    (Timer.PRECOPY, (_PRECOPY,), _precopy_is_over),
+    (Timer.SUSPENDED, (_PRECOPY,), _suspended_in_vain),
+    # A gate that stays closed for one device; each closing has its own full time.
+    (Timer.ACK, (_PRECOPY,), _ack_is_missing),
+    # As long as policy lets a guest that the engine stopped wait for an ACK.
+    (Timer.GATE_WAIT, (_GATE_WAIT,), _gate_stayed_closed),
+    # From the moment the engine stopped the guest, whatever is being done since: it runs on here.
+    (Timer.SWITCHOVER, _STANDING, _fails(AbortReason.SWITCHOVER_TIMEOUT)),
     # --- faults
     (Seen.ENGINE_FAILED, tuple(_UNILATERAL), _fails(AbortReason.ENGINE_FAILED)),
     (Seen.SHIM_FAILED, tuple(_UNILATERAL), _fails(AbortReason.SHIM_FAILED)),

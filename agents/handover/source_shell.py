@@ -20,9 +20,21 @@ from agents.handover import words
 from agents.handover.ledger import AttemptLedger
 from agents.handover.peer import DestinationPeer, PeerUnavailable
 from agents.handover.report import device_entries
-from agents.handover.shell import stepped
+from agents.handover.shell import Clock, stepped
 from agents.handover.source import SourceState, source_step
-from agents.handover.words import Command, Commit, Do, Event, Note, Seen, StartTimer, Timer, WriteAbort, WriteRequests
+from agents.handover.words import (
+    CancelTimer,
+    Command,
+    Commit,
+    Do,
+    Event,
+    Note,
+    Seen,
+    StartTimer,
+    Timer,
+    WriteAbort,
+    WriteRequests,
+)
 from agents.shims.base import Frame, FrameKind, InVmmDevices, Load, ShimError, SourceShim
 from agents.shims.inside import InVmmDevice
 from orchestrator.core.handover import GuestRecord
@@ -39,6 +51,19 @@ _HOOK_S = 2.0
 _END_S = 5.0
 _NAMES_S = 0.5
 """So long an abort waits to learn which devices inside the VMM it is about."""
+
+_ROLL_BACK_S = 2.0
+"""So long a guest that stands still waits for a device's way back, and runs on without it then."""
+_CUT_SHORT: frozenset[Command] = frozenset({Do.QUIESCE, Do.PROCEED})
+
+
+async def _within(bound_s: float | None, shim: SourceShim) -> None:
+    """Raises ShimError, also when the device took too long."""
+    try:
+        async with asyncio.timeout(bound_s):
+            await shim.roll_back()
+    except TimeoutError:
+        raise ShimError(f"{shim.device} was not back within {bound_s:g} s", reset=True) from None
 
 
 @dataclass
@@ -67,6 +92,22 @@ class SourceRunner:
     _precopy: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])
     _sent: dict[str, Load] = field(default_factory=dict[str, Load])
     _loaded: tuple[str, dict[str, Load]] | None = None
+    _busy: tuple[Command, asyncio.Task[Event | None]] | None = None
+    """What the guest, which stands still, waits for just now, and may not wait for any longer than policy says."""
+    _stood: bool = False
+
+    def __post_init__(self) -> None:
+        policy = self.policy
+        self._clock = Clock(
+            self.feed,
+            {
+                Timer.PRECOPY: policy.precopy_timeout_ms,
+                Timer.SUSPENDED: policy.precopy_timeout_ms,
+                Timer.ACK: policy.ack_timeout_ms,
+                Timer.GATE_WAIT: policy.gate_wait_ms,
+                Timer.SWITCHOVER: policy.switchover_timeout_ms,
+            },
+        )
 
     def feed(self, event: Event) -> None:
         """Take in an event; from this loop only."""
@@ -104,6 +145,7 @@ class SourceRunner:
             self._note_inside()
         finally:
             self.duration_ms = (loop.time() - self._began) * 1000
+            self._clock.close()
             for end in ends:
                 end()
             for task in (worker, lane, vitals, *self._precopy, *self._tasks):
@@ -118,7 +160,14 @@ class SourceRunner:
                 self._note(event, detail)
             case WriteRequests():
                 self._writes.put_nowait(command)
+            case StartTimer():
+                self._stood |= command.timer is Timer.SWITCHOVER
+                self._clock.start(command)
+            case CancelTimer():
+                self._clock.cancel(command)
             case _:
+                if command is Do.ROLL_BACK_SHIMS and self._busy is not None:
+                    self._busy[1].cancel()
                 self._commands.put_nowait(command)
 
     async def _next(self, *workers: asyncio.Task[None]) -> Event:
@@ -138,14 +187,26 @@ class SourceRunner:
     async def _carry_out(self) -> None:
         while True:
             command = await self._commands.get()
-            event = await self._one(command)
+            event = await (self._given_up_for_a_roll_back(command) if command in _CUT_SHORT else self._one(command))
             if event is not None:
                 self.feed(event)
 
+    async def _given_up_for_a_roll_back(self, command: Command) -> Event | None:
+        """A device or an engine that does not answer must not keep a guest standing that is to run again."""
+        task = asyncio.get_running_loop().create_task(self._one(command))
+        self._busy = command, task
+        try:
+            await asyncio.wait({task})
+        finally:
+            self._busy = None
+            task.cancel()
+        if task.cancelled():
+            self._note("given_up", str(command))
+            return None
+        return task.result()
+
     async def _one(self, command: Command) -> Event | None:
         match command:
-            case StartTimer(timer):
-                self._start_timer(timer)
             case Commit(version):
                 return await self.ledger.commit(version)
             case WriteAbort(reason, devices):
@@ -154,9 +215,8 @@ class SourceRunner:
                 return event
             case Do():
                 return await self._effects[command](self)
-            case Note() | WriteRequests():
+            case Note() | WriteRequests() | StartTimer() | CancelTimer():
                 raise AssertionError("carried out when it was queued, or in a lane of its own")
-        return None
 
     async def _write_requests(self) -> None:
         while True:
@@ -281,7 +341,8 @@ class SourceRunner:
             self.feed(words.LoadedReport(inc, loads == self._sent))
 
     async def _roll_back_shims(self) -> Event | None:
-        results = await asyncio.gather(*(shim.roll_back() for shim in self.shims), return_exceptions=True)
+        bound_s = _ROLL_BACK_S if self._stood else None
+        results = await asyncio.gather(*(_within(bound_s, shim) for shim in self.shims), return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         for error in errors:
             self._note("roll_back_failed", str(error))
@@ -446,20 +507,6 @@ class SourceRunner:
         with contextlib.suppress(ShimError, TimeoutError):
             async with asyncio.timeout(_HOOK_S):
                 await asyncio.gather(*(shim.hook(name) for shim in self.shims))
-
-    def _start_timer(self, timer: Timer) -> None:
-        after_ms, event = {
-            Timer.PRECOPY: (self.policy.precopy_timeout_ms, Seen.TIMER_PRECOPY),
-            Timer.ACK: (self.policy.ack_timeout_ms, Seen.TIMER_ACK),
-            Timer.SWITCHOVER: (self.policy.switchover_timeout_ms, Seen.TIMER_SWITCHOVER),
-            Timer.GATE_WAIT: (self.policy.gate_wait_ms, Seen.TIMER_GATE_WAIT),
-        }[timer]
-
-        async def ring() -> None:
-            await asyncio.sleep(after_ms / 1000)
-            self.feed(event)
-
-        self._spawn(ring())
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from agents.handover.words import Command, Event, Seen
+from agents.handover.words import Command, Event, Rang, Seen, Timer
 from orchestrator.core.ids import AttemptRef
 
 Stage = TypeVar("Stage", bound=StrEnum)
 State = TypeVar("State")
 
-Key = Seen | type
-"""What a table tells events apart by: events without content by themselves, the others by their type."""
+Key = Seen | Timer | type
+"""What a table tells events apart by: those without content by themselves, rings by their timer, others by type."""
 
 Handler = Callable[..., tuple[Any, tuple[Command, ...]]]
-"""Called with the state, and with the event if that has content."""
+"""Called with the state, and with the event if that has content other than a timer."""
 
 Row = tuple[Key, Iterable[Stage], Handler]
 
@@ -37,6 +37,8 @@ class InvalidTransition(Exception):
 
 def key_of(event: Event) -> Key:
     """Under which key a table has the event."""
+    if isinstance(event, Rang):
+        return event.timer
     return event if isinstance(event, Seen) else type(event)
 
 

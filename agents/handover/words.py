@@ -2,9 +2,9 @@
 
 `step(state, event) -> (state, commands)` stands in `source.py` and `destination.py`: no clock, no I/O.
 The shell carries the commands out, in order, and feeds back what came of them as events. Deadlines are timers that the
-shell keeps: a command starts one, its end is an event. Everything that decides whether the guest may run somewhere is
-in these machines or in `orchestrator.core`, so that the exploration (tests/exploration) drives the very code that runs
-in production. Rules H1-H14 are those of docs/protocol.md.
+shell keeps: commands start and cancel them (`timers.py`), a ring is an event. Everything that decides whether the guest
+may run somewhere is in these machines or in `orchestrator.core`, so that the exploration (tests/exploration) drives the
+very code that runs in production. Rules H1-H14 are those of docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -50,19 +50,31 @@ class Do(StrEnum):
     DISCARD_DESTINATION = "discard_destination"  # Discarded
     WRITE_ROLLBACK = "write_rollback"  # RolledBack / LedgerRefused / LedgerUnknown
     RETRY_LATER = "retry_later"  # RetryDue, after a bounded pause
-    GIVE_SOURCE_TIME = "give_source_time"  # RetryDue, after the source had time to record its own reason
 
 
 class Timer(StrEnum):
-    PRECOPY = "precopy"
-    ACK = "ack"
-    SWITCHOVER = "switchover"
-    GATE_WAIT = "gate_wait"
+    PRECOPY = "precopy"  # the guest runs and is copied
+    SUSPENDED = "suspended"  # policy has stopped it, so that the rest fits
+    ACK = "ack"  # an ACK is missing
+    GATE_WAIT = "gate_wait"  # the engine has stopped the guest although one is missing
+    SWITCHOVER = "switchover"  # the guest stands still, and no COMMIT has left
+    # destination
+    UNCLAIMED = "unclaimed"  # nobody conducts the attempt
+    SOURCE_TIME = "source_time"  # the source may write its own reason first
 
 
 @dataclass(frozen=True, slots=True)
 class StartTimer:
+    """At once, not in turn with other commands. Rang, unless it is cancelled before. `number` tells starts apart."""
+
     timer: Timer
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTimer:
+    timer: Timer
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +107,7 @@ class Note:
     detail: str = ""
 
 
-Command = Do | StartTimer | WriteRequests | Commit | WriteAbort | Note
+Command = Do | StartTimer | CancelTimer | WriteRequests | Commit | WriteAbort | Note
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -132,10 +144,6 @@ class Seen(StrEnum):
     RETRY_DUE = "retry_due"
     VITALS_GOOD = "vitals_good"  # peer answered and a quorum was seen, both less than a second ago
     VITALS_BAD = "vitals_bad"
-    TIMER_PRECOPY = "timer_precopy"
-    TIMER_ACK = "timer_ack"
-    TIMER_SWITCHOVER = "timer_switchover"
-    TIMER_GATE_WAIT = "timer_gate_wait"
     # destination
     SHIMS_LOADED = "shims_loaded"  # END of every device arrived
     VALIDATED = "validated"
@@ -146,6 +154,14 @@ class Seen(StrEnum):
     ACTIVATION_FAILED = "activation_failed"
     DONE_RECORDED = "done_recorded"
     ROLLBACK_RECORDED = "rollback_recorded"
+
+
+@dataclass(frozen=True, slots=True)
+class Rang:
+    """A timer is over. Its machine drops a ring whose number is not that of the running start."""
+
+    timer: Timer
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +254,7 @@ class GoSeen:
 
 Event = (
     Seen
+    | Rang
     | Requested
     | Acked
     | RequestsWritten

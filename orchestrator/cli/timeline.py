@@ -29,6 +29,9 @@ _PHASES = {
 _TEXTS = {
     "bound": "bound to the destination's VMM {detail}, pre-copy begins",
     "request": "a device asks for an ACK: {detail}",
+    "given_up": "not waited for any longer, so that the guest can run again: {detail}",
+    "claimed late": "nobody has sent anything yet, but the attempt is under way: waiting on",
+    "unclaimed": "nobody conducts the attempt: ending it",
     "request_too_late": "a device asks after the check, too late for this attempt: {detail}",
     "ack": "the destination acknowledges {detail}",
     "gate_open": "gate open: every request is durable and acknowledged",

@@ -23,12 +23,13 @@ class MigrationPolicy:
     prepare_timeout_ms: int = 15_000
     """Destination VMM ready and attempt bound, else PREPARE_TIMEOUT."""
     precopy_timeout_ms: int = 60_000
-    """From the start of pre-copy to the freeze; then `on_timeout`."""
+    """From the start of pre-copy, or from a resume in it, to the freeze; then `on_timeout`."""
     on_timeout: OnTimeout = OnTimeout.ABORT
     ack_timeout_ms: int = 30_000
-    """How long the gate may stay closed while the guest runs, else ACK_TIMEOUT. The pre-copy timeout ends it too."""
+    """How long the gate may stay closed for an ACK while the guest runs, each time anew, else ACK_TIMEOUT. The pre-copy
+    timeout ends it too."""
     switchover_timeout_ms: int = 5_000
-    """From the freeze to LOADED, else SWITCHOVER_TIMEOUT and the guest runs on at the source."""
+    """From the stop of the guest by the engine to the COMMIT, else SWITCHOVER_TIMEOUT: it runs on at the source."""
     total_timeout_ms: int = 600_000
     """All attempts together; no attempt starts after it."""
     max_attempts: int = 5

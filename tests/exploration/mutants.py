@@ -13,10 +13,11 @@ from typing import Any
 from agents.guest import duty as keeping
 from agents.handover import destination as destination_session
 from agents.handover import source as source_session
+from agents.handover import timers
 from agents.handover.destination import DestinationStage, DestinationState
 from agents.handover.source import SourceStage, SourceState
 from agents.handover.table import ignored
-from agents.handover.words import Commit, DevicesLost, Do, Seen
+from agents.handover.words import Commit, DevicesLost, Do, Seen, Timer
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
@@ -219,10 +220,48 @@ def missing_is_gone() -> list[Patch]:
     return [(keeping, "duty", credulous)]
 
 
+def any_ring() -> list[Patch]:
+    return [(timers, "is_running", lambda running, event: True)]
+
+
+def ack_timer_runs_on() -> list[Patch]:
+    """Started with pre-copy and never cancelled: it ended the next closing of the gate after a moment."""
+
+    def due(state: SourceState) -> tuple[Timer, ...]:
+        wanted = DUE_AT_SOURCE(state)
+        return (*wanted, Timer.ACK) if Timer.PRECOPY in wanted and Timer.ACK not in wanted else wanted
+
+    return [(source_session, "due_timers", due)]
+
+
+def precopy_bound_is_lost() -> list[Patch]:
+    """It rang while the guest was stopped on purpose, and nothing started it again."""
+
+    def due(state: SourceState) -> tuple[Timer, ...]:
+        return tuple(timer for timer in DUE_AT_SOURCE(state) if timer is not Timer.PRECOPY or not state.released)
+
+    return [(source_session, "due_timers", due)]
+
+
+def switchover_from_check() -> list[Patch]:
+    def due(state: SourceState) -> tuple[Timer, ...]:
+        stands = state.stage is SourceStage.LAST_PASS
+        return tuple(timer for timer in DUE_AT_SOURCE(state) if timer is not Timer.SWITCHOVER or stands)
+
+    return [(source_session, "due_timers", due)]
+
+
+def waits_unclaimed() -> list[Patch]:
+    return [(destination_session, "due_timers", lambda state: ())]
+
+
+DUE_AT_SOURCE = source_session.due_timers
+
 _REQUEST = Bounds(requests=1, cancels=0, faults=0)
 _CANCEL = Bounds(requests=0, cancels=1, faults=0)
 _STOP = Bounds(requests=0, cancels=0, faults=0, wishes=1)
 _INSIDE = Bounds(requests=0, cancels=0, faults=0, devices=False, inside=True)
+_TIME = Bounds(requests=0, cancels=0, faults=0, time=True)
 _OFF = Bounds(requests=0, cancels=0, faults=1, off=True)
 
 MUTANTS = (
@@ -253,4 +292,9 @@ MUTANTS = (
     Mutant("unknown_is_gone", "H10", unknown_is_gone),
     Mutant("missing_is_gone", "H9", missing_is_gone),
     Mutant("wait_for_what_ended", "GUEST_ENDED", wait_for_what_ended, _OFF, dead_ends=True),
+    Mutant("any_ring", "time", any_ring),
+    Mutant("ack_timer_runs_on", "time", ack_timer_runs_on, _REQUEST),
+    Mutant("precopy_bound_is_lost", "time", precopy_bound_is_lost, _TIME),
+    Mutant("switchover_from_check", "time", switchover_from_check, _TIME),
+    Mutant("waits_unclaimed", "time", waits_unclaimed, _TIME),
 )

@@ -23,6 +23,7 @@ QUICK = (
     Bounds(requests=1, cancels=0, faults=0, devices=False, inside=True),
     Bounds(requests=0, cancels=0, faults=0, wishes=2, devices=False, inside=True),
     Bounds(requests=0, cancels=0, faults=1, off=True),
+    Bounds(requests=0, cancels=0, faults=0, time=True),
 )
 WIDE = (
     Bounds(requests=2, cancels=0, faults=0),
@@ -38,6 +39,8 @@ WIDE = (
     Bounds(requests=1, cancels=0, faults=1, off=True),
     Bounds(requests=0, cancels=0, faults=1, wishes=1, off=True),
     Bounds(requests=1, cancels=0, faults=1, off=True, devices=False, inside=True),
+    Bounds(requests=1, cancels=0, faults=0, time=True),
+    Bounds(requests=0, cancels=0, faults=1, time=True),
 )
 
 

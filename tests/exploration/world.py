@@ -18,13 +18,29 @@ from typing import Any, NamedTuple
 from agents.guest import duty as keeping
 from agents.handover import words
 from agents.handover.destination import (
+    DestinationStage,
     DestinationState,
     destination_step,
+    prepared_destination,
     restarted_destination,
 )
 from agents.handover.source import SourceStage, SourceState, restarted_source, source_step
 from agents.handover.table import InvalidTransition
-from agents.handover.words import Command, Commit, Do, Event, Note, Seen, StartTimer, WriteAbort, WriteRequests
+from agents.handover.timers import Timers
+from agents.handover.words import (
+    CancelTimer,
+    Command,
+    Commit,
+    Do,
+    Event,
+    Note,
+    Rang,
+    Seen,
+    StartTimer,
+    Timer,
+    WriteAbort,
+    WriteRequests,
+)
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -60,6 +76,9 @@ class Bounds:
     """Devices inside the VMM: the engine has a verdict of its own, and can reset them."""
     off: bool = False
     """The guest may power itself off while it runs at the source."""
+    time: bool = False
+    """Pre-copy and a missing ACK reach their bounds, and a prepared destination waits in vain. The bounds of a guest
+    that stands still may always be reached."""
 
 
 class World(NamedTuple):
@@ -116,6 +135,10 @@ def start(bounds: Bounds) -> World:
     )  # fmt: skip
 
 
+BEFORE_SUBMIT = frozenset(
+    {SourceStage.PRECOPY, SourceStage.GATE_WAIT, SourceStage.FREEZING, SourceStage.LAST_PASS},
+)
+
 Move = tuple[str, bool, World]
 steps: dict[tuple[object, ...], tuple[object, object, tuple[Command, ...]]] = {}
 """What a machine answered, by the identity of its state (held here, so that no other state gets it) and the event."""
@@ -135,11 +158,22 @@ class Strictness:
     on = True
 
 
-def _stepped(step: Callable[[Any, Event], Any], state: object, event: Event) -> tuple[object, tuple[Command, ...]]:
+def _stepped(step: Callable[[Any, Event], Any], state: Any, event: Event) -> tuple[object, tuple[Command, ...]]:
     try:
-        return step(state, event)
+        after, commands = step(state, event)
     except InvalidTransition as error:
         return (error if Strictness.on else state), ()
+    timers = _numbered(after.timers)
+    return (after if timers == after.timers else replace(after, timers=timers)), commands
+
+
+def _numbered(timers: Timers) -> Timers:
+    """Starts are numbered by their timer here, so that two ways to one state are one. 0 stands for an older start."""
+    return Timers(tuple(sorted((timer, NUMBERS[timer]) for timer, _ in timers.running)))
+
+
+NO_TIMERS = Timers()
+NUMBERS = {timer: number for number, timer in enumerate(Timer, 1)}
 
 
 INERT = frozenset({Do.HOLD, Do.RELEASE, Do.WRITE_ACKS, Do.ANNOUNCE, Do.START_PRECOPY})
@@ -149,7 +183,8 @@ MESSAGES = {Do.GO: "go", Do.SEND_LOADED: "loaded", Do.SEND_FAILED: "failed", Do.
 
 
 def waiting(commands: tuple[Command, ...]) -> tuple[Command, ...]:
-    return tuple(c for c in commands if not isinstance(c, (Note, StartTimer)) and c not in INERT and c not in MESSAGES)
+    aside = (Note, StartTimer, CancelTimer)
+    return tuple(c for c in commands if not isinstance(c, aside) and c not in INERT and c not in MESSAGES)
 
 
 def sent(world: World, commands: tuple[Command, ...]) -> World:
@@ -478,7 +513,7 @@ def _destination_effect(world: World, command: Do) -> Iterator[Move]:
         yield "", True, feed(world._replace(copy=DEAD), Seen.DISCARDED)
     elif command is Do.READ:
         yield "", True, feed(world, words.RecordRead(read_record(world), world.req))
-    elif command in (Do.RETRY_LATER, Do.GIVE_SOURCE_TIME):
+    elif command is Do.RETRY_LATER:
         yield "", True, feed(world, Seen.RETRY_DUE)
     else:
         yield "", True, world
@@ -566,7 +601,8 @@ def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
         return
     k = record.attempt
     if world.destination_up and world.destination is None and world.prepared < k and world.power in (0, 3):
-        state = DestinationState(ref(k), D1, f"i{k}", has_devices=bounds.devices)
+        state, _ = prepared_destination(ref(k), D1, f"i{k}", has_devices=bounds.devices)
+        state = replace(state, claimed=not bounds.time, timers=_numbered(state.timers) if bounds.time else NO_TIMERS)
         yield "D prepares", True, world._replace(destination=state, copy=WAIT, copy_inc=k, prepared=k, marker=False)
     ready = world.prepared == k and world.copy == WAIT and world.copy_inc == k
     alive = world.source_up and world.vmm in (RUN, STOPPED) and not world.engine and not world.off
@@ -645,13 +681,22 @@ def wish_moves(world: World) -> Iterator[Move]:
             yield "operator wishes", False, wished._replace(vmm=vmm, wished_stop=not want)
     if world.wishes and state is not None and state.stage is SourceStage.PRECOPY and world.vmm == RUN:
         suspending = world._replace(source=replace(state, suspend_on_timeout=True), wishes=world.wishes - 1)
-        yield "policy suspends", False, feed_source(suspending, Seen.TIMER_PRECOPY)
-    if state is not None and state.stage is SourceStage.PRECOPY and state.suspended and world.wished_stop:
-        yield "suspended in vain", True, feed_source(world, Seen.TIMER_PRECOPY)
-    if state is not None and state.stage is SourceStage.GATE_WAIT:
-        yield "gate wait is over", True, feed_source(world, Seen.TIMER_GATE_WAIT)
-    if state is not None and state.stage is SourceStage.LAST_PASS:
-        yield "switchover timeout", True, feed_source(world, Seen.TIMER_SWITCHOVER)
+        number = state.timers.number(Timer.PRECOPY)
+        if number is not None:
+            yield "policy suspends", False, feed_source(suspending, Rang(Timer.PRECOPY, number))
+
+
+def time_moves(world: World, bounds: Bounds) -> Iterator[Move]:
+    """A timer that runs may ring at any time; one that was cancelled rings as well, if its ring was on its way."""
+    source, destination = world.source, world.destination
+    for timer, number in source.timers.running if source is not None else ():
+        if bounds.time or timer not in (Timer.PRECOPY, Timer.ACK):
+            yield f"S {timer} is over", True, feed_source(world, Rang(timer, number))
+    for timer, number in destination.timers.running if destination is not None else ():
+        yield f"D {timer} is over", True, feed_destination(world, Rang(timer, number))
+    for timer in Timer:
+        late = feed_destination(feed_source(world, Rang(timer, 0)), Rang(timer, 0))
+        yield f"{timer} rings late", False, late if late is world else late._replace(flaw="A STALE TIMER ACTED")
 
 
 def fault_moves(world: World, bounds: Bounds) -> Iterator[Move]:
@@ -823,6 +868,7 @@ def successors(world: World, bounds: Bounds) -> Iterator[Move]:
     yield from coordinator_moves(world, bounds)
     yield from message_moves(world)
     yield from wish_moves(world)
+    yield from time_moves(world, bounds)
     yield from fault_moves(world, bounds)
     yield from recovery_moves(world)
 
@@ -843,6 +889,26 @@ def flaw(world: World) -> str:
     lost = world.vmm == DEAD and not world.crashed_vmm and world.power == 0 and not runs_there
     if lost and world.record.phase is not Ownership.CRASHED and world.copy != LOADED:
         return "LOST"
+    return _unbounded(world)
+
+
+def _unbounded(world: World) -> str:
+    """A wait that nothing ends, or an end to a wait that is over."""
+    source, destination = world.source, world.destination
+    if source is not None and source.stage in BEFORE_SUBMIT:
+        runs = source.timers.number
+        waits = bool(source.acks.pending) and not source.paused and not source.suspend_on_timeout
+        if world.vmm in (PARKED, DEVICE) and runs(Timer.SWITCHOVER) is None:
+            return "A GUEST STANDS WITHOUT A BOUND"
+        bounded = runs(Timer.PRECOPY) is not None or runs(Timer.SUSPENDED) is not None
+        if source.stage is SourceStage.PRECOPY and world.vmm == RUN and not source.paused and not bounded:
+            return "PRE-COPY WITHOUT A BOUND"
+        if source.stage is SourceStage.PRECOPY and (runs(Timer.ACK) is not None) is not waits:
+            return "AN ACK IS WAITED FOR WITHOUT A BOUND" if waits else "A BOUND FOR AN ACK THAT NOBODY WAITS FOR"
+    if destination is not None and destination.stage is DestinationStage.WAITING and not world.record.inc:
+        asks = Do.READ in world.todo_destination or Do.RETRY_LATER in world.todo_destination
+        if not asks and not destination.claimed and destination.timers.number(Timer.UNCLAIMED) is None:
+            return "A DESTINATION WAITS WITHOUT A BOUND"
     return ""
 
 

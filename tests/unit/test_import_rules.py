@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PURE_PACKAGES = ("orchestrator.core",)
 PURE_MODULES = (
     "agents.handover.table",
+    "agents.handover.timers",
     "agents.handover.words",
     "agents.handover.source",
     "agents.handover.destination",

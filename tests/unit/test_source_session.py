@@ -7,6 +7,7 @@ from dataclasses import replace
 from agents.handover.source import SourceStage, SourceState, source_step
 from agents.handover.words import (
     Acked,
+    CancelTimer,
     Command,
     Commit,
     DevicesLost,
@@ -15,6 +16,7 @@ from agents.handover.words import (
     LoadedReport,
     Note,
     Quiesced,
+    Rang,
     RecordRead,
     Requested,
     RequestsSeen,
@@ -28,6 +30,18 @@ from agents.handover.words import (
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
+
+
+def rings(state: SourceState, timer: Timer) -> Rang:
+    """The ring of the timer as it runs."""
+    number = state.timers.number(timer)
+    assert number is not None, f"{timer} does not run"
+    return Rang(timer, number)
+
+
+def started(commands: list[Command]) -> list[Timer]:
+    return [command.timer for command in commands if isinstance(command, StartTimer)]
+
 
 FIRST, SECOND = AckRequest("a", 1), AckRequest("b", 1)
 
@@ -118,9 +132,8 @@ def test_the_engines_verdict_is_the_cause_of_what_was_heard_before_it() -> None:
     for symptom in (Seen.DEST_FAILED, Seen.ENGINE_FAILED):
         _, commands = after(inside(Seen.PARKED), symptom, Seen.SHIMS_BACK, FoundLate(("nic",)), Seen.ENGINE_OVER)
         assert aborts(commands) == [WriteAbort(AbortReason.LATE_SWITCHOVER_ACK, ("nic",))]
-    _, commands = after(
-        inside(Seen.PARKED), Seen.TIMER_SWITCHOVER, Seen.SHIMS_BACK, FoundLate(("nic",)), Seen.ENGINE_OVER
-    )
+    parked = inside(Seen.PARKED)
+    _, commands = after(parked, rings(parked, Timer.SWITCHOVER), Seen.SHIMS_BACK, FoundLate(("nic",)), Seen.ENGINE_OVER)
     assert aborts(commands) == [WriteAbort(AbortReason.SWITCHOVER_TIMEOUT)]
 
 
@@ -144,7 +157,7 @@ def test_a_lost_device_is_told_though_its_guest_has_shut_down() -> None:
 def test_a_guest_that_has_shut_down_needs_no_operator() -> None:
     state = replace(begun(), stage=SourceStage.RESUMING, reason=AbortReason.SOURCE_RESTARTED, restarted=True)
     state, commands = source_step(state, Seen.GUEST_ENDED)
-    assert commands == (WriteAbort(AbortReason.GUEST_ENDED),)
+    assert commands[-1] == WriteAbort(AbortReason.GUEST_ENDED)
 
 
 def test_a_wish_to_run_ends_the_attempt_before_it_is_fulfilled() -> None:
@@ -167,10 +180,67 @@ def test_without_devices_inside_the_guest_runs_on_within_its_attempt() -> None:
 
 
 def test_a_guest_that_policy_stopped_in_vain_runs_again() -> None:
-    suspending = replace(begun(), suspend_on_timeout=True)
-    state, commands = after(suspending, Seen.ACTIVE, Seen.TIMER_PRECOPY)
-    assert commands[-2:] == [StartTimer(Timer.PRECOPY), Do.PAUSE]
-    state, _ = after(state, Seen.PAUSED, Seen.TIMER_PRECOPY)
+    suspending, _ = after(replace(begun(), suspend_on_timeout=True), Seen.ACTIVE)
+    state, commands = after(suspending, rings(suspending, Timer.PRECOPY))
+    assert started(commands) == [Timer.SUSPENDED]
+    assert commands[-1] is Do.PAUSE
+    state, _ = after(state, Seen.PAUSED)
+    state, _ = after(state, rings(state, Timer.SUSPENDED))
     assert state.reason is AbortReason.NOT_CONVERGING
     _, commands = after(state, Seen.SHIMS_BACK, Seen.ENGINE_OVER)
     assert commands[-1] is Do.RESUME
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_each_closing_of_the_gate_has_its_own_full_time() -> None:
+    """The timer of the first closing ran on and ended the second after a moment, however young that was."""
+    first, again = AckRequest("a", 1), AckRequest("a", 2)
+    state, commands = after(begun(), Requested(first), Seen.ACTIVE)
+    assert started(commands) == [Timer.ACK]
+    old = rings(state, Timer.ACK)
+    state, commands = after(state, RequestsWritten((first,), (first,), 1), Acked(first))
+    assert state.released
+    assert CancelTimer(Timer.ACK, old.number) in commands
+    state, commands = after(state, Requested(again))
+    assert started(commands) == [Timer.ACK]
+    dropped, commands = after(state, old)
+    assert (dropped, commands) == (state, [])
+    state, _ = after(state, rings(state, Timer.ACK))
+    assert (state.reason, state.devices) == (AbortReason.ACK_TIMEOUT, ("a",))
+
+
+def test_one_missing_ack_is_not_given_more_time_by_another() -> None:
+    state, _ = after(begun(), Requested(FIRST), Seen.ACTIVE)
+    state, commands = after(state, Requested(SECOND), Acked(FIRST))
+    assert not [command for command in commands if isinstance(command, StartTimer | CancelTimer)]
+
+
+def test_the_bound_of_pre_copy_holds_again_after_a_pause() -> None:
+    """It rang while the guest was paused, was dropped, and nothing bounded the attempt any more."""
+    state, _ = after(begun(), Seen.ACTIVE)
+    old = rings(state, Timer.PRECOPY)
+    state, commands = after(state, WantRunSeen(False), Seen.PAUSED)
+    assert CancelTimer(Timer.PRECOPY, old.number) in commands
+    state, commands = after(state, old, WantRunSeen(True), Seen.RESUMED)
+    assert started(commands) == [Timer.PRECOPY]
+    state, _ = after(state, rings(state, Timer.PRECOPY))
+    assert state.reason is AbortReason.NOT_CONVERGING
+
+
+def test_the_switchover_timeout_counts_from_the_freeze() -> None:
+    """From the check on, a device that took its time over its stop was not bounded by it."""
+    state, commands = after(begun(), Seen.ACTIVE, Seen.PARKED)
+    assert state.stage is SourceStage.FREEZING
+    assert Timer.SWITCHOVER in started(commands)
+    ring = rings(state, Timer.SWITCHOVER)
+    checked, commands = after(state, Quiesced(()))
+    assert started(commands) == []
+    for standing in (state, checked):
+        aborted, commands = after(standing, ring)
+        assert aborted.reason is AbortReason.SWITCHOVER_TIMEOUT
+        assert commands[-1] is Do.ROLL_BACK_SHIMS
+    submitted, commands = after(checked, Seen.COMPLETED, Seen.SHIMS_SENT, LoadedReport("i", True))
+    assert CancelTimer(Timer.SWITCHOVER, ring.number) in commands
+    assert after(submitted, ring) == (submitted, []), "no timer ends what is submitted (H5)"
