@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 import structlog
 
 from orchestrator.coordinator.driver import STORE_RETRY_S, epoch_write
+from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.core import evacuation
+from orchestrator.core.death import why_left
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.handover import GuestRecord
 from orchestrator.core.placement import need_of
 from orchestrator.core.policy import override
 from orchestrator.core.records import (
@@ -19,8 +22,11 @@ from orchestrator.core.records import (
     EvacuationGuest,
     EvacuationSpec,
     EvacuationState,
+    HostRecord,
+    MigrationPhase,
     MigrationSpec,
     MigrationState,
+    host_ref,
 )
 from orchestrator.ledger import paths
 from orchestrator.ledger.evacuations import Job, Rows, read_job, transactions, trimmed, written
@@ -69,6 +75,7 @@ class EvacuationRunner:
         inventory: Inventory,
         epoch: int,
         nudged: asyncio.Event,
+        agents: AgentDirectory,
         wall_s: Callable[[], float] = time.time,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -76,6 +83,7 @@ class EvacuationRunner:
         self._inventory = inventory
         self._epoch = epoch
         self._nudged = nudged
+        self._agents = agents
         self._wall_s = wall_s
         self._rows: dict[str, tuple[Rows, ...]] = {}
         """Of the jobs under way."""
@@ -155,7 +163,7 @@ class EvacuationRunner:
             for guest in snapshot.guests.values()
             if evacuation.concerns(guest.record, spec.host)
         ]
-        return evacuation.Facts(
+        facts = evacuation.Facts(
             cordoned=entry is not None and entry.input.cordon.on,
             guests=guests,
             migrations=migrations,
@@ -163,7 +171,37 @@ class EvacuationRunner:
             reserved=entry is not None and bool(entry.input.reservations.memory_mib),
             hosts=snapshot.views(),
             cordon_version=entry.cordon_version if entry is not None else -1,
+            dead=entry is not None and entry.input.certified_dead,
         )
+        if facts.dead:
+            return replace(facts, crashed=await self._crashed(state, spec.host))
+        if entry is None or not evacuation.records_say_empty(spec.host, facts):
+            return facts
+        return replace(facts, empty=await self._is_empty(entry.input.record))
+
+    async def _is_empty(self, host: HostRecord) -> bool | None:
+        """The agent's own word about this power cycle."""
+        try:
+            status = await self._agents.at(host.control_address).get_agent()
+        except DroverError as error:
+            log.info("an emptied host does not say whether a copy is left", host=host.name, why=error.message)
+            return None
+        if status.host != host_ref(host) or not status.complete:
+            return None
+        return not status.copies
+
+    async def _crashed(self, state: EvacuationState, host: str) -> dict[str, bool]:
+        """Guests of the job that died with its host, each with whether it is started elsewhere."""
+        found: dict[str, bool] = {}
+        for guest in state.guests:
+            if guest.phase is MigrationPhase.SUCCEEDED:
+                continue
+            node = await self._store.read(paths.guest(guest.guest))
+            record = decode(GuestRecord, node.data, path=paths.guest(guest.guest)) if node and node.data else None
+            spec = await self._inventory.spec(guest.guest)
+            if record is not None and spec is not None and record.host_died and record.owner.host == host:
+                found[guest.guest] = not why_left(spec)
+        return found
 
     async def _migration(self, guest: EvacuationGuest) -> tuple[str, MigrationState | None]:
         """One that is over does not change any more: what the job wrote down of it is all that the job needs."""
@@ -256,7 +294,7 @@ class EvacuationRunner:
             on = cordon is not None and bool(cordon.data) and decode(Cordon, cordon.data, path=paths.cordon(host)).on
             facts[host] = await self._facts(job.spec, EvacuationState()) if on else None
         seen = facts[host]
-        safe = seen is not None and evacuation.safe_to_power_off(host, seen)
+        safe = seen is not None and evacuation.safe_to_power_off(host, seen, was_safe=evacuation.was_safe(head, seen))
         if seen is None or (safe, seen.cordon_version if safe else -1) == (head.safe_to_power_off, head.safe_at):
             return  # what it said before an uncordon holds no more, without a word
         new = replace(head, safe_to_power_off=safe)

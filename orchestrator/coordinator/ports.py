@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from orchestrator.core.agent import AttemptSeen, ConductOrder, GuestStatus
+from orchestrator.core.agent import AgentStatus, AttemptSeen, ConductOrder, GuestStatus
 from orchestrator.core.ids import AttemptRef
 from orchestrator.core.migration import Prepared
 
@@ -26,6 +26,10 @@ class AgentPort(Protocol):
     async def conduct_attempt(self, order: ConductOrder) -> None: ...
 
     async def get_attempt(self, migration: str, attempt: int) -> AttemptSeen: ...
+
+    async def get_agent(self) -> AgentStatus:
+        """Everything the agent has now."""
+        ...
 
     async def start_guest(self, guest: str) -> GuestStatus:
         """Execute a guest whose record is STARTING there. Once the agent refuses, the record is GONE."""

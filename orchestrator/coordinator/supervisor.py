@@ -248,7 +248,7 @@ class Supervisor:
             self._store.watch_children(paths.EVACUATIONS, lambda _names: woken.set()),
         ]
         shards: set[str] = set()
-        runner = EvacuationRunner(self._store, Inventory(self._store), epoch, self._nudged)
+        runner = EvacuationRunner(self._store, Inventory(self._store), epoch, self._nudged, self._agents)
         spawn(self._guard_power(runner))
         spawn(self._places.tend(epoch))
         spawn(DeathRunner(self._store, self._agents, Inventory(self._store), epoch, self._fencers).run())

@@ -93,8 +93,6 @@ class RefusalReason(StrEnum):
     """The fencer did not confirm that the power is off."""
     HOST_ALIVE = "HOST_ALIVE"
     """The session of the host's agent lives: it cannot be declared dead or removed."""
-    HOST_DECLARED_DEAD = "HOST_DECLARED_DEAD"
-    """This power cycle of the host is certified to be over: it takes nothing on before it has booted again."""
     HOST_NOT_EMPTY = "HOST_NOT_EMPTY"
     CONFIRMATION_STALE = "CONFIRMATION_STALE"
     """What was confirmed is no longer so, or the confirmation is too old: look again."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from orchestrator.core.errors import FailureReason
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -79,6 +79,13 @@ class Facts:
     """How long the host's agent has been silent; 0: it is not."""
     stalled_ms: float = 0.0
     """How long nothing has changed in the job."""
+    empty: bool | None = None
+    """Whether the host's agent says that no copy of any guest is left there in this power cycle, no VMM and no process
+    of a device. None: it has not said, or did not know yet; silence is no yes."""
+    dead: bool = False
+    """This power cycle of the host is certified to be over."""
+    crashed: Mapping[str, bool] = field(default_factory=dict[str, bool])
+    """Of a dead host: uuids of the guests that died with it, each with whether it is started elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +137,30 @@ def concerns(record: GuestRecord, host: str) -> bool:
     return record.owner.host == host or coming or leaving
 
 
-def safe_to_power_off(host: str, facts: Facts) -> bool:
-    """Cordoned, and no guest, copy of a guest or promise of memory is there. A crashed guest has nothing to lose."""
+def records_say_empty(host: str, facts: Facts) -> bool:
+    """Cordoned, and no guest or promise of memory is there. A crashed guest has nothing to lose."""
     return facts.cordoned and not facts.reserved and not any(concerns(guest.record, host) for guest in facts.guests)
+
+
+def safe_to_power_off(host: str, facts: Facts, *, was_safe: bool = False) -> bool:
+    """The records know of nothing there, and the host itself has said so too, or is dead.
+
+    `was_safe`: it was true while the cordon had the version that it has now. Nothing can have come since, so an agent
+    that falls silent afterwards, because the power was cut as it was told, takes nothing back.
+    """
+    if not records_say_empty(host, facts):
+        return False
+    return facts.dead or (was_safe if facts.empty is None else facts.empty)
+
+
+def was_safe(state: EvacuationState, facts: Facts) -> bool:
+    return state.safe_to_power_off and state.safe_at == facts.cordon_version
 
 
 def step(spec: EvacuationSpec, state: EvacuationState, facts: Facts) -> Step:
     """What the job's state becomes, and what to do. Calling it again with the same facts changes nothing."""
-    state = replace(state, safe_to_power_off=safe_to_power_off(spec.host, facts))
+    safe = safe_to_power_off(spec.host, facts, was_safe=was_safe(state, facts))
+    state = replace(state, safe_to_power_off=safe)
     if state.phase.terminal:
         return Step(state)
     guests = _refresh(spec, state, facts)
@@ -293,7 +316,7 @@ def _finish(spec: EvacuationSpec, state: EvacuationState, facts: Facts) -> Step:
         return Step(state, tuple(map(CancelMigration, known)) if over else ())
     staying = {guest.uuid: guest for guest in facts.guests if concerns(guest.record, spec.host)}
     if not staying and not any(map(_active, state.guests)):
-        return Step(replace(state, phase=EvacuationPhase.SUCCEEDED, failure=None, message=f"{spec.host} is empty"))
+        return Step(_died(spec, state, facts) if facts.crashed else _emptied(spec, state, facts, over=over))
     if not over and _may_still_empty(state, staying, facts):
         return Step(state)
     return Step(_left_behind(spec, state, staying, facts, over=over))
@@ -348,3 +371,27 @@ def _why(guest: EvacuationGuest, record: GuestRecord) -> str:
     if record.phase is Ownership.COMMITTED:
         return f"committed to {record.owner.host}, which has not finished"
     return guest.failure or "not started"
+
+
+def _emptied(spec: EvacuationSpec, state: EvacuationState, facts: Facts, *, over: bool) -> EvacuationState:
+    """No record names the host any more. The job waits for the host's own word that no copy is left, but not for ever,
+    and not when nobody is there to give it."""
+    left = "copies of them are still being ended" if facts.empty is False else "nobody has said that no copy is left"
+    if state.safe_to_power_off or not facts.cordoned:
+        return replace(state, phase=EvacuationPhase.SUCCEEDED, failure=None, message=f"{spec.host} is empty")
+    speaks = facts.empty is False or facts.source_live
+    if speaks and not over and facts.stalled_ms < STALLED_MS:
+        return replace(state, message=f"every guest has left; {left}")
+    said = f"every guest has left {spec.host}, but {left}"
+    return replace(state, phase=EvacuationPhase.SUCCEEDED, failure=None, message=said)
+
+
+def _died(spec: EvacuationSpec, state: EvacuationState, facts: Facts) -> EvacuationState:
+    """The host died before its guests had left it."""
+    died = [guest for guest in state.guests if guest.guest in facts.crashed]
+    lost = handful(guest.name for guest in died if not facts.crashed[guest.guest])
+    again = handful(guest.name for guest in died if facts.crashed[guest.guest])
+    said = [f"{len(state.guests) - len(died)} of {len(state.guests)} guests had left {spec.host} when it died"]
+    said += [f"crashed with it: {lost}"] if lost else []
+    said += [f"to start elsewhere: {again}"] if again else []
+    return replace(state, phase=EvacuationPhase.FAILED, failure=FailureReason.HOST_DIED, message="; ".join(said))

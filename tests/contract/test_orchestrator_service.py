@@ -115,7 +115,8 @@ class Real(Subject):
         self.world.put(paths.attempts(migration), Attempts((report,)))
 
     async def empty(self, evacuation: str) -> None:
-        runner = EvacuationRunner(self.world.store, Inventory(self.world.store), 0, asyncio.Event())
+        store, agents = self.world.store, self.cluster.server.tools.agents
+        runner = EvacuationRunner(store, Inventory(store), 0, asyncio.Event(), agents)
         async with asyncio.timeout(10):
             while not await runner.turn(evacuation):
                 names = [guest.migration for guest in self.world.job(evacuation).guests if guest.migration]

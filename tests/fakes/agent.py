@@ -98,7 +98,9 @@ class FakeAgent(AgentServiceServicer):
     async def GetAgent(self, request: pb.GetAgentRequest, context: Any) -> pb.GetAgentResponse:
         await self._called("GetAgent", "")
         return wire.agent_status_to_proto(
-            AgentStatus(HostRef(self.host, f"boot-{self.host}"), 0, self.sample.guests, self.sample.attempts)
+            AgentStatus(
+                HostRef(self.host, f"boot-{self.host}"), 0, self.sample.guests, self.sample.attempts, complete=True
+            )
         )
 
     async def StartGuest(self, request: pb.StartGuestRequest, context: Any) -> pb.StartGuestResponse:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.coordinator.ports import AttemptSeen, ConductOrder
 from orchestrator.core import handover
-from orchestrator.core.agent import GuestStatus, RunState
+from orchestrator.core.agent import AgentStatus, CopyStatus, GuestStatus, RunState
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
@@ -231,6 +231,14 @@ class FakeAgent:
 
     async def nudge(self, guest: str) -> None: ...
 
+    async def get_agent(self) -> AgentStatus:
+        self.world.asked.append(self.host)
+        if self.host in self.world.silent:
+            raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{self.host} does not answer")
+        copies = tuple(self.world.copies.get(self.host, ()))
+        here = HostRef(self.host, f"boot-{self.host}")
+        return AgentStatus(here, 0, copies=copies, complete=self.host not in self.world.unsure)
+
     async def start_guest(self, guest: str) -> GuestStatus:
         return await self.world.start(guest, self.host)
 
@@ -250,6 +258,11 @@ class World:
     broken: set[str] = field(default_factory=set)
     """Hosts on which no guest starts."""
     starts: list[tuple[str, str]] = field(default_factory=list)
+    copies: dict[str, list[CopyStatus]] = field(default_factory=dict)
+    """What agents still hold, by host."""
+    unsure: set[str] = field(default_factory=set)
+    """Agents that do not know yet what they hold."""
+    asked: list[str] = field(default_factory=list)
     conducting: dict[tuple[str, int], asyncio.Task[None]] = field(default_factory=dict)
     seen_epoch: int = -1
 

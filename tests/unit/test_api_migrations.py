@@ -552,9 +552,9 @@ async def test_cancels_at_any_instant_of_a_driven_migration_are_true(
 # --- evacuations ------------------------------------------------------------------------------------------------------
 
 
-async def evacuate(world: World, job: str) -> None:
+async def evacuate(api: ApiCluster, world: World, job: str) -> None:
     """The coordinator's work on a job and its migrations."""
-    runner = EvacuationRunner(world.store, Inventory(world.store), EPOCH, asyncio.Event())
+    runner = EvacuationRunner(world.store, Inventory(world.store), EPOCH, asyncio.Event(), api.server.tools.agents)
     worker = Worker(world.store, world)
     async with asyncio.timeout(15):
         while not await runner.turn(job):
@@ -572,7 +572,7 @@ async def test_an_evacuation_driven_to_its_end(api: ApiCluster, client: Orchestr
     ]
     host = await api.call(client.get_host, "h1")
     assert (host.cordoned, host.cordon_reason) == (True, f"evacuation {job}")
-    await evacuate(world, job)
+    await evacuate(api, world, job)
     done = await api.call(client.get_evacuation, job)
     assert (wire.word(done, "phase"), done.safe_to_power_off) == ("SUCCEEDED", True)
     assert sorted((each.guest, wire.word(each, "phase")) for each in done.guests) == [
@@ -618,7 +618,7 @@ async def test_a_repeated_request_is_the_same_evacuation(
     assert error.reason is R.REQUEST_ID_REUSED
     error = await api.refused(client.create_evacuation, "h1")
     assert (error.reason, error.details) == (R.ALREADY_EXISTS, {"evacuation": made[0].evacuation.name})
-    await evacuate(world, made[0].evacuation.name)
+    await evacuate(api, world, made[0].evacuation.name)
     assert (await api.call(client.create_evacuation, "h1", request_id="r1")).evacuation.safe_to_power_off
     assert (await api.call(client.create_evacuation, "h1")).evacuation.name != made[0].evacuation.name
 
@@ -662,12 +662,12 @@ async def test_cancel_of_an_evacuation(api: ApiCluster, client: OrchestratorClie
     world.store.fail_next = [True]
     assert (await api.call(client.cancel_evacuation, job)).cancel_requested
     assert (await api.call(client.cancel_evacuation, job)).cancel_requested
-    await evacuate(world, job)
+    await evacuate(api, world, job)
     ended = await api.call(client.cancel_evacuation, job)
     assert (wire.word(ended, "phase"), ended.safe_to_power_off) == ("CANCELLED", False)
     assert world.record(ended.guests[0].guest_uuid).owner.host == "h1"
     second = (await api.call(client.create_evacuation, "h1")).evacuation.name
-    await evacuate(world, second)
+    await evacuate(api, world, second)
     error = await api.refused(client.cancel_evacuation, second)
     assert (error.reason, error.details) == (R.ALREADY_ENDED, {"phase": EvacuationPhase.SUCCEEDED})
 
@@ -676,7 +676,7 @@ async def test_an_evacuation_shows_its_guests_progress(
     api: ApiCluster, client: OrchestratorClient, world: World, web: str
 ) -> None:
     job = (await api.call(client.create_evacuation, "h1")).evacuation.name
-    runner = EvacuationRunner(world.store, Inventory(world.store), EPOCH, asyncio.Event())
+    runner = EvacuationRunner(world.store, Inventory(world.store), EPOCH, asyncio.Event(), api.server.tools.agents)
     await runner.turn(job)
     name = world.job(job).guests[0].migration
     at(world, web, name, "bound")

@@ -15,11 +15,21 @@ from orchestrator.coordinator.supervisor import Limits, Supervisor, TokenBucket,
 from orchestrator.coordinator.worker import Worker
 from orchestrator.core import evacuation, handover
 from orchestrator.core import migration as machine
+from orchestrator.core.agent import CopyStatus
 from orchestrator.core.errors import AbortReason, DroverError, FailureReason, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import Cordon, EvacuationPhase, GuestSpec, HostRecord, MigrationPhase, WaitingFor
+from orchestrator.core.records import (
+    Cordon,
+    EvacuationPhase,
+    GuestSpec,
+    HostDeath,
+    HostRecord,
+    MigrationPhase,
+    OnHostDeath,
+    WaitingFor,
+)
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Done, SetData, Versioned
@@ -597,3 +607,44 @@ async def test_token_bucket_holds_its_rate() -> None:
     begin = loop.time()
     await asyncio.gather(*(bucket.take() for _ in range(22)))
     assert 0.09 <= loop.time() - begin < 1.0
+
+
+async def test_power_is_not_safe_while_a_copy_is_left_and_the_agent_says_so(world: World) -> None:
+    """The records say that the guest has left; its stopped copy still holds memory and disks."""
+    world.store.tree.nodes.pop(paths.migration("m1"))
+    world.copies["h1"] = [CopyStatus("g1", "n-g1", "inc", 64, 4711)]
+    world.evacuation("e1", "h1")
+    async with leading(world):
+        await until(lambda: world.record("g1").owner.host != "h1" and "copies" in world.job("e1").message)
+        assert not world.job("e1").phase.terminal
+        assert not world.job("e1").safe_to_power_off
+        world.copies["h1"] = []
+        world.unsure.add("h1")
+        await until(lambda: "nobody has said" in world.job("e1").message)
+        assert not world.job("e1").safe_to_power_off
+        world.unsure.clear()
+        await until(lambda: world.job("e1").phase is EvacuationPhase.SUCCEEDED)
+    assert world.job("e1").safe_to_power_off
+
+
+async def test_an_evacuation_of_a_host_that_dies_says_who_was_lost(world: World) -> None:
+    world.store.tree.nodes.pop(paths.migration("m1"))
+    world.hold = asyncio.Event()
+    for root in (paths.FENCE, paths.DEATHS, paths.FENCERS):
+        world.store.tree.nodes[root] = Versioned(b"", 0, 0)
+    world.guest("g2", "h1")
+    path = paths.guest_spec("g2")
+    world.put(path, replace(decode(GuestSpec, world.store.tree.nodes[path].data), on_host_death=OnHostDeath.RESTART))
+    world.put(paths.name("n-g2"), "g2")
+    world.evacuation("e1", "h1")
+    async with leading(world):
+        await until(lambda: all(world.record(uuid).inc for uuid in ("g1", "g2")))
+        world.store.tree.nodes.pop(paths.live("h1"))
+        world.silent.add("h1")
+        world.put(paths.death("h1"), HostDeath("h1", "boot-h1", on_word=True, requested_by="ann"))
+        await until(lambda: world.job("e1").phase.terminal)
+    job = world.job("e1")
+    assert (job.phase, job.failure) == (EvacuationPhase.FAILED, FailureReason.HOST_DIED)
+    assert job.message == "0 of 2 guests had left h1 when it died; crashed with it: n-g1; to start elsewhere: n-g2"
+    assert job.safe_to_power_off, "a certificate says that nothing runs there"
+    assert world.reserved("h2") == {} == world.reserved("h3")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+
+import pytest
 
 from orchestrator.core.errors import FailureReason
 from orchestrator.core.evacuation import (
@@ -70,13 +73,13 @@ def test_stored_but_not_created_is_created_again_under_the_same_id() -> None:
 
 
 def test_empty_host_is_done_at_once_and_safe() -> None:
-    state = step(SPEC, EvacuationState(), Facts(True, [], {})).state
+    state = step(SPEC, EvacuationState(), Facts(True, [], {}, empty=True)).state
     assert (state.phase, state.safe_to_power_off) == (EvacuationPhase.SUCCEEDED, True)
 
 
 def test_all_left() -> None:
     state = begun(on_host("a"), on_host("b"))
-    state = step(SPEC, state, Facts(True, [], end(state, MigrationPhase.SUCCEEDED))).state
+    state = step(SPEC, state, Facts(True, [], end(state, MigrationPhase.SUCCEEDED), empty=True)).state
     assert state.phase is EvacuationPhase.SUCCEEDED
     assert state.safe_to_power_off
 
@@ -105,7 +108,7 @@ def test_a_guest_that_somebody_elses_migration_took_away_gets_none_of_the_jobs()
     state = begun(on_host("a"))
     waiting = step(SPEC, state, Facts(True, [on_host("a", phase=Ownership.OPEN)], {}))
     assert (waiting.commands, waiting.state.guests[0].tries) == ((), 1)
-    over = step(SPEC, waiting.state, Facts(True, [], {}))
+    over = step(SPEC, waiting.state, Facts(True, [], {}, empty=True))
     assert over.commands == ()
     assert over.state.phase is EvacuationPhase.SUCCEEDED
     assert (over.state.guests[0].migration, over.state.guests[0].tries) == ("", 0)
@@ -245,9 +248,64 @@ def test_cancel_waits_for_what_is_under_way() -> None:
 def test_power_is_safe_only_without_guests_copies_promises_and_with_the_cordon() -> None:
     copy = GuestOnHost("a", "a", 1, GuestRecord("a", Ownership.COMMITTED, H2, source=H1))
     coming = GuestOnHost("a", "a", 1, GuestRecord("a", Ownership.OPEN, H2, destination=H1))
-    assert safe_to_power_off("h1", Facts(True, [], {}))
-    assert safe_to_power_off("h1", Facts(True, [on_host("a", phase=Ownership.CRASHED)], {}))
-    assert not safe_to_power_off("h1", Facts(False, [], {}))
-    assert not safe_to_power_off("h1", Facts(True, [], {}, reserved=True))
+    said = Facts(True, [], {}, empty=True)
+    assert safe_to_power_off("h1", said)
+    assert safe_to_power_off("h1", replace(said, guests=[on_host("a", phase=Ownership.CRASHED)]))
+    assert not safe_to_power_off("h1", replace(said, cordoned=False))
+    assert not safe_to_power_off("h1", replace(said, reserved=True))
     for guest in (on_host("a"), copy, coming, on_host("a", phase=Ownership.STARTING)):
-        assert not safe_to_power_off("h1", Facts(True, [guest], {}))
+        assert not safe_to_power_off("h1", replace(said, guests=[guest]))
+
+
+@pytest.mark.parametrize(
+    ("facts", "was_safe", "safe"),
+    [
+        (Facts(True, [], {}), False, False),
+        (Facts(True, [], {}, empty=False), False, False),
+        (Facts(True, [], {}, empty=False), True, False),
+        (Facts(True, [], {}, source_live=False), False, False),
+        (Facts(True, [], {}, source_live=False), True, True),
+        (Facts(True, [], {}, dead=True), False, True),
+        (Facts(False, [], {}, dead=True), True, False),
+    ],
+    ids=["not said", "copies", "copies again", "silent", "silent since it was safe", "dead", "dead, not cordoned"],
+)
+def test_silence_is_no_yes(facts: Facts, was_safe: bool, safe: bool) -> None:
+    """Records that name the host no more prove nothing about the processes there."""
+    assert safe_to_power_off("h1", facts, was_safe=was_safe) is safe
+
+
+def test_a_job_ends_when_the_host_has_said_that_no_copy_is_left() -> None:
+    state = begun(on_host("a"))
+    left = Facts(True, [], end(state, MigrationPhase.SUCCEEDED))
+    for facts, said in ((left, "nobody has said"), (replace(left, empty=False), "still being ended")):
+        waits = step(SPEC, state, facts).state
+        assert (waits.phase, waits.safe_to_power_off) == (EvacuationPhase.RUNNING, False)
+        assert said in waits.message
+    done = step(SPEC, state, replace(left, empty=True)).state
+    assert (done.phase, done.safe_to_power_off, done.message) == (EvacuationPhase.SUCCEEDED, True, "h1 is empty")
+    silent = step(SPEC, state, replace(left, source_live=False)).state
+    assert (silent.phase, silent.safe_to_power_off) == (EvacuationPhase.SUCCEEDED, False)
+    assert silent.message == "every guest has left h1, but nobody has said that no copy is left"
+    for hanging in (replace(left, stalled_ms=math.inf), replace(left, empty=False, stalled_ms=math.inf)):
+        late = step(SPEC, state, hanging).state
+        assert (late.phase, late.safe_to_power_off) == (EvacuationPhase.SUCCEEDED, False), "no wait is without an end"
+
+
+def test_a_job_whose_host_died_says_who_was_lost_and_who_starts_again() -> None:
+    state = begun(on_host("a"), on_host("b"), on_host("c"))
+    ended = {
+        guest.migration: MigrationState(
+            MigrationPhase.SUCCEEDED if guest.name == "a" else MigrationPhase.FAILED,
+            failure=None if guest.name == "a" else FailureReason.GUEST_CRASHED,
+        )
+        for guest in state.guests
+        if guest.migration
+    }
+    state = replace(state, guests=tuple(replace(g, migration=g.migration or f"m-{g.name}") for g in state.guests))
+    failed = MigrationState(MigrationPhase.FAILED, failure=FailureReason.GUEST_CRASHED)
+    ended |= {guest.migration: failed for guest in state.guests if guest.migration not in ended}
+    result = step(SPEC, state, Facts(True, [], ended, dead=True, crashed={"b": True, "c": False})).state
+    assert (result.phase, result.failure) == (EvacuationPhase.FAILED, FailureReason.HOST_DIED)
+    assert result.message == "1 of 3 guests had left h1 when it died; crashed with it: c; to start elsewhere: b"
+    assert result.safe_to_power_off
