@@ -411,7 +411,7 @@ def test_a_fault_of_the_supervisor_leaves_the_guests_alone(directory: Path) -> N
         "async def broken(self):\n"
         "    while self._ready_after_s is None: await asyncio.sleep(0.05)\n"
         "    raise RuntimeError('a bug')\n"
-        "supervisor.Supervisor._tidy = broken\n"
+        "supervisor.LocalSupervisor._tidy = broken\n"
         "from deploy.lab.cluster.__main__ import main\n"
         "main(['--dir', sys.argv[1]])\n"
     )

@@ -17,14 +17,14 @@ from deploy.lab.demo.judge import (
     Attempt,
     GuestReport,
     OperatorPause,
-    Part,
-    PartError,
+    Role,
+    RoleError,
     Run,
     Sightings,
     broken_promises,
     guest_document,
-    part_of,
     report_on,
+    role_of,
 )
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from protos.drover.v1 import types_pb2
@@ -46,7 +46,7 @@ def beats(start_ms: float, first: int, count: int, **totals: int) -> list[str]:
     return [line(start_ms + 20 * i, first + i, rings=first + i, **totals) for i in range(count)]
 
 
-PART = Part("web", 64, ("vgpu",))
+ROLE = Role("web", 64, ("vgpu",))
 ANSWER = Answer(
     "m1", "SUCCEEDED", attempts=(COMMITTED,), owner=THERE, state_on_arrival="RUNNING", state_at_end="RUNNING"
 )
@@ -63,7 +63,7 @@ def arrival(start_ms: float = 1010, *, word: str = "V ok 00001000", **totals: in
 class Story:
     """A guest that beats 50 times at the source and 50 times at the destination, and checks itself in between."""
 
-    part: Part = PART
+    role: Role = ROLE
     answer: Answer = ANSWER
     seen: Sightings = SEEN
     source: list[str] = field(default_factory=lambda: beats(0, 1, 50))
@@ -75,16 +75,16 @@ class Story:
 
     def report(self) -> GuestReport:
         logs = [
-            parse_log(Vmm(HERE, self.part.name, "a1"), self.source),
-            parse_log(Vmm(THERE, self.part.name, "b2"), self.destination),
+            parse_log(Vmm(HERE, self.role.name, "a1"), self.source),
+            parse_log(Vmm(THERE, self.role.name, "b2"), self.destination),
             *self.others,
         ]
-        return report_on(self.part, HERE, self.answer, self.seen, logs, PERIOD)
+        return report_on(self.role, HERE, self.answer, self.seen, logs, PERIOD)
 
 
 def late() -> Story:
     """Two late ACKs, then the move; the aborts are seen at 300 and 600 ms."""
-    story = Story(part=Part("late", 64, ("vgpu",), late_acks=2))
+    story = Story(role=Role("late", 64, ("vgpu",), late_acks=2))
     attempts = (LATE, replace(LATE, number=2), replace(COMMITTED, number=3))
     return replace(story.answered(attempts=attempts), seen=Sightings((300 * MS, 600 * MS), consoles=(THERE,)))
 
@@ -94,7 +94,7 @@ def paused() -> Story:
     attempt = replace(COMMITTED, pending_when_stopped=("vgpu",))
     pause = OperatorPause(("vgpu",), 970 * MS, 985 * MS, 4000 * MS)
     return Story(
-        part=Part("paused", 64, ("vgpu",), stopped_by="operator"),
+        role=Role("paused", 64, ("vgpu",), stopped_by="operator"),
         answer=replace(ANSWER, attempts=(attempt,), state_on_arrival="PAUSED"),
         seen=Sightings(pause=pause, consoles=(THERE,)),
         destination=arrival(4010),
@@ -103,7 +103,7 @@ def paused() -> Story:
 
 def suspended() -> Story:
     attempt = replace(COMMITTED, pending_when_stopped=("vgpu",), suspended=True)
-    return replace(Story(), part=Part("busy", 96, ("vgpu",), stopped_by="policy")).answered(attempts=(attempt,))
+    return replace(Story(), role=Role("busy", 96, ("vgpu",), stopped_by="policy")).answered(attempts=(attempt,))
 
 
 CLEAN: dict[str, Callable[[], Story]] = {"plain": Story, "late": late, "paused": paused, "suspended": suspended}
@@ -316,9 +316,9 @@ def spec(**labels: str) -> GuestSpec:
 
 
 def test_labels_say_what_is_in_store():
-    assert part_of(spec(late_acks="3")) == Part("web", 64, ("vgpu",), late_acks=3)
-    assert part_of(spec(stopped_by="policy")) == Part("web", 64, ("vgpu",), stopped_by="policy")
-    assert part_of(replace(spec(tier="web"), devices=())) == Part("web", 64)
+    assert role_of(spec(late_acks="3")) == Role("web", 64, ("vgpu",), late_acks=3)
+    assert role_of(spec(stopped_by="policy")) == Role("web", 64, ("vgpu",), stopped_by="policy")
+    assert role_of(replace(spec(tier="web"), devices=())) == Role("web", 64)
 
 
 @pytest.mark.parametrize(
@@ -330,8 +330,8 @@ def test_labels_say_what_is_in_store():
     ],
 )
 def test_labels_that_make_no_sense_are_refused(wrong: GuestSpec, sentence: str):
-    with pytest.raises(PartError, match=sentence):
-        part_of(wrong)
+    with pytest.raises(RoleError, match=sentence):
+        role_of(wrong)
 
 
 # --- what was seen of a migration

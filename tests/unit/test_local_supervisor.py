@@ -14,7 +14,7 @@ from deploy.lab.cluster import config, logs, parts, processes, state, supervisor
 from deploy.lab.cluster.consoles import LineFile
 from deploy.lab.cluster.parts import PartSpec
 from deploy.lab.cluster.state import ClusterState, PartState
-from deploy.lab.cluster.supervisor import Supervisor
+from deploy.lab.cluster.supervisor import LocalSupervisor
 
 
 class Prepare:
@@ -32,7 +32,7 @@ class Prepare:
 
 
 @contextlib.asynccontextmanager
-async def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: Prepare) -> AsyncGenerator[Supervisor]:
+async def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: Prepare) -> AsyncGenerator[LocalSupervisor]:
     """A supervisor with one part, a sleeping process; that is gone afterwards."""
     monkeypatch.setenv("DROVER_NO_NETNS", "1")
     options = config.make(dir=tmp_path / "c", hosts=1)
@@ -54,7 +54,7 @@ async def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: Prepare
 
     monkeypatch.setattr(parts, "write_files", nothing)
     monkeypatch.setattr(parts, "build", lambda *_: [sleeper])
-    tried = Supervisor(options)
+    tried = LocalSupervisor(options)
     keeping = asyncio.create_task(tried._keep_cluster())
     try:
         await until(lambda: tried._state is ClusterState.READY or keeping.done())

@@ -17,7 +17,7 @@ import click
 from deploy.lab.cluster import config as configuration
 from deploy.lab.cluster import lock as locking
 from deploy.lab.cluster.layout import PRIVATE_UMASK, Layout, LocalClusterError
-from deploy.lab.cluster.supervisor import Supervisor
+from deploy.lab.cluster.supervisor import LocalSupervisor
 from orchestrator.cli.directory import default_dir
 
 
@@ -41,7 +41,7 @@ def _serve(directory: Path, lock_fd: int | None, die_with: int | None) -> bool:
         config = configuration.make(dir=layout.dir)
 
     async def run() -> bool:
-        return await Supervisor(config).run()
+        return await LocalSupervisor(config).run()
 
     return asyncio.run(run())
 

@@ -30,7 +30,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class RunningProcess:
     """A process as /proc showed it; what costs another read is a method."""
 
     identity: Identity
@@ -79,12 +79,12 @@ def _read(pid: int, what: str) -> bytes:
         return b""
 
 
-def look(pid: int) -> Seen | None:
+def look(pid: int) -> RunningProcess | None:
     """The process with this pid, or None if there is none. A zombie counts as none: it can do nothing any more."""
     stat = proc.stat_of(pid)
     if stat is None or stat.zombie:
         return None
-    return Seen(Identity(pid, stat.start_time), stat.parent, stat.name)
+    return RunningProcess(Identity(pid, stat.start_time), stat.parent, stat.name)
 
 
 def identify(pid: int) -> Identity | None:
@@ -96,7 +96,7 @@ def is_alive(identity: Identity) -> bool:
     return identify(identity.pid) == identity
 
 
-def scan() -> Iterator[Seen]:
+def scan() -> Iterator[RunningProcess]:
     """Every living process that may be seen."""
     with os.scandir(PROC) as entries:
         pids = [int(entry.name) for entry in entries if entry.name.isdigit()]
@@ -107,7 +107,7 @@ def scan() -> Iterator[Seen]:
 
 def descendants(roots: Collection[int]) -> set[Identity]:
     """The living children of these pids, their children, and so on (without the roots themselves)."""
-    children: dict[int, list[Seen]] = {}
+    children: dict[int, list[RunningProcess]] = {}
     for seen in scan():
         children.setdefault(seen.parent, []).append(seen)
     found: set[Identity] = set()

@@ -85,7 +85,7 @@ class Part:
         )
 
 
-class Supervisor:
+class LocalSupervisor:
     """Runs one cluster in this process. `run` is called once."""
 
     def __init__(self, config: LocalConfig) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deploy.lab.cluster import network, processes, state
 from deploy.lab.cluster.layout import CLUSTER_VARIABLE, HOST_VARIABLE, PART_VARIABLE, Layout
-from deploy.lab.cluster.processes import Identity, Seen
+from deploy.lab.cluster.processes import Identity, RunningProcess
 
 RAY = "ray"
 _COLLECTOR = "collector"
@@ -43,7 +43,7 @@ class _Marks:
         self.ray = set(record.ray_processes) if record else set[Identity]()
         self.noted = noted_processes(layout)
 
-    def why(self, seen: Seen) -> str | None:
+    def why(self, seen: RunningProcess) -> str | None:
         """Why this process is ours; None if nothing says so. A mere mention of the directory is no proof."""
         if seen.identity in self.recorded:
             return "recorded"
@@ -55,7 +55,7 @@ class _Marks:
             return f"in namespace {self.places[place]}" if place else None
         return "left by the Ray head" if self.is_ray_leftover(seen) else None
 
-    def is_ray_leftover(self, seen: Seen) -> bool:
+    def is_ray_leftover(self, seen: RunningProcess) -> bool:
         """Ray's agents and workers overwrite arguments and environment by a title, but not where they were started."""
         arguments = seen.arguments()
         if not arguments or not arguments[0].startswith(_RAY_TITLE):
@@ -63,7 +63,7 @@ class _Marks:
         directory = seen.directory()
         return directory is not None and directory.is_relative_to(self.layout.dir)
 
-    def host_of(self, seen: Seen) -> str | None:
+    def host_of(self, seen: RunningProcess) -> str | None:
         """The simulated host on which this process runs, if any."""
         if seen.identity in self.noted:
             return self.noted[seen.identity]

@@ -13,7 +13,7 @@ from deploy.lab.cluster import console_client
 from deploy.lab.cluster.console_client import ConsoleError
 from deploy.lab.cluster.evidence import Beat
 from deploy.lab.demo.incidents import Incidents
-from deploy.lab.demo.judge import Answer, Attempt, Part
+from deploy.lab.demo.judge import Answer, Attempt, Role
 from deploy.lab.demo.staging import beats, client_of
 from orchestrator import wire
 from orchestrator.cli.jobs import took_s
@@ -34,9 +34,9 @@ _LOOK_S = 0.05
 class Checks:
     """`run` asks for everything once; what it found is in the attributes."""
 
-    def __init__(self, directory: Path, parts: Sequence[Part], incidents: Incidents) -> None:
+    def __init__(self, directory: Path, roles: Sequence[Role], incidents: Incidents) -> None:
         self._directory = directory
-        self._parts = parts
+        self._roles = roles
         self._incidents = incidents
         self.answers: dict[str, Answer] = {}
         self.consoles: dict[str, tuple[str, ...]] = {}
@@ -48,21 +48,21 @@ class Checks:
     def run(self, source: str) -> None:
         """Raises DroverError and ConsoleError when the API or the collector cannot be asked at all."""
         with client_of(self._directory) as client:
-            for part in self._parts:
-                self.answers[part.name] = self._arrived(client, part.name)
+            for role in self._roles:
+                self.answers[role.name] = self._arrived(client, role.name)
             self._resume_paused()
             self._verify()
             self._await_life()
-            for part in self._parts:
-                ended = self._known(client, part.name)
-                self.answers[part.name] = replace(self.answers[part.name], state_at_end=_run_state(ended))
+            for role in self._roles:
+                ended = self._known(client, role.name)
+                self.answers[role.name] = replace(self.answers[role.name], state_at_end=_run_state(ended))
             if jobs := [job for job in client.list_evacuations() if job.host == source]:
                 self.evacuation_phase = wire.word(jobs[0], "phase")
                 self.safe_to_power_off = jobs[0].safe_to_power_off
         consoles = console_client.list_consoles_sync(self._directory)
-        for part in self._parts:
-            hosts = {each.vmm.host for each in consoles if each.connected and each.vmm.guest == part.name}
-            self.consoles[part.name] = tuple(sorted(hosts))
+        for role in self._roles:
+            hosts = {each.vmm.host for each in consoles if each.connected and each.vmm.guest == role.name}
+            self.consoles[role.name] = tuple(sorted(hosts))
 
     def _arrived(self, client: OrchestratorClient, name: str) -> Answer:
         guest = self._known(client, name)
@@ -107,7 +107,7 @@ class Checks:
 
         pool = ThreadPoolExecutor(VERIFY_AT_A_TIME)
         try:
-            list(pool.map(verify, (part.name for part in self._parts)))
+            list(pool.map(verify, (role.name for role in self._roles)))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -123,8 +123,8 @@ class Checks:
             for name, beat in now.items():
                 before.setdefault(name, beat)
             return all(
-                part.name in now and (not part.devices or now[part.name].device_rings > before[part.name].device_rings)
-                for part in self._parts
+                role.name in now and (not role.devices or now[role.name].device_rings > before[role.name].device_rings)
+                for role in self._roles
             )
 
         self._until(all_alive)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from deploy.lab.cluster.evidence import NoiseFloor
     from deploy.lab.demo.checks import Checks
     from deploy.lab.demo.incidents import Incidents
-    from deploy.lab.demo.judge import GuestReport, Part, Run
+    from deploy.lab.demo.judge import GuestReport, Role, Run
     from deploy.lab.demo.serial import Words
 
 SOURCE = "host-1"
@@ -109,20 +109,20 @@ class Demo:
         from deploy.lab.demo.incidents import Incidents
 
         self._report.unlink(missing_ok=True)
-        parts = self._stage()
-        with Incidents(self._directory, parts) as incidents:
+        roles = self._stage()
+        with Incidents(self._directory, roles) as incidents:
             with self._step("evacuation"):
                 self._evacuate()
                 incidents.await_last_news()
             quiet_until_ns = time.monotonic_ns()
-            checks = Checks(self._directory, parts, incidents)
+            checks = Checks(self._directory, roles, incidents)
             with self._step("checks"):
                 checks.run(SOURCE)
-            self._tell_incidents(incidents, len(parts))
-            self._explain(parts)
+            self._tell_incidents(incidents, len(roles))
+            self._explain(roles)
         with self._step("down"):
             left, words = self._strike()
-        self._judge(parts, incidents, checks, words, left, quiet_until_ns)
+        self._judge(roles, incidents, checks, words, left, quiet_until_ns)
 
     @contextlib.contextmanager
     def _step(self, name: str) -> Generator[None]:
@@ -139,14 +139,14 @@ class Demo:
 
     # --- stage --------------------------------------------------------------------------------------------------------
 
-    def _stage(self) -> list[Part]:
+    def _stage(self) -> list[Role]:
         from deploy.lab.demo import staging
-        from deploy.lab.demo.judge import PartError, part_of
+        from deploy.lab.demo.judge import RoleError, role_of
 
         specs = staging.read_guests(self._guest_files)
         try:
-            parts = [part_of(spec) for spec in specs]
-        except PartError as error:
+            roles = [role_of(spec) for spec in specs]
+        except RoleError as error:
             raise CliError(Exit.USAGE, str(error)) from None
         with self._step("up"):
             self._type(f"drover up --hosts {staging.HOSTS}{f' --qemu {self._qemu}' if self._qemu else ''}")
@@ -155,17 +155,17 @@ class Demo:
             files = " ".join(str(_near(path)) for path in self._guest_files)
             self._type(f"drover guest run {files} --host {SOURCE}")
             staging.run_guests(self._directory, specs, SOURCE)
-        self._tell_parts(parts)
-        return parts
+        self._tell_roles(roles)
+        return roles
 
-    def _tell_parts(self, parts: Sequence[Part]) -> None:
-        devices = sum(bool(part.devices) for part in parts)
-        memory_mib = sum(part.memory_mib for part in parts)
-        guests = units.count(len(parts), "guest")
+    def _tell_roles(self, roles: Sequence[Role]) -> None:
+        devices = sum(bool(role.devices) for role in roles)
+        memory_mib = sum(role.memory_mib for role in roles)
+        guests = units.count(len(roles), "guest")
         self._printer.show(f"{guests} on {SOURCE} with {memory_mib} MiB, {devices} of them with devices of their own:")
-        for part in parts:
-            if story := _story(part):
-                self._printer.show(f"  {part.name:<12} {story}")
+        for role in roles:
+            if story := _story(role):
+                self._printer.show(f"  {role.name:<12} {story}")
 
     # --- evacuation ---------------------------------------------------------------------------------------------------
 
@@ -186,11 +186,11 @@ class Demo:
             self._type(f"drover guest resume {name}", "after its arrival")
         self._type("drover guest verify ...", f"each of the {guests} checks all of its memory")
 
-    def _explain(self, parts: Sequence[Part]) -> None:
+    def _explain(self, roles: Sequence[Role]) -> None:
         """All of it beside the report, the gist here."""
         from orchestrator.cli.explain import explain
 
-        latest = max(parts, key=lambda part: part.late_acks, default=None)
+        latest = max(roles, key=lambda role: role.late_acks, default=None)
         if latest is None or not latest.late_acks:
             return
         told = io.StringIO()
@@ -232,7 +232,7 @@ class Demo:
 
     def _judge(
         self,
-        parts: Sequence[Part],
+        roles: Sequence[Role],
         incidents: Incidents,
         checks: Checks,
         words: dict[str, Words],
@@ -242,7 +242,7 @@ class Demo:
         from deploy.lab.demo import report
         from deploy.lab.demo.judge import Run, broken_promises
 
-        guests, mishaps = _reports(parts, incidents, checks, words)
+        guests, mishaps = _reports(roles, incidents, checks, words)
         run = Run(
             source=SOURCE,
             evacuation_phase=checks.evacuation_phase,
@@ -282,7 +282,7 @@ class Demo:
 
 
 def _reports(
-    parts: Sequence[Part], incidents: Incidents, checks: Checks, words: dict[str, Words]
+    roles: Sequence[Role], incidents: Incidents, checks: Checks, words: dict[str, Words]
 ) -> tuple[list[GuestReport], list[str]]:
     """A report per guest that was ever heard, and a sentence for each that was not."""
     from deploy.lab.demo.incidents import Sight
@@ -290,15 +290,15 @@ def _reports(
 
     found: list[GuestReport] = []
     unheard: list[str] = []
-    for part in parts:
-        said = words.get(part.name)
+    for role in roles:
+        said = words.get(role.name)
         if said is None:
-            unheard.append(f"nothing was ever heard of {part.name}")
+            unheard.append(f"nothing was ever heard of {role.name}")
             continue
-        sight = incidents.sights.get(part.name, Sight())
-        seen = Sightings(tuple(sight.aborts_ns), incidents.pauses.get(part.name), checks.consoles.get(part.name, ()))
-        answer = checks.answers.get(part.name, Answer())
-        found.append(report_on(part, SOURCE, answer, seen, said.logs, said.period_ns))
+        sight = incidents.sights.get(role.name, Sight())
+        seen = Sightings(tuple(sight.aborts_ns), incidents.pauses.get(role.name), checks.consoles.get(role.name, ()))
+        answer = checks.answers.get(role.name, Answer())
+        found.append(report_on(role, SOURCE, answer, seen, said.logs, said.period_ns))
     return found, unheard
 
 
@@ -316,17 +316,17 @@ def _noise(incidents: Incidents, words: dict[str, Words], until_ns: int) -> Nois
     return noise_floor(still)
 
 
-def _story(part: Part) -> str:
+def _story(role: Role) -> str:
     """What is in store for it; empty when it just moves."""
     from deploy.lab.demo.judge import OPERATOR, POLICY
 
-    device = ", ".join(part.devices)
-    if part.late_acks:
-        times = "once" if part.late_acks == 1 else f"{part.late_acks} times in a row"
+    device = ", ".join(role.devices)
+    if role.late_acks:
+        times = "once" if role.late_acks == 1 else f"{role.late_acks} times in a row"
         return f"its device {device} will ask for another ACK when the guest has stopped already, {times}"
-    if part.stopped_by == OPERATOR:
+    if role.stopped_by == OPERATOR:
         return f"the operator will pause it in pre-copy, while the ACK of {device} is pending"
-    if part.stopped_by == POLICY:
+    if role.stopped_by == POLICY:
         return f"does not converge: policy will suspend it, while the ACK of {device} is pending"
     return ""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.lab.cluster.evidence import Window
-from deploy.lab.demo.judge import OPERATOR, OperatorPause, Part
+from deploy.lab.demo.judge import OPERATOR, OperatorPause, Role
 from deploy.lab.demo.staging import client_of
 from orchestrator import wire
 from orchestrator.core.errors import DroverError
@@ -60,10 +60,10 @@ class Sight:
 class Incidents:
     """Watches from `__enter__` to `__exit__`. Every wait in it is bounded."""
 
-    def __init__(self, directory: Path, parts: Iterable[Part]) -> None:
-        parts = tuple(parts)
-        self._waiting_for = {part.name for part in parts}
-        self._to_pause = {part.name for part in parts if part.stopped_by == OPERATOR}
+    def __init__(self, directory: Path, roles: Iterable[Role]) -> None:
+        roles = tuple(roles)
+        self._waiting_for = {role.name for role in roles}
+        self._to_pause = {role.name for role in roles if role.stopped_by == OPERATOR}
         self._client = client_of(directory)
         self._news = threading.Condition()
         self._threads: list[threading.Thread] = []

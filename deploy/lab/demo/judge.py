@@ -21,7 +21,7 @@ SETTLE_NS = 100_000_000
 """A guest that was paused: so long its last lines may still be on their way to the collector's stamp."""
 
 
-class PartError(Exception):
+class RoleError(Exception):
     """A label of the guest file that says what the demo expects of a guest makes no sense."""
 
 
@@ -30,7 +30,7 @@ _ASKING = (ShimKind.COMPANION, ShimKind.VFIO)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Role:
     """A guest and what the script of the demo has in store for it, by its labels `late-acks` and `stopped-by`."""
 
     name: str
@@ -42,17 +42,17 @@ class Part:
     """`operator`: paused in pre-copy; `policy`: suspended at the pre-copy timeout; both while an ACK is pending."""
 
 
-def part_of(spec: GuestSpec) -> Part:
-    """Raises PartError."""
+def role_of(spec: GuestSpec) -> Role:
+    """Raises RoleError."""
     late, stopped_by = spec.labels.get(_LATE_ACKS, "0"), spec.labels.get(_STOPPED_BY, "")
     if not late.isdecimal():
-        raise PartError(f"{spec.name}: the label {_LATE_ACKS} must be a number, not {late!r}")
+        raise RoleError(f"{spec.name}: the label {_LATE_ACKS} must be a number, not {late!r}")
     if stopped_by not in ("", OPERATOR, POLICY):
-        raise PartError(f"{spec.name}: the label {_STOPPED_BY} must be {OPERATOR} or {POLICY}, not {stopped_by!r}")
+        raise RoleError(f"{spec.name}: the label {_STOPPED_BY} must be {OPERATOR} or {POLICY}, not {stopped_by!r}")
     devices = tuple(device.name for device in spec.devices if device.shim in _ASKING)
     if (late != "0" or stopped_by) and not devices:
-        raise PartError(f"{spec.name}: without a device nobody asks for an ACK")
-    return Part(spec.name, spec.memory_mib, devices, int(late), stopped_by)
+        raise RoleError(f"{spec.name}: without a device nobody asks for an ACK")
+    return Role(spec.name, spec.memory_mib, devices, int(late), stopped_by)
 
 
 # --- what is known of a guest -----------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class Sightings:
 class GuestReport:
     """Everything about one guest."""
 
-    part: Part
+    role: Role
     source: str
     answer: Answer
     seen: Sightings
@@ -166,12 +166,12 @@ class GuestReport:
 
 
 def report_on(
-    part: Part, source: str, answer: Answer, seen: Sightings, logs: Sequence[ConsoleLog], period_ns: float | None = None
+    role: Role, source: str, answer: Answer, seen: Sightings, logs: Sequence[ConsoleLog], period_ns: float | None = None
 ) -> GuestReport:
     """Examine all logs of one guest; there must be one at least (ValueError)."""
     paused = (seen.pause.window,) if seen.pause else ()
     evidence = examine(logs, period=period_ns, paused=paused)
-    return GuestReport(part, source, answer, seen, evidence, tuple(logs))
+    return GuestReport(role, source, answer, seen, evidence, tuple(logs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class Run:
 
 def broken_promises(run: Run, guests: Sequence[GuestReport]) -> list[str]:
     """One sentence for each promise that was not kept; empty when all were."""
-    told = [f"{report.part.name}: {said}" for report in guests for promise in _PROMISES for said in promise(report)]
+    told = [f"{report.role.name}: {said}" for report in guests for promise in _PROMISES for said in promise(report)]
     return [*run.mishaps, *_of_the_run(run), *told]
 
 
@@ -226,13 +226,13 @@ def _moved(guest: GuestReport) -> list[str]:
 
 
 def _attempts(guest: GuestReport) -> list[str]:
-    part, attempts = guest.part, guest.answer.attempts
+    role, attempts = guest.role, guest.answer.attempts
     told: list[str] = []
-    if guest.late_acks != part.late_acks:
-        counted = f"{guest.late_acks} of its attempts, the script asks for {part.late_acks}"
+    if guest.late_acks != role.late_acks:
+        counted = f"{guest.late_acks} of its attempts, the script asks for {role.late_acks}"
         told.append(f"LATE_SWITCHOVER_ACK ended {counted}")
     for attempt in attempts:
-        if attempt.is_late and not set(attempt.devices) & set(part.devices):
+        if attempt.is_late and not set(attempt.devices) & set(role.devices):
             told.append(f"attempt {attempt.number} was aborted for a late ACK and names none of its devices")
         if not attempt.zxid:
             told.append(f"attempt {attempt.number} ({attempt.outcome}) has no zxid: where was it written?")
@@ -259,13 +259,13 @@ def _went_on_between_attempts(guest: GuestReport) -> list[str]:
 
 
 def _paused_by_operator(guest: GuestReport) -> list[str]:
-    if guest.part.stopped_by != OPERATOR:
+    if guest.role.stopped_by != OPERATOR:
         return []
     pause = guest.seen.pause
     if pause is None:
         return ["the operator never saw it wait for an ACK in pre-copy, so it was not paused"]
     told: list[str] = []
-    if not set(pause.pending) & set(guest.part.devices):
+    if not set(pause.pending) & set(guest.role.devices):
         told.append("no ACK of its devices was pending when the operator paused it")
     if pause.effective_ns is None:
         told.append("the operator's pause was not applied in pre-copy")
@@ -279,7 +279,7 @@ def _paused_by_operator(guest: GuestReport) -> list[str]:
 
 
 def _suspended_by_policy(guest: GuestReport) -> list[str]:
-    if guest.part.stopped_by != POLICY:
+    if guest.role.stopped_by != POLICY:
         return []
     told: list[str] = []
     if not any(attempt.suspended for attempt in guest.answer.attempts):
@@ -291,7 +291,7 @@ def _suspended_by_policy(guest: GuestReport) -> list[str]:
 
 def _was_pending(guest: GuestReport) -> list[str]:
     pending = {device for attempt in guest.answer.attempts for device in attempt.pending_when_stopped}
-    if pending & set(guest.part.devices):
+    if pending & set(guest.role.devices):
         return []
     return ["the report names no ACK that was pending when it was stopped on purpose"]
 
@@ -319,7 +319,7 @@ def _devices(guest: GuestReport) -> list[str]:
     evidence = guest.evidence
     if evidence.device_errors:
         return [f"{evidence.device_errors} answers of its devices were wrong"]
-    if not guest.part.devices or not evidence.hand_overs:
+    if not guest.role.devices or not evidence.hand_overs:
         return []
     at_arrival = evidence.hand_overs[-1].first_destination.device_rings
     return [] if evidence.device_rings > at_arrival else ["its devices answered nothing after its arrival"]
@@ -336,7 +336,7 @@ def _runs(guest: GuestReport) -> list[str]:
 
 def _downtime_is_known(guest: GuestReport) -> list[str]:
     known = guest.downtime_ms is not None
-    if known or guest.part.stopped_by == OPERATOR or not guest.evidence.hand_overs:
+    if known or guest.role.stopped_by == OPERATOR or not guest.evidence.hand_overs:
         return []  # a guest that did not move is complained of elsewhere
     return ["its downtime cannot be told from its heartbeats"]
 
@@ -362,8 +362,8 @@ def guest_document(guest: GuestReport, serial_logs: Sequence[str]) -> dict[str, 
     """One entry of `guests` in the report file."""
     evidence = guest.evidence
     return {
-        "name": guest.part.name,
-        "memory_mib": guest.part.memory_mib,
+        "name": guest.role.name,
+        "memory_mib": guest.role.memory_mib,
         "source": guest.source,
         "destination": guest.answer.owner,
         "runs_on": evidence.last_host,
@@ -389,7 +389,7 @@ def guest_document(guest: GuestReport, serial_logs: Sequence[str]) -> dict[str, 
         "device_answers": evidence.device_rings,
         "device_errors": evidence.device_errors,
         "overlapping_copies": evidence.overlap.copies,
-        "stopped_by": guest.part.stopped_by,
+        "stopped_by": guest.role.stopped_by,
         "run_state_on_arrival": guest.answer.state_on_arrival,
         "final_run_state": guest.final_run_state,
         "longest_stop_at_source_ms": _rounded(guest.longest_stop_at_source_ms),

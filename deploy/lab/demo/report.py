@@ -23,7 +23,7 @@ _SHORT = {AbortReason.LATE_SWITCHOVER_ACK.value: "late"}
 
 def show(printer: Printer, run: Run, guests: Sequence[GuestReport]) -> None:
     """The table, and what its columns mean."""
-    ordered = sorted(guests, key=lambda guest: units.natural(guest.part.name))
+    ordered = sorted(guests, key=lambda guest: units.natural(guest.role.name))
     printer.show(table(_columns(run), ordered, printer.width))
     noise = run.noise
     spread = f"p50 {_ms(noise.p50_ms)}, p95 {_ms(noise.p95_ms)}, max {_ms(noise.max_ms)} of {noise.samples} beats"
@@ -40,7 +40,7 @@ def show(printer: Printer, run: Run, guests: Sequence[GuestReport]) -> None:
 def _columns(run: Run) -> list[Column[GuestReport]]:
     def downtime(guest: GuestReport) -> Cell:
         if guest.downtime_ms is None:
-            return "paused" if guest.part.stopped_by == OPERATOR else "?"
+            return "paused" if guest.role.stopped_by == OPERATOR else "?"
         return f"{guest.downtime_ms:.0f} ±{run.noise.p95_ms or 0:.0f} ms"
 
     def pages(guest: GuestReport) -> Cell:
@@ -51,7 +51,7 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
 
     def answers(guest: GuestReport) -> Cell:
         wrong = guest.evidence.device_errors
-        if not guest.part.devices:
+        if not guest.role.devices:
             return ""
         return (f"{wrong} wrong", "bold red") if wrong else f"{guest.evidence.device_rings} ok"
 
@@ -60,8 +60,8 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
         return (str(number), "bold red") if number else "0"
 
     return [
-        Column("GUEST", lambda guest: guest.part.name),
-        Column("MiB", lambda guest: str(guest.part.memory_mib), right=True),
+        Column("GUEST", lambda guest: guest.role.name),
+        Column("MiB", lambda guest: str(guest.role.memory_mib), right=True),
         Column("OWNER", lambda guest: guest.answer.owner),
         Column("HEARD", lambda guest: guest.evidence.last_host or "nowhere"),
         Column("TOOK", lambda guest: units.seconds(guest.answer.took_s), right=True),
@@ -101,7 +101,7 @@ def document(
     """The report file's content; paths in it are relative to `beside`, where it lies."""
 
     def files(guest: GuestReport) -> list[str]:
-        return [str(path.relative_to(beside)) for path in words[guest.part.name].files]
+        return [str(path.relative_to(beside)) for path in words[guest.role.name].files]
 
     return {
         "promises_kept": not broken,
