@@ -5,8 +5,8 @@ or that was accepted into the ledger between freeze and COMMIT. The *baseline* i
 switchover stop; else it is what was pending when the operator or policy had stopped the guest, and then no request
 is late any more: there is no downtime left to protect.
 
-This is Drover's own accounting, by device and generation. QEMU's, by one number, is in `switchover_qemu.py`; where the
-two differ, docs/rules.md says so and why.
+This is Drover's own accounting, by device and generation. QEMU's, by one number, is in
+`deploy/lab/devices/qemu_acks.py`; where the two differ, docs/rules.md says so and why.
 
 Pure values: every method returns a new one.
 """
