@@ -19,7 +19,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kazoo.client import KazooClient, KazooState
@@ -50,6 +50,10 @@ log = logging.getLogger(__name__)
 REREAD_S = 30.0
 """Watches are hints: everything watched is read again this often, whatever was announced."""
 _RETRY_S = 0.25
+_READS_AT_ONCE = 256
+"""Under way at a time: more would only time out behind each other in kazoo's queue, and cut the session."""
+_DISARM_S = 5.0
+"""After its last watch ended a node's trigger is taken from kazoo: later than the answer to any read of that watch."""
 _STATES = {
     KazooState.CONNECTED: SessionState.CONNECTED,
     KazooState.SUSPENDED: SessionState.SUSPENDED,
@@ -71,6 +75,25 @@ class _Watch:
     changed: asyncio.Event | None = None
 
 
+@dataclass(eq=False)
+class _Trigger:
+    """What kazoo calls when a node moved: one object per node, however often it is read and whoever watches it. kazoo
+    keeps what it is given in a set until the node moves, and most nodes never do."""
+
+    loop: asyncio.AbstractEventLoop
+    watches: list[_Watch] = field(default_factory=list[_Watch])
+
+    def __call__(self, _event: Any) -> None:
+        """On a thread of kazoo's."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.fire)
+
+    def fire(self) -> None:
+        for watch in self.watches:
+            if watch.changed is not None:
+                watch.changed.set()
+
+
 class ZooKeeperStore:
     """`Store` (see `store.py` for the contract) with one kazoo client and one session."""
 
@@ -81,6 +104,9 @@ class ZooKeeperStore:
         self._state = SessionState.LOST
         self._listeners: list[Callable[[SessionState], None]] = []
         self._watches: list[_Watch] = []
+        self._triggers: dict[tuple[str, bool], _Trigger] = {}
+        """By path, and whether it is for the children."""
+        self._reads = asyncio.Semaphore(_READS_AT_ONCE)
         self._barrier_path = f"{paths.BARRIER}/{uuid.uuid4().hex}"
         self._barrier_made = False
         self._quorum_at = -math.inf
@@ -134,6 +160,7 @@ class ZooKeeperStore:
             if watch.task is not None:
                 watch.task.cancel()
         self._watches.clear()
+        self._triggers.clear()
         client, self._client = self._client, None
         if client is not None:
             with contextlib.suppress(TimeoutError):
@@ -202,6 +229,10 @@ class ZooKeeperStore:
                 socket.shutdown(2)
 
     async def _read(self, start: Callable[[], Any], timeout_s: float) -> Any:
+        async with self._reads:
+            return await self._read_now(start, timeout_s)
+
+    async def _read_now(self, start: Callable[[], Any], timeout_s: float) -> Any:
         if not self._ready():
             raise StoreUnavailable("not connected to ZooKeeper")
         try:
@@ -284,18 +315,42 @@ class ZooKeeperStore:
 
     def _add_watch(self, watch: _Watch) -> Callable[[], None]:
         watch.changed = asyncio.Event()
-        watch.task = asyncio.get_running_loop().create_task(self._run_watch(watch))
+        loop = asyncio.get_running_loop()
+        key = (watch.path, watch.of_children)
+        trigger = self._triggers.setdefault(key, _Trigger(loop))
+        trigger.watches.append(watch)
+        watch.task = loop.create_task(self._run_watch(watch, trigger))
         self._watches.append(watch)
 
         def end() -> None:
-            if watch in self._watches:
-                self._watches.remove(watch)
+            if watch not in self._watches:
+                return
+            self._watches.remove(watch)
+            trigger.watches.remove(watch)
             if watch.task is not None:
                 watch.task.cancel()
+            if not trigger.watches:
+                loop.call_later(_DISARM_S, self._disarm, key, trigger)
 
         return end
 
-    async def _run_watch(self, watch: _Watch) -> None:
+    def _disarm(self, key: tuple[str, bool], trigger: _Trigger) -> None:
+        """Take the trigger of a node that nobody watches any more out of kazoo's sets, which has no call for that. The
+        server still tells once that the node moved; nobody listens then."""
+        if trigger.watches or self._triggers.get(key) is not trigger:
+            return
+        del self._triggers[key]
+        client, path = self._client, key[0]
+        if client is None:
+            return
+        for armed in (client._data_watchers, client._child_watchers):
+            callbacks = armed.get(client.chroot + path, None)
+            if callbacks is not None:
+                callbacks.discard(trigger)
+                if not callbacks and (path, not key[1]) not in self._triggers:
+                    armed.pop(client.chroot + path, None)
+
+    async def _run_watch(self, watch: _Watch, trigger: _Trigger) -> None:
         """Read, tell if it is news, wait for the next hint. One task per watch, so callbacks come in order."""
         assert watch.changed is not None
         last: object = watch
@@ -303,7 +358,7 @@ class ZooKeeperStore:
             watch.changed.clear()
             pause_s = REREAD_S
             try:
-                seen = await self._look(watch)
+                seen = await self._look(watch, trigger)
                 if seen != last:
                     last = seen
                     self._tell(watch, seen)
@@ -321,23 +376,18 @@ class ZooKeeperStore:
         except Exception as error:
             log.error("what was seen at %s is not taken in: %s", watch.path, error)
 
-    async def _look(self, watch: _Watch) -> Any:
+    async def _look(self, watch: _Watch, trigger: _Trigger) -> Any:
         """Read and arm. A missing node is watched for its creation."""
-
-        def fired(_: Any) -> None:
-            if self._loop is not None and not self._loop.is_closed() and watch.changed is not None:
-                self._loop.call_soon_threadsafe(watch.changed.set)
-
         if watch.of_children:
-            names = await self._read(lambda: self._client.get_children_async(watch.path, watch=fired), 2.0)
+            names = await self._read(lambda: self._client.get_children_async(watch.path, watch=trigger), 2.0)
             if names is not None:
                 return tuple(sorted(names))
         else:
-            answer = await self._read(lambda: self._client.get_async(watch.path, watch=fired), 2.0)
+            answer = await self._read(lambda: self._client.get_async(watch.path, watch=trigger), 2.0)
             if answer is not None:
                 return Versioned(answer[0], answer[1].version, answer[1].mzxid)
-        if await self._read(lambda: self._client.exists_async(watch.path, watch=fired), 2.0) is not None:
-            fired(None)  # made between the two looks
+        if await self._read(lambda: self._client.exists_async(watch.path, watch=trigger), 2.0) is not None:
+            trigger.fire()  # made between the two looks
         return () if watch.of_children else None
 
 

@@ -1,0 +1,89 @@
+"""Watches on a real ZooKeeper leave nothing behind in the client, however often their nodes are read and however many
+come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.ledger import zookeeper
+from orchestrator.ledger.store import Create, Done, SetData, StoreUnavailable
+from orchestrator.ledger.zookeeper import ZooKeeperStore
+from tests.fakes.api import until
+from tests.fakes.zookeeper import ZooKeeperServer, missing
+
+pytestmark = [pytest.mark.zookeeper, pytest.mark.timeout(60)]
+
+
+@pytest.fixture
+async def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ZooKeeperStore]:
+    if missing():
+        pytest.skip(missing())
+    monkeypatch.setattr(zookeeper, "REREAD_S", 0.01)
+    monkeypatch.setattr(zookeeper, "_DISARM_S", 0.3)
+    server = ZooKeeperServer(tmp_path / "zk")
+    server.start()
+    opened = ZooKeeperStore(server.hosts, session_timeout_s=4)
+    await opened.start()
+    await opened.ensure("/a/b")
+    yield opened
+    await opened.close()
+    server.kill()
+
+
+def armed(store: ZooKeeperStore) -> dict[str, int]:
+    """Callbacks that kazoo keeps, by node."""
+    client = store._client
+    sets = (*client._data_watchers.items(), *client._child_watchers.items())
+    return {f"{index} {path}": len(callbacks) for index, (path, callbacks) in enumerate(sets)}
+
+
+async def test_a_node_that_never_moves_keeps_one_callback(store: ZooKeeperStore) -> None:
+    looks = 0
+
+    async def counted(*_: object) -> None:
+        nonlocal looks
+        looks += 1
+        return await real(*_)  # type: ignore[arg-type]
+
+    real = store._look
+    store._look = counted  # type: ignore[method-assign,assignment]
+    ends = [store.watch("/a", lambda _: None) for _ in range(3)]
+    ends += [store.watch_children("/a", lambda _: None) for _ in range(3)]
+    ends += [store.watch("/missing", lambda _: None), store.watch_children("/missing", lambda _: None)]
+    await until(lambda: looks > 2_000, 40)
+    assert sorted(armed(store).values()) == [1, 1, 2], "one per node and kind of watch"
+    for end in ends:
+        end()
+    await until(lambda: not armed(store))
+    assert not store._triggers
+
+
+async def test_watches_that_come_and_go_leave_nothing_and_those_that_stay_are_told(store: ZooKeeperStore) -> None:
+    seen: list[bytes] = []
+    stay = store.watch("/a", lambda node: seen.append(node.data if node else b"?"))
+    for _ in range(10):
+        ends = [store.watch(f"/a/{n % 20}", lambda _: None) for n in range(50)]
+        ends += [store.watch("/a", lambda _: None) for _ in range(20)]
+        await asyncio.sleep(0.02)  # some have not had their first answer when they end
+        for end in ends:
+            end()
+            end()
+    await until(lambda: len(armed(store)) == 1)
+    node = await store.read("/a")
+    assert node is not None
+    assert isinstance(await store.multi([SetData("/a", b"new", node.version), Create("/a/c", b"")]), Done)
+    await until(lambda: seen[-1:] == [b"new"])
+    stay()
+    await until(lambda: not armed(store))
+
+
+async def test_ten_thousand_reads_at_once_do_not_cut_the_session(store: ZooKeeperStore) -> None:
+    lost: list[object] = []
+    store.on_session(lost.append)
+    found = await asyncio.gather(*(store.read("/a") for _ in range(10_000)), return_exceptions=True)
+    assert not [each for each in found if isinstance(each, StoreUnavailable)]
+    assert not lost
