@@ -19,11 +19,13 @@ from orchestrator.core.guest import name_error
 from orchestrator.core.handover import Ownership
 from orchestrator.core.placement import GuestInput, Need, plan
 from orchestrator.core.records import Cordon, EvacuationPhase, EvacuationSpec, EvacuationState
+from orchestrator.core.text import clip
 from orchestrator.ledger import paths
 from orchestrator.ledger.evacuations import read_job
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.inventory import Snapshot
 from orchestrator.ledger.ledger import op_create, op_set
+from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import Check, Done, Op
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
@@ -32,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 DEFAULT_CONCURRENT = 4
 MAX_CONCURRENT = 1_000
+MAX_LISTED = 1_000
 
 
 class Evacuations:
@@ -47,9 +50,26 @@ class Evacuations:
         return views.evacuation(await self.read(name), self._tools.fleet)
 
     async def list(self) -> list[types_pb2.Evacuation]:
-        """Newest first."""
-        found = await each(await self._tools.ledger.list_evacuations(), self.get)
-        return sorted(found, key=lambda each: (-each.create_time.ToNanoseconds(), each.name))
+        """Newest first by the ledger's own order, at most MAX_LISTED. One that cannot be read is listed with what is
+        wrong with it."""
+        found = [
+            one for one in await each(await self._tools.ledger.list_evacuations(), self._listed) if one is not None
+        ]
+        found.sort(key=lambda one: -one[0])
+        return [shown for _, shown in found[:MAX_LISTED]]
+
+    async def _listed(self, name: str) -> tuple[int, types_pb2.Evacuation] | None:
+        try:
+            read = await self.read(name)
+        except BadRecord as error:
+            node = await self._tools.store.read(paths.evacuation(name))
+            said = f"cannot be read: {clip(str(error))}"
+            return (node.mzxid, types_pb2.Evacuation(name=name, message=said)) if node is not None else None
+        except DroverError as error:
+            if error.reason is RefusalReason.NOT_FOUND:
+                return None
+            raise
+        return read.order, views.evacuation(read, self._tools.fleet)
 
     # --- ask ----------------------------------------------------------------------------------------------------------
 

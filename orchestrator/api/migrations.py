@@ -14,6 +14,7 @@ from orchestrator import wire
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
 from orchestrator.api.decisions import CancelStep
+from orchestrator.api.history import History
 from orchestrator.api.reads import GuestRead, MigrationRead, guest_uuid, no_place, read_guest, read_migration
 from orchestrator.api.requests import Request
 from orchestrator.core import handover
@@ -23,9 +24,12 @@ from orchestrator.core.handover import GuestRecord
 from orchestrator.core.placement import Need, choose
 from orchestrator.core.policy import MigrationPolicy, policy_errors
 from orchestrator.core.records import HostRecord, MigrationSpec, Reservations
+from orchestrator.core.text import clip, quoted
 from orchestrator.ledger import paths
+from orchestrator.ledger.gather import each
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.migrations import creation, free_of_others
+from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import Check, Done, Op, StoreUnavailable
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
@@ -33,14 +37,14 @@ from protos.drover.v1 import types_pb2
 log = structlog.get_logger(__name__)
 
 MAX_LISTED = 1_000
-MAX_REMEMBERED = 10_000
-"""Migrations that are over and do not change any more, kept as they are listed."""
-_AT_ONCE = 32
+MAX_REMEMBERED = 2 * MAX_LISTED
+"""Migrations that are over and do not change any more, kept as they are listed: those that were listed last."""
 
 
 class Migrations:
-    def __init__(self, tools: Tools) -> None:
+    def __init__(self, tools: Tools, history: History) -> None:
         self._tools = tools
+        self._history = history
         self._over: OrderedDict[str, types_pb2.Migration] = OrderedDict()
         self._nudges: set[asyncio.Task[None]] = set()
 
@@ -53,31 +57,33 @@ class Migrations:
     async def read(self, name: str) -> MigrationRead:
         return await read_migration(self._tools.ledger, name)
 
-    async def list(self, guest: str, *, active_only: bool) -> list[types_pb2.Migration]:
-        """Newest first, at most MAX_LISTED, without time lines."""
+    async def list(
+        self, guest: str, *, active_only: bool, page_size: int = 0, page_token: str = ""
+    ) -> tuple[list[types_pb2.Migration], str]:
+        """Newest first by the ledger's own order, at most MAX_LISTED, without time lines; and where the next page
+        begins, empty after the last. One that cannot be read is listed with what is wrong with it."""
+        before = page_start(page_token)
+        size = page_size if 0 < page_size <= MAX_LISTED else MAX_LISTED
         uuid_of = await guest_uuid(self._tools.ledger, guest, field="guest") if guest else ""
-        bound = asyncio.Semaphore(_AT_ONCE)
-
-        async def one(name: str) -> types_pb2.Migration | None:
-            async with bound:
-                return await self._listed(name)
-
-        found = await asyncio.gather(*(one(name) for name in await self._tools.ledger.list_migrations()))
-        kept = [
-            each
-            for each in found
-            if each is not None
-            and (not uuid_of or each.guest_uuid == uuid_of)
-            and not (active_only and each.name in self._over)
+        lines = [
+            line
+            for line in await self._history.all()
+            if (not before or line.order < before)
+            and (not uuid_of or line.guest == uuid_of)
+            and not (active_only and line.over)
         ]
-        kept.sort(key=lambda each: (-each.create_time.ToNanoseconds(), each.name))
-        return kept[:MAX_LISTED]
+        page, more = lines[:size], len(lines) > size
+        shown = await each([line.name for line in page], self._listed)
+        return [one for one in shown if one is not None], str(page[-1].order) if more else ""
 
     async def _listed(self, name: str) -> types_pb2.Migration | None:
         if name in self._over:
+            self._over.move_to_end(name)
             return self._over[name]
         try:
             read = await self.read(name)
+        except BadRecord as error:
+            return types_pb2.Migration(name=name, message=f"cannot be read: {clip(str(error))}")
         except DroverError as error:
             if error.reason is RefusalReason.NOT_FOUND:
                 return None
@@ -88,10 +94,6 @@ class Migrations:
             while len(self._over) > MAX_REMEMBERED:
                 self._over.popitem(last=False)
         return shown
-
-    def is_known_over(self, name: str) -> bool:
-        """Certainly over; False says nothing."""
-        return name in self._over
 
     # --- ask ----------------------------------------------------------------------------------------------------------
 
@@ -233,6 +235,13 @@ class Migrations:
             found = await self._tools.ledger.read(HostRecord, paths.host(host))
             if found is not None:
                 await self._tools.agents.at(found[0].control_address).nudge(guest)
+
+
+def page_start(page_token: str) -> int:
+    """Raises INVALID_ARGUMENT for what is no token of ours."""
+    if page_token and not (page_token.isascii() and page_token.isdigit()):
+        raise invalid([("page_token", f"must be the next_page_token of an earlier answer, not {quoted(page_token)}")])
+    return int(page_token or 0)
 
 
 def check(request: pb.CreateMigrationRequest) -> None:

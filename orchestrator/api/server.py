@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 SERVICE: str = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
 RETRY_S = 0.5
 GRACE_S = 1.0
+SLOW_READER_S = 30.0
 
 
 class ApiServer:
@@ -45,9 +46,10 @@ class ApiServer:
             ledger=Ledger(store),
             chaos=config.chaos,
         )
+        self.servicer = OrchestratorServicer(self.tools)
         self._health = HealthService([SERVICE])
         self._server = aio_server(
-            [Errors(require_deadline=True, translate=translate, check=limits.check)],
+            [Errors(require_deadline=True, translate=translate, check=limits.check, slow_reader_s=SLOW_READER_S)],
             max_request_bytes=MAX_REQUEST_BYTES,
         )
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -58,7 +60,7 @@ class ApiServer:
     async def start(self) -> None:
         """Raises DroverError when an address cannot be used."""
         await self._health.set(False)
-        add_OrchestratorServiceServicer_to_server(OrchestratorServicer(self.tools), self._server)
+        add_OrchestratorServiceServicer_to_server(self.servicer, self._server)
         self._health.add_to(self._server)
         self.ports = [listen(self._server, address) for address in self._config.listen]
         await self._server.start()

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -15,11 +15,14 @@ from orchestrator.api.calls import Caller, Tools
 from orchestrator.api.deaths import Deaths
 from orchestrator.api.evacuations import Evacuations
 from orchestrator.api.guests import Guests
+from orchestrator.api.history import History
 from orchestrator.api.hosts import Hosts
 from orchestrator.api.migrations import Migrations
+from orchestrator.api.reads import EvacuationRead, GuestRead, MigrationRead
 from orchestrator.api.sources import EvacuationSource, GuestSource, MigrationSource
-from orchestrator.api.watching import Hints, Source, Stream
+from orchestrator.api.watching import Feed, Streams
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.ledger.gather import each
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import StoreUnavailable
 from orchestrator.telemetry import about
@@ -50,15 +53,25 @@ class OrchestratorServicer(OrchestratorServiceServicer):
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
-        self._hints = Hints(tools.store)
+        self._streams = Streams()
+        history = History(tools.ledger)
         self._hosts = Hosts(tools)
         self._deaths = Deaths(tools)
-        self._migrations = Migrations(tools)
+        self._migrations = Migrations(tools, history)
         self._guests = Guests(tools, self._migrations)
         self._evacuations = Evacuations(tools)
-        self._guest_source = GuestSource(tools)
-        self._migration_source = MigrationSource(tools)
-        self._evacuation_source = EvacuationSource(tools)
+        self.guest_feed = Feed[GuestRead, types_pb2.Guest](GuestSource(tools), tools.store, tools.fleet)
+        self.migration_feed = Feed[MigrationRead, types_pb2.Migration](
+            MigrationSource(tools, history), tools.store, tools.fleet
+        )
+        self.evacuation_feed = Feed[EvacuationRead, types_pb2.Evacuation](
+            EvacuationSource(tools), tools.store, tools.fleet
+        )
+
+    @property
+    def streams_open(self) -> int:
+        """Watches under way."""
+        return self._streams.total
 
     # --- hosts --------------------------------------------------------------------------------------------------------
 
@@ -109,10 +122,11 @@ class OrchestratorServicer(OrchestratorServiceServicer):
             return await self._guests.stop(request.name, _caller(context))
 
     async def WatchGuests(self, request: pb.WatchGuestsRequest, context: Any) -> AsyncIterator[pb.WatchGuestsResponse]:
-        uuids = [await self._guests.uuid_of(name, field="names") for name in request.names]
-        async with aclosing(self._watch(self._guest_source, uuids)) as guests:
-            async for guest in guests:
-                yield pb.WatchGuestsResponse(guest=guest)
+        with self._streams.one(context.peer()):
+            uuids = await each(request.names, lambda name: self._guests.uuid_of(name, field="names"))
+            async with aclosing(self.guest_feed.stream(uuids)) as guests:
+                async for guest in guests:
+                    yield pb.WatchGuestsResponse(guest=guest)
 
     # --- migrations ---------------------------------------------------------------------------------------------------
 
@@ -124,8 +138,13 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         return await self._migrations.get(request.name)
 
     async def ListMigrations(self, request: pb.ListMigrationsRequest, context: Any) -> pb.ListMigrationsResponse:
-        found = await self._migrations.list(request.guest, active_only=request.active_only)
-        return pb.ListMigrationsResponse(migrations=found)
+        found, more = await self._migrations.list(
+            request.guest,
+            active_only=request.active_only,
+            page_size=request.page_size,
+            page_token=request.page_token,
+        )
+        return pb.ListMigrationsResponse(migrations=found, next_page_token=more)
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: Any) -> types_pb2.Migration:
         with about(migration=request.name):
@@ -134,9 +153,10 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     async def WatchMigrations(
         self, request: pb.WatchMigrationsRequest, context: Any
     ) -> AsyncIterator[pb.WatchMigrationsResponse]:
-        async with aclosing(self._watch(self._migration_source, request.names)) as migrations:
-            async for migration in migrations:
-                yield pb.WatchMigrationsResponse(migration=migration)
+        with self._streams.one(context.peer()):
+            async with aclosing(self.migration_feed.stream(request.names)) as migrations:
+                async for migration in migrations:
+                    yield pb.WatchMigrationsResponse(migration=migration)
 
     # --- evacuations --------------------------------------------------------------------------------------------------
 
@@ -155,9 +175,10 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     async def WatchEvacuations(
         self, request: pb.WatchEvacuationsRequest, context: Any
     ) -> AsyncIterator[pb.WatchEvacuationsResponse]:
-        async with aclosing(self._watch(self._evacuation_source, request.names)) as evacuations:
-            async for evacuation in evacuations:
-                yield pb.WatchEvacuationsResponse(evacuation=evacuation)
+        with self._streams.one(context.peer()):
+            async with aclosing(self.evacuation_feed.stream(request.names)) as evacuations:
+                async for evacuation in evacuations:
+                    yield pb.WatchEvacuationsResponse(evacuation=evacuation)
 
     # --- chaos --------------------------------------------------------------------------------------------------------
 
@@ -165,6 +186,3 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         with about(guest=request.guest):
             scenario = await self._guests.inject_late_ack(request, _caller(context))
         return pb.InjectLateAckResponse(scenario=scenario)
-
-    def _watch(self, source: Source[Any, Any], names: Iterable[str]) -> Any:
-        return Stream(source, self._hints, self._tools.fleet, names).run()

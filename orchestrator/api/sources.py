@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
+
+import structlog
 
 from orchestrator.api import views
 from orchestrator.api.calls import Tools
+from orchestrator.api.history import History
 from orchestrator.api.reads import (
     EvacuationRead,
     GuestRead,
@@ -15,12 +17,15 @@ from orchestrator.api.reads import (
     read_guest,
     read_migration,
 )
-from orchestrator.api.watching import READS_AT_ONCE
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
-from orchestrator.core.records import MigrationState
 from orchestrator.ledger import paths
+from orchestrator.ledger.evacuations import read_job
+from orchestrator.ledger.gather import each
+from orchestrator.ledger.records import BadRecord
 from protos.drover.v1 import types_pb2
+
+log = structlog.get_logger(__name__)
 
 
 def _none_if_missing(error: DroverError) -> None:
@@ -31,15 +36,15 @@ def _none_if_missing(error: DroverError) -> None:
 class GuestSource:
     """By uuid: one life."""
 
+    root = paths.GUESTS
+    sharded = False
+
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
         self._gone: set[str] = set()
 
-    async def discover(self) -> Iterable[str]:
-        return [uuid for uuid in await self._tools.ledger.list_guests() if uuid not in self._gone]
-
-    async def roots(self) -> Iterable[str]:
-        return [paths.GUESTS]
+    async def active(self, names: Iterable[str]) -> Iterable[str]:
+        return [uuid for uuid in names if uuid not in self._gone]
 
     async def read(self, name: str) -> GuestRead | None:
         try:
@@ -65,28 +70,15 @@ class GuestSource:
 class MigrationSource:
     """Without the time lines of attempts: those are for who asks for one migration."""
 
-    def __init__(self, tools: Tools) -> None:
+    root = paths.MIGRATIONS
+    sharded = True
+
+    def __init__(self, tools: Tools, history: History) -> None:
         self._tools = tools
-        self._over: set[str] = set()
+        self._history = history
 
-    async def discover(self) -> Iterable[str]:
-        """Reads the state of those that are not known to be over, once each."""
-        unknown = [name for name in await self._tools.ledger.list_migrations() if name not in self._over]
-        bound = asyncio.Semaphore(READS_AT_ONCE)
-
-        async def active(name: str) -> bool:
-            async with bound:
-                found = await self._tools.ledger.read(MigrationState, paths.migration_state(name))
-            if found is not None and found[0].phase.terminal:
-                self._over.add(name)
-            return name not in self._over
-
-        found = await asyncio.gather(*(active(name) for name in unknown))
-        return [name for name, is_active in zip(unknown, found, strict=True) if is_active]
-
-    async def roots(self) -> Iterable[str]:
-        shards = await self._tools.store.children(paths.MIGRATIONS)
-        return [paths.MIGRATIONS, *(f"{paths.MIGRATIONS}/{shard}" for shard in shards)]
+    async def active(self, names: Iterable[str]) -> Iterable[str]:
+        return [line.name for line in await self._history.of(names) if not line.over]
 
     async def read(self, name: str) -> MigrationRead | None:
         try:
@@ -98,8 +90,6 @@ class MigrationSource:
         return views.migration(read, self._tools.fleet, timelines=False)
 
     def over(self, read: MigrationRead) -> bool:
-        if read.standing.state.phase.terminal:
-            self._over.add(read.spec.id)
         return read.standing.state.phase.terminal
 
     def paths(self, read: MigrationRead) -> Iterable[str]:
@@ -111,14 +101,29 @@ class MigrationSource:
 
 
 class EvacuationSource:
+    root = paths.EVACUATIONS
+    sharded = False
+
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
+        self._over: set[str] = set()
 
-    async def discover(self) -> Iterable[str]:
-        return await self._tools.ledger.list_evacuations()
+    async def active(self, names: Iterable[str]) -> Iterable[str]:
+        """Reads the head of those that are not known to be over, once each."""
+        unknown = [name for name in names if name not in self._over]
 
-    async def roots(self) -> Iterable[str]:
-        return [paths.EVACUATIONS]
+        async def one(name: str) -> bool:
+            try:
+                found = await read_job(self._tools.store, name, rows=())
+            except BadRecord as error:
+                log.error("left out of watches: it cannot be read", evacuation=name, error=str(error))
+                return False
+            if found is not None and found.head.phase.terminal:
+                self._over.add(name)
+            return found is not None and name not in self._over
+
+        found = await each(unknown, one)
+        return [name for name, is_active in zip(unknown, found, strict=True) if is_active]
 
     async def read(self, name: str) -> EvacuationRead | None:
         try:

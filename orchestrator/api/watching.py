@@ -1,16 +1,21 @@
 """Streams of resources: each as it is, and again whenever it changed.
 
-Changes are announced by watches on the ledger and by samples from the agents; both are hints, merged while a stream is
-busy, so that a slow reader gets the newest state and never a backlog. What a stream sends is read anew for a change in
-the ledger, and put together from memory for a sample.
+All streams of one kind share a `Feed`, which follows the ledger and the agents once, reads and renders what changed
+once, and numbers the changes. A stream remembers only the number up to which it has told; a slow reader gets the newest
+state and never a backlog, and one that does not read at all is dropped by the server (`rpc.errors.Errors`).
+
+Changes are announced by watches on the ledger and by samples from the agents; both are hints. What is sent is read anew
+for a change in the ledger, and put together from memory for a sample.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
 from google.protobuf.message import Message
@@ -18,15 +23,16 @@ from google.protobuf.message import Message
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.text import quoted
 from orchestrator.fleet import Fleet
+from orchestrator.ledger.gather import each
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import Store, StoreUnavailable
+from orchestrator.tasks import Tasks
 
 log = structlog.get_logger(__name__)
 
 MERGE_S = 0.1
-"""A stream sends a resource at most so often."""
+"""A resource is told at most so often."""
 RETRY_S = 0.25
-READS_AT_ONCE = 32
 
 Unfollow = Callable[[], None]
 R = TypeVar("R")
@@ -34,69 +40,26 @@ M = TypeVar("M", bound=Message)
 M_co = TypeVar("M_co", bound=Message, covariant=True)
 
 
-@dataclass(slots=True)
-class _Shared:
-    callbacks: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
-    seen: bool = False
-    stop: Unfollow = lambda: None
-
-    def moved(self, _content: object) -> None:
-        self.seen = True
-        for callback in list(self.callbacks):
-            callback()
-
-
-class Hints:
-    """Watches on the ledger, one per node however many streams follow it. A follower is called when something moved,
-    and once soon after it began."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._nodes: dict[tuple[str, bool], _Shared] = {}
-
-    def follow(self, path: str, callback: Callable[[], None], *, children: bool = False) -> Unfollow:
-        """`children`: the names below it, instead of its content."""
-        key = (path, children)
-        shared = self._nodes.get(key)
-        if shared is None:
-            shared = self._nodes[key] = _Shared()
-            store = self._store
-            shared.stop = store.watch_children(path, shared.moved) if children else store.watch(path, shared.moved)
-        elif shared.seen:
-            asyncio.get_running_loop().call_soon(callback)
-        shared.callbacks.append(callback)
-
-        def end() -> None:
-            if callback in shared.callbacks:
-                shared.callbacks.remove(callback)
-            if not shared.callbacks and self._nodes.get(key) is shared:
-                del self._nodes[key]
-                shared.stop()
-
-        return end
-
-
 class Source(Protocol[R, M_co]):
-    """What a stream has to know about one kind of resource."""
+    """What a feed has to know about one kind of resource."""
 
-    async def discover(self) -> Iterable[str]:
-        """All that are not over."""
-        ...
+    root: str
+    """Node whose children are the resources."""
+    sharded: bool
+    """They are grandchildren instead."""
 
-    async def roots(self) -> Iterable[str]:
-        """The nodes below which new ones appear."""
+    async def active(self, names: Iterable[str]) -> Iterable[str]:
+        """Those of the names that may not be over. Raises StoreUnavailable."""
         ...
 
     async def read(self, name: str) -> R | None:
-        """None: there is no such resource."""
+        """None: it does not exist. Raises StoreUnavailable, BadRecord."""
         ...
 
-    def view(self, read: R) -> M_co:
-        """With what the agents say at this moment."""
-        ...
+    def view(self, read: R) -> M_co: ...
 
     def over(self, read: R) -> bool:
-        """It will not change any more."""
+        """Nothing of it will change any more."""
         ...
 
     def paths(self, read: R) -> Iterable[str]:
@@ -108,66 +71,164 @@ class Source(Protocol[R, M_co]):
         ...
 
 
-@dataclass(slots=True)
-class _Followed(Generic[R]):
+@dataclass(slots=True, eq=False)
+class _Entry(Generic[R]):
+    """One resource that is followed."""
+
     read: R | None = None
-    sent: Message | None = None
+    message: Any = None
+    error: BadRecord | None = None
+    revision: int = 0
+    """Of the feed, when it was last changed; 0: not looked at yet."""
+    over: bool = False
+    ever_active: bool = False
+    """It was seen before it was over."""
     stops: list[Unfollow] = field(default_factory=list[Unfollow])
     keys: frozenset[str] = frozenset()
 
 
-class Stream(Generic[R, M]):
-    """One caller's watch. With `names` it ends when each of them is over; without, it follows all that are not over
-    and those to come until its caller leaves."""
+@dataclass(slots=True, eq=False)
+class _Reader:
+    """One stream."""
 
-    def __init__(self, source: Source[R, M], hints: Hints, fleet: Fleet, names: Iterable[str]) -> None:
+    names: frozenset[str]
+    """Empty: all."""
+    told: int = 0
+    """Everything up to this revision."""
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Feed(Generic[R, M]):
+    """All resources of one kind that somebody watches. Does nothing while nobody does."""
+
+    def __init__(self, source: Source[R, M], store: Store, fleet: Fleet) -> None:
         self._source = source
-        self._hints = hints
+        self._store = store
         self._fleet = fleet
-        self._named = list(dict.fromkeys(names))
-        self._followed: dict[str, _Followed[R]] = {}
+        self._entries: dict[str, _Entry[R]] = {}
+        self._order: OrderedDict[str, None] = OrderedDict()
+        """Names that were looked at, by revision."""
+        self._revision = 0
+        self._readers: set[_Reader] = set()
+        self._wanted: dict[str, set[_Reader]] = {}
+        """Who names it."""
         self._by_key: dict[str, set[str]] = {}
-        self._over: set[str] = set()
         self._moved: dict[str, bool] = {}
         """What to look at in the next turn; True: read it anew."""
-        self._look_for_more = False
-        self._wake = asyncio.Event()
+        self._listed: dict[str, frozenset[str]] = {}
+        """Names below each root, as they were announced."""
+        self._candidates: set[str] = set()
+        """Listed, and not looked at yet."""
         self._roots: dict[str, Unfollow] = {}
+        self._wake = asyncio.Event()
+        self._unlisten: Unfollow = lambda: None
+        self._task: asyncio.Task[None] | None = None
+        self._tasks = Tasks("watches")
 
-    async def run(self) -> AsyncIterator[M]:
-        """Raises NOT_FOUND for a name that there is not."""
-        unlisten = self._fleet.listen(self._sampled)
+    # --- streams ------------------------------------------------------------------------------------------------------
+
+    async def stream(self, names: Iterable[str]) -> AsyncGenerator[M]:
+        """One caller's watch. With `names` it ends when each of them is over; without, it tells all that are not over
+        and those to come until its caller leaves. Raises NOT_FOUND for a name that there is not."""
+        wanted = frozenset(names)
+        missing = await each(wanted, self._is_missing)
+        if any(missing):
+            name = next(name for name, gone in zip(wanted, missing, strict=True) if gone)
+            raise DroverError(RefusalReason.NOT_FOUND, f"there is no {quoted(name)}", field="names")
+        reader = _Reader(wanted)
+        left = set(wanted)
+        ahead: dict[str, int] = {}
+        self._join(reader)
         try:
-            if self._named:
-                await self._begin_named()
-            else:
-                self._more()
             while True:
-                self._wake.clear()
-                for message in await self._turn():
-                    yield message
-                if self._named and not self._followed:
+                reader.news.clear()
+                up_to, seen, ahead = self._revision, ahead, {}
+                for name in self._since(reader, left):
+                    entry = self._entries.get(name)
+                    if entry is None:
+                        continue
+                    if entry.error is not None and wanted:
+                        raise entry.error
+                    if entry.over or (entry.read is None and entry.error is None):
+                        left.discard(name)
+                    if entry.revision > up_to:  # it changed while others were told: told now as it is
+                        ahead[name] = entry.revision
+                    if entry.message is not None and entry.revision > seen.get(name, reader.told):
+                        yield entry.message
+                reader.told = up_to
+                if wanted and not left:
                     return
-                await self._wake.wait()
-                await asyncio.sleep(MERGE_S)
+                await reader.news.wait()
         finally:
-            unlisten()
-            for stop in self._roots.values():
-                stop()
-            for name in list(self._followed):
-                self._drop(name)
+            self._leave(reader)
 
-    async def _begin_named(self) -> None:
-        for name in self._named:
-            if await self._source.read(name) is None:
-                raise DroverError(RefusalReason.NOT_FOUND, f"there is no {quoted(name)}", field="names")
+    async def _is_missing(self, name: str) -> bool:
+        entry = self._entries.get(name)
+        return (entry is None or entry.read is None) and await self._source.read(name) is None
+
+    def _since(self, reader: _Reader, left: set[str]) -> list[str]:
+        """What is news to a reader, in the order of the changes."""
+        if reader.names:
+            entries = ((name, self._entries[name]) for name in left)
+            news = [(entry.revision, name) for name, entry in entries if entry.revision > reader.told]
+            return [name for _, name in sorted(news)]
+        found: list[str] = []
+        for name in reversed(self._order):
+            entry = self._entries[name]
+            if entry.revision <= reader.told:
+                break
+            if entry.ever_active and entry.error is None and not (entry.over and reader.told == 0):
+                found.append(name)
+        return found[::-1]
+
+    def _join(self, reader: _Reader) -> None:
+        self._readers.add(reader)
+        for name in reader.names:
+            self._wanted.setdefault(name, set()).add(reader)
             self._follow(name)
+        if not reader.names and not self._roots:
+            self._watch_root(self._source.root, shards=self._source.sharded)
+        if self._task is None or self._task.done():
+            self._unlisten = self._fleet.listen(self._sampled)
+            self._task = self._tasks.spawn(self._run(), "feed")
+        self._wake.set()
+
+    def _leave(self, reader: _Reader) -> None:
+        self._readers.discard(reader)
+        for name in reader.names:
+            self._wanted[name].discard(reader)
+            if not self._wanted[name]:
+                del self._wanted[name]
+        if not any(not other.names for other in self._readers):
+            self._unwatch_roots()
+        self._prune()
+        if not self._readers and self._task is not None:
+            self._task.cancel()
+            self._task = None
+            self._unlisten()
 
     # --- hints --------------------------------------------------------------------------------------------------------
 
-    def _more(self) -> None:
-        self._look_for_more = True
-        self._wake.set()
+    def _watch_root(self, path: str, *, shards: bool) -> None:
+        def listed(names: tuple[str, ...]) -> None:
+            if path not in self._roots:
+                return
+            if shards:
+                for name in names:
+                    if f"{path}/{name}" not in self._roots:
+                        self._watch_root(f"{path}/{name}", shards=False)
+                return
+            self._candidates.update(frozenset(names) - self._listed.get(path, frozenset()))
+            self._listed[path] = frozenset(names)
+            self._wake.set()
+
+        self._roots[path] = lambda: None
+        self._roots[path] = self._store.watch_children(path, listed)
+
+    def _unwatch_roots(self) -> None:
+        for stop in self._roots.values():
+            stop()
+        self._roots, self._listed, self._candidates = {}, {}, set()
 
     def _touch(self, name: str) -> None:
         self._moved[name] = True
@@ -180,87 +241,140 @@ class Stream(Generic[R, M]):
 
     # --- turns --------------------------------------------------------------------------------------------------------
 
-    async def _turn(self) -> list[M]:
-        """What is new since the last turn. What the ledger does not tell now is looked at in the next."""
-        if self._look_for_more:
-            self._look_for_more = False
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
             try:
-                await self._find_more()
-            except StoreUnavailable:
-                await self._later(self._more)
-        moved, self._moved = self._moved, {}
-        stale = [name for name, anew in moved.items() if anew and name in self._followed]
-        bound = asyncio.Semaphore(READS_AT_ONCE)
-        results = await asyncio.gather(*(self._refresh(name, bound) for name in stale))
-        if not all(results):
-            await self._later(self._wake.set)
-        return [message for name in moved if (message := self._news(name)) is not None]
+                await self._turn()
+            except Exception:
+                log.exception("a watch's look failed")
+                await self._later()
+            await self._wake.wait()
+            await asyncio.sleep(MERGE_S)
 
-    async def _find_more(self) -> None:
-        for root in await self._source.roots():
-            if root not in self._roots:
-                self._roots[root] = self._hints.follow(root, self._more, children=True)
-        for name in await self._source.discover():
-            if name not in self._followed and name not in self._over:
+    async def _turn(self) -> None:
+        """Look at what moved since the last turn. What the ledger does not tell now is looked at in the next."""
+        found, self._candidates = self._candidates, set()
+        try:
+            for name in await self._source.active(found):
                 self._follow(name)
+        except StoreUnavailable:
+            self._candidates |= found
+            await self._later()
+        moved, self._moved = self._moved, {}
+        stale = [name for name, anew in moved.items() if anew and name in self._entries]
+        if not all(await each(stale, self._refresh)):
+            await self._later()
+        changed = [name for name in moved if name in self._entries and self._render(name)]
+        readers = {reader for reader in self._readers if not reader.names} if changed else set[_Reader]()
+        for name in changed:
+            readers |= self._wanted.get(name, set())
+        for reader in readers:
+            reader.news.set()
+        self._prune()
+
+    async def _later(self) -> None:
+        await asyncio.sleep(RETRY_S)
+        self._wake.set()
 
     def _follow(self, name: str) -> None:
-        self._followed[name] = _Followed()
-        self._moved[name] = True
+        if name not in self._entries:
+            self._entries[name] = _Entry()
+            self._moved[name] = True
 
-    async def _refresh(self, name: str, bound: asyncio.Semaphore) -> bool:
+    async def _refresh(self, name: str) -> bool:
         """Read it anew. False: the ledger did not answer, it stays to be looked at."""
-        followed = self._followed[name]
+        entry = self._entries.get(name)
+        if entry is None:
+            return True
         try:
-            async with bound:
-                followed.read = await self._source.read(name)
+            entry.read, entry.error = await self._source.read(name), None
         except StoreUnavailable:
             self._moved[name] = True
             return False
         except BadRecord as error:
-            if self._named:
-                raise
-            log.error("left out of a watch: it cannot be read", name=name, error=str(error))
-            followed.read = None
-        if followed.read is None:
-            self._drop(name)
-            return True
-        self._index(name, followed, frozenset(self._source.keys(followed.read)))
-        if not followed.stops and not self._source.over(followed.read):
-            paths = self._source.paths(followed.read)
-            followed.stops = [self._hints.follow(path, lambda: self._touch(name)) for path in paths]
+            log.error("left out of watches: it cannot be read", name=name, error=str(error))
+            entry.read, entry.error = None, error
+        if self._entries.get(name) is entry:
+            self._index(
+                name, entry, frozenset(self._source.keys(entry.read)) if entry.read is not None else frozenset()
+            )
+            if entry.read is not None and not entry.stops and not self._source.over(entry.read):
+                paths = self._source.paths(entry.read)
+                entry.stops = [self._store.watch(path, lambda _content: self._touch(name)) for path in paths]
         return True
 
-    def _news(self, name: str) -> M | None:
-        followed = self._followed.get(name)
-        if followed is None or followed.read is None:
-            return None
-        message = self._source.view(followed.read)
-        over = self._source.over(followed.read)
-        old = message == followed.sent or (over and followed.sent is None and not self._named)
-        followed.sent = message
+    def _render(self, name: str) -> bool:
+        """Whether there is something new to tell."""
+        entry = self._entries[name]
+        message = self._source.view(entry.read) if entry.read is not None else None
+        over = entry.read is not None and self._source.over(entry.read)
+        if entry.revision and entry.error is None and (message, over) == (entry.message, entry.over):
+            return False
+        self._revision += 1
+        entry.message, entry.over, entry.revision = message, over, self._revision
+        entry.ever_active |= message is not None and not over
+        self._order[name] = None
+        self._order.move_to_end(name)
         if over:
-            self._drop(name)
-        return None if old else message
+            self._unfollow(name, entry)
+        return True
 
-    def _index(self, name: str, followed: _Followed[R], keys: frozenset[str]) -> None:
-        for key in followed.keys - keys:
+    def _index(self, name: str, entry: _Entry[R], keys: frozenset[str]) -> None:
+        for key in entry.keys - keys:
             self._by_key[key].discard(name)
             if not self._by_key[key]:
                 del self._by_key[key]
-        for key in keys - followed.keys:
+        for key in keys - entry.keys:
             self._by_key.setdefault(key, set()).add(name)
-        followed.keys = keys
+        entry.keys = keys
 
-    def _drop(self, name: str) -> None:
-        followed = self._followed.pop(name, None)
-        self._over.add(name)
-        if followed is not None:
-            self._index(name, followed, frozenset())
-            for stop in followed.stops:
-                stop()
+    def _unfollow(self, name: str, entry: _Entry[R]) -> None:
+        self._index(name, entry, frozenset())
+        for stop in entry.stops:
+            stop()
+        entry.stops = []
 
-    @staticmethod
-    async def _later(again: Callable[[], None]) -> None:
-        await asyncio.sleep(RETRY_S)
-        again()
+    def _prune(self) -> None:
+        """Forget what nobody waits for any more: what is over and told, or everything once nobody watches all."""
+        behind = [reader.told for reader in self._readers if not reader.names]
+        for name, entry in list(self._entries.items()):
+            told = not behind or (entry.revision > 0 and entry.revision <= min(behind))
+            done = entry.over or (entry.revision > 0 and entry.read is None)
+            if name not in self._wanted and (not behind or (done and told)):
+                self._unfollow(name, entry)
+                del self._entries[name]
+                self._order.pop(name, None)
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+MAX_STREAMS = 2_000
+MAX_STREAMS_OF_ONE = 200
+"""Of one address; all callers over a unix socket are one."""
+
+
+class Streams:
+    """How many watches there are, and of whom."""
+
+    def __init__(self) -> None:
+        self._count: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return self._count.total()
+
+    @contextmanager
+    def one(self, peer: str) -> Generator[None]:
+        """While it lasts. Raises TOO_MANY_WATCHES."""
+        who = peer.rpartition(":")[0] or peer
+        if self._count[who] >= MAX_STREAMS_OF_ONE or self.total >= MAX_STREAMS:
+            said = f"{self._count[who]} watches of yours and {self.total} in all are open: end some of them"
+            raise DroverError(RefusalReason.TOO_MANY_WATCHES, said)
+        self._count[who] += 1
+        try:
+            yield
+        finally:
+            self._count[who] -= 1
+            if not self._count[who]:
+                del self._count[who]

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from orchestrator.core.handover import GuestRecord
 from orchestrator.ledger import paths
+from orchestrator.ledger.gather import each
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Create, SetData, Store, WriteResult
 
@@ -53,10 +54,9 @@ class Ledger:
 
     async def list_migrations(self) -> tuple[str, ...]:
         """Ids of all shards, sorted."""
-        found: list[str] = []
-        for shard in await self.store.children(paths.MIGRATIONS):
-            found += await self.store.children(f"{paths.MIGRATIONS}/{shard}")
-        return tuple(sorted(found))
+        shards = await self.store.children(paths.MIGRATIONS)
+        found = await each(shards, lambda shard: self.store.children(f"{paths.MIGRATIONS}/{shard}"))
+        return tuple(sorted(name for names in found for name in names))
 
     async def cas(self, path: str, record: object, version: int) -> WriteResult:
         return await self.store.multi([op_set(path, record, version)])

@@ -9,6 +9,8 @@ the refusal. `to_status` is the one place that keeps every error within that, wh
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ _CODES = {
     _R.ALREADY_EXISTS: _C.ALREADY_EXISTS,
     _R.NO_CAPACITY: _C.RESOURCE_EXHAUSTED,
     _R.HOST_DISK_FULL: _C.RESOURCE_EXHAUSTED,
+    _R.TOO_MANY_WATCHES: _C.RESOURCE_EXHAUSTED,
+    _R.SLOW_READER: _C.RESOURCE_EXHAUSTED,
     _R.CHAOS_DISABLED: _C.PERMISSION_DENIED,
     _R.OUTCOME_UNKNOWN: _C.UNKNOWN,
     _R.LEDGER_UNREACHABLE: _C.UNAVAILABLE,
@@ -254,6 +258,8 @@ async def _each_decoded(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
         yield _decoded(request)
 
 
+_LAST_WORD_S = 1.0
+
 Translate = Callable[[Exception], DroverError | None]
 """What an exception means that a handler let through; None: it was not foreseen."""
 
@@ -272,8 +278,13 @@ class Errors(aio.ServerInterceptor):
         require_deadline: bool,
         translate: Translate = lambda _error: None,
         check: Callable[[Message], None] = lambda _request: None,
+        slow_reader_s: float = 0.0,
     ) -> None:
-        """`check` judges each request of a call that takes one, before its handler sees it; raises DroverError."""
+        """`check` judges each request of a call that takes one, before its handler sees it; raises DroverError.
+
+        `slow_reader_s` > 0: a stream whose reader takes in nothing for so long is ended with SLOW_READER.
+        """
+        self._slow_reader_s = slow_reader_s
         self._require_deadline = require_deadline
         self._translate = translate
         self._check = check
@@ -299,7 +310,10 @@ class Errors(aio.ServerInterceptor):
         if handler.stream_unary:
             return grpc.stream_unary_rpc_method_handler(self._unary(handler.stream_unary, method), **parts)
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(self._stream(handler.unary_stream, method), **parts)
+            stream = self._stream(handler.unary_stream, method)
+            return grpc.unary_stream_rpc_method_handler(
+                self._to_reader(stream, method) if self._slow_reader_s else stream, **parts
+            )
         return grpc.stream_stream_rpc_method_handler(self._stream(handler.stream_stream, method), **parts)
 
     def _unary(self, behaviour: Callable[..., Any], method: str) -> Any:
@@ -326,6 +340,29 @@ class Errors(aio.ServerInterceptor):
             finally:  # now, not when the garbage collector finds it: a watch holds things
                 if isinstance(answers, AsyncGenerator):
                     await cast(AsyncGenerator[Any], answers).aclose()
+
+        return call
+
+    def _to_reader(self, stream: Callable[..., AsyncIterator[Any]], method: str) -> Any:
+        """Writes what the stream yields, with a bound on each write: gRPC waits for a reader as long as it takes."""
+
+        async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> None:
+            answers = stream(request, context)
+            try:
+                async for answer in answers:
+                    async with asyncio.timeout(self._slow_reader_s):
+                        await context.write(answer)
+                return
+            except TimeoutError:
+                pass
+            finally:
+                await cast(AsyncGenerator[Any], answers).aclose()
+            said = (
+                f"nothing was taken in for {self._slow_reader_s:g} s: begin anew, it starts with what is the case then"
+            )
+            with contextlib.suppress(TimeoutError):  # it is told when it reads again, if it ever does
+                async with asyncio.timeout(_LAST_WORD_S):
+                    await self._end(context, DroverError(_R.SLOW_READER, said), method)
 
         return call
 

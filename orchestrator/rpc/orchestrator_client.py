@@ -170,10 +170,22 @@ class OrchestratorClient:
         """With all its attempts and their time lines, also long after its end."""
         return self._call(self._stub.GetMigration, pb.GetMigrationRequest(name=name))
 
-    def list_migrations(self, guest: str = "", *, active_only: bool = False) -> list[types_pb2.Migration]:
-        """Newest first, without the time lines of their attempts."""
-        request = pb.ListMigrationsRequest(guest=guest, active_only=active_only)
-        return list(self._call(self._stub.ListMigrations, request).migrations)
+    def list_migrations(
+        self, guest: str = "", *, active_only: bool = False, limit: int = 1_000
+    ) -> list[types_pb2.Migration]:
+        """Newest first, at most `limit`, without the time lines of their attempts."""
+        found: list[types_pb2.Migration] = []
+        page_token = ""
+        while len(found) < limit:
+            request = pb.ListMigrationsRequest(
+                guest=guest, active_only=active_only, page_size=limit - len(found), page_token=page_token
+            )
+            answer = self._call(self._stub.ListMigrations, request)
+            found += answer.migrations
+            page_token = answer.next_page_token
+            if not page_token:
+                break
+        return found
 
     def cancel_migration(self, name: str) -> types_pb2.Migration:
         """Returns when the migration will certainly never commit. ALREADY_COMMITTED (details: `zxid`): too late."""
@@ -234,8 +246,9 @@ class OrchestratorClient:
     # --- watches ------------------------------------------------------------------------------------------------------
 
     def _watch(self, call: Callable[..., Iterator[Answer]], request: Any) -> Iterator[Answer]:
-        """Answers until the API ends the stream. Renewed at its bound, and when the API went away and is back within
-        `timeout_s`: each subscription begins with the present state, so nothing is missed but what came in between."""
+        """Answers until the API ends the stream. Renewed at its bound, when it was read too slowly, and when the API
+        went away and is back within `timeout_s`: each subscription begins with the present state, so nothing is missed
+        but what came in between."""
         last_heard: float | None = None
         while not self._closed:
             try:
@@ -247,9 +260,12 @@ class OrchestratorClient:
                 code = cast(grpc.Call, error).code()
                 if code is grpc.StatusCode.DEADLINE_EXCEEDED or self._closed:
                     continue
+                told = self._failed(error)
+                if told.reason is RefusalReason.SLOW_READER:
+                    continue
                 gone = code is grpc.StatusCode.UNAVAILABLE
                 if not gone or last_heard is None or time.monotonic() - last_heard > self.timeout_s:
-                    raise self._failed(error) from error
+                    raise told from error
             time.sleep(_RECONNECT_S)
 
 

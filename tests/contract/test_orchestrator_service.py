@@ -539,6 +539,28 @@ async def test_migrations_are_listed_newest_first_of_a_guest_and_while_they_last
     assert (error.reason, error.field) == (R.NOT_FOUND, "guest")
 
 
+async def test_migrations_are_listed_page_by_page(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
+    made: list[str] = []
+    for _ in range(5):
+        made.append((await api.call(client.create_migration, "web")).name)
+        await api.call(client.cancel_migration, made[-1])
+        await api.end(made[-1])
+
+    def page(token: str) -> pb.ListMigrationsResponse:
+        with channel(client.address) as raw:
+            request = pb.ListMigrationsRequest(page_size=2, page_token=token)
+            return OrchestratorServiceStub(raw).ListMigrations(request, timeout=5)
+
+    pages = [await asyncio.to_thread(page, "")]
+    while pages[-1].next_page_token:
+        pages.append(await asyncio.to_thread(page, pages[-1].next_page_token))
+    assert [[each.name for each in one.migrations] for one in pages] == [made[:2:-1], made[2:0:-1], made[:1]]
+    assert [each.name for each in await api.call(client.list_migrations, limit=3)] == made[:1:-1]
+    with pytest.raises(grpc.RpcError) as caught:
+        await asyncio.to_thread(page, "x")
+    assert from_rpc_error(caught.value).field == "page_token"
+
+
 async def test_time_lines_are_for_who_asks_for_one_migration(
     api: Subject, client: OrchestratorClient, web: types.Guest
 ) -> None:

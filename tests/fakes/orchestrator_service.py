@@ -320,7 +320,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             for each in self.migrations.values()
             if of in ("", each.guest_uuid) and not (request.active_only and _over(each))
         ]
-        return pb.ListMigrationsResponse(migrations=sorted(found, key=_newest_first))
+        return _page(sorted(found, key=_newest_first), request)
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: object) -> types.Migration:
         await self._called("CancelMigration", request)
@@ -456,6 +456,13 @@ def _newest_first(resource: types.Migration | types.Evacuation) -> tuple[int, st
     return -resource.create_time.ToNanoseconds(), resource.name
 
 
+def _page(found: list[types.Migration], request: pb.ListMigrationsRequest) -> pb.ListMigrationsResponse:
+    """A token counts the migrations of the pages before it."""
+    start, size = migrations.page_start(request.page_token), request.page_size or migrations.MAX_LISTED
+    more = str(start + size) if len(found) > start + size else ""
+    return pb.ListMigrationsResponse(migrations=found[start : start + size], next_page_token=more)
+
+
 def _name(digit: str, number: int) -> str:
     """Of the first, second, ... resource of a kind."""
     return f"{int(digit * 32, 16) + number:032x}"
@@ -497,7 +504,9 @@ def serve(service: FakeOrchestrator, address: str) -> Iterator[str]:
     worker.start()
 
     async def start() -> tuple[aio.Server, str]:
-        server = aio_server([Errors(require_deadline=True, check=limits.check)], max_request_bytes=MAX_REQUEST_BYTES)
+        server = aio_server(
+            [Errors(require_deadline=True, check=limits.check, slow_reader_s=30.0)], max_request_bytes=MAX_REQUEST_BYTES
+        )
         add_OrchestratorServiceServicer_to_server(service, server)
         port = listen(server, address)
         await server.start()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,44 @@ async def test_no_answer_in_time_is_an_unknown_outcome() -> None:
     assert caught.value.reason is R.OUTCOME_UNKNOWN
     await client.close()
     await agent.stop()
+
+
+@pytest.mark.timeout(60)
+async def test_a_reader_that_takes_nothing_in_is_dropped_and_told_when_it_reads_again() -> None:
+    ended = asyncio.Event()
+
+    class Flood(FakeAgent):
+        async def WatchAgent(self, request: pb.WatchAgentRequest, context: Any) -> AsyncIterator[pb.WatchAgentResponse]:
+            try:
+                while True:
+                    yield pb.WatchAgentResponse(guests=[pb.GuestStatus(name="x" * 200_000)])
+            finally:
+                ended.set()
+
+    server = aio_server([Errors(require_deadline=True, slow_reader_s=0.5)])
+    add_AgentServiceServicer_to_server(Flood("h1", MemoryStore()), server)
+    port = listen(server, "127.0.0.1:0")
+    await server.start()
+    reads_again = threading.Event()
+
+    def read() -> DroverError:
+        with channel(f"127.0.0.1:{port}") as sync:
+            call = AgentServiceStub(sync).WatchAgent(pb.WatchAgentRequest(), timeout=60)
+            try:
+                next(call)
+                reads_again.wait(30)
+                for _ in call:
+                    pass
+            except grpc.RpcError as error:
+                return from_rpc_error(error)
+        raise AssertionError("no error")
+
+    reading = asyncio.ensure_future(asyncio.to_thread(read))
+    async with asyncio.timeout(30):
+        await ended.wait()
+    reads_again.set()
+    assert (await reading).reason is R.SLOW_READER
+    await server.stop(None)
 
 
 async def test_two_servers_never_share_a_port(agent: Raising) -> None:

@@ -511,17 +511,25 @@ class ListMigrationsRequest(_message.Message):
 
     GUEST_FIELD_NUMBER: _builtins.int
     ACTIVE_ONLY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     active_only: _builtins.bool
+    page_size: _builtins.int
+    """0, or more than 1000: 1000."""
+    page_token: _builtins.str
+    """Empty: from the newest on; else the next_page_token of the page before, with the same guest and active_only."""
     def __init__(
         self,
         *,
         guest: _builtins.str = ...,
         active_only: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_only", b"active_only", "guest", b"guest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_only", b"active_only", "guest", b"guest", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -532,18 +540,22 @@ class ListMigrationsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MIGRATIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty: there are no older ones."""
     @_builtins.property
     def migrations(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Migration]:
-        """Newest first, at most 1000, without the time lines of their attempts."""
+        """Newest first, without the time lines of their attempts. One that cannot be read has a name and a message only."""
 
     def __init__(
         self,
         *,
         migrations: _abc.Iterable[_types_pb2.Migration] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["migrations", b"migrations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migrations", b"migrations", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

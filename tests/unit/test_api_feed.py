@@ -1,0 +1,229 @@
+"""What many watches and a long history cost: everything is read and rendered once, and nothing stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import ExitStack, aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.api import migrations, watching
+from orchestrator.api.watching import Feed
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.records import EvacuationState, GuestSpec, MigrationPhase, MigrationSpec, MigrationState
+from orchestrator.ledger import paths
+from orchestrator.ledger.ledger import op_create
+from orchestrator.ledger.store import Done, SetData, Versioned
+from protos.drover.v1 import types_pb2
+from tests.fakes.api import ApiCluster, api_cluster, until
+from tests.fakes.coordination import MemoryStore, World
+
+R = RefusalReason
+pytestmark = pytest.mark.timeout(60)
+
+
+class Counting(MemoryStore):
+    """Counts what is asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    async def read(self, path: str, timeout_s: float = 2.0) -> Versioned | None:
+        self.reads.append(path)
+        return await super().read(path, timeout_s)
+
+    async def children(self, path: str, timeout_s: float = 2.0) -> tuple[str, ...]:
+        self.reads.append(path)
+        return await super().children(path, timeout_s)
+
+
+@pytest.fixture
+def store() -> Counting:
+    return Counting()
+
+
+@pytest.fixture
+def world(store: Counting) -> World:
+    return World(store)
+
+
+@pytest.fixture
+async def api(store: Counting, tmp_path: Path) -> AsyncIterator[ApiCluster]:
+    async with api_cluster(store, tmp_path) as cluster:
+        await cluster.call(cluster.client.create_guest, GuestSpec("web"), "h1")
+        yield cluster
+
+
+def feed_of(api: ApiCluster) -> Feed[Any, types_pb2.Migration]:
+    return api.server.servicer.migration_feed
+
+
+async def seed(store: MemoryStore, number: int, phase: MigrationPhase, guest: str = "g") -> str:
+    """A migration as the ledger keeps it."""
+    name = f"{number:012x}"[::-1]
+    await store.ensure(paths.migration_shard(name))
+    spec = MigrationSpec(name, guest, f"n-{guest}", create_time_s=1_000_000.0 - number)
+    ops = [op_create(paths.migration(name), spec), op_create(paths.migration_state(name), MigrationState(phase))]
+    assert isinstance(await store.multi(ops), Done)
+    return name
+
+
+async def collect(stream: AsyncGenerator[types_pb2.Migration], into: list[types_pb2.Migration]) -> None:
+    async with aclosing(stream):
+        async for message in stream:
+            into.append(message)
+
+
+async def test_a_new_migration_is_read_and_rendered_once_for_all_streams(api: ApiCluster, store: Counting) -> None:
+    for number in range(300):
+        await seed(store, number, MigrationPhase.SUCCEEDED)
+    feed = feed_of(api)
+    told: list[list[types_pb2.Migration]] = [[] for _ in range(100)]
+    tasks = [asyncio.create_task(collect(feed.stream(()), into)) for into in told]
+    await asyncio.sleep(0.5)
+    store.reads.clear()
+    name = (await api.call(api.client.create_migration, "web")).name
+    await until(lambda: all(told))
+    assert {each[0].name for each in told} == {name}
+    assert all(each[0] is told[0][0] for each in told), "each stream has a message of its own"
+    listed = [path for path in store.reads if path.startswith(paths.MIGRATIONS) and path.count("/") <= 2]
+    assert listed == [], "a new migration makes nobody list the shards again"
+    assert len(store.reads) < 60, "the reads grow with the number of streams"
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_streams_that_come_and_go_leave_nothing(api: ApiCluster, store: Counting) -> None:
+    name = (await api.call(api.client.create_migration, "web")).name
+    feed = feed_of(api)
+    before = len(store.tree.watches), len(feed._fleet._listeners)
+    for _ in range(200):
+        for names in ((), (name,)):
+            stream = feed.stream(names)
+            assert (await anext(stream)).name == name
+            await stream.aclose()
+    assert not feed._readers
+    assert not feed._entries
+    assert not feed._order
+    assert not feed._wanted
+    assert not feed._by_key
+    assert not feed._roots
+    assert (len(store.tree.watches), len(feed._fleet._listeners)) == before
+
+
+async def test_what_is_over_is_told_to_those_who_saw_it_and_then_forgotten(
+    api: ApiCluster, world: World, store: Counting
+) -> None:
+    name = (await api.call(api.client.create_migration, "web")).name
+    feed = feed_of(api)
+    slow, quick = feed.stream(()), feed.stream(())
+    assert [(await anext(each)).name for each in (slow, quick)] == [name, name]
+    await api.call(api.client.cancel_migration, name)
+    assert (await anext(quick)).phase == types_pb2.MIGRATION_PHASE_CANCELLED
+    late = feed.stream(())
+    waiting = asyncio.ensure_future(anext(late))
+    assert name in feed._entries
+    assert (await anext(slow)).phase == types_pb2.MIGRATION_PHASE_CANCELLED
+    nexts = [asyncio.ensure_future(anext(each)) for each in (slow, quick)]
+    await asyncio.sleep(0.3)
+    other = await seed(store, 77, MigrationPhase.PENDING)
+    assert {each.name for each in await asyncio.gather(waiting, *nexts)} == {other}, "and not to those who came later"
+    await until(lambda: list(feed._entries) == [other])
+    for each in (slow, quick, late):
+        await each.aclose()
+
+
+async def test_a_reader_is_never_told_the_same_twice_while_others_move(api: ApiCluster, store: Counting) -> None:
+    names = [await seed(store, number, MigrationPhase.PENDING) for number in range(20)]
+    feed = feed_of(api)
+    stream = feed.stream(())
+    first = await anext(stream)
+    path = paths.migration_state(names[-1])
+    for attempt in (1, 2):
+        node = store.tree.nodes[path]
+        write = SetData(path, b'{"phase":"PENDING","attempt":%d}' % attempt, node.version)
+        assert isinstance(await store.multi([write]), Done)
+    await asyncio.sleep(0.4)
+    told = [first, *[await anext(stream) for _ in range(19)]]
+    assert {each.name for each in told} == set(names)
+    assert next(each for each in told if each.name == names[-1]).attempt == 2
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.4):
+            await anext(stream)
+    await stream.aclose()
+
+
+async def test_watches_are_capped_by_address_and_in_all(api: ApiCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "MAX_STREAMS_OF_ONE", 2)
+    streams = [api.client.watch_guests() for _ in range(3)]
+    for stream in streams[:2]:
+        assert (await api.call(next, stream)).name == "web"
+    error = await api.refused(next, streams[2])
+    assert error.reason is R.TOO_MANY_WATCHES
+    assert "2 watches of yours" in error.message
+    streams[0].close()  # type: ignore[attr-defined]
+    await until(lambda: api.server.servicer.streams_open == 1)
+    assert (await api.call(next, api.client.watch_guests())).name == "web"
+    counted = watching.Streams()
+    monkeypatch.setattr(watching, "MAX_STREAMS", 5)
+    with ExitStack() as stack:
+        for number in range(5):
+            stack.enter_context(counted.one(f"ipv4:10.0.0.{number}:1"))
+        with pytest.raises(DroverError, match="5 in all"):
+            stack.enter_context(counted.one("ipv4:10.0.0.9:1"))
+    assert counted.total == 0
+
+
+# --- a long history ---------------------------------------------------------------------------------------------------
+
+
+async def test_active_lists_no_migration_that_is_over_however_long_the_history(
+    api: ApiCluster, store: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than are remembered as they are listed; and a list reads little of what does not change."""
+    monkeypatch.setattr(migrations, "MAX_LISTED", 50)
+    monkeypatch.setattr(migrations, "MAX_REMEMBERED", 100)
+    names = [await seed(store, number, MigrationPhase.SUCCEEDED) for number in range(400)]
+    active = [await seed(store, 1_000 + number, MigrationPhase.PENDING, "h") for number in range(3)]
+    listed = await api.call(api.client.list_migrations, active_only=True)
+    assert [each.name for each in listed] == active[::-1]
+    await api.call(api.client.list_migrations)
+    store.reads.clear()
+    everything = await api.call(api.client.list_migrations, limit=1_000)
+    assert [each.name for each in everything] == [*active[::-1], *names[::-1]], "newest first, page by page"
+    store.reads.clear()
+    await api.call(api.client.list_migrations, limit=50)
+    await api.call(api.client.list_migrations, limit=50)
+    shards = len({name[:2] for name in (*names, *active)})
+    assert len(store.reads) < 2 * (shards + 60) + 5 * 50, "a list reads the whole history again"
+    assert [each.guest for each in await api.call(api.client.list_migrations, limit=5)][:3] == ["n-h"] * 3
+
+
+async def test_what_cannot_be_read_is_listed_as_such(api: ApiCluster, store: Counting) -> None:
+    good = await seed(store, 1, MigrationPhase.SUCCEEDED)
+    for number, path in ((2, paths.migration), (3, paths.migration_state)):
+        bad = await seed(store, number, MigrationPhase.PENDING)
+        node = store.tree.nodes[path(bad)]
+        store.tree.nodes[path(bad)] = replace(node, data=b'{"phase": 7}')
+    listed = await api.call(api.client.list_migrations)
+    assert [bool(each.message.startswith("cannot be read")) for each in listed] == [True, True, False]
+    assert listed[2].name == good
+    job = (await api.call(api.client.create_evacuation, "h1")).evacuation.name
+    store.tree.nodes[paths.evacuation("old-1")] = Versioned(b"{}", 0, 1)
+    store.tree.nodes[paths.evacuation_state("old-1")] = Versioned(b'{"phase": 7}', 0, 1)
+    found = await api.call(api.client.list_evacuations)
+    assert [each.name for each in found] == [job, "old-1"]
+    assert found[1].message.startswith("cannot be read")
+    assert EvacuationState().message == ""
+
+
+async def test_a_page_token_that_is_none(api: ApiCluster) -> None:
+    with pytest.raises(DroverError, match="page_token"):
+        migrations.page_start("²")
+    assert migrations.page_start("") == 0
