@@ -30,6 +30,10 @@ class EngineTimeout(EngineError):
     """No answer in time: the command may have been carried out."""
 
 
+class GuestHasEnded(EngineError):
+    """The guest shut down or panicked by itself. Nothing sets it going again, and nothing has to be tried again."""
+
+
 class RunState(StrEnum):
     """Of the vCPUs."""
 
@@ -243,6 +247,7 @@ class Vmm(Protocol):
     async def resume(self) -> None:
         """Start the vCPUs (`cont`). Only where the hand-over protocol allows; the engine does not know.
 
+        Raises GuestHasEnded, also where the guest arrived after its end; any other EngineError may pass.
         Refused (EngineError) while a migration runs in a VMM with devices inside: they cannot go back to pre-copy.
         """
         ...

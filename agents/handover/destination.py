@@ -281,6 +281,11 @@ def _started(state: DestinationState) -> DestinationStep:
     return replace(state, stage=DestinationStage.RECORDING_DONE), (Note("running"), Do.ANNOUNCE, Do.WRITE_DONE)
 
 
+def _arrived_ended(state: DestinationState) -> DestinationStep:
+    """It shut down as it was stopped, and came as it was: it is ours, and stays as it is. Nobody has to hear of it."""
+    return replace(state, stage=DestinationStage.RECORDING_DONE), (Do.WRITE_DONE,)
+
+
 def _done_recorded(state: DestinationState) -> DestinationStep:
     return replace(state, stage=DestinationStage.ENDED_DONE), (Note("done"), Do.SEND_DONE)
 
@@ -409,7 +414,10 @@ _ROWS: tuple[Row[DestinationStage], ...] = (
     (Seen.MARKER_FAILED, (_MARKING,), _marker_failed),
     (Seen.ACTIVATED, (_ACTIVATING,), _activated),
     (Seen.STARTED, (_STARTING,), _started),
+    # It cannot be set going because it has ended, which no second try changes.
+    (Seen.GUEST_ENDED, (_STARTING,), _arrived_ended),
     # The VMM died, or the guest was declared dead, while it was done.
+    (Seen.GUEST_ENDED, (_DECLARING, _DISCARDING), ignored),
     (Seen.MARKER_WRITTEN, (_DISCARDING,), ignored),
     (Seen.MARKER_FAILED, (_DISCARDING,), ignored),
     (Seen.ACTIVATED, (_DECLARING, _DISCARDING), ignored),

@@ -192,10 +192,15 @@ class DestinationRunner:
         return Seen.ACTIVATED
 
     async def _start_guest(self) -> Event | None:
+        good = Seen.STARTED
         try:
             told = self._told_want_run
             if await self.want_run() if told is None else told:
-                await self.vmm.resume()
+                try:
+                    await self.vmm.resume()
+                except engine.GuestHasEnded as error:
+                    self._note("guest_ended", str(error))
+                    good = Seen.GUEST_ENDED
             # Before DONE: a restarted agent must know this copy as the guest even when the record has moved on.
             self.started.set()
             await self.vmm.promote()
@@ -203,7 +208,7 @@ class DestinationRunner:
         except (engine.EngineError, StoreUnavailable) as error:
             self._note("start_failed", str(error))
             return Seen.ACTIVATION_FAILED
-        return Seen.STARTED
+        return good
 
     async def _note_inside(self) -> None:
         """A device that could not be set going was reset by the VMM: the guest runs, with a device that forgot it."""

@@ -20,6 +20,11 @@ from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Check, Done, OutcomeUnknown, SetData, Store, StoreUnavailable, Versioned
 
 _TRIES = 5
+COMMIT_S = 0.15
+"""A COMMIT that is not answered within this has lost its server: the connection is cut and another one is tried. Its
+outcome is unknown then, and a read behind a barrier tells it."""
+READ_S = 0.6
+"""Of each step of such a read: the guest stands, and the next server may be silent too."""
 
 
 @dataclass
@@ -36,19 +41,19 @@ class AttemptLedger:
     bound: tuple[GuestRecord, int] | None = field(default=None)
     """Record and version after `bind`: what the COMMIT is prepared from, so that nothing is read in the blackout."""
 
-    async def read(self) -> tuple[GuestRecord, int]:
+    async def read(self, timeout_s: float = 2.0) -> tuple[GuestRecord, int]:
         """Raises StoreUnavailable."""
         path = paths.guest(self.ref.guest)
-        node = await self.store.read(path)
+        node = await self.store.read(path, timeout_s)
         if node is None:
             raise StoreUnavailable(f"{path} does not exist")
         return decode(GuestRecord, node.data, path=path), node.version
 
     async def read_behind_barrier(self) -> tuple[GuestRecord, int]:
         """Record and version of `req`, not older than this call (H13). Raises StoreUnavailable."""
-        await self.store.barrier()
-        record, _ = await self.read()
-        req = await self.store.read(paths.requests(self.ref.migration))
+        await self.store.barrier(READ_S)
+        record, _ = await self.read(READ_S)
+        req = await self.store.read(paths.requests(self.ref.migration), READ_S)
         return record, req.version if req else 0
 
     async def _change(self, change: Callable[[GuestRecord], GuestRecord], good: Seen) -> Seen:
@@ -117,7 +122,7 @@ class AttemptLedger:
         wanted = handover.commit(record, self.ref.migration, self.ref.attempt, self.inc, writer=self.writer)
         give = SetData(paths.guest(self.ref.guest), encode(wanted), version)
         check = () if req_version is None else (Check(paths.requests(self.ref.migration), req_version),)
-        result = await self.store.multi([*check, give])
+        result = await self.store.multi([*check, give], COMMIT_S)
         if isinstance(result, Done):
             self.zxid, self.writes = result.zxid, self.writes + 1
             return Seen.COMMITTED

@@ -282,18 +282,13 @@ class SourceRunner:
     async def _resume(self) -> Event | None:
         try:
             await self.vmm.resume()
+        except engine.GuestHasEnded as error:
+            self._note("guest_ended", str(error))
+            return Seen.GUEST_ENDED
         except engine.EngineError as error:
-            if await self._has_ended():
-                return Seen.GUEST_ENDED
             self._note("resume_failed", str(error))
             return Seen.RESUME_FAILED
         return Seen.RESUMED
-
-    async def _has_ended(self) -> bool:
-        """The guest shut down while nobody listened: an agent that came later has no event of it."""
-        with contextlib.suppress(engine.EngineError):
-            return (await self.vmm.state()).run_state is engine.RunState.ENDED
-        return False
 
     async def _quiesce(self) -> Event | None:
         for task in self._precopy:

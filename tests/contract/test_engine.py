@@ -23,6 +23,7 @@ from agents.engine.base import (
     EngineEvent,
     EngineStatus,
     GuestEnded,
+    GuestHasEnded,
     HoldStart,
     OutgoingOptions,
     RunState,
@@ -236,6 +237,20 @@ async def test_adopt_after_detach_and_not_a_recycled_pid(pair: Pair) -> None:
     assert (await adopted.state()).run_state is RunState.RUNNING
 
 
+async def test_a_guest_that_ended_before_its_stop_arrives_ended(pair: Pair) -> None:
+    """And the destination tells that from a guest that cannot be started just now."""
+    source, destination = await pair.source(), await pair.destination()
+    await power_off(pair, source)
+    await until(source, lambda now: now.run_state is RunState.ENDED)
+    await source.start_outgoing(options(destination))
+    await until(source, lambda now: now.status is EngineStatus.PARKED)
+    await source.proceed()
+    await until(destination, lambda now: now.status is EngineStatus.COMPLETED)
+    assert (await until(destination, lambda now: now.run_state is not RunState.INCOMING)).run_state is RunState.ENDED
+    with pytest.raises(GuestHasEnded):
+        await destination.resume()
+
+
 async def test_a_guest_that_shuts_down_says_so_and_never_runs_again(pair: Pair) -> None:
     source = await pair.source()
     told: list[EngineEvent] = []
@@ -243,7 +258,7 @@ async def test_a_guest_that_shuts_down_says_so_and_never_runs_again(pair: Pair) 
     await power_off(pair, source)
     await until(source, lambda now: now.run_state is RunState.ENDED)
     assert any(isinstance(event, GuestEnded) for event in told)
-    with pytest.raises(EngineError):
+    with pytest.raises(GuestHasEnded):
         await source.resume()
     assert (await source.state()).run_state is RunState.ENDED
 

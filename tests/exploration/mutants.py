@@ -204,6 +204,15 @@ def wait_for_what_ended() -> list[Patch]:
     return [_with(source_session, Seen.GUEST_ENDED, lambda state: ended(state) if state.stage in ours else (state, ()))]
 
 
+def start_what_arrived_ended() -> list[Patch]:
+    """A guest that cannot be set going was tried again and again, whatever the engine said of it."""
+    again = destination_session._activation_failed
+    return [_with(destination_session, Seen.GUEST_ENDED, lambda s: again(s) if s.stage is STARTING else (s, ()))]
+
+
+STARTING = DestinationStage.STARTING
+
+
 def unknown_is_gone() -> list[Patch]:
     return [
         (keeping, "is_unknown", lambda copy: False),
@@ -292,6 +301,9 @@ MUTANTS = (
     Mutant("unknown_is_gone", "H10", unknown_is_gone),
     Mutant("missing_is_gone", "H9", missing_is_gone),
     Mutant("wait_for_what_ended", "GUEST_ENDED", wait_for_what_ended, _OFF, dead_ends=True),
+    Mutant(
+        "start_what_arrived_ended", "GUEST_ENDED", start_what_arrived_ended, replace(_OFF, faults=0), dead_ends=True
+    ),
     Mutant("any_ring", "time", any_ring),
     Mutant("ack_timer_runs_on", "time", ack_timer_runs_on, _REQUEST),
     Mutant("precopy_bound_is_lost", "time", precopy_bound_is_lost, _TIME),

@@ -75,7 +75,8 @@ class Bounds:
     inside: bool = False
     """Devices inside the VMM: the engine has a verdict of its own, and can reset them."""
     off: bool = False
-    """The guest may power itself off while it runs at the source."""
+    """The guest may power itself off while it runs at the source, or so late that its stop for the switchover is first:
+    nobody is told of that, and it arrives ended."""
     time: bool = False
     """Pre-copy and a missing ACK reach their bounds, and a prepared destination waits in vain. The bounds of a guest
     that stands still may always be reached."""
@@ -296,8 +297,9 @@ def cancel_by_api(world: World) -> World | None:
 
 
 def start_at_destination(world: World) -> World:
-    """DONE is due once the guest runs, or once responsibility for a stopped one is taken (H9)."""
-    return feed_destination(world._replace(copy=OWN, ran_there=True), Seen.STARTED)
+    """DONE is due once the guest runs, or once responsibility for a stopped or ended one is taken (H9)."""
+    ended = world.off and world.want
+    return feed_destination(world._replace(copy=OWN, ran_there=True), Seen.GUEST_ENDED if ended else Seen.STARTED)
 
 
 # --- source commands --------------------------------------------------------------------------------------------------
@@ -423,7 +425,7 @@ def _resume(world: World) -> World:
     if world.vmm in (PARKED, DEVICE, DEAD):
         return feed_source(world, Seen.RESUME_FAILED)
     if world.off:
-        return feed_source(world, Seen.GUEST_ENDED)
+        return feed_source(world._replace(vmm=STOPPED), Seen.GUEST_ENDED)
     return feed_source(world._replace(vmm=RUN, wished_stop=False), Seen.RESUMED)
 
 
@@ -720,6 +722,8 @@ def fault_moves(world: World, bounds: Bounds) -> Iterator[Move]:
     if bounds.off and not world.off and world.vmm == RUN and record_is_live(world):
         # An agent that is away hears nothing of it.
         yield "guest powers off", False, feed_source(world._replace(off=True, vmm=STOPPED), Seen.GUEST_ENDED)
+    if bounds.off and not world.off and world.vmm in (PARKED, DEVICE) and record_is_live(world):
+        yield "guest has powered off", False, world._replace(off=True)
     if bounds.power and world.power == 0:
         down = world._replace(power=1, source_up=False, source=None, todo_source=(), vmm=DEAD, engine=False)
         yield "S loses power", False, down
@@ -802,10 +806,10 @@ def _source_duty(world: World, record: GuestRecord | None, told: Liveness | None
             yield "S keeper discards", True, world._replace(vmm=DEAD, engine=False, conducting=0)
         case keeping.Do.RUN | keeping.Do.STOP:
             run = found.do is keeping.Do.RUN
-            if run and world.off:
+            if run and world.off and world.vmm == STOPPED:
                 yield "S keeper tries for ever", True, world._replace(flaw="A GUEST THAT POWERED OFF IS TO RUN")
                 return
-            after = world._replace(vmm=RUN if run else STOPPED, wished_stop=not run)
+            after = world._replace(vmm=RUN if run and not world.off else STOPPED, wished_stop=not run)
             yield "S keeper applies the wish", True, after
         case keeping.Do.END_AS_SOURCE:
             assert record is not None
@@ -834,7 +838,8 @@ def _destination_duty(world: World, record: GuestRecord | None, told: Liveness |
         MIGRATION,
         world.copy_inc,
         liveness=_seen(told, gone=gone),
-        running=world.want if own else False,
+        running=own and world.want and not world.off,
+        ended=own and world.off,
     )
     known = () if world.copy == NONE else (copy,)
     found = keeping.duty(record, here, known, marker=world.marker, want_run=world.want)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from agents.engine import base
-from agents.engine.base import EngineError, EngineStatus, HoldStart, RunState, VmmMetadata, VmmState
+from agents.engine.base import EngineError, EngineStatus, GuestHasEnded, HoldStart, RunState, VmmMetadata, VmmState
 from orchestrator.core.liveness import Liveness
 
 _UNDER_WAY = (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.PARKED, EngineStatus.DEVICE)
@@ -43,6 +43,8 @@ class FakeVmm:
         self._before = run
         self._dead = False
         self._late = 0
+        self.ends_unheard = False
+        """The guest powers itself off at the very moment of its stop: no event tells it here, and it arrives ended."""
 
     @property
     def metadata(self) -> VmmMetadata:
@@ -88,7 +90,7 @@ class FakeVmm:
         if self.run in (RunState.INCOMING, RunState.FINISHING):
             raise EngineError(f"cannot resume in {self.run}")
         if self.run is RunState.ENDED:
-            raise EngineError("Resetting the Virtual Machine is required")
+            raise GuestHasEnded("Resetting the Virtual Machine is required")
         if self.spec.vfio_path is not None and self.status in _UNDER_WAY:
             raise EngineError("a migration of a guest with devices inside the VMM is running: cancel it first")
         if self.run is not RunState.RUNNING:
@@ -173,7 +175,7 @@ class FakeVmm:
     def complete(self) -> None:
         """The destination has loaded everything and says so."""
         assert self.peer is not None
-        self.peer.run = RunState.PAUSED
+        self.peer.run = RunState.ENDED if self.ends_unheard or self._before is RunState.ENDED else RunState.PAUSED
         self.peer._set_status(EngineStatus.COMPLETED)
         self.run = RunState.SEALED
         self._set_status(EngineStatus.COMPLETED)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from agents.engine.base import VmmSpec
-from agents.handover.destination import DestinationState
+from agents.engine.base import HoldStart, OutgoingOptions, RunState, VmmSpec
+from agents.handover.destination import DestinationStage, DestinationState
 from agents.handover.destination_shell import DestinationRunner
 from agents.handover.ledger import AttemptLedger
 from agents.handover.peer import SourcePeer
 from agents.handover.words import Seen
+from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import GuestSpec
+from tests.fakes.attempt import Coming, D, Leaving, Moves
 from tests.fakes.coordination import MemoryStore
 from tests.fakes.engine import FakeEngine
 
@@ -38,3 +41,25 @@ async def test_no_marker_is_written_for_a_vmm_that_is_dead(tmp_path: Path) -> No
     vmm._dead = False
     assert await runner._write_marker() is Seen.MARKER_WRITTEN
     assert marker.exists()
+
+
+async def test_a_guest_that_arrived_ended_is_done_and_not_tried_again(tmp_path: Path) -> None:
+    """It powered itself off as it was stopped: `cont` was refused ten times a second, for ever, in COMMITTED."""
+    engine, store = FakeEngine(), MemoryStore()
+    await store.start()
+    moves = Moves(store=store)
+    await moves.born()
+    vmm = await engine.start(VmmSpec("g", "s", GuestSpec("web"), tmp_path, tmp_path / "con", None))
+    vmm.ends_unheard = True
+    ref = await moves.opened()
+    there = VmmSpec("g", "i1", GuestSpec("web"), tmp_path, tmp_path / "con", None)
+    copy = await engine.prepare_incoming(there, moves.migration, 1)
+    options = OutgoingOptions(copy.metadata.endpoint, HoldStart.OPEN, 0, 1 << 30, 300)
+    await moves.conducted(ref, Leaving(vmm), Coming("i1", copy), MigrationPolicy(), options, tmp_path)
+    assert moves.destination.state.stage is DestinationStage.ENDED_DONE
+    assert copy.calls.count("resume") == 1
+    assert copy.run is RunState.ENDED
+    assert copy.metadata.role == "owner"
+    record = await moves.record()
+    assert (record.phase, record.owner, record.inc) == (Ownership.IDLE, D, "i1")
+    assert "guest_ended" in [entry.event for entry in moves.destination.timeline]

@@ -15,7 +15,16 @@ from typing import Any
 import structlog
 
 from agents.engine import base
-from agents.engine.base import EngineError, EngineStatus, EngineTimeout, HoldStart, RunState, VmmMetadata, VmmState
+from agents.engine.base import (
+    EngineError,
+    EngineStatus,
+    EngineTimeout,
+    GuestHasEnded,
+    HoldStart,
+    RunState,
+    VmmMetadata,
+    VmmState,
+)
 from agents.engine.qemu import process, verdict
 from agents.engine.qemu.images import Images
 from agents.engine.qemu.qmp import QmpConnection
@@ -164,7 +173,15 @@ class QemuVmm:
             await self._must_not_be_moving()
         if self._stands:
             await self._now_stands(False)
-        await self._execute("cont")
+        try:
+            await self._execute("cont")
+        except EngineTimeout:
+            raise
+        except EngineError as error:
+            # Asked only now: in the blackout nothing is asked that a guest which is well does not need.
+            if (await self.state()).run_state is RunState.ENDED:
+                raise GuestHasEnded(f"the guest has shut down: {error}") from error
+            raise
 
     async def _now_stands(self, stands: bool) -> None:
         """Of a migration under way this changes the limit; that it cannot be told must not undo a stop or a start."""
