@@ -296,8 +296,8 @@ class Vmm(Protocol):
 
 class MigrationEngine(Protocol):
     async def probe(self) -> dict[str, str]:
-        """`version`, `machine_types` (comma separated), `switchover_ack` (none, legacy, per-device), `accelerator`,
-        `devices_inside` (empty: it cannot have devices inside the VMM)."""
+        """`version`, `machine_types` (comma separated), `machine_aliases` (`pc=pc-i440fx-10.0,...`), `switchover_ack`
+        (none, legacy, per-device), `accelerator`, `devices_inside` (empty: it cannot have devices inside the VMM)."""
         ...
 
     async def start(self, spec: VmmSpec) -> Vmm:

@@ -16,6 +16,7 @@ from agents.engine.qemu.hold import choose_hold
 from agents.guest.copies import Copy
 from agents.guest.files import GuestFiles
 from orchestrator.core.agent import ConductOrder
+from orchestrator.core.compatibility import ack_mode
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.migration import Prepared
 
@@ -89,13 +90,18 @@ async def must_be_movable(mover: engine.MigrationEngine, host: str, name: str, o
         raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"guest {name}: {error}") from error
     if obstacles:
         raise DroverError(RefusalReason.DEVICE_NOT_MIGRATABLE, f"guest {name}: {'; '.join(obstacles)}")
-    here = (own.vmm.metadata.machine, (await probed(mover, host))["switchover_ack"])
-    for what, mine, theirs in zip(
-        ("machine type", "switchover-ack mode"), here, (prepared.machine, prepared.switchover_ack), strict=True
-    ):
-        if mine and theirs and mine != theirs:
-            said = f"guest {name}: {what} differs: {mine} here, {theirs} at the destination"
-            raise DroverError(RefusalReason.MACHINE_TYPE_MISMATCH, said)
+    machine = own.vmm.metadata.machine
+    _must_agree(name, "machine type", machine, prepared.machine)
+    if own.in_vmm() is not None:  # nobody else's ACKs pass through QEMU
+        mine = ack_mode((await probed(mover, host))["switchover_ack"], machine)
+        _must_agree(name, "switchover-ack mode", mine, ack_mode(prepared.switchover_ack, prepared.machine))
+
+
+def _must_agree(name: str, what: str, here: str, there: str) -> None:
+    """What one of the two does not say is no reason to refuse."""
+    if here and there and here != there:
+        said = f"guest {name}: {what} differs: {here} here, {there} at the destination"
+        raise DroverError(RefusalReason.MACHINE_TYPE_MISMATCH, said)
 
 
 def outgoing(

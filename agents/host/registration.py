@@ -205,6 +205,7 @@ class Registration:
             bandwidth_mbps=config.bandwidth_mbps,
             engine=f"qemu {probed['version']}",
             machine_types=tuple(probed["machine_types"].split(",")),
+            machine_aliases=_aliases(probed.get("machine_aliases", "")),
             accelerator=probed["accelerator"],
             switchover_ack=probed["switchover_ack"],
             identity=me,
@@ -295,3 +296,8 @@ def _whose(holder: AgentIdentity | None) -> str:
     if holder is None:
         return "it does not say which machine it is"
     return f"installation {holder.installation}, power cycle {holder.boot_id}"
+
+
+def _aliases(told: str) -> dict[str, str]:
+    pairs = (each.partition("=") for each in told.split(",") if each)
+    return {alias: machine for alias, _, machine in pairs}

@@ -17,7 +17,7 @@ from orchestrator.api.requests import Request
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import Ownership
-from orchestrator.core.placement import GuestInput, Need, plan
+from orchestrator.core.placement import GuestInput, need_of, plan
 from orchestrator.core.records import Cordon, EvacuationPhase, EvacuationSpec, EvacuationState
 from orchestrator.core.text import clip
 from orchestrator.ledger import paths
@@ -172,11 +172,7 @@ def _verdicts(snapshot: Snapshot, leaving: Sequence[GuestInput]) -> list[pb.Plac
     already have their place."""
     by_size = sorted(leaving, key=lambda each: (-each.spec.memory_mib, each.record.name))
     staying = [each for each in by_size if not decisions.present_migration(each.record)]
-    needs = [
-        Need(each.uuid, each.record.name, each.record.owner.host, each.spec.memory_mib, each.spec.machine)
-        for each in staying
-    ]
-    planned = {each.need.guest: each for each in plan(snapshot.views(), needs)}
+    planned = {each.need.guest: each for each in plan(snapshot.views(), [need_of(each) for each in staying])}
     return [views.verdict(one, planned.get(one.uuid)) for one in by_size]
 
 

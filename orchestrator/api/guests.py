@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from dataclasses import replace
 
 import structlog
 
@@ -16,6 +17,7 @@ from orchestrator.api.reads import GuestRead, guest_uuid, no_place, not_found, r
 from orchestrator.api.requests import Request
 from orchestrator.core import handover
 from orchestrator.core.agent import RunState
+from orchestrator.core.compatibility import real_machine
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import guest_errors, name_error, scenario_problems
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -100,9 +102,8 @@ class Guests:
             born = str(uuid.uuid4())
             async with self._tools.placing:
                 host, entry = await self._place(spec, wanted)
-                created = await asked.create(
-                    self._tools, f"guests/{born}", _birth(spec, born, host, entry, caller), caller
-                )
+                birth = _birth(_pinned(spec, entry), born, host, entry, caller)
+                created = await asked.create(self._tools, f"guests/{born}", birth, caller)
             if created:
                 known = created.rpartition("/")[2]
                 if known == born:
@@ -332,6 +333,12 @@ def checked(request: pb.CreateGuestRequest) -> GuestSpec:
     if bad:
         raise invalid(bad)
     return spec
+
+
+def _pinned(spec: GuestSpec, entry: HostEntry) -> GuestSpec:
+    """With the machine type that an alias such as `pc` stands for on the host where the guest is born. It
+    keeps that for its life, so that it can move to a host where the alias stands for another one."""
+    return replace(spec, machine=real_machine(spec.machine, entry.input.record.machine_aliases))
 
 
 def _birth(spec: GuestSpec, born: str, host: HostRef, entry: HostEntry, caller: Caller) -> list[Op]:

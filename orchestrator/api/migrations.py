@@ -21,7 +21,7 @@ from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import GuestRecord
-from orchestrator.core.placement import Need, choose
+from orchestrator.core.placement import GuestInput, choose, need_of
 from orchestrator.core.policy import MigrationPolicy, policy_errors
 from orchestrator.core.records import HostRecord, MigrationSpec, Reservations
 from orchestrator.core.text import clip, quoted
@@ -149,8 +149,7 @@ class Migrations:
         """Where the guest would go now; empty: nowhere, but `may_wait`, and time may bring a place. Raises the refusal
         that stands against the wanted host, or against all."""
         snapshot = await self._tools.inventory.snapshot()
-        record, spec = read.record, read.spec
-        need = Need(read.uuid, record.name, record.owner.host, spec.memory_mib, spec.machine)
+        need = need_of(GuestInput(read.uuid, read.record, read.spec))
         choice = choose(snapshot.views(), need, wanted=wanted)
         if choice.destination is None and may_wait and choice.passing:
             return ""

@@ -21,7 +21,7 @@ from orchestrator.core import handover, migration
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef
-from orchestrator.core.placement import Need, choose
+from orchestrator.core.placement import GuestInput, choose, need_of
 from orchestrator.core.records import (
     AttemptReport,
     Attempts,
@@ -318,7 +318,7 @@ class Driver:
         source = record.owner.host
         if source in snapshot.hosts and not snapshot.hosts[source].input.live:
             return migration.SourceSilent()
-        need = Need(spec.guest, record.name, source, guest_spec.memory_mib, guest_spec.machine)
+        need = need_of(GuestInput(spec.guest, record, guest_spec))
         choice = choose(
             snapshot.views(but=spec.id),
             need,

@@ -348,7 +348,7 @@ def _left_behind(
     if facts.silent_ms >= SILENT_MS:
         failure, because = FailureReason.SOURCE_UNREACHABLE, f"; the agent of {spec.host} is silent"
     guests = tuple(
-        _reason_given(guest, staying[guest.guest].record, failure) if guest.guest in staying else guest
+        _reason_given(guest, staying[guest.guest].record, failure, because) if guest.guest in staying else guest
         for guest in state.guests
     )
     remain = [guest for guest in guests if guest.guest in staying]
@@ -357,12 +357,13 @@ def _left_behind(
     return replace(state, guests=guests, phase=EvacuationPhase.FAILED, failure=failure, message=said)
 
 
-def _reason_given(guest: EvacuationGuest, record: GuestRecord, failure: FailureReason) -> EvacuationGuest:
+def _reason_given(guest: EvacuationGuest, record: GuestRecord, failure: FailureReason, because: str) -> EvacuationGuest:
     """A guest that never had a migration is told why as well."""
     if guest.migration:
         return guest
     given = None if failure is FailureReason.SOME_GUESTS_REMAIN else failure
-    return replace(guest, failure=given, message=f"no migration was begun: {_why(guest, record)}")
+    why = "still starting" if record.phase is Ownership.STARTING else because.removeprefix("; ") or "not started"
+    return replace(guest, failure=given, message=f"no migration was begun: {why}")
 
 
 def _why(guest: EvacuationGuest, record: GuestRecord) -> str:

@@ -8,13 +8,14 @@ the reservation, which fails when the host's reservations or its cordon moved si
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from orchestrator.core.compatibility import ack_mode, common_machine, real_machine
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
-from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations
+from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations, ShimKind
 from orchestrator.core.text import NAMED, clip
 
 GUEST_OVERHEAD_MIB = 0
@@ -38,6 +39,9 @@ class HostView:
     """Empty: not known, so not a reason to refuse."""
     accelerator: str = ""
     switchover_ack: str = ""
+    machine_aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    engine: str = ""
+    """For people."""
 
     @property
     def free_mib(self) -> int:
@@ -54,6 +58,8 @@ class Need:
     source: str
     memory_mib: int
     machine: str = ""
+    inside: bool = False
+    """It has devices inside its VMM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +107,13 @@ def judge(host: HostView, need: Need, *, source: HostView | None = None) -> Verd
     if name == need.source:
         return no(RefusalReason.INVALID_ARGUMENT, f"{need.name} is on {name} already")
     if need.machine and host.machine_types and need.machine not in host.machine_types:
-        return no(RefusalReason.MACHINE_TYPE_MISMATCH, f"{name} does not offer machine type {need.machine}")
+        said = f"{name} does not offer machine type {need.machine}{_advice(host, need, source)}"
+        return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)
     if source is not None and host.accelerator and source.accelerator and host.accelerator != source.accelerator:
         said = f"{name} runs guests with {host.accelerator}, {need.source} with {source.accelerator}"
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)
-    if source is not None and source.switchover_ack != host.switchover_ack:
-        said = f"switchover-ack mode differs: {need.source} {source.switchover_ack!r}, {name} {host.switchover_ack!r}"
+    if source is not None and (said := _other_machine(host, need, source)):
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)
-    if host.memory_mib < need.memory_mib + GUEST_OVERHEAD_MIB:
-        return no(RefusalReason.NO_CAPACITY, _too_small(host, need))
     if host.cordoned:
         why = f" ({clip(host.cordon_reason)})" if host.cordon_reason else ""
         return no(RefusalReason.HOST_CORDONED, f"{name} is cordoned{why}", passing=True)
@@ -118,6 +122,29 @@ def judge(host: HostView, need: Need, *, source: HostView | None = None) -> Verd
     if not host.live:
         return no(RefusalReason.HOST_NOT_LIVE, f"the agent of {name} is silent", passing=True)
     return Verdict(name, True, host.free_mib)
+
+
+def _other_machine(host: HostView, need: Need, source: HostView) -> str:
+    """What differs between the guest as it is at its source and as it would be there; empty: nothing."""
+    here, there = (real_machine(need.machine, view.machine_aliases) for view in (source, host))
+    if here != there and need.machine in source.machine_aliases and need.machine in host.machine_aliases:
+        said = f"machine type {need.machine} is {here} on {need.source} and {there} on {host.ref.host}"
+        return f"{said}: start {need.name} anew as {here if here in host.machine_types else there}"
+    mine, theirs = ack_mode(source.switchover_ack, here), ack_mode(host.switchover_ack, there)
+    if need.inside and mine != theirs:
+        said = f"switchover-ack mode differs for {need.name}, which has devices inside its VMM"
+        return f"{said}: {mine or 'unknown'} on {need.source}, {theirs or 'unknown'} on {host.ref.host}"
+    return ""
+
+
+def _advice(host: HostView, need: Need, source: HostView | None) -> str:
+    """What would help a guest whose machine type a host lacks."""
+    if source is None:
+        return ""
+    machine = real_machine(need.machine, source.machine_aliases)
+    common = common_machine(machine, source.machine_types, host.machine_types)
+    engine = f" (its {host.engine} has none)" if host.engine else ""
+    return f"{engine}: {need.name} can go there once it is started anew as {common}" if common else engine
 
 
 def _too_small(host: HostView, need: Need) -> str:
@@ -342,7 +369,9 @@ class GuestInput:
 
 def need_of(guest: GuestInput) -> Need:
     """What a guest asks of a destination now."""
-    return Need(guest.uuid, guest.record.name, guest.record.owner.host, guest.spec.memory_mib, guest.spec.machine)
+    spec = guest.spec
+    inside = any(device.shim is ShimKind.VFIO for device in spec.devices)
+    return Need(guest.uuid, guest.record.name, guest.record.owner.host, spec.memory_mib, spec.machine, inside)
 
 
 _HOLDS_MEMORY = (Ownership.STARTING, Ownership.IDLE, Ownership.OPEN, Ownership.COMMITTED, Ownership.ABORTED)
@@ -380,6 +409,8 @@ def host_views(hosts: Sequence[HostInput], guests: Sequence[GuestInput], *, but:
                 machine_types=host.record.machine_types,
                 accelerator=host.record.accelerator,
                 switchover_ack=host.record.switchover_ack,
+                machine_aliases=host.record.machine_aliases,
+                engine=host.record.engine,
             )
         )
     return tuple(views)

@@ -98,6 +98,8 @@ class HostRecord:
     machine_types: tuple[str, ...] = ()
     accelerator: str = "tcg"
     switchover_ack: str = ""
+    machine_aliases: dict[str, str] = field(default_factory=dict[str, str])
+    """What names such as `pc` stand for there: another machine type in each version of the engine."""
     identity: AgentIdentity | None = None
     """Of the agent that registered it; None: one of a version that did not say."""
 

@@ -264,7 +264,7 @@ async def test_migrations_that_cannot_be(
     assert await api.call(client.list_migrations) == []
 
 
-@pytest.mark.parametrize("destination", ["cordoned", "silent"])
+@pytest.mark.parametrize("destination", ["cordoned", "silent", "small"])
 async def test_a_migration_that_may_wait_is_taken_where_time_may_bring_a_place(
     api: ApiCluster, client: OrchestratorClient, destination: str
 ) -> None:
@@ -274,7 +274,7 @@ async def test_a_migration_that_may_wait_is_taken_where_time_may_bring_a_place(
     await api.host("small", memory_mib=10)
     waits = {"wait_for_capacity": True}
     assert wire.word(await api.call(client.create_migration, "web", destination, waits), "phase") == "PENDING"
-    assert (await api.refused(client.create_migration, "web", "small", waits)).reason is R.NO_CAPACITY
+    assert (await api.refused(client.create_migration, "web", "h7", waits)).reason is R.NOT_FOUND
 
 
 async def test_a_part_of_a_policy_is_judged_together_with_the_guests_own(

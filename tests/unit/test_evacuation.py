@@ -139,7 +139,7 @@ def test_nothing_is_begun_from_a_silent_host_and_the_job_ends_with_what_is_left_
         "2 of 2 guests remain on h1: a (SOURCE_UNREACHABLE), new (still starting); the agent of h1 is silent"
     )
     assert {(g.failure, g.message) for g in end.guests} == {
-        (FailureReason.SOURCE_UNREACHABLE, "no migration was begun: not started"),
+        (FailureReason.SOURCE_UNREACHABLE, "no migration was begun: the agent of h1 is silent"),
         (FailureReason.SOURCE_UNREACHABLE, "no migration was begun: still starting"),
     }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from orchestrator.core.compatibility import ack_mode
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
@@ -35,7 +38,6 @@ def view(name: str, memory: int = 1000, **other: object) -> HostView:
         (view("h2", cordoned=True, cordon_reason="disk"), RefusalReason.HOST_CORDONED),
         (view("h2", machine_types=("q35",)), RefusalReason.MACHINE_TYPE_MISMATCH),
         (view("h2", accelerator="kvm"), RefusalReason.MACHINE_TYPE_MISMATCH),
-        (view("h2", switchover_ack="new"), RefusalReason.MACHINE_TYPE_MISMATCH),
         (view("h2", used_mib=500, reserved_mib=401), RefusalReason.NO_CAPACITY),
         (view("h2", live=False), RefusalReason.HOST_NOT_LIVE),
     ],
@@ -44,6 +46,72 @@ def test_each_obstacle_has_its_reason(host: HostView, reason: RefusalReason) -> 
     verdict = judge(host, NEED, source=view("h1", accelerator="tcg"))
     assert (verdict.eligible, verdict.reason) == (False, reason)
     assert verdict.message
+
+
+# --- engines of two versions --------------------------------------------------------------------------------------
+
+OLD = ("pc", "pc-i440fx-9.2", "pc-i440fx-10.0", "q35")
+NEW = ("pc", "pc-i440fx-10.0", "pc-i440fx-11.1", "q35")
+
+
+def old(name: str) -> HostView:
+    aliases = {"pc": "pc-i440fx-10.0"}
+    return view(name, machine_types=OLD, switchover_ack="legacy", machine_aliases=aliases, engine="qemu 10.0.2")
+
+
+def new(name: str) -> HostView:
+    aliases = {"pc": "pc-i440fx-11.1"}
+    return view(name, machine_types=NEW, switchover_ack="per-device", machine_aliases=aliases, engine="qemu 11.1.3")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_machine_that_both_engines_have_moves_both_ways(inside: bool) -> None:
+    """Also with devices inside the VMM: for a machine type of before 11.1, 11.1 counts ACKs as its predecessors did."""
+    need = Need("g", "web", "h1", 100, "pc-i440fx-10.0", inside)
+    assert judge(new("h2"), need, source=old("h1")).eligible
+    assert judge(old("h2"), need, source=new("h1")).eligible
+
+
+def test_a_machine_that_one_engine_lacks_does_not_move_and_is_told_what_would_help() -> None:
+    verdict = judge(old("h2"), Need("g", "web", "h1", 100, "pc-i440fx-11.1"), source=new("h1"))
+    assert verdict.reason is RefusalReason.MACHINE_TYPE_MISMATCH
+    assert verdict.message == (
+        "h2 does not offer machine type pc-i440fx-11.1 (its qemu 10.0.2 has none): "
+        "web can go there once it is started anew as pc-i440fx-10.0"
+    )
+
+
+def test_an_alias_is_another_machine_in_another_version() -> None:
+    verdict = judge(new("h2"), Need("g", "web", "h1", 100, "pc"), source=old("h1"))
+    assert verdict.reason is RefusalReason.MACHINE_TYPE_MISMATCH
+    assert verdict.message == (
+        "machine type pc is pc-i440fx-10.0 on h1 and pc-i440fx-11.1 on h2: start web anew as pc-i440fx-10.0"
+    )
+    assert judge(old("h2"), Need("g", "web", "h1", 100, "pc"), source=old("h1")).eligible
+
+
+def test_ways_of_counting_acks_matter_to_devices_inside_the_vmm_alone() -> None:
+    source = view("h1", switchover_ack="legacy")
+    assert judge(view("h2", switchover_ack="none"), NEED, source=source).eligible
+    verdict = judge(view("h2", switchover_ack="none"), replace(NEED, inside=True), source=source)
+    assert verdict.reason is RefusalReason.MACHINE_TYPE_MISMATCH
+    assert "legacy on h1, none on h2" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("engine", "machine", "mode"),
+    [
+        ("legacy", "pc-i440fx-10.0", "legacy"),
+        ("per-device", "pc-i440fx-11.0", "legacy"),
+        ("per-device", "pc-q35-2.9", "legacy"),
+        ("per-device", "pc-i440fx-11.1", "per-device"),
+        ("per-device", "pc-q35-12.0", "per-device"),
+        ("per-device", "pc", "per-device"),
+        ("none", "pc-i440fx-7.2", "none"),
+    ],
+)
+def test_the_machine_type_decides_how_an_engine_counts(engine: str, machine: str, mode: str) -> None:
+    assert ack_mode(engine, machine) == mode
 
 
 def test_exactly_enough_memory_is_enough() -> None:
@@ -90,8 +158,7 @@ def test_a_refusal_grows_with_the_reasons_and_not_with_the_hosts() -> None:
         ([view("h2", machine_types=("q35",))], RefusalReason.MACHINE_TYPE_MISMATCH, False),
         ([view("h2", live=False)], RefusalReason.HOST_NOT_LIVE, True),
         ([view("h2", used_mib=950), view("h3", cordoned=True)], RefusalReason.NO_CAPACITY, True),
-        ([view("h2", 99)], RefusalReason.NO_CAPACITY, False),
-        ([view("h2", 99, cordoned=True), view("h3", machine_types=("q35",))], RefusalReason.NO_CAPACITY, False),
+        ([view("h2", 99, cordoned=True), view("h3", machine_types=("q35",))], RefusalReason.NO_CAPACITY, True),
         ([], RefusalReason.NO_CAPACITY, True),
     ],
 )

@@ -108,10 +108,19 @@ def test_a_host_of_another_mode_is_no_destination() -> None:
         HostView(HostRef("h1", "b"), 1024, switchover_ack="per-device"),
         HostView(HostRef("h2", "b"), 1024, switchover_ack="legacy"),
     ]
-    choice = choose(hosts, Need("g", "g", "h1", 64))
+    choice = choose(hosts, Need("g", "g", "h1", 64, "pc-i440fx-11.1", inside=True))
     assert choice.destination is None
     refused = next(verdict for verdict in choice.verdicts if verdict.host == "h2")
     assert refused.reason is RefusalReason.MACHINE_TYPE_MISMATCH
+
+
+@pytest.mark.rule("R4")
+def test_a_machine_type_for_which_both_ends_count_in_the_same_way_may_go() -> None:
+    hosts = [
+        HostView(HostRef("h1", "b"), 1024, switchover_ack="per-device"),
+        HostView(HostRef("h2", "b"), 1024, switchover_ack="legacy"),
+    ]
+    assert choose(hosts, Need("g", "g", "h1", 64, "pc-i440fx-11.0", inside=True)).destination == HostRef("h2", "b")
 
 
 @pytest.mark.rule("R9")

@@ -61,6 +61,7 @@ class Features:
 
     version: str
     machine_types: tuple[str, ...]
+    machine_aliases: Mapping[str, str]
     capabilities: frozenset[str]
     exit_on_error: bool
     late_activation_always: bool
@@ -478,6 +479,7 @@ class QemuEngine:
         return {
             "version": features.version,
             "machine_types": ",".join(features.machine_types),
+            "machine_aliases": ",".join(f"{alias}={name}" for alias, name in features.machine_aliases.items()),
             "switchover_ack": features.switchover_ack,
             "devices_inside": "yes" if features.devices_inside else "",
             "accelerator": self._accelerator,
@@ -620,10 +622,12 @@ def _features(
     per_device = "remaining" in members(by_name["query-migrate"]["ret-type"])
     ack = "none" if "switchover-ack" not in capabilities else "per-device" if per_device else "legacy"
     numbers = version["qemu"]
-    names = {machine["name"] for machine in machines} | {m["alias"] for m in machines if "alias" in m}
+    aliases = {machine["alias"]: machine["name"] for machine in machines if "alias" in machine}
+    names = {machine["name"] for machine in machines} | set(aliases)
     return Features(
         version=f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}",
         machine_types=tuple(sorted(names)),
+        machine_aliases=aliases,
         capabilities=frozenset(capabilities),
         exit_on_error="exit-on-error" in members(by_name["migrate-incoming"]["arg-type"]),
         late_activation_always="blockdev-set-active" in by_name,

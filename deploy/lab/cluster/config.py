@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deploy.lab.cluster.layout import Layout, LocalClusterError
 from orchestrator.cli.directory import default_dir
@@ -42,6 +42,8 @@ class LocalConfig(BaseModel):
     """Allow `drover chaos`."""
     accelerator: Literal["tcg", "kvm"] = "tcg"
     qemu: str = "qemu-system-x86_64"
+    qemu_on: dict[str, str] = Field(default_factory=dict[str, str])
+    """Another QEMU on some hosts, by name: a cluster in the middle of an upgrade."""
     guest_image: Path | None = None
     """Of guests that name no kernel. None: $DROVER_GUEST_IMAGE, else the one built from deploy/lab/guest_image."""
     images: Path | None = None
@@ -58,6 +60,13 @@ class LocalConfig(BaseModel):
     """`drover up` gives up after this."""
     commands: dict[PartKind, list[str]] = Field(default_factory=dict[PartKind, list[str]])
     """Other programs in place of the usual ones, for tests: {dir} {host} {config} are filled in, [] leaves one out."""
+
+    @model_validator(mode="after")
+    def _knows_its_hosts(self) -> LocalConfig:
+        unknown = sorted(set(self.qemu_on) - {f"host-{n}" for n in range(1, self.hosts + 1)})
+        if unknown:
+            raise ValueError(f"there is no host {', '.join(unknown)} to give another QEMU to")
+        return self
 
     @field_validator("bandwidth")
     @classmethod

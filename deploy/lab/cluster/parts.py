@@ -158,7 +158,7 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "bandwidth_mbps": config.bandwidth_bps // 10**6,
         "accelerator": config.accelerator,
         "device_program": PROGRAM,
-        "qemu": config.qemu,
+        "qemu": config.qemu_on.get(place.name, config.qemu),
         "guest_image": str(image),
         "images": str(config.images.expanduser().resolve()) if config.images else None,
         "vfio_preload": str(vfio_preload(layout)[0]),

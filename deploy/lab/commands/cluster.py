@@ -30,6 +30,7 @@ _VERSION = re.compile(r"\d+(\.\d+){0,2}")
 @click.option("--memory", "memory_mib", type=MIB, help="For the guests of each host, e.g. 4GiB.  [default: 8GiB]")
 @click.option("--chaos", is_flag=True, default=None, help="Allow `drover chaos`.")
 @click.option("--qemu", metavar="BINARY|VERSION", help="QEMU to use.  [default: qemu-system-x86_64]")
+@click.option("--qemu-on", multiple=True, metavar="HOST=BINARY|VERSION", help="Another QEMU on one host.")
 @click.option("--accelerator", type=click.Choice(["tcg", "kvm"]), help="How guests are run.  [default: tcg]")
 @click.option("--guest-image", type=click.Path(dir_okay=False, path_type=Path), help="Another image than our own.")
 @click.option(
@@ -55,6 +56,7 @@ def up(settings: Settings, foreground: bool, **options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     if "qemu" in given:
         given["qemu"] = _qemu(given["qemu"])
+    given["qemu_on"] = dict(_host_qemu(each) for each in given["qemu_on"])
     try:
         configuration = config.make(dir=settings.directory, **given)
     except LocalClusterError as error:
@@ -64,6 +66,13 @@ def up(settings: Settings, foreground: bool, **options: Any) -> None:
     except commands.Interrupted:
         note("drover: interrupted; nothing is left of the cluster")
         raise Ended(Exit.INTERRUPTED) from None
+
+
+def _host_qemu(given: str) -> tuple[str, str]:
+    host, found, wanted = given.partition("=")
+    if not (host and found and wanted):
+        raise CliError(Exit.USAGE, f"--qemu-on needs HOST=BINARY or HOST=VERSION, such as host-2=11.1, not {given}")
+    return host, _qemu(wanted)
 
 
 def _qemu(wanted: str) -> str:

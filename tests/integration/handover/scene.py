@@ -198,11 +198,13 @@ class Scene:
         host: str = "",
         memory_mib: int = 64,
         workload: Workload = QUIET,
+        machine: str = "pc",
     ) -> Born:
         """A guest with a name of its own, running `here` or on `host`, its heartbeat seen."""
         spec = GuestSpec(
             f"{self._prefix}-{self._made}",
             memory_mib=memory_mib,
+            machine=machine,
             boot=boot_of(workload, devices),
             devices=tuple(devices),
         )

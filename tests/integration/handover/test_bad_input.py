@@ -52,7 +52,11 @@ REFUSED: dict[str, tuple[Call, RefusalReason, str]] = {
     ),
     "too much memory": (lambda c, g: c.create_guest(replace(GOOD, memory_mib=9000)), RefusalReason.NO_CAPACITY, ""),
     "fewer CPUs than none": (lambda c, g: c.create_guest(replace(GOOD, vcpus=-1)), WRONG, "spec.vcpus"),
-    "no such machine": (lambda c, g: c.create_guest(replace(GOOD, machine="z80")), RefusalReason.NO_CAPACITY, ""),
+    "no such machine": (
+        lambda c, g: c.create_guest(replace(GOOD, machine="z80")),
+        RefusalReason.MACHINE_TYPE_MISMATCH,
+        "",
+    ),
     "a file of the host as its kernel": (
         lambda c, g: c.create_guest(replace(GOOD, boot=Boot(kernel="../../etc/shadow"))),
         WRONG,
