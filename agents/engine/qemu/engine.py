@@ -61,7 +61,6 @@ class Features:
 
     version: str
     machine_types: tuple[str, ...]
-    machine_aliases: Mapping[str, str]
     capabilities: frozenset[str]
     exit_on_error: bool
     late_activation_always: bool
@@ -70,6 +69,8 @@ class Features:
     switchover_ack: str
     devices_inside: bool
     """It can be given vfio-pci devices by descriptor, and waits for their ACKs."""
+    machine_aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What `pc` and the like stand for."""
 
 
 class QemuVmm:
