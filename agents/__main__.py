@@ -179,6 +179,7 @@ def main(path: Path) -> None:
     try:
         config = load(path)
         configure_logging(config.log_level)
+        os.umask(0o077)  # sockets of VMMs and devices obey whoever may connect
         descriptors.raise_limit()
         _go_before_guests()
         identity = make_identity(config)

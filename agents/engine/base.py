@@ -153,7 +153,9 @@ class VmmSpec:
     spec: GuestSpec
     directory: Path
     console_path: Path
-    """Unix socket that the VMM serves for COM1."""
+    """Where whoever listens to COM1 looks for it: a link to the socket, which lies in `directory` under a short name.
+
+    The kernel bounds the paths of sockets (107 bytes), not those of links; this one holds the guest's name."""
     device_path: Path | None
     """Unix socket of the device process that the VMM connects COM2 to; None without companion devices."""
     listen_address: str = ""

@@ -2,15 +2,23 @@
 
 <dir>/guests/<16 of the uuid>/guest.json        uuid and spec
                               <inc>.json        one VMM process (VmmMetadata)
-                              <inc>.qmp .oob .dev .ctl .vfio   sockets
+                              <inc>.owner       the same, as it will be once an incoming one is the guest
+                              <inc>.qmp .oob .com1 .dev .ctl .vfio   sockets
 <volatile>/<uuid>.<inc>                         marker: something here may have had an effect on the guest
+<volatile>/<uuid>.<inc>.reserved                room for it
+<console_dir>/<host>.<guest>.<inc>.sock         link to .com1
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import json
+import os
+import stat
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import structlog
@@ -23,6 +31,39 @@ from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from orchestrator.ledger.records import BadRecord, decode, encode
 
 log = structlog.get_logger(__name__)
+
+
+_LONGEST_ROOT = 107 - len("/0123456789abcdef/0123456789abcdef.vfio")
+"""In bytes. Below it lie sockets, whose paths the kernel bounds."""
+
+
+def _runtime() -> Path:
+    """A short directory of this user alone, which need not outlive the machine's power."""
+    return Path("/run/drover") if os.getuid() == 0 else Path(f"/tmp/drover-{os.getuid()}")
+
+
+@functools.cache
+def guests_root(guests: Path) -> Path:
+    """The directory itself where its path is short enough for sockets below it, else a short link to it.
+
+    Raises OSError when the link cannot be made, or its directory belongs to somebody else.
+    """
+    if len(os.fsencode(guests)) <= _LONGEST_ROOT:
+        return guests
+    runtime = _runtime()
+    runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owned = runtime.lstat()
+    if owned.st_uid != os.getuid() or owned.st_mode & 0o022 or not stat.S_ISDIR(owned.st_mode):
+        raise PermissionError(errno.EPERM, "others may write to it, and sockets are reached through it", str(runtime))
+    guests.mkdir(parents=True, exist_ok=True)
+    target = guests.resolve()
+    link = runtime / blake2b(os.fsencode(target), digest_size=6).hexdigest()
+    if not link.is_symlink() or link.readlink() != target:
+        fresh = link.with_suffix(f".{os.getpid()}")
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(target)
+        fresh.replace(link)
+    return link
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +117,12 @@ class GuestFiles:
 
     @property
     def directory(self) -> Path:
-        return self.config.dir / "guests" / self.uuid[:16]
+        return guests_root(self.config.dir / "guests") / self.uuid[:16]
 
     def make(self) -> None:
         """Idempotent. Raises OSError when the disk is full."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.chmod(0o700)  # whatever the umask was when it was made
         note = self.directory / "guest.json"
         if not note.exists():
             temporary = note.with_suffix(".tmp")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from agents.guest.files import GuestFiles, found_on_disk
+from agents.engine.qemu import process
+from agents.guest.files import GuestFiles, found_on_disk, guests_root
 from orchestrator.core.records import GuestSpec
 from tests.fakes.config import agent_config
 
@@ -51,3 +55,40 @@ def test_a_directory_that_was_about_to_go_is_gone_at_the_next_start(tmp_path: Pa
     left.mkdir(parents=True)
     assert found_on_disk(config).guests == ()
     assert not left.exists()
+
+
+def test_sockets_have_short_paths_in_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agents.guest.files._runtime", lambda: Path(runtime))
+    with tempfile.TemporaryDirectory(dir="/tmp") as runtime:
+        config = agent_config(tmp_path).model_copy(update={"dir": tmp_path / ("d" * 100) / ("e" * 100)})
+        config.dir.mkdir(parents=True)
+        files = GuestFiles(config, G, GuestSpec("n" * 63))
+        files.make()
+        spec = files.vmm_spec("0" * 16)
+        with socket.socket(socket.AF_UNIX) as served:
+            served.bind(str(process.console_socket(spec)))
+            served.listen()
+            process.link_console(spec)
+            with socket.socket(socket.AF_UNIX) as asks:
+                asks.connect(str(spec.console_path.readlink()))
+        assert (config.dir / "guests" / G[:16] / "guest.json").exists(), "it lies where the configuration says"
+        sockets = (process.qmp_path(spec), process.oob_path(spec), process.console_socket(spec))
+        others = (files.directory / f"{spec.inc}.{suffix}" for suffix in ("dev", "ctl", "vfio"))
+        assert all(len(os.fsencode(path)) <= 107 for path in (*sockets, *others))
+        assert [found.uuid for found in found_on_disk(config).guests] == [G]
+        guests_root.cache_clear()
+        Path(runtime).chmod(0o777)
+        with pytest.raises(PermissionError, match="others may write"):
+            guests_root(config.dir / "guests")
+    guests_root.cache_clear()
+
+
+def test_nobody_else_may_look_into_a_guests_directory(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        files = GuestFiles(agent_config(tmp_path), G, GuestSpec("web"))
+        files.directory.mkdir(parents=True)
+        files.make()
+    finally:
+        os.umask(before)
+    assert files.directory.stat().st_mode & 0o777 == 0o700

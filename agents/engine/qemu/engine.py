@@ -360,7 +360,7 @@ class QemuVmm:
         await self.detach()
         spec = self._spec
         # The note last: an agent that is killed in the middle leaves a successor that knows what to remove.
-        sockets = (process.qmp_path(spec), process.oob_path(spec), spec.console_path)
+        sockets = (process.qmp_path(spec), process.oob_path(spec), process.console_socket(spec), spec.console_path)
         for path in (*sockets, process.reserved_path(spec), process.metadata_path(spec)):
             path.unlink(missing_ok=True)
 
@@ -535,6 +535,7 @@ class QemuEngine:
         vmm = QemuVmm(metadata, spec, watched, features)
         try:
             process.write_metadata(process.metadata_path(spec), metadata)
+            process.link_console(spec)
         except OSError as error:
             await vmm.destroy()  # a VMM without a note would be nobody's
             raise EngineError(f"cannot note down the VMM of {spec.spec.name}: {error}") from error

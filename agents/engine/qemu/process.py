@@ -49,6 +49,16 @@ def metadata_path(spec: VmmSpec) -> Path:
     return spec.directory / f"{spec.inc}.json"
 
 
+def console_socket(spec: VmmSpec) -> Path:
+    return spec.directory / f"{spec.inc}.com1"
+
+
+def link_console(spec: VmmSpec) -> None:
+    """Idempotent. Raises OSError."""
+    spec.console_path.unlink(missing_ok=True)
+    spec.console_path.symlink_to(console_socket(spec).absolute())
+
+
 def reserved_path(spec: VmmSpec) -> Path:
     """The note that an incoming VMM leaves when it becomes the guest, written before it can."""
     return spec.directory / f"{spec.inc}.owner"
@@ -74,7 +84,7 @@ def environment(launch: Launch, spec: VmmSpec) -> dict[str, str]:
 
 def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     """Raises EngineError when a socket path is too long for the kernel, or an image of the guest is not here."""
-    sockets = [qmp_path(spec), oob_path(spec), spec.console_path]
+    sockets = [qmp_path(spec), oob_path(spec), console_socket(spec)]
     sockets += [path for path in (spec.device_path, spec.vfio_path) if path is not None]
     for path in sockets:
         if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
@@ -91,7 +101,7 @@ def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-shutdown"]
     for path in (qmp_path(spec), oob_path(spec)):
         command += ["-qmp", f"unix:{_escaped(path)},server=on,wait=off"]
-    command += ["-chardev", f"socket,id=console,path={_escaped(spec.console_path)},server=on,wait=off"]
+    command += ["-chardev", f"socket,id=console,path={_escaped(console_socket(spec))},server=on,wait=off"]
     command += ["-serial", "chardev:console", "-chardev", device, "-serial", "chardev:device"]
     command += _network(spec)
     if spec.vfio_path is not None:

@@ -128,7 +128,8 @@ class Console:
         connection = socket.socket(socket.AF_UNIX)
         connection.setblocking(False)
         try:
-            connection.connect(str(path))
+            # A link: names of guests are longer than the kernel lets paths of sockets be.
+            connection.connect(str(path.readlink() if path.is_symlink() else path))
         except OSError as error:
             connection.close()
             if RETRY_MOST_S / 2 < self.retry_s < RETRY_MOST_S:  # once, on the way to the longest wait
