@@ -254,6 +254,10 @@ class Agent:
             raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"the agent of {self.here.host} is ending")
         return await asyncio.shield(task)
 
+    async def restore_record(self, uuid: str) -> GuestStatus:
+        """See `HostedGuest.restore`. Raises NOT_FOUND when this host holds nothing of the guest."""
+        return await self._to_its_end(self._known(uuid).restore())
+
     async def apply_want_run(self, uuid: str, sequence: int) -> WishApplied:
         return await self._known(uuid).apply_wish(sequence)
 

@@ -36,6 +36,7 @@ from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.serving.peer import DestinationClient, SourceClient
 from agents.shims.base import ShimError
+from orchestrator.core import handover
 from orchestrator.core.agent import (
     ConductOrder,
     CopyStatus,
@@ -105,6 +106,12 @@ class Tools:
     """Something that watchers of this agent want to know."""
 
 
+def _said(error: Exception) -> str:
+    if isinstance(error, DroverError):
+        return error.message
+    return str(error) or repr(error)
+
+
 def session_number(ref: AttemptRef) -> int:
     """Names a device's session of one attempt; unlike across migrations, so that none is taken for another's."""
     return int(ref.migration.replace("-", "")[:10], 16) << 8 | ref.attempt & 0xFF
@@ -113,6 +120,14 @@ def session_number(ref: AttemptRef) -> int:
 class Forgotten(Exception):
     """The keeper had nothing of the guest left and ended while the call waited for its turn: another one has to take
     it. What this one made now, nobody would keep."""
+
+
+class Untrusted(DroverError):
+    """The ledger says nothing of the guest, or something older than what was read before: nothing follows from it."""
+
+    def __init__(self, trouble: Trouble, message: str) -> None:
+        super().__init__(RefusalReason.OLD_RECORD, message)
+        self.trouble = trouble
 
 
 class HostedGuest:
@@ -208,7 +223,8 @@ class HostedGuest:
         self._tools.changed()
 
     def _record_seen(self, record: GuestRecord | None) -> None:
-        self.record = record
+        if record is not None:  # a record that vanished is no news of the guest
+            self.record = record
         self.wake()
 
     def _wish_seen(self, wish: WantRun) -> None:
@@ -315,7 +331,7 @@ class HostedGuest:
             known = self.arrivals.get((ref.migration, ref.attempt))
             if known is not None:
                 return known.prepared
-            record = await self._fresh()
+            record = await self._fresh(anew=True)
             self._must_be_open(record, ref)
             if record.destination != self._tools.here or record.inc:
                 raise self._stale(ref, "is not to arrive here")
@@ -571,9 +587,10 @@ class HostedGuest:
     def _not_kept(self, error: Exception) -> None:
         """Whatever it is, it is this guest's trouble, and said; everything else goes on, and this is tried again."""
         self._troubles += 1
-        unreadable = isinstance(error, BadRecord)
-        kind = Trouble.UNREADABLE if unreadable else Trouble.NOT_KEPT
-        before, self.trouble = self.trouble, GuestTrouble(self.uuid, self.name, kind, str(error) or repr(error))
+        kind = Trouble.UNREADABLE if isinstance(error, BadRecord) else Trouble.NOT_KEPT
+        if isinstance(error, Untrusted):
+            kind = error.trouble
+        before, self.trouble = self.trouble, GuestTrouble(self.uuid, self.name, kind, _said(error))
         if not isinstance(error, _EXPECTED):
             failures["keeper"] += 1
         now_s = asyncio.get_running_loop().time()
@@ -601,12 +618,13 @@ class HostedGuest:
 
     async def _keep_once(self) -> None:
         while not self._spoken_for() and not self.forgotten:
-            record = await self._fresh()
-            wish = await self.ledger.want_run()
-            self._wish = wish
+            record, doubt = await self._record_for_duty()
+            wish = self._wish = await self.ledger.want_run() if record is not None else self._wish
             seen = [await copy.look() for copy in self.copies.values()]
-            marker = bool(record.inc) and self.files.has_marker(record.inc)
+            marker = record is not None and bool(record.inc) and self.files.has_marker(record.inc)
             duty = keeping.duty(record, self._tools.here, seen, marker=marker, want_run=wish.run)
+            if record is None:
+                raise doubt or self._refused(RefusalReason.OLD_RECORD, "it has no record")
             if duty.do is Do.ASK_AGAIN:
                 unknown = ", ".join(copy.inc for copy in seen if keeping.is_unknown(copy))
                 raise self._refused(RefusalReason.BUSY, f"it cannot be told whether its process {unknown} lives")
@@ -617,6 +635,13 @@ class HostedGuest:
                 return
             log.info("keeping", guest=self.name, do=duty.do, inc=duty.inc, phase=record.phase)
             await self._duties[duty.do](self, duty, record)
+
+    async def _record_for_duty(self) -> tuple[GuestRecord | None, Untrusted | None]:
+        """None: there is no record that could be trusted, and why."""
+        try:
+            return await self._fresh(), None
+        except Untrusted as doubt:
+            return None, doubt
 
     async def _tidy(self, record: GuestRecord) -> None:
         """Remove what is left of dead processes; forget a guest of which nothing is here."""
@@ -796,14 +821,67 @@ class HostedGuest:
 
     # --- refusals -----------------------------------------------------------------------------------------------------
 
-    async def _fresh(self) -> GuestRecord:
-        """The record, once all processes are known. Raises StoreUnavailable and BadRecord as well."""
+    async def _fresh(self, *, anew: bool = False) -> GuestRecord:
+        """The record, once all processes are known. Raises Untrusted, StoreUnavailable and BadRecord as well.
+
+        `anew`: a life or an attempt begins here by this record, whatever was known before.
+        """
         await self._adopt_left()
-        record = await self.ledger.record()
-        if record is None:
-            raise self._refused(RefusalReason.NOT_FOUND, "it has no record")
-        self.record = record
-        return record
+        found = await self.ledger.look()
+        if found is None:
+            said = "the ledger has lost its record. What runs here is left as it is; `drover repair` can write it again"
+            raise Untrusted(Trouble.NO_RECORD, f"guest {self.name}: {said}")
+        known = self._tools.journal.known_record(self.uuid)
+        if known is not None and found.mzxid < known.mzxid and found.record != known.record and not anew:
+            said = (
+                f"the ledger's record ({found.record.phase}, owner {found.record.owner.host}) is older than the one "
+                f"that was read before ({known.record.phase}, owner {known.record.owner.host}): was it restored from "
+                "a backup? What runs here is left as it is"
+            )
+            raise Untrusted(Trouble.OLD_RECORD, f"guest {self.name}: {said}")
+        self._tools.journal.saw_record(self.uuid, found)
+        self.record = found.record
+        return found.record
+
+    async def restore(self) -> GuestStatus:
+        """An operator's order: write the record that the ledger has lost again, from what runs here.
+
+        Only where nothing can run elsewhere: the guest's one process is here, no attempt is under way in it, and it was
+        never given away as far as this host knows. Raises ALREADY_EXISTS when the ledger has a record, and
+        GUEST_IS_MIGRATING when this host cannot vouch for the guest.
+        """
+        async with self._turn:
+            self._must_keep()
+            await self._adopt_left()
+            if await self.ledger.look() is not None:
+                raise self._refused(RefusalReason.ALREADY_EXISTS, "the ledger has its record")
+            own = await self._only_copy_at_rest()
+            record = handover.restored(self.name, self._tools.here, writer=self._tools.writer)
+            if not await self.ledger.restored(record, self.files.spec, WantRun(own.running or own.ended)):
+                raise self._refused(RefusalReason.ALREADY_EXISTS, "its name, or its record, is taken by now")
+            if (found := await self.ledger.look()) is not None:
+                self._tools.journal.saw_record(self.uuid, found)
+                self.record = found.record
+        log.warning("a lost record was written again, as ordered", guest=self.name)
+        self.wake()
+        return self.status()
+
+    async def _only_copy_at_rest(self) -> keeping.Copy:
+        known = self._tools.journal.known_record(self.uuid)
+        if known is not None and known.record.owner.host != self._tools.here.host:
+            said = f"it was given to {known.record.owner.host}: ask that host"
+            raise self._refused(RefusalReason.GUEST_IS_MIGRATING, said)
+        try:
+            seen = [copy for copy in [await copy.look() for copy in self.copies.values()] if keeping.decides(copy)]
+        except engine.EngineError as error:
+            raise self._refused(RefusalReason.BUSY, str(error)) from error
+        if len(seen) != 1 or self.departure is not None:
+            raise self._refused(RefusalReason.GUEST_IS_MIGRATING, f"{len(seen)} copies of it are here, or it moves")
+        own = seen[0]
+        if own.incoming or own.in_session or own.sealed or own.migrating or keeping.is_unknown(own):
+            said = f"its process {own.inc} is not at rest, or is not the guest: it may run elsewhere"
+            raise self._refused(RefusalReason.GUEST_IS_MIGRATING, said)
+        return own
 
     def _must_be_open(self, record: GuestRecord, ref: AttemptRef) -> None:
         if record.phase is not Ownership.OPEN or (record.migration, record.attempt) != (ref.migration, ref.attempt):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from agents.host.journal import KnownRecord
 from orchestrator.core import handover
 from orchestrator.core.handover import GuestRecord, Ownership, Refused
 from orchestrator.core.ids import HostRef
 from orchestrator.core.records import GuestSpec, WantRun
 from orchestrator.ledger import paths
-from orchestrator.ledger.records import decode, encode
-from orchestrator.ledger.store import Delete, Done, Op, SetData, Store, StoreUnavailable, Versioned
+from orchestrator.ledger.records import BadRecord, decode, encode
+from orchestrator.ledger.store import Create, Delete, Done, Op, SetData, Store, StoreUnavailable, Versioned
 
 _TRIES = 5
 
@@ -24,10 +26,30 @@ class GuestLedger:
     uuid: str
     writer: str
 
-    async def record(self) -> GuestRecord | None:
-        """Not older than this call (H13)."""
+    async def look(self) -> KnownRecord | None:
+        """The record, not older than this call (H13); None: the ledger has none."""
         await self.store.barrier()
-        return (await self._read())[0]
+        path = paths.guest(self.uuid)
+        node = await self.store.read(path)
+        return KnownRecord(decode(GuestRecord, node.data, path=path), node.version, node.mzxid) if node else None
+
+    async def restored(self, record: GuestRecord, spec: GuestSpec, wish: WantRun) -> bool:
+        """Write a guest's nodes again where the ledger has lost them. False: its name, or the guest, is there."""
+        name = await self.store.read(paths.name(spec.name))
+        if name is not None and decode(str, name.data, path=paths.name(spec.name)) != self.uuid:
+            return False
+        await self.store.ensure(paths.GUESTS)
+        await self.store.ensure(paths.NAMES)
+        ops: list[Op] = [] if name is not None else [Create(paths.name(spec.name), encode(self.uuid))]
+        ops += [
+            Create(paths.guest(self.uuid), encode(record)),
+            Create(paths.guest_spec(self.uuid), encode(spec)),
+            Create(paths.want_run(self.uuid), encode(wish)),
+        ]
+        if isinstance(await self.store.multi(ops), Done):
+            return True
+        found = await self.look()  # a lost answer: our own write is recognised by its writer
+        return found is not None and found.record == record
 
     async def _read(self) -> tuple[GuestRecord | None, int]:
         path = paths.guest(self.uuid)
@@ -97,11 +119,13 @@ class GuestLedger:
         """Hints; may be old. Returns a function that ends both watches."""
 
         def record_seen(node: Versioned | None) -> None:
-            on_record(decode(GuestRecord, node.data) if node and node.data else None)
+            with contextlib.suppress(BadRecord):  # only a hint: whoever reads it in earnest says so
+                on_record(decode(GuestRecord, node.data) if node and node.data else None)
 
         def wish_seen(node: Versioned | None) -> None:
-            if node is not None and node.data:
-                on_wish(decode(WantRun, node.data))
+            with contextlib.suppress(BadRecord):
+                if node is not None and node.data:
+                    on_wish(decode(WantRun, node.data))
 
         ends = (
             self.store.watch(paths.guest(self.uuid), record_seen),

@@ -1,6 +1,7 @@
-"""What an agent remembers across its own restarts, besides ZooKeeper: the highest epoch and its attempts' reports.
+"""What an agent remembers across its own restarts, besides ZooKeeper: the highest epoch, its attempts' reports, and the
+records of the guests that it has had, as it last read them.
 
-Losing the journal loses explanations and one comparison (the epoch is read again from the ledger), never a guest.
+Losing the journal loses explanations and comparisons (with a coordinator's epoch, with an older ledger), never a guest.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import structlog
 
+from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import AttemptReport
 from orchestrator.ledger.records import BadRecord, decode, encode
 
 KEPT_REPORTS = 500
+KEPT_RECORDS = 2000
 RETRY_S = 1.0
 
 log = structlog.get_logger(__name__)
@@ -26,6 +29,15 @@ log = structlog.get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Epoch:
     epoch: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRecord:
+    """A guest's record as this host last read it. A ledger that says something older has lost what came after."""
+
+    record: GuestRecord
+    version: int
+    mzxid: int
 
 
 class Journal:
@@ -42,6 +54,7 @@ class Journal:
         self._dirty = asyncio.Event()
         self._writing = asyncio.Lock()
         self._reports: OrderedDict[tuple[str, int], AttemptReport] = OrderedDict()
+        self._records: OrderedDict[str, KnownRecord] = OrderedDict()
         self._epoch = -1
         self._said = ""
 
@@ -53,17 +66,46 @@ class Journal:
         except OSError as error:
             log.error("journal: its directory cannot be used", error=str(error))
             files = []
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                self._epoch = decode(_Epoch, (self._directory / "epoch.json").read_bytes()).epoch
-            except (BadRecord, OSError) as error:
-                log.warning("journal: epoch is unreadable", error=str(error))
+        self._open_records()
+        try:
+            self._epoch = decode(_Epoch, (self._directory / "epoch.json").read_bytes()).epoch
+        except FileNotFoundError:
+            pass
+        except (BadRecord, OSError) as error:
+            log.warning("journal: epoch is unreadable", error=str(error))
         for path in files:
             migration, _, attempt = path.stem.rpartition("-")
             try:
                 self._reports[migration, int(attempt)] = decode(AttemptReport, path.read_bytes(), path=str(path))
             except (BadRecord, ValueError, OSError) as error:
                 log.warning("journal: a report is unreadable", file=path.name, error=str(error))
+
+    def _open_records(self) -> None:
+        with contextlib.suppress(OSError):
+            for path in sorted((self._directory / "records").glob("*.json"), key=lambda path: path.stat().st_mtime):
+                try:
+                    self._records[path.stem] = decode(KnownRecord, path.read_bytes(), path=str(path))
+                except (BadRecord, OSError) as error:
+                    log.warning("journal: a guest's record is unreadable", file=path.name, error=str(error))
+
+    def known_record(self, guest: str) -> KnownRecord | None:
+        """What this host last read of a guest, also of one that has left it."""
+        return self._records.get(guest)
+
+    def saw_record(self, guest: str, found: KnownRecord) -> None:
+        """Remember it; of guests beyond KEPT_RECORDS the ones that were seen last are remembered."""
+        if self._records.get(guest) == found:
+            return
+        self._records[guest] = found
+        self._records.move_to_end(guest)
+        self._unwritten[self._record_file(guest)] = encode(found)
+        while len(self._records) > KEPT_RECORDS:
+            oldest, _ = self._records.popitem(last=False)
+            self._unwritten[self._record_file(oldest)] = None
+        self._bound()
+
+    def _record_file(self, guest: str) -> Path:
+        return self._directory / "records" / f"{guest}.json"
 
     @property
     def epoch(self) -> int:
@@ -118,7 +160,10 @@ class Journal:
         while len(self._reports) > KEPT_REPORTS:
             oldest, _ = self._reports.popitem(last=False)
             self._unwritten[self._file(*oldest)] = None
-        while len(self._unwritten) > 2 * KEPT_REPORTS:  # on a disk that takes nothing for long
+        self._bound()
+
+    def _bound(self) -> None:
+        while len(self._unwritten) > KEPT_REPORTS + KEPT_RECORDS:  # on a disk that takes nothing for long
             self._unwritten.pop(next(iter(self._unwritten)))
         self._dirty.set()
 

@@ -36,6 +36,10 @@ class AgentServicer(rpc.AgentServiceServicer):
         status = await self._agent.start_guest(request.guest_uuid)
         return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
 
+    async def RestoreRecord(self, request: pb.RestoreRecordRequest, context: Any) -> pb.RestoreRecordResponse:
+        status = await self._agent.restore_record(request.guest_uuid)
+        return pb.RestoreRecordResponse(guest=wire.guest_status_to_proto(status))
+
     async def EndGuest(self, request: pb.EndGuestRequest, context: Any) -> pb.EndGuestResponse:
         await self._agent.end_guest(request.guest_uuid)
         return pb.EndGuestResponse()

@@ -86,6 +86,8 @@ class RefusalReason(StrEnum):
     CHAOS_DISABLED = "CHAOS_DISABLED"
     DEVICE_NOT_MIGRATABLE = "DEVICE_NOT_MIGRATABLE"
     MACHINE_TYPE_MISMATCH = "MACHINE_TYPE_MISMATCH"
+    OLD_RECORD = "OLD_RECORD"
+    """The ledger's record of a guest is missing, or older than what its host has read before: nothing is done."""
     HOST_DISK_FULL = "HOST_DISK_FULL"
     """The host has no room for the few files of a guest: nothing was begun there."""
     VOLATILE_DIRECTORY_UNSAFE = "VOLATILE_DIRECTORY_UNSAFE"

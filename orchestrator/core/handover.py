@@ -81,6 +81,11 @@ def birth(name: str, owner: HostRef, *, writer: str) -> GuestRecord:
     return GuestRecord(name=name, phase=Ownership.STARTING, owner=owner, writer=writer)
 
 
+def restored(name: str, owner: HostRef, *, writer: str) -> GuestRecord:
+    """A record that the ledger has lost, written again by the host where the guest's only VMM is at rest."""
+    return GuestRecord(name=name, phase=Ownership.IDLE, owner=owner, writer=writer)
+
+
 def started(record: GuestRecord, *, writer: str) -> GuestRecord:
     _need(record, Ownership.STARTING)
     return replace(record, phase=Ownership.IDLE, writer=writer)

@@ -84,6 +84,12 @@ class AgentClient:
         answer = await self._call(self._stub.StartGuest, pb.StartGuestRequest(guest_uuid=guest), timeout_s)
         return wire.guest_status_from_proto(answer.guest)
 
+    async def restore_record(self, guest: str, timeout_s: float = CALL_S) -> GuestStatus:
+        """Write the record of a guest that the ledger has lost again, from what runs on the agent's host."""
+        request = pb.RestoreRecordRequest(guest_uuid=guest)
+        response = await self._call(self._stub.RestoreRecord, request, timeout_s)
+        return wire.guest_status_from_proto(response.guest)
+
     async def end_guest(self, guest: str, timeout_s: float = END_GUEST_S) -> None:
         """Kill the VMM of an idle guest and record its end."""
         await self._call(self._stub.EndGuest, pb.EndGuestRequest(guest_uuid=guest), timeout_s)

@@ -274,7 +274,8 @@ class World:
             task.cancel()
 
     def put(self, path: str, record: object) -> None:
-        self.store.tree.nodes[path] = Versioned(encode(record), 0, 0)
+        self.store.tree.zxid += 1
+        self.store.tree.nodes[path] = Versioned(encode(record), 0, self.store.tree.zxid)
 
     def host(self, name: str, memory_mib: int = 1024) -> None:
         self.put(paths.host(name), HostRecord(name, f"boot-{name}", f"{name}:1", f"{name}:2", memory_mib, 1000))

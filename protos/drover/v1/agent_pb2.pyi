@@ -324,6 +324,45 @@ class EndGuestResponse(_message.Message):
 Global___EndGuestResponse: _TypeAlias = EndGuestResponse  # noqa: Y015
 
 @_typing.final
+class RestoreRecordRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    guest_uuid: _builtins.str
+    def __init__(
+        self,
+        *,
+        guest_uuid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_uuid", b"guest_uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreRecordRequest: _TypeAlias = RestoreRecordRequest  # noqa: Y015
+
+@_typing.final
+class RestoreRecordResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def guest(self) -> Global___GuestStatus: ...
+    def __init__(
+        self,
+        *,
+        guest: Global___GuestStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreRecordResponse: _TypeAlias = RestoreRecordResponse  # noqa: Y015
+
+@_typing.final
 class ApplyWantRunRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

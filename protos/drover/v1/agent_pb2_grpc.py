@@ -51,6 +51,11 @@ class AgentServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestResponse.FromString,
                 _registered_method=True)
+        self.RestoreRecord = channel.unary_unary(
+                '/drover.v1.AgentService/RestoreRecord',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.RestoreRecordRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.RestoreRecordResponse.FromString,
+                _registered_method=True)
         self.ApplyWantRun = channel.unary_unary(
                 '/drover.v1.AgentService/ApplyWantRun',
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ApplyWantRunRequest.SerializeToString,
@@ -108,6 +113,14 @@ class AgentServiceServicer:
 
     def EndGuest(self, request, context):
         """Kills an idle guest's VMM and records its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreRecord(self, request, context):
+        """An operator's order: writes the record of a guest that the ledger has lost again, from the one process that runs
+        on this host. Refused where the guest may run elsewhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -179,6 +192,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.EndGuest,
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestResponse.SerializeToString,
+            ),
+            'RestoreRecord': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreRecord,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.RestoreRecordRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.RestoreRecordResponse.SerializeToString,
             ),
             'ApplyWantRun': grpc.unary_unary_rpc_method_handler(
                     servicer.ApplyWantRun,
@@ -299,6 +317,33 @@ class AgentService:
             '/drover.v1.AgentService/EndGuest',
             protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreRecord(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.AgentService/RestoreRecord',
+            protos_dot_drover_dot_v1_dot_agent__pb2.RestoreRecordRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.RestoreRecordResponse.FromString,
             options,
             channel_credentials,
             insecure,

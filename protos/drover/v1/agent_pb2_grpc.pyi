@@ -40,6 +40,10 @@ class AgentServiceStub:
     """Executes a guest whose record is STARTING on this host."""
     EndGuest: _grpc.UnaryUnaryMultiCallable[_agent_pb2.EndGuestRequest, _agent_pb2.EndGuestResponse]
     """Kills an idle guest's VMM and records its end."""
+    RestoreRecord: _grpc.UnaryUnaryMultiCallable[_agent_pb2.RestoreRecordRequest, _agent_pb2.RestoreRecordResponse]
+    """An operator's order: writes the record of a guest that the ledger has lost again, from the one process that runs
+    on this host. Refused where the guest may run elsewhere.
+    """
     ApplyWantRun: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ApplyWantRunRequest, _agent_pb2.ApplyWantRunResponse]
     """The wish in the ledger changed: read it and apply it if the hand-over rules allow."""
     PrepareDestination: _grpc.UnaryUnaryMultiCallable[_agent_pb2.PrepareDestinationRequest, _agent_pb2.PrepareDestinationResponse]
@@ -68,6 +72,10 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """Executes a guest whose record is STARTING on this host."""
     EndGuest: _aio.UnaryUnaryMultiCallable[_agent_pb2.EndGuestRequest, _agent_pb2.EndGuestResponse]  # type: ignore[assignment]
     """Kills an idle guest's VMM and records its end."""
+    RestoreRecord: _aio.UnaryUnaryMultiCallable[_agent_pb2.RestoreRecordRequest, _agent_pb2.RestoreRecordResponse]  # type: ignore[assignment]
+    """An operator's order: writes the record of a guest that the ledger has lost again, from the one process that runs
+    on this host. Refused where the guest may run elsewhere.
+    """
     ApplyWantRun: _aio.UnaryUnaryMultiCallable[_agent_pb2.ApplyWantRunRequest, _agent_pb2.ApplyWantRunResponse]  # type: ignore[assignment]
     """The wish in the ledger changed: read it and apply it if the hand-over rules allow."""
     PrepareDestination: _aio.UnaryUnaryMultiCallable[_agent_pb2.PrepareDestinationRequest, _agent_pb2.PrepareDestinationResponse]  # type: ignore[assignment]
@@ -111,6 +119,16 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.EndGuestResponse, _abc.Awaitable[_agent_pb2.EndGuestResponse]]:
         """Kills an idle guest's VMM and records its end."""
+
+    @_abc_1.abstractmethod
+    def RestoreRecord(
+        self,
+        request: _agent_pb2.RestoreRecordRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.RestoreRecordResponse, _abc.Awaitable[_agent_pb2.RestoreRecordResponse]]:
+        """An operator's order: writes the record of a guest that the ledger has lost again, from the one process that runs
+        on this host. Refused where the guest may run elsewhere.
+        """
 
     @_abc_1.abstractmethod
     def ApplyWantRun(
