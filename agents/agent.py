@@ -42,7 +42,7 @@ from orchestrator.core.migration import Prepared
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
-from orchestrator.tasks import Tasks
+from orchestrator.tasks import Tasks, failures
 
 log = structlog.get_logger(__name__)
 
@@ -100,6 +100,7 @@ class Agent:
             under_way=self._departures,
             quorum_age_s=lambda: self._store.quorum_age_s,
             mistakes=Mistakes.seen.total,
+            not_kept=lambda: sum(1 for guest in list(self._guests.values()) if guest.trouble is not None),
             place_lost=lambda: int(bool(self.place.lost)),
         )
 
@@ -182,23 +183,28 @@ class Agent:
         for uuid in await self._store.children(paths.GUESTS):
             if uuid in self._guests:
                 continue
-            node = await self._store.read(paths.guest(uuid))
-            if node is None or not node.data:
-                continue
             try:
-                record = decode(GuestRecord, node.data, path=paths.guest(uuid))
-            except BadRecord as error:
-                log.error("a guest's record is unreadable", error=str(error))
-                continue
-            if record.owner.host != self.here.host or record.phase in (Ownership.CRASHED, Ownership.GONE):
-                continue
-            if record.phase is Ownership.STARTING:
-                starting.add(uuid)
-            if record.phase is not Ownership.STARTING or uuid in starting_before:
-                guest = await self._host(uuid)
-                guest.may_bury = True
-                guest.wake()
+                starting |= await self._scan_one(uuid, starting_before)
+            except StoreUnavailable:
+                raise
+            except Exception as error:  # of this guest: the others are looked at all the same
+                failures["scan of a guest"] += 1
+                log.error("a guest of the ledger cannot be looked after", guest=uuid, error=repr(error))
         return starting
+
+    async def _scan_one(self, uuid: str, starting_before: set[str]) -> set[str]:
+        """The guest, when it is about to be born here."""
+        node = await self._store.read(paths.guest(uuid))
+        if node is None or not node.data:
+            return set()
+        record = decode(GuestRecord, node.data, path=paths.guest(uuid))
+        if record.owner.host != self.here.host or record.phase in (Ownership.CRASHED, Ownership.GONE):
+            return set()
+        if record.phase is not Ownership.STARTING or uuid in starting_before:
+            guest = await self._host(uuid)
+            guest.may_bury = True
+            guest.wake()
+        return {uuid} if record.phase is Ownership.STARTING else set()
 
     async def _host(self, uuid: str) -> HostedGuest:
         """The guest's keeper here, made if there is none. Raises DroverError when the ledger knows no such guest."""

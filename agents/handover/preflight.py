@@ -56,7 +56,7 @@ def must_have_room(files: GuestFiles) -> None:
     From there on the copy needs no more: what it writes when it becomes the guest is reserved (`copies.prepare`).
     """
     config = files.config
-    for directory in (config.dir, config.volatile_dir):
+    for directory in (config.dir / "guests", config.volatile_dir):
         try:
             directory.mkdir(parents=True, exist_ok=True)
             found = os.statvfs(directory)

@@ -5,14 +5,18 @@ Counted from reports of attempts that are over, so that nothing is measured insi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from agents.host.exposition import Exposition
 from agents.shims.inside import ASKS, INITIAL_SENT
 from orchestrator.core.records import AttemptReport, DeviceSpec, TimelineEntry
+from orchestrator.tasks import failures
+from orchestrator.telemetry import lost_lines
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +47,20 @@ def initial_data_waits_s(timeline: tuple[TimelineEntry, ...]) -> list[float]:
         elif what == INITIAL_SENT and device in asked:
             waits.append((entry.at_ms - asked.pop(device)) / 1000)
     return waits
+
+
+class _OfThisProcess(Collector):
+    """What the process counts by itself, wherever it happens."""
+
+    def collect(self) -> Iterator[Metric]:
+        tasks = CounterMetricFamily(
+            "drover_task_failures", "Exceptions that ended a turn of a background task, or it", labels=("task",)
+        )
+        for name, count in list(failures.items()):
+            tasks.add_metric([name], count)
+        yield tasks
+        lost = "Log lines that could not be written: a full disk, or one that is too slow"
+        yield CounterMetricFamily("drover_log_lines_lost", lost, value=lost_lines())
 
 
 class Metrics:
@@ -105,6 +123,12 @@ class Metrics:
             "1: another agent has the host's place",
             registry=registry,
         )
+        self._not_kept = Gauge(
+            "drover_guests_not_kept",
+            "Guests of this host that the agent does nothing about just now",
+            registry=registry,
+        )
+        registry.register(_OfThisProcess())
         self._registry = registry
 
     def attempt_over(self, report: AttemptReport, devices: tuple[DeviceSpec, ...]) -> None:
@@ -136,7 +160,9 @@ class Metrics:
         quorum_age_s: Callable[[], float],
         mistakes: Callable[[], int] = lambda: 0,
         place_lost: Callable[[], int] = lambda: 0,
+        not_kept: Callable[[], int] = lambda: 0,
     ) -> None:
+        self._not_kept.set_function(not_kept)
         self._guests.set_function(guests)
         self._under_way.set_function(under_way)
         self._quorum_age.set_function(quorum_age_s)

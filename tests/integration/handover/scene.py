@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import secrets
 import signal
 import struct
 import threading
@@ -208,7 +209,7 @@ class Scene:
             boot=boot_of(workload, devices),
             devices=tuple(devices),
         )
-        request_id = f"birth-{spec.name}"
+        request_id = f"birth-{secrets.token_hex(8)}"
         # The API may have to find an agent again that was away a moment ago.
         made = reach(
             lambda: self.client.create_guest(spec, host or self.here, request_id=request_id),
