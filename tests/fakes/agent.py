@@ -125,6 +125,12 @@ class FakeAgent(AgentServiceServicer):
             status = replace(status, inc="inc", run_state=RunState.RUNNING)  # the sample that says so comes later
         return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
 
+    async def RestoreRecord(self, request: pb.RestoreRecordRequest, context: Any) -> pb.RestoreRecordResponse:
+        """This one's ledger loses nothing."""
+        await self._called("RestoreRecord", request.guest_uuid)
+        record, _ = await self._read(request.guest_uuid)
+        raise DroverError(RefusalReason.ALREADY_EXISTS, f"guest {record.name}: the ledger has its record")
+
     async def EndGuest(self, request: pb.EndGuestRequest, context: Any) -> pb.EndGuestResponse:
         await self._called("EndGuest", request.guest_uuid)
         async with self.turn:

@@ -365,7 +365,8 @@ class QemuVmm:
             path.unlink(missing_ok=True)
 
     async def note_machine(self) -> None:
-        """Keep what machine type this really is, for the other end to compare."""
+        """Keep what machine type this really is, for the other end to compare; link the console. May raise OSError."""
+        process.link_console(self._spec)
         kind = await self._execute("qom-get", {"path": "/machine", "property": "type"})
         self._metadata = replace(self._metadata, machine=str(kind).removesuffix("-machine"))
         self._note()
@@ -535,7 +536,6 @@ class QemuEngine:
         vmm = QemuVmm(metadata, spec, watched, features)
         try:
             process.write_metadata(process.metadata_path(spec), metadata)
-            process.link_console(spec)
         except OSError as error:
             await vmm.destroy()  # a VMM without a note would be nobody's
             raise EngineError(f"cannot note down the VMM of {spec.spec.name}: {error}") from error

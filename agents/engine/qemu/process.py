@@ -54,7 +54,9 @@ def console_socket(spec: VmmSpec) -> Path:
 
 
 def link_console(spec: VmmSpec) -> None:
-    """Idempotent. Raises OSError."""
+    """Idempotent. To be made when the socket is there: who looks for consoles would try too early. Raises OSError."""
+    if spec.console_path.is_symlink() and spec.console_path.readlink() == console_socket(spec).absolute():
+        return
     spec.console_path.unlink(missing_ok=True)
     spec.console_path.symlink_to(console_socket(spec).absolute())
 
