@@ -26,11 +26,12 @@ from agents.agent import Agent
 from agents.config import AgentConfig, ConfigError, load
 from agents.engine.base import EngineError
 from agents.engine.qemu.engine import QemuEngine
-from agents.host import descriptors
+from agents.host import addresses, descriptors
 from agents.host.identity import OneAgent, make_identity
 from agents.host.metrics import Metrics
 from agents.serving.control import AgentServicer, translate
 from agents.serving.peer import DestinationClient, PeerServicer, SourceClient
+from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError
 from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.ids import AttemptRef
@@ -108,7 +109,7 @@ async def _serve(config: AgentConfig, me: AgentIdentity) -> None:
     peers = Peers()
     metrics = Metrics()
     agent = Agent(config, me, engine, (store, commits), peers, metrics)
-    told = await metrics.serve(config.address, config.metrics_port) if config.metrics_port else None
+    told = await metrics.serve(config.listen, config.metrics_port) if config.metrics_port else None
     errors = Errors(require_deadline=False, translate=translate)
     connections = descriptors.connections_of(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     control, hand_over = (channels.aio_server([errors], max_connections=connections) for _ in range(2))
@@ -116,8 +117,8 @@ async def _serve(config: AgentConfig, me: AgentIdentity) -> None:
     add_PeerServiceServicer_to_server(PeerServicer(agent), hand_over)
     health = HealthService([SERVICE])
     health.add_to(control)
-    channels.listen(control, f"{config.address}:{config.control_port}")
-    channels.listen(hand_over, f"{config.address}:{config.peer_port}")
+    channels.listen(control, join_address(config.listen, config.control_port))
+    channels.listen(hand_over, join_address(config.listen, config.peer_port))
     await hand_over.start()  # sessions that are adopted speak to their peers at once
     try:
         if not await _done_before(agent.start(), stopping):
@@ -177,7 +178,7 @@ def _go_before_guests() -> None:
 def main(path: Path) -> None:
     """Run the agent of one host until told to stop."""
     try:
-        config = load(path)
+        config = addresses.settled(load(path))
         configure_logging(config.log_level)
         os.umask(0o077)  # sockets of VMMs and devices obey whoever may connect
         descriptors.raise_limit()

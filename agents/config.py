@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from orchestrator.core.endpoint import zookeeper_servers
 from orchestrator.core.guest import name_error
 
 
@@ -36,13 +37,19 @@ class AgentConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: Annotated[str, AfterValidator(_host_name)]
-    address: str
-    """Where this host is reached: both services and the engines' streams listen here."""
+    address: Annotated[str, Field(min_length=1)]
+    """Where other hosts reach this one: an IP address (IPv6 with or without brackets), or a name for one, looked up
+    once at the start. It is registered, and the engines' streams come in there."""
+    listen: str = ""
+    """What the services and streams listen at, where that is not `address`: an address of this host, or `0.0.0.0` or
+    `::` for all."""
+    allow_loopback: bool = False
+    """The whole cluster is on this machine: `address` may be a loopback address."""
     control_port: Annotated[int, Field(ge=0, le=65535)] = 7701
     peer_port: Annotated[int, Field(ge=0, le=65535)] = 7702
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 7703
     """Prometheus reads here; 0: not served."""
-    zookeeper: str
+    zookeeper: Annotated[str, AfterValidator(zookeeper_servers)]
     chroot: str = "/drover/v1"
     dir: Path
     """The agent's own: guests' sockets and notes, journal. Survives a restart of the agent and a loss of power."""

@@ -32,6 +32,7 @@ from orchestrator.core.agent import (
     Trouble,
     WishApplied,
 )
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
@@ -491,13 +492,25 @@ def agent_status_from_proto(message: agent_pb2.GetAgentResponse) -> AgentStatus:
     )
 
 
+def endpoint_to_proto(endpoint: Endpoint) -> agent_pb2.Endpoint:
+    return agent_pb2.Endpoint(ip=endpoint.ip, port=endpoint.port)
+
+
+def endpoint_from_proto(message: agent_pb2.Endpoint, *, field: str) -> Endpoint:
+    """Raises INVALID_ARGUMENT for anything but an IP address and a port."""
+    try:
+        return Endpoint(message.ip, message.port)
+    except ValueError as error:
+        raise _wrong(field, str(error)) from None
+
+
 def prepare_order_to_proto(order: PrepareOrder) -> agent_pb2.PrepareDestinationRequest:
     return agent_pb2.PrepareDestinationRequest(
         guest_uuid=order.attempt.guest,
         migration=order.attempt.migration,
         attempt=order.attempt.attempt,
         epoch=order.epoch,
-        source_peer_address=order.source_peer_address,
+        source_peer=endpoint_to_proto(order.source_peer),
         timeout_ms=order.timeout_ms,
         multifd_channels=order.multifd_channels,
     )
@@ -507,7 +520,7 @@ def prepare_order_from_proto(message: agent_pb2.PrepareDestinationRequest) -> Pr
     return PrepareOrder(
         attempt=AttemptRef(message.guest_uuid, message.migration, message.attempt),
         epoch=message.epoch,
-        source_peer_address=message.source_peer_address,
+        source_peer=endpoint_from_proto(message.source_peer, field="source_peer"),
         timeout_ms=message.timeout_ms,
         multifd_channels=message.multifd_channels,
     )
@@ -516,15 +529,21 @@ def prepare_order_from_proto(message: agent_pb2.PrepareDestinationRequest) -> Pr
 def prepared_to_proto(prepared: Prepared) -> agent_pb2.PrepareDestinationResponse:
     return agent_pb2.PrepareDestinationResponse(
         inc=prepared.inc,
-        endpoint=prepared.endpoint,
-        peer_address=prepared.peer_address,
+        stream=endpoint_to_proto(prepared.stream),
+        peer=endpoint_to_proto(prepared.peer),
         machine=prepared.machine,
         switchover_ack=prepared.switchover_ack,
     )
 
 
 def prepared_from_proto(message: agent_pb2.PrepareDestinationResponse | agent_pb2.ConductAttemptRequest) -> Prepared:
-    return Prepared(message.inc, message.endpoint, message.peer_address, message.machine, message.switchover_ack)
+    return Prepared(
+        message.inc,
+        endpoint_from_proto(message.stream, field="stream"),
+        endpoint_from_proto(message.peer, field="peer"),
+        message.machine,
+        message.switchover_ack,
+    )
 
 
 def conduct_order_to_proto(order: ConductOrder) -> agent_pb2.ConductAttemptRequest:
@@ -536,8 +555,8 @@ def conduct_order_to_proto(order: ConductOrder) -> agent_pb2.ConductAttemptReque
         inc=order.prepared.inc,
         destination=order.destination.host,
         destination_boot_id=order.destination.boot_id,
-        endpoint=order.prepared.endpoint,
-        peer_address=order.prepared.peer_address,
+        stream=endpoint_to_proto(order.prepared.stream),
+        peer=endpoint_to_proto(order.prepared.peer),
         policy=policy_to_proto(order.policy),
         previous_reason=order.previous_reason,
         machine=order.prepared.machine,

@@ -18,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import GuestSpec
 
@@ -159,7 +160,7 @@ class VmmSpec:
     device_path: Path | None
     """Unix socket of the device process that the VMM connects COM2 to; None without companion devices."""
     listen_address: str = ""
-    """Destination only: address for the stream."""
+    """Destination only: IP address that the stream comes in at."""
     multifd_channels: int = 0
     vfio_path: Path | None = None
     """Unix socket of the device process that holds the devices inside the VMM; None when there are none."""
@@ -182,9 +183,18 @@ class VmmMetadata:
     migration: str = ""
     attempt: int = 0
     endpoint: str = ""
+    """`tcp:` and what an incoming VMM listens at, as it says itself; `stream_of` reads it."""
     machine: str = ""
     """The machine type that the VMM really has: `pc` is another one in each version."""
     extra: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def stream_of(metadata: VmmMetadata) -> Endpoint:
+    """Where an incoming VMM listens. Raises EngineError when its note says no such thing."""
+    try:
+        return Endpoint.parse(metadata.endpoint.removeprefix("tcp:"))
+    except ValueError as error:
+        raise EngineError(f"VMM {metadata.inc} listens at no address: {error}") from error
 
 
 class HoldStart(StrEnum):
@@ -204,7 +214,8 @@ def _alone() -> int:
 
 @dataclass(frozen=True, slots=True)
 class OutgoingOptions:
-    endpoint: str
+    stream: Endpoint | None
+    """Where the destination's VMM listens; None: nothing is to be sent, an attempt is only ended."""
     hold: HoldStart
     tail_bytes: int
     link_bytes_per_s: int

@@ -171,7 +171,7 @@ class GuestFiles:
             directory=self.directory,
             console_path=self.config.console_dir / f"{self.config.host}.{self.spec.name}.{inc}.sock",
             device_path=self.directory / f"{inc}.dev" if self.companions else None,
-            listen_address=self.config.address,
+            listen_address=self.config.listen or self.config.address,
             multifd_channels=multifd_channels,
             vfio_path=self.directory / f"{inc}.vfio" if self.in_vmm else None,
             nics=net.nics(self.uuid, self.spec.devices),

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import structlog
@@ -47,6 +47,7 @@ from orchestrator.core.agent import (
     Trouble,
     WishApplied,
 )
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
@@ -329,21 +330,25 @@ class HostedGuest:
         async with self._turn:
             self._must_keep()
             known = self.arrivals.get((ref.migration, ref.attempt))
-            if known is not None:
+            if known is not None and known.prepared is None:
+                raise self._stale(ref, "is being ended: this agent was restarted")
+            if known is not None and known.prepared is not None:
                 return known.prepared
             record = await self._fresh(anew=True)
             self._must_be_open(record, ref)
             if record.destination != self._tools.here or record.inc:
                 raise self._stale(ref, "is not to arrive here")
             preflight.must_have_room(self.files)
+            source = await self._registered(record.owner.host)
+            preflight.must_be_registered(record.owner, source, order.source_peer)
             await preflight.must_fit(self._tools.mover, self._tools.config, self.files)
-            arrival, first = await self._make_arrival(order)
+            arrival, prepared, first = await self._make_arrival(order)
             self.arrivals[ref.migration, ref.attempt] = arrival
             self._receive(arrival, first)
         self._tools.changed()
-        return arrival.prepared
+        return prepared
 
-    async def _make_arrival(self, order: PrepareOrder) -> tuple[Arrival, tuple[Command, ...]]:
+    async def _make_arrival(self, order: PrepareOrder) -> tuple[Arrival, Prepared, tuple[Command, ...]]:
         ref, inc = order.attempt, secrets.token_hex(8)
         try:
             with self._being_made():
@@ -357,7 +362,7 @@ class HostedGuest:
             said = f"{self._tools.here.host} cannot prepare guest {self.name}: {error}"
             raise DroverError(RefusalReason.INTERNAL, said) from error
         state, first = prepared_destination(ref, self._tools.here, inc, has_devices=bool(self.files.companions))
-        peer = self._tools.peers.source(order.source_peer_address, ref, inc)
+        peer = self._tools.peers.source(str(order.source_peer), ref, inc)
         try:
             runner = self._destination_runner(copy, state, peer)
             runner.unclaimed_ms = order.timeout_ms
@@ -366,10 +371,12 @@ class HostedGuest:
             await self._destroyed(copy)
             raise DroverError(RefusalReason.INTERNAL, f"devices of guest {self.name}: {error}") from error
         config = self._tools.config
-        address = f"{config.address}:{config.peer_port}"
+        peer_here = Endpoint(config.address, config.peer_port)
         made = copy.vmm.metadata
+        stream = replace(engine.stream_of(made), ip=config.address)
         acks = (await preflight.probed(self._tools.mover, self._tools.here.host))["switchover_ack"]
-        return Arrival(runner, copy, peer, Prepared(inc, made.endpoint, address, made.machine, acks)), first
+        prepared = Prepared(inc, stream, peer_here, made.machine, acks)
+        return Arrival(runner, copy, peer, prepared), prepared, first
 
     def _destination_runner(self, copy: Copy, state: DestinationState, peer: SourceClient) -> DestinationRunner:
         async def want_run() -> bool:
@@ -426,6 +433,10 @@ class HostedGuest:
             if record.owner != self._tools.here or own is None or record.inc:
                 # Bound without a session of ours: its conductor died, and a restarted agent conducts nothing (H7).
                 raise self._stale(ref, "cannot be conducted here")
+            if record.destination != order.destination:
+                raise self._stale(ref, f"is not to go to {order.destination.host}")
+            destination = await self._registered(order.destination.host)
+            preflight.must_be_registered(order.destination, destination, order.prepared.peer, order.prepared.stream)
             departure = await self._make_departure(order, own)
             self._depart(departure)
 
@@ -459,7 +470,7 @@ class HostedGuest:
             paused=paused,
             acks=AckLedger(stopped=paused),
         )
-        peer = self._tools.peers.destination(order.prepared.peer_address, order.attempt, order.prepared.inc)
+        peer = self._tools.peers.destination(str(order.prepared.peer), order.attempt, order.prepared.inc)
         options = preflight.outgoing(order, tools.config, self.files, tools.departures, paused=paused)
         runner = self._source_runner(own, session, peer, order.policy, options)
         return Departure(runner, own, peer, order.destination.host)
@@ -702,7 +713,7 @@ class HostedGuest:
         )
         destination = record.owner if record.owner != self._tools.here else record.destination or record.owner
         peer = self._tools.peers.destination(await self._peer_address(destination.host), ref, record.inc)
-        options = engine.OutgoingOptions("", engine.HoldStart.OPEN, 0, 1, 1)
+        options = engine.OutgoingOptions(None, engine.HoldStart.OPEN, 0, 1, 1)
         runner = self._source_runner(copy, state, peer, MigrationPolicy(), options)
         self._depart(Departure(runner, copy, peer, destination.host), first)
 
@@ -715,16 +726,19 @@ class HostedGuest:
         source = record.source or record.owner
         peer = self._tools.peers.source(await self._peer_address(source.host), ref, duty.inc)
         runner = self._destination_runner(copy, state, peer)
-        prepared = Prepared(duty.inc, metadata.endpoint, "")
-        arrival = Arrival(runner, copy, peer, prepared)
+        arrival = Arrival(runner, copy, peer, None)
         self.arrivals[ref.migration, ref.attempt] = arrival
         self._receive(arrival, first)
 
-    async def _peer_address(self, host: str) -> str:
+    async def _registered(self, host: str) -> HostRecord | None:
+        """What the host has registered; as fresh as the last barrier. Raises StoreUnavailable and BadRecord."""
         node = await self._tools.store.read(paths.host(host))
-        return (
-            decode(HostRecord, node.data, path=paths.host(host)).peer_address if node and node.data else "127.0.0.1:1"
-        )
+        return decode(HostRecord, node.data, path=paths.host(host)) if node and node.data else None
+
+    async def _peer_address(self, host: str) -> str:
+        """Where the agent at the other end of an attempt may be found; nowhere, when its host is gone."""
+        record = await self._registered(host)
+        return record.peer_address if record is not None else "127.0.0.1:1"
 
     async def _discard(self, duty: Duty, record: GuestRecord) -> None:
         await self._destroyed(self.copies[duty.inc])

@@ -28,7 +28,8 @@ class Arrival:
     runner: DestinationRunner
     copy: Copy
     peer: SourceClient
-    prepared: Prepared
+    prepared: Prepared | None
+    """What its caller was told, and is told again; None: the agent was restarted, and the attempt is only ended."""
 
     def __post_init__(self) -> None:
         self.peer.timeline = lambda: self.runner.timeline

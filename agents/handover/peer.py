@@ -21,7 +21,7 @@ class DestinationPeer(Protocol):
 
     async def send_frame(self, frame: Frame) -> None: ...
 
-    async def go(self, zxid: int, want_run: bool) -> bool:
+    async def go(self, want_run: bool) -> bool:
         """True: answered once the guest had been started there (or left stopped, as wished)."""
         ...
 

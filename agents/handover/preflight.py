@@ -17,8 +17,11 @@ from agents.guest.copies import Copy
 from agents.guest.files import GuestFiles
 from orchestrator.core.agent import ConductOrder
 from orchestrator.core.compatibility import ack_mode
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
+from orchestrator.core.ids import HostRef
 from orchestrator.core.migration import Prepared
+from orchestrator.core.records import HostRecord
 
 ROOM_BYTES, ROOM_FILES = 512 << 10, 32
 """In each of the agent's directories, for one more copy: notes, sockets, the logs of VMM and devices, a marker."""
@@ -104,6 +107,27 @@ def _must_agree(name: str, what: str, here: str, there: str) -> None:
         raise DroverError(RefusalReason.MACHINE_TYPE_MISMATCH, said)
 
 
+def must_be_registered(
+    host: HostRef, record: HostRecord | None, peer: Endpoint, stream: Endpoint | None = None
+) -> None:
+    """What an order says of another host must be what that host has registered, or guests' memory goes to whoever
+    wrote the order. Raises WRONG_ENDPOINT, and STALE_ATTEMPT when the host has lost power since."""
+    if record is None:
+        raise DroverError(RefusalReason.WRONG_ENDPOINT, f"{host.host} is not registered")
+    if record.boot_id != host.boot_id:
+        raise DroverError(RefusalReason.STALE_ATTEMPT, f"{host.host} lost power after it was chosen")
+    try:
+        registered = Endpoint.parse(record.peer_address)
+    except ValueError as error:
+        raise DroverError(RefusalReason.WRONG_ENDPOINT, f"{host.host} has registered no address: {error}") from error
+    if peer != registered:
+        said = f"{peer} is not the PeerService of {host.host}, which has registered {registered}"
+        raise DroverError(RefusalReason.WRONG_ENDPOINT, said)
+    if stream is not None and stream.ip != registered.ip:
+        said = f"{stream} is not an address of {host.host}, which has registered {registered.ip}"
+        raise DroverError(RefusalReason.WRONG_ENDPOINT, said)
+
+
 def outgoing(
     order: ConductOrder, config: AgentConfig, files: GuestFiles, sharing: Callable[[], int], *, paused: bool
 ) -> engine.OutgoingOptions:
@@ -118,7 +142,7 @@ def outgoing(
     # QEMU does not know of the devices' last bytes: they come out of the same budget.
     beside_ms = sum(device.stop_copy_bytes for device in files.companions) * 1000 // link
     return engine.OutgoingOptions(
-        endpoint=order.prepared.endpoint,
+        stream=order.prepared.stream,
         hold=hold,
         tail_bytes=tail,
         link_bytes_per_s=link,

@@ -380,7 +380,7 @@ class SourceRunner:
         told = False
         while True:
             with contextlib.suppress(PeerUnavailable):
-                if await self.peer.go(self.ledger.zxid, self.state.want_run) and not told:
+                if await self.peer.go(self.state.want_run) and not told:
                     told = True
                     self._note("runs there")
             await asyncio.sleep(_RETRY_S)

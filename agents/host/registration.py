@@ -18,6 +18,7 @@ import structlog
 from agents.config import AgentConfig
 from agents.engine import base as engine
 from agents.host.identity import Installation
+from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.identity import AgentIdentity, Answer, Doubt, Place, PlaceSeen, may_take
 from orchestrator.core.records import Cordon, HostRecord, Reservations
@@ -199,8 +200,8 @@ class Registration:
         return HostRecord(
             name=config.host,
             boot_id=me.boot_id,
-            control_address=f"{config.address}:{config.control_port}",
-            peer_address=f"{config.address}:{config.peer_port}",
+            control_address=join_address(config.address, config.control_port),
+            peer_address=join_address(config.address, config.peer_port),
             memory_mib=config.memory_mib,
             bandwidth_mbps=config.bandwidth_mbps,
             engine=f"qemu {probed['version']}",

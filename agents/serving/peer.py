@@ -103,8 +103,8 @@ class DestinationClient:
         if not self._closed:
             self.on_lost()
 
-    async def go(self, zxid: int, want_run: bool) -> bool:
-        request = pb.GoRequest(tag=self._tag, zxid=zxid, want_run=want_run)
+    async def go(self, want_run: bool) -> bool:
+        request = pb.GoRequest(tag=self._tag, want_run=want_run)
         return bool((await _answered(self._stub.Go(request, timeout=_CALL_S))).done)
 
     async def close(self) -> None:
@@ -140,7 +140,7 @@ class SourceClient:
             pb.DeviceLoad(device=load.device, session=load.session, bytes=load.bytes, digest=load.digest)
             for load in loads
         ]
-        request = pb.ReportLoadedRequest(tag=self._tag, devices=devices, ledger_connected=True)
+        request = pb.ReportLoadedRequest(tag=self._tag, devices=devices)
         await _answered(self._stub.ReportLoaded(request, timeout=_CALL_S))
 
     async def failed(self, inc: str) -> None:

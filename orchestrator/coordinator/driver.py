@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from orchestrator.coordinator.ports import AgentDirectory, AgentPort, ConductOrder
 from orchestrator.core import handover, migration
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef
@@ -490,7 +491,7 @@ class Driver:
             prepared = await agent.prepare_destination(
                 self._ref(command.attempt),
                 epoch=self._tools.epoch,
-                source_peer_address=source.peer_address,
+                source_peer=_peer(source),
                 timeout_ms=self._spec.policy.prepare_timeout_ms,
                 multifd_channels=self._spec.policy.multifd_channels,
             )
@@ -589,6 +590,14 @@ def _reserve(entry: HostEntry, mig: str, memory_mib: int) -> Op:
     if entry.reservations_version < 0:
         return Create(paths.reservations(name), data)
     return SetData(paths.reservations(name), data, entry.reservations_version)
+
+
+def _peer(host: HostRecord) -> Endpoint:
+    """Raises WRONG_ENDPOINT when a host has registered something else than an address."""
+    try:
+        return Endpoint.parse(host.peer_address)
+    except ValueError as error:
+        raise DroverError(RefusalReason.WRONG_ENDPOINT, f"{host.name}: {error}") from error
 
 
 def _refused(attempt: int, error: DroverError | StoreUnavailable) -> migration.Event:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from orchestrator.core.agent import AgentStatus, AttemptSeen, ConductOrder, GuestStatus
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.ids import AttemptRef
 from orchestrator.core.migration import Prepared
 
@@ -18,7 +19,7 @@ class AgentPort(Protocol):
         attempt: AttemptRef,
         *,
         epoch: int,
-        source_peer_address: str,
+        source_peer: Endpoint,
         timeout_ms: int,
         multifd_channels: int,
     ) -> Prepared: ...

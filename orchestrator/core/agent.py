@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy
@@ -169,7 +170,8 @@ class PrepareOrder:
 
     attempt: AttemptRef
     epoch: int
-    source_peer_address: str
+    source_peer: Endpoint
+    """Of the source's PeerService."""
     timeout_ms: int
     multifd_channels: int = 0
 

@@ -76,6 +76,8 @@ class RefusalReason(StrEnum):
     NO_CAPACITY = "NO_CAPACITY"
     ALREADY_COMMITTED = "ALREADY_COMMITTED"
     ALREADY_ENDED = "ALREADY_ENDED"
+    WRONG_ENDPOINT = "WRONG_ENDPOINT"
+    """An address that is not what the host has registered: nothing was connected to it."""
     STALE_EPOCH = "STALE_EPOCH"
     STALE_ATTEMPT = "STALE_ATTEMPT"
     BUSY = "BUSY"

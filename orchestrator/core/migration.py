@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, FailureReason, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership, may_retry
 from orchestrator.core.policy import backoff_ms
@@ -71,8 +72,10 @@ class Prepared:
     """A destination VMM that waits for the stream of one attempt."""
 
     inc: str
-    endpoint: str
-    peer_address: str
+    stream: Endpoint
+    """Where the engine's stream goes."""
+    peer: Endpoint
+    """Of the destination's PeerService."""
     machine: str = ""
     """The machine type that it really has; the source's must be the same. Empty: not known."""
     switchover_ack: str = ""

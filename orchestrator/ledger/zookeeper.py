@@ -27,6 +27,8 @@ from kazoo.exceptions import BadVersionError, KazooException, NodeExistsError, N
 from kazoo.exceptions import RuntimeInconsistency as Inconsistency
 from kazoo.retry import KazooRetry
 
+from orchestrator.core.endpoint import zookeeper_servers
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.ledger import paths
 from orchestrator.ledger.store import (
     Check,
@@ -95,10 +97,17 @@ class _Trigger:
 
 
 class ZooKeeperStore:
-    """`Store` (see `store.py` for the contract) with one kazoo client and one session."""
+    """`Store` (see `store.py` for the contract) with one kazoo client and one session.
+
+    `hosts` is `host:port,...`, IPv6 addresses in brackets. Raises DroverError INVALID_ARGUMENT when it cannot be read.
+    """
 
     def __init__(self, hosts: str, *, chroot: str = paths.CHROOT, session_timeout_s: float = 6.0) -> None:
-        self._hosts, self._chroot, self._session_timeout_s = hosts, chroot, session_timeout_s
+        try:
+            self._hosts = zookeeper_servers(hosts)
+        except ValueError as error:
+            raise DroverError(RefusalReason.INVALID_ARGUMENT, str(error), field="zookeeper") from error
+        self._chroot, self._session_timeout_s = chroot, session_timeout_s
         self._client: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._state = SessionState.LOST

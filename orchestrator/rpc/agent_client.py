@@ -20,6 +20,7 @@ from orchestrator.core.agent import (
     PrepareOrder,
     WishApplied,
 )
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.ids import AttemptRef
 from orchestrator.core.migration import Prepared
 from orchestrator.rpc.channels import aio_channel
@@ -104,12 +105,12 @@ class AgentClient:
         attempt: AttemptRef,
         *,
         epoch: int,
-        source_peer_address: str,
+        source_peer: Endpoint,
         timeout_ms: int,
         multifd_channels: int,
     ) -> Prepared:
         """A paused VMM that waits for the stream of this attempt. The same attempt gets the same answer."""
-        order = PrepareOrder(attempt, epoch, source_peer_address, timeout_ms, multifd_channels)
+        order = PrepareOrder(attempt, epoch, source_peer, timeout_ms, multifd_channels)
         timeout_s = timeout_ms / 1000 + PREPARE_MARGIN_S
         request = wire.prepare_order_to_proto(order)
         return wire.prepared_from_proto(await self._call(self._stub.PrepareDestination, request, timeout_s))

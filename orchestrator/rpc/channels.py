@@ -1,7 +1,7 @@
 """The only place where channels and servers are made: keepalive, message size, and one spot for credentials.
 
-Addresses are `host:port` or `unix:PATH`. Everything is made with insecure credentials today; mutual TLS comes in here
-and nowhere else.
+Addresses are `host:port`, `[IPv6]:port` or `unix:PATH`. Everything is made with insecure credentials today; mutual TLS
+comes in here and nowhere else.
 
 A peer that froze or lost its network keeps its TCP connection for many minutes. The pings below end it within seconds;
 `http2.ping_timeout_ms` is what does it, the keepalive options alone do not.
@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 from grpc import aio
 
+from orchestrator.core.endpoint import join_address, split_address
 from orchestrator.core.errors import DroverError, RefusalReason
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -75,13 +76,32 @@ def _with(options: Sequence[tuple[str, int]], other: Mapping[str, int]) -> list[
     return [*other.items(), *((name, value) for name, value in options if name not in other)]
 
 
+def _read(address: str) -> str:
+    """Raises INVALID_ARGUMENT for what would be read in another way than it was meant, such as `::1:7701`."""
+    if address.startswith("unix:"):
+        return address
+    try:
+        return join_address(*split_address(address))
+    except ValueError as error:
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, str(error), field="address") from error
+
+
+def _read_or_as_it_is(address: str) -> str:
+    """Of what others have registered: an address that leads nowhere is told by the first call."""
+    try:
+        return _read(address)
+    except DroverError:
+        return address
+
+
 def aio_channel(address: str, *, alone: bool = False) -> aio.Channel:
     """For the running event loop. Connects with the first call.
 
     Channels to one address share a connection and what is known of it: one that could not connect a moment ago lets the
     next one fail at once. `alone` asks the address itself.
     """
-    return aio.insecure_channel(address, options=(*_CHANNEL, ("grpc.use_local_subchannel_pool", int(alone))))
+    options = (*_CHANNEL, ("grpc.use_local_subchannel_pool", int(alone)))
+    return aio.insecure_channel(_read_or_as_it_is(address), options=options)
 
 
 def local_channel(path: Path) -> aio.Channel:
@@ -96,8 +116,10 @@ def local_channel(path: Path) -> aio.Channel:
 
 def channel(address: str) -> grpc.Channel:
     """For synchronous callers of OrchestratorService. Connects with the first call; sends no request that is larger
-    than MAX_REQUEST_BYTES."""
-    return grpc.insecure_channel(address, options=_with(_CHANNEL, {"grpc.max_send_message_length": MAX_REQUEST_BYTES}))
+    than MAX_REQUEST_BYTES. Raises INVALID_ARGUMENT for what is no address."""
+    return grpc.insecure_channel(
+        _read(address), options=_with(_CHANNEL, {"grpc.max_send_message_length": MAX_REQUEST_BYTES})
+    )
 
 
 def aio_server(
@@ -125,7 +147,7 @@ def listen(server: aio.Server, address: str) -> int:
     Raises DroverError INVALID_ARGUMENT when the address cannot be used. A unix socket that lies there is replaced.
     """
     try:
-        port = server.add_insecure_port(address)
+        port = server.add_insecure_port(_read(address))
     except RuntimeError as error:
         raise DroverError(
             RefusalReason.INVALID_ARGUMENT, f"cannot listen at {address}: it is in use, or not an address of this host"

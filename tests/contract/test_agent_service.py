@@ -26,12 +26,13 @@ from agents.serving.control import AgentServicer, translate
 from orchestrator.coordinator.ports import AgentPort
 from orchestrator.core import handover
 from orchestrator.core.agent import AgentSample, AttemptSeen, ConductOrder, GuestStatus, RunState
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import GuestSpec, WantRun
+from orchestrator.core.records import GuestSpec, HostRecord, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import encode
 from orchestrator.ledger.store import Done, SetData
@@ -51,6 +52,7 @@ HERE, THERE = HostRef("h2", "boot-h2"), HostRef("h1", "boot-h1")
 G = "0f0e0d0c-0b0a-4987-8654-321001234567"
 UNKNOWN = "00000000-0b0a-4987-8654-321001234567"
 REF = AttemptRef(G, "abcdef012345", 1)
+PEER = Endpoint("127.0.0.1", 7702)
 IDLE = GuestRecord("web", Ownership.IDLE, HERE)
 BIRTH = handover.birth("web", HERE, writer="api")
 LEAVING = handover.open_attempt(IDLE, REF.migration, 1, THERE, epoch=0, writer="c")
@@ -62,6 +64,7 @@ def world() -> World:
     world = World()
     for root in paths.ROOTS:
         world.put(root, WantRun())
+    world.put(paths.host(THERE.host), HostRecord(THERE.host, THERE.boot_id, "127.0.0.1:1", str(PEER), 1024, 1000))
     world.put(paths.name("web"), G)
     world.put(paths.guest_spec(G), GuestSpec("web"))
     world.put(paths.want_run(G), WantRun())
@@ -303,11 +306,11 @@ class Side(ABC):
 
     async def prepare(self, ref: AttemptRef = REF, epoch: int = 0) -> Prepared:
         return await self.port.prepare_destination(
-            ref, epoch=epoch, source_peer_address="127.0.0.1:1", timeout_ms=5_000, multifd_channels=0
+            ref, epoch=epoch, source_peer=PEER, timeout_ms=5_000, multifd_channels=0
         )
 
     async def conduct(self, ref: AttemptRef = REF, epoch: int = 0) -> None:
-        prepared = Prepared("inc", "fake:1", "127.0.0.1:1")
+        prepared = Prepared("inc", replace(PEER, port=9), PEER)
         await self.port.conduct_attempt(ConductOrder(ref, epoch, prepared, THERE, MigrationPolicy()))
 
 
@@ -357,7 +360,7 @@ stale = pytest.mark.parametrize(("change", "ref"), STALE, ids=["other attempt", 
 async def test_a_destination_is_prepared_once_per_attempt(side: Side) -> None:
     side.world.put(paths.guest(G), ARRIVING)
     prepared = await side.prepare()
-    assert all((prepared.inc, prepared.endpoint, prepared.peer_address))
+    assert all((prepared.inc, prepared.stream, prepared.peer))
     assert await side.prepare() == prepared
     assert side.world.record(G) == ARRIVING, "the source binds it"
 

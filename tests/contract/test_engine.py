@@ -32,6 +32,7 @@ from agents.engine.base import (
     VmmDied,
     VmmSpec,
     VmmState,
+    stream_of,
 )
 from agents.engine.qemu import process
 from agents.engine.qemu.engine import QemuEngine, QemuVmm
@@ -67,10 +68,12 @@ class Pair:
         self.directory = directory
         self.vmms: list[Vmm] = []
 
+    listen = "127.0.0.1"
+
     def spec(self, inc: str, memory_mib: int = 64, static_mib: int = 0) -> VmmSpec:
         workload = Workload(dirty_mib=1, dirty_pages_per_s=100, static_mib=static_mib)
         guest = GuestSpec(name="g", memory_mib=memory_mib, boot=boot_of(workload, seed=0))
-        return VmmSpec("guest-1", inc, guest, self.directory, self.directory / f"{inc}.con", None, "127.0.0.1")
+        return VmmSpec("guest-1", inc, guest, self.directory, self.directory, self.directory / f"{inc}.con", None, self.listen)
 
     async def source(self, **sizes: int) -> Vmm:
         vmm = await self.engine.start(self.spec("s", **sizes))
@@ -90,7 +93,7 @@ class Pair:
 
 
 def options(destination: Vmm, hold: HoldStart = HoldStart.OPEN, tail: int = 0) -> OutgoingOptions:
-    return OutgoingOptions(destination.metadata.endpoint, hold, tail, LINK, 300)
+    return OutgoingOptions(stream_of(destination.metadata), hold, tail, LINK, 300)
 
 
 async def until(vmm: Vmm, holds: Callable[[VmmState], bool], timeout_s: float = 5.0) -> VmmState:
@@ -410,3 +413,19 @@ exec qemu-system-x86_64 "$@"
     else:
         with pytest.raises(EngineError, match="out of luck"):
             await engine.probe()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "[::1]"])
+async def test_a_stream_goes_over_either_kind_of_address(pair: Pair, address: str) -> None:
+    pair.listen = address
+    source, destination = await pair.parked()
+    assert stream_of(destination.metadata).ip == address.strip("[]")
+    await source.proceed()
+    await until(source, lambda s: s.status is EngineStatus.COMPLETED)
+
+
+async def test_without_a_destination_nothing_is_sent(pair: Pair) -> None:
+    source = await pair.source()
+    with pytest.raises(EngineError, match="no destination"):
+        await source.start_outgoing(OutgoingOptions(None, HoldStart.OPEN, 0, LINK, 300))
+    assert (await source.state()).run_state is RunState.RUNNING

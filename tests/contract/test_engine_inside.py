@@ -25,6 +25,7 @@ from agents.engine.base import (
     Vmm,
     VmmSpec,
     VmmState,
+    stream_of,
 )
 from orchestrator.core.records import GuestSpec
 from tests.contract.test_engine import LINK, until
@@ -86,7 +87,7 @@ async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
 
 
 def options(destination: Vmm, link_bytes_per_s: int = LINK) -> OutgoingOptions:
-    return OutgoingOptions(destination.metadata.endpoint, HoldStart.OPEN, 0, link_bytes_per_s, 300)
+    return OutgoingOptions(stream_of(destination.metadata), HoldStart.OPEN, 0, link_bytes_per_s, 300)
 
 
 async def parked(pair: Pair) -> Vmm:

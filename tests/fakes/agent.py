@@ -18,9 +18,11 @@ from typing import Any
 from orchestrator import wire
 from orchestrator.core import handover
 from orchestrator.core.agent import AgentSample, AgentStatus, GuestStatus, RunState
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
+from orchestrator.core.migration import Prepared
 from orchestrator.core.records import HostRecord, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode, encode
@@ -59,7 +61,7 @@ class FakeAgent(AgentServiceServicer):
 
     def record(self, memory_mib: int = 1024) -> HostRecord:
         return HostRecord(
-            self.host, f"boot-{self.host}", self.address, f"{self.address}0", memory_mib, 1000, machine_types=("pc",)
+            self.host, f"boot-{self.host}", self.address, "127.0.0.1:7702", memory_mib, 1000, machine_types=("pc",)
         )
 
     def _told(self, uuid: str) -> GuestStatus | None:
@@ -166,7 +168,9 @@ class FakeAgent(AgentServiceServicer):
     ) -> pb.PrepareDestinationResponse:
         order = wire.prepare_order_from_proto(request)
         await self._called("PrepareDestination", order.attempt.guest)
-        return pb.PrepareDestinationResponse(inc=f"inc-{order.attempt.attempt}", endpoint="tcp:1", peer_address="p:1")
+        return wire.prepared_to_proto(
+            Prepared(f"inc-{order.attempt.attempt}", Endpoint("127.0.0.1", 1), Endpoint("127.0.0.1", 7702))
+        )
 
     async def ConductAttempt(self, request: pb.ConductAttemptRequest, context: Any) -> pb.ConductAttemptResponse:
         order = wire.conduct_order_from_proto(request)

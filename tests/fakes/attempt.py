@@ -43,7 +43,7 @@ class Link:
         assert self.destination is not None
         await self.destination.frame(frame)
 
-    async def go(self, zxid: int, want_run: bool) -> bool:
+    async def go(self, want_run: bool) -> bool:
         assert self.destination is not None
         self.destination.go(self.destination.state.inc, want_run)
         return self.destination.started.is_set()

@@ -16,7 +16,7 @@ def agent_config(directory: Path, host: str = "h2") -> AgentConfig:
     return AgentConfig(
         host=host,
         address="127.0.0.1",
-        zookeeper="",
+        zookeeper="127.0.0.1:1",
         dir=directory / host,
         console_dir=directory,
         volatile_dir=directory,

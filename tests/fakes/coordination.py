@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from orchestrator.coordinator.ports import AttemptSeen, ConductOrder
 from orchestrator.core import handover
 from orchestrator.core.agent import AgentStatus, CopyStatus, GuestStatus, RunState
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
@@ -211,12 +212,12 @@ class FakeAgent:
     host: str
 
     async def prepare_destination(
-        self, attempt: AttemptRef, *, epoch: int, source_peer_address: str, timeout_ms: int, multifd_channels: int
+        self, attempt: AttemptRef, *, epoch: int, source_peer: Endpoint, timeout_ms: int, multifd_channels: int
     ) -> Prepared:
         self.world.call("prepare", self.host, attempt.attempt, epoch)
         inc = f"inc-{attempt.migration}-{attempt.attempt}"
         self.world.must_be_open(attempt, inc)
-        return Prepared(inc, "tcp:1", f"{self.host}:2")
+        return Prepared(inc, Endpoint("127.0.0.1", 1), Endpoint("127.0.0.1", 2))
 
     async def conduct_attempt(self, order: ConductOrder) -> None:
         self.world.call("conduct", self.host, order.attempt.attempt, order.epoch)
@@ -278,7 +279,7 @@ class World:
         self.store.tree.nodes[path] = Versioned(encode(record), 0, self.store.tree.zxid)
 
     def host(self, name: str, memory_mib: int = 1024) -> None:
-        self.put(paths.host(name), HostRecord(name, f"boot-{name}", f"{name}:1", f"{name}:2", memory_mib, 1000))
+        self.put(paths.host(name), HostRecord(name, f"boot-{name}", f"{name}:1", "127.0.0.1:2", memory_mib, 1000))
         self.put(paths.cordon(name), Cordon())
         self.put(paths.reservations(name), Reservations())
         self.put(paths.live(name), Cordon())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from agents.engine import base
 from agents.engine.base import EngineError, EngineStatus, GuestHasEnded, HoldStart, RunState, VmmMetadata, VmmState
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness
 
 _UNDER_WAY = (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.PARKED, EngineStatus.DEVICE)
@@ -98,9 +99,11 @@ class FakeVmm:
 
     async def start_outgoing(self, options: base.OutgoingOptions) -> None:
         self._called("start_outgoing")
+        if options.stream is None:
+            raise EngineError("there is no destination to send to")
         self.error, self._late = "", 0
         self._set_status(EngineStatus.SETUP)
-        self.peer = self.engine.listening.get(options.endpoint)
+        self.peer = self.engine.listening.get(str(options.stream))
         why, self.engine.script.fail_outgoing = self.engine.script.fail_outgoing, ""
         if why or self.peer is None or not self.peer.alive():
             self._fail(why or "connection refused")
@@ -246,9 +249,9 @@ class FakeEngine:
 
     async def prepare_incoming(self, spec: base.VmmSpec, migration: str, attempt: int) -> FakeVmm:
         vmm = self._make(spec, "incoming", migration, attempt, RunState.INCOMING)
-        endpoint = f"fake:{vmm.metadata.pid}"
-        vmm._metadata = replace(vmm.metadata, endpoint=endpoint)
-        self.listening[endpoint] = vmm
+        stream = Endpoint(spec.listen_address or "127.0.0.1", 10_000 + vmm.metadata.pid % 50_000)
+        vmm._metadata = replace(vmm.metadata, endpoint=f"tcp:{stream}")
+        self.listening[str(stream)] = vmm
         return vmm
 
     async def adopt(self, metadata: VmmMetadata, spec: base.VmmSpec) -> FakeVmm | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.engine.base import HoldStart, OutgoingOptions, RunState, Vmm, VmmSpec
+from agents.engine.base import HoldStart, OutgoingOptions, RunState, Vmm, VmmSpec, stream_of
 from agents.engine.qemu.engine import QemuEngine
 from agents.handover.destination import DestinationStage
 from agents.handover.destination_shell import DestinationRunner
@@ -72,7 +72,7 @@ class Lab(Moves):
         copy = await self.engine.prepare_incoming(self.spec(inc), self.migration, ref.attempt)
         self.vmms.append(copy)
         hold = HoldStart.TRICKLE if source_shims else HoldStart.OPEN
-        options = OutgoingOptions(copy.metadata.endpoint, hold, 0, LINK, 300)
+        options = OutgoingOptions(stream_of(copy.metadata), hold, 0, LINK, 300)
         here, there = Leaving(self.vmm, source_shims), Coming(inc, copy, destination_shims)
         await self.conducted(ref, here, there, policy, options, self.directory)
         return self.source, self.destination

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.engine.base import EngineStatus, HoldStart, OutgoingOptions, RunState, Vmm, VmmSpec
+from agents.engine.base import EngineStatus, HoldStart, OutgoingOptions, RunState, Vmm, VmmSpec, stream_of
 from agents.engine.qemu.engine import QemuEngine
 from agents.shims.base import DestinationShim, Frame, FrameKind, ShimError, SourceShim
 from agents.shims.companion import DeviceProcess, DevicesSpec
@@ -138,7 +138,7 @@ class Guest:
         return process, vmm, console
 
     async def park(self, source: Vmm, destination: Vmm) -> None:
-        await source.start_outgoing(OutgoingOptions(destination.metadata.endpoint, HoldStart.OPEN, 0, 1 << 30, 300))
+        await source.start_outgoing(OutgoingOptions(stream_of(destination.metadata), HoldStart.OPEN, 0, 1 << 30, 300))
         await until(source, lambda now: now.status is EngineStatus.PARKED)
 
     async def seal(self, source: Vmm, destination: Vmm) -> None:

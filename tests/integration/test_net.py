@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.engine.base import EngineStatus, HoldStart, OutgoingOptions, RunState, Segment, Vmm, VmmSpec
+from agents.engine.base import EngineStatus, HoldStart, OutgoingOptions, RunState, Segment, Vmm, VmmSpec, stream_of
 from agents.engine.qemu.engine import QemuEngine
 from agents.shims.net import mac_address, nics, segment_of
 from deploy.lab.workload import Workload, boot_of
@@ -155,7 +155,7 @@ async def announced(heard: asyncio.StreamReader, mac: str, timeout_s: float = 5.
 
 
 async def moved(source: Vmm, destination: Vmm) -> None:
-    await source.start_outgoing(OutgoingOptions(destination.metadata.endpoint, HoldStart.OPEN, 0, 1 << 30, 300))
+    await source.start_outgoing(OutgoingOptions(stream_of(destination.metadata), HoldStart.OPEN, 0, 1 << 30, 300))
     await until(source, lambda now: now.status is EngineStatus.PARKED)
     await source.proceed()
     await until(source, lambda now: now.run_state is RunState.SEALED)

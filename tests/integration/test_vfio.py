@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.engine.base import EngineError, EngineStatus, HoldStart, OutgoingOptions, RunState
+from agents.engine.base import EngineError, EngineStatus, HoldStart, OutgoingOptions, RunState, stream_of
 from agents.handover.destination import DestinationStage
 from agents.handover.report import report_of
 from agents.handover.source import SourceStage
@@ -74,8 +74,7 @@ class Course(Moves):
         leaving = Leaving(here.vmm, here.devices.source_shims(), here.devices.in_vmm())
         coming = Coming(there.inc, there.vmm, there.devices.destination_shims(), there.devices.in_vmm())
         hold = HoldStart.TRICKLE if leaving.shims and not paused else HoldStart.OPEN
-        endpoint = there.vmm.metadata.endpoint
-        options = OutgoingOptions(endpoint, hold, 0, link_bytes_per_s, policy.downtime_limit_ms)
+        options = OutgoingOptions(stream_of(there.vmm.metadata), hold, 0, link_bytes_per_s, policy.downtime_limit_ms)
         await self.conducted(ref, leaving, coming, policy, options, self.rig.directory, paused=paused, during=during)
         return self.report()
 

@@ -21,7 +21,7 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from agents.engine.base import EngineError, EngineStatus, HoldStart, OutgoingOptions, RunState
+from agents.engine.base import EngineError, EngineStatus, HoldStart, OutgoingOptions, RunState, stream_of
 from deploy.lab.devices.qemu_acks import (
     IN_PROGRESS,
     POSTCOPY,
@@ -184,7 +184,7 @@ def test_the_first_version_is_right_where_a_real_device_asked_in_the_gap(bench: 
 async def _capabilities(lab: Lab) -> list[set[str]]:
     """Of both ends, in an attempt as the product starts it."""
     async with lab.pair((device(),), OFF) as pair:
-        options = OutgoingOptions(pair.destination.vmm.metadata.endpoint, HoldStart.OPEN, 0, LINK, 300)
+        options = OutgoingOptions(stream_of(pair.destination.vmm.metadata), HoldStart.OPEN, 0, LINK, 300)
         await pair.source.vmm.start_outgoing(options)
         ends = [await end.qmp("query-migrate-capabilities") for end in (pair.source, pair.destination)]
         return [{entry["capability"] for entry in end if entry["state"]} for end in ends]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -20,12 +20,13 @@ from agents.guest.files import GuestFiles
 from agents.host.metrics import Metrics
 from orchestrator.core import handover
 from orchestrator.core.agent import ConductOrder, PrepareOrder, RunState
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind, WantRun
+from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, ShimKind, WantRun
 from orchestrator.ledger import paths
 from tests.fakes.config import agent_config, agent_identity
 from tests.fakes.coordination import MemoryStore, World
@@ -34,7 +35,8 @@ from tests.fakes.engine import FakeEngine, FakeVmm
 HERE, THERE = HostRef("h2", "boot-h2"), HostRef("h1", "boot-h1")
 G = "0f0e0d0c-0b0a-4987-8654-321001234567"
 REF = AttemptRef(G, "abcdef012345", 1)
-ORDER = PrepareOrder(REF, 0, "127.0.0.1:1", 5_000)
+PEER, STREAM = Endpoint("127.0.0.1", 1), Endpoint("127.0.0.1", 9)
+ORDER = PrepareOrder(REF, 0, PEER, 5_000)
 
 
 class SlowEngine(FakeEngine):
@@ -58,6 +60,7 @@ def world() -> World:
     world = World(MemoryStore())
     for root in paths.ROOTS:
         world.put(root, WantRun())
+    world.put(paths.host(THERE.host), HostRecord(THERE.host, THERE.boot_id, "127.0.0.1:2", str(PEER), 1, 1))
     world.put(paths.guest_spec(G), GuestSpec("web"))
     world.put(paths.want_run(G), WantRun())
     return world
@@ -198,7 +201,7 @@ async def leaving(agent: Agent, world: World, mover: SlowEngine, prepared: Prepa
 async def test_what_would_load_as_another_machine_is_refused_while_nothing_has_happened(
     agent: Agent, world: World, mover: SlowEngine, machine: str, acks: str, says: str
 ) -> None:
-    order = await leaving(agent, world, mover, Prepared("inc", "fake:1", "127.0.0.1:1", machine, acks))
+    order = await leaving(agent, world, mover, Prepared("inc", STREAM, PEER, machine, acks))
     with pytest.raises(DroverError, match=says) as caught:
         await agent.conduct_attempt(order)
     assert caught.value.reason is RefusalReason.MACHINE_TYPE_MISMATCH
@@ -207,7 +210,7 @@ async def test_what_would_load_as_another_machine_is_refused_while_nothing_has_h
 
 async def test_a_device_whose_state_would_stay_behind_is_refused(agent: Agent, world: World, mover: SlowEngine) -> None:
     mover.script.unmigratable = ("device vu0 is a vfio-user-pci",)
-    order = await leaving(agent, world, mover, Prepared("inc", "fake:1", "127.0.0.1:1"))
+    order = await leaving(agent, world, mover, Prepared("inc", STREAM, PEER))
     with pytest.raises(DroverError, match="vu0") as caught:
         await agent.conduct_attempt(order)
     assert caught.value.reason is RefusalReason.DEVICE_NOT_MIGRATABLE
@@ -220,3 +223,53 @@ async def test_a_host_that_cannot_give_a_guest_its_devices_refuses_it(agent: Age
     with pytest.raises(DroverError, match="inside its VMM") as caught:
         await agent.prepare_destination(ORDER)
     assert caught.value.reason is RefusalReason.DEVICE_NOT_MIGRATABLE
+
+
+@pytest.mark.parametrize(
+    ("prepared", "destination", "reason"),
+    [
+        (Prepared("inc", Endpoint("192.0.2.66", 9), PEER), THERE, RefusalReason.WRONG_ENDPOINT),
+        (Prepared("inc", STREAM, Endpoint("192.0.2.66", 1)), THERE, RefusalReason.WRONG_ENDPOINT),
+        (Prepared("inc", STREAM, Endpoint("127.0.0.1", 2)), THERE, RefusalReason.WRONG_ENDPOINT),
+        (Prepared("inc", STREAM, PEER), HostRef("h3", "boot-h3"), RefusalReason.STALE_ATTEMPT),
+        (Prepared("inc", STREAM, PEER), HostRef("h1", "another"), RefusalReason.STALE_ATTEMPT),
+    ],
+)
+async def test_a_guest_goes_only_where_its_destination_has_registered(
+    agent: Agent,
+    world: World,
+    mover: SlowEngine,
+    prepared: Prepared,
+    destination: HostRef,
+    reason: RefusalReason,
+) -> None:
+    """Whoever reached the agent's port, or a destination alone, could have any guest's memory sent anywhere."""
+    order = replace(await leaving(agent, world, mover, prepared), destination=destination)
+    with pytest.raises(DroverError) as caught:
+        await agent.conduct_attempt(order)
+    assert caught.value.reason is reason
+    assert world.record(G).phase is Ownership.OPEN
+    assert world.record(G).inc == "", "nothing is bound"
+    assert agent.status().attempts == ()
+    assert [each.run_state for each in agent.status().guests] == [RunState.RUNNING]
+
+
+@pytest.mark.parametrize("registered", [None, "127.0.0.1:3", "exec:id:1", "h1:1"])
+async def test_a_destination_speaks_only_to_what_the_source_has_registered(
+    agent: Agent, world: World, mover: SlowEngine, registered: str | None
+) -> None:
+    on_its_way_here(world)
+    world.store.tree.nodes.pop(paths.host(THERE.host))
+    if registered is not None:
+        world.put(paths.host(THERE.host), HostRecord(THERE.host, THERE.boot_id, "127.0.0.1:2", registered, 1, 1))
+    with pytest.raises(DroverError) as caught:
+        await agent.prepare_destination(ORDER)
+    assert caught.value.reason is RefusalReason.WRONG_ENDPOINT
+    assert mover.processes == {}, "no VMM was started"
+
+
+async def test_what_is_prepared_is_at_the_registered_address(agent: Agent, world: World, config: AgentConfig) -> None:
+    on_its_way_here(world)
+    prepared = await agent.prepare_destination(ORDER)
+    assert prepared.peer == Endpoint(config.address, config.peer_port)
+    assert prepared.stream.ip == config.address

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from agents.config import ConfigError, load
+from agents.config import AgentConfig, ConfigError, load
+from agents.host import addresses
+from orchestrator.core.errors import DroverError, RefusalReason
 
 SOUND = {
     "host": "h1",
@@ -43,3 +45,46 @@ def test_other_names_are_refused_with_what_is_allowed(tmp_path: Path, name: str)
     said = loaded(tmp_path, host=name)
     assert "host: " in said
     assert "must be lower-case letters, digits and hyphens, 1 to 63 of them" in said
+
+
+# --- addresses --------------------------------------------------------------------------------------------------------
+
+
+def settled_of(tmp_path: Path, **changes: object) -> AgentConfig:
+    file = tmp_path / "agent.json"
+    file.write_text(json.dumps(SOUND | {"device_program": ["x"]} | changes))
+    return addresses.settled(load(file))
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "[::]", "localhost", "127.0.0.1", "::1", "[::1]", "224.0.0.1"])
+def test_addresses_that_lead_others_nowhere_are_refused(tmp_path: Path, address: str) -> None:
+    """They registered, were LIVE, were chosen, and ended in PREPARE_TIMEOUT without a word about the address."""
+    with pytest.raises(DroverError) as caught:
+        settled_of(tmp_path, address=address)
+    assert (caught.value.reason, caught.value.field) == (RefusalReason.INVALID_ARGUMENT, "address")
+
+
+def test_a_name_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DroverError, match="no name that can be looked up here"):
+        settled_of(tmp_path, address="no-such-host.invalid")
+
+
+@pytest.mark.parametrize(
+    ("given", "address", "listen"),
+    [
+        ({"address": "192.0.2.7"}, "192.0.2.7", "192.0.2.7"),
+        ({"address": "192.0.2.7", "listen": "0.0.0.0"}, "192.0.2.7", "0.0.0.0"),
+        ({"address": "[2001:DB8::7]", "listen": "[::]"}, "2001:db8::7", "::"),
+        ({"address": "2001:db8::7"}, "2001:db8::7", "2001:db8::7"),
+        ({"address": "127.0.0.3", "allow_loopback": True}, "127.0.0.3", "127.0.0.3"),
+        ({"address": "[::1]", "allow_loopback": True}, "::1", "::1"),
+    ],
+)
+def test_addresses_are_settled_once(tmp_path: Path, given: dict[str, object], address: str, listen: str) -> None:
+    found = settled_of(tmp_path, **given)
+    assert (found.address, found.listen) == (address, listen)
+
+
+def test_zookeeper_is_read_in_one_way_only(tmp_path: Path) -> None:
+    assert settled_of(tmp_path, zookeeper="[::1]:2181,zk2").zookeeper == "[::1]:2181,zk2:2181"
+    assert "zookeeper: " in loaded(tmp_path, zookeeper="::1:2181")

@@ -18,6 +18,7 @@ from agents.handover.ledger import AttemptLedger
 from agents.handover.source import SourceStage, SourceState
 from agents.handover.source_shell import SourceRunner
 from agents.serving.peer import DestinationClient
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import GuestSpec, TimelineEntry
@@ -40,7 +41,7 @@ async def over(directory: Path, channel: aio.Channel, stage: SourceStage) -> Dep
     vmm = await FakeEngine().start(VmmSpec("g", "s", GuestSpec("web"), directory, directory / "con", None))
     ledger = AttemptLedger(MemoryStore(), REF, HERE, "i", "w")
     peer = DestinationClient(channel, REF, "i")
-    options = OutgoingOptions("fake:1", HoldStart.OPEN, 0, 1, 1)
+    options = OutgoingOptions(Endpoint("127.0.0.1", 1), HoldStart.OPEN, 0, 1, 1)
     state = SourceState(REF, HERE, "i", stage=stage)
     runner = SourceRunner(state, vmm, (), ledger, peer, MigrationPolicy(), options, 1)
     return Departure(runner, cast(Copy, None), peer, "d")

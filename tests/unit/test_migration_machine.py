@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.core import handover
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, FailureReason, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
@@ -51,7 +52,7 @@ COMMITTED = handover.commit(BOUND1, "m", 1, "inc", writer="a")
 ARRIVED = handover.done(COMMITTED, "m", 1, "inc", writer="d")
 SPEC = MigrationSpec("m", "g", "web", policy=MigrationPolicy(max_attempts=2, prepare_timeout_ms=1000))
 ACTIVE = MigrationState(MigrationPhase.PREPARING, 1, "h1", "h2")
-READY = Prepared("inc", "tcp:1", "p")
+READY = Prepared("inc", Endpoint("192.0.2.2", 1), Endpoint("192.0.2.2", 7702))
 
 
 def aborted(reason: AbortReason = AbortReason.LATE_SWITCHOVER_ACK) -> GuestRecord:

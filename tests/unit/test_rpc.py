@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from orchestrator.coordinator.agents import RpcAgents
 from orchestrator.coordinator.ports import AgentDirectory, AgentPort, ConductOrder
 from orchestrator.core.agent import AgentSample, AttemptSeen, AttemptStatus, GuestStatus, Progress, RunState
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
@@ -361,9 +362,9 @@ async def test_the_coordinators_directory_keeps_one_channel_per_agent(plain: Fak
     port: AgentPort = directory.at(plain.address)
     assert directory.at(plain.address) is port
     prepared = await port.prepare_destination(
-        REF, epoch=3, source_peer_address="h2:1", timeout_ms=1000, multifd_channels=0
+        REF, epoch=3, source_peer=Endpoint("2001:db8::1", 1), timeout_ms=1000, multifd_channels=0
     )
-    assert prepared == Prepared("inc-1", "tcp:1", "p:1")
+    assert prepared == Prepared("inc-1", Endpoint("127.0.0.1", 1), Endpoint("127.0.0.1", 7702))
     order = ConductOrder(REF, 3, prepared, HostRef("h2", "b2"), MigrationPolicy(), "LATE_SWITCHOVER_ACK")
     await port.conduct_attempt(order)
     assert await port.get_attempt("m1", 1) == AttemptSeen(known=False)

@@ -22,7 +22,8 @@ from orchestrator.core.agent import (
     RunState,
     WishApplied,
 )
-from orchestrator.core.errors import DroverError
+from orchestrator.core.endpoint import Endpoint, parse_ip
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
@@ -90,7 +91,9 @@ GUEST_STATUS = records(GuestStatus, run_state=st.sampled_from(RunState))
 ATTEMPT_STATUS = st.builds(
     AttemptStatus, REFS, st.none() | st.sampled_from(MigrationPhase), st.none() | PROGRESS, st.booleans()
 )
-PREPARED = records(Prepared)
+IPS = st.ip_addresses().filter(lambda ip: str(ip) == str(parse_ip(str(ip)))).map(str)
+ENDPOINTS = st.builds(Endpoint, IPS, st.integers(1, 65535))
+PREPARED = records(Prepared, stream=ENDPOINTS, peer=ENDPOINTS)
 
 
 @given(GUESTS)
@@ -150,9 +153,30 @@ def test_what_agents_are_told(
 ) -> None:
     conduct = ConductOrder(ref, epoch, prepared, HostRef(text, text), policy, text)
     assert wire.conduct_order_from_proto(wire.conduct_order_to_proto(conduct)) == conduct
-    prepare = PrepareOrder(ref, epoch, text, policy.prepare_timeout_ms, policy.multifd_channels)
+    prepare = PrepareOrder(ref, epoch, prepared.peer, policy.prepare_timeout_ms, policy.multifd_channels)
     assert wire.prepare_order_from_proto(wire.prepare_order_to_proto(prepare)) == prepare
     assert wire.prepared_from_proto(wire.prepared_to_proto(prepared)) == prepared
+
+
+@pytest.mark.parametrize(
+    ("ip", "port"),
+    [
+        ("exec:id > /proof", 1),
+        ("file:/etc/shadow", 1),
+        ("unix:/run/x", 1),
+        ("host-1", 7702),
+        ("192.0.2.1", 0),
+        ("192.0.2.1", 65536),
+        ("fe80::1%eth0", 1),
+        ("", 0),
+    ],
+)
+def test_an_endpoint_is_an_address_and_a_port(ip: str, port: int) -> None:
+    """What QEMU would take for a command ran as root on the source."""
+    message = agent_pb2.ConductAttemptRequest(stream=agent_pb2.Endpoint(ip=ip, port=port))
+    with pytest.raises(DroverError) as caught:
+        wire.conduct_order_from_proto(message)
+    assert (caught.value.reason, caught.value.field) == (RefusalReason.INVALID_ARGUMENT, "stream")
 
 
 @given(st.booleans(), st.booleans(), st.none() | REPORTS, st.sampled_from(RunState))

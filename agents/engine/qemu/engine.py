@@ -29,6 +29,7 @@ from agents.engine.qemu import process, verdict
 from agents.engine.qemu.images import Images
 from agents.engine.qemu.qmp import QmpConnection
 from agents.host import processes
+from orchestrator.core.endpoint import join_address, parse_ip
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 
 log = structlog.get_logger(__name__)
@@ -71,6 +72,8 @@ class Features:
     """It can be given vfio-pci devices by descriptor, and waits for their ACKs."""
     machine_aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """What `pc` and the like stand for."""
+    channels: frozenset[str] = frozenset()
+    """Commands that take what to connect to as data (`channels`) and not only as a URI; since 8.2."""
 
 
 class QemuVmm:
@@ -215,7 +218,16 @@ class QemuVmm:
             raise EngineError(f"QEMU {self._features.version} has no switchover-ack, which devices inside it need")
         return {"switchover-ack": True}
 
+    def _where(self, ip: str, port: int, command: str) -> dict[str, object]:
+        """What QEMU connects to or listens at: always a TCP socket. A URI could be a command (`exec:`) or a file."""
+        if command in self._features.channels:
+            address = {"transport": "socket", "type": "inet", "host": ip, "port": str(port)}
+            return {"channels": [{"channel-type": "main", "addr": address}]}
+        return {"uri": f"tcp:{join_address(ip, port)}"}
+
     async def start_outgoing(self, options: base.OutgoingOptions) -> None:
+        if options.stream is None:
+            raise EngineError("there is no destination to send to")
         await self._cleaned_up(2.0)
         self._options, self._arrived = options, False
         self._stands = (await self.state()).run_state is RunState.PAUSED
@@ -227,7 +239,7 @@ class QemuVmm:
         if options.multifd_channels > 1:
             await self._execute("migrate-set-parameters", {"multifd-channels": options.multifd_channels})
         await self._set_rate(full=options.hold is not HoldStart.TRICKLE, open_gate=self._released)
-        await self._execute("migrate", {"uri": options.endpoint})
+        await self._execute("migrate", self._where(options.stream.ip, options.stream.port, "migrate"))
         if options.hold is HoldStart.TAIL:
             self._tail = asyncio.create_task(self._watch_tail(options.tail_bytes))
 
@@ -379,14 +391,15 @@ class QemuVmm:
         await self.set_capabilities(wanted)
         if channels > 1:
             await self._execute("migrate-set-parameters", {"multifd-channels": channels})
-        arguments: dict[str, object] = {"uri": f"tcp:{address}:0"}
+        arguments = self._where(str(parse_ip(address)), 0, "migrate-incoming")
         if self._features.exit_on_error:
             arguments["exit-on-error"] = False
         await self._execute("migrate-incoming", arguments)
         sockets = (await self._execute("query-migrate")).get("socket-address", [])
         if not sockets:
             raise EngineError("QEMU listens but does not say where")
-        self._metadata = replace(self._metadata, endpoint=f"tcp:{sockets[0]['host']}:{sockets[0]['port']}")
+        where = join_address(sockets[0]["host"], int(sockets[0]["port"]))
+        self._metadata = replace(self._metadata, endpoint=f"tcp:{where}")
         self._note()
         self.reserve()
         return self._metadata.endpoint
@@ -617,6 +630,9 @@ def _features(
     def members(type_name: str) -> set[str]:
         return {member["name"] for member in by_name[type_name].get("members", [])}
 
+    def takes(command: str) -> set[str]:
+        return members(by_name[command]["arg-type"])
+
     enums = [set(entry["values"]) for entry in schema if entry["meta-type"] == "enum"]
     capabilities = next((values for values in enums if {"return-path", "xbzrle"} <= values), set[str]())
     objects = [{m["name"] for m in entry["members"]} for entry in schema if entry["meta-type"] == "object"]
@@ -631,10 +647,11 @@ def _features(
         machine_types=tuple(sorted(names)),
         machine_aliases=aliases,
         capabilities=frozenset(capabilities),
-        exit_on_error="exit-on-error" in members(by_name["migrate-incoming"]["arg-type"]),
+        exit_on_error="exit-on-error" in takes("migrate-incoming"),
         late_activation_always="blockdev-set-active" in by_name,
         reconnect_ms=any("reconnect-ms" in names for names in objects),
-        switchover_bandwidth="avail-switchover-bandwidth" in members(by_name["migrate-set-parameters"]["arg-type"]),
+        switchover_bandwidth="avail-switchover-bandwidth" in takes("migrate-set-parameters"),
         switchover_ack=ack,
+        channels=frozenset(each for each in ("migrate", "migrate-incoming") if "channels" in takes(each)),
         devices_inside=ack != "none" and {"fd", "iommufd", "migration-events"} <= vfio,
     )

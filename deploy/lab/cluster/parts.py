@@ -27,6 +27,7 @@ from deploy.lab.cluster.layout import (
 )
 from deploy.lab.cluster.state import write_atomically
 from deploy.lab.devices import PROGRAM
+from orchestrator.core.endpoint import is_loopback
 from orchestrator.ledger import paths
 
 RAY_NAMESPACE = "drover"
@@ -146,6 +147,7 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
     return {
         "host": place.name,
         "address": place.address,
+        "allow_loopback": is_loopback(place.address),  # without namespaces all hosts are addresses of this machine
         "control_port": places.control_port,
         "peer_port": places.peer_port,
         "zookeeper": places.zookeeper,

@@ -408,6 +408,31 @@ class ApplyWantRunResponse(_message.Message):
 Global___ApplyWantRunResponse: _TypeAlias = ApplyWantRunResponse  # noqa: Y015
 
 @_typing.final
+class Endpoint(_message.Message):
+    """Where something listens. Never more than that: no name to look up, no scheme, no command."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IP_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    ip: _builtins.str
+    """IPv4 or IPv6, without brackets."""
+    port: _builtins.int
+    def __init__(
+        self,
+        *,
+        ip: _builtins.str = ...,
+        port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ip", b"ip", "port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Endpoint: _TypeAlias = Endpoint  # noqa: Y015
+
+@_typing.final
 class PrepareDestinationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -415,16 +440,19 @@ class PrepareDestinationRequest(_message.Message):
     MIGRATION_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
-    SOURCE_PEER_ADDRESS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     MULTIFD_CHANNELS_FIELD_NUMBER: _builtins.int
+    SOURCE_PEER_FIELD_NUMBER: _builtins.int
     guest_uuid: _builtins.str
     migration: _builtins.str
     attempt: _builtins.int
     epoch: _builtins.int
-    source_peer_address: _builtins.str
     timeout_ms: _builtins.int
     multifd_channels: _builtins.int
+    @_builtins.property
+    def source_peer(self) -> Global___Endpoint:
+        """Of the source's PeerService: what the source has registered."""
+
     def __init__(
         self,
         *,
@@ -432,13 +460,13 @@ class PrepareDestinationRequest(_message.Message):
         migration: _builtins.str = ...,
         attempt: _builtins.int = ...,
         epoch: _builtins.int = ...,
-        source_peer_address: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
         multifd_channels: _builtins.int = ...,
+        source_peer: Global___Endpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source_peer", b"source_peer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "migration", b"migration", "multifd_channels", b"multifd_channels", "source_peer_address", b"source_peer_address", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "migration", b"migration", "multifd_channels", b"multifd_channels", "source_peer", b"source_peer", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -449,29 +477,34 @@ class PrepareDestinationResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INC_FIELD_NUMBER: _builtins.int
-    ENDPOINT_FIELD_NUMBER: _builtins.int
-    PEER_ADDRESS_FIELD_NUMBER: _builtins.int
     MACHINE_FIELD_NUMBER: _builtins.int
     SWITCHOVER_ACK_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
     inc: _builtins.str
-    endpoint: _builtins.str
-    """Where the engine's stream goes, e.g. tcp:10.0.0.2:40123"""
-    peer_address: _builtins.str
     machine: _builtins.str
     """What the VMM there really is; `pc` is another machine type in each version."""
     switchover_ack: _builtins.str
+    @_builtins.property
+    def stream(self) -> Global___Endpoint:
+        """Where the engine's stream goes: an address that the destination has registered."""
+
+    @_builtins.property
+    def peer(self) -> Global___Endpoint:
+        """Of its PeerService: what it has registered."""
+
     def __init__(
         self,
         *,
         inc: _builtins.str = ...,
-        endpoint: _builtins.str = ...,
-        peer_address: _builtins.str = ...,
         machine: _builtins.str = ...,
         switchover_ack: _builtins.str = ...,
+        stream: Global___Endpoint | None = ...,
+        peer: Global___Endpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "inc", b"inc", "machine", b"machine", "peer_address", b"peer_address", "switchover_ack", b"switchover_ack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inc", b"inc", "machine", b"machine", "peer", b"peer", "stream", b"stream", "switchover_ack", b"switchover_ack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -488,12 +521,12 @@ class ConductAttemptRequest(_message.Message):
     INC_FIELD_NUMBER: _builtins.int
     DESTINATION_FIELD_NUMBER: _builtins.int
     DESTINATION_BOOT_ID_FIELD_NUMBER: _builtins.int
-    ENDPOINT_FIELD_NUMBER: _builtins.int
-    PEER_ADDRESS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     PREVIOUS_REASON_FIELD_NUMBER: _builtins.int
     MACHINE_FIELD_NUMBER: _builtins.int
     SWITCHOVER_ACK_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
     guest_uuid: _builtins.str
     migration: _builtins.str
     attempt: _builtins.int
@@ -501,8 +534,6 @@ class ConductAttemptRequest(_message.Message):
     inc: _builtins.str
     destination: _builtins.str
     destination_boot_id: _builtins.str
-    endpoint: _builtins.str
-    peer_address: _builtins.str
     previous_reason: _builtins.str
     """Reason of the attempt before this one, empty for the first: decides how the hold starts."""
     machine: _builtins.str
@@ -510,6 +541,12 @@ class ConductAttemptRequest(_message.Message):
     switchover_ack: _builtins.str
     @_builtins.property
     def policy(self) -> _types_pb2.MigrationPolicy: ...
+    @_builtins.property
+    def stream(self) -> Global___Endpoint:
+        """As the destination said; the source compares both with what the destination has registered in the ledger."""
+
+    @_builtins.property
+    def peer(self) -> Global___Endpoint: ...
     def __init__(
         self,
         *,
@@ -520,16 +557,16 @@ class ConductAttemptRequest(_message.Message):
         inc: _builtins.str = ...,
         destination: _builtins.str = ...,
         destination_boot_id: _builtins.str = ...,
-        endpoint: _builtins.str = ...,
-        peer_address: _builtins.str = ...,
         policy: _types_pb2.MigrationPolicy | None = ...,
         previous_reason: _builtins.str = ...,
         machine: _builtins.str = ...,
         switchover_ack: _builtins.str = ...,
+        stream: Global___Endpoint | None = ...,
+        peer: Global___Endpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "policy", b"policy", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "destination", b"destination", "destination_boot_id", b"destination_boot_id", "endpoint", b"endpoint", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "inc", b"inc", "machine", b"machine", "migration", b"migration", "peer_address", b"peer_address", "policy", b"policy", "previous_reason", b"previous_reason", "switchover_ack", b"switchover_ack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "destination", b"destination", "destination_boot_id", b"destination_boot_id", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "inc", b"inc", "machine", b"machine", "migration", b"migration", "peer", b"peer", "policy", b"policy", "previous_reason", b"previous_reason", "stream", b"stream", "switchover_ack", b"switchover_ack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -852,9 +889,6 @@ class ReportLoadedRequest(_message.Message):
 
     TAG_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
-    LEDGER_CONNECTED_FIELD_NUMBER: _builtins.int
-    ledger_connected: _builtins.bool
-    """The destination's own ledger session is healthy."""
     @_builtins.property
     def tag(self) -> Global___AttemptTag: ...
     @_builtins.property
@@ -864,11 +898,10 @@ class ReportLoadedRequest(_message.Message):
         *,
         tag: Global___AttemptTag | None = ...,
         devices: _abc.Iterable[Global___DeviceLoad] | None = ...,
-        ledger_connected: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "ledger_connected", b"ledger_connected", "tag", b"tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -894,9 +927,7 @@ class GoRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TAG_FIELD_NUMBER: _builtins.int
-    ZXID_FIELD_NUMBER: _builtins.int
     WANT_RUN_FIELD_NUMBER: _builtins.int
-    zxid: _builtins.int
     want_run: _builtins.bool
     @_builtins.property
     def tag(self) -> Global___AttemptTag: ...
@@ -904,12 +935,11 @@ class GoRequest(_message.Message):
         self,
         *,
         tag: Global___AttemptTag | None = ...,
-        zxid: _builtins.int = ...,
         want_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag", "want_run", b"want_run", "zxid", b"zxid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag", "want_run", b"want_run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -940,9 +970,7 @@ class ReportDoneRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TAG_FIELD_NUMBER: _builtins.int
-    ZXID_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
-    zxid: _builtins.int
     @_builtins.property
     def tag(self) -> Global___AttemptTag: ...
     @_builtins.property
@@ -951,12 +979,11 @@ class ReportDoneRequest(_message.Message):
         self,
         *,
         tag: Global___AttemptTag | None = ...,
-        zxid: _builtins.int = ...,
         timeline: _abc.Iterable[_types_pb2.TimelineEntry] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag", "timeline", b"timeline", "zxid", b"zxid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -982,23 +1009,16 @@ class ReportFailedRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TAG_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    MESSAGE_FIELD_NUMBER: _builtins.int
-    reason: _builtins.str
-    """AbortReason"""
-    message: _builtins.str
     @_builtins.property
     def tag(self) -> Global___AttemptTag: ...
     def __init__(
         self,
         *,
         tag: Global___AttemptTag | None = ...,
-        reason: _builtins.str = ...,
-        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "tag", b"tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

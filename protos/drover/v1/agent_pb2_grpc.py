@@ -607,7 +607,7 @@ class PeerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Go(self, request, context):
-        """Source to destination: the commit has this zxid; run the guest.
+        """Source to destination: committed; run the guest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

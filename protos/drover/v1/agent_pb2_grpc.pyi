@@ -203,7 +203,7 @@ class PeerServiceStub:
     ReportLoaded: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ReportLoadedRequest, _agent_pb2.ReportLoadedResponse]
     """Destination to source: everything is loaded, validated and parked."""
     Go: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GoRequest, _agent_pb2.GoResponse]
-    """Source to destination: the commit has this zxid; run the guest."""
+    """Source to destination: committed; run the guest."""
     ReportDone: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ReportDoneRequest, _agent_pb2.ReportDoneResponse]
     """Destination to source: the guest is the destination's, discard your copy."""
     ReportFailed: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ReportFailedRequest, _agent_pb2.ReportFailedResponse]
@@ -223,7 +223,7 @@ class PeerServiceAsyncStub(PeerServiceStub):
     ReportLoaded: _aio.UnaryUnaryMultiCallable[_agent_pb2.ReportLoadedRequest, _agent_pb2.ReportLoadedResponse]  # type: ignore[assignment]
     """Destination to source: everything is loaded, validated and parked."""
     Go: _aio.UnaryUnaryMultiCallable[_agent_pb2.GoRequest, _agent_pb2.GoResponse]  # type: ignore[assignment]
-    """Source to destination: the commit has this zxid; run the guest."""
+    """Source to destination: committed; run the guest."""
     ReportDone: _aio.UnaryUnaryMultiCallable[_agent_pb2.ReportDoneRequest, _agent_pb2.ReportDoneResponse]  # type: ignore[assignment]
     """Destination to source: the guest is the destination's, discard your copy."""
     ReportFailed: _aio.UnaryUnaryMultiCallable[_agent_pb2.ReportFailedRequest, _agent_pb2.ReportFailedResponse]  # type: ignore[assignment]
@@ -258,7 +258,7 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.GoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.GoResponse, _abc.Awaitable[_agent_pb2.GoResponse]]:
-        """Source to destination: the commit has this zxid; run the guest."""
+        """Source to destination: committed; run the guest."""
 
     @_abc_1.abstractmethod
     def ReportDone(

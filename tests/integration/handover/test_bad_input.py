@@ -223,7 +223,7 @@ async def main(address, peer, guest, migration, attempt, inc):
         stub = rpc.PeerServiceStub(channel)
         for name, tag in tags.items():
             await said(f"loaded {name}", stub.ReportLoaded(pb.ReportLoadedRequest(tag=tag), timeout=3))
-            await said(f"go {name}", stub.Go(pb.GoRequest(tag=tag, zxid=1), timeout=3))
+            await said(f"go {name}", stub.Go(pb.GoRequest(tag=tag), timeout=3))
             await said(f"done {name}", stub.ReportDone(pb.ReportDoneRequest(tag=tag), timeout=3))
             await said(f"failed {name}", stub.ReportFailed(pb.ReportFailedRequest(tag=tag), timeout=3))
             frames = iter([pb.TransferDevicesRequest(tag=tag, device="dpu", kind=3, data=b"x" * 999)])
@@ -235,9 +235,13 @@ async def main(address, peer, guest, migration, attempt, inc):
         await said("start nobody", stub.StartGuest(pb.StartGuestRequest(guest_uuid="nobody"), timeout=3))
         await said("end nobody", stub.EndGuest(pb.EndGuestRequest(guest_uuid="../../etc"), timeout=3))
         await said("end one that moves", stub.EndGuest(pb.EndGuestRequest(guest_uuid=guest), timeout=3))
-        prepare = pb.PrepareDestinationRequest(guest_uuid=guest, migration=migration, attempt=attempt + 1, epoch=0)
+        here = pb.Endpoint(ip="127.0.0.1", port=1)
+        prepare = pb.PrepareDestinationRequest(
+            guest_uuid=guest, migration=migration, attempt=attempt + 1, epoch=0, source_peer=here
+        )
         await said("prepare under an old epoch", stub.PrepareDestination(prepare, timeout=3))
-        conduct = pb.ConductAttemptRequest(guest_uuid=guest, migration=migration, attempt=attempt, epoch=0, inc=inc)
+        conduct = pb.ConductAttemptRequest(guest_uuid=guest, migration=migration, attempt=attempt, epoch=0, inc=inc,
+            stream=here, peer=here)
         await said("conduct under an old epoch", stub.ConductAttempt(conduct, timeout=3))
     print(chr(10).join(told))
 
