@@ -56,6 +56,8 @@ class Do(StrEnum):
     """An attempt without its conductor: a restarted source session ends it (H7)."""
     END_AS_DESTINATION = "end_as_destination"
     DISCARD = "discard"
+    REFUSE_OWNER = "refuse_owner"
+    """The record gives the guest to a host that this one never gave it to: keep the copy, and say so."""
     RUN = "run"
     STOP = "stop"
 
@@ -163,6 +165,15 @@ def _not_the_guest(record: GuestRecord, here: HostRef, copy: Copy) -> Duty:
     if record.owner == here:
         # A second copy that once was the guest: it left, came back as another process, and this one was forgotten.
         return Duty(Do.DISCARD, copy.inc) if record.phase is not Ownership.COMMITTED and copy.sealed else Duty()
+    if not may_have_been_given_away(copy):
+        return Duty(Do.REFUSE_OWNER, copy.inc)
     if record.phase is Ownership.GONE or handover.may_discard_source(record, here, record.inc):
         return Duty(Do.DISCARD, copy.inc)
     return Duty(Do.END_AS_SOURCE, copy.inc) if record.phase is Ownership.COMMITTED else Duty()
+
+
+def may_have_been_given_away(copy: Copy) -> bool:
+    """H2, H3: only the owner's agent gives a guest away, and only once everything was sent. A copy that is not sealed
+    was never given, whatever the ledger says, and by whomever it was written; that the copy is sealed is known by its
+    VMM, which outlives every agent."""
+    return copy.sealed

@@ -740,6 +740,12 @@ class HostedGuest:
         record = await self._registered(host)
         return record.peer_address if record is not None else "127.0.0.1:1"
 
+    async def _refuse_owner(self, duty: Duty, record: GuestRecord) -> None:
+        """Kept, not obeyed and not given up, until the record is put right: killing it may lose the guest. Raises
+        FOREIGN_OWNER."""
+        said = f"its record gives it to {record.owner.host}, to whom it was never sent from here; this copy is kept"
+        raise self._refused(RefusalReason.FOREIGN_OWNER, said)
+
     async def _discard(self, duty: Duty, record: GuestRecord) -> None:
         await self._destroyed(self.copies[duty.inc])
 
@@ -775,6 +781,7 @@ class HostedGuest:
         Do.END_AS_SOURCE: _end_as_source,
         Do.END_AS_DESTINATION: _end_as_destination,
         Do.DISCARD: _discard,
+        Do.REFUSE_OWNER: _refuse_owner,
         Do.RUN: _run,
         Do.STOP: _stop,
     }

@@ -78,6 +78,8 @@ class RefusalReason(StrEnum):
     ALREADY_ENDED = "ALREADY_ENDED"
     WRONG_ENDPOINT = "WRONG_ENDPOINT"
     """An address that is not what the host has registered: nothing was connected to it."""
+    FOREIGN_OWNER = "FOREIGN_OWNER"
+    """The ledger gives a guest to a host that its owner never gave it to; the owner keeps its copy."""
     STALE_EPOCH = "STALE_EPOCH"
     STALE_ATTEMPT = "STALE_ATTEMPT"
     BUSY = "BUSY"

@@ -5,10 +5,13 @@ The exploration runs the same function through every interleaving; these cases s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
+from agents.guest import duty as rules
 from agents.guest.duty import Copy, Do, duty
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -112,3 +115,33 @@ def test_a_copy_that_left_is_never_started_on_the_strength_of_the_wish() -> None
     """The dangerous one: a sealed copy would run beside the guest."""
     for record in (LEAVING, GIVEN, GONE_THERE, replace(GIVEN, phase=Ownership.CRASHED)):
         assert do(record, SEALED)[0] is not Do.RUN
+
+
+def foreign() -> Iterator[tuple[GuestRecord, Copy]]:
+    """Every record that gives the guest to another host, and every living copy of it here that was not given away."""
+    for phase, inc, attempt, source in product(Ownership, ("there", "born", ""), (0, 1, 2), (HERE, THERE, None)):
+        record = GuestRecord("g", phase, THERE, "m" if attempt else "", attempt, THERE, inc, source=source)
+        for running, ended, migrating in product((True, False), repeat=3):
+            yield record, Copy("born", False, running=running, ended=ended, migrating=migrating)
+
+
+@pytest.mark.rule("H2")
+def test_a_copy_that_was_never_given_away_is_kept_whatever_the_ledger_says() -> None:
+    """Whoever could write to the ledger gave a guest away: the owner killed the only copy within a second."""
+    tried = list(foreign())
+    assert len(tried) > 1000
+    assert {do(record, copy) for record, copy in tried} == {(Do.REFUSE_OWNER, "born")}
+
+
+@pytest.mark.rule("H2")
+def test_the_mutant_foreign_owner_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "may_have_been_given_away", lambda copy: True)
+    assert Do.DISCARD in {do(record, copy)[0] for record, copy in foreign()}
+
+
+def test_a_restarted_agent_still_knows_that_it_gave_a_guest_away() -> None:
+    """Its VMM is sealed, which outlives the agent that submitted the COMMIT: the copy goes with DONE."""
+    assert do(GIVEN, SEALED) == (Do.END_AS_SOURCE, "born")
+    assert do(GONE_THERE, SEALED) == (Do.DISCARD, "born")
+    moved_on = replace(GONE_THERE, owner=HostRef("c", "1"), migration="m2", inc="other")
+    assert do(moved_on, SEALED) == (Do.DISCARD, "born")

@@ -9,6 +9,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from deploy.lab.cluster import network
 from orchestrator.core import handover
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason
-from orchestrator.core.handover import GuestRecord
+from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.ledger import paths
 from orchestrator.ledger.store import Done
@@ -127,3 +128,26 @@ def change(scene: Scene, guest: Born, how: Callable[[GuestRecord], GuestRecord])
     done = scene.observer.run(scene.observer.ledger.cas(paths.guest(guest.uuid), after, found[1]))
     assert isinstance(done, Done)
     return after
+
+
+@pytest.mark.rule("H2")
+def test_a_guest_that_was_never_given_away_is_kept(scene: Scene) -> None:
+    """Whoever reached ZooKeeper gave a guest away, and its owner killed the only copy within a second."""
+    guest = scene.guest()
+    there = HostRef(scene.there, scene.host_record(scene.there).boot_id)
+    true = scene.record(guest)
+    forged = replace(true, owner=there, source=true.owner, inc="deadbeefdeadbeef")
+    change(scene, guest, lambda _: replace(forged, phase=Ownership.IDLE))
+    try:
+        scene.hold_on(2.0)
+        # A restarted agent knows as much.
+        scene.kill_agent(scene.here)
+        scene.agents_are_back()
+        beats = scene.beats(guest, scene.here)
+        scene.reach(lambda: scene.beats(guest, scene.here) > beats + 20, "the guest runs on")
+        assert [vmm.host for vmm in scene.vmms(guest)] == [scene.here]
+        log = (scene.layout.host(scene.here) / "agent.log").read_text()
+        assert "FOREIGN_OWNER" in log
+    finally:
+        change(scene, guest, lambda now: replace(true, writer="test"))
+    scene.succeeded(scene.migrate(guest, scene.there))
