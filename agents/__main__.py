@@ -30,11 +30,10 @@ from agents.host import addresses, descriptors
 from agents.host.identity import OneAgent, make_identity
 from agents.host.metrics import Metrics
 from agents.serving.control import AgentServicer, translate
-from agents.serving.peer import DestinationClient, PeerServicer, SourceClient
+from agents.serving.peer import MAX_CALL_BYTES, Peers, PeerServicer
 from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError
 from orchestrator.core.identity import AgentIdentity
-from orchestrator.core.ids import AttemptRef
 from orchestrator.ledger.store import SessionState, StoreUnavailable
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.rpc import channels
@@ -49,27 +48,6 @@ CONNECT_RETRY_S = 0.3
 STOP_S = 0.5
 NICENESS = -10
 SERVICE = "drover.v1.AgentService"
-
-
-class Peers:
-    """One warm channel per agent that we exchange guests with."""
-
-    def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
-
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = channels.aio_channel(address)
-        return self._channels[address]
-
-    def destination(self, address: str, ref: AttemptRef, inc: str) -> DestinationClient:
-        return DestinationClient(self._channel(address), ref, inc)
-
-    def source(self, address: str, ref: AttemptRef, inc: str) -> SourceClient:
-        return SourceClient(self._channel(address), ref, inc)
-
-    async def close(self) -> None:
-        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
 
 
 async def _connected(store: ZooKeeperStore) -> ZooKeeperStore:
@@ -112,7 +90,8 @@ async def _serve(config: AgentConfig, me: AgentIdentity) -> None:
     told = await metrics.serve(config.listen, config.metrics_port) if config.metrics_port else None
     errors = Errors(require_deadline=False, translate=translate)
     connections = descriptors.connections_of(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    control, hand_over = (channels.aio_server([errors], max_connections=connections) for _ in range(2))
+    control = channels.aio_server([errors], max_connections=connections)
+    hand_over = channels.aio_server([errors], max_request_bytes=MAX_CALL_BYTES, max_connections=connections)
     add_AgentServiceServicer_to_server(AgentServicer(agent), control)
     add_PeerServiceServicer_to_server(PeerServicer(agent), hand_over)
     health = HealthService([SERVICE])

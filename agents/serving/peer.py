@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import grpc
 import grpc.aio
@@ -19,6 +22,8 @@ from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.core.records import TimelineEntry
+from orchestrator.rpc import channels
+from orchestrator.tasks import Tasks
 from protos.drover.v1 import agent_pb2 as pb
 from protos.drover.v1 import agent_pb2_grpc as rpc
 
@@ -26,6 +31,12 @@ _CALL_S = 1.0
 _PING_S = 0.8
 _FRAME_S = 10.0
 """A destination device that takes no data for so long has failed the attempt."""
+
+MAX_FRAME_BYTES = 2 << 20
+"""Of device state in one frame; device processes give half of it at a time."""
+MAX_CALL_BYTES = 4 << 20
+"""Of any message between agents: a frame, or a report with its time line."""
+_MAX_DIGEST_BYTES = 64
 
 _TO_KIND = {
     FrameKind.PRECOPY: pb.FRAME_KIND_PRECOPY,
@@ -151,6 +162,85 @@ class SourceClient:
         await _answered(self._stub.ReportDone(pb.ReportDoneRequest(tag=self._tag, timeline=entries), timeout=_CALL_S))
 
 
+class Peers:
+    """Connections to the agents that we exchange guests with: warm as long as an attempt uses them, and for IDLE_S
+    after.
+
+    A connection costs both ends a descriptor and a ping every few seconds, so those of a host that once moved guests to
+    a thousand others would never end. Closing is work of the event loop: one at a time, between attempts.
+    """
+
+    IDLE_S = 60.0
+    MOST = 64
+    """Beyond these, the one that was unused for the longest goes when another is made."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[str, _Line] = OrderedDict()
+        """The one that was used last stands last."""
+        self._closing = Tasks("connections to peers")
+        self._sweeping: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def destination(self, address: str, ref: AttemptRef, inc: str) -> DestinationClient:
+        line = self._line(address)
+        client = DestinationClient(line.channel, ref, inc)
+        line.users.add(client)
+        return client
+
+    def source(self, address: str, ref: AttemptRef, inc: str) -> SourceClient:
+        line = self._line(address)
+        client = SourceClient(line.channel, ref, inc)
+        line.users.add(client)
+        return client
+
+    async def close(self) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        lines, self._lines = list(self._lines.values()), OrderedDict()
+        await asyncio.gather(*(line.channel.close() for line in lines))
+        await self._closing.close()
+
+    def _line(self, address: str) -> _Line:
+        loop = asyncio.get_running_loop()
+        if address not in self._lines:
+            if len(self._lines) >= self.MOST:
+                self._close_one(0.0)
+            self._lines[address] = _Line(channels.aio_channel(address))
+        line = self._lines[address]
+        line.used_s = loop.time()
+        self._lines.move_to_end(address)
+        if self._sweeping is None:
+            self._sweeping = loop.call_later(self.IDLE_S / 4, self._sweep)
+        return line
+
+    def _sweep(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        for line in self._lines.values():
+            if line.users:
+                line.used_s = now_s
+        self._close_one(self.IDLE_S)
+        again = asyncio.get_running_loop().call_later(self.IDLE_S / 4, self._sweep) if self._lines else None
+        self._sweeping = again
+
+    def _close_one(self, idle_s: float) -> None:
+        now_s = asyncio.get_running_loop().time()
+        for address, line in self._lines.items():
+            if not line.users and now_s - line.used_s >= idle_s:
+                del self._lines[address]
+                self._closing.spawn(line.channel.close(), "close")
+                return
+
+
+@dataclass(eq=False)
+class _Line:
+    channel: grpc.aio.Channel
+    users: WeakSet[DestinationClient | SourceClient] = field(default_factory=WeakSet[DestinationClient | SourceClient])
+    """Of attempts that are not over."""
+    used_s: float = 0.0
+
+
 class Departing(Protocol):
     """An attempt that this agent conducts as the source."""
 
@@ -251,15 +341,27 @@ async def _take_frames(
 
 
 def _frame(message: pb.TransferDevicesRequest) -> Frame:
+    """Raises INVALID_ARGUMENT for what no agent of this version sends."""
+    kind = _FROM_KIND.get(message.kind)
+    if kind is None:
+        raise _wrong("kind", f"there is no frame of kind {int(message.kind)}")
+    if len(message.data) > MAX_FRAME_BYTES:
+        raise _wrong("data", f"a frame has at most {MAX_FRAME_BYTES} bytes, not {len(message.data)}")
+    if min(message.generation, message.total_bytes) < 0 or len(message.digest) > _MAX_DIGEST_BYTES:
+        raise _wrong("total_bytes", "negative, or a digest that is none")
     return Frame(
         message.device,
         message.session,
-        _FROM_KIND[message.kind],
+        kind,
         message.generation,
         message.data,
         message.total_bytes,
         message.digest,
     )
+
+
+def _wrong(field: str, said: str) -> DroverError:
+    return DroverError(RefusalReason.INVALID_ARGUMENT, said, field=field)
 
 
 def _stale(tag: pb.AttemptTag) -> DroverError:

@@ -73,7 +73,7 @@ class Pair:
     def spec(self, inc: str, memory_mib: int = 64, static_mib: int = 0) -> VmmSpec:
         workload = Workload(dirty_mib=1, dirty_pages_per_s=100, static_mib=static_mib)
         guest = GuestSpec(name="g", memory_mib=memory_mib, boot=boot_of(workload, seed=0))
-        return VmmSpec("guest-1", inc, guest, self.directory, self.directory, self.directory / f"{inc}.con", None, self.listen)
+        return VmmSpec("guest-1", inc, guest, self.directory, self.directory / f"{inc}.con", None, self.listen)
 
     async def source(self, **sizes: int) -> Vmm:
         vmm = await self.engine.start(self.spec("s", **sizes))
