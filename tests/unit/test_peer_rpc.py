@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
 
 from agents.handover.peer import PeerUnavailable
-from agents.serving.peer import AttemptKey, DestinationClient, PeerServicer
+from agents.serving.peer import MAX_FRAME_BYTES, AttemptKey, DestinationClient, Peers, PeerServicer
 from agents.shims.base import Frame, FrameKind
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.rpc import channels
 from orchestrator.rpc.errors import Errors
-from protos.drover.v1.agent_pb2_grpc import add_PeerServiceServicer_to_server
+from protos.drover.v1 import agent_pb2 as pb
+from protos.drover.v1.agent_pb2_grpc import PeerServiceStub, add_PeerServiceServicer_to_server
 
 REF, INC = AttemptRef("g", "m", 1), "i"
 MARKER = Frame("dpu", 1, FrameKind.INITIAL_SENT, generation=1)
@@ -112,3 +114,59 @@ async def test_a_device_stream_that_the_source_ends_is_not_lost(channel: tuple[s
     await server.stop(None)
     await asyncio.sleep(0.1)
     assert not lost.is_set()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"kind": 77}, "there is no frame of kind 77"),
+        ({"kind": 0}, "there is no frame of kind 0"),
+        ({"kind": 1, "data": b"x" * (MAX_FRAME_BYTES + 1)}, "a frame has at most"),
+        ({"kind": 4, "total_bytes": -1}, "negative"),
+        ({"kind": 4, "digest": b"x" * 65}, "a digest that is none"),
+    ],
+)
+async def test_frames_that_no_agent_sends_are_refused(
+    channel: tuple[str, grpc.aio.Channel], wrong: dict[str, Any], field: str
+) -> None:
+    address, made = channel
+    server = await serve(address)
+    tag = pb.AttemptTag(guest_uuid="g", migration="m", attempt=1, inc=INC)
+    stream: Any = PeerServiceStub(made).TransferDevices(iter([pb.TransferDevicesRequest(tag=tag, device="d", **wrong)]))
+    with pytest.raises(grpc.aio.AioRpcError, match=field) as caught:
+        async for _ in stream:
+            pass
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    await server.stop(0)
+
+
+async def test_connections_that_no_attempt_uses_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Peers, "IDLE_S", 0.04)
+    peers = Peers()
+    used = peers.destination("127.0.0.1:1", REF, INC)
+    peers.destination("127.0.0.1:2", REF, INC)
+    peers.source("127.0.0.1:3", REF, INC)
+    assert len(peers) == 3
+    async with asyncio.timeout(10):
+        while len(peers) > 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    assert len(peers) == 1, "the one in use stays"
+    del used
+    async with asyncio.timeout(10):
+        while len(peers):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await peers.close()
+
+
+async def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Peers, "MOST", 3)
+    peers = Peers()
+    kept = [peers.source(f"127.0.0.1:{port}", REF, INC) for port in (1, 2)]
+    for port in range(10, 30):
+        peers.source(f"127.0.0.1:{port}", REF, INC)
+    assert len(peers) == 3
+    many = [peers.source(f"127.0.0.1:{port}", REF, INC) for port in range(40, 50)]
+    assert len(peers) >= 12, "attempts that are under way are never cut off"
+    assert len(kept) + len(many) == 12
+    await peers.close()
