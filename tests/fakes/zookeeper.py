@@ -6,7 +6,10 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from orchestrator.core.endpoint import join_address
 
 CLASS_PATH = ("/usr/share/java/zookeeper.jar", "/usr/share/java/slf4j-simple.jar")
 
@@ -19,9 +22,11 @@ def missing() -> str:
 
 
 class ZooKeeperServer:
-    def __init__(self, directory: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+    def __init__(self, directory: Path, address: str = "127.0.0.1", inside: Sequence[str] = ()) -> None:
+        """`inside` begins the command that runs it in a namespace; then `address` is one of there."""
+        self.address, self._inside = address, tuple(inside)
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.bind(("::" if ":" in address else address, 0))
             self.port: int = probe.getsockname()[1]
         self.directory = directory
         self.process: subprocess.Popen[bytes] | None = None
@@ -29,25 +34,27 @@ class ZooKeeperServer:
         (directory / "zoo.cfg").write_text(
             f"tickTime=500\ninitLimit=10\nsyncLimit=5\nmaxClientCnxns=0\nadmin.enableServer=false\n"
             f"4lw.commands.whitelist=*\npreAllocSize=1024\ndataDir={directory}/data\n"
-            f"clientPort={self.port}\nclientPortAddress=127.0.0.1\n"
+            f"clientPort={self.port}\nclientPortAddress={address}\n"
         )
 
     @property
     def hosts(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return join_address(self.address, self.port)
 
     def start(self) -> None:
         command = "java -Xmx64m -Xms16m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Dzookeeper.jmx.log4j.disable=true"
         with open(self.directory / "log", "ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(*command.split(), "-cp", ":".join(CLASS_PATH)),
+                    *(*self._inside, *command.split(), "-cp", ":".join(CLASS_PATH)),
                     "org.apache.zookeeper.server.quorum.QuorumPeerMain",
                     str(self.directory / "zoo.cfg"),
                 ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        if self._inside:
+            return  # out of reach from here: whoever connects waits
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             if b"Mode:" in self._ask(b"srvr"):
@@ -57,7 +64,7 @@ class ZooKeeperServer:
 
     def _ask(self, word: bytes) -> bytes:
         try:
-            with socket.create_connection(("127.0.0.1", self.port), 0.5) as connection:
+            with socket.create_connection((self.address, self.port), 0.5) as connection:
                 connection.sendall(word)
                 return connection.recv(65536)
         except OSError:
