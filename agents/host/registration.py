@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from agents.host.identity import Installation
 from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.identity import AgentIdentity, Answer, Doubt, Place, PlaceSeen, may_take
-from orchestrator.core.records import Cordon, HostRecord, Reservations
+from orchestrator.core.records import Certificate, Cordon, HostRecord, Proof, Reservations
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger, op_create
 from orchestrator.ledger.records import BadRecord, decode, encode
@@ -136,7 +137,8 @@ class Registration:
         if answer.place is Place.CERTIFY:
             # A host comes back with another boot_id: its former power cycle is over (H11).
             await self._store.ensure(paths.fences(record.name))
-            ops.append(Create(paths.fence(record.name, look.seen.boot_id), b""))
+            proof = Certificate(Proof.RETURNED, by=f"{record.name}, installation {me.installation}", time_s=time.time())
+            ops.append(op_create(paths.fence(record.name, look.seen.boot_id), proof))
         if not isinstance(await self._store.multi(ops), Done):
             return answer  # if our own write went through all the same, the next look finds it
         if answer.place is Place.CERTIFY:
@@ -213,7 +215,7 @@ class Registration:
         )
 
     def _refusal(self, doubt: Doubt) -> DroverError:
-        said = f"this agent may not be {self._config.host}: {_SAID[doubt]} (docs/operations.md, `declare-dead`)"
+        said = f"this agent may not be {self._config.host}: {_SAID[doubt]} (see docs/fencing.md)"
         return DroverError(RefusalReason.HOST_NAME_TAKEN, said, field="host", details={"doubt": doubt})
 
     # --- holding it ---------------------------------------------------------------------------------------------------

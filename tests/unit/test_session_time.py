@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.engine.base import HoldStart, OutgoingOptions, RunState, VmmSpec
+from agents.engine.base import HoldStart, OutgoingOptions, RunState, VmmSpec, stream_of
 from agents.handover import source_shell
 from agents.handover.destination import DestinationStage, prepared_destination
 from agents.handover.destination_shell import DestinationRunner
@@ -73,7 +73,7 @@ async def moved(directory: Path, shim: Stuck) -> tuple[Moves, FakeVmm]:
     vmm = await engine.start(spec("s", directory))
     ref = await moves.opened()
     copy = await engine.prepare_incoming(spec("i1", directory), moves.migration, 1)
-    options = OutgoingOptions(copy.metadata.endpoint, HoldStart.TRICKLE, 0, 1 << 30, 300)
+    options = OutgoingOptions(stream_of(copy.metadata), HoldStart.TRICKLE, 0, 1 << 30, 300)
     there = Coming("i1", copy, [FakeDestinationShim(shim.device)])
     await moves.conducted(ref, Leaving(vmm, [shim]), there, POLICY, options, directory)
     return moves, vmm
