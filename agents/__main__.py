@@ -170,6 +170,8 @@ def main(path: Path) -> None:
         # The installation is read, or made, when the host is registered.
         me = AgentIdentity("", found.machine, found.boot_id, agent=uuid.uuid4().hex, lock=held)
         structlog.contextvars.bind_contextvars(host=config.host)
+        if not found.machine:
+            log.warning("this hardware has no number of its own: after a loss of power the host must be declared dead")
         asyncio.run(_serve(config, me))
     except (ConfigError, DroverError, OSError) as error:
         click.echo(f"drover-agent: {error}", err=True)
