@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from agents.engine.base import HoldStart, OutgoingOptions, RunState, VmmSpec
+from agents.engine.base import HoldStart, OutgoingOptions, RunState, VmmSpec, stream_of
 from agents.handover.destination import DestinationStage, DestinationState
 from agents.handover.destination_shell import DestinationRunner
 from agents.handover.ledger import AttemptLedger
@@ -54,7 +54,7 @@ async def test_a_guest_that_arrived_ended_is_done_and_not_tried_again(tmp_path: 
     ref = await moves.opened()
     there = VmmSpec("g", "i1", GuestSpec("web"), tmp_path, tmp_path / "con", None)
     copy = await engine.prepare_incoming(there, moves.migration, 1)
-    options = OutgoingOptions(copy.metadata.endpoint, HoldStart.OPEN, 0, 1 << 30, 300)
+    options = OutgoingOptions(stream_of(copy.metadata), HoldStart.OPEN, 0, 1 << 30, 300)
     await moves.conducted(ref, Leaving(vmm), Coming("i1", copy), MigrationPolicy(), options, tmp_path)
     assert moves.destination.state.stage is DestinationStage.ENDED_DONE
     assert copy.calls.count("resume") == 1
