@@ -92,10 +92,12 @@ def show_list(
     *,
     last: int | None = None,
 ) -> None:
-    """The newest last, and only the `last` ones. `columns` is given the abbreviated id of each, and the time."""
+    """The newest last, and only the `last` ones, of `jobs` as the API lists them: newest first, by no clock.
+
+    `columns` is given the abbreviated id of each, and the time."""
     from orchestrator import wire
 
-    ordered = sorted(jobs, key=lambda job: (wall_s(job.create_time), job.name))
+    ordered = list(reversed(jobs))
     ordered = ordered[-last:] if last else ordered
     if printer.machine:
         printer.document({plural: [wire.to_json(job) for job in ordered]})

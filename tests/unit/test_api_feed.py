@@ -223,6 +223,22 @@ async def test_what_cannot_be_read_is_listed_as_such(api: ApiCluster, store: Cou
     assert EvacuationState().message == ""
 
 
+async def test_lists_are_in_the_ledgers_order_whatever_the_clocks_say(api: ApiCluster, store: Counting) -> None:
+    """One API is eight days ahead, then right again."""
+    names: list[str] = []
+    jobs: list[str] = []
+    for ahead_s in (8 * 86_400.0, 0.0, -3_600.0):
+        api.server.tools.wall_s = lambda ahead_s=ahead_s: 1_700_000_000.0 + ahead_s
+        names.append((await api.call(api.client.create_migration, "web")).name)
+        await api.call(api.client.cancel_migration, names[-1])
+        jobs.append((await api.call(api.client.create_evacuation, "h2")).evacuation.name)
+        path = paths.evacuation_state(jobs[-1])
+        over = SetData(path, b'{"phase":"SUCCEEDED"}', store.tree.nodes[path].version)
+        assert isinstance(await store.multi([over]), Done)
+    assert [each.name for each in await api.call(api.client.list_migrations)] == names[::-1]
+    assert [each.name for each in await api.call(api.client.list_evacuations)] == jobs[::-1]
+
+
 async def test_a_page_token_that_is_none(api: ApiCluster) -> None:
     with pytest.raises(DroverError, match="page_token"):
         migrations.page_start("²")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import grpc
 import pytest
 
 from orchestrator import wire
-from orchestrator.api.requests import KEEP_S, sweep_requests
+from orchestrator.api.requests import KEEP_S, RequestClock, sweep_requests
 from orchestrator.core import handover
 from orchestrator.core.agent import AgentSample, GuestStatus, RunState
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
@@ -25,13 +26,13 @@ from orchestrator.core.records import (
     EvacuationState,
     GuestSpec,
     MigrationPhase,
-    RequestRecord,
     Reservations,
     ShimKind,
     WantRun,
 )
 from orchestrator.ledger import paths
-from orchestrator.ledger.records import decode
+from orchestrator.ledger.records import BadRecord, decode
+from orchestrator.ledger.store import Versioned
 from orchestrator.rpc import health
 from orchestrator.rpc.channels import channel
 from orchestrator.rpc.errors import from_rpc_error
@@ -335,13 +336,55 @@ async def test_a_request_without_a_guest(api: ApiCluster) -> None:
     assert (await api.call(ask)).field == "spec"
 
 
-async def test_old_requests_are_forgotten(api: ApiCluster, client: OrchestratorClient, world: World) -> None:
-    await api.call(client.create_guest, WEB, request_id="young")
-    world.put(paths.request_id("old"), RequestRecord("guests/x", "d", 1.0))
-    now_s = api.server.tools.wall_s()
-    assert await sweep_requests(world.store, now_s) == 1
-    assert nodes(world.store, paths.REQUESTS) == [paths.request_id("young")]
-    assert await sweep_requests(world.store, now_s + KEEP_S + 60) == 1
+class Clock:
+    """A monotonic clock of one API."""
+
+    def __init__(self, now_s: float = 0.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+async def test_requests_are_forgotten_by_age_that_no_wall_clock_decides(
+    api: ApiCluster, client: OrchestratorClient, world: World
+) -> None:
+    """Two APIs count together, one of them with a wall clock that is eight days ahead."""
+    api.server.tools.wall_s = lambda: time.time() + 8 * 86_400
+    await api.call(client.create_guest, WEB, request_id="first")
+    times = [Clock(), Clock(1_000_000.0)]
+    clocks = [RequestClock(world.store, each) for each in times]
+    kept_s = 0.0
+    while not (before := max([await each.look() for each in clocks])):
+        if kept_s == 86_400.0:
+            await api.call(client.create_guest, GuestSpec("db"), request_id="second")
+        for each in times:
+            each.now_s += 600.0
+        kept_s += 600.0
+        assert kept_s < 3 * KEEP_S, "the count stands still"
+    assert kept_s >= KEEP_S
+    assert await sweep_requests(world.store, before) == 1
+    assert nodes(world.store, paths.REQUESTS) == [paths.request_id("second")]
+    again = await api.call(client.create_guest, GuestSpec("db"), request_id="second")
+    assert [guest.uuid for guest in await api.call(client.list_guests) if guest.name == "db"] == [again.uuid]
+
+
+async def test_many_apis_and_restarts_make_no_interval_shorter(api: ApiCluster, world: World) -> None:
+    times = [Clock(1000.0 * number) for number in range(5)]
+    clocks = [RequestClock(world.store, each) for each in times]
+    for _ in range(12 * 24):
+        for clock, now in zip(clocks, times, strict=True):
+            await clock.look()
+            now.now_s += 300.0
+        clocks[0] = RequestClock(world.store, times[0])  # begins to count anew each time
+    moves = world.store.tree.nodes[paths.REQUEST_CLOCK].version + 1
+    assert 24 < moves <= 48, "half an hour each, at least"
+
+
+async def test_a_count_that_cannot_be_read_forgets_nothing(world: World) -> None:
+    world.store.tree.nodes[paths.REQUEST_CLOCK] = Versioned(b'{"zxids": 7}', 3, 9)
+    with pytest.raises(BadRecord):
+        await RequestClock(world.store).look()
 
 
 # --- look -------------------------------------------------------------------------------------------------------------

@@ -521,7 +521,7 @@ def test_lists_abbreviate_ids_and_prefixes_are_accepted(drover: Drover, service:
     service.migrations = {
         one: migration(one, attempts=[late], attempt=2),
         two: migration(two, "FAILED", failure="NO_CAPACITY", **long_ago),
-        other: migration(other, "PRECOPY", guest="db"),
+        other: migration(other, "PRECOPY", guest="db", create_time=Timestamp(seconds=1 << 31)),
     }
     rows = drover("migration", "list").rows()
     assert rows[0] == ["MIGRATION", "GUEST", "FROM", "TO", "PHASE", "TRY", "BEGAN", "TOOK", "LAST REASON"]
