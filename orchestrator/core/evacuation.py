@@ -347,9 +347,11 @@ def _left_behind(
         failure, because = FailureReason.TOTAL_TIMEOUT, f"; its total timeout of {total_timeout_ms(spec)} ms is over"
     if facts.silent_ms >= SILENT_MS:
         failure, because = FailureReason.SOURCE_UNREACHABLE, f"; the agent of {spec.host} is silent"
+    known = {guest.guest for guest in state.guests}
+    others = [guest for name, guest in staying.items() if name not in known]
     guests = tuple(
         _reason_given(guest, staying[guest.guest].record, failure, because) if guest.guest in staying else guest
-        for guest in state.guests
+        for guest in (*state.guests, *(EvacuationGuest(g.uuid, g.name, g.memory_mib) for g in others))
     )
     remain = [guest for guest in guests if guest.guest in staying]
     named = handful(f"{guest.name} ({_why(guest, staying[guest.guest].record)})" for guest in remain)

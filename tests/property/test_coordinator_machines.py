@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.core.errors import FailureReason
-from orchestrator.core.evacuation import CreateMigration, Facts, GuestOnHost, step
+from orchestrator.core.evacuation import CancelMigration, CreateMigration, Facts, GuestOnHost, step
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.placement import HostView, Need, pack, plan
@@ -79,6 +79,75 @@ def test_no_packing_is_worse_than_the_greedy_one(free: list[int], sizes: list[in
     assert _packed(free, sizes)[0] >= _greedy({f"h{n}": mib for n, mib in enumerate(free)}, sizes)
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    phases=st.lists(
+        st.sampled_from([Ownership.STARTING, Ownership.IDLE, Ownership.OPEN, Ownership.COMMITTED, Ownership.ABORTED]),
+        max_size=6,
+    ),
+    total_s=st.one_of(st.none(), st.integers(1, 200)),
+    silent_from_s=st.one_of(st.none(), st.integers(0, 100)),
+    cancel_at_s=st.one_of(st.none(), st.integers(0, 100)),
+    limit=st.integers(1, 3),
+)
+def test_a_job_whose_guests_never_move_ends_all_the_same(
+    phases: list[Ownership], total_s: int | None, silent_from_s: int | None, cancel_at_s: int | None, limit: int
+) -> None:
+    """Guests that stay as they are for ever, in whatever state; migrations that end only as their own bounds make them.
+    With a guest in somebody else's migration, which nothing here ends, it takes a total timeout or a cancel."""
+    policy: dict[str, int | bool | str] = {} if total_s is None else {"total_timeout_ms": total_s * 1000}
+    spec, state = EvacuationSpec("job", "h1", max_concurrent=limit, policy=policy), EvacuationState()
+    there = HostRef("h2", "b")
+    guests = [GuestOnHost(f"g{n}", f"g{n}", 8, _record(f"g{n}", phase, there)) for n, phase in enumerate(phases)]
+    migrations: dict[str, MigrationState] = {}
+    born: dict[str, int] = {}
+    changed = 0
+    for now_s in range(1000):
+        for name, at_s in born.items():
+            if not migrations[name].phase.terminal and now_s - at_s >= 50:
+                migrations[name] = MigrationState(MigrationPhase.FAILED, failure=FailureReason.TOTAL_TIMEOUT)
+        silent_s = 0 if silent_from_s is None else max(0, now_s - silent_from_s)
+        facts = Facts(
+            True,
+            guests,
+            dict(migrations),
+            source_live=not silent_s,
+            spent_ms=now_s * 1000.0,
+            silent_ms=silent_s * 1000.0,
+            stalled_ms=(now_s - changed) * 1000.0,
+        )
+        state = replace(state, cancel_requested=cancel_at_s is not None and now_s >= cancel_at_s)
+        result = step(spec, state, facts)
+        if (result.state.phase, result.state.guests) != (state.phase, state.guests):
+            changed = now_s
+        state = result.state
+        if state.phase.terminal:
+            break
+        for command in result.commands:
+            if isinstance(command, CreateMigration):
+                migrations.setdefault(command.id, MigrationState())
+                born.setdefault(command.id, now_s)
+            elif isinstance(command, CancelMigration):
+                migrations[command.id] = MigrationState(MigrationPhase.CANCELLED, failure=FailureReason.CANCELLED)
+    elsewhere = any(phase in (Ownership.OPEN, Ownership.ABORTED) for phase in phases)
+    if not elsewhere or total_s is not None or cancel_at_s is not None or silent_from_s is not None:
+        assert state.phase.terminal
+    if total_s is not None and state.phase is not EvacuationPhase.CANCELLED:
+        assert now_s <= total_s + 31
+    if state.phase is EvacuationPhase.FAILED:
+        assert all(f"g{n}" in state.message for n in range(min(3, len(phases))))
+    assert not (state.safe_to_power_off and phases)
+
+
+def _record(name: str, phase: Ownership, there: HostRef) -> GuestRecord:
+    here = HostRef("h1", "b")
+    if phase is Ownership.COMMITTED:
+        return GuestRecord(name, phase, there, "other", 1, there, "inc", source=here)
+    if phase in (Ownership.OPEN, Ownership.ABORTED):
+        return GuestRecord(name, phase, here, "other", 1, there)
+    return GuestRecord(name, phase, here)
+
+
 ENDS = st.sampled_from(
     [
         (MigrationPhase.SUCCEEDED, None),
@@ -89,7 +158,7 @@ ENDS = st.sampled_from(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(sizes=SIZES, limit=st.integers(1, 4), data=st.data())
 def test_every_job_ends_within_its_limit_and_tells_the_truth(sizes: list[int], limit: int, data: st.DataObject) -> None:
     """Migrations end in any order and way; the coordinator forgets commands once, as if it had crashed."""
@@ -100,7 +169,7 @@ def test_every_job_ends_within_its_limit_and_tells_the_truth(sizes: list[int], l
     forgotten: set[str] = set()
     for _ in range(200):
         record = [GuestOnHost(g, g, m, GuestRecord(g, Ownership.IDLE, HostRef("h1", "b"))) for g, m in here.items()]
-        result = step(spec, state, Facts(True, record, migrations))
+        result = step(spec, state, Facts(True, record, migrations, empty=True))
         state = result.state
         if state.phase.terminal:
             break
