@@ -21,6 +21,7 @@ from orchestrator.ledger.records import BadRecord, decode, encode
 
 KEPT_REPORTS = 500
 KEPT_RECORDS = 2000
+_EPOCH_FILE = "epoch.json"
 RETRY_S = 1.0
 
 log = structlog.get_logger(__name__)
@@ -68,7 +69,7 @@ class Journal:
             files = []
         self._open_records()
         try:
-            self._epoch = decode(_Epoch, (self._directory / "epoch.json").read_bytes()).epoch
+            self._epoch = decode(_Epoch, (self._directory / _EPOCH_FILE).read_bytes()).epoch
         except FileNotFoundError:
             pass
         except (BadRecord, OSError) as error:
@@ -120,7 +121,7 @@ class Journal:
         if epoch <= self._epoch:
             return
         self._epoch = epoch
-        self._unwritten[self._directory / "epoch.json"] = encode(_Epoch(epoch))
+        self._unwritten[self._directory / _EPOCH_FILE] = encode(_Epoch(epoch))
         await self._write_all()
 
     async def write_on(self) -> None:
@@ -172,7 +173,8 @@ class Journal:
 
 
 def _write(path: Path, data: bytes | None) -> OSError | None:
-    """Blocking. Whole or not at all, and durable; None: done."""
+    """Blocking. Whole or not at all; None: done. Only the epoch is flushed: losing power may cost the newest of the
+    rest, and a flush would be in the way of whoever shares the disk, ZooKeeper for one."""
     temporary = path.with_suffix(".tmp")
     try:
         if data is None:
@@ -181,8 +183,9 @@ def _write(path: Path, data: bytes | None) -> OSError | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if path.name == _EPOCH_FILE:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -765,13 +765,14 @@ Sees = tuple[GuestRecord | None, Liveness | None]
 """What a keeper is told: the record, or that the ledger has none, and a word on its process in place of the truth."""
 
 
-def sights(world: World) -> Iterator[tuple[World, Sees]]:
+def sights(world: World) -> tuple[Sees, ...]:
     """The truth; and, as a fault, a process that cannot be asked about, and a ledger that has lost the record."""
-    yield world, (read_record(world), None)
-    if world.faults:
-        less = world._replace(faults=world.faults - 1)
-        yield less, (read_record(world), Liveness.UNKNOWN)
-        yield less, (None, None)
+    record = read_record(world)
+    return ((record, None), (record, Liveness.UNKNOWN), (None, None)) if world.faults else ((record, None),)
+
+
+def _blinded(world: World, record: GuestRecord | None, told: Liveness | None) -> World:
+    return world._replace(faults=world.faults - 1) if record is None or told is not None else world
 
 
 def _seen(told: Liveness | None, *, gone: bool) -> Liveness:
@@ -781,8 +782,8 @@ def _seen(told: Liveness | None, *, gone: bool) -> Liveness:
 
 def _source_keeper(world: World) -> Iterator[Move]:
     """What `agents/guest/duty.py` makes of the source's VMM while no session speaks for it."""
-    for seen, sees in sights(world):
-        yield from _source_duty(seen, *sees)
+    for sees in sights(world):
+        yield from _source_duty(world, *sees)
 
 
 def _source_duty(world: World, record: GuestRecord | None, told: Liveness | None) -> Iterator[Move]:
@@ -797,6 +798,9 @@ def _source_duty(world: World, record: GuestRecord | None, told: Liveness | None
         migrating=world.engine,
     )
     found = keeping.duty(record, here, (copy,), marker=False, want_run=world.want)
+    if found.do in (keeping.Do.NOTHING, keeping.Do.ASK_AGAIN):
+        return
+    world = _blinded(world, record, told)
     match found.do:
         case keeping.Do.DECLARE_CRASHED:
             after = attempted(world, lambda: handover.crashed(world.record, writer="s"))
@@ -823,8 +827,8 @@ def _source_duty(world: World, record: GuestRecord | None, told: Liveness | None
 
 
 def _destination_keeper(world: World) -> Iterator[Move]:
-    for seen, sees in sights(world):
-        yield from _destination_duty(seen, *sees)
+    for sees in sights(world):
+        yield from _destination_duty(world, *sees)
 
 
 def _destination_duty(world: World, record: GuestRecord | None, told: Liveness | None) -> Iterator[Move]:
@@ -843,6 +847,9 @@ def _destination_duty(world: World, record: GuestRecord | None, told: Liveness |
     )
     known = () if world.copy == NONE else (copy,)
     found = keeping.duty(record, here, known, marker=world.marker, want_run=world.want)
+    if found.do in (keeping.Do.NOTHING, keeping.Do.ASK_AGAIN):
+        return
+    world = _blinded(world, record, told)
     match found.do:
         case keeping.Do.GIVE_BACK:
             back = attempted(
