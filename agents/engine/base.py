@@ -27,6 +27,10 @@ class EngineError(Exception):
     """The engine refused or failed; the text says what and the state is as before unless it says otherwise."""
 
 
+class ImageNotFound(EngineError):
+    """This host has no such image to boot. Nothing was started."""
+
+
 class EngineTimeout(EngineError):
     """No answer in time: the command may have been carried out."""
 

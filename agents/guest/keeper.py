@@ -266,9 +266,8 @@ class HostedGuest:
             self.forgotten = True
             if (full := preflight.no_room(error, self._tools.here.host, self.files.config.dir)) is not None:
                 raise full from error
-            raise DroverError(
-                RefusalReason.INTERNAL, f"guest {self.name} did not start on {self._tools.here.host}: {error}"
-            ) from error
+            said = f"guest {self.name} did not start on {self._tools.here.host}: {error}"
+            raise DroverError(_reason_of(error), said) from error
 
     async def end(self) -> None:
         """Stop the guest for good. It is stopped before its name is free, so that no two lives overlap."""
@@ -360,7 +359,7 @@ class HostedGuest:
             if (full := preflight.no_room(error, self._tools.here.host, self.files.config.dir)) is not None:
                 raise full from error
             said = f"{self._tools.here.host} cannot prepare guest {self.name}: {error}"
-            raise DroverError(RefusalReason.INTERNAL, said) from error
+            raise DroverError(_reason_of(error), said) from error
         state, first = prepared_destination(ref, self._tools.here, inc, has_devices=bool(self.files.companions))
         peer = self._tools.peers.source(str(order.source_peer), ref, inc)
         try:
@@ -915,3 +914,8 @@ class HostedGuest:
 
     def _refused(self, reason: RefusalReason, said: str) -> DroverError:
         return DroverError(reason, f"guest {self.name}: {said}")
+
+
+def _reason_of(error: Exception) -> RefusalReason:
+    """Of a copy that could not be made."""
+    return RefusalReason.IMAGE_NOT_FOUND if isinstance(error, engine.ImageNotFound) else RefusalReason.INTERNAL

@@ -70,6 +70,7 @@ _HINTS = {
     RefusalReason.HOST_NOT_LIVE: "`drover host list` shows which agents are alive",
     RefusalReason.NO_CAPACITY: "`drover host list` shows the free memory",
     RefusalReason.ALREADY_COMMITTED: "it cannot be cancelled any more: the guest belongs to the destination",
+    RefusalReason.IMAGE_NOT_FOUND: "put it into the `images` directory of that host's agent, or name another --host",
     RefusalReason.CHAOS_DISABLED: "start the cluster with `drover up --chaos`",
     RefusalReason.REQUEST_ID_REUSED: "use a new --request-id for another request",
     RefusalReason.HOST_ALIVE: "a host that lives is cordoned and evacuated; `drover host show` says how it is",

@@ -92,6 +92,8 @@ class RefusalReason(StrEnum):
     MACHINE_TYPE_MISMATCH = "MACHINE_TYPE_MISMATCH"
     OLD_RECORD = "OLD_RECORD"
     """The ledger's record of a guest is missing, or older than what its host has read before: nothing is done."""
+    IMAGE_NOT_FOUND = "IMAGE_NOT_FOUND"
+    """The host has no image of the name that the guest is to boot."""
     HOST_DISK_FULL = "HOST_DISK_FULL"
     """The host has no room for the few files of a guest: nothing was begun there."""
     VOLATILE_DIRECTORY_UNSAFE = "VOLATILE_DIRECTORY_UNSAFE"

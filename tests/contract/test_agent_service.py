@@ -32,7 +32,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import GuestSpec, HostRecord, WantRun
+from orchestrator.core.records import Boot, GuestSpec, HostRecord, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import encode
 from orchestrator.ledger.store import Done, SetData
@@ -191,6 +191,21 @@ async def test_a_guest_that_cannot_be_started_is_gone_and_its_name_is_free(host:
     assert await refused(host.born()) is R.INTERNAL
     assert host.world.record(G).phase is Ownership.GONE
     assert not host.name_is_taken
+
+
+async def test_a_guest_whose_image_is_not_here_says_so(world: World, tmp_path: Path) -> None:
+    world.put(paths.guest_spec(G), GuestSpec("web", boot=Boot(kernel="vmlinuz-9")))
+    world.put(paths.guest(G), BIRTH)
+    async with real(world, FakeEngine(), tmp_path) as client:
+        assert await refused(client.start_guest(G)) is R.IMAGE_NOT_FOUND
+        assert world.record(G).phase is Ownership.GONE
+        assert paths.name("web") not in world.store.tree.nodes
+    world.put(paths.guest(G), ARRIVING)
+    async with real(world, FakeEngine(), tmp_path) as client:
+        prepared = client.prepare_destination(
+            REF, epoch=0, source_peer_address="127.0.0.1:1", timeout_ms=1000, multifd_channels=0
+        )
+        assert await refused(prepared) is R.IMAGE_NOT_FOUND
 
 
 async def test_a_guest_that_was_ended_is_gone_and_its_name_is_free(host: Host) -> None:

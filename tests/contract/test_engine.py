@@ -25,6 +25,7 @@ from agents.engine.base import (
     GuestEnded,
     GuestHasEnded,
     HoldStart,
+    ImageNotFound,
     OutgoingOptions,
     RunState,
     RunStateChanged,
@@ -39,7 +40,7 @@ from agents.engine.qemu.engine import QemuEngine, QemuVmm
 from agents.engine.qemu.images import Images
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.liveness import Liveness
-from orchestrator.core.records import GuestSpec
+from orchestrator.core.records import Boot, GuestSpec
 from tests.fakes.engine import FakeEngine, FakeVmm
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,16 @@ async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
         for vmm in made.vmms:
             await vmm.destroy()
         shutil.rmtree(directory)
+
+
+async def test_an_image_that_is_not_here_is_refused_before_anything_is_started(pair: Pair) -> None:
+    spec = pair.spec("s")
+    spec = replace(spec, spec=replace(spec.spec, boot=Boot(kernel="vmlinuz-9")))
+    with pytest.raises(ImageNotFound):
+        await pair.engine.start(spec)
+    with pytest.raises(ImageNotFound):
+        await pair.engine.prepare_incoming(spec, "m", 1)
+    assert list(pair.directory.iterdir()) == []
 
 
 async def test_clean_hand_over(pair: Pair) -> None:

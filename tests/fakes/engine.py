@@ -6,7 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from agents.engine import base
-from agents.engine.base import EngineError, EngineStatus, GuestHasEnded, HoldStart, RunState, VmmMetadata, VmmState
+from agents.engine.base import (
+    EngineError,
+    EngineStatus,
+    GuestHasEnded,
+    HoldStart,
+    ImageNotFound,
+    RunState,
+    VmmMetadata,
+    VmmState,
+)
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness
 
@@ -260,6 +269,8 @@ class FakeEngine:
 
     def _make(self, spec: base.VmmSpec, role: str, migration: str, attempt: int, run: RunState) -> FakeVmm:
         why, self.script.fail_start = self.script.fail_start, ""
+        if spec.spec.boot.kernel:
+            raise ImageNotFound(f"this host's configuration has none of the images that guests name, {spec.spec.boot}")
         if why or spec.spec.machine not in ("pc", "q35"):
             raise EngineError(why or f"unsupported machine type {spec.spec.machine}")
         pid = 1000 + len(self.processes) + len(self.listening)

@@ -146,12 +146,12 @@ def test_nobody_else_may_look_into_a_cluster() -> None:
     directory.chmod(0o777)
     before = os.umask(0)
     try:
-        with running_cluster(make_config(directory, hosts=1, stand_ins=("agent", "api", "coordinator"))) as cluster:
+        with running_cluster(make_config(directory, hosts=1, stand_ins=("agent", "api"))) as cluster:
             os.umask(before)
             assert stat.S_IMODE(cluster.dir.stat().st_mode) == 0o700
             until((cluster.dir / "ray" / "session_latest").exists, 10)
             with contextlib.suppress(AssertionError):
-                # Ray's launcher closes its directories a moment after Ray serves.
+                # Ray's launcher closes its directories a moment after somebody opened them.
                 until(lambda: not open_to_others(cluster.dir), 10)
             assert open_to_others(cluster.dir) == []
     finally:

@@ -6,7 +6,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from agents.engine.base import EngineError
+from agents.engine.base import ImageNotFound
 from orchestrator.core.guest import boot_errors
 from orchestrator.core.records import Boot
 
@@ -21,27 +21,27 @@ class Images:
     """What guests may name. Symbolic links in it are the operator's word, wherever they lead."""
 
     def kernel(self, boot: Boot) -> Path:
-        """Raises EngineError: no such image here, or none is named and there is no default."""
+        """Raises ImageNotFound: no such image here, or none is named and there is no default."""
         if boot.kernel:
             return self._named("kernel", boot.kernel)
         if self.default is None:
-            raise EngineError(
+            raise ImageNotFound(
                 "the guest names no kernel (boot.kernel), and this host's configuration has no default (guest_image)"
             )
         if not self.default.is_file():
-            raise EngineError(f"this host's default kernel (guest_image) is missing: there is no file {self.default}")
+            raise ImageNotFound(f"this host's default kernel (guest_image) is missing: there is no file {self.default}")
         return self.default
 
     def initrd(self, boot: Boot) -> Path | None:
-        """None: the guest wants none. Raises EngineError when it is not here."""
+        """None: the guest wants none. Raises ImageNotFound when it is not here."""
         return self._named("initrd", boot.initrd) if boot.initrd else None
 
     def _named(self, what: str, name: str) -> Path:
         # The API refused a bad name long ago; this is what stands between a record and the files of the host.
         if wrong := boot_errors(Boot(**{what: name})):
-            raise EngineError(f"boot.{what} {wrong[0][1]}")
+            raise ImageNotFound(f"boot.{what} {wrong[0][1]}")
         if self.directory is None:
-            raise EngineError(
+            raise ImageNotFound(
                 f"the guest names the image {name!r} (boot.{what}), and this host's configuration has none (images)"
             )
         path = self.directory / name
@@ -49,7 +49,7 @@ class Images:
             regular = stat.S_ISREG(path.stat().st_mode)
         except OSError as error:
             said = f"this host cannot read the image {name!r} (boot.{what})"
-            raise EngineError(f"{said}: {path}: {error.strerror}") from None
+            raise ImageNotFound(f"{said}: {path}: {error.strerror}") from None
         if not regular:
-            raise EngineError(f"the image {name!r} (boot.{what}) of this host is no regular file: {path}")
+            raise ImageNotFound(f"the image {name!r} (boot.{what}) of this host is no regular file: {path}")
         return path

@@ -32,6 +32,7 @@ OBJECT_STORE_BYTES = 80_000_000
 """Nothing but arguments and results passes through it; Ray wants at least 75 MiB."""
 WRITTEN_FOR = "2.60.0"
 _LOOK_S = 0.05
+_CLOSE_S = 1.0
 
 
 def prepare(layout: Layout) -> None:
@@ -139,9 +140,12 @@ def _run(port: int, cpus: int, directory: str) -> str:
         no_monitor=True,
     )
     node = Head(params, head=True, shutdown_at_exit=False, spawn_reaper=False)
-    _close_to_others(Path(directory))
+    close_at = 0.0
     try:
         while not stopping and not node.dead_processes():
+            if time.monotonic() >= close_at:
+                _close_to_others(Path(directory))
+                close_at = time.monotonic() + _CLOSE_S
             time.sleep(_LOOK_S)
         return ", ".join(f"{kind} ({process.returncode})" for kind, process in node.dead_processes())
     finally:
@@ -149,10 +153,13 @@ def _run(port: int, cpus: int, directory: str) -> str:
 
 
 def _close_to_others(directory: Path) -> None:
-    """Ray makes its directories writable for everybody, whatever the umask is."""
+    """Ray makes its directories writable for everybody, whatever the umask, and so does each driver that comes.
+
+    The cluster's own directory above them keeps everybody out all the while.
+    """
     for path in (directory, *directory.rglob("*")):
         with contextlib.suppress(OSError):
-            if path.is_dir() and not path.is_symlink():
+            if path.is_dir() and not path.is_symlink() and path.stat().st_mode & 0o077:
                 path.chmod(0o700)
 
 
