@@ -27,10 +27,10 @@ from agents.handover import preflight
 from agents.handover.arrival import Arrival
 from agents.handover.departure import Departure
 from agents.handover.destination import DestinationState, prepared_destination, restarted_destination
-from agents.handover.destination_shell import DestinationRunner
+from agents.handover.destination_shell import DestinationShell
 from agents.handover.ledger import AttemptLedger
 from agents.handover.source import SourceStage, SourceState, restarted_source
-from agents.handover.source_shell import SourceRunner
+from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command, Seen
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
@@ -363,8 +363,7 @@ class HostedGuest:
         state, first = prepared_destination(ref, self._tools.here, inc, has_devices=bool(self.files.companions))
         peer = self._tools.peers.source(str(order.source_peer), ref, inc)
         try:
-            runner = self._destination_runner(copy, state, peer)
-            runner.unclaimed_ms = order.timeout_ms
+            runner = self._destination_runner(copy, state, peer, order.timeout_ms)
             await runner.begin(session_number(ref))
         except ShimError as error:
             await self._destroyed(copy)
@@ -377,12 +376,14 @@ class HostedGuest:
         prepared = Prepared(inc, stream, peer_here, made.machine, acks)
         return Arrival(runner, copy, peer, prepared), prepared, first
 
-    def _destination_runner(self, copy: Copy, state: DestinationState, peer: SourceClient) -> DestinationRunner:
+    def _destination_runner(
+        self, copy: Copy, state: DestinationState, peer: SourceClient, unclaimed_ms: float = 0.0
+    ) -> DestinationShell:
         async def want_run() -> bool:
             return (await self.ledger.want_run()).run
 
         tools = self._tools
-        return DestinationRunner(
+        return DestinationShell(
             state,
             copy.vmm,
             copy.destination_shims(),
@@ -391,6 +392,7 @@ class HostedGuest:
             self.files.marker(copy.inc),
             want_run,
             in_vmm=copy.in_vmm(),
+            unclaimed_ms=unclaimed_ms,
         )
 
     def _receive(self, arrival: Arrival, first: tuple[Command, ...] = ()) -> None:
@@ -481,9 +483,9 @@ class HostedGuest:
         peer: DestinationClient,
         policy: MigrationPolicy,
         options: engine.OutgoingOptions,
-    ) -> SourceRunner:
+    ) -> SourceShell:
         tools = self._tools
-        return SourceRunner(
+        return SourceShell(
             state,
             copy.vmm,
             copy.source_shims(),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from agents.guest.copies import Copy
 from agents.handover.destination import DestinationStage
-from agents.handover.destination_shell import DestinationRunner
+from agents.handover.destination_shell import DestinationShell
 from agents.handover.words import Command
 from agents.serving.peer import AttemptKey, SourceClient
 from agents.shims.base import Frame
@@ -25,7 +25,7 @@ _STARTED_S = 0.7
 class Arrival:
     """Made when the copy waits for its stream, kept until it is the guest or is gone."""
 
-    runner: DestinationRunner
+    runner: DestinationShell
     copy: Copy
     peer: SourceClient
     prepared: Prepared | None

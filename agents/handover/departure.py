@@ -11,7 +11,7 @@ from agents.engine import base as engine
 from agents.guest.copies import Copy
 from agents.handover.report import device_progress, phase_of, report_of
 from agents.handover.source import SourceStage
-from agents.handover.source_shell import SourceRunner
+from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command, Seen, WantRunSeen
 from agents.serving.peer import AttemptKey, DestinationClient
 from agents.shims.base import Load
@@ -29,7 +29,7 @@ _TOLD_S = 1.0
 class Departure:
     """Made when the attempt is accepted, kept until its report is in the journal."""
 
-    runner: SourceRunner
+    runner: SourceShell
     copy: Copy
     peer: DestinationClient
     destination: str

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-import structlog
-
 from agents.engine import base as engine
 from agents.guest.files import make_marker, there
 from agents.handover import words
@@ -18,23 +16,21 @@ from agents.handover.destination import DestinationState, destination_step
 from agents.handover.ledger import AttemptLedger
 from agents.handover.peer import PeerUnavailable, SourcePeer
 from agents.handover.report import DEVICES_LOST, device_entries
-from agents.handover.shell import Clock, stepped
-from agents.handover.words import CancelTimer, Command, Do, Event, Note, Seen, StartTimer, Timer, WriteAbort
+from agents.handover.shell import RETRY_S, Shell
+from agents.handover.words import Command, Do, Event, Seen, Timer, WriteAbort
 from agents.shims.base import DestinationShim, Frame, FrameKind, InVmmDevices, Load, ShimError
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import TimelineEntry
 from orchestrator.ledger.store import StoreUnavailable
 
-_RETRY_S = 0.1
-_END_S = 5.0
 _SOURCE_TIME_S = 2.0
 _LOOK_S = 0.5
 _UNCLAIMED_MS = 15_000.0
 
 
 @dataclass
-class DestinationRunner:
+class DestinationShell(Shell[DestinationState]):
     """One attempt at its destination, from the waiting VMM to DONE or to its discard."""
 
     state: DestinationState
@@ -53,14 +49,12 @@ class DestinationRunner:
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """The guest was started here, or left stopped as wished."""
     _told_want_run: bool | None = None
-    _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
-    _commands: asyncio.Queue[Command] = field(default_factory=asyncio.Queue[Command])
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
     _loads: tuple[Load, ...] = ()
     _ended: set[str] = field(default_factory=set[str])
 
-    def feed(self, event: Event) -> None:
-        self._events.put_nowait(event)
+    def __post_init__(self) -> None:
+        after_ms = {Timer.UNCLAIMED: self.unclaimed_ms, Timer.SOURCE_TIME: _SOURCE_TIME_S * 1000}
+        self._set_up(destination_step, after_ms, "destination")
 
     def go(self, inc: str, want_run: bool) -> None:
         """GO brings what the source knows of the wish, so that nothing is read in the blackout."""
@@ -85,7 +79,7 @@ class DestinationRunner:
             self.feed(Seen.SHIM_FAILED)
             return
         if ack is not None:
-            self._spawn(self._repeat(lambda: self.peer.ack(ack), once=True))
+            self._spawn(self._repeat(lambda: self.peer.ack(ack), once=True), "ACK")
         if frame.kind is FrameKind.END:
             self._ended.add(frame.device)
             if len(self._ended) == len(self.shims):
@@ -95,55 +89,26 @@ class DestinationRunner:
         """To DONE or discard. `first`: what `restarted_destination` asked for."""
         loop = asyncio.get_running_loop()
         self._began = loop.time()
-        self._clock = Clock(self.feed, {Timer.UNCLAIMED: self.unclaimed_ms, Timer.SOURCE_TIME: _SOURCE_TIME_S * 1000})
         ends = [self.vmm.subscribe(self._engine_event), self.ledger.watch_record(self._record_seen)]
-        worker = loop.create_task(self._carry_out())
+        self._spawn(self._carry_out(), "commands")
         for command in first:
             self._queue(command)
         try:
-            while not self.state.stage.ended:
-                event = await self._next(worker)
-                self.state, commands = stepped(destination_step, self.state, event)
-                for command in commands:
-                    self._queue(command)
+            await self._drive()
             with contextlib.suppress(PeerUnavailable):
                 if self.state.stage.name == "ENDED_DONE":
                     await self.peer.done(self.state.inc)
         finally:
-            self._clock.close()
             for end in ends:
                 end()
-            for task in (worker, *self._tasks):
-                task.cancel()
-            await asyncio.wait([worker, *self._tasks], timeout=_END_S)
+            await self._close()
         return self.state
-
-    def _queue(self, command: Command) -> None:
-        match command:
-            case StartTimer():
-                self._clock.start(command)
-            case CancelTimer():
-                self._clock.cancel(command)
-            case _:
-                self._commands.put_nowait(command)
-
-    async def _next(self, worker: asyncio.Task[None]) -> Event:
-        getter = asyncio.ensure_future(self._events.get())
-        try:
-            await asyncio.wait({getter, worker}, return_when=asyncio.FIRST_COMPLETED)
-            if not getter.done():
-                worker.result()
-            return getter.result()
-        finally:
-            getter.cancel()
 
     async def _carry_out(self) -> None:
         while True:
             command = await self._commands.get()
             event: Event | None = None
             match command:
-                case Note(what, detail):
-                    self._note(what, detail)
                 case WriteAbort(reason, devices):
                     event = await self.ledger.abort(reason, devices)
                 case Do():
@@ -164,11 +129,11 @@ class DestinationRunner:
         return Seen.VALIDATED
 
     async def _send_loaded(self) -> Event | None:
-        self._spawn(self._repeat(lambda: self.peer.loaded(self.state.inc, self._loads)))
+        self._spawn(self._repeat(lambda: self.peer.loaded(self.state.inc, self._loads)), "LOADED")
         return None
 
     async def _send_failed(self) -> Event | None:
-        self._spawn(self._repeat(lambda: self.peer.failed(self.state.inc)))
+        self._spawn(self._repeat(lambda: self.peer.failed(self.state.inc)), "FAILED")
         return None
 
     async def _write_marker(self) -> Event | None:
@@ -234,7 +199,7 @@ class DestinationRunner:
             marker = there(self.marker)
         except OSError as error:  # not known: nothing is given back on the strength of that
             self._note("marker_unknown", str(error))
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(RETRY_S)
             return Seen.LEDGER_UNKNOWN
         gone = self.vmm.liveness() is Liveness.GONE
         return await self.ledger.roll_back(vmm_seen_dead=gone, marker=marker)
@@ -257,13 +222,13 @@ class DestinationRunner:
         return words.RecordRead(record, version)
 
     async def _retry_later(self) -> Event | None:
-        await asyncio.sleep(_RETRY_S)
+        await asyncio.sleep(RETRY_S)
         return Seen.RETRY_DUE
 
     async def _nothing(self) -> Event | None:
         return None  # DONE is told to the source after the session ended, see `run`
 
-    _effects: ClassVar[dict[Do, Callable[[DestinationRunner], Awaitable[Event | None]]]] = {
+    _effects: ClassVar[dict[Do, Callable[[DestinationShell], Awaitable[Event | None]]]] = {
         Do.VALIDATE: _validate,
         Do.SEND_LOADED: _send_loaded,
         Do.SEND_FAILED: _send_failed,
@@ -306,19 +271,8 @@ class DestinationRunner:
             try:
                 await call()
             except PeerUnavailable:
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
                 continue
             if once:
                 return
-            await asyncio.sleep(_RETRY_S)
-
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _note(self, event: str, detail: str = "") -> None:
-        at_ms = (asyncio.get_running_loop().time() - self._began) * 1000
-        self.timeline.append(TimelineEntry(round(at_ms, 2), self.state.here.host, event, detail))
-        ref = self.state.ref
-        structlog.get_logger().info(event, migration=ref.migration, attempt=ref.attempt, detail=detail)
+            await asyncio.sleep(RETRY_S)

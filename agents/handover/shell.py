@@ -1,20 +1,49 @@
-"""What the shells of both sessions share."""
+"""What the shells of both sessions share: events in, one step of the machine, commands out; timers, notes, tasks.
+
+A task that fails with what nobody foresaw ends the session loudly: `_drive` raises it, and the guest's keeper ends the
+attempt as after a restart of the agent (H7). Nothing is decided here.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import structlog
 
 from agents.handover.table import InvalidTransition, key_of
-from agents.handover.words import CancelTimer, Command, Event, Rang, StartTimer, Timer
+from agents.handover.words import CancelTimer, Command, Event, Note, Rang, StartTimer, Timer
+from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.records import TimelineEntry
+from orchestrator.tasks import Tasks
 
 log = structlog.get_logger(__name__)
 
+RETRY_S = 0.1
+"""Between two tries of what has no clear outcome, and between two copies of a message that is repeated."""
+_END_S = 5.0
+
+
+class Stage(Protocol):
+    @property
+    def ended(self) -> bool: ...
+
+
+class SessionState(Protocol):
+    """What both machines' states have."""
+
+    @property
+    def ref(self) -> AttemptRef: ...
+    @property
+    def here(self) -> HostRef: ...
+    @property
+    def stage(self) -> Stage: ...
+
+
 State = TypeVar("State")
+Session = TypeVar("Session", bound=SessionState)
 Stepped = tuple[State, tuple[Command, ...]]
 
 
@@ -74,3 +103,67 @@ class Clock:
     def _ring(self, ring: Rang) -> None:
         self._handles.pop(ring.number, None)
         self._feed(ring)
+
+
+class Shell(Generic[Session]):
+    """Drives one machine to its end. Shells derive from it, set it up first, and carry out what `_take` is given."""
+
+    state: Session
+    timeline: list[TimelineEntry]
+
+    def _set_up(
+        self, step: Callable[[Session, Event], Stepped[Session]], after_ms: Mapping[Timer, float], half: str
+    ) -> None:
+        self._step = step
+        self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        self._commands: asyncio.Queue[Command] = asyncio.Queue()
+        self._clock = Clock(self.feed, after_ms)
+        ref = self.state.ref
+        self._tasks = Tasks(f"{half} of attempt {ref.attempt} of {ref.migration}")
+        self._began = 0.0
+
+    def feed(self, event: Event) -> None:
+        """Take in an event; from this loop only."""
+        self._events.put_nowait(event)
+
+    async def _drive(self) -> None:
+        """Until the machine has ended. Raises what ended a task of this session."""
+        while not self.state.stage.ended:
+            event = await self._events.get()
+            if isinstance(event, BaseException):
+                raise event
+            self.state, commands = stepped(self._step, self.state, event)
+            for command in commands:
+                self._queue(command)
+
+    async def _close(self) -> None:
+        """Bounded: a call that swallows its cancellation must not make the guest unmovable."""
+        self._clock.close()
+        await self._tasks.close(_END_S)
+
+    def _queue(self, command: Command) -> None:
+        """Notes and timers are carried out at once, everything else in turn."""
+        match command:
+            case Note(event, detail):
+                self._note(event, detail)
+            case StartTimer():
+                self._clock.start(command)
+            case CancelTimer():
+                self._clock.cancel(command)
+            case _:
+                self._take(command)
+
+    def _take(self, command: Command) -> None:
+        self._commands.put_nowait(command)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any] | None:
+        """Beside everything else, until the session ends. An exception that it does not handle itself ends the session;
+        None: it is over already."""
+        return self._tasks.spawn(work, name, failed=self._events.put_nowait)
+
+    def _note(self, event: str, detail: str = "") -> None:
+        """A line of the time line, and of the log."""
+        at_ms = (asyncio.get_running_loop().time() - self._began) * 1000
+        self.timeline.append(TimelineEntry(round(at_ms, 2), self.state.here.host, event, detail))
+        ref = self.state.ref
+        log.info(event, migration=ref.migration, attempt=ref.attempt, detail=detail)

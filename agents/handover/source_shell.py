@@ -11,16 +11,14 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
-
-import structlog
+from typing import Any, ClassVar
 
 from agents.engine import base as engine
 from agents.handover import words
 from agents.handover.ledger import AttemptLedger
 from agents.handover.peer import DestinationPeer, PeerUnavailable
 from agents.handover.report import device_entries
-from agents.handover.shell import Clock, stepped
+from agents.handover.shell import RETRY_S, Shell
 from agents.handover.source import SourceState, source_step
 from agents.handover.words import (
     CancelTimer,
@@ -44,11 +42,9 @@ from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import TimelineEntry
 from orchestrator.ledger.store import StoreUnavailable
 
-_RETRY_S = 0.1
 _VITALS_S = 0.25
 _FRESH_S = 1.0
 _HOOK_S = 2.0
-_END_S = 5.0
 _NAMES_S = 0.5
 """So long an abort waits to learn which devices inside the VMM it is about."""
 
@@ -67,7 +63,7 @@ async def _within(bound_s: float | None, shim: SourceShim) -> None:
 
 
 @dataclass
-class SourceRunner:
+class SourceShell(Shell[SourceState]):
     """Conducts one attempt from BEGIN to its end. `run` returns the final state; the VMM is then as that state says."""
 
     state: SourceState
@@ -85,21 +81,18 @@ class SourceRunner:
     transferred_bytes: int = 0
     """Of the engine's stream, known once the attempt is over."""
     duration_ms: float = 0.0
-    _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
-    _commands: asyncio.Queue[Command] = field(default_factory=asyncio.Queue[Command])
     _writes: asyncio.Queue[WriteRequests] = field(default_factory=asyncio.Queue[WriteRequests])
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
-    _precopy: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])
+    _precopy: list[asyncio.Task[Any]] = field(default_factory=list[asyncio.Task[Any]])
     _sent: dict[str, Load] = field(default_factory=dict[str, Load])
     _loaded: tuple[str, dict[str, Load]] | None = None
-    _busy: tuple[Command, asyncio.Task[Event | None]] | None = None
+    _busy: asyncio.Task[Event | None] | None = None
     """What the guest, which stands still, waits for just now, and may not wait for any longer than policy says."""
     _stood: bool = False
 
     def __post_init__(self) -> None:
         policy = self.policy
-        self._clock = Clock(
-            self.feed,
+        self._set_up(
+            source_step,
             {
                 Timer.PRECOPY: policy.precopy_timeout_ms,
                 Timer.SUSPENDED: policy.precopy_timeout_ms,
@@ -107,11 +100,8 @@ class SourceRunner:
                 Timer.GATE_WAIT: policy.gate_wait_ms,
                 Timer.SWITCHOVER: policy.switchover_timeout_ms,
             },
+            "source",
         )
-
-    def feed(self, event: Event) -> None:
-        """Take in an event; from this loop only."""
-        self._events.put_nowait(event)
 
     def loaded(self, inc: str, loads: Sequence[Load]) -> None:
         """LOADED from the destination. Compared once everything was sent; repetitions are harmless."""
@@ -127,60 +117,32 @@ class SourceRunner:
             self.ledger.watch_record(self._record_seen),
             self.ledger.watch_requests(self._requests_seen),
         ]
-        worker = loop.create_task(self._carry_out())
-        lane = loop.create_task(self._write_requests())
-        vitals = loop.create_task(self._vitals())
+        self._spawn(self._carry_out(), "commands")
+        self._spawn(self._write_requests(), "requests")
+        self._spawn(self._vitals(), "vitals")
         if first is None:
             self.feed(Seen.BEGIN)
         for command in first or ():
             self._queue(command)
         try:
-            while not self.state.stage.ended:
-                event = await self._next(worker, lane)
-                self.state, commands = stepped(source_step, self.state, event)
-                for command in commands:
-                    self._queue(command)
+            await self._drive()
             await self._count_bytes()
             await self.look_inside()
             self._note_inside()
         finally:
             self.duration_ms = (loop.time() - self._began) * 1000
-            self._clock.close()
             for end in ends:
                 end()
-            for task in (worker, lane, vitals, *self._precopy, *self._tasks):
-                task.cancel()
-            # Bounded: a call that swallows its cancellation must not make the guest unmovable.
-            await asyncio.wait([worker, lane, vitals, *self._precopy, *self._tasks], timeout=_END_S)
+            await self._close()
         return self.state
 
-    def _queue(self, command: Command) -> None:
-        match command:
-            case Note(event, detail):
-                self._note(event, detail)
-            case WriteRequests():
-                self._writes.put_nowait(command)
-            case StartTimer():
-                self._stood |= command.timer is Timer.SWITCHOVER
-                self._clock.start(command)
-            case CancelTimer():
-                self._clock.cancel(command)
-            case _:
-                if command is Do.ROLL_BACK_SHIMS and self._busy is not None:
-                    self._busy[1].cancel()
-                self._commands.put_nowait(command)
-
-    async def _next(self, *workers: asyncio.Task[None]) -> Event:
-        """The next event; a worker that died takes the runner with it instead of leaving the guest to a silent loop."""
-        getter = asyncio.ensure_future(self._events.get())
-        try:
-            await asyncio.wait({getter, *workers}, return_when=asyncio.FIRST_COMPLETED)
-            for worker in workers:
-                if worker.done():
-                    worker.result()
-            return getter.result()
-        finally:
-            getter.cancel()
+    def _take(self, command: Command) -> None:
+        if isinstance(command, WriteRequests):
+            self._writes.put_nowait(command)
+            return
+        if command is Do.ROLL_BACK_SHIMS and self._busy is not None:
+            self._busy.cancel()
+        super()._take(command)
 
     # --- commands -----------------------------------------------------------------------------------------------------
 
@@ -194,7 +156,7 @@ class SourceRunner:
     async def _given_up_for_a_roll_back(self, command: Command) -> Event | None:
         """A device or an engine that does not answer must not keep a guest standing that is to run again."""
         task = asyncio.get_running_loop().create_task(self._one(command))
-        self._busy = command, task
+        self._busy, self._stood = task, True
         try:
             await asyncio.wait({task})
         finally:
@@ -231,7 +193,8 @@ class SourceRunner:
             for shim in self.shims:
                 await shim.begin(self.session_number, lambda entry: self.feed(words.Requested(entry)))
             for shim in self.shims:
-                self._precopy.append(asyncio.create_task(self._run_shim(shim)))
+                if (task := self._spawn(self._run_shim(shim), f"device {shim.device}")) is not None:
+                    self._precopy.append(task)
             await self._hook("precopy")
             await self.vmm.start_outgoing(self.options)
         except ShimError as error:
@@ -305,7 +268,7 @@ class SourceRunner:
         return words.Quiesced(tuple(query.newest for query in queries if query.newest is not None))
 
     async def _proceed(self) -> Event | None:
-        self._spawn(self._send_stop_copy())
+        self._spawn(self._send_stop_copy(), "stop-copy")
         try:
             await self.vmm.proceed()
         except engine.EngineTimeout:
@@ -349,7 +312,7 @@ class SourceRunner:
                 state = await self.vmm.abort()
             except engine.EngineError as error:
                 self._note("abort_again", str(error))
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
                 continue
             self._note("guest", f"{state.run_state}")
             await self.look_inside()
@@ -368,12 +331,12 @@ class SourceRunner:
         return words.RecordRead(record, version)
 
     async def _retry_later(self) -> Event | None:
-        await asyncio.sleep(_RETRY_S)
+        await asyncio.sleep(RETRY_S)
         return Seen.RETRY_DUE
 
     async def _go(self) -> Event | None:
-        self._spawn(self._repeat_go())
-        self._spawn(self._hook("after_commit"))
+        self._spawn(self._repeat_go(), "GO")
+        self._spawn(self._hook("after_commit"), "hook")
         return None
 
     async def _repeat_go(self) -> None:
@@ -383,7 +346,7 @@ class SourceRunner:
                 if await self.peer.go(self.state.want_run) and not told:
                     told = True
                     self._note("runs there")
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(RETRY_S)
 
     async def _discard_source(self) -> Event | None:
         await self._count_bytes()
@@ -400,13 +363,13 @@ class SourceRunner:
                 self.transferred_bytes = (await self.vmm.progress()).transferred_bytes
 
     async def _write_acks(self) -> Event | None:
-        self._spawn(self.ledger.write_acks(self.state.acks.acks))
+        self._spawn(self.ledger.write_acks(self.state.acks.acks), "ACKs")
         return None
 
     async def _declare_crashed(self) -> Event | None:
         return await self.ledger.crashed()
 
-    _effects: ClassVar[dict[Do, Callable[[SourceRunner], Awaitable[Event | None]]]] = {
+    _effects: ClassVar[dict[Do, Callable[[SourceShell], Awaitable[Event | None]]]] = {
         Do.BIND: _bind,
         Do.START_PRECOPY: _start_precopy,
         Do.HOLD: _hold,
@@ -475,7 +438,7 @@ class SourceRunner:
                 if known is not None:
                     self.feed(known)
             case engine.SwitchoverAckLate(count):
-                self._spawn(self._name_late(count))
+                self._spawn(self._name_late(count), "late devices")
             case engine.RunStateChanged(running, at_s):
                 # The engine's own stamp beside ours: what a guest stood still is read from it to the microsecond.
                 self._note("vcpus run" if running else "vcpus stopped", f"{at_s:.6f}")
@@ -502,14 +465,3 @@ class SourceRunner:
         with contextlib.suppress(ShimError, TimeoutError):
             async with asyncio.timeout(_HOOK_S):
                 await asyncio.gather(*(shim.hook(name) for shim in self.shims))
-
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _note(self, event: str, detail: str = "") -> None:
-        at_ms = (asyncio.get_running_loop().time() - self._began) * 1000
-        self.timeline.append(TimelineEntry(round(at_ms, 2), self.state.here.host, event, detail))
-        ref = self.state.ref
-        structlog.get_logger().info(event, migration=ref.migration, attempt=ref.attempt, detail=detail)

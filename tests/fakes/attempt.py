@@ -10,10 +10,10 @@ from pathlib import Path
 
 from agents.engine.base import OutgoingOptions, Vmm
 from agents.handover.destination import DestinationState
-from agents.handover.destination_shell import DestinationRunner
+from agents.handover.destination_shell import DestinationShell
 from agents.handover.ledger import AttemptLedger
 from agents.handover.source import SourceState
-from agents.handover.source_shell import SourceRunner
+from agents.handover.source_shell import SourceShell
 from agents.handover.words import Seen
 from agents.shims.base import DestinationShim, Frame, InVmmDevices, Load, SourceShim
 from orchestrator.core import handover
@@ -33,8 +33,8 @@ S, D = HostRef("host-1", "boot-1"), HostRef("host-2", "boot-2")
 class Link:
     """Both directions between the two agents of an attempt."""
 
-    source: SourceRunner | None = None
-    destination: DestinationRunner | None = None
+    source: SourceShell | None = None
+    destination: DestinationShell | None = None
 
     async def ping(self) -> bool:
         return self.destination is not None
@@ -92,9 +92,9 @@ class Moves:
     guest: str = field(default_factory=lambda: uuid.uuid4().hex)
     migration: str = field(default_factory=lambda: uuid.uuid4().hex)
     attempt: int = 0
-    source: SourceRunner = field(init=False)
+    source: SourceShell = field(init=False)
     """Of the attempt under way, or of the last one; likewise `destination`."""
-    destination: DestinationRunner = field(init=False)
+    destination: DestinationShell = field(init=False)
 
     async def born(self) -> None:
         await Ledger(self.store).init_tree()
@@ -157,7 +157,7 @@ class Moves:
         options: OutgoingOptions,
         *,
         paused: bool,
-    ) -> SourceRunner:
+    ) -> SourceShell:
         state = SourceState(
             ref,
             S,
@@ -170,18 +170,18 @@ class Moves:
             acks=AckLedger(stopped=paused),
         )
         ledger = AttemptLedger(self.store, ref, S, inc, "agent-1")
-        return SourceRunner(state, here.vmm, here.shims, ledger, link, policy, options, ref.attempt, in_vmm=here.in_vmm)
+        return SourceShell(state, here.vmm, here.shims, ledger, link, policy, options, ref.attempt, in_vmm=here.in_vmm)
 
     def _destination(
         self, ref: AttemptRef, there: Coming, has_devices: bool, link: Link, directory: Path, *, paused: bool
-    ) -> DestinationRunner:
+    ) -> DestinationShell:
         async def want_run() -> bool:
             return not paused
 
         state = DestinationState(ref, D, there.inc, has_devices=has_devices)
         ledger = AttemptLedger(self.store, ref, D, there.inc, "agent-2")
         marker = directory / f"{there.inc}.marker"
-        return DestinationRunner(state, there.vmm, there.shims, ledger, link, marker, want_run, in_vmm=there.in_vmm)
+        return DestinationShell(state, there.vmm, there.shims, ledger, link, marker, want_run, in_vmm=there.in_vmm)
 
 
 async def _awaited(work: Callable[[], Awaitable[None]]) -> None:

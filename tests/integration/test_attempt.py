@@ -15,9 +15,9 @@ import pytest
 from agents.engine.base import HoldStart, OutgoingOptions, RunState, Vmm, VmmSpec, stream_of
 from agents.engine.qemu.engine import QemuEngine
 from agents.handover.destination import DestinationStage
-from agents.handover.destination_shell import DestinationRunner
+from agents.handover.destination_shell import DestinationShell
 from agents.handover.source import SourceStage
-from agents.handover.source_shell import SourceRunner
+from agents.handover.source_shell import SourceShell
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
@@ -66,7 +66,7 @@ class Lab(Moves):
         source_shims: Sequence[FakeSourceShim] = (),
         destination_shims: Sequence[FakeDestinationShim] = (),
         policy: MigrationPolicy = MigrationPolicy(),
-    ) -> tuple[SourceRunner, DestinationRunner]:
+    ) -> tuple[SourceShell, DestinationShell]:
         ref = await self.opened()
         inc = f"i{ref.attempt}"
         copy = await self.engine.prepare_incoming(self.spec(inc), self.migration, ref.attempt)

@@ -16,7 +16,7 @@ from agents.handover import departure as departing
 from agents.handover.departure import Departure
 from agents.handover.ledger import AttemptLedger
 from agents.handover.source import SourceStage, SourceState
-from agents.handover.source_shell import SourceRunner
+from agents.handover.source_shell import SourceShell
 from agents.serving.peer import DestinationClient
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.ids import AttemptRef, HostRef
@@ -43,7 +43,7 @@ async def over(directory: Path, channel: aio.Channel, stage: SourceStage) -> Dep
     peer = DestinationClient(channel, REF, "i")
     options = OutgoingOptions(Endpoint("127.0.0.1", 1), HoldStart.OPEN, 0, 1, 1)
     state = SourceState(REF, HERE, "i", stage=stage)
-    runner = SourceRunner(state, vmm, (), ledger, peer, MigrationPolicy(), options, 1)
+    runner = SourceShell(state, vmm, (), ledger, peer, MigrationPolicy(), options, 1)
     return Departure(runner, cast(Copy, None), peer, "d")
 
 

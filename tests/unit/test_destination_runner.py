@@ -7,7 +7,7 @@ from typing import cast
 
 from agents.engine.base import HoldStart, OutgoingOptions, RunState, VmmSpec, stream_of
 from agents.handover.destination import DestinationStage, DestinationState
-from agents.handover.destination_shell import DestinationRunner
+from agents.handover.destination_shell import DestinationShell
 from agents.handover.ledger import AttemptLedger
 from agents.handover.peer import SourcePeer
 from agents.handover.words import Seen
@@ -33,7 +33,7 @@ async def test_no_marker_is_written_for_a_vmm_that_is_dead(tmp_path: Path) -> No
 
     ledger = AttemptLedger(MemoryStore(), REF, HERE, "i", "w")
     peer, marker = cast(SourcePeer, None), tmp_path / "marker"
-    runner = DestinationRunner(DestinationState(REF, HERE, "i"), vmm, (), ledger, peer, marker, want_run)
+    runner = DestinationShell(DestinationState(REF, HERE, "i"), vmm, (), ledger, peer, marker, want_run)
     runner._began = 0.0
     vmm._dead = True
     assert await runner._write_marker() is Seen.MARKER_FAILED

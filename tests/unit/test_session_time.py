@@ -12,10 +12,10 @@ import pytest
 from agents.engine.base import HoldStart, OutgoingOptions, RunState, VmmSpec, stream_of
 from agents.handover import source_shell
 from agents.handover.destination import DestinationStage, prepared_destination
-from agents.handover.destination_shell import DestinationRunner
+from agents.handover.destination_shell import DestinationShell
 from agents.handover.ledger import AttemptLedger
 from agents.handover.source import SourceStage
-from agents.shims.base import FinalQuery
+from agents.shims.base import FinalQuery, SendFrame
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
@@ -102,10 +102,25 @@ async def test_a_device_that_finds_no_way_back_does_not_keep_the_guest_standing(
     assert vmm.run is RunState.RUNNING
 
 
+@dataclass
+class Faulty(Stuck):
+    """A device whose program nobody thought of."""
+
+    async def run_precopy(self, send: SendFrame) -> None:
+        raise RuntimeError("not foreseen")
+
+
+async def test_what_nobody_foresaw_in_a_task_ends_the_session_loudly(tmp_path: Path) -> None:
+    """It was lost with its task, and the attempt waited for the device. The keeper ends it as after a restart (H7)."""
+    with pytest.raises(ExceptionGroup) as told:
+        await moved(tmp_path, Faulty("dpu"))
+    assert told.group_contains(RuntimeError, match="not foreseen")
+
+
 # --- a destination that nobody conducts -------------------------------------------------------------------------------
 
 
-async def waiting(directory: Path, *, bound: bool) -> tuple[Moves, DestinationRunner, asyncio.Task[object]]:
+async def waiting(directory: Path, *, bound: bool) -> tuple[Moves, DestinationShell, asyncio.Task[object]]:
     store = MemoryStore()
     await store.start()
     moves = Moves(store=store)
@@ -123,7 +138,7 @@ async def waiting(directory: Path, *, bound: bool) -> tuple[Moves, DestinationRu
 
     state, first = prepared_destination(ref, D, "i1", has_devices=False)
     ledger = AttemptLedger(store, ref, D, "i1", "w")
-    runner = DestinationRunner(state, vmm, (), ledger, Link(), directory / "marker", want_run, unclaimed_ms=50)
+    runner = DestinationShell(state, vmm, (), ledger, Link(), directory / "marker", want_run, unclaimed_ms=50)
     return moves, runner, asyncio.create_task(runner.run(first))
 
 
