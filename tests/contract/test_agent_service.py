@@ -202,9 +202,7 @@ async def test_a_guest_whose_image_is_not_here_says_so(world: World, tmp_path: P
         assert paths.name("web") not in world.store.tree.nodes
     world.put(paths.guest(G), ARRIVING)
     async with real(world, FakeEngine(), tmp_path) as client:
-        prepared = client.prepare_destination(
-            REF, epoch=0, source_peer_address="127.0.0.1:1", timeout_ms=1000, multifd_channels=0
-        )
+        prepared = client.prepare_destination(REF, epoch=0, source_peer=PEER, timeout_ms=1000, multifd_channels=0)
         assert await refused(prepared) is R.IMAGE_NOT_FOUND
 
 
