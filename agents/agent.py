@@ -24,6 +24,7 @@ from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.host.registration import Registration
 from agents.serving.peer import AttemptKey
+from agents.shims import external
 from orchestrator.core.agent import (
     AgentSample,
     AgentStatus,
@@ -129,6 +130,7 @@ class Agent:
         await self.place.take()
         self._journal.open()
         await self._adopt_found()
+        await self._forget_strays()
         self.place.hold()
         self._store.on_session(self._session)
         self._tasks.keep(self._journal.write_on, "journal", again_s=RETRY_S, every_s=0.0)
@@ -139,6 +141,17 @@ class Agent:
         found = await asyncio.to_thread(found_on_disk, self._config)
         self._all_found = not found.unreadable
         await asyncio.gather(*(self._adopt(files) for files in found.guests if files.uuid not in self._guests))
+
+    async def _forget_strays(self) -> None:
+        """Before anything can be prepared here: whatever programs hold for no copy of ours is nobody's."""
+        if not self._all_found:
+            return  # some device may belong to a guest whose note cannot be read at the moment
+        try:
+            known = {(uuid, one.inc) for uuid, guest in self._guests.items() for one in guest.files.processes()}
+        except (BadRecord, OSError) as error:
+            log.error("external devices are not looked through", error=str(error))
+            return
+        await external.forget_strays(self._config.shims, known)
 
     async def _adopt(self, files: GuestFiles) -> None:
         guest = HostedGuest(self._tools, files)

@@ -69,6 +69,8 @@ class AgentConfig(BaseModel):
     """What gives QEMU devices inside the VMM on a machine without VFIO; None: no guest with such devices runs here."""
     device_program: tuple[str, ...] = ()
     """The command that holds the devices of one VMM (docs/shims.md); empty: no guest with devices runs here."""
+    shims: dict[str, Path] = {}
+    """Programs of this host that hold external devices: the name that guests use (`driver`) -> unix socket."""
     chaos: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -180,6 +180,8 @@ def device_to_proto(device: DeviceSpec) -> types_pb2.DeviceSpec:
         stop_copy_bytes=device.stop_copy_bytes,
         dirty_bytes_per_s=device.dirty_bytes_per_s,
         scenario=device.scenario,
+        driver=device.driver,
+        parameters=device.parameters,
     )
 
 
@@ -190,7 +192,8 @@ def device_from_proto(message: types_pb2.DeviceSpec, *, field: str = "device") -
     given: dict[str, Any] = {name: getattr(message, name) for name in _DEVICE_SIZES if _is_set(message, name)}
     if message.dma:
         given["dma"] = message.dma
-    return DeviceSpec(name=message.name, shim=shim, scenario=message.scenario, **given)
+    given |= {"scenario": message.scenario, "driver": message.driver, "parameters": message.parameters}
+    return DeviceSpec(name=message.name, shim=shim, **given)
 
 
 def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:

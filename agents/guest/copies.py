@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from agents.engine import base as engine
+from agents.guest import devices as holding
 from agents.guest import duty as keeping
+from agents.guest.devices import Devices
 from agents.guest.files import GuestFiles
 from agents.shims.base import DestinationShim, InVmmDevices, SourceShim
-from agents.shims.companion import DeviceProcess
 from orchestrator.core.liveness import Liveness
 
 MIGRATING = frozenset(
@@ -29,7 +30,7 @@ MIGRATING = frozenset(
 class Copy:
     """A VMM process that is, was or may become the guest. Knows by events whether the vCPUs run."""
 
-    def __init__(self, files: GuestFiles, vmm: engine.Vmm, devices: DeviceProcess | None, *, running: bool) -> None:
+    def __init__(self, files: GuestFiles, vmm: engine.Vmm, devices: Devices | None, *, running: bool) -> None:
         self.files = files
         self.vmm = vmm
         self.devices = devices
@@ -123,13 +124,7 @@ class Copy:
             await self.devices.detach()
 
 
-async def _devices(files: GuestFiles, inc: str, *, incoming: bool) -> DeviceProcess | None:
-    if not files.has_devices:
-        return None
-    return await DeviceProcess.launch(files.devices_spec(inc), incoming=incoming)
-
-
-async def _with_devices(devices: DeviceProcess | None, starting: Coroutine[Any, Any, engine.Vmm]) -> engine.Vmm:
+async def _with_devices(devices: Devices | None, starting: Coroutine[Any, Any, engine.Vmm]) -> engine.Vmm:
     """The VMM, once its devices take calls as well: the two start side by side. Nothing is left behind otherwise."""
     if devices is None:
         return await starting
@@ -149,7 +144,7 @@ async def _with_devices(devices: DeviceProcess | None, starting: Coroutine[Any, 
 async def start(mover: engine.MigrationEngine, files: GuestFiles, inc: str) -> Copy:
     """A new guest, running. Raises EngineError or ShimError; nothing is left behind then."""
     files.make()
-    devices = await _devices(files, inc, incoming=False)
+    devices = await holding.launch(files, inc, incoming=False)
     vmm = await _with_devices(devices, mover.start(files.vmm_spec(inc)))
     return Copy(files, vmm, devices, running=True)
 
@@ -163,7 +158,7 @@ async def prepare(
     """
     files.make()
     files.reserve_marker(inc)
-    devices = await _devices(files, inc, incoming=True)
+    devices = await holding.launch(files, inc, incoming=True)
     spec = files.vmm_spec(inc, multifd_channels=multifd_channels)
     vmm = await _with_devices(devices, mover.prepare_incoming(spec, migration, attempt))
     return Copy(files, vmm, devices, running=False)
@@ -175,7 +170,7 @@ async def adopt(mover: engine.MigrationEngine, files: GuestFiles, metadata: engi
     Raises EngineError or ShimError when a process lives and does not answer: it is left as it is, to be asked again.
     """
     spec = files.vmm_spec(metadata.inc)
-    devices = await DeviceProcess.adopt(files.devices_spec(metadata.inc)) if files.has_devices else None
+    devices = await holding.adopt(files, metadata.inc)
     vmm: engine.Vmm | None = None
     try:
         vmm = await mover.adopt(metadata, spec)

@@ -154,7 +154,17 @@ class GuestFiles:
         return tuple(device for device in self.spec.devices if device.shim is ShimKind.VFIO)
 
     @property
-    def has_devices(self) -> bool:
+    def externals(self) -> tuple[DeviceSpec, ...]:
+        """Devices that programs of the host hold."""
+        return tuple(device for device in self.spec.devices if device.shim is ShimKind.EXTERNAL)
+
+    @property
+    def outside(self) -> tuple[DeviceSpec, ...]:
+        """Devices whose state lives outside the VMM, whoever holds them, in the order of the specification."""
+        return tuple(device for device in self.spec.devices if device.shim in (ShimKind.COMPANION, ShimKind.EXTERNAL))
+
+    @property
+    def has_process(self) -> bool:
         """A device process goes with each of the guest's VMMs."""
         return bool(self.companions or self.in_vmm)
 

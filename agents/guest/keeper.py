@@ -360,7 +360,7 @@ class HostedGuest:
                 raise full from error
             said = f"{self._tools.here.host} cannot prepare guest {self.name}: {error}"
             raise DroverError(_reason_of(error), said) from error
-        state, first = prepared_destination(ref, self._tools.here, inc, has_devices=bool(self.files.companions))
+        state, first = prepared_destination(ref, self._tools.here, inc, has_devices=bool(self.files.outside))
         peer = self._tools.peers.source(str(order.source_peer), ref, inc)
         try:
             runner = self._destination_runner(copy, state, peer, order.timeout_ms)
@@ -464,7 +464,7 @@ class HostedGuest:
             self._tools.here,
             order.prepared.inc,
             suspend_on_timeout=order.policy.on_timeout is OnTimeout.SUSPEND,
-            has_devices=bool(self.files.companions),
+            has_devices=bool(self.files.outside),
             inside=bool(self.files.in_vmm),
             gate_wait=order.policy.gate_wait_ms > 0,
             want_run=wish.run,
@@ -507,7 +507,7 @@ class HostedGuest:
                 report = await departure.conduct(first)
                 if first is None or self._tools.journal.report(ref.migration, ref.attempt) is None:
                     self._tools.journal.keep(ref.migration, report)
-                    self._tools.metrics.attempt_over(report, self.files.companions)
+                    self._tools.metrics.attempt_over(report, self.files.outside)
                 log.info(
                     "departure ended",
                     migration=ref.migration,
@@ -550,7 +550,7 @@ class HostedGuest:
     async def inject_late_ack(self, device: str, at: str, times: int, bytes: int) -> str:
         """The scenario that is in force for the device afterwards."""
         own = self._own()
-        known = [known.name for known in (*self.files.companions, *self.files.in_vmm)]
+        known = [known.name for known in (*self.files.outside, *self.files.in_vmm)]
         if own is None or own.devices is None or device not in known:
             names = ", ".join(known) or "none"
             raise DroverError(

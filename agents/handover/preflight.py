@@ -38,7 +38,7 @@ async def probed(mover: engine.MigrationEngine, host: str) -> dict[str, str]:
 async def must_fit(mover: engine.MigrationEngine, config: AgentConfig, files: GuestFiles) -> None:
     """At the destination. Raises DEVICE_NOT_MIGRATABLE and MACHINE_TYPE_MISMATCH."""
     for device in files.spec.devices:
-        if device.shim == "companion" and device.dma != "none":
+        if device.shim in ("companion", "external") and device.dma != "none":
             said = f"device {device.name} writes guest memory (dma: {device.dma}), which QEMU cannot be told of"
             raise DroverError(RefusalReason.DEVICE_NOT_MIGRATABLE, said)
     can = await probed(mover, config.host)
@@ -135,12 +135,12 @@ def outgoing(
     spec, policy = files.spec, order.policy
     link = min(config.bandwidth_mbps, policy.max_bandwidth_mbps or config.bandwidth_mbps) * 125_000
     hold, tail = engine.HoldStart.OPEN, 0
-    if files.companions and not paused:
-        initial = sum(device.initial_bytes for device in files.companions)
+    if files.outside and not paused:
+        initial = sum(device.initial_bytes for device in files.outside)
         previous = AbortReason(order.previous_reason) if order.previous_reason else None
         hold, tail = choose_hold(spec.memory_mib << 20, initial, link, previous)
     # QEMU does not know of the devices' last bytes: they come out of the same budget.
-    beside_ms = sum(device.stop_copy_bytes for device in files.companions) * 1000 // link
+    beside_ms = sum(device.stop_copy_bytes for device in files.outside) * 1000 // link
     return engine.OutgoingOptions(
         stream=order.prepared.stream,
         hold=hold,

@@ -212,6 +212,7 @@ class Registration:
             accelerator=probed["accelerator"],
             switchover_ack=probed["switchover_ack"],
             identity=me,
+            shims=tuple(sorted(config.shims)),
         )
 
     def _refusal(self, doubt: Doubt) -> DroverError:

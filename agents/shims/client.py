@@ -96,22 +96,35 @@ class ShimClient:
                 code, said = error.code(), error.details() or ""
             if code is StatusCode.DEADLINE_EXCEEDED or loop.time() >= until:
                 raise ShimError(f"{who}: {name} was not answered in {timeout_s:g} s")
+            if code is StatusCode.UNIMPLEMENTED:
+                raise ShimError(f"{who}: its program does not know {name}")
             if code not in _BROKEN:
                 raise ShimError(said or f"{who}: {name} was refused: {code.name}", reset=code is StatusCode.DATA_LOSS)
             if self._tasks.closed or self._liveness() is Liveness.GONE:
                 raise ShimError(f"{who}: its device program is gone")
             await asyncio.sleep(_RECONNECT_S)
 
-    async def describe(self, timeout_s: float = CALL_S) -> pb.DescribeResponse:
-        """What the program holds of ours. Raises ShimError, also when it holds another guest's devices only."""
-        found = await self.call(self.stub.Describe, pb.DescribeRequest(), who=str(self._path), timeout_s=timeout_s)
-        strangers = {(one.tag.guest_uuid, one.tag.inc) for one in found.devices} - {(self._guest, self._inc)}
-        ours = [one for one in found.devices if (one.tag.guest_uuid, one.tag.inc) == (self._guest, self._inc)]
-        if strangers and not ours:
+    async def describe_all(self, timeout_s: float = CALL_S) -> pb.DescribeResponse:
+        """What the program holds, of any guest. Raises ShimError."""
+        return await self.call(self.stub.Describe, pb.DescribeRequest(), who=str(self._path), timeout_s=timeout_s)
+
+    async def must_be_ours(self, timeout_s: float = CALL_S) -> None:
+        """The program serves this VMM process only. Raises ShimError: another one, or it does not answer."""
+        found = await self.describe_all(timeout_s)
+        if {(one.tag.guest_uuid, one.tag.inc) for one in found.devices} != {(self._guest, self._inc)}:
             raise ShimError(f"{self._path} belongs to another guest")
-        del found.devices[:]
-        found.devices.extend(ours)
-        return found
+
+    async def attach(self, device: str, parameters: str, *, incoming: bool) -> None:
+        """See ShimService.AttachDevice. Raises ShimError."""
+        request = pb.AttachDeviceRequest(
+            tag=self.tag(device), call_id=_new_id(), incoming=incoming, parameters=parameters
+        )
+        await self.call(self.stub.AttachDevice, request, who=device)
+
+    async def detach(self, device: str, timeout_s: float = CALL_S) -> None:
+        """See ShimService.DetachDevice; a device that is not there is detached. Raises ShimError."""
+        request = pb.DetachDeviceRequest(tag=self.tag(device), call_id=_new_id())
+        await self.call(self.stub.DetachDevice, request, who=device, timeout_s=timeout_s)
 
     async def inject(self, device: str, at: str, times: int, bytes: int) -> str:
         """See `DeviceProcess.inject_late_ack`. A device that cannot be scripted refuses."""

@@ -113,7 +113,7 @@ class DeviceProcess:
             await self._reached(b"c")
             self._steps.close()
             self._steps = None
-        await self._started_or_gone(self._client.describe(_START_S))
+        await self._started_or_gone(self._client.must_be_ours(_START_S))
 
     @classmethod
     async def start(cls, spec: DevicesSpec, *, incoming: bool) -> DeviceProcess:
@@ -147,7 +147,7 @@ class DeviceProcess:
             return None
         found = cls(spec, watched)
         try:
-            await found._client.describe()
+            await found._client.must_be_ours()
         except BaseException as error:
             gone = found.liveness() is Liveness.GONE
             await found.detach()

@@ -22,7 +22,7 @@ from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import guest_errors, name_error, scenario_problems
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
-from orchestrator.core.placement import Choice, Need, choose
+from orchestrator.core.placement import Choice, choose, need_for
 from orchestrator.core.records import GuestSpec, HostRecord, ShimKind, WantRun
 from orchestrator.core.scenario import HOOKS, MAX_BYTES, MAX_TIMES
 from orchestrator.core.text import quoted
@@ -128,7 +128,7 @@ class Guests:
     async def _place(self, spec: GuestSpec, wanted: str) -> tuple[HostRef, HostEntry]:
         """The host that has room, with the versions which must not have moved when the guest is recorded there."""
         snapshot = await self._tools.inventory.snapshot()
-        need = Need(guest="", name=spec.name, source="", memory_mib=spec.memory_mib, machine=spec.machine)
+        need = need_for(spec)
         choice: Choice = choose(snapshot.views(), need, wanted=wanted)
         if choice.destination is None:
             raise no_place(choice, field="host" if wanted else "")

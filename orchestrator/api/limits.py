@@ -14,7 +14,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from orchestrator.core.errors import invalid
-from orchestrator.core.guest import MAX_DEVICES, MAX_LABELS
+from orchestrator.core.guest import MAX_DEVICES, MAX_LABELS, MAX_PARAMETERS_BYTES
 from orchestrator.core.records import ShimKind
 from orchestrator.scenario_text import MAX_TEXT
 
@@ -26,6 +26,7 @@ MAX_REASON = 1_024
 BOUNDS: dict[str, int] = {
     "CordonHostRequest.reason": MAX_REASON,
     "DeviceSpec.scenario": MAX_TEXT,
+    "DeviceSpec.parameters": MAX_PARAMETERS_BYTES,
     "GuestSpec.devices": MAX_DEVICES * len(ShimKind),
     "GuestSpec.labels": MAX_LABELS,
     "GuestSpec.LabelsEntry.value": 253,

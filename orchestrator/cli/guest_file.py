@@ -109,11 +109,13 @@ _Policy = model_of(MigrationPolicy, on_timeout=Literal["abort", "suspend"])
 
 class _Device(Model):
     name: _Text
-    shim: Literal["companion", "net", "vfio"]
+    shim: Literal["companion", "net", "vfio", "external"]
     dma: _Text = "none"
     initial_bytes: _Bytes = 0
     stop_copy_bytes: _Bytes = 0
     dirty_bytes_per_s: _Bytes = 0
+    driver: _Text = ""
+    parameters: _Text = ""
     scenario: _Text | dict[str, Any] = ""
     """A mapping, or the name of a file beside the guest file."""
 

@@ -18,6 +18,7 @@ MAX_LABELS = 64
 MAX_APPEND_BYTES = 2047
 """What an x86 kernel takes of its command line."""
 MAX_DEVICE_BYTES = 1 << 30
+MAX_PARAMETERS_BYTES = 4 << 10
 
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_./-]{0,61}[A-Za-z0-9])?")
@@ -117,18 +118,27 @@ def _device(device: DeviceSpec) -> list[Problem]:
         bad.append(
             ("dma", f"must be none, not {quoted(device.dma)}: the emulated device writes no memory of the guest")
         )
-    if device.shim is ShimKind.COMPANION and device.dma != "none":
-        bad.append(
-            (
-                "dma",
-                f"a companion device must say none, not {quoted(device.dma)}: QEMU cannot be told of pages it wrote",
-            )
-        )
+    if device.shim in (ShimKind.COMPANION, ShimKind.EXTERNAL) and device.dma != "none":
+        said = f"device must say none, not {quoted(device.dma)}: QEMU cannot be told of pages it wrote"
+        bad.append(("dma", f"a {device.shim.value} {said}"))
+    bad += _external(device)
     bad += _range("initial_bytes", device.initial_bytes, 0, MAX_DEVICE_BYTES, "bytes")
     bad += _range("stop_copy_bytes", device.stop_copy_bytes, 0, MAX_DEVICE_BYTES, "bytes")
     bad += _range("dirty_bytes_per_s", device.dirty_bytes_per_s, 0, MAX_DEVICE_BYTES, "bytes/s")
-    if device.shim is ShimKind.NET and device.scenario:
-        bad.append(("scenario", "only companion and vfio devices follow a scenario, not net"))
+    if device.shim in (ShimKind.NET, ShimKind.EXTERNAL) and device.scenario:
+        bad.append(("scenario", f"only companion and vfio devices follow a scenario, not {device.shim.value}"))
+    return bad
+
+
+def _external(device: DeviceSpec) -> list[Problem]:
+    if device.shim is not ShimKind.EXTERNAL:
+        given = [name for name in ("driver", "parameters") if getattr(device, name)]
+        return [(name, f"only external devices have it, not {device.shim.value}") for name in given]
+    bad: list[Problem] = []
+    if wrong := name_error(device.driver):
+        bad.append(("driver", f"names the hosts' program for the device and {wrong}"))
+    if (size := len(device.parameters.encode())) > MAX_PARAMETERS_BYTES:
+        bad.append(("parameters", f"at most {MAX_PARAMETERS_BYTES} bytes, not {size}"))
     return bad
 
 

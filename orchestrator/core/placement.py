@@ -42,6 +42,8 @@ class HostView:
     machine_aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     engine: str = ""
     """For people."""
+    shims: tuple[str, ...] = ()
+    """Drivers of external devices that it has a program for."""
 
     @property
     def free_mib(self) -> int:
@@ -60,6 +62,15 @@ class Need:
     machine: str = ""
     inside: bool = False
     """It has devices inside its VMM."""
+    drivers: tuple[str, ...] = ()
+    """Of its external devices: the destination needs a program for each."""
+
+
+def need_for(spec: GuestSpec, *, guest: str = "", source: str = "") -> Need:
+    """What a guest of this specification asks; `guest` is its uuid, `source` its host, if it has any yet."""
+    inside = any(device.shim is ShimKind.VFIO for device in spec.devices)
+    drivers = tuple(sorted({device.driver for device in spec.devices if device.shim is ShimKind.EXTERNAL}))
+    return Need(guest, spec.name, source, spec.memory_mib, spec.machine, inside, drivers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +120,9 @@ def judge(host: HostView, need: Need, *, source: HostView | None = None) -> Verd
     if need.machine and host.machine_types and need.machine not in host.machine_types:
         said = f"{name} does not offer machine type {need.machine}{_advice(host, need, source)}"
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)
+    if missing := [driver for driver in need.drivers if driver not in host.shims]:
+        said = f"{name} has no program for {need.name}'s devices of driver {', '.join(missing)}"
+        return no(RefusalReason.DEVICE_NOT_MIGRATABLE, said)
     if source is not None and host.accelerator and source.accelerator and host.accelerator != source.accelerator:
         said = f"{name} runs guests with {host.accelerator}, {need.source} with {source.accelerator}"
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)
@@ -369,9 +383,7 @@ class GuestInput:
 
 def need_of(guest: GuestInput) -> Need:
     """What a guest asks of a destination now."""
-    spec = guest.spec
-    inside = any(device.shim is ShimKind.VFIO for device in spec.devices)
-    return Need(guest.uuid, guest.record.name, guest.record.owner.host, spec.memory_mib, spec.machine, inside)
+    return need_for(guest.spec, guest=guest.uuid, source=guest.record.owner.host)
 
 
 _HOLDS_MEMORY = (Ownership.STARTING, Ownership.IDLE, Ownership.OPEN, Ownership.COMMITTED, Ownership.ABORTED)
@@ -411,6 +423,7 @@ def host_views(hosts: Sequence[HostInput], guests: Sequence[GuestInput], *, but:
                 switchover_ack=host.record.switchover_ack,
                 machine_aliases=host.record.machine_aliases,
                 engine=host.record.engine,
+                shims=host.record.shims,
             )
         )
     return tuple(views)

@@ -19,6 +19,8 @@ class ShimKind(StrEnum):
     NET = "net"
     VFIO = "vfio"
     """A device inside the VMM; the VMM moves its state and asks for its ACKs."""
+    EXTERNAL = "external"
+    """A device that a program of the host holds (docs/shims.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,10 @@ class DeviceSpec:
     dirty_bytes_per_s: int = 0
     scenario: str = ""
     """YAML text of the scenario (docs/scenario.md); empty: a well-behaved device."""
+    driver: str = ""
+    """Of an external device: which program holds it, by the name that hosts have for it."""
+    parameters: str = ""
+    """Of an external device: for its program, opaque to Drover."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +108,8 @@ class HostRecord:
     """What names such as `pc` stand for there: another machine type in each version of the engine."""
     identity: AgentIdentity | None = None
     """Of the agent that registered it; None: one of a version that did not say."""
+    shims: tuple[str, ...] = ()
+    """Drivers of external devices that the host has a program for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +18,7 @@ import pytest
 
 from agents.shims.base import DestinationShim, Frame, FrameKind, Load, ShimError, SourceShim
 from agents.shims.companion import DeviceProcess, DevicesSpec
+from agents.shims.external import ExternalDevices
 from deploy.lab.devices import PROGRAM
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import DeviceSpec, ShimKind
@@ -82,12 +86,66 @@ class CompanionPair:
         shutil.rmtree(self.directory)
 
 
-Pair = FakePair | CompanionPair
+@dataclass
+class ExternalPair:
+    """Both ends of one device, held by a program of each host that serves all of its guests (the lab's example)."""
+
+    directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="de-")))
+    parameters: dict[str, object] = field(default_factory=dict[str, object])
+    incs: int = 0
+    held: list[ExternalDevices] = field(default_factory=list[ExternalDevices])
+    programs: list[subprocess.Popen[bytes]] = field(default_factory=list[subprocess.Popen[bytes]])
+
+    def _devices(self, inc: str) -> ExternalDevices:
+        end = "source" if inc == "s" else "destination"
+        spec = DeviceSpec(DEVICE, ShimKind.EXTERNAL, driver="flows", parameters=json.dumps(self.parameters))
+        self.held.append(ExternalDevices("guest-1", inc, (spec,), {"flows": self.directory / end}))
+        return self.held[-1]
+
+    async def _program(self, end: str) -> None:
+        path = self.directory / end
+        if not path.exists():
+            command = [sys.executable, "-m", "deploy.lab.devices.flow_table", "--socket", str(path)]
+            self.programs.append(await asyncio.to_thread(subprocess.Popen, command))
+
+    async def source(self, *, late_at: str = "", late_times: int = 0, spoil: bool = False) -> SourceShim:
+        self.parameters = {"asks_again_at": late_at, "asks_again": late_times, "refuses": "validate" if spoil else ""}
+        await self._program("source")
+        devices = self._devices("s")
+        await devices.attach(incoming=False)
+        return devices.source_shims()[DEVICE]
+
+    async def destination(self) -> DestinationShim:
+        self.incs += 1
+        await self._program("destination")
+        devices = self._devices(f"d{self.incs}")
+        await devices.attach(incoming=True)
+        return devices.destination_shims()[DEVICE]
+
+    async def source_of_a_later_agent(self) -> SourceShim:
+        await self.held[0].detach()
+        return self._devices("s").source_shims()[DEVICE]
+
+    async def end(self) -> None:
+        for devices in self.held:
+            await devices.destroy()
+        for program in self.programs:
+            program.kill()
+            await asyncio.to_thread(program.wait)
+        shutil.rmtree(self.directory)
 
 
-@pytest.fixture(params=["fake", "companion"])
+Pair = FakePair | CompanionPair | ExternalPair
+PAIRS: dict[str, type[FakePair] | type[CompanionPair] | type[ExternalPair]] = {
+    "fake": FakePair,
+    "companion": CompanionPair,
+    "external": ExternalPair,
+}
+
+
+@pytest.fixture(params=list(PAIRS))
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
-    made: Pair = FakePair() if request.param == "fake" else CompanionPair()
+    made: Pair = PAIRS[request.param]()
     try:
         yield made
     finally:

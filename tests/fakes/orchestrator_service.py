@@ -32,7 +32,7 @@ from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
-from orchestrator.core.placement import GuestInput, HostView, Need, choose, plan
+from orchestrator.core.placement import GuestInput, HostView, choose, need_for, plan
 from orchestrator.core.records import GuestSpec, RequestRecord
 from orchestrator.rpc.channels import MAX_REQUEST_BYTES, aio_server, listen
 from orchestrator.rpc.errors import Errors
@@ -189,7 +189,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         ]
 
     def _place(self, spec: GuestSpec, source: str, wanted: str, field: str) -> str:
-        choice = choose(self._views(), Need("", spec.name, source, spec.memory_mib, spec.machine), wanted=wanted)
+        choice = choose(self._views(), need_for(spec, source=source), wanted=wanted)
         if choice.destination is None:
             raise no_place(choice, field=field if wanted else "")
         return choice.destination.host
@@ -404,7 +404,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             if each.host == host
         ]
         leaving.sort(key=lambda each: (-each.spec.memory_mib, each.record.name))
-        needs = [Need(each.uuid, each.spec.name, host, each.spec.memory_mib, each.spec.machine) for each in leaving]
+        needs = [need_for(each.spec, guest=each.uuid, source=host) for each in leaving]
         return [views.verdict(*each) for each in zip(leaving, plan(self._views(), needs), strict=True)]
 
     async def GetEvacuation(self, request: pb.GetEvacuationRequest, context: object) -> types.Evacuation:

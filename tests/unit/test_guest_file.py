@@ -190,7 +190,7 @@ guests:
         "guests.yaml:3: defaults.vcpu: there is no such key; did you mean vcpus?",
         "guests.yaml:6: guests[0].vcpus: must be a whole number, not 'two'",
         "guests.yaml:7: guests[0].labels.n: must be text (in quotes, if it looks like something else), not 1",
-        "guests.yaml:9: guests[0].devices[0].shim: must be 'companion', 'net' or 'vfio', not 'compannion'",
+        "guests.yaml:9: guests[0].devices[0].shim: must be 'companion', 'net', 'vfio' or 'external', not 'compannion'",
         "guests.yaml:10: guests[0].devices[1].shim: is missing",
         "guests.yaml:11: guests[0].devices[1].initial_bites: there is no such key; did you mean initial_bytes?",
         "guests.yaml:14: guests[1].policy.on_timeout: must be 'abort' or 'suspend', not 'never'",

@@ -48,6 +48,8 @@ class LocalConfig(BaseModel):
     """Of guests that name no kernel. None: $DROVER_GUEST_IMAGE, else the one built from deploy/lab/guest_image."""
     images: Path | None = None
     """Directory of the images that guests may name."""
+    shims: dict[str, str] = Field(default_factory=dict[str, str])
+    """Programs for external devices, as agents know them: name -> unix socket; {host} in it is filled in."""
     ray_cpus: Annotated[int, Field(ge=1)] = 2
     workers: Annotated[int, Field(ge=1, le=16)] = 2
     """Ray actors that drive migrations; two for fail-over, one carries a thousand."""

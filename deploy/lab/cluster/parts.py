@@ -160,6 +160,7 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "bandwidth_mbps": config.bandwidth_bps // 10**6,
         "accelerator": config.accelerator,
         "device_program": PROGRAM,
+        "shims": {name: socket.format(host=place.name) for name, socket in config.shims.items()},
         "qemu": config.qemu_on.get(place.name, config.qemu),
         "guest_image": str(image),
         "images": str(config.images.expanduser().resolve()) if config.images else None,

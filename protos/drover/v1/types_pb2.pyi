@@ -105,6 +105,8 @@ class _ShimKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ShimKind.Val
     SHIM_KIND_NET: _ShimKind.ValueType  # 2
     SHIM_KIND_VFIO: _ShimKind.ValueType  # 3
     """A device inside the VMM: its state travels in the VMM's own stream."""
+    SHIM_KIND_EXTERNAL: _ShimKind.ValueType  # 4
+    """A device that a program of the host holds (docs/shims.md)."""
 
 class ShimKind(_ShimKind, metaclass=_ShimKindEnumTypeWrapper): ...
 
@@ -113,6 +115,8 @@ SHIM_KIND_COMPANION: ShimKind.ValueType  # 1
 SHIM_KIND_NET: ShimKind.ValueType  # 2
 SHIM_KIND_VFIO: ShimKind.ValueType  # 3
 """A device inside the VMM: its state travels in the VMM's own stream."""
+SHIM_KIND_EXTERNAL: ShimKind.ValueType  # 4
+"""A device that a program of the host holds (docs/shims.md)."""
 Global___ShimKind: _TypeAlias = ShimKind  # noqa: Y015
 
 class _OnHostDeath:
@@ -561,6 +565,8 @@ class DeviceSpec(_message.Message):
     STOP_COPY_BYTES_FIELD_NUMBER: _builtins.int
     DIRTY_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     SCENARIO_FIELD_NUMBER: _builtins.int
+    DRIVER_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     shim: Global___ShimKind.ValueType
     dma: _builtins.str
@@ -571,6 +577,9 @@ class DeviceSpec(_message.Message):
     dirty_bytes_per_s: _builtins.int
     scenario: _builtins.str
     """YAML text of a scenario (docs/scenario.md)."""
+    driver: _builtins.str
+    """Of an external device: which program holds it, by the name that hosts have for it; and what that program is told."""
+    parameters: _builtins.str
     def __init__(
         self,
         *,
@@ -581,10 +590,12 @@ class DeviceSpec(_message.Message):
         stop_copy_bytes: _builtins.int | None = ...,
         dirty_bytes_per_s: _builtins.int | None = ...,
         scenario: _builtins.str = ...,
+        driver: _builtins.str = ...,
+        parameters: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dirty_bytes_per_s", b"_dirty_bytes_per_s", "_initial_bytes", b"_initial_bytes", "_stop_copy_bytes", b"_stop_copy_bytes", "dirty_bytes_per_s", b"dirty_bytes_per_s", "initial_bytes", b"initial_bytes", "stop_copy_bytes", b"stop_copy_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dirty_bytes_per_s", b"_dirty_bytes_per_s", "_initial_bytes", b"_initial_bytes", "_stop_copy_bytes", b"_stop_copy_bytes", "dirty_bytes_per_s", b"dirty_bytes_per_s", "dma", b"dma", "initial_bytes", b"initial_bytes", "name", b"name", "scenario", b"scenario", "shim", b"shim", "stop_copy_bytes", b"stop_copy_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dirty_bytes_per_s", b"_dirty_bytes_per_s", "_initial_bytes", b"_initial_bytes", "_stop_copy_bytes", b"_stop_copy_bytes", "dirty_bytes_per_s", b"dirty_bytes_per_s", "dma", b"dma", "driver", b"driver", "initial_bytes", b"initial_bytes", "name", b"name", "parameters", b"parameters", "scenario", b"scenario", "shim", b"shim", "stop_copy_bytes", b"stop_copy_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dirty_bytes_per_s: _TypeAlias = _typing.Literal["dirty_bytes_per_s"]  # noqa: Y015
     _WhichOneofArgType__dirty_bytes_per_s: _TypeAlias = _typing.Literal["_dirty_bytes_per_s", b"_dirty_bytes_per_s"]  # noqa: Y015
