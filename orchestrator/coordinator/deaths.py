@@ -23,7 +23,7 @@ from orchestrator.core.death import DeathFacts, Next, Restart
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
-from orchestrator.core.placement import HostView, Need, choose
+from orchestrator.core.placement import HostView, choose, need_for
 from orchestrator.core.records import (
     Certificate,
     DeathPhase,
@@ -398,7 +398,7 @@ class DeathRunner:
         avoid: str,
     ) -> bool:
         """False: what was seen of the hosts or of the guest is no longer so."""
-        need = Need(guest="", name=spec.name, source="", memory_mib=spec.memory_mib, machine=spec.machine)
+        need = need_for(spec)
         choice = choose(tuple(room.views.values()), need, avoid=(avoid,) if avoid else ())
         if choice.destination is None:
             log.info("guest waits for room after its host's death", guest=spec.name, why=choice.message)
