@@ -43,12 +43,19 @@ def after_certificates(record: GuestRecord, certified: Collection[HostRef], *, w
     A guest whose owner's power cycle is over is CRASHED, also one that was committed there: it is never given back to
     its source, since it may have run (H10). An attempt towards a dead host is aborted: the guest stays where it is.
     """
-    if record.phase in _LIVES and record.owner in certified:
-        return handover.host_died(record, certificate=True, writer=writer)
-    if record.phase is Ownership.OPEN and record.destination is not None and record.destination in certified:
+    over = is_certified(record.owner, certified)
+    if record.phase in _LIVES and handover.may_declare_dead(certificate=over):
+        return handover.host_died(record, certificate=over, writer=writer)
+    towards = record.destination if record.phase is Ownership.OPEN else None
+    if towards is not None and is_certified(towards, certified):
         lost = AbortReason.DESTINATION_LOST
         return handover.abort(record, record.migration, record.attempt, lost, writer=writer)
     return None
+
+
+def is_certified(ref: HostRef, certified: Collection[HostRef]) -> bool:
+    """Exactly that power cycle: an earlier one of the same host says nothing about a later one."""
+    return ref in certified
 
 
 def speaks_for(record: GuestRecord) -> set[HostRef]:
@@ -111,13 +118,18 @@ class Restart(StrEnum):
     """The new life has run, or the name is somebody else's: this life is GONE."""
 
 
+def may_restart(record: GuestRecord) -> bool:
+    """H11: only the certified death of its host says that no copy of it runs and none will."""
+    return record.phase is Ownership.CRASHED and record.host_died
+
+
 def restart_step(record: GuestRecord, spec: GuestSpec, successor: GuestRecord | None, *, name_is_ours: bool) -> Restart:
     """`successor`: the record of `record.successor`, None when none was created. `name_is_ours`: the name leads to this
     life or its successor, or to nobody.
 
     The record stays CRASHED until a successor has run, so that one which its agent refuses is followed by another.
     """
-    if record.phase is not Ownership.CRASHED or not record.host_died or why_left(spec):
+    if not may_restart(record) or why_left(spec):
         return Restart.NOTHING
     if successor is None:
         return Restart.CREATE if name_is_ours else Restart.CLOSE

@@ -18,7 +18,7 @@ from agents.handover.destination import DestinationStage, DestinationState
 from agents.handover.source import SourceStage, SourceState
 from agents.handover.table import ignored
 from agents.handover.words import Commit, DevicesLost, Do, Seen, Timer
-from orchestrator.core import handover
+from orchestrator.core import death, handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.liveness import Liveness
@@ -162,6 +162,17 @@ def fence_guess() -> list[Patch]:
     return [(handover, "may_declare_dead", lambda *, certificate: True)]
 
 
+def certificate_other_boot() -> list[Patch]:
+    def certified(ref: Any, certificates: Any) -> bool:
+        return any(each.host == ref.host for each in certificates)
+
+    return [(death, "is_certified", certified)]
+
+
+def restart_without_certificate() -> list[Patch]:
+    return [(death, "may_restart", lambda record: record.phase is not Ownership.GONE)]
+
+
 def stale_read() -> list[Patch]:
     return [(world_module, "read_record", lambda world: BORN)]
 
@@ -297,6 +308,8 @@ MUTANTS = (
     Mutant("rollback_unknown", "H10", rollback_unknown, Bounds(requests=0, cancels=0, faults=2)),
     Mutant("rollback_any_boot", "H10", rollback_any_boot, Bounds(requests=0, cancels=0, faults=0, power=1)),
     Mutant("fence_guess", "H11", fence_guess),
+    Mutant("certificate_other_boot", "H11", certificate_other_boot, Bounds(requests=0, cancels=0, faults=0)),
+    Mutant("restart_without_certificate", "H11", restart_without_certificate, Bounds(requests=0, cancels=0, faults=0)),
     Mutant("stale_read", "H13", stale_read, Bounds(requests=0, cancels=0, faults=2)),
     Mutant("no_req_check", "H14", no_req_check, _REQUEST),
     Mutant("late_when_stopped", "H14", late_when_stopped, Bounds(requests=1, cancels=0, faults=0, wishes=1)),

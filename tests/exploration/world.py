@@ -41,15 +41,17 @@ from agents.handover.words import (
     WriteAbort,
     WriteRequests,
 )
-from orchestrator.core import handover
+from orchestrator.core import death, handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.liveness import Liveness
+from orchestrator.core.records import GuestSpec, OnHostDeath
 
-S1, S2 = HostRef("s", "s1"), HostRef("s", "s2")
-D1, D2 = HostRef("d", "d1"), HostRef("d", "d2")
+S0, S1, S2 = HostRef("s", "s0"), HostRef("s", "s1"), HostRef("s", "s2")
+D0, D1, D2 = HostRef("d", "d0"), HostRef("d", "d1"), HostRef("d", "d2")
 MIGRATION = "m"
+RESTARTS = GuestSpec("g", on_host_death=OnHostDeath.RESTART)
 BORN = GuestRecord(name="g", phase=Ownership.IDLE, owner=S1)
 
 # source VMM
@@ -126,6 +128,10 @@ class World(NamedTuple):
     """A device inside the source VMM was reset in this attempt."""
     off: bool = False
     """The guest at the source has powered itself off: its vCPUs never run again."""
+    certified: frozenset[HostRef] = frozenset({S0, D0})
+    """Power cycles of which a certificate says that they are over; both hosts have booted before."""
+    restarted: bool = False
+    """The leader has started another life of the guest on a third host, because its host is certified dead."""
 
 
 def start(bounds: Bounds) -> World:
@@ -591,10 +597,17 @@ def coordinator_moves(world: World, bounds: Bounds) -> Iterator[Move]:
             cancelled = cancel_by_api(world)
             if cancelled is not None:
                 yield "A cancels", False, cancelled
-    if record.phase is Ownership.COMMITTED and handover.may_declare_dead(certificate=False):
-        guessed = replace(record, phase=Ownership.ABORTED, owner=S1, reason=AbortReason.DESTINATION_LOST)
-        yield "C takes silence for death", True, world._replace(record=guessed)
+    yield from _certificates_count(world)
     yield from _prepare_and_conduct(world, bounds)
+
+
+def _certificates_count(world: World) -> Iterator[Move]:
+    """The leader makes the record true to the certificates, and starts elsewhere what died with its host."""
+    wanted = death.after_certificates(world.record, world.certified, writer="c")
+    if wanted is not None:
+        yield "C reads the certificates", True, write(world, wanted)
+    if death.restart_step(world.record, RESTARTS, None, name_is_ours=not world.restarted) is death.Restart.CREATE:
+        yield "C starts it elsewhere", True, world._replace(restarted=True)
 
 
 def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
@@ -744,21 +757,28 @@ def recovery_moves(world: World) -> Iterator[Move]:
     if not world.destination_up and world.power != 2:
         yield "D agent restarts", True, world._replace(destination_up=True)
     if world.power == 1:
-        yield "S host returns", True, world._replace(power=3, source_up=True, conducting=0)
-        yield "fencer", True, _fence(world, "s")
+        yield "S host returns", True, _certified(world, S1)._replace(power=3, source_up=True, conducting=0)
+        yield "fencer", True, _certified(world, S1)
     if world.power == 2:
-        yield "D host returns", True, world._replace(power=4, destination_up=True)
-        yield "fencer", True, _fence(world, "d")
+        yield "D host returns", True, _certified(world, D1)._replace(power=4, destination_up=True)
+        yield "fencer", True, _certified(world, D1)
     if world.source_up and world.source is None:
         yield from _source_keeper(world)
     if world.destination_up and world.destination is None:
         yield from _destination_keeper(world)
 
 
-def _fence(world: World, host: str) -> World:
-    if not handover.may_declare_dead(certificate=True) or world.record.owner.host != host:
-        return world
-    return attempted(world, lambda: handover.crashed(world.record, writer="f")) or world
+def _certified(world: World, over: HostRef) -> World:
+    """By the fencer, which has seen the power off, or by the host itself when it comes back: a certificate is true."""
+    return world._replace(certified=world.certified | {over})
+
+
+def _declared(world: World, here: HostRef, writer: str) -> GuestRecord:
+    """What a keeper writes of a guest of its host that is over: in this power cycle it saw the VMM dead."""
+    owner = world.record.owner
+    if owner == here:
+        return handover.crashed(world.record, writer=writer)
+    return handover.host_died(world.record, certificate=owner in world.certified, writer=writer)
 
 
 Sees = tuple[GuestRecord | None, Liveness | None]
@@ -803,7 +823,7 @@ def _source_duty(world: World, record: GuestRecord | None, told: Liveness | None
     world = _blinded(world, record, told)
     match found.do:
         case keeping.Do.DECLARE_CRASHED:
-            after = attempted(world, lambda: handover.crashed(world.record, writer="s"))
+            after = attempted(world, lambda: _declared(world, here, "s"))
             if after is not None:
                 yield "S keeper declares", True, after
         case keeping.Do.DISCARD:
@@ -859,7 +879,7 @@ def _destination_duty(world: World, record: GuestRecord | None, told: Liveness |
             if back is not None:
                 yield "D keeper gives back", True, back
         case keeping.Do.DECLARE_CRASHED:
-            after = attempted(world, lambda: handover.crashed(world.record, writer="d"))
+            after = attempted(world, lambda: _declared(world, here, "d"))
             if after is not None:
                 yield "D keeper declares", True, after
         case keeping.Do.DISCARD:
@@ -894,6 +914,8 @@ def flaw(world: World) -> str:
     runs_here, runs_there = world.vmm == RUN, world.copy == OWN
     if runs_here and runs_there:
         return "SPLIT BRAIN"
+    if world.restarted and (runs_here or runs_there):
+        return "RUNS BESIDE ITS NEXT LIFE"
     if world.ran_there and runs_here:
         return "SOURCE RUNS AFTER DESTINATION RAN"
     if world.record.phase is Ownership.CRASHED and world.power == 0 and (runs_here or runs_there):
