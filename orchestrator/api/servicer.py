@@ -19,6 +19,7 @@ from orchestrator.api.history import History
 from orchestrator.api.hosts import Hosts
 from orchestrator.api.migrations import Migrations
 from orchestrator.api.reads import EvacuationRead, GuestRead, MigrationRead
+from orchestrator.api.repairs import Repairs
 from orchestrator.api.sources import EvacuationSource, GuestSource, MigrationSource
 from orchestrator.api.watching import Feed, Streams
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -57,6 +58,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         history = History(tools.ledger)
         self._hosts = Hosts(tools)
         self._deaths = Deaths(tools)
+        self._repairs = Repairs(tools)
         self._migrations = Migrations(tools, history)
         self._guests = Guests(tools, self._migrations)
         self._evacuations = Evacuations(tools)
@@ -127,6 +129,10 @@ class OrchestratorServicer(OrchestratorServiceServicer):
             async with aclosing(self.guest_feed.stream(uuids)) as guests:
                 async for guest in guests:
                     yield pb.WatchGuestsResponse(guest=guest)
+
+    async def RepairGuest(self, request: pb.RepairGuestRequest, context: Any) -> pb.RepairGuestResponse:
+        with about(guest=request.name):
+            return await self._repairs.repair(request, _caller(context))
 
     # --- migrations ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from orchestrator.cli import chaos, evacuation, explain, guest, host, migration
+from orchestrator.cli import chaos, evacuation, explain, guest, host, migration, repair
 from orchestrator.cli.context import api_option, dir_option
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.exits import explain as told
@@ -63,6 +63,7 @@ for command in (
     explain.explain,
     evacuation.evacuate,
     evacuation.evacuation,
+    repair.repair,
     chaos.chaos,
 ):
     root.add_command(command)

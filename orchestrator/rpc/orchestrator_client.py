@@ -145,6 +145,11 @@ class OrchestratorClient:
         for answer in self._watch(self._stub.WatchGuests, pb.WatchGuestsRequest(names=names)):
             yield answer.guest
 
+    def repair_guest(self, name: str, action: str = "") -> pb.RepairGuestResponse:
+        """What is where, and what can safely be done; with an action that was offered it is done first. NOTHING_SAFE:
+        it is not safe now."""
+        return self._call(self._stub.RepairGuest, pb.RepairGuestRequest(name=name, action=action))
+
     # --- migrations ---------------------------------------------------------------------------------------------------
 
     def create_migration(

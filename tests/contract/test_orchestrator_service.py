@@ -327,6 +327,15 @@ async def test_a_guest_runs_when_it_was_created(api: Subject, client: Orchestrat
         assert (await api.call(client.get_guest, name)).uuid == made.uuid
 
 
+async def test_a_guest_that_is_well_needs_no_repair(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
+    looked = await api.call(client.repair_guest, "web")
+    assert (looked.guest, looked.guest_uuid, list(looked.offers)) == ("web", web.uuid, [])
+    assert looked.findings[0].startswith("the ledger says IDLE, owner h1")
+    assert looked.otherwise == "nothing is wrong with it"
+    assert (await api.refused(client.repair_guest, "web", "bury")).reason is R.NOTHING_SAFE
+    assert (await api.refused(client.repair_guest, "none")).reason is R.NOT_FOUND
+
+
 async def test_its_host_is_chosen_by_free_memory(api: Subject, client: OrchestratorClient) -> None:
     homes = [(await api.call(client.create_guest, replace(WEB, name=f"web-{n}"))).host for n in range(4)]
     assert homes == ["h1", "h2", "h3", "h1"]

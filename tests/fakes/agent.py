@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator import wire
 from orchestrator.core import handover
-from orchestrator.core.agent import AgentSample, AgentStatus, GuestStatus, RunState
+from orchestrator.core.agent import AgentSample, AgentStatus, CopyStatus, GuestStatus, RunState
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -42,6 +42,7 @@ class FakeAgent(AgentServiceServicer):
     refusals: dict[str, DroverError] = field(default_factory=dict[str, DroverError])
     delays_s: dict[str, float] = field(default_factory=dict[str, float])
     queue_wishes: bool = False
+    copies: list[CopyStatus] = field(default_factory=list[CopyStatus])
     calls: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     sample: AgentSample = field(default_factory=AgentSample)
     """What a new watch begins with."""
@@ -101,7 +102,12 @@ class FakeAgent(AgentServiceServicer):
         await self._called("GetAgent", "")
         return wire.agent_status_to_proto(
             AgentStatus(
-                HostRef(self.host, f"boot-{self.host}"), 0, self.sample.guests, self.sample.attempts, complete=True
+                HostRef(self.host, f"boot-{self.host}"),
+                0,
+                self.sample.guests,
+                self.sample.attempts,
+                copies=tuple(self.copies),
+                complete=True,
             )
         )
 

@@ -62,6 +62,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     guests: dict[str, types.Guest] = field(default_factory=dict[str, types.Guest])
     migrations: dict[str, types.Migration] = field(default_factory=dict[str, types.Migration])
     evacuations: dict[str, types.Evacuation] = field(default_factory=dict[str, types.Evacuation])
+    offers: dict[str, list[pb.RepairOffer]] = field(default_factory=dict[str, list[pb.RepairOffer]])
+    """What a repair offers, by guest."""
     deaths: dict[str, types.HostDeath] = field(default_factory=dict[str, types.HostDeath])
     gone: list[types.Guest] = field(default_factory=list[types.Guest])
     verdicts: list[pb.PlacementVerdict] = field(default_factory=list[pb.PlacementVerdict])
@@ -273,6 +275,21 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         uuids = [self._guest(name, "names").uuid for name in request.names]
         async for guest in _follow(self._lives, uuids, lambda guest: guest.ownership == types.OWNERSHIP_PHASE_GONE):
             yield pb.WatchGuestsResponse(guest=guest)
+
+    async def RepairGuest(self, request: pb.RepairGuestRequest, context: object) -> pb.RepairGuestResponse:
+        await self._called("RepairGuest", request)
+        guest = self._guest(request.name)
+        offers = self.offers.get(guest.name, [])
+        if request.action and request.action not in [offer.action for offer in offers]:
+            raise DroverError(R.NOTHING_SAFE, f"{request.action!r} is not safe now", field="action")
+        left = [] if request.action else offers
+        return pb.RepairGuestResponse(
+            guest=guest.name,
+            guest_uuid=guest.uuid,
+            findings=[f"the ledger says {wire.word(guest, 'ownership')}, owner {guest.host}"],
+            offers=left,
+            otherwise="" if left else "nothing is wrong with it",
+        )
 
     # --- migrations
 

@@ -314,6 +314,18 @@ def test_ones_word_needs_a_look_first(drover: Drover, service: FakeOrchestrator)
     assert (done.code, done.json["on_operators_word"], done.json["phase"]) == (Exit.OK, True, "DONE")
 
 
+def test_repair_explains_and_does_only_what_it_was_told(drover: Drover, service: FakeOrchestrator) -> None:
+    quiet = drover("repair", "db")
+    assert "the ledger says IDLE, owner host-1" in quiet.out
+    assert "nothing safe can be done, because nothing is wrong with it" in quiet.out
+    service.offers["db"] = [pb.RepairOffer(action="abort", message="end attempt 2")]
+    assert "--action abort: end attempt 2" in drover("repair", "db").out
+    assert drover("repair", "db", "--action", "abort").out.startswith("abort: done; now")
+    refused = drover("repair", "db", "--action", "bury")
+    assert (refused.code, "NOTHING_SAFE" in refused.err) == (Exit.REFUSED, True)
+    assert service.requests("RepairGuest")[-1].action == "bury"
+
+
 def test_removing_a_host(drover: Drover, service: FakeOrchestrator) -> None:
     assert "HOST_ALIVE" in drover("host", "remove", "host-10").err
     service.hosts["host-10"].state = types.HOST_STATE_DEAD

@@ -452,6 +452,88 @@ class WatchGuestsResponse(_message.Message):
 Global___WatchGuestsResponse: _TypeAlias = WatchGuestsResponse  # noqa: Y015
 
 @_typing.final
+class RepairGuestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    action: _builtins.str
+    """One that an answer offered: bury, abort, close, discard, resume. Empty: only look."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        action: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RepairGuestRequest: _TypeAlias = RepairGuestRequest  # noqa: Y015
+
+@_typing.final
+class RepairOffer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTION_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    action: _builtins.str
+    message: _builtins.str
+    """What it does, as a sentence."""
+    def __init__(
+        self,
+        *,
+        action: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RepairOffer: _TypeAlias = RepairOffer  # noqa: Y015
+
+@_typing.final
+class RepairGuestResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    OFFERS_FIELD_NUMBER: _builtins.int
+    OTHERWISE_FIELD_NUMBER: _builtins.int
+    guest: _builtins.str
+    guest_uuid: _builtins.str
+    otherwise: _builtins.str
+    """Why nothing safe can be done; empty while there are offers."""
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is the case, as sentences; after the action, if there was one."""
+
+    @_builtins.property
+    def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RepairOffer]: ...
+    def __init__(
+        self,
+        *,
+        guest: _builtins.str = ...,
+        guest_uuid: _builtins.str = ...,
+        findings: _abc.Iterable[_builtins.str] | None = ...,
+        offers: _abc.Iterable[Global___RepairOffer] | None = ...,
+        otherwise: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "guest", b"guest", "guest_uuid", b"guest_uuid", "offers", b"offers", "otherwise", b"otherwise"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RepairGuestResponse: _TypeAlias = RepairGuestResponse  # noqa: Y015
+
+@_typing.final
 class CreateMigrationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

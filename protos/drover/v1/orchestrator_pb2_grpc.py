@@ -105,6 +105,11 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchGuestsRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchGuestsResponse.FromString,
                 _registered_method=True)
+        self.RepairGuest = channel.unary_unary(
+                '/drover.v1.OrchestratorService/RepairGuest',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RepairGuestRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RepairGuestResponse.FromString,
+                _registered_method=True)
         self.CreateMigration = channel.unary_unary(
                 '/drover.v1.OrchestratorService/CreateMigration',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CreateMigrationRequest.SerializeToString,
@@ -258,6 +263,13 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RepairGuest(self, request, context):
+        """Asks the ledger and the agents of its hosts what is where, and says what can safely be done; with an action it does it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateMigration(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -399,6 +411,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.WatchGuests,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchGuestsRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchGuestsResponse.SerializeToString,
+            ),
+            'RepairGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.RepairGuest,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RepairGuestRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RepairGuestResponse.SerializeToString,
             ),
             'CreateMigration': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateMigration,
@@ -834,6 +851,33 @@ class OrchestratorService:
             '/drover.v1.OrchestratorService/WatchGuests',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchGuestsRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchGuestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RepairGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/RepairGuest',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.RepairGuestRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.RepairGuestResponse.FromString,
             options,
             channel_credentials,
             insecure,

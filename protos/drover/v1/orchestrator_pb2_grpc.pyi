@@ -66,6 +66,8 @@ class OrchestratorServiceStub:
     StopGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.StopGuestRequest, _types_pb2.Guest]
     """Ends the guest for good. A running migration is cancelled first."""
     WatchGuests: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.WatchGuestsRequest, _orchestrator_pb2.WatchGuestsResponse]
+    RepairGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RepairGuestRequest, _orchestrator_pb2.RepairGuestResponse]
+    """Asks the ledger and the agents of its hosts what is where, and says what can safely be done; with an action it does it."""
     CreateMigration: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateMigrationRequest, _types_pb2.Migration]
     GetMigration: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetMigrationRequest, _types_pb2.Migration]
     ListMigrations: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListMigrationsRequest, _orchestrator_pb2.ListMigrationsResponse]
@@ -108,6 +110,8 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     StopGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.StopGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """Ends the guest for good. A running migration is cancelled first."""
     WatchGuests: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.WatchGuestsRequest, _orchestrator_pb2.WatchGuestsResponse]  # type: ignore[assignment]
+    RepairGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.RepairGuestRequest, _orchestrator_pb2.RepairGuestResponse]  # type: ignore[assignment]
+    """Asks the ledger and the agents of its hosts what is where, and says what can safely be done; with an action it does it."""
     CreateMigration: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateMigrationRequest, _types_pb2.Migration]  # type: ignore[assignment]
     GetMigration: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetMigrationRequest, _types_pb2.Migration]  # type: ignore[assignment]
     ListMigrations: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListMigrationsRequest, _orchestrator_pb2.ListMigrationsResponse]  # type: ignore[assignment]
@@ -231,6 +235,14 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _orchestrator_pb2.WatchGuestsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.WatchGuestsResponse], _abc.AsyncIterator[_orchestrator_pb2.WatchGuestsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def RepairGuest(
+        self,
+        request: _orchestrator_pb2.RepairGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.RepairGuestResponse, _abc.Awaitable[_orchestrator_pb2.RepairGuestResponse]]:
+        """Asks the ledger and the agents of its hosts what is where, and says what can safely be done; with an action it does it."""
 
     @_abc_1.abstractmethod
     def CreateMigration(
