@@ -343,6 +343,7 @@ def report_to_proto(report: AttemptReport) -> types_pb2.AttemptReport:
         ledger_writes=report.ledger_writes,
         timeline=map(timeline_to_proto, report.timeline),
         device_progress=map(device_progress_to_proto, report.device_progress),
+        needs_operator=report.needs_operator,
     )
 
 
@@ -369,6 +370,7 @@ def report_from_proto(message: types_pb2.AttemptReport) -> AttemptReport:
         ledger_writes=message.ledger_writes,
         timeline=tuple(map(timeline_from_proto, message.timeline)),
         device_progress=tuple(map(device_progress_from_proto, message.device_progress)),
+        needs_operator=message.needs_operator,
     )
 
 

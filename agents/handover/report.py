@@ -107,6 +107,7 @@ def report_of(
         ledger_writes=ledger_writes,
         timeline=(*timeline, *arrival),
         device_progress=tuple(map(device_progress, inside)),
+        needs_operator=state.stage is SourceStage.ENDED_NEEDS_OPERATOR,
     )
 
 

@@ -549,6 +549,9 @@ def _judge(course: Course, now_ms: float, jitter: float) -> Step:
         return _settle_cancelled(course)
     if course.fatal is not None:
         return _settle(course, MigrationPhase.FAILED, course.fatal, course.fatal_message)
+    if course.report is not None and course.report.needs_operator:
+        said = f"attempt {course.attempt}: the guest could not be started again on {record.owner.host}, which keeps it"
+        return _settle(course, MigrationPhase.FAILED, FailureReason.PAUSED_NEEDS_OPERATOR, said)
     reason = record.reason or AbortReason.ENGINE_FAILED
     detail = course.report.message if course.report else ""
     said = f"attempt {course.attempt}: {reason}" + (f" ({detail})" if detail else "")

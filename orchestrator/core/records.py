@@ -337,6 +337,8 @@ class AttemptReport:
     timeline: tuple[TimelineEntry, ...] = ()
     device_progress: tuple[DeviceProgress, ...] = ()
     """Devices inside the VMM, at the attempt's end."""
+    needs_operator: bool = False
+    """The guest could not be started again at its source: its VMM and memory are kept there, and nothing runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -309,3 +309,14 @@ def test_a_guest_that_arrived_with_a_device_that_lost_its_state_is_no_success() 
             False,
         )
         assert settle.message == "nic lost its state"
+
+
+def test_a_guest_that_its_source_could_not_start_again_needs_a_person_and_no_further_attempt() -> None:
+    """Another attempt cannot help: nothing runs that could be moved. The agent goes on trying by itself."""
+    course, _ = seen(aborted(AbortReason.SOURCE_RESTARTED))
+    told = AttemptReport(1, "ABORTED", needs_operator=True)
+    (settle,) = step(course, ReportAnswer(told), now_ms=0).commands
+    assert isinstance(settle, Settle)
+    assert (settle.phase, settle.failure) == (MigrationPhase.FAILED, FailureReason.PAUSED_NEEDS_OPERATOR)
+    assert settle.close
+    assert "h1, which keeps it" in settle.message

@@ -937,6 +937,7 @@ class AttemptReport(_message.Message):
     LEDGER_WRITES_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
     DEVICE_PROGRESS_FIELD_NUMBER: _builtins.int
+    NEEDS_OPERATOR_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     outcome: _builtins.str
     """COMMITTED or ABORTED."""
@@ -951,6 +952,8 @@ class AttemptReport(_message.Message):
     transferred_bytes: _builtins.int
     duration_ms: _builtins.float
     ledger_writes: _builtins.int
+    needs_operator: _builtins.bool
+    """The guest could not be started again at its source: its VMM and memory are kept there, and nothing runs."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -984,10 +987,11 @@ class AttemptReport(_message.Message):
         ledger_writes: _builtins.int = ...,
         timeline: _abc.Iterable[Global___TimelineEntry] | None = ...,
         device_progress: _abc.Iterable[Global___DeviceProgress] | None = ...,
+        needs_operator: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "attempt", b"attempt", "blackout_ms", b"blackout_ms", "destination", b"destination", "device_progress", b"device_progress", "devices", b"devices", "duration_ms", b"duration_ms", "inc", b"inc", "ledger_writes", b"ledger_writes", "message", b"message", "outcome", b"outcome", "reason", b"reason", "requested_while_stopped", b"requested_while_stopped", "requests", b"requests", "source", b"source", "timeline", b"timeline", "transferred_bytes", b"transferred_bytes", "zxid", b"zxid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "attempt", b"attempt", "blackout_ms", b"blackout_ms", "destination", b"destination", "device_progress", b"device_progress", "devices", b"devices", "duration_ms", b"duration_ms", "inc", b"inc", "ledger_writes", b"ledger_writes", "message", b"message", "needs_operator", b"needs_operator", "outcome", b"outcome", "reason", b"reason", "requested_while_stopped", b"requested_while_stopped", "requests", b"requests", "source", b"source", "timeline", b"timeline", "transferred_bytes", b"transferred_bytes", "zxid", b"zxid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
