@@ -54,6 +54,8 @@ _UUID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 RETRY_S = 0.2
 FIRST_SCAN_S = 10.0
 SCAN_S = 60.0
+MEMORY_S = 2.0
+"""So long a destination waits for the copies of guests that have left to be gone."""
 SAMPLE_S = 0.25
 """Watchers are told at most this often."""
 
@@ -283,7 +285,25 @@ class Agent:
     async def prepare_destination(self, order: PrepareOrder) -> Prepared:
         self.place.must_hold()
         await self.see_epoch(order.epoch)
+        await self._must_have_memory(order.attempt.guest)
         return await self._kept(order.attempt.guest, lambda guest: guest.prepare(order))
+
+    async def _must_have_memory(self, uuid: str) -> None:
+        """Records free a host's memory when a guest has arrived elsewhere; its copy here holds it a little longer, and
+        only this agent knows for how long. Raises NO_CAPACITY once that took too long."""
+        need = (await self._host(uuid)).files.spec.memory_mib
+        loop = asyncio.get_running_loop()
+        gives_up = loop.time() + MEMORY_S
+        while (held := self._memory_held(uuid)) + need > self._config.memory_mib:
+            if loop.time() > gives_up:
+                said = f"copies of guests hold {held} of {self._config.memory_mib} MiB of {self.here.host}"
+                raise DroverError(RefusalReason.NO_CAPACITY, f"{said}: no room for {need} MiB")
+            await asyncio.sleep(RETRY_S)
+
+    def _memory_held(self, but: str) -> int:
+        """By every copy of another guest, whoever owns it, in MiB."""
+        others = [guest for guest in list(self._guests.values()) if guest.uuid != but]
+        return sum(copy.memory_mib for guest in others for copy in guest.copy_statuses())
 
     async def conduct_attempt(self, order: ConductOrder) -> None:
         self.place.must_hold()

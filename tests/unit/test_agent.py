@@ -273,3 +273,24 @@ async def test_what_is_prepared_is_at_the_registered_address(agent: Agent, world
     prepared = await agent.prepare_destination(ORDER)
     assert prepared.peer == Endpoint(config.address, config.peer_port)
     assert prepared.stream.ip == config.address
+
+
+async def test_memory_that_a_copy_still_holds_is_not_given_away(
+    agent: Agent, world: World, mover: SlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger may count a guest elsewhere already: what its copy takes here is known to this agent alone."""
+    monkeypatch.setattr("agents.agent.MEMORY_S", 0.2)
+    big = G[:-1] + "8"
+    world.put(paths.guest_spec(big), GuestSpec("big", memory_mib=1000))
+    world.put(paths.want_run(big), WantRun())
+    world.put(paths.guest(big), handover.birth("big", HERE, writer="api"))
+    mover.go.set()
+    await agent.start_guest(big)
+    on_its_way_here(world)
+    with pytest.raises(DroverError, match="hold 1000 of 1024 MiB") as caught:
+        await agent.prepare_destination(ORDER)
+    assert caught.value.reason is RefusalReason.NO_CAPACITY
+    waiting = asyncio.create_task(agent.prepare_destination(ORDER))
+    await agent.end_guest(big)
+    prepared = await waiting
+    assert await agent.prepare_destination(ORDER) == prepared, "its own copy does not stand in its way"
