@@ -75,6 +75,27 @@ def runs_on(client: OrchestratorClient, name: str) -> str:
     return seen.host if wire.word(seen, "run_state") == "RUNNING" else ""
 
 
+def test_an_emptied_host_is_safe_to_power_off_once_its_agent_says_that_no_copy_is_left(
+    cluster: Cluster, client: OrchestratorClient
+) -> None:
+    for name in ("one", "two"):
+        client.create_guest(guest(name), "host-3")
+    assert len(vmms(cluster, "host-3")) == 2
+    job = client.create_evacuation("host-3").evacuation.name
+    safe_with: set[int] = set()
+    for seen in client.watch_evacuations([job]):
+        if seen.safe_to_power_off:
+            safe_with |= vmms(cluster, "host-3")
+    ended = client.get_evacuation(job)
+    assert (wire.word(ended, "phase"), ended.message) == ("SUCCEEDED", "host-3 is empty")
+    assert ended.safe_to_power_off
+    assert not safe_with, "it was said to be safe while a copy was left"
+    assert not vmms(cluster, "host-3")
+    for name in ("one", "two"):
+        client.stop_guest(name)
+    client.uncordon_host("host-3")
+
+
 @pytest.mark.rule("H11")
 def test_a_host_without_power_is_fenced_and_its_guest_starts_elsewhere_once(
     cluster: Cluster, client: OrchestratorClient
