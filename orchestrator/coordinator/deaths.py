@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 import structlog
@@ -58,8 +58,13 @@ _AT_ONCE = 32
 class _Room:
     """The hosts as seen once, with what was placed on them since."""
 
-    views: dict[str, HostView]
-    entries: dict[str, HostEntry]
+    views: dict[str, HostView] = field(default_factory=dict[str, HostView])
+    entries: dict[str, HostEntry] = field(default_factory=dict[str, HostEntry])
+    seen: bool = False
+    """False: not looked at yet, or no longer as they were."""
+
+    def look(self, views: Mapping[str, HostView], entries: Mapping[str, HostEntry]) -> None:
+        self.views, self.entries, self.seen = dict(views), dict(entries), True
 
     def taken(self, host: str, memory_mib: int) -> None:
         view, entry = self.views[host], self.entries[host]
@@ -352,40 +357,40 @@ class DeathRunner:
     # --- restarts -----------------------------------------------------------------------------------------------------
 
     async def _restarts(self, guests: Mapping[str, GuestRecord]) -> bool:
-        """Whether any waits for something."""
-        candidates = [uuid for uuid, each in guests.items() if each.phase is Ownership.CRASHED and each.host_died]
-        room: _Room | None = None
+        """Whether any waits for something. One that cannot be read keeps no other waiting."""
+        room = _Room()
         pending = False
-        for uuid in candidates:
-            spec = await self._inventory.spec(uuid)
-            if spec is None or death.why_left(spec):
-                continue
-            found = await self._guest(uuid)
-            if found is None:
-                continue
-            record, node = found
-            successor = await self._guest(record.successor) if record.successor else None
-            name = await self._store.read(paths.name(record.name))
-            leads_to = decode(str, name.data, path=paths.name(record.name)) if name is not None else ""
-            step = death.restart_step(
-                record, spec, successor[0] if successor else None, name_is_ours=leads_to in ("", uuid, record.successor)
-            )
-            pending = pending or step in (Restart.CREATE, Restart.START)
-            if step is Restart.CREATE:
-                room = room or await self._room()
-                avoid = successor[0].owner.host if successor else ""
-                if not await self._create(uuid, record, node.version, spec, name, room, avoid):
-                    room = None
-            elif step is Restart.START and successor is not None:
-                self._start(record.successor, successor[0])
-            elif step is Restart.CLOSE:
-                closed = handover.gone(record, writer=_writer())
-                await epoch_write(self._store, self._epoch, [op_set(paths.guest(uuid), closed, node.version)])
+        for uuid in [uuid for uuid, each in guests.items() if death.may_restart(each)]:
+            try:
+                pending = await self._restart(uuid, room) or pending
+            except BadRecord as error:
+                log.error("guest cannot be started elsewhere", uuid=uuid, error=str(error))
         return pending
 
-    async def _room(self) -> _Room:
-        snapshot = await self._inventory.snapshot()
-        return _Room({view.ref.host: view for view in snapshot.views()}, dict(snapshot.hosts))
+    async def _restart(self, uuid: str, room: _Room) -> bool:
+        """The next step of one guest; whether another follows."""
+        spec, found = await self._inventory.spec(uuid), await self._guest(uuid)
+        if spec is None or found is None or death.why_left(spec):
+            return False
+        record, node = found
+        successor = await self._guest(record.successor) if record.successor else None
+        name = await self._store.read(paths.name(record.name))
+        leads_to = decode(str, name.data, path=paths.name(record.name)) if name is not None else ""
+        ours = leads_to in ("", uuid, record.successor)
+        step = death.restart_step(record, spec, successor[0] if successor else None, name_is_ours=ours)
+        if step is Restart.CREATE:
+            if not room.seen:
+                snapshot = await self._inventory.snapshot()
+                room.look({view.ref.host: view for view in snapshot.views()}, snapshot.hosts)
+            avoid = successor[0].owner.host if successor else ""
+            if not await self._create(uuid, record, node.version, spec, name, room, avoid):
+                room.seen = False
+        elif step is Restart.START and successor is not None:
+            self._start(record.successor, successor[0])
+        elif step is Restart.CLOSE:
+            closed = handover.gone(record, writer=_writer())
+            await epoch_write(self._store, self._epoch, [op_set(paths.guest(uuid), closed, node.version)])
+        return step in (Restart.CREATE, Restart.START)
 
     async def _create(
         self,

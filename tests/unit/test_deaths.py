@@ -551,6 +551,18 @@ async def test_tries_are_bounded_and_the_guest_is_not_forgotten(world: World, mo
     assert "failed" in death.standing(record, GuestSpec("n-g1", on_host_death=OnHostDeath.RESTART))
 
 
+async def test_a_guest_that_cannot_be_read_keeps_no_other_from_starting(world: World) -> None:
+    for uuid in ("g1", "g3"):
+        guest(world, uuid, on_host_death=OnHostDeath.RESTART)
+    world.store.tree.nodes[paths.name("n-g1")] = Versioned(b"{", 0, 0)
+    goes_dark(world, "h1")
+    certify(world)
+    async with running(world):
+        await until(lambda: world.record("g3").phase is Ownership.GONE)
+    assert len(lives(world, "n-g3")) == 1
+    assert world.record("g1").host_died
+
+
 async def test_a_name_that_was_given_away_is_left_alone(world: World) -> None:
     guest(world, "g1", on_host_death=OnHostDeath.RESTART)
     world.put(paths.name("n-g1"), "somebody-else")
