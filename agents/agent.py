@@ -19,6 +19,7 @@ from agents.guest.ledger import GuestLedger
 from agents.handover.arrival import Arrival
 from agents.handover.departure import Departure
 from agents.handover.shell import Mistakes
+from agents.host.epoch import EpochGate
 from agents.host.identity import Installation
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
@@ -36,7 +37,7 @@ from orchestrator.core.agent import (
     WishApplied,
 )
 from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.core.handover import GuestRecord, Ownership, epoch_is_stale
+from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
@@ -77,6 +78,7 @@ class Agent:
         self._store, commits = stores
         here = HostRef(config.host, me.boot_id)
         self.place = Registration(config, me, Installation(config.dir), mover, self._store)
+        self._epochs = EpochGate(here.host, self._store, self._journal)
         self._changes = 0
         self._changed = asyncio.Event()
         self._tools = Tools(
@@ -246,15 +248,6 @@ class Agent:
 
     # --- AgentService -------------------------------------------------------------------------------------------------
 
-    async def see_epoch(self, epoch: int) -> None:
-        """H12. Raises STALE_EPOCH for a coordinator that was followed by another."""
-        if epoch_is_stale(self._journal.epoch, epoch):
-            log.warning("stale coordinator refused", epoch=epoch, seen=self._journal.epoch)
-            raise DroverError(
-                RefusalReason.STALE_EPOCH, f"epoch {epoch} is over: {self.here.host} has seen {self._journal.epoch}"
-            )
-        await self._journal.see_epoch(epoch)
-
     async def start_guest(self, uuid: str) -> GuestStatus:
         self.place.must_hold()
         return await self._to_its_end(self._kept(uuid, lambda guest: guest.birth()))
@@ -284,7 +277,7 @@ class Agent:
 
     async def prepare_destination(self, order: PrepareOrder) -> Prepared:
         self.place.must_hold()
-        await self.see_epoch(order.epoch)
+        await self._epochs.heed(order.epoch)
         await self._must_have_memory(order.attempt.guest)
         return await self._kept(order.attempt.guest, lambda guest: guest.prepare(order))
 
@@ -307,7 +300,7 @@ class Agent:
 
     async def conduct_attempt(self, order: ConductOrder) -> None:
         self.place.must_hold()
-        await self.see_epoch(order.epoch)
+        await self._epochs.heed(order.epoch)
         await self._known(order.attempt.guest).conduct(order)
 
     def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:

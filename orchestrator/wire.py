@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any, cast
 
 from google.protobuf.message import Message
@@ -38,6 +37,7 @@ from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy, OnTimeout, override
+from orchestrator.core.record import known_fields
 from orchestrator.core.records import (
     AttemptReport,
     Boot,
@@ -99,7 +99,7 @@ def evacuation_phase_to_proto(phase: EvacuationPhase) -> types_pb2.EvacuationPha
 
 _POLICY_SWITCHES = ("auto_converge", "wait_for_capacity")
 _POLICY_NUMBERS = tuple(
-    field.name for field in fields(MigrationPolicy) if field.name not in ("on_timeout", *_POLICY_SWITCHES)
+    field.name for field in known_fields(MigrationPolicy) if field.name not in ("on_timeout", *_POLICY_SWITCHES)
 )
 
 
@@ -153,7 +153,7 @@ def policy_patch(given: Mapping[str, object] | None) -> types_pb2.MigrationPolic
                 raise _wrong(field, f"must be a whole number from 0 to {(1 << 31) - 1}, not {quoted(value)}")
             setattr(message, name, value)
         else:
-            names = ", ".join(each.name for each in fields(MigrationPolicy))
+            names = ", ".join(each.name for each in known_fields(MigrationPolicy))
             raise _wrong(field, f"there is no such field; there are {names}")
     return message
 
@@ -348,8 +348,11 @@ def report_to_proto(report: AttemptReport) -> types_pb2.AttemptReport:
 
 
 def report_from_proto(message: types_pb2.AttemptReport) -> AttemptReport:
-    """A reason that is not known here is kept in the message."""
-    reason = AbortReason(message.reason) if message.reason in AbortReason.__members__ else None
+    """A reason of a newer version is kept; what can be no reason at all is kept in the message."""
+    try:
+        reason = AbortReason(message.reason) if message.reason else None
+    except ValueError:
+        reason = None
     unknown = f"{message.reason}: " if message.reason and reason is None else ""
     return AttemptReport(
         attempt=message.attempt,

@@ -27,6 +27,7 @@ from agents.config import AgentConfig
 from agents.engine.base import VmmMetadata, VmmSpec
 from agents.shims import net
 from agents.shims.companion import DevicesSpec
+from orchestrator.core.record import Record
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from orchestrator.ledger.records import BadRecord, decode, encode
 
@@ -67,7 +68,7 @@ def guests_root(guests: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class _Note:
+class _Note(Record):
     uuid: str
     spec: GuestSpec
 

@@ -7,7 +7,7 @@ event for the session: the truth, "refused" (somebody else was first, or a copy 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agents.handover.words import RequestsWritten, Seen
 from orchestrator.core import handover
@@ -143,11 +143,12 @@ class AttemptLedger:
                 return None
             if node is None or record.phase is not Ownership.OPEN or record.attempt != self.ref.attempt:
                 return None
-            known = {entry.device: entry for entry in self._of_this_attempt(decode(Requests, node.data, path=path))}
+            stored = decode(Requests, node.data, path=path)
+            known = {entry.device: entry for entry in self._of_this_attempt(stored)}
             if all(known.get(e.device, AckRequest("", 0)).generation >= e.generation for e in entries):
                 return RequestsWritten(entries, tuple(sorted(known.values())), node.version)
             known |= {entry.device: entry for entry in entries}
-            data = encode(Requests(tuple(sorted(known.values())), self.ref.attempt))
+            data = encode(replace(stored, entries=tuple(sorted(known.values())), attempt=self.ref.attempt))
             result = await self.store.multi(
                 [Check(paths.guest(self.ref.guest), guest_version), SetData(path, data, node.version)]
             )

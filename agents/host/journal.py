@@ -1,7 +1,7 @@
-"""What an agent remembers across its own restarts, besides ZooKeeper: the highest epoch, its attempts' reports, and the
-records of the guests that it has had, as it last read them.
+"""What an agent remembers across its restarts, besides ZooKeeper: the coordinator's epoch, its attempts' reports, and
+the records of the guests that it has had, as it last read them.
 
-Losing the journal loses explanations and comparisons (with a coordinator's epoch, with an older ledger), never a guest.
+Losing the journal loses explanations and comparisons (with an older ledger), never a guest.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from orchestrator.core.handover import GuestRecord
+from orchestrator.core.record import Record
 from orchestrator.core.records import AttemptReport
 from orchestrator.ledger.records import BadRecord, decode, encode
 
@@ -28,12 +29,12 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Epoch:
+class _Epoch(Record):
     epoch: int = -1
 
 
 @dataclass(frozen=True, slots=True)
-class KnownRecord:
+class KnownRecord(Record):
     """A guest's record as this host last read it. A ledger that says something older has lost what came after."""
 
     record: GuestRecord
@@ -110,16 +111,14 @@ class Journal:
 
     @property
     def epoch(self) -> int:
-        """The highest that was ever seen; -1 before the first."""
+        """As it was last read in the ledger; -1 before the first time."""
         return self._epoch
 
     async def see_epoch(self, epoch: int) -> None:
-        """Durable before it is acted on, so that a restarted agent refuses the same coordinators (H12).
+        """As it stands in the ledger now, which may be lower than before. Durable when this returns (H12).
 
         On a disk that takes nothing it holds for the life of this process, and is written when there is room again.
         """
-        if epoch <= self._epoch:
-            return
         self._epoch = epoch
         self._unwritten[self._directory / _EPOCH_FILE] = encode(_Epoch(epoch))
         await self._write_all()

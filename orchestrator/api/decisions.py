@@ -235,7 +235,7 @@ def wish(current: WantRun | None, run: bool, by: str) -> WantRun | None:
     known = current or WantRun()
     if current is not None and known.run == run:
         return None
-    return WantRun(run=run, by=by, sequence=known.sequence + 1)
+    return replace(known, run=run, by=by, sequence=known.sequence + 1)
 
 
 class StopStep(StrEnum):
@@ -275,8 +275,8 @@ def stop_step(record: GuestRecord) -> StopStep:
 def cordon(current: Cordon, on: bool, why: str, by: str) -> Cordon | None:
     """The cordon to write; None when it stands there already. A reason that is not given leaves the old one."""
     if not on:
-        return Cordon() if current.on else None
-    wanted = Cordon(on=True, why=why or (current.why if current.on else ""), by=by)
+        return replace(current, on=False, why="", by="") if current.on else None
+    wanted = replace(current, on=True, why=why or (current.why if current.on else ""), by=by)
     return None if current.on and wanted.why == current.why else wanted
 
 

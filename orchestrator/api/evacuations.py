@@ -18,7 +18,7 @@ from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import Ownership
 from orchestrator.core.placement import GuestInput, need_of, plan
-from orchestrator.core.records import Cordon, EvacuationPhase, EvacuationSpec, EvacuationState
+from orchestrator.core.records import EvacuationPhase, EvacuationSpec, EvacuationState
 from orchestrator.core.text import clip
 from orchestrator.ledger import paths
 from orchestrator.ledger.evacuations import read_job
@@ -180,7 +180,7 @@ def _ops(spec: EvacuationSpec, snapshot: Snapshot) -> list[Op]:
     """The job, and the cordon that comes with it: nothing new goes to the host from this transaction on."""
     entry = snapshot.hosts[spec.host]
     path = paths.cordon(spec.host)
-    on = Cordon(on=True, why=f"evacuation {spec.id}", by=spec.requested_by)
+    on = replace(entry.input.cordon, on=True, why=f"evacuation {spec.id}", by=spec.requested_by)
     cordon = Check(path, entry.cordon_version) if entry.input.cordon.on else op_set(path, on, entry.cordon_version)
     return [
         op_create(paths.evacuation(spec.id), spec),

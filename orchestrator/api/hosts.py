@@ -12,7 +12,7 @@ from orchestrator.core.guest import name_error
 from orchestrator.core.records import Cordon
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_set
-from orchestrator.ledger.records import decode
+from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Done
 from protos.drover.v1 import types_pb2
 
@@ -28,9 +28,12 @@ class Hosts:
 
     async def get(self, name: str) -> types_pb2.Host:
         _check_name(name)
-        for host in await self.list():
+        snapshot = await self._tools.inventory.snapshot()
+        for host in views.hosts(snapshot):
             if host.name == name:
                 return host
+        if wrong := snapshot.unreadable.get(paths.host(name)):
+            raise BadRecord(wrong)
         raise not_found("host", name)
 
     async def cordon(self, name: str, why: str, caller: Caller) -> types_pb2.Host:

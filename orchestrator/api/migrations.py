@@ -7,6 +7,7 @@ import contextlib
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -200,7 +201,7 @@ class Migrations:
         if found is None or migration not in found[0].memory_mib:
             return []
         left = {mig: mib for mig, mib in found[0].memory_mib.items() if mig != migration}
-        return [op_set(paths.reservations(host), Reservations(memory_mib=left), found[1])]
+        return [op_set(paths.reservations(host), replace(found[0], memory_mib=left), found[1])]
 
     def _cancel_ops(self, step: CancelStep, read: MigrationRead, writer: str) -> list[Op]:
         spec, standing = read.spec, read.standing

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path as FilePath
@@ -35,6 +35,7 @@ from orchestrator.cli.marked_yaml import Marked, Path, YamlError
 from orchestrator.core.errors import DroverError
 from orchestrator.core.guest import guest_errors, scenario_problems
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
+from orchestrator.core.record import known_fields
 from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, OnHostDeath, ShimKind
 
 ENTRY_POINTS = "drover.guest_file"
@@ -99,7 +100,9 @@ def model_of(record: type[Any], **types: Any) -> type[Model]:
     The defaults stay the record's own: what a file leaves out is not set in the model.
     """
     hints = get_type_hints(record)
-    definitions: dict[str, Any] = {each.name: (types.get(each.name, hints[each.name]), None) for each in fields(record)}
+    definitions: dict[str, Any] = {
+        each.name: (types.get(each.name, hints[each.name]), None) for each in known_fields(record)
+    }
     return create_model(record.__name__, __base__=Model, **definitions)
 
 

@@ -172,13 +172,12 @@ def _progress(each: Migration) -> Iterable[tuple[str, Cell]]:
 
 def _policy(each: Migration) -> str:
     """What differs from the defaults."""
-    from dataclasses import fields
-
     from orchestrator import wire
     from orchestrator.core.policy import MigrationPolicy
+    from orchestrator.core.record import known_fields
 
     default, given = MigrationPolicy(), wire.policy_from_proto(each.policy)
-    names = [field.name for field in fields(default)]
+    names = [field.name for field in known_fields(MigrationPolicy)]
     differs = [f"{name}={getattr(given, name)}" for name in names if getattr(given, name) != getattr(default, name)]
     return ", ".join(differs) or "default"
 

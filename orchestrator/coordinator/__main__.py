@@ -54,15 +54,15 @@ def _watch(config: CoordinatorConfig, stopping: threading.Event) -> None:
 
     handle = actor.start_or_find(config)
     answered = moved = time.monotonic()
-    turns = -1
+    progress = -1
     told: object = None
     while not stopping.wait(PING_S):
         status = actor.ping(handle, PING_TIMEOUT_S)
         now = time.monotonic()
         if status is not None:
             answered = now
-            if status["turns"] != turns:
-                turns, moved = status["turns"], now
+            if status["progress"] != progress:
+                progress, moved = status["progress"], now
             seat = (status["pid"], status.get("epoch"))
             if seat != told:
                 told = seat

@@ -19,7 +19,7 @@ import ray
 import structlog
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from orchestrator.coordinator.supervisor import Supervisor, WorkerLost
+from orchestrator.coordinator.supervisor import Status, Supervisor, WorkerLost
 from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, make_agents, make_store
 from orchestrator.coordinator.worker import Worker
 from orchestrator.ledger.store import Store, StoreUnavailable
@@ -101,8 +101,8 @@ class Coordinator:
             raise WorkerLost(str(error)) from None
 
     async def ping(self) -> dict[str, Any]:
-        """Status of the supervisor; `turns` stands still when it is stuck."""
-        status = asdict(self._supervisor.status) if self._supervisor else {"leading": False, "turns": 0}
+        """Status of the supervisor; `progress` stands still when it is stuck."""
+        status = asdict(self._supervisor.status if self._supervisor else Status())
         return {"pid": os.getpid(), **status}
 
 

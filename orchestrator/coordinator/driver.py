@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import structlog
+
 from orchestrator.coordinator.ports import AgentDirectory, AgentPort, ConductOrder
 from orchestrator.core import handover, migration
 from orchestrator.core.endpoint import Endpoint
@@ -48,6 +50,8 @@ from orchestrator.ledger.store import (
     StoreUnavailable,
     Versioned,
 )
+
+log = structlog.get_logger(__name__)
 
 RESYNC_S = 5.0
 """The records are read at least this often, should a watch be lost."""
@@ -133,6 +137,17 @@ async def epoch_write(store: Store, epoch: int, ops: Sequence[Op]) -> bool:
         case OutcomeUnknown():
             await until_available(store.barrier)
             return False
+
+
+async def must_lead(store: Store, epoch: int) -> None:
+    """Whether `epoch` stands, asked behind a barrier: nobody else's word deposes a coordinator.
+
+    Raises Deposed, StoreUnavailable.
+    """
+    await store.barrier()
+    node = await store.read(paths.epoch())
+    if node is None or node.version != epoch:
+        raise Deposed(f"epoch {epoch} is over: the ledger names {node.version if node else 'none'}")
 
 
 async def until_available(call: Callable[[], object]) -> None:
@@ -438,7 +453,8 @@ class Driver:
             ops.append(SetData(paths.guest(spec.guest), encode(closed), nodes.guest.version))
         report = command.report
         if report is not None and all(known.attempt != report.attempt for known in nodes.reports):
-            data = encode_attempts((*nodes.reports, report))
+            known = _decode_or(Attempts, nodes.attempts, Attempts())
+            data = encode_attempts((*known.reports, report), over=known)
             ops.append(_put(paths.attempts(spec.id), data, nodes.attempts))
         if nodes.state.destination and not command.keep_room:
             ops += await self._release(nodes.state.destination)
@@ -458,11 +474,11 @@ class Driver:
 
     async def _release(self, host: str) -> list[Op]:
         node = await self._tools.store.read(paths.reservations(host))
-        promised = _decode_or(Reservations, node, Reservations()).memory_mib
-        if node is None or self._spec.id not in promised:
+        known = _decode_or(Reservations, node, Reservations())
+        if node is None or self._spec.id not in known.memory_mib:
             return []
-        left = {mig: mib for mig, mib in promised.items() if mig != self._spec.id}
-        return [SetData(paths.reservations(host), encode(Reservations(memory_mib=left)), node.version)]
+        left = {mig: mib for mig, mib in known.memory_mib.items() if mig != self._spec.id}
+        return [SetData(paths.reservations(host), encode(replace(known, memory_mib=left)), node.version)]
 
     # --- calls to agents ----------------------------------------------------------------------------------------------
 
@@ -496,7 +512,7 @@ class Driver:
                 multifd_channels=self._spec.policy.multifd_channels,
             )
         except (DroverError, StoreUnavailable) as error:
-            return _refused(command.attempt, error)
+            return await self._call_failed(command.attempt, error)
         return migration.PrepareAnswer(command.attempt, prepared)
 
     async def _conduct(self, command: migration.Conduct) -> migration.Event:
@@ -516,8 +532,18 @@ class Driver:
             agent, _ = await self._agent(record.owner.host)
             await agent.conduct_attempt(order)
         except (DroverError, StoreUnavailable) as error:
-            return _refused(command.attempt, error)
+            return await self._call_failed(command.attempt, error)
         return migration.ConductAnswer(command.attempt)
+
+    async def _call_failed(self, attempt: int, error: DroverError | StoreUnavailable) -> migration.Event:
+        """An agent that says STALE_EPOCH while ours stands is wrong, which ends this attempt and nothing else.
+
+        Raises Deposed.
+        """
+        if isinstance(error, DroverError) and error.reason is RefusalReason.STALE_EPOCH:
+            await until_available(lambda: must_lead(self._tools.store, self._tools.epoch))
+            log.error("an agent calls our epoch stale, the ledger does not", attempt=attempt, error=error.message)
+        return _refused(attempt, error)
 
     async def _report(self, command: migration.FetchReport) -> AttemptReport:
         """The source agent's report completed from the records; waits for its end, but not for ever."""
@@ -528,9 +554,8 @@ class Driver:
             try:
                 agent, _ = await self._agent(nodes.state.source)
                 seen = await agent.get_attempt(self._spec.id, command.attempt)
-            except DroverError as error:
-                if error.reason is RefusalReason.STALE_EPOCH:
-                    raise Deposed(error.message) from error
+            except DroverError:
+                pass
             else:
                 told = seen.report if seen.known else None
                 if seen.ended or not seen.known:
@@ -585,8 +610,8 @@ def _put(path: str, data: bytes, node: Versioned | None) -> Op:
 
 def _reserve(entry: HostEntry, mig: str, memory_mib: int) -> Op:
     name = entry.input.record.name
-    promised = {**entry.input.reservations.memory_mib, mig: memory_mib}
-    data = encode(Reservations(memory_mib=promised))
+    promised = {**entry.reservations.memory_mib, mig: memory_mib}
+    data = encode(replace(entry.reservations, memory_mib=promised))
     if entry.reservations_version < 0:
         return Create(paths.reservations(name), data)
     return SetData(paths.reservations(name), data, entry.reservations_version)
@@ -603,6 +628,4 @@ def _peer(host: HostRecord) -> Endpoint:
 def _refused(attempt: int, error: DroverError | StoreUnavailable) -> migration.Event:
     if isinstance(error, StoreUnavailable):
         return migration.CallRefused(attempt, RefusalReason.LEDGER_UNREACHABLE, str(error), unreachable=True)
-    if error.reason is RefusalReason.STALE_EPOCH:
-        raise Deposed(error.message) from error
     return migration.CallRefused(attempt, error.reason, error.message, unreachable=error.reason in _REPEATED)

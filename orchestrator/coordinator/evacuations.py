@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
 
-from orchestrator.coordinator.driver import STORE_RETRY_S, epoch_write
+from orchestrator.coordinator.driver import STORE_RETRY_S, Deposed, epoch_write
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.core import evacuation
 from orchestrator.core.death import why_left
@@ -34,7 +34,7 @@ from orchestrator.ledger.gather import each
 from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.migrations import creation
 from orchestrator.ledger.records import BadRecord, decode, encode
-from orchestrator.ledger.store import SetData, Store, StoreUnavailable
+from orchestrator.ledger.store import SetData, Store, StoreUnavailable, Versioned
 
 log = structlog.get_logger(__name__)
 
@@ -91,9 +91,10 @@ class EvacuationRunner:
         """Jobs that are over, without their guests."""
         self._clock_s = clock_s
         self._seen: dict[str, _Seen] = {}
+        self._complaints: dict[str, str] = {}
 
     async def run(self, job: str) -> None:
-        """Until the job is over. Raises Deposed, BadRecord."""
+        """Until the job is over. Raises Deposed, BadRecord, and whatever a command of it failed with."""
         while True:
             try:
                 if await self.turn(job):
@@ -131,9 +132,21 @@ class EvacuationRunner:
             new = replace(new, spent_ms=facts.spent_ms)
         if new != state and not await self._store_state(read, new):
             return False  # cancelled meanwhile, perhaps: look again before anything is done
-        for command in step.commands:
-            await self._carry_out(command, spec)
+        await self._carry_out_all(step.commands, spec)
         return new.phase.terminal
+
+    async def _carry_out_all(self, commands: Sequence[evacuation.Command], spec: EvacuationSpec) -> None:
+        """One guest's command that fails holds none of the others up. Raises the first failure."""
+        first: Exception | None = None
+        for command in commands:
+            try:
+                await self._carry_out(command, spec)
+            except (StoreUnavailable, Deposed):
+                raise
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
 
     async def _read(self, job: str) -> Job | None:
         """The leader alone writes the guests' rows, so they are read once."""
@@ -209,8 +222,15 @@ class EvacuationRunner:
             state = MigrationState(guest.phase, guest.attempts, destination=guest.destination)
             return guest.migration, replace(state, failure=guest.failure, message=guest.message)
         node = await self._store.read(paths.migration_state(guest.migration))
-        path = paths.migration_state(guest.migration)
-        return guest.migration, decode(MigrationState, node.data, path=path) if node is not None else None
+        return guest.migration, self._state_of(guest, node) if node is not None else None
+
+    def _state_of(self, guest: EvacuationGuest, node: Versioned) -> MigrationState:
+        """As it was last seen, where it cannot be read: the job goes on with its other guests."""
+        try:
+            return decode(MigrationState, node.data, path=paths.migration_state(guest.migration))
+        except BadRecord as error:
+            self._complain(guest.migration, error)
+            return MigrationState(guest.phase, guest.attempts, destination=guest.destination)
 
     async def _carry_out(self, command: evacuation.Command, spec: EvacuationSpec) -> None:
         match command:
@@ -227,7 +247,8 @@ class EvacuationRunner:
         if node is None:
             log.warning("host to be emptied is not registered", host=spec.host, evacuation=spec.id)
             return
-        content = encode(Cordon(on=True, why=f"evacuation {spec.id}", by=spec.requested_by or "coordinator"))
+        known = decode(Cordon, node.data, path=path) if node.data else Cordon()
+        content = encode(replace(known, on=True, why=f"evacuation {spec.id}", by=spec.requested_by or "coordinator"))
         await epoch_write(self._store, self._epoch, [SetData(path, content, node.version)])
 
     async def _create(self, command: evacuation.CreateMigration, spec: EvacuationSpec) -> None:
@@ -271,15 +292,22 @@ class EvacuationRunner:
     # --- after the end ----------------------------------------------------------------------------------------------
 
     async def refresh_ended(self) -> None:
-        """Keep "safe to power off" true or false for jobs that are over, while their host stays cordoned."""
+        """Keep "safe to power off" true or false for jobs that are over, while their host stays cordoned. One job that
+        cannot be looked at keeps none of the others from it. Raises StoreUnavailable, Deposed."""
         facts: dict[str, evacuation.Facts | None] = {}
-        try:
-            for job in await self._store.children(paths.EVACUATIONS):
+        for job in await self._store.children(paths.EVACUATIONS):
+            try:
                 await self._refresh_one(job, facts)
-        except StoreUnavailable:
-            return
-        except BadRecord as error:
-            log.error("evacuation cannot be read", error=str(error))
+            except (StoreUnavailable, Deposed):
+                raise
+            except Exception as error:
+                self._complain(job, error)
+
+    def _complain(self, job: str, error: Exception) -> None:
+        """Once per error: jobs that are over are looked at every two seconds."""
+        if self._complaints.get(job) != repr(error):
+            self._complaints[job] = repr(error)
+            log.error("evacuation cannot be looked at", evacuation=job, exc_info=error)
 
     async def _refresh_one(self, name: str, facts: dict[str, evacuation.Facts | None]) -> None:
         """`facts` are those of this round, by host: a host is looked at once however many of its jobs are over."""

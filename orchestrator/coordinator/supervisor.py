@@ -10,23 +10,26 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
 
 from orchestrator.coordinator.deaths import DeathRunner
-from orchestrator.coordinator.driver import STORE_RETRY_S, WAITING, Deposed
+from orchestrator.coordinator.driver import STORE_RETRY_S, WAITING, Deposed, epoch_write, must_lead
 from orchestrator.coordinator.evacuations import EvacuationRunner
 from orchestrator.coordinator.places import Places
 from orchestrator.coordinator.ports import AgentDirectory
+from orchestrator.coordinator.quarantine import Quarantine
 from orchestrator.core.handover import GuestRecord
+from orchestrator.core.record import Record
 from orchestrator.core.records import MigrationSpec, MigrationState
 from orchestrator.fencing.base import Fencers
 from orchestrator.ledger import paths
 from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import (
+    Conflict,
     Create,
     Delete,
     Done,
@@ -36,16 +39,26 @@ from orchestrator.ledger.store import (
     SetData,
     Store,
     StoreUnavailable,
+    Versioned,
 )
+from orchestrator.tasks import Tasks
 
 log = structlog.get_logger(__name__)
 
 ELECTION_POLL_S = 0.25
 WORKER_RETRY_S = 0.3
-BAD_RECORD_RETRY_S = 10.0
 ROOM_AGAIN_S = 1.0
 ROOM_AGAIN_MAX_S = 10.0
 """A migration that waits for room looks for it at first this often, and in the end this seldom."""
+WORKERS_LOST = 3
+"""A migration that lost so many workers in a row is set aside: it may be what ends them."""
+LOOK_RETRY_S = 0.5
+POWER_S = 2.0
+"""Between two looks at "safe to power off" of jobs that are over."""
+TELL_S = 0.2
+"""The list of what is set aside is written at most so often."""
+HEALTHY_S = 30.0
+"""What has worked for so long after it was set aside is no longer set aside."""
 
 
 class WorkerLost(Exception):
@@ -54,6 +67,9 @@ class WorkerLost(Exception):
 
 Dispatch = Callable[[str, int], Awaitable[str]]
 """(migration, epoch) -> terminal phase, or "DEPOSED". Raises WorkerLost."""
+
+Spawn = Callable[[Coroutine[Any, Any, None]], None]
+"""Run it until this leadership is over; Deposed ends the leadership."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +84,15 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Leader:
+class Leader(Record):
     """Content of `leader` and of `epoch`."""
 
     name: str
+    """The seat."""
     id: str
+    """The process."""
+    write: str = ""
+    """The campaign: how a winner whose answer was lost recognises its own write."""
 
 
 class TokenBucket:
@@ -99,13 +119,18 @@ class TokenBucket:
 
 @dataclass(slots=True)
 class Status:
-    """For the health answer: a supervisor whose `turns` stand still is stuck."""
+    """For the health answer."""
 
     leading: bool = False
     epoch: int = -1
+    waiting_for: str = "the ledger"
+    """What keeps it from leading, or from looking; empty while all is well."""
+    progress: int = 0
+    """Rises with each whole look of a leader, and while another coordinator is seen to lead: one that stands still is
+    stuck, whatever else it does."""
     driving: int = 0
     jobs: int = 0
-    turns: int = 0
+    quarantined: int = 0
     adopted: int = 0
     finished: dict[str, int] = field(default_factory=dict[str, int])
 
@@ -122,6 +147,7 @@ class Supervisor:
         fencers: Fencers | None = None,
         name: str = "coordinator",
         limits: Limits = Limits(),
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._store = store
         self._dispatch = dispatch
@@ -136,6 +162,7 @@ class Supervisor:
         self._known: set[str] = set()
         self._jobs: set[str] = set()
         self._nudged = asyncio.Event()
+        self._quarantine = Quarantine() if quarantine is None else quarantine
         self.status = Status()
         store.on_session(self._session)
 
@@ -144,33 +171,40 @@ class Supervisor:
             self._lost.set()
 
     async def run(self) -> None:
-        """Campaign, lead until deposed, campaign again; for ever."""
+        """Campaign, lead until deposed, campaign again; for ever, whatever is raised below."""
         while True:
             epoch = await self.elect()
             log.info("leading", epoch=epoch)
-            self.status.leading, self.status.epoch = True, epoch
+            self.status.leading, self.status.epoch, self.status.waiting_for = True, epoch, ""
             try:
                 await self._lead(epoch)
+            except Exception:
+                log.exception("leadership failed", epoch=epoch)
             finally:
                 self.status.leading = False
                 self._known, self._jobs = set(), set()
-            log.warning("deposed", epoch=epoch)
+            log.warning("leads no longer", epoch=epoch)
+            await self.step_down()
 
     # --- election -----------------------------------------------------------------------------------------------------
 
     async def elect(self) -> int:
-        """Returns the epoch once this coordinator leads."""
+        """Returns the epoch once this coordinator leads; `status.waiting_for` says what keeps it from that."""
         while True:
-            self.status.turns += 1
+            epoch = None
             try:
                 self._lost.clear()
                 await self._store.ensure(paths.epoch())
                 await self._store.ensure(paths.MIGRATIONS)
                 await self._store.ensure(paths.EVACUATIONS)
+                await self._store.ensure(paths.quarantine())
                 await self._store.barrier()  # H13: the first read of a session is not older than it
                 epoch = await self._campaign()
             except StoreUnavailable:
-                epoch = None
+                self.status.waiting_for = "the ledger"
+            except Exception as error:
+                log.exception("campaign failed")
+                self.status.waiting_for = f"a campaign that does not fail: {error!r}"
             if epoch is not None:
                 self._may_usurp = False
                 return epoch
@@ -181,66 +215,118 @@ class Supervisor:
         node = await self._store.read(paths.epoch())
         if node is None:
             return None
-        ops: list[Op] = [SetData(paths.epoch(), encode(self._me), node.version)]
+        me = replace(self._me, write=uuid.uuid4().hex)
+        ops: list[Op] = [SetData(paths.epoch(), encode(me), node.version)]
         if seat is not None:
-            holder = decode(Leader, seat.data, path=paths.leader())
-            if holder.name != self._me.name or not self._may_usurp:
+            if not self._may_take(seat):
                 return None
             ops.append(Delete(paths.leader(), seat.version))
-        ops.append(Create(paths.leader(), encode(self._me), ephemeral=True))
+        ops.append(Create(paths.leader(), encode(me), ephemeral=True))
         result = await self._store.multi(ops)
         match result:
             case Done():
                 return result.versions[0]
             case OutcomeUnknown(sent=True):
-                return await self._was_elected()
-            case _:
+                return await self._was_elected(me)
+            case Conflict():
+                self.status.waiting_for = "the end of a race for the seat"
+                return None
+            case OutcomeUnknown():
+                self.status.waiting_for = "the ledger"
                 return None
 
-    async def _was_elected(self) -> int | None:
+    def _may_take(self, seat: Versioned) -> bool:
+        """Its own seat, from a leadership that it gave up while its session lived; or, once, a predecessor's."""
+        try:
+            holder = decode(Leader, seat.data, path=paths.leader())
+        except BadRecord as error:
+            self.status.waiting_for = f"a seat that cannot be read: {error}"
+            return False
+        if holder.id == self._me.id or (holder.name == self._me.name and self._may_usurp):
+            return True
+        self.status.waiting_for = f"{holder.name} leads"
+        self.status.progress += 1
+        return False
+
+    async def _was_elected(self, me: Leader) -> int | None:
         await self._store.barrier()
         seat = await self._store.read(paths.leader())
         node = await self._store.read(paths.epoch())
-        mine = encode(self._me)
+        mine = encode(me)
         return node.version if seat and node and seat.data == mine and node.data == mine else None
+
+    async def step_down(self) -> None:
+        """Free the seat, so that whoever campaigns next wins at once. Where the ledger does not answer the seat goes
+        with the session, and this coordinator's next campaign takes it from itself."""
+        try:
+            await self._store.barrier()
+            seat = await self._store.read(paths.leader())
+            if seat is not None and decode(Leader, seat.data, path=paths.leader()).id == self._me.id:
+                await self._store.multi([Delete(paths.leader(), seat.version)])
+        except (StoreUnavailable, BadRecord) as error:
+            log.warning("the seat is not freed", error=str(error))
 
     # --- leading ------------------------------------------------------------------------------------------------------
 
     async def _lead(self, epoch: int) -> None:
-        """Returns when leadership is over: the session is lost, or a write found another epoch."""
-        tasks: set[asyncio.Task[None]] = set()
+        """Returns when leadership is over: session lost, or a write found another epoch; nothing else ends it."""
         over = asyncio.Event()
+        tasks = Tasks("leader")
+
+        def failed(error: BaseException) -> None:
+            if not isinstance(error, Deposed):
+                log.error("the leader cannot go on", exc_info=error)
+            over.set()
 
         def spawn(work: Coroutine[Any, Any, None]) -> None:
-            task = asyncio.create_task(self._until_deposed(work, over))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            tasks.spawn(work, work.__name__, failed=failed)
 
+        self._quarantine.clear_all()
+        runner = EvacuationRunner(self._store, Inventory(self._store), epoch, self._nudged, self._agents)
         spawn(self._watch_lost(over))
-        spawn(self._discover(epoch, spawn))
+        spawn(self._discover(epoch, runner, spawn))
+        spawn(self._for_ever(lambda: self._places.tend(epoch), "places of those who wait", 0.0))
+        deaths = DeathRunner(self._store, self._agents, Inventory(self._store), epoch, self._fencers)
+        spawn(self._for_ever(deaths.run, "deaths of hosts", 1.0))
+        spawn(self._for_ever(runner.refresh_ended, "refresh of evacuations that ended", POWER_S))
+        spawn(self._for_ever(lambda: self._tell_quarantine(epoch), "list of what is set aside", TELL_S))
         try:
             await over.wait()
         finally:
-            for task in list(tasks):
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await tasks.close()
 
-    async def _until_deposed(self, work: Coroutine[Any, Any, None], over: asyncio.Event) -> None:
-        """Deposed ends the leadership; anything else unexpected ends it too, loudly, and a new election follows."""
-        try:
-            await work
-        except Deposed:
-            over.set()
-        except Exception:
-            log.exception("leader task failed")
-            await asyncio.sleep(1.0)
-            over.set()
+    async def _for_ever(self, work: Callable[[], Awaitable[None]], what: str, every_s: float) -> None:
+        """Raises Deposed; whatever else `work` raises is logged, and it is called again."""
+        while True:
+            try:
+                await work()
+            except (Deposed, asyncio.CancelledError):
+                raise
+            except StoreUnavailable:
+                pass
+            except Exception as error:
+                log.error("failed, trying again", what=what, exc_info=error)
+            await asyncio.sleep(every_s)
+
+    async def _tell_quarantine(self, epoch: int) -> None:
+        await self._quarantine.changed.wait()
+        self._quarantine.changed.clear()
+        told = self._quarantine.list()
+        self.status.quarantined = len(self._quarantine)
+        node = await self._store.read(paths.quarantine())
+        if node is None:
+            await self._store.ensure(paths.quarantine())
+        elif node.data == encode(told) or await epoch_write(
+            self._store, epoch, [SetData(paths.quarantine(), encode(told), node.version)]
+        ):
+            return
+        self._quarantine.changed.set()
 
     async def _watch_lost(self, over: asyncio.Event) -> None:
         await self._lost.wait()
         over.set()
 
-    async def _discover(self, epoch: int, spawn: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+    async def _discover(self, epoch: int, runner: EvacuationRunner, spawn: Spawn) -> None:
         """Find migrations and jobs by watch, with a slow full look as a net."""
         woken = asyncio.Event()
         stops = [
@@ -248,27 +334,34 @@ class Supervisor:
             self._store.watch_children(paths.EVACUATIONS, lambda _names: woken.set()),
         ]
         shards: set[str] = set()
-        runner = EvacuationRunner(self._store, Inventory(self._store), epoch, self._nudged, self._agents)
-        spawn(self._guard_power(runner))
-        spawn(self._places.tend(epoch))
-        spawn(DeathRunner(self._store, self._agents, Inventory(self._store), epoch, self._fencers).run())
+
+        async def look() -> None:
+            for shard in await self._store.children(paths.MIGRATIONS):
+                path = f"{paths.MIGRATIONS}/{shard}"
+                if shard not in shards:
+                    shards.add(shard)
+                    stops.append(self._store.watch_children(path, lambda _names: woken.set()))
+                for migration in await self._store.children(path):
+                    self._adopt(migration, epoch, spawn)
+            for job in await self._store.children(paths.EVACUATIONS):
+                self._adopt_job(job, runner, spawn)
+
         try:
             while True:
-                self.status.turns += 1
                 woken.clear()
                 try:
-                    for shard in await self._store.children(paths.MIGRATIONS):
-                        path = f"{paths.MIGRATIONS}/{shard}"
-                        if shard not in shards:
-                            shards.add(shard)
-                            stops.append(self._store.watch_children(path, lambda _names: woken.set()))
-                        for migration in await self._store.children(path):
-                            self._adopt(migration, epoch, spawn)
-                    for job in await self._store.children(paths.EVACUATIONS):
-                        self._adopt_job(job, runner, spawn)
+                    await look()
                 except StoreUnavailable:
+                    self.status.waiting_for = "the ledger"
                     await asyncio.sleep(STORE_RETRY_S)
                     continue
+                except Exception as error:
+                    self.status.waiting_for = f"a look that does not fail: {error!r}"
+                    log.error("a look at the ledger failed", exc_info=error)
+                    await asyncio.sleep(LOOK_RETRY_S)
+                    continue
+                self.status.progress += 1
+                self.status.waiting_for = ""
                 try:
                     async with asyncio.timeout(1.0):
                         await woken.wait()
@@ -278,31 +371,46 @@ class Supervisor:
             for stop in stops:
                 stop()
 
-    def _adopt(self, migration: str, epoch: int, spawn: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+    async def _guarded(self, resource: str, work: Callable[[], Awaitable[None]]) -> None:
+        """See one migration or job to its end. Whatever it raises sets it aside, and nothing else; it is tried again.
+
+        Raises Deposed.
+        """
+        while True:
+            task = asyncio.ensure_future(work())
+            try:
+                await asyncio.wait({task}, timeout=HEALTHY_S)
+                if not task.done():
+                    self._quarantine.clear(resource)
+                await task
+            except Deposed:
+                raise
+            except StoreUnavailable:
+                await asyncio.sleep(STORE_RETRY_S)
+            except Exception as error:
+                await asyncio.sleep(self._quarantine.fail(resource, error))
+            else:
+                self._quarantine.clear(resource)
+                return
+            finally:
+                task.cancel()
+
+    def _adopt(self, migration: str, epoch: int, spawn: Spawn) -> None:
         if migration not in self._known:
             self._known.add(migration)
-            spawn(self._drive(migration, epoch))
+            spawn(self._guarded(f"migrations/{migration}", lambda: self._drive(migration, epoch)))
 
-    def _adopt_job(
-        self, job: str, runner: EvacuationRunner, spawn: Callable[[Coroutine[Any, Any, None]], None]
-    ) -> None:
+    def _adopt_job(self, job: str, runner: EvacuationRunner, spawn: Spawn) -> None:
         if job not in self._jobs:
             self._jobs.add(job)
-            spawn(self._job(job, runner))
+            spawn(self._guarded(f"evacuations/{job}", lambda: self._job(job, runner)))
 
     async def _job(self, job: str, runner: EvacuationRunner) -> None:
         self.status.jobs += 1
         try:
             await runner.run(job)
-        except BadRecord as error:
-            log.error("evacuation cannot be read", evacuation=job, error=str(error))
         finally:
             self.status.jobs -= 1
-
-    async def _guard_power(self, runner: EvacuationRunner) -> None:
-        while True:
-            await runner.refresh_ended()
-            await asyncio.sleep(2.0)
 
     async def _read_state(self, migration: str) -> tuple[MigrationSpec, MigrationState, str] | None:
         """With the source host; None when the migration is over, or not written as a whole yet."""
@@ -329,11 +437,7 @@ class Supervisor:
         """Admit one migration and see it to its end, in as many turns and under as many workers as it takes."""
         again_s, waited_s = ROOM_AGAIN_S, 0.0
         while True:
-            try:
-                found = await self._read_state(migration)
-            except BadRecord as error:
-                log.error("migration cannot be read", migration=migration, error=str(error))
-                return
+            found = await self._read_state(migration)
             if found is None or await self._take_turn(*found, waited_s, epoch) != WAITING:
                 return
             await asyncio.sleep(again_s)
@@ -353,20 +457,21 @@ class Supervisor:
     async def _dispatch_until_over(self, migration: str, epoch: int) -> str:
         """The terminal phase, or WAITING."""
         self.status.driving += 1
+        lost = 0
         try:
             while True:
                 try:
                     phase = await self._dispatch(migration, epoch)
                 except WorkerLost as error:
-                    log.warning("worker lost", migration=migration, error=str(error))
+                    lost += 1
+                    log.warning("worker lost", migration=migration, error=str(error), in_a_row=lost)
+                    if lost >= WORKERS_LOST:
+                        raise
                     await asyncio.sleep(WORKER_RETRY_S)
                     continue
-                except BadRecord as error:
-                    log.error("migration cannot be read", migration=migration, error=str(error))
-                    await asyncio.sleep(BAD_RECORD_RETRY_S)
-                    continue
                 if phase == "DEPOSED":
-                    raise Deposed(f"epoch {epoch} is over")
+                    await must_lead(self._store, epoch)
+                    raise WorkerLost(f"its worker believes that epoch {epoch} is over, the ledger does not")
                 if phase == WAITING:
                     return phase
                 log.info("migration ended", migration=migration, phase=phase)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from orchestrator.coordinator.driver import STORE_RETRY_S, Deposed, Driver, Tools
+from orchestrator.coordinator.driver import STORE_RETRY_S, Deposed, Driver, Tools, must_lead, until_available
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.core.records import MigrationSpec
 from orchestrator.ledger import paths
@@ -33,7 +33,7 @@ class Worker:
 
     async def drive(self, migration: str, epoch: int) -> str:
         """Returns the terminal phase; "DEPOSED" when `epoch` is over. Raises BadRecord for an unreadable node."""
-        tools = self._tools_of(epoch)
+        tools = await self._tools_of(epoch)
         if tools is None:
             return "DEPOSED"
         task = self._running.get(migration)
@@ -48,10 +48,14 @@ class Worker:
                 return "DEPOSED"
             raise
 
-    def _tools_of(self, epoch: int) -> Tools | None:
+    async def _tools_of(self, epoch: int) -> Tools | None:
+        """None: `epoch` is over. A lower one than before may be the newest all the same, after a restore."""
         if self._tools is not None and epoch < self._tools.epoch:
-            return None
-        if self._tools is None or epoch > self._tools.epoch:
+            try:
+                await until_available(lambda: must_lead(self._store, epoch))
+            except Deposed:
+                return None
+        if self._tools is None or epoch != self._tools.epoch:
             self.stop()
             inventory = Inventory(self._store)
             self._tools = Tools(self._store, self._agents, inventory, epoch, max_arrivals=self._max_arrivals)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
+from orchestrator.core.record import OpenWord
 from orchestrator.core.text import clip, handful
 
 
-class AbortReason(StrEnum):
+class AbortReason(OpenWord):
     """Why one attempt ended without a commit. Stored in the guest record and in the attempt report."""
 
     LATE_SWITCHOVER_ACK = "LATE_SWITCHOVER_ACK"
@@ -35,7 +36,7 @@ class AbortReason(StrEnum):
     ROLLED_BACK = "ROLLED_BACK"
 
 
-class FailureReason(StrEnum):
+class FailureReason(OpenWord):
     """Why a migration or an evacuation ended without success."""
 
     NO_CAPACITY = "NO_CAPACITY"

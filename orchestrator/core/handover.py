@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.ids import HostRef
+from orchestrator.core.record import Record
 
 
 class Ownership(StrEnum):
@@ -29,7 +30,7 @@ class Ownership(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class GuestRecord:
+class GuestRecord(Record):
     """`/guests/<uuid>`: the only authority on who may run the guest. One node per life, never created twice."""
 
     name: str
@@ -311,6 +312,9 @@ def may_declare_dead(*, certificate: bool) -> bool:
     return certificate
 
 
-def epoch_is_stale(seen: int, offered: int) -> bool:
-    """H12: lower epochs are dropped and logged."""
-    return offered < seen
+def epoch_is_current(in_ledger: int, offered: int) -> bool:
+    """H12: only the coordinator that the ledger names is obeyed. `in_ledger` was read behind a barrier.
+
+    A lower one was followed by another, a higher one was never given to anybody.
+    """
+    return offered == in_ledger

@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from orchestrator.core.record import Record
+
 
 @dataclass(frozen=True, slots=True)
-class AgentIdentity:
+class AgentIdentity(Record):
     """One agent process. Stands in the host record, and in the `live` node while the agent's session lives."""
 
     installation: str

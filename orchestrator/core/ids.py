@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.core.record import Record
+
 
 @dataclass(frozen=True, slots=True)
-class HostRef:
+class HostRef(Record):
     """One power cycle of one host: a host that lost power and came back is a different HostRef (assumption A5)."""
 
     host: str
@@ -24,7 +26,7 @@ class AttemptRef:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class AckRequest:
+class AckRequest(Record):
     """A device's demand for one switchover ACK. The device counts generations; an ACK answers exactly one."""
 
     device: str

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from orchestrator.core.record import Record, known_fields
+
 
 class OnTimeout(StrEnum):
     """What happens at the pre-copy timeout."""
@@ -17,7 +19,7 @@ class OnTimeout(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class MigrationPolicy:
+class MigrationPolicy(Record):
     """Budgets and retries of one migration. Defaults suit a guest of some GiB on a 1 Gbit/s link."""
 
     prepare_timeout_ms: int = 15_000
@@ -54,11 +56,16 @@ PolicyOverrides = Mapping[str, int | bool | str]
 
 
 def override(policy: MigrationPolicy, given: PolicyOverrides) -> MigrationPolicy:
-    """The policy with `given` in place of its own fields. Raises TypeError or ValueError for what no policy has."""
-    changed: dict[str, Any] = dict(given)
+    """The policy with `given` in place of its own fields. Fields that only a newer version knows are kept as such.
+
+    Raises ValueError for an `on_timeout` that there is not.
+    """
+    known = {each.name for each in known_fields(MigrationPolicy)}
+    changed: dict[str, Any] = {name: value for name, value in given.items() if name in known}
     if "on_timeout" in changed:
         changed["on_timeout"] = OnTimeout(changed["on_timeout"])
-    return replace(policy, **changed)
+    newer = {name: value for name, value in given.items() if name not in known}
+    return replace(policy, **changed, newer={**policy.newer, **newer})
 
 
 def backoff_ms(policy: MigrationPolicy, attempt: int) -> int:

@@ -12,6 +12,7 @@ from orchestrator.core.errors import AbortReason, FailureReason
 from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.ids import AckRequest, HostRef
 from orchestrator.core.policy import MigrationPolicy
+from orchestrator.core.record import OpenWord, Record
 
 
 class ShimKind(StrEnum):
@@ -24,7 +25,7 @@ class ShimKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceSpec:
+class DeviceSpec(Record):
     """One device of a guest that takes part in its migration through a shim."""
 
     name: str
@@ -43,7 +44,7 @@ class DeviceSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Boot:
+class Boot(Record):
     """What the VMM starts. Images are named, never given as paths: each host has a directory of them (ADR 0018)."""
 
     kernel: str = ""
@@ -64,7 +65,7 @@ class OnHostDeath(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class GuestSpec:
+class GuestSpec(Record):
     """Immutable description of a guest, `/guests/<uuid>/spec`."""
 
     name: str
@@ -79,7 +80,7 @@ class GuestSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class WantRun:
+class WantRun(Record):
     """The operator's wish, `/guests/<uuid>/want_run`; its own node so that a pause never moves the record's version."""
 
     run: bool = True
@@ -88,7 +89,7 @@ class WantRun:
 
 
 @dataclass(frozen=True, slots=True)
-class HostRecord:
+class HostRecord(Record):
     """`/hosts/<h>`: who the agent there is and what the host can carry."""
 
     name: str
@@ -113,7 +114,7 @@ class HostRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Cordon:
+class Cordon(Record):
     on: bool = False
     why: str = ""
     by: str = ""
@@ -131,7 +132,7 @@ class Proof(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Certificate:
+class Certificate(Record):
     """`/fence/<h>/<boot_id>`: this power cycle is over (H11). That the node exists is the certificate; what it holds is
     for people, and may be empty."""
 
@@ -160,7 +161,7 @@ class DeathPhase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class HostDeath:
+class HostDeath(Record):
     """`/deaths/<h>`: the newest declaration that a host is dead. The API asks for it, the leader carries it out."""
 
     host: str
@@ -181,7 +182,7 @@ class HostDeath:
 
 
 @dataclass(frozen=True, slots=True)
-class FencerEntry:
+class FencerEntry(Record):
     """One fencer, as far as others than the coordinator need to know it."""
 
     name: str
@@ -191,21 +192,21 @@ class FencerEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class FencerTable:
+class FencerTable(Record):
     """`/fencers`: which fencer serves which host. The first that fits; written by the leader from its configuration."""
 
     entries: tuple[FencerEntry, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Reservations:
+class Reservations(Record):
     """`/hosts/<h>/resv`: memory promised to migrations on their way here, by migration id."""
 
     memory_mib: dict[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, slots=True)
-class Requests:
+class Requests(Record):
     """`/migs/<aa>/<m>/req` and `/ack`: newest generation per device, with the attempt that saw it."""
 
     entries: tuple[AckRequest, ...] = ()
@@ -233,7 +234,7 @@ class MigrationPhase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class MigrationSpec:
+class MigrationSpec(Record):
     """`/migs/<aa>/<m>`, immutable."""
 
     id: str
@@ -250,7 +251,7 @@ class MigrationSpec:
     """Where the evacuation's plan has a place for it; any other host will do."""
 
 
-class WaitingFor(StrEnum):
+class WaitingFor(OpenWord):
     """What holds up a migration that has not begun, or that is between two attempts."""
 
     PLACE = "PLACE"
@@ -262,7 +263,7 @@ class WaitingFor(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class MigrationState:
+class MigrationState(Record):
     """`/migs/<aa>/<m>/state`: durable phase. PENDING, ACTIVE-ish phases are coarse here; agents know the fine ones."""
 
     phase: MigrationPhase = MigrationPhase.PENDING
@@ -283,7 +284,7 @@ class MigrationState:
 
 
 @dataclass(frozen=True, slots=True)
-class TimelineEntry:
+class TimelineEntry(Record):
     """One line of `drover explain`. `at_ms` counts from the attempt's start on the clock of `where`."""
 
     at_ms: float
@@ -293,7 +294,7 @@ class TimelineEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceProgress:
+class DeviceProgress(Record):
     """One device inside the VMM in one attempt; the VMM moves its state and asks for its ACKs."""
 
     name: str
@@ -312,7 +313,7 @@ class DeviceProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptReport:
+class AttemptReport(Record):
     """What one attempt came to; kept in `/migs/<aa>/<m>/attempts` after the agents forgot it."""
 
     attempt: int
@@ -342,7 +343,7 @@ class AttemptReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Attempts:
+class Attempts(Record):
     reports: tuple[AttemptReport, ...] = ()
 
 
@@ -360,7 +361,7 @@ class EvacuationPhase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class EvacuationSpec:
+class EvacuationSpec(Record):
     """`/evac/<job>`, immutable."""
 
     id: str
@@ -373,7 +374,7 @@ class EvacuationSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class EvacuationGuest:
+class EvacuationGuest(Record):
     """One guest of a job. `migration` is empty until its migration was created."""
 
     guest: str
@@ -390,7 +391,7 @@ class EvacuationGuest:
 
 
 @dataclass(frozen=True, slots=True)
-class EvacuationState:
+class EvacuationState(Record):
     """`/evac/<job>/state`. `safe_to_power_off` is re-evaluated while the host stays cordoned, also after the end."""
 
     phase: EvacuationPhase = EvacuationPhase.PENDING
@@ -410,14 +411,34 @@ class EvacuationState:
 
 
 @dataclass(frozen=True, slots=True)
-class EvacuationGuests:
+class EvacuationGuests(Record):
     """`/evac/<job>/guests-<nnnn>`: some of a job's guests."""
 
     guests: tuple[EvacuationGuest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class RequestRecord:
+class Quarantined(Record):
+    """A migration or an evacuation that the leader cannot carry on with. It is tried again, ever more slowly."""
+
+    resource: str
+    """migrations/<id> or evacuations/<id>."""
+    reason: str
+    since_s: float = 0.0
+    """Wall clock, for people only."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineList(Record):
+    """`/coord/0/quarantine`: the oldest first."""
+
+    entries: tuple[Quarantined, ...] = ()
+    left_out: int = 0
+    """Set aside as well, for want of room not listed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord(Record):
     """`/requests/<request_id>`: makes a create call repeat-safe."""
 
     operation: str

@@ -18,7 +18,7 @@ def birth_ops(uuid: str, record: GuestRecord, spec: GuestSpec, wish: WantRun, en
     """
     host = record.owner.host
     path = paths.reservations(host)
-    taken = op_set(path, entry.input.reservations, entry.reservations_version)
+    taken = op_set(path, entry.reservations, entry.reservations_version)
     if entry.reservations_version < 0:
         taken = op_create(path, Reservations())
     return [

@@ -120,3 +120,8 @@ def epoch() -> str:
 
 def leader() -> str:
     return f"{COORDINATOR}/leader"
+
+
+def quarantine() -> str:
+    """What the leader has set aside, and why."""
+    return f"{COORDINATOR}/quarantine"

@@ -1,15 +1,22 @@
-"""JSON of the znodes <-> records of the core. Unknown fields are ignored (a newer writer), wrong ones are refused."""
+"""JSON of the znodes <-> records of the core, between versions of Drover.
+
+Fields of a newer version are kept and written back as they came (`core.record.Record`), fields that an older one did
+not write take their defaults. What must be understood and is not, such as a phase, is refused: `BadRecord`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
+from orchestrator.core.record import Record, known_fields
 from orchestrator.core.records import AttemptReport, Attempts
 
 T = TypeVar("T")
@@ -29,28 +36,89 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
 
 def encode(record: object) -> bytes:
     """JSON with sorted, short separators; raises BadRecord when it would not fit into a node."""
-    data = _adapter(type(record)).dump_json(record)
+    kind = type(record)
+    tree = _adapter(kind).dump_python(record, mode="json", warnings="error")
+    settle = _walk(kind, _flatten)
+    data = pydantic_core.to_json(settle(tree) if settle else tree, inf_nan_mode="null")
     if len(data) > MAX_BYTES:
         raise BadRecord(f"{type(record).__name__} takes {len(data)} bytes, a node holds {MAX_BYTES}")
     return data
 
 
-def encode_attempts(reports: Sequence[AttemptReport]) -> bytes:
-    """All reports of a migration. Where they do not fit into a node, the oldest lose their time lines, which `explain`
-    then lacks: a migration with a hundred attempts must find its end all the same."""
+def encode_attempts(reports: Sequence[AttemptReport], *, over: Attempts | None = None) -> bytes:
+    """All reports of a migration, in place of those of `over`. Where they do not fit into a node, the oldest lose their
+    time lines, which `explain` then lacks: a migration with a hundred attempts must find its end all the same."""
+    over = over or Attempts()
     kept = list(reports)
     for index, report in enumerate(reports):
         with contextlib.suppress(BadRecord):
-            return encode(Attempts(tuple(kept)))
+            return encode(replace(over, reports=tuple(kept)))
         kept[index] = replace(report, timeline=())
-    return encode(Attempts(tuple(kept)))
+    return encode(replace(over, reports=tuple(kept)))
 
 
 def decode(kind: type[T], data: bytes, *, path: str = "") -> T:
     """Raises BadRecord with the node's path and what is wrong with it."""
     try:
-        return _adapter(kind).validate_json(data)
+        tree = pydantic_core.from_json(data)
+        lift = _walk(kind, _lift)
+        return _adapter(kind).validate_python(lift(tree) if lift else tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise BadRecord(f"{path or kind.__name__}: {where or 'content'}: {first['msg']}") from error
+    except ValueError as error:
+        raise BadRecord(f"{path or kind.__name__}: content: Invalid JSON: {error}") from error
+
+
+# --- fields of a newer version ----------------------------------------------------------------------------------------
+
+_Object = dict[str, Any]
+_Array = Sequence[Any]
+_Change = Callable[[frozenset[str], _Object], _Object]
+_Tree = Callable[[Any], Any]
+
+
+def _lift(known: frozenset[str], stored: dict[str, Any]) -> dict[str, Any]:
+    """What only a newer version knows goes where a `Record` keeps it."""
+    newer = {name: value for name, value in stored.items() if name not in known}
+    return {name: value for name, value in stored.items() if name in known} | {"newer": newer} if newer else stored
+
+
+def _flatten(known: frozenset[str], held: dict[str, Any]) -> dict[str, Any]:
+    """And back to where it stood."""
+    newer = held.pop("newer", None)
+    return {**newer, **held} if newer else held
+
+
+@cache
+def _walk(kind: Any, change: _Change) -> _Tree | None:
+    """A function that applies `change` to every record within the JSON of a `kind`; None: there is none in it."""
+    if isinstance(kind, type) and issubclass(kind, Record):
+        return _walk_record(kind, change)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (tuple, list) and args and (inner := _walk(args[0], change)):
+        return lambda tree: [inner(each) for each in cast(_Array, tree)] if isinstance(tree, list | tuple) else tree
+    if origin is dict and (inner := _walk(args[1], change)):
+        return lambda tree: {k: inner(v) for k, v in cast(_Object, tree).items()} if isinstance(tree, dict) else tree
+    if origin in (Union, types.UnionType):
+        found = [each for each in (_walk(arg, change) for arg in args) if each is not None]
+        return found[0] if len(found) == 1 else None
+    return None
+
+
+def _walk_record(kind: type[Record], change: _Change) -> _Tree:
+    hints = get_type_hints(kind)
+    known = frozenset(each.name for each in known_fields(kind))
+    inner = {name: walk for name in known if (walk := _walk(hints[name], change))}
+
+    def record(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        changed = change(known, dict(cast(_Object, tree)))
+        for name, walk in inner.items():
+            if name in changed:
+                changed[name] = walk(changed[name])
+        return changed
+
+    return record

@@ -35,7 +35,7 @@ from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import Boot, GuestSpec, HostRecord, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import encode
-from orchestrator.ledger.store import Done, SetData
+from orchestrator.ledger.store import Done, SetData, Versioned
 from orchestrator.rpc.agent_client import AgentClient
 from orchestrator.rpc.channels import aio_server, listen
 from orchestrator.rpc.errors import Errors
@@ -308,6 +308,11 @@ class Side(ABC):
     def __init__(self, port: AgentPort, world: World) -> None:
         self.port = port
         self.world = world
+        self.elect(0)
+
+    def elect(self, epoch: int) -> None:
+        """Another coordinator leads."""
+        self.world.store.tree.nodes[paths.epoch()] = Versioned(b"", epoch, 0)
 
     @abstractmethod
     async def runs(self) -> None:
@@ -437,9 +442,30 @@ async def test_an_attempt_that_nobody_conducted_is_unknown(side: Side) -> None:
 async def test_a_coordinator_that_was_followed_by_another_is_refused(side: Side) -> None:
     """Also when the other one's call was refused for another reason."""
     side.world.put(paths.guest(G), ARRIVING)
+    side.elect(3)
     prepared = await side.prepare(epoch=3)
     assert await refused(side.prepare(epoch=2)) is R.STALE_EPOCH
     assert await refused(side.conduct(epoch=2)) is R.STALE_EPOCH
     assert await side.prepare(epoch=3) == prepared
+    side.elect(4)
     assert await refused(side.prepare(replace(REF, attempt=9), epoch=4)) is R.STALE_ATTEMPT
     assert await refused(side.prepare(epoch=3)) is R.STALE_EPOCH
+
+
+@pytest.mark.rule("H12")
+async def test_an_epoch_that_was_given_to_nobody_is_refused_and_harms_nobody(side: Side) -> None:
+    side.world.put(paths.guest(G), ARRIVING)
+    side.elect(3)
+    assert await refused(side.prepare(epoch=2**62)) is R.STALE_EPOCH
+    assert await refused(side.conduct(epoch=4)) is R.STALE_EPOCH
+    await side.prepare(epoch=3)
+
+
+@pytest.mark.rule("H12")
+async def test_a_ledger_that_was_restored_is_followed_to_its_lower_epoch(side: Side) -> None:
+    side.world.put(paths.guest(G), ARRIVING)
+    side.elect(30)
+    prepared = await side.prepare(epoch=30)
+    side.elect(7)
+    assert await side.prepare(epoch=7) == prepared
+    assert await refused(side.prepare(epoch=30)) is R.STALE_EPOCH

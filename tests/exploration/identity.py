@@ -7,7 +7,7 @@ its answer: it reads, then writes in one transaction guarded by what it read, wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -201,17 +201,13 @@ def _write(world: World, number: int) -> World:
     noted = _with(world, number, claims=(*agent.claims, claim)[-2:], read=None)
     if not holds(world, record, live):
         return noted
-    mine = AgentIdentity(**{**_fields(me(world, number)), "claim": str(claim)})
+    mine = replace(me(world, number), claim=str(claim))
     fence = world.fence | {world.record.boot_id} if answer.place is Place.CERTIFY else world.fence
     taken = noted._replace(record=mine, live=mine, fence=fence)
     predecessor = {f"p{each.process}" for each in world.agents if each.process}
     if world.record.agent in predecessor:
         taken = taken._replace(flaw="the place was taken from an agent that is alive")
     return taken
-
-
-def _fields(of: AgentIdentity) -> dict[str, str]:
-    return {name: getattr(of, name) for name in AgentIdentity.__dataclass_fields__}
 
 
 def _ledger(world: World) -> Iterator[Move]:

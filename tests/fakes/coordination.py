@@ -265,7 +265,8 @@ class World:
     """Agents that do not know yet what they hold."""
     asked: list[str] = field(default_factory=list)
     conducting: dict[tuple[str, int], asyncio.Task[None]] = field(default_factory=dict)
-    seen_epoch: int = -1
+    misread_epoch: int | None = None
+    """What agents take for the epoch, whatever the ledger says."""
 
     def at(self, control_address: str) -> FakeAgent:
         return FakeAgent(self, control_address.split(":", maxsplit=1)[0])
@@ -302,9 +303,10 @@ class World:
 
     def call(self, what: str, host: str, attempt: int, epoch: int) -> None:
         self.calls.append((what, host, attempt))
-        if epoch < self.seen_epoch:
-            raise DroverError(RefusalReason.STALE_EPOCH, f"epoch {epoch} is older than {self.seen_epoch}")
-        self.seen_epoch = epoch
+        node = self.store.tree.nodes.get(paths.epoch())
+        current = self.misread_epoch if self.misread_epoch is not None else node.version if node else -1
+        if epoch != current:
+            raise DroverError(RefusalReason.STALE_EPOCH, f"epoch {epoch} is over: {host} reads {current}")
         if host in self.silent:
             raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} does not answer")
         if self.refuse is not None and what == "prepare":

@@ -61,6 +61,7 @@ def world() -> World:
     for root in paths.ROOTS:
         world.put(root, WantRun())
     world.put(paths.host(THERE.host), HostRecord(THERE.host, THERE.boot_id, "127.0.0.1:2", str(PEER), 1, 1))
+    world.put(paths.epoch(), WantRun())  # its version is the epoch: 0
     world.put(paths.guest_spec(G), GuestSpec("web"))
     world.put(paths.want_run(G), WantRun())
     return world

@@ -711,8 +711,12 @@ async def test_health_follows_the_session(api: ApiCluster, store: MemoryStore) -
             await asyncio.sleep(0.01)
 
 
-async def test_an_unreadable_record_names_its_node(api: ApiCluster, client: OrchestratorClient, world: World) -> None:
+async def test_an_unreadable_record_names_its_node_and_hides_no_other(
+    api: ApiCluster, client: OrchestratorClient, world: World
+) -> None:
+    others = {host.name for host in await api.call(client.list_hosts)} - {"h1"}
     world.put(paths.cordon("h1"), {"on": "perhaps"})
-    error = await api.refused(client.list_hosts)
+    assert {host.name for host in await api.call(client.list_hosts)} == others
+    error = await api.refused(client.get_host, "h1")
     assert error.reason is R.INTERNAL
     assert "/hosts/h1/cordon" in error.message

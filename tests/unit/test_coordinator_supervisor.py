@@ -256,9 +256,40 @@ async def test_stale_epoch_can_write_nothing(world: World) -> None:
 
 
 @pytest.mark.rule("H12")
-async def test_agent_that_saw_a_newer_epoch_deposes(world: World) -> None:
-    world.seen_epoch = EPOCH + 1
+async def test_an_agent_that_calls_our_epoch_stale_deposes_nobody(world: World) -> None:
+    """The ledger says that it stands: that agent's fault ends the attempt, and the next one goes on."""
+    world.misread_epoch = EPOCH + 1
+    task = asyncio.create_task(drive(world))
+    await until(lambda: len(world.attempts("m1")) == 1)
+    world.misread_epoch = None
+    assert await task == "SUCCEEDED"
+    assert world.attempts("m1")[0].reason is AbortReason.PREPARE_FAILED
+
+
+@pytest.mark.rule("H12")
+async def test_an_agent_that_read_a_newer_epoch_is_right(world: World) -> None:
+    """Our call was under way while another coordinator was elected."""
+    real = world.call
+
+    def call(what: str, host: str, attempt: int, epoch: int) -> None:
+        world.store.tree.nodes[paths.epoch()] = Versioned(b"", EPOCH + 1, 0)
+        real(what, host, attempt, epoch)
+
+    world.call = call
     assert await drive(world) == "DEPOSED"
+
+
+@pytest.mark.rule("H12")
+async def test_a_worker_follows_a_ledger_that_was_restored(world: World) -> None:
+    """Its epochs begin at a lower number again."""
+    one = worker(world)
+    world.store.tree.nodes[paths.epoch()] = Versioned(b"", EPOCH + 9, 0)
+    assert await one.drive("m1", EPOCH + 9) == "SUCCEEDED"
+    world.guest("g2", "h1")
+    world.migration("m2", "g2")
+    assert await one.drive("m2", EPOCH) == "DEPOSED"
+    world.store.tree.nodes[paths.epoch()] = Versioned(b"", EPOCH, 0)
+    assert await one.drive("m2", EPOCH) == "SUCCEEDED"
 
 
 # --- supervisor -------------------------------------------------------------------------------------------------------

@@ -102,5 +102,6 @@ def test_h9_h10_crash_and_discard() -> None:
 
 def test_h11_h12() -> None:
     assert not handover.may_declare_dead(certificate=False)
-    assert handover.epoch_is_stale(5, 4)
-    assert not handover.epoch_is_stale(5, 5)
+    assert handover.epoch_is_current(5, 5)
+    assert not handover.epoch_is_current(5, 4)
+    assert not handover.epoch_is_current(5, 6)

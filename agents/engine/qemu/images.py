@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agents.engine.base import ImageNotFound
@@ -38,7 +38,7 @@ class Images:
 
     def _named(self, what: str, name: str) -> Path:
         # The API refused a bad name long ago; this is what stands between a record and the files of the host.
-        if wrong := boot_errors(Boot(**{what: name})):
+        if wrong := boot_errors(replace(Boot(), **{what: name})):
             raise ImageNotFound(f"boot.{what} {wrong[0][1]}")
         if self.directory is None:
             raise ImageNotFound(

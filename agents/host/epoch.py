@@ -1,0 +1,59 @@
+"""Which coordinator this agent obeys: the one that the ledger names, and no other (H12).
+
+A call carries its coordinator's epoch. An epoch that this agent does not know yet proves nothing by itself: the
+ledger is asked behind a barrier, and what it says counts, be it higher or lower than before (docs/adr/0015).
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from agents.host.journal import Journal
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.handover import epoch_is_current
+from orchestrator.ledger import paths
+from orchestrator.ledger.store import Store, StoreUnavailable
+
+log = structlog.get_logger(__name__)
+
+
+class EpochGate:
+    """One look at the ledger at a time, however many calls ask for one."""
+
+    def __init__(self, host: str, store: Store, journal: Journal) -> None:
+        self._host = host
+        self._store = store
+        self._journal = journal
+        self._turn = asyncio.Lock()
+
+    async def heed(self, offered: int) -> None:
+        """Returns when the caller's epoch is the ledger's.
+
+        Raises STALE_EPOCH when it is not, LEDGER_UNREACHABLE when that cannot be found out now.
+        """
+        if offered == self._journal.epoch:
+            return
+        async with self._turn:
+            if offered == self._journal.epoch:
+                return
+            current = await self._read()
+            if current != self._journal.epoch:
+                log.info("another coordinator leads", epoch=current, before=self._journal.epoch)
+                await self._journal.see_epoch(current)
+        if not epoch_is_current(current, offered):
+            log.warning("call of a coordinator that does not lead refused", epoch=offered, current=current)
+            was = "is over" if offered < current else "was never given to anybody"
+            raise DroverError(
+                RefusalReason.STALE_EPOCH, f"epoch {offered} {was}: {self._host} reads {current} in the ledger"
+            )
+
+    async def _read(self) -> int:
+        try:
+            await self._store.barrier()
+            node = await self._store.read(paths.epoch())
+        except StoreUnavailable as error:
+            said = f"{self._host} cannot ask the ledger which coordinator leads: {error}"
+            raise DroverError(RefusalReason.LEDGER_UNREACHABLE, said) from error
+        return -1 if node is None else node.version
