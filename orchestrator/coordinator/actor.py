@@ -11,22 +11,29 @@ that an actor started is silent in Ray, so both leave the process when theirs en
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
+import socket
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
 import structlog
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from orchestrator.coordinator.supervisor import Status, Supervisor, WorkerLost
+from orchestrator.coordinator.pool import Pool, WorkerLost
+from orchestrator.coordinator.supervisor import Status, Supervisor
 from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, make_agents, make_store
 from orchestrator.coordinator.worker import Worker
-from orchestrator.ledger.store import Store, StoreUnavailable
+from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
+from orchestrator.tasks import Tasks
 
 log = structlog.get_logger(__name__)
 
 COORDINATOR = "coordinator"
+WORKER = "worker-"
 CALLS = 5_000
 """Calls that an actor answers side by side: each migration under way is one call to a worker."""
 
@@ -38,12 +45,11 @@ def _die_with(task: asyncio.Task[None]) -> None:
         os._exit(70)
 
 
-async def _connect(config: CoordinatorConfig) -> Store:
-    store = make_store(config)
+async def _connect(store: Store) -> None:
     while True:
         try:
             await store.start()
-            return store
+            return
         except StoreUnavailable as error:
             log.warning("ledger is not reachable, trying again", error=str(error))
             await asyncio.sleep(0.5)
@@ -53,12 +59,14 @@ class MigrationWorker:
     """Drives migrations as coroutines, over one ledger session and one set of channels."""
 
     def __init__(self, config: CoordinatorConfig) -> None:
+        self._store: Store | None = None
         self._ready: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         self._task = asyncio.get_running_loop().create_task(self._start(config))
         self._task.add_done_callback(_die_with)
 
     async def _start(self, config: CoordinatorConfig) -> None:
-        store = await _connect(config)
+        store = self._store = make_store(config)
+        await _connect(store)
         self._ready.set_result(Worker(store, make_agents(config), max_arrivals=config.max_arrivals))
 
     async def drive(self, migration: str, epoch: int) -> str:
@@ -67,7 +75,44 @@ class MigrationWorker:
         return await worker.drive(migration, epoch)
 
     async def ping(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), "driving": self._ready.result().driving if self._ready.done() else 0}
+        """`ready`: it has a ledger. `pid` and `machine` say whom to end when it does not answer any more."""
+        ready = self._store is not None and self._store.session is SessionState.CONNECTED
+        driving = self._ready.result().driving if self._ready.done() else 0
+        return {"pid": os.getpid(), "machine": socket.gethostname(), "ready": ready, "driving": driving}
+
+
+class RayWorker:
+    """`pool.WorkerPort` over an actor."""
+
+    def __init__(self, config: CoordinatorConfig, seat: int, before: int) -> None:
+        name = f"{WORKER}{seat}-{before}"
+        self._handle: Any = ray.remote(MigrationWorker).options(**_options(config, name)).remote(config)
+        self._told: dict[str, Any] = {}
+
+    async def drive(self, migration: str, epoch: int) -> str:
+        try:
+            return await self._handle.drive.remote(migration, epoch)
+        except RayActorError as error:
+            raise WorkerLost(str(error)) from None
+
+    async def ping(self) -> bool:
+        try:
+            self._told = await self._handle.ping.remote()
+        except RayError as error:
+            raise WorkerLost(str(error)) from None
+        return bool(self._told["ready"])
+
+    def kill(self) -> None:
+        """Ray asks a process to end itself, which a frozen one does not: the kernel ends that one."""
+        pid = self._told.get("pid")
+        if pid and self._told.get("machine") == socket.gethostname():
+            with contextlib.suppress(OSError):
+                if b"MigrationWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+        try:
+            ray.kill(self._handle, no_restart=True)
+        except Exception as error:  # whatever it is: another worker takes the seat
+            log.warning("a silent worker is not ended by Ray", error=str(error))
 
 
 class Coordinator:
@@ -76,34 +121,33 @@ class Coordinator:
     def __init__(self, config: CoordinatorConfig) -> None:
         self._config = config
         self._supervisor: Supervisor | None = None
-        self._workers: list[Any] = []
+        self._pool: Pool | None = None
+        self._tasks = Tasks("coordinator")
         self._task = asyncio.get_running_loop().create_task(self._run())
         self._task.add_done_callback(_die_with)
 
     async def _run(self) -> None:
-        self._workers = [_start_worker(self._config, number) for number in range(self._config.workers)]
-        store = await _connect(self._config)
+        store = make_store(self._config)
+        pool = self._pool = Pool(
+            self._config.workers,
+            lambda seat, before: RayWorker(self._config, seat, before),
+            has_ledger=lambda: store.session is SessionState.CONNECTED,
+        )
+        self._tasks.keep(pool.tend, "workers", again_s=1.0, every_s=0.0)
+        await _connect(store)
         self._supervisor = Supervisor(
             store,
-            self._dispatch,
+            pool.dispatch,
             agents=make_agents(self._config),
             fencers=fencers_of(self._config),
             limits=self._config.limits,
         )
         await self._supervisor.run()
 
-    async def _dispatch(self, migration: str, epoch: int) -> str:
-        """Always the same worker for a migration, so that a repeated hand-out joins the driver that runs."""
-        worker = self._workers[int(migration[:8].encode().hex(), 16) % len(self._workers)]
-        try:
-            return await worker.drive.remote(migration, epoch)
-        except RayActorError as error:
-            raise WorkerLost(str(error)) from None
-
     async def ping(self) -> dict[str, Any]:
         """Status of the supervisor; `progress` stands still when it is stuck."""
         status = asdict(self._supervisor.status if self._supervisor else Status())
-        return {"pid": os.getpid(), **status}
+        return {"pid": os.getpid(), "workers_replaced": self._pool.replaced if self._pool else 0, **status}
 
 
 def _options(config: CoordinatorConfig, name: str) -> dict[str, Any]:
@@ -117,10 +161,6 @@ def _options(config: CoordinatorConfig, name: str) -> dict[str, Any]:
         "max_task_retries": 0,
         "max_concurrency": CALLS,
     }
-
-
-def _start_worker(config: CoordinatorConfig, number: int) -> Any:
-    return ray.remote(MigrationWorker).options(**_options(config, f"worker-{number}")).remote(config)
 
 
 # --- for the process outside Ray --------------------------------------------------------------------------------------
@@ -169,7 +209,8 @@ def restart(handle: Any) -> None:
 
 def stop_all(config: CoordinatorConfig) -> None:
     """End all actors for good: the head then stops at once instead of draining for 30 s."""
-    for name in [COORDINATOR, *(f"worker-{number}" for number in range(config.workers))]:
+    names = [name for name in ray.util.list_named_actors() if name.startswith(WORKER)]
+    for name in [COORDINATOR, *names]:
         try:
             ray.kill(ray.get_actor(name, namespace=config.ray_namespace), no_restart=True)
         except ValueError:

@@ -19,6 +19,7 @@ from orchestrator.coordinator.deaths import DeathRunner
 from orchestrator.coordinator.driver import STORE_RETRY_S, WAITING, Deposed, epoch_write, must_lead
 from orchestrator.coordinator.evacuations import EvacuationRunner
 from orchestrator.coordinator.places import Places
+from orchestrator.coordinator.pool import WorkerLost
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.coordinator.quarantine import Quarantine
 from orchestrator.core.handover import GuestRecord
@@ -59,10 +60,6 @@ TELL_S = 0.2
 """The list of what is set aside is written at most so often."""
 HEALTHY_S = 30.0
 """What has worked for so long after it was set aside is no longer set aside."""
-
-
-class WorkerLost(Exception):
-    """The worker that drove a migration died; the migration goes on as its records say, under another worker."""
 
 
 Dispatch = Callable[[str, int], Awaitable[str]]

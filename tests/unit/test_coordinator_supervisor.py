@@ -11,7 +11,8 @@ import pytest
 
 from orchestrator.api.decisions import cancelled_state
 from orchestrator.coordinator import places
-from orchestrator.coordinator.supervisor import Limits, Supervisor, TokenBucket, WorkerLost
+from orchestrator.coordinator.pool import WorkerLost
+from orchestrator.coordinator.supervisor import Limits, Supervisor, TokenBucket
 from orchestrator.coordinator.worker import Worker
 from orchestrator.core import evacuation, handover
 from orchestrator.core import migration as machine

@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from orchestrator.coordinator.pool import WorkerLost
 from orchestrator.coordinator.quarantine import Quarantine
-from orchestrator.coordinator.supervisor import Dispatch, Supervisor, WorkerLost
+from orchestrator.coordinator.supervisor import Dispatch, Supervisor
 from orchestrator.coordinator.worker import Worker
 from orchestrator.core.records import Cordon, EvacuationPhase, MigrationPhase, QuarantineList
 from orchestrator.ledger import paths
