@@ -12,7 +12,7 @@ from orchestrator import wire
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
 from orchestrator.api.migrations import policy_violations
-from orchestrator.api.reads import EvacuationRead, not_found, read_evacuation
+from orchestrator.api.reads import EvacuationRead, not_found, quarantined, read_evacuation
 from orchestrator.api.requests import Request
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
@@ -47,7 +47,11 @@ class Evacuations:
         return await read_evacuation(self._tools.ledger, name)
 
     async def get(self, name: str) -> types_pb2.Evacuation:
-        return views.evacuation(await self.read(name), self._tools.fleet)
+        shown = views.evacuation(await self.read(name), self._tools.fleet)
+        if not shown.end_time.seconds:
+            reason = (await quarantined(self._tools.ledger)).get(f"evacuations/{name}", "")
+            shown.message = views.quarantined(shown.message, reason)
+        return shown
 
     async def list(self) -> list[types_pb2.Evacuation]:
         """Newest first by the ledger's own order, at most MAX_LISTED. One that cannot be read is listed with what is
@@ -56,7 +60,12 @@ class Evacuations:
             one for one in await each(await self._tools.ledger.list_evacuations(), self._listed) if one is not None
         ]
         found.sort(key=lambda one: -one[0])
-        return [shown for _, shown in found[:MAX_LISTED]]
+        reasons = await quarantined(self._tools.ledger)
+        shown = [shown for _, shown in found[:MAX_LISTED]]
+        for one in shown:
+            if not one.end_time.seconds:
+                one.message = views.quarantined(one.message, reasons.get(f"evacuations/{one.name}", ""))
+        return shown
 
     async def _listed(self, name: str) -> tuple[int, types_pb2.Evacuation] | None:
         try:
@@ -117,7 +126,12 @@ class Evacuations:
 
     async def _refuse_second(self, host: str, asked: Request) -> None:
         for job in await self._tools.ledger.list_evacuations():
-            read = await read_job(self._tools.store, job, rows=())
+            try:
+                read = await read_job(self._tools.store, job, rows=())
+            except BadRecord:
+                if not job.startswith(f"{host}-"):
+                    continue  # of another host, by its name
+                raise
             if read is None or read.spec.host != host or read.head.phase.terminal:
                 continue
             if not await asked.earlier(self._tools):

@@ -16,7 +16,15 @@ from orchestrator.api import decisions, views
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
 from orchestrator.api.decisions import CancelStep
 from orchestrator.api.history import History
-from orchestrator.api.reads import GuestRead, MigrationRead, guest_uuid, no_place, read_guest, read_migration
+from orchestrator.api.reads import (
+    GuestRead,
+    MigrationRead,
+    guest_uuid,
+    no_place,
+    quarantined,
+    read_guest,
+    read_migration,
+)
 from orchestrator.api.requests import Request
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason, invalid
@@ -53,7 +61,11 @@ class Migrations:
 
     async def get(self, name: str) -> types_pb2.Migration:
         """Also long after its end: the attempts' reports stay in the ledger."""
-        return views.migration(await self.read(name), self._tools.fleet)
+        shown = views.migration(await self.read(name), self._tools.fleet)
+        if not shown.end_time.seconds:
+            reason = (await quarantined(self._tools.ledger)).get(f"migrations/{name}", "")
+            shown.message = views.quarantined(shown.message, reason)
+        return shown
 
     async def read(self, name: str) -> MigrationRead:
         return await read_migration(self._tools.ledger, name)
@@ -74,8 +86,13 @@ class Migrations:
             and not (active_only and line.over)
         ]
         page, more = lines[:size], len(lines) > size
-        shown = await each([line.name for line in page], self._listed)
-        return [one for one in shown if one is not None], str(page[-1].order) if more else ""
+        found = await each([line.name for line in page], self._listed)
+        shown = [one for one in found if one is not None]
+        reasons = await quarantined(self._tools.ledger)
+        for one in shown:
+            if one.name not in self._over:
+                one.message = views.quarantined(one.message, reasons.get(f"migrations/{one.name}", ""))
+        return shown, str(page[-1].order) if more else ""
 
     async def _listed(self, name: str) -> types_pb2.Migration | None:
         if name in self._over:

@@ -18,6 +18,7 @@ from orchestrator.core.records import (
     GuestSpec,
     MigrationSpec,
     MigrationState,
+    QuarantineList,
     WantRun,
 )
 from orchestrator.core.text import quoted
@@ -123,6 +124,16 @@ async def read_migration(ledger: Ledger, migration: str) -> MigrationRead:
             return MigrationRead(spec[0], Standing(record, version, mzxid, *after, reports))
         before = after
     raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"migration {migration} keeps moving: look again")
+
+
+async def quarantined(ledger: Ledger) -> dict[str, str]:
+    """Why the leader has set resources aside, by `migrations/<id>` and `evacuations/<id>`."""
+    try:
+        node = await ledger.store.read(paths.quarantine())
+        entries = decode(QuarantineList, node.data).entries if node is not None and node.data else ()
+    except BadRecord:
+        return {}
+    return {entry.resource: entry.reason for entry in entries}
 
 
 async def read_evacuation(ledger: Ledger, job: str) -> EvacuationRead:

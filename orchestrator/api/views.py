@@ -121,6 +121,11 @@ def migration(read: MigrationRead, fleet: Fleet, *, timelines: bool = True) -> t
     )
 
 
+def quarantined(message: str, reason: str) -> str:
+    """What is said of a migration or an evacuation that the leader has set aside for `reason`, and tries again."""
+    return f"quarantined: {reason}" + (f" ({message})" if message else "") if reason else message
+
+
 def _silence(phase: MigrationPhase, hosts: Sequence[str], fleet: Fleet) -> str:
     """What a migration is held up by when an agent is gone: its guest runs on, and nobody else may conduct it."""
     silent = " and ".join(host for host in hosts if host and not fleet.hears(host))

@@ -170,6 +170,7 @@ class Driver:
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened_at_s = tools.clock_s()
         self._course: migration.Course | None = None
+        self._fresh = False
 
     async def run(self) -> str:
         """Returns the terminal phase, or WAITING. Raises Deposed, or BadRecord when a node cannot be read.
@@ -245,11 +246,20 @@ class Driver:
                 await asyncio.sleep(STORE_RETRY_S)
 
     async def _read(self) -> _Nodes:
-        """Guest first: what is read later is at least as new, so a verdict is never missed beside its record."""
+        """State, guest, state again: when the state did not move, the record belongs to it. Whatever opens or settles
+        an attempt moves both, so a half of such a write is never seen."""
         store, spec = self._tools.store, self._spec
-        guest = await store.read(paths.guest(spec.guest))
+        if not self._fresh:
+            await store.barrier()  # H13: the server may lag behind what the coordinator has seen
+            self._fresh = True
         state = await store.read(paths.migration_state(spec.id))
-        attempts = await store.read(paths.attempts(spec.id))
+        while True:
+            before = state
+            guest = await store.read(paths.guest(spec.guest))
+            attempts = await store.read(paths.attempts(spec.id))
+            state = await store.read(paths.migration_state(spec.id))
+            if (before and before.version) == (state and state.version):
+                break
         record = decode(GuestRecord, guest.data, path=paths.guest(spec.guest)) if guest else None
         source = record.owner.host if record is not None and record.phase in _AT_SOURCE else ""
         return _Nodes(
@@ -451,6 +461,8 @@ class Driver:
                 return None
             closed = handover.close(nodes.record, spec.id, writer=_writer())
             ops.append(SetData(paths.guest(spec.guest), encode(closed), nodes.guest.version))
+        elif nodes.guest is not None:
+            ops.append(Check(paths.guest(spec.guest), nodes.guest.version))  # what was judged still stands
         report = command.report
         if report is not None and all(known.attempt != report.attempt for known in nodes.reports):
             known = _decode_or(Attempts, nodes.attempts, Attempts())

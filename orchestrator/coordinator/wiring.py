@@ -11,6 +11,7 @@ from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.coordinator.supervisor import Limits
 from orchestrator.fencing.base import Fencers
 from orchestrator.fencing.config import FencerConfig, make_fencers
+from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode
 from orchestrator.ledger.store import Store
 
@@ -23,6 +24,8 @@ class CoordinatorConfig:
     """host:port[,host:port...]"""
     ray_address: str
     """host:port of the head's GCS."""
+    chroot: str = paths.CHROOT
+    """Where the tree stands in ZooKeeper: the same for agents, API and coordinator."""
     ray_token_file: str = ""
     """Empty: the cluster runs without token authentication."""
     ray_namespace: str = "drover"
@@ -34,7 +37,7 @@ class CoordinatorConfig:
     fencing: tuple[FencerConfig, ...] = ()
     """Who can cut which host's power (docs/fencing.md). Used by the leader alone."""
     store_factory: str = "orchestrator.ledger.zookeeper:ZooKeeperStore"
-    """module:callable, called with `zookeeper`, returns a Store."""
+    """module:callable, called with `zookeeper` and `chroot=`, returns a Store."""
     agents_factory: str = "orchestrator.coordinator.agents:RpcAgents"
     """module:callable, called with nothing, returns an AgentDirectory."""
 
@@ -52,7 +55,7 @@ def _resolve(name: str) -> object:
 def make_store(config: CoordinatorConfig) -> Store:
     factory = _resolve(config.store_factory)
     assert callable(factory)
-    return cast(Store, factory(config.zookeeper))
+    return cast(Store, factory(config.zookeeper, chroot=config.chroot))
 
 
 def make_agents(config: CoordinatorConfig) -> AgentDirectory:

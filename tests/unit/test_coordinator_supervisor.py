@@ -28,6 +28,7 @@ from orchestrator.core.records import (
     HostDeath,
     HostRecord,
     MigrationPhase,
+    MigrationState,
     OnHostDeath,
     WaitingFor,
 )
@@ -680,3 +681,28 @@ async def test_an_evacuation_of_a_host_that_dies_says_who_was_lost(world: World)
     assert job.message == "0 of 2 guests had left h1 when it died; crashed with it: n-g1; to start elsewhere: n-g2"
     assert job.safe_to_power_off, "a certificate says that nothing runs there"
     assert world.reserved("h2") == {} == world.reserved("h3")
+
+
+@pytest.mark.rule("H13")
+async def test_a_record_from_before_open_is_never_taken_for_an_arrival(world: World) -> None:
+    """A server that lags by the length of one read shows the guest idle and the migration under way."""
+    old = world.store.tree.nodes[paths.guest("g1")]
+    opened = handover.open_attempt(world.record("g1"), "m1", 1, HostRef("h2", "boot-h2"), epoch=EPOCH, writer="dead")
+    world.put(paths.guest("g1"), opened)
+    under_way = MigrationState(MigrationPhase.PREPARING, 1, "h1", "h2", epoch=EPOCH)
+    before = world.store.tree.nodes[paths.migration_state("m1")]
+    real, lags = world.store.read, True
+
+    async def barrier(timeout_s: float = 2.0) -> None:
+        nonlocal lags
+        lags = False
+
+    async def read(path: str, timeout_s: float = 2.0) -> Versioned | None:
+        return old if lags and path == paths.guest("g1") else await real(path, timeout_s)
+
+    world.store.tree.nodes[paths.migration_state("m1")] = Versioned(encode(under_way), before.version + 1, 1)
+    world.store.read, world.store.barrier = read, barrier
+    world.store.watch = lambda path, callback: world.store._watch((path, False, callback), lambda: None)
+    assert await drive(world) == "SUCCEEDED"
+    assert world.record("g1").owner.host == "h2"
+    assert [report.outcome for report in world.attempts("m1")] == ["COMMITTED"]
