@@ -62,6 +62,7 @@ ARRIVING = handover.open_attempt(replace(IDLE, owner=THERE), REF.migration, 1, H
 @pytest.fixture
 def world() -> World:
     world = World()
+    world.store.tree.nodes[paths.epoch()] = Versioned(b"", 0, 0)  # its version is the epoch
     for root in paths.ROOTS:
         world.put(root, WantRun())
     world.put(paths.host(THERE.host), HostRecord(THERE.host, THERE.boot_id, "127.0.0.1:1", str(PEER), 1024, 1000))
