@@ -10,7 +10,7 @@ from pathlib import Path
 PROGRAM = """
 import asyncio, os, sys
 from pathlib import Path
-from agents.engine.base import HoldStart, OutgoingOptions, VmmSpec
+from agents.engine.base import HoldStart, OutgoingOptions, VmmSpec, stream_of
 from agents.engine.qemu import engine as qemu
 from agents.handover.source import SourceStage
 from agents.shims import client
@@ -41,7 +41,7 @@ async def main():
     vmm = await engine.start(spec("s"))
     ref = await moves.opened()
     copy = await engine.prepare_incoming(spec("i1"), moves.migration, 1)
-    options = OutgoingOptions(copy.metadata.endpoint, HoldStart.TRICKLE, 0, 1 << 30, 300)
+    options = OutgoingOptions(stream_of(copy.metadata), HoldStart.TRICKLE, 0, 1 << 30, 300)
     here, there = Leaving(vmm, [Shim("dpu")]), Coming("i1", copy, [FakeDestinationShim("dpu")])
     await moves.conducted(ref, here, there, MigrationPolicy(), options, directory)
     assert moves.source.state.stage is SourceStage.ENDED_COMMITTED, moves.source.state
