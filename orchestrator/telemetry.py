@@ -17,10 +17,11 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -31,6 +32,9 @@ import structlog
 LEVELS = ("debug", "info", "warning", "error")
 MAX_QUEUED_BYTES = 4 << 20
 """Lines that wait to be written; what comes beyond is lost, and counted."""
+FOLD_S = 60.0
+"""A line that repeats itself is written so often."""
+MAX_FOLDED = 256
 FLUSH_S = 1.0
 """So long a process waits at its end for its last lines."""
 _RETRY_S = (0.1, 1.0)
@@ -180,12 +184,48 @@ def configure_logging(level: str = "info") -> None:
         structlog.processors.UnicodeDecoder(),
     ]
     structlog.configure(
-        processors=[*shared, _rendered],
+        processors=[Folding(), *shared, _rendered],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, writer)),
         cache_logger_on_first_use=True,
     )
     _catch_libraries(shared, number, writer)
+
+
+class Folding:
+    """Lets a warning or an error that repeats itself through once a minute, with the number of those left out.
+
+    What is tried again five times a second while ZooKeeper is away would fill a disk, and says nothing new. Lines are
+    the same when all their keys are; in `error`, numbers do not count. The last MAX_FOLDED kinds of lines are known.
+    """
+
+    def __init__(self, every_s: float = FOLD_S, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._every_s = every_s
+        self._clock_s = clock_s
+        self._lock = threading.Lock()
+        self._seen: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def __call__(self, _logger: Any, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """Raises structlog.DropEvent for a line that is left out."""
+        if method not in ("warning", "error"):
+            return line
+        try:
+            kept = {**line, "exc_info": "", "error": re.sub(r"[0-9.]+", "#", str(line.get("error", "")))}
+            key = f"{method} {sorted((name, str(value)) for name, value in kept.items())}"
+        except Exception:  # a value that cannot be told; whoever renders the line says so
+            return line
+        now_s = self._clock_s()
+        with self._lock:
+            told_s, left_out = self._seen.pop(key, (float("-inf"), 0))
+            if now_s - told_s < self._every_s:
+                self._seen[key] = (told_s, left_out + 1)
+                raise structlog.DropEvent
+            self._seen[key] = (now_s, 0)
+            while len(self._seen) > MAX_FOLDED:
+                self._seen.popitem(last=False)
+        if left_out:
+            line["repeated"] = left_out
+        return line
 
 
 _render = structlog.processors.JSONRenderer(default=str)

@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import structlog
 
-from orchestrator.telemetry import LineWriter
+from orchestrator.telemetry import MAX_FOLDED, Folding, LineWriter
 
 
 class Disk:
@@ -108,3 +109,46 @@ def test_the_last_lines_of_a_process_are_written() -> None:
     *lines, odd = done.stderr.splitlines()
     assert [json.loads(line)["number"] for line in lines] == list(range(2000))
     assert "ZeroDivisionError" in json.loads(odd)["unspeakable"]
+
+
+class Told:
+    """What passes a `Folding`, on a clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.folding = Folding(every_s=60.0, clock_s=lambda: self.now_s)
+
+    def __call__(self, event: str, method: str = "warning", **keys: object) -> dict[str, object] | None:
+        try:
+            return dict(self.folding(None, method, {"event": event, **keys}))
+        except structlog.DropEvent:
+            return None
+
+
+def test_a_warning_that_repeats_itself_is_told_once_a_minute_with_its_number() -> None:
+    told = Told()
+    assert told("trying again", error="no answer in 2.0 s") is not None
+    for _ in range(299):
+        told.now_s += 0.2
+        assert told("trying again", error=f"no answer in {told.now_s} s") is None
+    told.now_s += 0.2
+    assert told("trying again", error="no answer in 1.9 s") == {
+        "event": "trying again",
+        "error": "no answer in 1.9 s",
+        "repeated": 299,
+    }
+
+
+def test_lines_that_say_something_else_are_all_told() -> None:
+    told = Told()
+    for guest in ("g1", "g2"):
+        assert told("set aside", guest=guest) is not None
+        assert told("set aside", "error", guest=guest) is not None
+    assert all(told("attempt began", "info", guest="g1") for _ in range(9))
+
+
+def test_what_is_remembered_of_repeated_lines_is_bounded() -> None:
+    told = Told()
+    for number in range(5 * MAX_FOLDED):
+        told("set aside", guest=str(number))
+    assert len(told.folding._seen) == MAX_FOLDED
