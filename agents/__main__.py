@@ -26,11 +26,12 @@ from agents.agent import Agent
 from agents.config import AgentConfig, ConfigError, load
 from agents.engine.base import EngineError
 from agents.engine.qemu.engine import QemuEngine
+from agents.handover.peer import MAX_CALL_BYTES, Peers
 from agents.host import addresses, descriptors
 from agents.host.identity import OneAgent, make_identity
 from agents.host.metrics import Metrics
 from agents.serving.control import AgentServicer, translate
-from agents.serving.peer import MAX_CALL_BYTES, Peers, PeerServicer
+from agents.serving.peer import PeerServicer
 from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError
 from orchestrator.core.identity import AgentIdentity

@@ -18,13 +18,13 @@ from agents.guest.keeper import Forgotten, HostedGuest, PeerChannels, Tools
 from agents.guest.ledger import GuestLedger
 from agents.handover.arrival import Arrival
 from agents.handover.departure import Departure
+from agents.handover.peer import AttemptKey
 from agents.handover.shell import Mistakes
 from agents.host.epoch import EpochGate
 from agents.host.identity import Installation
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.host.registration import Registration
-from agents.serving.peer import AttemptKey
 from agents.shims import external
 from orchestrator.core.agent import (
     AgentSample,

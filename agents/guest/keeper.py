@@ -29,12 +29,12 @@ from agents.handover.departure import Departure
 from agents.handover.destination import DestinationState, prepared_destination, restarted_destination
 from agents.handover.destination_shell import DestinationShell
 from agents.handover.ledger import AttemptLedger
+from agents.handover.peer import DestinationClient, SourceClient
 from agents.handover.source import SourceStage, SourceState, restarted_source
 from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command, Seen
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
-from agents.serving.peer import DestinationClient, SourceClient
 from agents.shims.base import ShimError
 from orchestrator.core import handover
 from orchestrator.core.agent import (

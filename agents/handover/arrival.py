@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from agents.guest.copies import Copy
 from agents.handover.destination import DestinationStage
 from agents.handover.destination_shell import DestinationShell
+from agents.handover.peer import AttemptKey, SourceClient
 from agents.handover.words import Command
-from agents.serving.peer import AttemptKey, SourceClient
 from agents.shims.base import Frame
 from orchestrator.core.agent import AttemptStatus
 from orchestrator.core.ids import AckRequest, AttemptRef

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from agents.engine import base as engine
 from agents.guest.copies import Copy
+from agents.handover.peer import AttemptKey, DestinationClient
 from agents.handover.report import device_progress, phase_of, report_of
 from agents.handover.source import SourceStage
 from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command, Seen, WantRunSeen
-from agents.serving.peer import AttemptKey, DestinationClient
 from agents.shims.base import Load
 from orchestrator.core.agent import AttemptStatus, Progress
 from orchestrator.core.ids import AckRequest, AttemptRef

@@ -1,4 +1,4 @@
-"""PeerService between two agents: the clients of both directions, and the server that hands calls to their sessions.
+"""PeerService between two agents, as it is served: each call is handed to the session that it is for.
 
 A call for an attempt that nobody here conducts is answered STALE_ATTEMPT; who sent it lets the ledger decide.
 """
@@ -6,239 +6,17 @@ A call for an attempt that nobody here conducts is answered STALE_ATTEMPT; who s
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
-from weakref import WeakSet
 
-import grpc
-import grpc.aio
-
-from agents.handover.peer import PeerUnavailable
-from agents.shims.base import Frame, FrameKind, Load
+from agents.handover.peer import FROM_KIND, MAX_DIGEST_BYTES, MAX_FRAME_BYTES, AttemptKey, key_of
+from agents.shims.base import Frame, Load
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.core.ids import AckRequest, AttemptRef
+from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import TimelineEntry
-from orchestrator.rpc import channels
-from orchestrator.tasks import Tasks
 from protos.drover.v1 import agent_pb2 as pb
 from protos.drover.v1 import agent_pb2_grpc as rpc
-
-_CALL_S = 1.0
-_PING_S = 0.8
-_FRAME_S = 10.0
-"""A destination device that takes no data for so long has failed the attempt."""
-
-MAX_FRAME_BYTES = 2 << 20
-"""Of device state in one frame; device processes give half of it at a time."""
-MAX_CALL_BYTES = 4 << 20
-"""Of any message between agents: a frame, or a report with its time line."""
-_MAX_DIGEST_BYTES = 64
-
-_TO_KIND = {
-    FrameKind.PRECOPY: pb.FRAME_KIND_PRECOPY,
-    FrameKind.INITIAL_SENT: pb.FRAME_KIND_INITIAL_SENT,
-    FrameKind.STOP_COPY: pb.FRAME_KIND_STOP_COPY,
-    FrameKind.END: pb.FRAME_KIND_END,
-}
-_FROM_KIND = {number: kind for kind, number in _TO_KIND.items()}
-
-AttemptKey = tuple[str, int, str]
-"""(migration, attempt, inc)"""
-
-
-def _tag(ref: AttemptRef, inc: str) -> pb.AttemptTag:
-    return pb.AttemptTag(guest_uuid=ref.guest, migration=ref.migration, attempt=ref.attempt, inc=inc)
-
-
-def key_of(tag: pb.AttemptTag) -> AttemptKey:
-    return tag.migration, tag.attempt, tag.inc
-
-
-async def _answered(call: Any) -> Any:
-    """The reply of a unary call, or PeerUnavailable."""
-    try:
-        return await call
-    except grpc.RpcError as error:
-        raise PeerUnavailable(str(error.code() if isinstance(error, grpc.aio.AioRpcError) else error)) from error
-
-
-class DestinationClient:
-    """`DestinationPeer` over gRPC: what a source says to its destination. One device stream per attempt."""
-
-    def __init__(self, channel: grpc.aio.Channel, ref: AttemptRef, inc: str) -> None:
-        self._stub: rpc.PeerServiceAsyncStub = rpc.PeerServiceStub(channel)
-        self._tag = _tag(ref, inc)
-        self._stream: Any = None
-        self._acks: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()
-        self._closed = False
-        self.on_ack: Callable[[AckRequest], None] = lambda _entry: None
-        """Called on the event loop for each ACK of a destination device."""
-        self.on_lost: Callable[[], None] = lambda: None
-        """Called once if the device stream ends and we did not end it: the destination's agent died or refused it."""
-
-    async def ping(self) -> bool:
-        reply = await _answered(self._stub.Ping(pb.PingRequest(tag=self._tag), timeout=_PING_S))
-        return bool(reply.known)
-
-    async def send_frame(self, frame: Frame) -> None:
-        message = pb.TransferDevicesRequest(
-            device=frame.device,
-            session=frame.session,
-            kind=_TO_KIND[frame.kind],
-            generation=frame.generation,
-            data=frame.data,
-            total_bytes=frame.total_bytes,
-            digest=frame.digest,
-        )
-        async with self._turn:
-            try:
-                async with asyncio.timeout(_FRAME_S):
-                    if self._stream is None:
-                        # An agent that was away a moment ago is waited for, within the bound.
-                        self._stream = self._stub.TransferDevices(wait_for_ready=True)
-                        self._acks = asyncio.create_task(self._read_acks(self._stream))
-                        message.tag.CopyFrom(self._tag)
-                    await self._stream.write(message)
-            except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
-                raise PeerUnavailable(f"device stream to the destination: {error!r}") from error
-
-    async def _read_acks(self, stream: Any) -> None:
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            async for reply in stream:
-                self.on_ack(AckRequest(reply.device, reply.ack_generation))
-        if not self._closed:
-            self.on_lost()
-
-    async def go(self, want_run: bool) -> bool:
-        request = pb.GoRequest(tag=self._tag, want_run=want_run)
-        return bool((await _answered(self._stub.Go(request, timeout=_CALL_S))).done)
-
-    async def close(self) -> None:
-        """End the device stream. Idempotent; never raises."""
-        self._closed = True
-        if self._stream is not None:
-            self._stream.cancel()
-        if self._acks is not None:
-            self._acks.cancel()
-            await asyncio.wait([self._acks], timeout=_CALL_S)
-
-
-class SourceClient:
-    """`SourcePeer` over gRPC: what a destination says to its source. ACKs go back on the source's own stream."""
-
-    def __init__(self, channel: grpc.aio.Channel, ref: AttemptRef, inc: str) -> None:
-        self._stub: rpc.PeerServiceAsyncStub = rpc.PeerServiceStub(channel)
-        self._tag = _tag(ref, inc)
-        self.acks: asyncio.Queue[AckRequest] = asyncio.Queue()
-        self.timeline: Callable[[], Sequence[TimelineEntry]] = tuple
-        """What DONE carries along, for `explain`."""
-
-    async def warm(self) -> None:
-        """Connect before the blackout; a failure is the source's to notice."""
-        with contextlib.suppress(PeerUnavailable):
-            await _answered(self._stub.Ping(pb.PingRequest(tag=self._tag), timeout=_CALL_S))
-
-    async def ack(self, entry: AckRequest) -> None:
-        self.acks.put_nowait(entry)
-
-    async def loaded(self, inc: str, loads: tuple[Load, ...]) -> None:
-        devices = [
-            pb.DeviceLoad(device=load.device, session=load.session, bytes=load.bytes, digest=load.digest)
-            for load in loads
-        ]
-        request = pb.ReportLoadedRequest(tag=self._tag, devices=devices)
-        await _answered(self._stub.ReportLoaded(request, timeout=_CALL_S))
-
-    async def failed(self, inc: str) -> None:
-        await _answered(self._stub.ReportFailed(pb.ReportFailedRequest(tag=self._tag), timeout=_CALL_S))
-
-    async def done(self, inc: str) -> None:
-        entries = [wire.timeline_to_proto(entry) for entry in self.timeline()]
-        await _answered(self._stub.ReportDone(pb.ReportDoneRequest(tag=self._tag, timeline=entries), timeout=_CALL_S))
-
-
-class Peers:
-    """Connections to the agents that we exchange guests with: warm as long as an attempt uses them, and for IDLE_S
-    after.
-
-    A connection costs both ends a descriptor and a ping every few seconds, so those of a host that once moved guests to
-    a thousand others would never end. Closing is work of the event loop: one at a time, between attempts.
-    """
-
-    IDLE_S = 60.0
-    MOST = 64
-    """Beyond these, the one that was unused for the longest goes when another is made."""
-
-    def __init__(self) -> None:
-        self._lines: OrderedDict[str, _Line] = OrderedDict()
-        """The one that was used last stands last."""
-        self._closing = Tasks("connections to peers")
-        self._sweeping: asyncio.TimerHandle | None = None
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def destination(self, address: str, ref: AttemptRef, inc: str) -> DestinationClient:
-        line = self._line(address)
-        client = DestinationClient(line.channel, ref, inc)
-        line.users.add(client)
-        return client
-
-    def source(self, address: str, ref: AttemptRef, inc: str) -> SourceClient:
-        line = self._line(address)
-        client = SourceClient(line.channel, ref, inc)
-        line.users.add(client)
-        return client
-
-    async def close(self) -> None:
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-        lines, self._lines = list(self._lines.values()), OrderedDict()
-        await asyncio.gather(*(line.channel.close() for line in lines))
-        await self._closing.close()
-
-    def _line(self, address: str) -> _Line:
-        loop = asyncio.get_running_loop()
-        if address not in self._lines:
-            if len(self._lines) >= self.MOST:
-                self._close_one(0.0)
-            self._lines[address] = _Line(channels.aio_channel(address))
-        line = self._lines[address]
-        line.used_s = loop.time()
-        self._lines.move_to_end(address)
-        if self._sweeping is None:
-            self._sweeping = loop.call_later(self.IDLE_S / 4, self._sweep)
-        return line
-
-    def _sweep(self) -> None:
-        now_s = asyncio.get_running_loop().time()
-        for line in self._lines.values():
-            if line.users:
-                line.used_s = now_s
-        self._close_one(self.IDLE_S)
-        again = asyncio.get_running_loop().call_later(self.IDLE_S / 4, self._sweep) if self._lines else None
-        self._sweeping = again
-
-    def _close_one(self, idle_s: float) -> None:
-        now_s = asyncio.get_running_loop().time()
-        for address, line in self._lines.items():
-            if not line.users and now_s - line.used_s >= idle_s:
-                del self._lines[address]
-                self._closing.spawn(line.channel.close(), "close")
-                return
-
-
-@dataclass(eq=False)
-class _Line:
-    channel: grpc.aio.Channel
-    users: WeakSet[DestinationClient | SourceClient] = field(default_factory=WeakSet[DestinationClient | SourceClient])
-    """Of attempts that are not over."""
-    used_s: float = 0.0
 
 
 class Departing(Protocol):
@@ -342,12 +120,12 @@ async def _take_frames(
 
 def _frame(message: pb.TransferDevicesRequest) -> Frame:
     """Raises INVALID_ARGUMENT for what no agent of this version sends."""
-    kind = _FROM_KIND.get(message.kind)
+    kind = FROM_KIND.get(message.kind)
     if kind is None:
         raise _wrong("kind", f"there is no frame of kind {int(message.kind)}")
     if len(message.data) > MAX_FRAME_BYTES:
         raise _wrong("data", f"a frame has at most {MAX_FRAME_BYTES} bytes, not {len(message.data)}")
-    if min(message.generation, message.total_bytes) < 0 or len(message.digest) > _MAX_DIGEST_BYTES:
+    if min(message.generation, message.total_bytes) < 0 or len(message.digest) > MAX_DIGEST_BYTES:
         raise _wrong("total_bytes", "negative, or a digest that is none")
     return Frame(
         message.device,

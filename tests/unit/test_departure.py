@@ -15,9 +15,9 @@ from agents.guest.copies import Copy
 from agents.handover import departure as departing
 from agents.handover.departure import Departure
 from agents.handover.ledger import AttemptLedger
+from agents.handover.peer import DestinationClient
 from agents.handover.source import SourceStage, SourceState
 from agents.handover.source_shell import SourceShell
-from agents.serving.peer import DestinationClient
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.policy import MigrationPolicy

@@ -10,8 +10,8 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from agents.handover.peer import PeerUnavailable
-from agents.serving.peer import MAX_FRAME_BYTES, AttemptKey, DestinationClient, Peers, PeerServicer
+from agents.handover.peer import MAX_FRAME_BYTES, AttemptKey, DestinationClient, Peers, PeerUnavailable
+from agents.serving.peer import PeerServicer
 from agents.shims.base import Frame, FrameKind
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.rpc import channels
