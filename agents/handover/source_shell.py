@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from agents.engine import base as engine
 from agents.handover import words
 from agents.handover.ledger import AttemptLedger
+from agents.handover.pace import Pace
 from agents.handover.peer import DestinationPeer, PeerUnavailable
 from agents.handover.report import device_entries
 from agents.handover.shell import RETRY_S, Shell
@@ -88,9 +89,11 @@ class SourceShell(Shell[SourceState]):
     _busy: asyncio.Task[Event | None] | None = None
     """What the guest, which stands still, waits for just now, and may not wait for any longer than policy says."""
     _stood: bool = False
+    _unpaced: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         policy = self.policy
+        self._pace = Pace(policy.max_bandwidth_mbps * 125_000)
         self._set_up(
             source_step,
             {
@@ -207,12 +210,20 @@ class SourceShell(Shell[SourceState]):
 
     async def _run_shim(self, shim: SourceShim) -> None:
         try:
-            await shim.run_precopy(self._send)
+            await shim.run_precopy(self.send)
         except (ShimError, PeerUnavailable) as error:
             self._note("shim_failed", f"{shim.device}: {error}")
             self.feed(Seen.SHIM_FAILED)
 
-    async def _send(self, frame: Frame) -> None:
+    async def send(self, frame: Frame) -> None:
+        """A piece of a device's state, at the transfer's pace while the guest runs. Raises PeerUnavailable."""
+        if (
+            frame.kind is FrameKind.PRECOPY
+            and (wait_s := self._pace.wait_s(len(frame.data), asyncio.get_running_loop().time())) > 0
+        ):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._unpaced.wait()
         if frame.kind is FrameKind.END:
             self._sent[frame.device] = Load(frame.device, frame.session, frame.total_bytes, frame.digest)
         await self.peer.send_frame(frame)
@@ -253,7 +264,12 @@ class SourceShell(Shell[SourceState]):
             return Seen.RESUME_FAILED
         return Seen.RESUMED
 
+    def lift_pace(self) -> None:
+        """The guest stands and waits for what its devices still have to send."""
+        self._unpaced.set()
+
     async def _quiesce(self) -> Event | None:
+        self.lift_pace()
         for task in self._precopy:
             task.cancel()
         await asyncio.gather(*self._precopy, return_exceptions=True)
@@ -281,7 +297,7 @@ class SourceShell(Shell[SourceState]):
     async def _send_stop_copy(self) -> None:
         async def one(shim: SourceShim) -> None:
             async for frame in shim.stop_copy_frames():
-                await self._send(frame)
+                await self.send(frame)
 
         try:
             await self._hook("after_check")

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PURE_PACKAGES = ("orchestrator.core",)
 PURE_MODULES = (
+    "agents.handover.pace",
     "agents.handover.table",
     "agents.handover.timers",
     "agents.handover.words",
