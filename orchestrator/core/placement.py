@@ -221,7 +221,7 @@ def pack(hosts: Sequence[HostView], needs: Sequence[Need]) -> dict[str, str]:
     return best
 
 
-SEARCH_STEPS = 20_000
+SEARCH_STEPS = 5_000
 SEARCHED_GUESTS = 32
 """Among more guests than that a search sees too little of what is possible to be worth its time."""
 
