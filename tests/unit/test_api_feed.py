@@ -85,7 +85,11 @@ async def test_a_new_migration_is_read_and_rendered_once_for_all_streams(api: Ap
     feed = feed_of(api)
     told: list[list[types_pb2.Migration]] = [[] for _ in range(100)]
     tasks = [asyncio.create_task(collect(feed.stream(()), into)) for into in told]
-    await asyncio.sleep(0.5)
+    await until(lambda: len(feed._listed) > 30 and not feed._candidates, 20)
+    quiet = -1
+    while quiet != len(store.reads):  # until the first look is over
+        quiet = len(store.reads)
+        await asyncio.sleep(0.5)
     store.reads.clear()
     name = (await api.call(api.client.create_migration, "web")).name
     await until(lambda: all(told))
