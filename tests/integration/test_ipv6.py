@@ -114,6 +114,7 @@ async def moved(zookeeper: str, api: str, metrics: Sequence[str]) -> None:
         print("registered", here[0].peer_address, there[0].peer_address)
         ref, target = AttemptRef(guest, "abcdef012345", 1), HostRef("h2", there[0].boot_id)
         await store.ensure(paths.migration(ref.migration))
+        await store.ensure(paths.epoch())  # its first version is epoch 0
         for path in (paths.requests(ref.migration), paths.acks(ref.migration)):
             await store.ensure(path)
         found = await ledger.read_guest(guest)
