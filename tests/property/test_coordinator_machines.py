@@ -102,7 +102,7 @@ def test_a_job_whose_guests_never_move_ends_all_the_same(
     guests = [GuestOnHost(f"g{n}", f"g{n}", 8, _record(f"g{n}", phase, there)) for n, phase in enumerate(phases)]
     migrations: dict[str, MigrationState] = {}
     born: dict[str, int] = {}
-    changed = 0
+    changed = now_s = 0
     for now_s in range(1000):
         for name, at_s in born.items():
             if not migrations[name].phase.terminal and now_s - at_s >= 50:

@@ -64,6 +64,8 @@ class Hosted:
         self.expected: tuple[int, str] | None = None
         """Total bytes and digest, as END says."""
         self.loaded: dict[str, Any] | None = None
+        self.stop_copy_bytes: int | None = None
+        """As the one final query found it: a repeated one is answered alike."""
         self.published: tuple[int | None, int] = (None, 0)
         self.wake = asyncio.Event()
         self.timer: asyncio.TimerHandle | None = None
@@ -76,7 +78,7 @@ class Hosted:
         self.session = session
         self.course += 1
         self.seq, self.frame, self.end_sent = 0, ({"frame": ""}, b""), False
-        self.expected = self.loaded = None
+        self.expected = self.loaded = self.stop_copy_bytes = None
 
     def must_be_in(self, session: object) -> None:
         if self.ended:
@@ -335,7 +337,9 @@ class DeviceServer:
             await self._delay(hosted, Call.QUIESCE)
             began = device.state is DeviceState.PRE_COPY
             device.set_state(DeviceState.PRE_COPY_P2P if began else DeviceState.RUNNING_P2P, now_s())
-        return {"newest": device.asked, "stop_copy_bytes": device.stop_copy_length(now_s())}, b""
+        if hosted.stop_copy_bytes is None:
+            hosted.stop_copy_bytes = device.stop_copy_length(now_s())
+        return {"newest": device.asked, "stop_copy_bytes": hosted.stop_copy_bytes}, b""
 
     async def _stop_copy(self, hosted: Hosted, header: dict[str, Any], body: bytes) -> Reply:
         session, device = header["session"], hosted.device
