@@ -147,7 +147,7 @@ def test_a_guest_that_was_never_given_away_is_kept(scene: Scene) -> None:
         scene.reach(lambda: scene.beats(guest, scene.here) > beats + 20, "the guest runs on")
         assert [vmm.host for vmm in scene.vmms(guest)] == [scene.here]
         log = scene.layout.host(scene.here) / "agent.log"
-        scene.reach(lambda: "FOREIGN_OWNER" in log.read_text(), "the agent says so")
+        scene.reach(lambda: "to whom it was never sent from here" in log.read_text(), "the agent says so")
     finally:
         change(scene, guest, lambda now: replace(true, writer="test"))
     scene.succeeded(scene.migrate(guest, scene.there))
