@@ -1,4 +1,4 @@
-"""Logs as JSON lines on stderr, one per event, for API and agents.
+"""Logs as JSON lines on stderr, one per event, for API, agents and every process of the coordinator.
 
     {"event": "attempt began", "level": "info", "at": "2026-03-01T12:00:00.123456Z", "guest": "db-1", "migration": ...}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,17 +17,18 @@ from types import FrameType
 import click
 import structlog
 
+from orchestrator.coordinator import watchdog
+from orchestrator.coordinator.watchdog import SILENT_S, Verdict
 from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, load
 from orchestrator.core.errors import DroverError
 from orchestrator.ledger.records import BadRecord
+from orchestrator.telemetry import configure_logging, flush
 
 log = structlog.get_logger(__name__)
 
 EXIT_RAY_GONE = 3
 PING_S = 0.5
 PING_TIMEOUT_S = 3.0
-SILENT_S = 20.0
-"""An actor that answers nothing, or turns no round, for so long is killed; twice so long silent: Ray is gone."""
 
 
 def _authenticate(config: CoordinatorConfig) -> None:
@@ -53,28 +53,26 @@ def _watch(config: CoordinatorConfig, stopping: threading.Event) -> None:
     from orchestrator.coordinator import actor
 
     handle = actor.start_or_find(config)
-    answered = moved = time.monotonic()
-    progress = -1
+    pulse = watchdog.start(time.monotonic())
     told: object = None
     while not stopping.wait(PING_S):
         status = actor.ping(handle, PING_TIMEOUT_S)
-        now = time.monotonic()
         if status is not None:
-            answered = now
-            if status["progress"] != progress:
-                progress, moved = status["progress"], now
-            seat = (status["pid"], status.get("epoch"))
+            seat = (status["pid"], status["epoch"], status["waiting_for"])
             if seat != told:
                 told = seat
                 log.info("coordinator", **status)
-        if status is None and not _head_listens(config):
+        elif not _head_listens(config):
             raise actor.RayGone(f"nothing listens at {config.ray_address} any more")
-        if now - answered > 2 * SILENT_S:
-            raise actor.RayGone(f"the coordinator has not answered for {2 * SILENT_S:.0f} s")
-        if now - moved > SILENT_S:
-            log.error("coordinator makes no progress: restarting it")
-            actor.restart(handle)
-            moved = now
+        pulse, verdict = watchdog.feel(pulse, status, time.monotonic())
+        match verdict:
+            case Verdict.RAY_GONE:
+                raise actor.RayGone(f"the coordinator has not answered for {2 * SILENT_S:.0f} s")
+            case Verdict.RESTART:
+                log.error("coordinator makes no progress: restarting it", status=status)
+                actor.restart(handle)
+            case Verdict.LEAVE:
+                pass
 
 
 @click.command()
@@ -84,9 +82,10 @@ def main(path: Path, stop: bool) -> None:
     """Keep the coordinator alive inside Ray."""
     try:
         config = load(path)
+        configure_logging(config.log_level)
         fencers_of(config)
         _authenticate(config)
-    except (OSError, BadRecord, DroverError) as error:
+    except (OSError, BadRecord, ValueError, DroverError) as error:
         raise click.ClickException(f"cannot start the coordinator: {error}") from error
     from orchestrator.coordinator import actor
 
@@ -106,7 +105,7 @@ def main(path: Path, stop: bool) -> None:
         actor.disconnect()
     except actor.RayGone as error:
         log.error("Ray is gone", error=str(error))
-        sys.stderr.flush()
+        flush()
         os._exit(EXIT_RAY_GONE)  # ray's own exit handlers wait for the cluster
 
 

@@ -29,6 +29,7 @@ from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, make_
 from orchestrator.coordinator.worker import Worker
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 from orchestrator.tasks import Tasks
+from orchestrator.telemetry import configure_logging, flush
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +42,8 @@ CALLS = 5_000
 def _die_with(task: asyncio.Task[None]) -> None:
     """Leave the process when a task for life ends in an exception; Ray restarts the actor."""
     if not task.cancelled() and task.exception() is not None:
-        log.error("actor dies", error=repr(task.exception()))
+        log.error("actor dies", exc_info=task.exception())
+        flush()
         os._exit(70)
 
 
@@ -59,6 +61,7 @@ class MigrationWorker:
     """Drives migrations as coroutines, over one ledger session and one set of channels."""
 
     def __init__(self, config: CoordinatorConfig) -> None:
+        configure_logging(config.log_level)
         self._store: Store | None = None
         self._ready: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         self._task = asyncio.get_running_loop().create_task(self._start(config))
@@ -119,6 +122,7 @@ class Coordinator:
     """Holds leadership, admits, and hands each migration to a worker."""
 
     def __init__(self, config: CoordinatorConfig) -> None:
+        configure_logging(config.log_level)
         self._config = config
         self._supervisor: Supervisor | None = None
         self._pool: Pool | None = None

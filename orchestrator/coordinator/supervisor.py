@@ -46,6 +46,8 @@ from orchestrator.tasks import Tasks
 
 log = structlog.get_logger(__name__)
 
+LEDGER = "the ledger"
+"""`Status.waiting_for` while ZooKeeper does not answer."""
 ELECTION_POLL_S = 0.25
 WORKER_RETRY_S = 0.3
 ROOM_AGAIN_S = 1.0
@@ -120,7 +122,7 @@ class Status:
 
     leading: bool = False
     epoch: int = -1
-    waiting_for: str = "the ledger"
+    waiting_for: str = LEDGER
     """What keeps it from leading, or from looking; empty while all is well."""
     progress: int = 0
     """Rises with each whole look of a leader, and while another coordinator is seen to lead: one that stands still is
@@ -198,7 +200,7 @@ class Supervisor:
                 await self._store.barrier()  # H13: the first read of a session is not older than it
                 epoch = await self._campaign()
             except StoreUnavailable:
-                self.status.waiting_for = "the ledger"
+                self.status.waiting_for = LEDGER
             except Exception as error:
                 log.exception("campaign failed")
                 self.status.waiting_for = f"a campaign that does not fail: {error!r}"
@@ -229,7 +231,7 @@ class Supervisor:
                 self.status.waiting_for = "the end of a race for the seat"
                 return None
             case OutcomeUnknown():
-                self.status.waiting_for = "the ledger"
+                self.status.waiting_for = LEDGER
                 return None
 
     def _may_take(self, seat: Versioned) -> bool:
@@ -349,7 +351,7 @@ class Supervisor:
                 try:
                     await look()
                 except StoreUnavailable:
-                    self.status.waiting_for = "the ledger"
+                    self.status.waiting_for = LEDGER
                     await asyncio.sleep(STORE_RETRY_S)
                     continue
                 except Exception as error:

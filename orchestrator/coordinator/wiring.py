@@ -33,6 +33,8 @@ class CoordinatorConfig:
     """Worker processes. One carries 1,000 migrations; the second is there for fail-over."""
     max_arrivals: int = 0
     """Migrations towards one host at a time; 0: as many as its memory takes."""
+    log_level: str = "info"
+    """Of the process outside Ray and of every actor: debug, info, warning or error."""
     limits: Limits = field(default_factory=Limits)
     fencing: tuple[FencerConfig, ...] = ()
     """Who can cut which host's power (docs/fencing.md). Used by the leader alone."""

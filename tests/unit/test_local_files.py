@@ -93,7 +93,12 @@ def test_an_unreadable_record_is_none(tmp_path: Path, content: str) -> None:
 def test_what_parts_are_told(tmp_path: Path) -> None:
     (tmp_path / "guest.elf").touch()
     options = config.make(
-        dir=tmp_path / "d", guest_image=tmp_path / "guest.elf", hosts=2, bandwidth="250mbit", chaos=True
+        dir=tmp_path / "d",
+        guest_image=tmp_path / "guest.elf",
+        hosts=2,
+        bandwidth="250mbit",
+        chaos=True,
+        log_level="warning",
     )
     layout = options.layout
     layout.dir.mkdir()
@@ -114,6 +119,8 @@ def test_what_parts_are_told(tmp_path: Path) -> None:
     coordinator = wiring.load(layout.coordinator_json)
     assert coordinator.ray_token_file == str(layout.ray_token)
     assert coordinator.limits.starts_per_s == 125
+    assert coordinator.chroot == agent["chroot"]
+    assert coordinator.log_level == agent["log_level"] == "warning"
     assert layout.ray_token.stat().st_mode & 0o777 == 0o600
     assert ray_head.token(layout) == ray_head.token(layout) == layout.ray_token.read_text()
 

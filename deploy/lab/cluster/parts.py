@@ -122,10 +122,12 @@ def write_files(config: LocalConfig, layout: Layout, places: Places) -> None:
         layout.coordinator_json,
         {
             "zookeeper": places.zookeeper,
+            "chroot": paths.CHROOT,
             "ray_address": f"{RAY_ADDRESS}:{places.ray_port}",
             "ray_token_file": str(layout.ray_token),
             "ray_namespace": RAY_NAMESPACE,
             "workers": config.workers,
+            "log_level": config.log_level,
             "limits": {
                 "starts_per_s": config.start_rate_per_s,
                 "max_concurrent": config.max_concurrent_migrations,
