@@ -5,12 +5,14 @@ from __future__ import annotations
 import structlog
 
 from orchestrator.api import decisions, views
+from orchestrator.api.asking import ask
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, pause, write
 from orchestrator.api.reads import not_found
 from orchestrator.core.errors import invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.records import Cordon
 from orchestrator.ledger import paths
+from orchestrator.ledger.inventory import Snapshot
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Done
@@ -28,13 +30,17 @@ class Hosts:
 
     async def get(self, name: str) -> types_pb2.Host:
         _check_name(name)
+        return _one(await self._tools.inventory.snapshot(), name)
+
+    async def get_with_agent(self, name: str, caller: Caller) -> types_pb2.Host:
+        """With what its agent says is there, or that the agent is silent. Never fails for the agent's sake."""
+        _check_name(name)
         snapshot = await self._tools.inventory.snapshot()
-        for host in views.hosts(snapshot):
-            if host.name == name:
-                return host
-        if wrong := snapshot.unreadable.get(paths.host(name)):
-            raise BadRecord(wrong)
-        raise not_found("host", name)
+        host = _one(snapshot, name)
+        status = await ask(self._tools, snapshot.hosts[name].input.record, caller)
+        owners = {uuid: guest.record.owner.host for uuid, guest in snapshot.guests.items()}
+        host.agent.CopyFrom(views.host_agent(status, owners))
+        return host
 
     async def cordon(self, name: str, why: str, caller: Caller) -> types_pb2.Host:
         """New guests and migrations no longer go there: whoever places one checks the cordon's version."""
@@ -63,6 +69,15 @@ class Hosts:
                 return
             await pause(caller)
         raise contended()
+
+
+def _one(snapshot: Snapshot, name: str) -> types_pb2.Host:
+    for host in views.hosts(snapshot):
+        if host.name == name:
+            return host
+    if wrong := snapshot.unreadable.get(paths.host(name)):
+        raise BadRecord(wrong)
+    raise not_found("host", name)
 
 
 def _check_name(name: str) -> None:

@@ -78,6 +78,8 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     # --- hosts --------------------------------------------------------------------------------------------------------
 
     async def GetHost(self, request: pb.GetHostRequest, context: Any) -> types_pb2.Host:
+        if request.ask_agent:
+            return await self._hosts.get_with_agent(request.name, _caller(context))
         return await self._hosts.get(request.name)
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: Any) -> pb.ListHostsResponse:

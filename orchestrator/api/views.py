@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from orchestrator import wire
@@ -14,15 +14,20 @@ from orchestrator.api.decisions import (
     run_state,
 )
 from orchestrator.api.reads import EvacuationRead, GuestRead, MigrationRead
-from orchestrator.core.agent import AttemptStatus
+from orchestrator.core.agent import AgentStatus, AttemptStatus, CopyStatus
 from orchestrator.core.death import standing
+from orchestrator.core.errors import DroverError
 from orchestrator.core.handover import Ownership
 from orchestrator.core.placement import GuestInput, HostInput, HostView, PlannedGuest
 from orchestrator.core.records import AttemptReport, EvacuationGuest, MigrationPhase
+from orchestrator.core.text import clip
 from orchestrator.fleet import Fleet
 from orchestrator.ledger.inventory import Snapshot
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
+
+TROUBLE_SHOWN = 1000
+"""Characters of an agent's sentence about a guest."""
 
 
 def host(known: HostInput, view: HostView, guests: int) -> types_pb2.Host:
@@ -56,6 +61,35 @@ def hosts(snapshot: Snapshot) -> list[types_pb2.Host]:
         if guest.record.phase is not Ownership.CRASHED:
             count[guest.record.owner.host] = count.get(guest.record.owner.host, 0) + 1
     return [host(snapshot.hosts[name].input, views[name], count.get(name, 0)) for name in sorted(snapshot.hosts)]
+
+
+def host_agent(status: AgentStatus | DroverError, owners: Mapping[str, str]) -> types_pb2.HostAgent:
+    """`owners`: the host that owns each guest whose life is not over, by uuid."""
+    if isinstance(status, DroverError):
+        return types_pb2.HostAgent(message=clip(status.message))
+
+    def copy(each: CopyStatus) -> types_pb2.HostCopy:
+        return types_pb2.HostCopy(
+            guest=each.name,
+            guest_uuid=each.guest,
+            memory_mib=each.memory_mib,
+            pid=each.pid,
+            devices_pid=each.devices_pid,
+            incoming=each.incoming,
+            owner=owners.get(each.guest, ""),
+        )
+
+    return types_pb2.HostAgent(
+        answered=True,
+        complete=status.complete,
+        copies=[copy(each) for each in sorted(status.copies, key=lambda each: (each.name, each.guest, each.inc))],
+        troubles=[
+            types_pb2.HostTrouble(
+                guest=each.name, guest_uuid=each.guest, trouble=each.trouble, message=clip(each.message, TROUBLE_SHOWN)
+            )
+            for each in sorted(status.troubles, key=lambda each: (each.name, each.guest))
+        ],
+    )
 
 
 def guest(read: GuestRead, fleet: Fleet) -> types_pb2.Guest:

@@ -13,7 +13,7 @@ from orchestrator.cli.output import Cell, Column, Printer, pairs, styled
 from orchestrator.cli.plugins import open_group
 
 if TYPE_CHECKING:
-    from orchestrator.rpc.messages import GuestFate, Host, HostDeath
+    from orchestrator.rpc.messages import GuestFate, Host, HostAgent, HostCopy, HostDeath
 
 
 @click.group(cls=open_group("host"))
@@ -84,6 +84,37 @@ def _show(printer: Printer, each: Host) -> None:
     )
 
 
+def _copy_columns(host: str) -> list[Column[HostCopy]]:
+    return [
+        Column("GUEST", lambda each: each.guest or each.guest_uuid),
+        Column("MiB", lambda each: str(each.memory_mib), right=True),
+        Column("VMM", lambda each: str(each.pid) if each.pid else "ended", right=True),
+        Column("DEVICES", lambda each: str(each.devices_pid or "-"), right=True, rank=1),
+        Column("WHOSE", lambda each: _whose(each, host), elastic=True, least=20),
+    ]
+
+
+def _whose(each: HostCopy, host: str) -> Cell:
+    if each.incoming:
+        return f"incoming; owned by {each.owner or 'nobody the ledger knows'}"
+    if not each.owner:
+        return ("the ledger knows no such guest", "yellow")
+    return "owned here" if each.owner == host else (f"owned by {each.owner}", "yellow")
+
+
+def _show_agent(printer: Printer, seen: Host) -> None:
+    agent: HostAgent = seen.agent
+    printer.show("")
+    if not agent.answered:
+        printer.show(f"its agent is silent ({agent.message}): what is on {seen.name} is not known")
+        return
+    every = "everything that is there" if agent.complete else "not everything: its agent does not know all of it yet"
+    printer.show(f"copies of guests on {seen.name}, {every}")
+    printer.table(_copy_columns(seen.name), list(agent.copies), empty=f"no copy of a guest is known on {seen.name}")
+    for each in agent.troubles:
+        printer.show(f"not kept: {each.guest or each.guest_uuid} {each.trouble}: {each.message}")
+
+
 @host.command("list")
 @remote
 @pass_settings
@@ -104,9 +135,15 @@ def list_(settings: Settings) -> None:
 @remote
 @pass_settings
 def show(settings: Settings, host: str) -> None:
-    """Show one host."""
+    """Show one host, and what its agent says is there.
+
+    A silent agent is waited for a few seconds at most.
+    """
     with settings.client() as client:
-        _show(settings.printer, client.get_host(host))
+        seen = client.get_host(host, ask_agent=True)
+    _show(settings.printer, seen)
+    if not settings.printer.machine:
+        _show_agent(settings.printer, seen)
 
 
 @host.command()

@@ -74,8 +74,9 @@ class OrchestratorClient:
 
     # --- hosts --------------------------------------------------------------------------------------------------------
 
-    def get_host(self, name: str) -> types_pb2.Host:
-        return self._call(self._stub.GetHost, pb.GetHostRequest(name=name))
+    def get_host(self, name: str, *, ask_agent: bool = False) -> types_pb2.Host:
+        """`ask_agent`: with what its agent says is there, or that it is silent (`agent`), within a few seconds."""
+        return self._call(self._stub.GetHost, pb.GetHostRequest(name=name, ask_agent=ask_agent))
 
     def list_hosts(self) -> list[types_pb2.Host]:
         """By name."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,10 @@ import pytest
 from orchestrator import wire
 from orchestrator.coordinator.evacuations import EvacuationRunner
 from orchestrator.coordinator.worker import Worker
+from orchestrator.core.agent import AgentStatus, CopyStatus, GuestTrouble, Trouble
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
+from orchestrator.core.ids import HostRef
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import AttemptReport, Attempts, Boot, DeviceSpec, GuestSpec, ShimKind, TimelineEntry
 from orchestrator.ledger import paths
@@ -56,6 +58,16 @@ class Subject(Calling, ABC):
     async def host(self, name: str, memory_mib: int = 1024, *, live: bool = True) -> None: ...
 
     @abstractmethod
+    async def says(
+        self, host: str, *copies: CopyStatus, troubles: Sequence[GuestTrouble] = (), complete: bool = True
+    ) -> None:
+        """What the agent of the host has from now on."""
+
+    @abstractmethod
+    async def falls_silent(self, host: str) -> None:
+        """The agent of the host answers nobody any more."""
+
+    @abstractmethod
     def wishes_get(self, how_far: str) -> None:
         """How far the wishes of guests on h1 get from now on."""
 
@@ -87,6 +99,15 @@ class Real(Subject):
 
     async def host(self, name: str, memory_mib: int = 1024, *, live: bool = True) -> None:
         await self.cluster.host(name, memory_mib, live=live)
+
+    async def says(
+        self, host: str, *copies: CopyStatus, troubles: Sequence[GuestTrouble] = (), complete: bool = True
+    ) -> None:
+        agent = self.cluster.agents[host]
+        agent.copies, agent.troubles, agent.complete = list(copies), list(troubles), complete
+
+    async def falls_silent(self, host: str) -> None:
+        self.cluster.agents[host].delays_s["GetAgent"] = 60
 
     def wishes_get(self, how_far: str) -> None:
         agent = self.cluster.agents["h1"]
@@ -135,6 +156,15 @@ class Fake(Subject):
         self.service.hosts[name] = host(
             name, state=state, memory_mib=memory_mib, memory_used_mib=0, machine_types=["pc"]
         )
+
+    async def says(
+        self, host: str, *copies: CopyStatus, troubles: Sequence[GuestTrouble] = (), complete: bool = True
+    ) -> None:
+        ref = HostRef(host, f"boot-{host}")
+        self.service.agents[host] = AgentStatus(ref, 0, copies=copies, complete=complete, troubles=tuple(troubles))
+
+    async def falls_silent(self, host: str) -> None:
+        self.service.agents[host] = DroverError(R.OUTCOME_UNKNOWN, "no answer in time")
 
     def wishes_get(self, how_far: str) -> None:
         self.service.wish = pb.WishState.Value(f"WISH_STATE_{how_far}")
@@ -237,6 +267,41 @@ async def test_hosts_come_by_name_with_what_they_carry(
     assert await api.call(client.get_host, "h1") == hosts["h1"]
     await api.call(client.stop_guest, "web")
     assert (await api.call(client.get_host, "h1")).memory_used_mib == 0
+
+
+async def test_a_host_is_shown_with_what_its_agent_says_is_there(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    lost = "11111111-1111-4111-8111-111111111111"
+    copies = [
+        CopyStatus(web.uuid, "web", "i2", 128, 22, 23, incoming=True),
+        CopyStatus(lost, "lost", "i1", 64, 21),
+    ]
+    trouble = GuestTrouble(lost, "lost", Trouble.NO_RECORD, "the ledger has lost its record")
+    await api.says("h2", *copies, troubles=[trouble], complete=False)
+    assert not (await api.call(client.get_host, "h2")).HasField("agent")
+    agent = (await api.call(client.get_host, "h2", ask_agent=True)).agent
+    assert (agent.answered, agent.complete, agent.message) == (True, False, "")
+    assert [(each.guest, each.guest_uuid, each.owner, each.incoming) for each in agent.copies] == [
+        ("lost", lost, "", False),
+        ("web", web.uuid, "h1", True),
+    ]
+    assert [(each.memory_mib, each.pid, each.devices_pid) for each in agent.copies] == [(64, 21, 0), (128, 22, 23)]
+    assert [(each.guest, each.guest_uuid, each.trouble, each.message) for each in agent.troubles] == [
+        ("lost", lost, "NO_RECORD", trouble.message)
+    ]
+    agent = (await api.call(client.get_host, "h3", ask_agent=True)).agent
+    assert (agent.answered, agent.complete, len(agent.copies), len(agent.troubles)) == (True, True, 0, 0)
+
+
+async def test_a_silent_agent_is_said_to_be_silent_and_not_to_have_nothing(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    await api.falls_silent("h1")
+    shown = await api.call(client.get_host, "h1", ask_agent=True)
+    assert (shown.guests, shown.agent.answered, shown.agent.complete) == (1, False, False)
+    assert shown.agent.message != ""
+    assert (await api.refused(client.get_host, "h7", ask_agent=True)).reason is R.NOT_FOUND
 
 
 async def test_a_cordon_is_idempotent_and_keeps_its_reason(api: Subject, client: OrchestratorClient) -> None:

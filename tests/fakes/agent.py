@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator import wire
 from orchestrator.core import handover
-from orchestrator.core.agent import AgentSample, AgentStatus, CopyStatus, GuestStatus, RunState
+from orchestrator.core.agent import AgentSample, AgentStatus, CopyStatus, GuestStatus, GuestTrouble, RunState
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -43,6 +43,8 @@ class FakeAgent(AgentServiceServicer):
     delays_s: dict[str, float] = field(default_factory=dict[str, float])
     queue_wishes: bool = False
     copies: list[CopyStatus] = field(default_factory=list[CopyStatus])
+    troubles: list[GuestTrouble] = field(default_factory=list[GuestTrouble])
+    complete: bool = True
     calls: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     sample: AgentSample = field(default_factory=AgentSample)
     """What a new watch begins with."""
@@ -107,7 +109,8 @@ class FakeAgent(AgentServiceServicer):
                 self.sample.guests,
                 self.sample.attempts,
                 copies=tuple(self.copies),
-                complete=True,
+                complete=self.complete,
+                troubles=tuple(self.troubles),
             )
         )
 

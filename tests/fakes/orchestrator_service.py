@@ -27,6 +27,7 @@ from orchestrator import wire
 from orchestrator.api import decisions, evacuations, guests, hosts, limits, migrations, views
 from orchestrator.api.calls import digest
 from orchestrator.api.reads import no_place, not_found
+from orchestrator.core.agent import AgentStatus
 from orchestrator.core.death import issued_at_s
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
@@ -76,6 +77,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     calls: list[tuple[str, Any]] = field(default_factory=list[tuple[str, Any]])
     made: dict[str, RequestRecord] = field(default_factory=dict[str, RequestRecord])
     """By request_id."""
+    agents: dict[str, AgentStatus | DroverError] = field(default_factory=dict[str, AgentStatus | DroverError])
+    """What a host's agent says is there; of other hosts it answers that nothing is."""
     wish: int = pb.WISH_STATE_APPLIED
     chaos: bool = True
 
@@ -112,7 +115,13 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def GetHost(self, request: pb.GetHostRequest, context: object) -> types.Host:
         await self._called("GetHost", request)
-        return self._host(request.name)
+        found = types.Host()
+        found.CopyFrom(self._host(request.name))
+        if request.ask_agent:
+            nothing = AgentStatus(HostRef(found.name, found.boot_id), 0, complete=True)
+            owners = {each.uuid: each.host for each in self.guests.values()}
+            found.agent.CopyFrom(views.host_agent(self.agents.get(found.name, nothing), owners))
+        return found
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: object) -> pb.ListHostsResponse:
         await self._called("ListHosts", request)

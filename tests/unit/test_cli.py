@@ -22,7 +22,9 @@ from deploy.lab.cluster.commands import ClusterStatus, PartStatus
 from deploy.lab.cluster.config import LocalConfig
 from orchestrator.cli import main, units
 from orchestrator.cli.exits import Exit, code_of
+from orchestrator.core.agent import AgentStatus, CopyStatus, GuestTrouble, Trouble
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.ids import HostRef
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2 as types
 from tests.fakes.orchestrator_service import FakeOrchestrator, host, serve
@@ -262,7 +264,9 @@ def test_json_and_yaml_are_one_document_with_stable_names(drover: Drover) -> Non
     first = ran.json["hosts"][0]
     assert (first["state"], first["memory_mib"], first["cordoned"]) == ("LIVE", 8192, False)
     assert yaml.safe_load(drover("host", "list", "-o", "yaml").out) == ran.json
-    assert drover("host", "show", "host-1", "--output", "json").json == first
+    shown = drover("host", "show", "host-1", "--output", "json").json
+    agent = shown.pop("agent")
+    assert (shown, agent["answered"], agent["copies"]) == (first, True, [])
 
 
 def test_an_empty_list_says_so_beside_the_result(drover: Drover, service: FakeOrchestrator) -> None:
@@ -338,6 +342,30 @@ def test_cordon_and_uncordon(drover: Drover, service: FakeOrchestrator) -> None:
     assert service.hosts["host-1"].cordon_reason == "disks"
     assert "yes: disks" in drover("host", "show", "host-1").out
     assert drover("host", "uncordon", "host-1").out == "host-1 takes guests again\n"
+
+
+def test_a_host_is_shown_with_what_its_agent_has(drover: Drover, service: FakeOrchestrator) -> None:
+    db = service.guests["db"].uuid
+    service.agents["host-2"] = AgentStatus(
+        HostRef("host-2", "boot-host-2"),
+        0,
+        copies=(
+            CopyStatus(db, "db", "i", 64, 4711, 4712, incoming=True),
+            CopyStatus("u-lost", "lost", "i", 128, 4713),
+            CopyStatus(db, "db", "j", 0, 0),
+        ),
+        troubles=(GuestTrouble("u-lost", "lost", Trouble.NO_RECORD, "the ledger has lost its record"),),
+    )
+    shown = drover("host", "show", "host-2").out
+    assert "copies of guests on host-2, not everything: its agent does not know all of it yet" in shown
+    assert re.search(r"db +64 +4711 +4712 +incoming; owned by host-1", shown)
+    assert re.search(r"db +0 +ended +- +owned by host-1", shown)
+    assert re.search(r"lost +128 +4713 +- +the ledger knows no such guest", shown)
+    assert "not kept: lost NO_RECORD: the ledger has lost its record" in shown
+    service.agents["host-2"] = DroverError(R.AGENT_UNREACHABLE, "no answer")
+    said = drover("host", "show", "host-2")
+    assert "its agent is silent (no answer): what is on host-2 is not known" in said.out
+    assert (said.code, "copies of guests" in said.out) == (Exit.OK, False)
 
 
 def test_guest_list_and_show(drover: Drover, service: FakeOrchestrator) -> None:

@@ -61,15 +61,19 @@ class GetHostRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    ASK_AGENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    ask_agent: _builtins.bool
+    """Ask the host's agent what is there, for a few seconds at most: `agent` of the answer."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        ask_agent: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_agent", b"ask_agent", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

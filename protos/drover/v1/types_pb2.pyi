@@ -400,6 +400,7 @@ class Host(_message.Message):
     MACHINE_TYPES_FIELD_NUMBER: _builtins.int
     ACCELERATOR_FIELD_NUMBER: _builtins.int
     SWITCHOVER_ACK_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___HostState.ValueType
     boot_id: _builtins.str
@@ -418,6 +419,10 @@ class Host(_message.Message):
     switchover_ack: _builtins.str
     @_builtins.property
     def machine_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def agent(self) -> Global___HostAgent:
+        """Only where it was asked for."""
+
     def __init__(
         self,
         *,
@@ -437,14 +442,129 @@ class Host(_message.Message):
         machine_types: _abc.Iterable[_builtins.str] | None = ...,
         accelerator: _builtins.str = ...,
         switchover_ack: _builtins.str = ...,
+        agent: Global___HostAgent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "bandwidth_mbps", b"bandwidth_mbps", "boot_id", b"boot_id", "control_address", b"control_address", "cordon_reason", b"cordon_reason", "cordoned", b"cordoned", "engine", b"engine", "guests", b"guests", "machine_types", b"machine_types", "memory_mib", b"memory_mib", "memory_reserved_mib", b"memory_reserved_mib", "memory_used_mib", b"memory_used_mib", "name", b"name", "peer_address", b"peer_address", "state", b"state", "switchover_ack", b"switchover_ack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "agent", b"agent", "bandwidth_mbps", b"bandwidth_mbps", "boot_id", b"boot_id", "control_address", b"control_address", "cordon_reason", b"cordon_reason", "cordoned", b"cordoned", "engine", b"engine", "guests", b"guests", "machine_types", b"machine_types", "memory_mib", b"memory_mib", "memory_reserved_mib", b"memory_reserved_mib", "memory_used_mib", b"memory_used_mib", "name", b"name", "peer_address", b"peer_address", "state", b"state", "switchover_ack", b"switchover_ack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Host: _TypeAlias = Host  # noqa: Y015
+
+@_typing.final
+class HostAgent(_message.Message):
+    """What a host's agent says is there, at one instant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    TROUBLES_FIELD_NUMBER: _builtins.int
+    answered: _builtins.bool
+    """False: nothing is known of what is there, and nothing follows from it."""
+    message: _builtins.str
+    """Why it did not answer."""
+    complete: _builtins.bool
+    """`copies` names everything that is there. False: nothing follows from what is missing."""
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostCopy]: ...
+    @_builtins.property
+    def troubles(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostTrouble]:
+        """Guests that the agent holds and does nothing about just now."""
+
+    def __init__(
+        self,
+        *,
+        answered: _builtins.bool = ...,
+        message: _builtins.str = ...,
+        complete: _builtins.bool = ...,
+        copies: _abc.Iterable[Global___HostCopy] | None = ...,
+        troubles: _abc.Iterable[Global___HostTrouble] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "complete", b"complete", "copies", b"copies", "message", b"message", "troubles", b"troubles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostAgent: _TypeAlias = HostAgent  # noqa: Y015
+
+@_typing.final
+class HostCopy(_message.Message):
+    """A VMM process of a guest, the process of its devices, or what is left of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    DEVICES_PID_FIELD_NUMBER: _builtins.int
+    INCOMING_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    guest: _builtins.str
+    guest_uuid: _builtins.str
+    memory_mib: _builtins.int
+    """What the VMM takes; 0 when it has ended."""
+    pid: _builtins.int
+    """0: the VMM has ended."""
+    devices_pid: _builtins.int
+    """0: there is no device process, or it has ended."""
+    incoming: _builtins.bool
+    """Made for an attempt to move the guest here, and not the guest yet."""
+    owner: _builtins.str
+    """The host that the ledger says owns the guest. Empty: the ledger knows no life of that uuid that is not over."""
+    def __init__(
+        self,
+        *,
+        guest: _builtins.str = ...,
+        guest_uuid: _builtins.str = ...,
+        memory_mib: _builtins.int = ...,
+        pid: _builtins.int = ...,
+        devices_pid: _builtins.int = ...,
+        incoming: _builtins.bool = ...,
+        owner: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices_pid", b"devices_pid", "guest", b"guest", "guest_uuid", b"guest_uuid", "incoming", b"incoming", "memory_mib", b"memory_mib", "owner", b"owner", "pid", b"pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostCopy: _TypeAlias = HostCopy  # noqa: Y015
+
+@_typing.final
+class HostTrouble(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    TROUBLE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    guest: _builtins.str
+    guest_uuid: _builtins.str
+    trouble: _builtins.str
+    """NOT_KEPT, UNREADABLE, NO_RECORD or OLD_RECORD"""
+    message: _builtins.str
+    """What is wrong, and what to do where that is known."""
+    def __init__(
+        self,
+        *,
+        guest: _builtins.str = ...,
+        guest_uuid: _builtins.str = ...,
+        trouble: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest", "guest_uuid", b"guest_uuid", "message", b"message", "trouble", b"trouble"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostTrouble: _TypeAlias = HostTrouble  # noqa: Y015
 
 @_typing.final
 class GuestFate(_message.Message):
