@@ -421,8 +421,11 @@ class Driver:
             if (record.migration, record.attempt) != (self._spec.id, command.attempt):
                 break
             aborted = handover.abort(record, self._spec.id, command.attempt, command.reason, writer=_writer())
-            write = SetData(paths.guest(self._spec.guest), encode(aborted), nodes.guest.version)
-            if await epoch_write(self._tools.store, self._tools.epoch, [write]):
+            ops: list[Op] = [SetData(paths.guest(self._spec.guest), encode(aborted), nodes.guest.version)]
+            if command.said and nodes.state_version >= 0:
+                state = replace(nodes.state, message=command.said)
+                ops.append(SetData(paths.migration_state(self._spec.id), encode(state), nodes.state_version))
+            if await epoch_write(self._tools.store, self._tools.epoch, ops):
                 self._nudge(record)
                 break
             await self._pause()
@@ -590,8 +593,9 @@ class Driver:
             destination=nodes.state.destination,
             duration_ms=report.duration_ms or (self._tools.clock_s() - self._opened_at_s) * 1000,
         )
-        if told is None:
-            report = replace(report, message="the source agent has no report of this attempt")
+        said = nodes.state.message if ours and command.outcome == "ABORTED" else ""  # by `_abort`
+        if not report.message and (said or told is None):
+            report = replace(report, message=said or "the source agent has no report of this attempt")
         if record is None or not ours:
             return report
         if command.outcome == "ABORTED":

@@ -209,6 +209,9 @@ class Abort:
 
     attempt: int
     reason: AbortReason
+    said: str = ""
+    """What an agent answered, or did not, where that is the cause. Written into the state together with the abort: the
+    source's agent may know nothing of the attempt, and this driver may not live to write the report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +264,8 @@ class Course:
     patience_ms: float | None = None
     fatal: FailureReason | None = None
     """A refusal after which no attempt can do better."""
-    fatal_message: str = ""
+    refusal: str = ""
+    """How the attempt's last call to an agent failed, as "REASON: message"; empty once one was answered."""
     silent_since_ms: float | None = None
     """Since when the source's agent is silent; None: it is not."""
     unanswered: bool = False
@@ -356,10 +360,12 @@ def step(course: Course, event: Event, *, now_ms: float, jitter: float = 1.0) ->
         case Told() if event.stand_back and course.stage is Stage.PLACEMENT_WAIT:
             return Step(replace(course, stage=Stage.ENDED), (StandBack(),))
         case PrepareAnswer() if event.attempt == course.attempt and course.stage is Stage.PREPARE:
-            ready = replace(course, stage=Stage.CONDUCT, prepared=event.prepared, again_ms=now_ms + REPEAT_MS)
+            ready = replace(
+                course, stage=Stage.CONDUCT, prepared=event.prepared, again_ms=now_ms + REPEAT_MS, refusal=""
+            )
             return Step(ready, (_conduct(ready, event.prepared),))
         case ConductAnswer() if event.attempt == course.attempt and course.stage is Stage.CONDUCT:
-            return Step(replace(course, again_ms=now_ms + REPEAT_MS, unanswered=False))
+            return Step(replace(course, again_ms=now_ms + REPEAT_MS, unanswered=False, refusal=""))
         case CallRefused() if event.attempt == course.attempt and course.stage in (Stage.PREPARE, Stage.CONDUCT):
             return _call_refused(course, event, now_ms)
         case ReportAnswer() if event.report.attempt == course.attempt and course.stage is Stage.REPORT:
@@ -461,7 +467,13 @@ def _at_attempt(course: Course) -> Course:
     if course.record.migration != course.spec.id or course.record.attempt == course.attempt:
         return course
     return replace(
-        course, attempt=course.record.attempt, prepared=None, report=None, stage=Stage.LOOK, unanswered=False
+        course,
+        attempt=course.record.attempt,
+        prepared=None,
+        report=None,
+        stage=Stage.LOOK,
+        unanswered=False,
+        refusal="",
     )
 
 
@@ -548,7 +560,7 @@ def _judge(course: Course, now_ms: float, jitter: float) -> Step:
     if course.durable.cancel_requested or not may_retry(record):
         return _settle_cancelled(course)
     if course.fatal is not None:
-        return _settle(course, MigrationPhase.FAILED, course.fatal, course.fatal_message)
+        return _settle(course, MigrationPhase.FAILED, course.fatal, course.refusal)
     if course.report is not None and course.report.needs_operator:
         said = f"attempt {course.attempt}: the guest could not be started again on {record.owner.host}, which keeps it"
         return _settle(course, MigrationPhase.FAILED, FailureReason.PAUSED_NEEDS_OPERATOR, said)
@@ -589,9 +601,9 @@ def _total(course: Course, now_ms: float) -> Step:
     return _settle_total(course) if now_ms >= course.total_deadline_ms else Step(course)
 
 
-def _abort(course: Course, reason: AbortReason) -> Step:
+def _abort(course: Course, reason: AbortReason, said: str = "") -> Step:
     course = replace(course, stage=Stage.ABORT, deadline_ms=None, again_ms=None)
-    return Step(course, (Abort(course.attempt, reason),))
+    return Step(course, (Abort(course.attempt, reason, said),))
 
 
 def _conduct(course: Course, prepared: Prepared) -> Conduct:
@@ -625,12 +637,12 @@ _NO_PLACE = {
 
 
 def _call_refused(course: Course, event: CallRefused, now_ms: float) -> Step:
+    course = replace(course, refusal=f"{event.reason}: {event.message}")
     if event.unreachable:
         unanswered = course.stage is Stage.CONDUCT
         return Step(replace(course, again_ms=now_ms + UNREACHABLE_REPEAT_MS, unanswered=unanswered))
     fatal = _FATAL_REFUSALS.get(event.reason)
-    message = f"{event.reason}: {event.message}"
-    return _abort(replace(course, fatal=fatal, fatal_message=message), AbortReason.PREPARE_FAILED)
+    return _abort(replace(course, fatal=fatal), AbortReason.PREPARE_FAILED, course.refusal)
 
 
 def _tick(course: Course, now_ms: float) -> Step:
@@ -660,7 +672,8 @@ def _tick_attempt(course: Course, now_ms: float, *, total: bool) -> Step:
         return _abort(course, AbortReason.SOURCE_UNREACHABLE) if lost else Step(course)
     if course.deadline_ms is not None and now_ms >= course.deadline_ms:
         silent = course.stage is Stage.CONDUCT and course.unanswered
-        return _abort(course, AbortReason.SOURCE_UNREACHABLE if silent else AbortReason.PREPARE_TIMEOUT)
+        reason = AbortReason.SOURCE_UNREACHABLE if silent else AbortReason.PREPARE_TIMEOUT
+        return _abort(course, reason, course.refusal)
     if course.again_ms is None or now_ms < course.again_ms:
         return Step(course)
     course = replace(course, again_ms=now_ms + REPEAT_MS)

@@ -142,6 +142,27 @@ async def test_cordoned_destination_is_refused(world: World) -> None:
     assert "cordoned (disk)" in world.state("m1").message
 
 
+async def test_what_a_destination_refuses_with_reaches_report_and_message(world: World) -> None:
+    world.refuse = DroverError(RefusalReason.HOST_DISK_FULL, "h2 has no room left in /var/lib/drover")
+    world.migration("m1", "g1", policy=MigrationPolicy(max_attempts=1))
+    assert await drive(world) == "FAILED"
+    (report,) = world.attempts("m1")
+    assert report.reason is AbortReason.PREPARE_FAILED
+    assert report.message == "HOST_DISK_FULL: h2 has no room left in /var/lib/drover"
+    assert report.message in world.state("m1").message
+
+
+async def test_what_a_destination_refused_with_outlives_the_driver(world: World) -> None:
+    said = "HOST_DISK_FULL: h2 has no room left in /var/lib/drover"
+    world.refuse = DroverError(RefusalReason.HOST_DISK_FULL, "h2 has no room left in /var/lib/drover")
+    first = asyncio.create_task(worker(world).drive("m1", EPOCH))
+    await until(lambda: world.record("g1").phase is Ownership.ABORTED)
+    first.cancel()
+    world.refuse = None
+    assert await drive(world) == "SUCCEEDED"
+    assert world.attempts("m1")[0].message == said
+
+
 async def test_refused_prepare_ends_the_attempt_and_avoids_that_host(world: World) -> None:
     world.refuse = DroverError(RefusalReason.MACHINE_TYPE_MISMATCH, "no such machine")
     task = asyncio.create_task(drive(world))

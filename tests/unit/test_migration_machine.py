@@ -254,7 +254,8 @@ def test_the_destination_is_not_blamed_for_a_source_that_does_not_answer() -> No
     course = step(course, PrepareAnswer(1, READY), now_ms=10).course
     refused = CallRefused(1, RefusalReason.AGENT_UNREACHABLE, "h1 does not answer", unreachable=True)
     course = step(course, refused, now_ms=900).course
-    assert step(course, Tick(), now_ms=1000).commands == (Abort(1, AbortReason.SOURCE_UNREACHABLE),)
+    said = "AGENT_UNREACHABLE: h1 does not answer"
+    assert step(course, Tick(), now_ms=1000).commands == (Abort(1, AbortReason.SOURCE_UNREACHABLE, said),)
     lost = AttemptReport(1, "ABORTED", AbortReason.SOURCE_UNREACHABLE, destination="h2")
     course, _ = seen(aborted(AbortReason.SOURCE_UNREACHABLE))
     (settle,) = step(course, ReportAnswer(lost), now_ms=0).commands
@@ -276,13 +277,24 @@ def test_fatal_refusal_of_a_call() -> None:
     course, _ = seen(OPEN1)
     refused = CallRefused(1, RefusalReason.DEVICE_NOT_MIGRATABLE, "gpu0 has no shim")
     result = step(course, refused, now_ms=1)
-    assert result.commands == (Abort(1, AbortReason.PREPARE_FAILED),)
+    said = "DEVICE_NOT_MIGRATABLE: gpu0 has no shim"
+    assert result.commands == (Abort(1, AbortReason.PREPARE_FAILED, said),)
     course = step(result.course, Finished(), now_ms=2).course
     course = step(course, Seen(aborted(AbortReason.PREPARE_FAILED), ACTIVE), now_ms=3).course
     (end,) = step(course, ReportAnswer(AttemptReport(1, "ABORTED")), now_ms=4).commands
     assert isinstance(end, Settle)
     assert (end.failure, end.close) == (FailureReason.DEVICE_NOT_MIGRATABLE, True)
     assert "gpu0 has no shim" in end.message
+
+
+def test_only_the_last_call_that_failed_is_blamed_for_a_timeout() -> None:
+    course, _ = seen(OPEN1)
+    refused = CallRefused(1, RefusalReason.AGENT_UNREACHABLE, "h2 does not answer", unreachable=True)
+    course = step(course, refused, now_ms=100).course
+    said = "AGENT_UNREACHABLE: h2 does not answer"
+    assert step(course, Tick(), now_ms=1000).commands == (Abort(1, AbortReason.PREPARE_TIMEOUT, said),)
+    course = step(course, PrepareAnswer(1, READY), now_ms=200).course
+    assert step(course, Tick(), now_ms=1000).commands == (Abort(1, AbortReason.PREPARE_TIMEOUT),)
 
 
 def test_total_budget_survives_a_restart_of_the_coordinator() -> None:
