@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from uuid import uuid4
 
 import structlog
 
+from orchestrator.api.asking import ask
 from orchestrator.api.calls import Caller, Tools, write
 from orchestrator.api.reads import GuestRead, guest_uuid, read_guest
 from orchestrator.core import handover, repair
-from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
+from orchestrator.core.agent import AgentStatus
+from orchestrator.core.errors import AbortReason, DroverError, RefusalReason, invalid
 from orchestrator.core.handover import GuestRecord
+from orchestrator.core.placement import HostInput
 from orchestrator.core.records import HostRecord, MigrationState
-from orchestrator.core.repair import Action, Examination, HostSeen, Known, Offer
+from orchestrator.core.repair import Action, Examination, HostSeen, Known, Lost, Offer
+from orchestrator.core.text import handful, quoted
 from orchestrator.ledger import paths
+from orchestrator.ledger.gather import each
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.store import Delete, Done, Op
 from orchestrator.rpc.agent_client import CALL_S
@@ -23,23 +29,69 @@ from protos.drover.v1 import orchestrator_pb2 as pb
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Look:
+    uuid: str
+    name: str
+    found: Examination
+    read: GuestRead | None
+    """None: the ledger has no record of it."""
+
+
 class Repairs:
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
 
     async def repair(self, request: pb.RepairGuestRequest, caller: Caller) -> pb.RepairGuestResponse:
         """What is the case, after the action if one was asked for. Raises NOTHING_SAFE for one that is not offered now,
-        OUTCOME_UNKNOWN when the guest moved meanwhile."""
-        uuid = await guest_uuid(self._tools.ledger, request.name)
-        read = await read_guest(self._tools.ledger, uuid)
-        found = repair.examine(await self._known(read, caller))
+        OUTCOME_UNKNOWN when the guest moved meanwhile, NOT_FOUND when neither the ledger nor an agent knows the guest.
+        """
+        look = await self._look(request.name, caller)
         if request.action:
-            offer = _chosen(found, request.action)
-            await self._do(offer, read, caller)
-            log.warning("repair", guest=read.record.name, action=offer.action, by=caller.by)
-            read = await read_guest(self._tools.ledger, uuid)
-            found = repair.examine(await self._known(read, caller))
-        return _view(read, found)
+            offer = _chosen(look.found, request.action)
+            await self._do(offer, look, caller)
+            log.warning("repair", guest=look.name, action=offer.action, host=offer.host, by=caller.by)
+            look = await self._look(look.uuid, caller)
+        return _view(look)
+
+    async def _look(self, name: str, caller: Caller) -> _Look:
+        try:
+            return await self._look_at(await guest_uuid(self._tools.ledger, name), caller)
+        except DroverError as error:
+            if error.reason is not RefusalReason.NOT_FOUND:
+                raise
+        return await self._look_for(name, caller)
+
+    async def _look_at(self, uuid: str, caller: Caller) -> _Look:
+        read = await read_guest(self._tools.ledger, uuid)
+        return _Look(uuid, read.record.name, repair.examine(await self._known(read, caller)), read)
+
+    async def _look_for(self, name: str, caller: Caller) -> _Look:
+        """A guest that the ledger does not know, as the live agents have it, each asked once within a bound."""
+        snapshot = await self._tools.inventory.snapshot()
+        asked = [host.input for host in snapshot.hosts.values() if not host.input.certified_dead]
+
+        async def one(host: HostInput) -> AgentStatus | None:
+            status = await ask(self._tools, host.record, caller) if host.live else None
+            return status if isinstance(status, AgentStatus) else None
+
+        answers = await each(asked, one)
+        said = dict(zip((host.record.name for host in asked), answers, strict=True))
+        for path in snapshot.unreadable:  # where an agent is that cannot be asked is not known either
+            if path.startswith(f"{paths.HOSTS}/"):
+                said.setdefault(path.removeprefix(f"{paths.HOSTS}/"), None)
+        found = repair.named(name, [status for status in answers if status is not None])
+        if len(found) > 1:
+            raise invalid([("name", f"is the name of several guests: name one by its uuid: {handful(sorted(found))}")])
+        if not found:
+            raise _unknown(name, [host for host, status in said.items() if status is None])
+        (uuid, called) = next(iter(found.items()))
+        if await self._tools.ledger.read_guest(uuid) is not None:
+            return await self._look_at(uuid, caller)
+        bearer = await self._tools.ledger.read(str, paths.name(called))
+        seen = tuple(repair.seen(host, status, uuid) for host, status in said.items())
+        lost = Lost(uuid, called, seen, name_taken=bearer is not None and bearer[0] != uuid)
+        return _Look(uuid, called, repair.examine_lost(lost), None)
 
     async def _known(self, read: GuestRead, caller: Caller) -> Known:
         record = read.record
@@ -63,31 +115,26 @@ class Repairs:
 
     async def _host(self, name: str, read: GuestRead, caller: Caller) -> HostSeen:
         host = await self._tools.ledger.read(HostRecord, paths.host(name))
-        if host is None:
-            return HostSeen(name, answered=False)
-        try:
-            agent = self._tools.agents.at(host[0].control_address)
-            status = await agent.get_agent(caller.remaining_s(CALL_S))
-        except DroverError as error:
-            log.info("an agent does not say what it has", host=name, why=str(error))
-            return HostSeen(name, answered=False)
-        guest = next((one for one in status.guests if one.guest == read.uuid), None)
-        trouble = next((one.message for one in status.troubles if one.guest == read.uuid), "")
-        return HostSeen(
-            name,
-            answered=True,
-            complete=status.complete,
-            copies=tuple(copy for copy in status.copies if copy.guest == read.uuid),
-            run_state=guest.run_state if guest else None,
-            trouble=trouble,
-        )
+        status = await ask(self._tools, host[0], caller) if host is not None else None
+        return repair.seen(name, status if isinstance(status, AgentStatus) else None, read.uuid)
 
-    async def _do(self, offer: Offer, read: GuestRead, caller: Caller) -> None:
+    async def _do(self, offer: Offer, look: _Look, caller: Caller) -> None:
         if offer.host:
-            host = await self._tools.ledger.read(HostRecord, paths.host(offer.host))
-            if host is not None:
-                await self._tools.agents.at(host[0].control_address).nudge(read.uuid, caller.remaining_s(CALL_S))
-            return
+            await self._let(offer, look.uuid, caller)
+        elif look.read is not None:
+            await self._write(offer, look.read, caller)
+
+    async def _let(self, offer: Offer, uuid: str, caller: Caller) -> None:
+        host = await self._tools.ledger.read(HostRecord, paths.host(offer.host))
+        if host is None:
+            raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"host {offer.host} was removed meanwhile: look again")
+        agent = self._tools.agents.at(host[0].control_address)
+        if offer.action is Action.RESTORE_RECORD:
+            await agent.restore_record(uuid, caller.remaining_s(CALL_S))
+        else:
+            await agent.nudge(uuid, caller.remaining_s(CALL_S))
+
+    async def _write(self, offer: Offer, read: GuestRead, caller: Caller) -> None:
         ops: list[Op] = [op_set(paths.guest(read.uuid), _changed(offer.action, read.record), read.version)]
         if offer.action is Action.BURY:
             ops += await self._name_freed(read)
@@ -119,11 +166,17 @@ def _changed(action: Action, record: GuestRecord) -> GuestRecord:
     return handover.close(record, record.migration, writer=writer)
 
 
-def _view(read: GuestRead, found: Examination) -> pb.RepairGuestResponse:
+def _unknown(name: str, silent: list[str]) -> DroverError:
+    also = f"; {handful(silent)} did not say what is there" if silent else ""
+    said = f"there is no guest {quoted(name)} in the ledger, nor with an agent that answers{also}"
+    return DroverError(RefusalReason.NOT_FOUND, said, field="name")
+
+
+def _view(look: _Look) -> pb.RepairGuestResponse:
     return pb.RepairGuestResponse(
-        guest=read.record.name,
-        guest_uuid=read.uuid,
-        findings=found.findings,
-        offers=[pb.RepairOffer(action=offer.action, message=offer.says) for offer in found.offers],
-        otherwise=found.otherwise,
+        guest=look.name,
+        guest_uuid=look.uuid,
+        findings=look.found.findings,
+        offers=[pb.RepairOffer(action=offer.action, message=offer.says) for offer in look.found.offers],
+        otherwise=look.found.otherwise,
     )

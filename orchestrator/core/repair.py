@@ -7,14 +7,15 @@ agent to look at what it already owes the guest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from orchestrator.core.agent import CopyStatus, RunState
+from orchestrator.core.agent import AgentStatus, CopyStatus, RunState, Trouble
 from orchestrator.core.death import standing
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.records import GuestSpec, MigrationState
+from orchestrator.core.text import handful
 
 
 class Action(StrEnum):
@@ -28,6 +29,8 @@ class Action(StrEnum):
     """Let an agent end a copy that can never be the guest again."""
     RESUME = "resume"
     """Let the owner's agent try again to bring the guest into its wished state."""
+    RESTORE_RECORD = "restore-record"
+    """Let the one host that has the guest write the record that the ledger has lost again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,40 @@ class HostSeen:
     """Of the guest, if the host owns it."""
     trouble: str = ""
     """Why the agent does nothing about the guest just now; empty: nothing keeps it."""
+    no_record: bool = False
+    """The agent holds the guest and says that the ledger has lost its record."""
+
+
+def seen(host: str, status: AgentStatus | None, guest: str) -> HostSeen:
+    """What an agent's answer says of one guest. None: it did not answer."""
+    if status is None:
+        return HostSeen(host, answered=False)
+    told = next((one for one in status.guests if one.guest == guest), None)
+    trouble = next((one for one in status.troubles if one.guest == guest), None)
+    return HostSeen(
+        host,
+        answered=True,
+        complete=status.complete,
+        copies=tuple(copy for copy in status.copies if copy.guest == guest),
+        run_state=told.run_state if told else None,
+        trouble=trouble.message if trouble else "",
+        no_record=trouble is not None and trouble.trouble is Trouble.NO_RECORD,
+    )
+
+
+def named(name: str, statuses: Iterable[AgentStatus]) -> dict[str, str]:
+    """Guests of this name, or of this uuid, that agents hold: their names by uuid. Those whose record is said to be
+    lost come alone where there are such."""
+    held: dict[str, str] = {}
+    lost: dict[str, str] = {}
+    for status in statuses:
+        for copy in status.copies:
+            if name in (copy.name, copy.guest):
+                held[copy.guest] = copy.name
+        for trouble in status.troubles:
+            if name in (trouble.name, trouble.guest):
+                (lost if trouble.trouble is Trouble.NO_RECORD else held)[trouble.guest] = trouble.name
+    return lost or held
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +95,19 @@ class Known:
     """Owner, source and destination."""
     owner_certified: bool
     """The power cycle of its owner is certified to be over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A guest of which the ledger has no record: all that the agents said."""
+
+    guest: str
+    """Uuid."""
+    name: str
+    hosts: tuple[HostSeen, ...]
+    """Every host whose power cycle is not certified to be over; one that is not live has not answered."""
+    name_taken: bool = False
+    """Another guest bears the name by now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +132,49 @@ def examine(known: Known) -> Examination:
     return Examination(tuple(_findings(known)), offers, "" if offers else _otherwise(known))
 
 
+def examine_lost(lost: Lost) -> Examination:
+    """The record may be written again only where the guest can run nowhere else: one host has it and says itself that
+    the record is lost, and every other host says that it has nothing of it. Silence is no such word."""
+    holders = [host for host in lost.hosts if host.no_record and _may_be_the_guest(host)]
+    others = [host for host in lost.hosts if host not in holders]
+    running = [host.host for host in others if any(copy.pid or copy.devices_pid for copy in host.copies)]
+    unknown = [host.host for host in others if not (host.answered and host.complete)]
+    otherwise = _why_not_restored(lost, [host.host for host in holders], running, unknown)
+    findings = [f"the ledger has no record of guest {lost.name} ({lost.guest})"]
+    findings += [_of_host(host) for host in lost.hosts if host.copies or host.trouble]
+    if silent := [host.host for host in lost.hosts if not host.answered]:
+        findings.append(f"silent, so that what they have of it is not known: {handful(silent)}")
+    if otherwise:
+        return Examination(tuple(findings), (), otherwise)
+    where = holders[0].host
+    says = f"let {where} write the record of {lost.name} again, as the guest's owner, from what is there"
+    return Examination(tuple(findings), (Offer(Action.RESTORE_RECORD, says, where),), "")
+
+
+def _may_be_the_guest(host: HostSeen) -> bool:
+    return any(not copy.incoming for copy in host.copies)
+
+
+def _why_not_restored(lost: Lost, holders: list[str], running: list[str], unknown: list[str]) -> str:
+    """Empty: nothing stands against it."""
+    if lost.name_taken:
+        return f"another guest is called {lost.name} by now: this one can have its record again once the name is free"
+    if len(holders) + len(running) > 1:
+        where = handful([*holders, *running])
+        return (
+            f"{where} have processes of it, and only the lost record says which one is the guest: put the ledger back"
+        )
+    if unknown:
+        where = handful(unknown)
+        return (
+            f"it may run on {where}, which has not said what is there: bring its agent back, or, if a host is gone for "
+            "good, `drover host declare-dead`"
+        )
+    if not holders:
+        return "no agent has it and says that its record is lost: look again in some seconds, or put the ledger back"
+    return ""
+
+
 def _findings(known: Known) -> Sequence[str]:
     record = known.record
     said = [f"the ledger says {record.phase}, owner {record.owner.host} in power cycle {record.owner.boot_id}"]
@@ -93,7 +186,7 @@ def _findings(known: Known) -> Sequence[str]:
         said.append(f"it is in {of}{towards}; {_course(known.migration)}")
     if known.owner_certified:
         said.append(f"that power cycle of {record.owner.host} is certified to be over")
-    said += [_of_host(host, record) for host in known.hosts.values()]
+    said += [_of_host(host, record.owner.host) for host in known.hosts.values()]
     said.append("the operator wants it to run" if known.want_run else "the operator wants it stopped")
     return said
 
@@ -106,7 +199,7 @@ def _course(migration: MigrationState | None) -> str:
     return f"that migration is {migration.phase}"
 
 
-def _of_host(seen: HostSeen, record: GuestRecord) -> str:
+def _of_host(seen: HostSeen, owner: str = "") -> str:
     if not seen.answered:
         return f"{seen.host} is silent: what it has of the guest is not known"
     trouble = f"; its agent does nothing about it: {seen.trouble}" if seen.trouble else ""
@@ -114,7 +207,7 @@ def _of_host(seen: HostSeen, record: GuestRecord) -> str:
         sure = "nothing of it" if seen.complete else "nothing of it that it knows of, and does not know everything yet"
         return f"{seen.host} has {sure}{trouble}"
     how = ", ".join(_of_copy(copy) for copy in seen.copies)
-    state = f", {seen.run_state}" if seen.run_state is not None and seen.host == record.owner.host else ""
+    state = f", {seen.run_state}" if seen.run_state is not None and seen.host == owner else ""
     return f"{seen.host} has {how}{state}{trouble}"
 
 

@@ -64,6 +64,10 @@ class Subject(Calling, ABC):
         """What the agent of the host has from now on."""
 
     @abstractmethod
+    async def loses(self, guest: types.Guest) -> None:
+        """The ledger loses all that it has of the guest, whose agent says so."""
+
+    @abstractmethod
     async def falls_silent(self, host: str) -> None:
         """The agent of the host answers nobody any more."""
 
@@ -88,6 +92,14 @@ class Subject(Calling, ABC):
         """The evacuation comes to its end, with every guest moved unless it was cancelled."""
 
 
+def _copies(guest: types.Guest) -> list[CopyStatus]:
+    return [CopyStatus(guest.uuid, guest.name, "i", guest.spec.memory_mib, 4711)]
+
+
+def _no_record(guest: types.Guest) -> GuestTrouble:
+    return GuestTrouble(guest.uuid, guest.name, Trouble.NO_RECORD, "the ledger has lost its record")
+
+
 class Real(Subject):
     """The coordinator's part is played by its own driver."""
 
@@ -105,6 +117,13 @@ class Real(Subject):
     ) -> None:
         agent = self.cluster.agents[host]
         agent.copies, agent.troubles, agent.complete = list(copies), list(troubles), complete
+
+    async def loses(self, guest: types.Guest) -> None:
+        uuid = guest.uuid
+        for path in (paths.want_run(uuid), paths.guest_spec(uuid), paths.guest(uuid), paths.name(guest.name)):
+            self.world.store.tree.nodes.pop(path, None)
+        self.cluster.agents[guest.host].lost[uuid] = wire.guest_spec_from_proto(guest.spec)
+        await self.says(guest.host, *_copies(guest), troubles=[_no_record(guest)])
 
     async def falls_silent(self, host: str) -> None:
         self.cluster.agents[host].delays_s["GetAgent"] = 60
@@ -162,6 +181,10 @@ class Fake(Subject):
     ) -> None:
         ref = HostRef(host, f"boot-{host}")
         self.service.agents[host] = AgentStatus(ref, 0, copies=copies, complete=complete, troubles=tuple(troubles))
+
+    async def loses(self, guest: types.Guest) -> None:
+        self.service.lost[guest.name] = self.service.guests.pop(guest.name)
+        await self.says(guest.host, *_copies(guest), troubles=[_no_record(guest)])
 
     async def falls_silent(self, host: str) -> None:
         self.service.agents[host] = DroverError(R.OUTCOME_UNKNOWN, "no answer in time")
@@ -399,6 +422,45 @@ async def test_a_guest_that_is_well_needs_no_repair(api: Subject, client: Orches
     assert looked.otherwise == "nothing is wrong with it"
     assert (await api.refused(client.repair_guest, "web", "bury")).reason is R.NOTHING_SAFE
     assert (await api.refused(client.repair_guest, "none")).reason is R.NOT_FOUND
+
+
+async def test_a_guest_whose_record_was_lost_is_found_and_has_it_written_again(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    await api.loses(web)
+    assert (await api.refused(client.get_guest, "web")).reason is R.NOT_FOUND
+    for name in ("web", web.uuid):
+        looked = await api.call(client.repair_guest, name)
+        assert (looked.guest, looked.guest_uuid, looked.otherwise) == ("web", web.uuid, "")
+        assert looked.findings[0] == f"the ledger has no record of guest web ({web.uuid})"
+        assert [offer.action for offer in looked.offers] == ["restore-record"]
+    assert (await api.refused(client.repair_guest, "web", "bury")).reason is R.NOTHING_SAFE
+    assert (await api.refused(client.get_guest, "web")).reason is R.NOT_FOUND, "a look changes nothing"
+    done = await api.call(client.repair_guest, "web", "restore-record")
+    assert done.findings[0].startswith("the ledger says IDLE, owner h1")
+    had = await api.call(client.get_guest, "web")
+    assert (had.uuid, had.host, had.spec) == (web.uuid, "h1", web.spec)
+    assert (await api.refused(client.repair_guest, "web", "restore-record")).reason is R.NOTHING_SAFE
+
+
+async def test_a_lost_record_is_not_written_again_while_the_guest_may_run_elsewhere(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    await api.loses(web)
+    copy = CopyStatus(web.uuid, "web", "j", 128, 9)
+
+    async def refused(because: str) -> None:
+        looked = await api.call(client.repair_guest, "web")
+        assert (list(looked.offers), because in looked.otherwise) == ([], True), looked
+        assert (await api.refused(client.repair_guest, "web", "restore-record")).reason is R.NOTHING_SAFE
+
+    await api.says("h2", copy)
+    await refused("h1, h2 have processes of it")
+    await api.says("h2", complete=False)
+    await refused("it may run on h2")
+    await api.says("h2")
+    await api.host("h9", live=False)
+    await refused("it may run on h9")
 
 
 async def test_its_host_is_chosen_by_free_memory(api: Subject, client: OrchestratorClient) -> None:

@@ -23,8 +23,9 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.migration import Prepared
-from orchestrator.core.records import HostRecord, WantRun
+from orchestrator.core.records import GuestSpec, HostRecord, WantRun
 from orchestrator.ledger import paths
+from orchestrator.ledger.ledger import op_create
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Delete, Done, Op, SetData, Store
 from orchestrator.rpc.channels import aio_server, listen
@@ -45,6 +46,8 @@ class FakeAgent(AgentServiceServicer):
     copies: list[CopyStatus] = field(default_factory=list[CopyStatus])
     troubles: list[GuestTrouble] = field(default_factory=list[GuestTrouble])
     complete: bool = True
+    lost: dict[str, GuestSpec] = field(default_factory=dict[str, GuestSpec])
+    """What it knows of guests whose records the ledger has lost, by uuid."""
     calls: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     sample: AgentSample = field(default_factory=AgentSample)
     """What a new watch begins with."""
@@ -137,10 +140,28 @@ class FakeAgent(AgentServiceServicer):
         return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
 
     async def RestoreRecord(self, request: pb.RestoreRecordRequest, context: Any) -> pb.RestoreRecordResponse:
-        """This one's ledger loses nothing."""
-        await self._called("RestoreRecord", request.guest_uuid)
-        record, _ = await self._read(request.guest_uuid)
-        raise DroverError(RefusalReason.ALREADY_EXISTS, f"guest {record.name}: the ledger has its record")
+        """Only of guests that the test has called `lost`."""
+        uuid = request.guest_uuid
+        await self._called("RestoreRecord", uuid)
+        async with self.turn:
+            if await self.store.read(paths.guest(uuid)) is None and uuid in self.lost:
+                return await self._restored(uuid, self.lost.pop(uuid))
+            record, _ = await self._read(uuid)
+            raise DroverError(RefusalReason.ALREADY_EXISTS, f"guest {record.name}: the ledger has its record")
+
+    async def _restored(self, uuid: str, spec: GuestSpec) -> pb.RestoreRecordResponse:
+        owner = HostRef(self.host, f"boot-{self.host}")
+        ops = [
+            op_create(paths.name(spec.name), uuid),
+            op_create(paths.guest(uuid), handover.restored(spec.name, owner, writer=self.host)),
+            op_create(paths.guest_spec(uuid), spec),
+            op_create(paths.want_run(uuid), WantRun(True)),
+        ]
+        assert isinstance(await self.store.multi(ops), Done)
+        self.troubles = [trouble for trouble in self.troubles if trouble.guest != uuid]
+        status = GuestStatus(uuid, spec.name, "inc", RunState.RUNNING, 4711)
+        self.say(AgentSample(guests=(status,)))
+        return pb.RestoreRecordResponse(guest=wire.guest_status_to_proto(status))
 
     async def EndGuest(self, request: pb.EndGuestRequest, context: Any) -> pb.EndGuestResponse:
         await self._called("EndGuest", request.guest_uuid)

@@ -27,6 +27,7 @@ from orchestrator import wire
 from orchestrator.api import decisions, evacuations, guests, hosts, limits, migrations, views
 from orchestrator.api.calls import digest
 from orchestrator.api.reads import no_place, not_found
+from orchestrator.core import repair
 from orchestrator.core.agent import AgentStatus
 from orchestrator.core.death import issued_at_s
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
@@ -79,6 +80,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     """By request_id."""
     agents: dict[str, AgentStatus | DroverError] = field(default_factory=dict[str, AgentStatus | DroverError])
     """What a host's agent says is there; of other hosts it answers that nothing is."""
+    lost: dict[str, types.Guest] = field(default_factory=dict[str, types.Guest])
+    """Guests whose records the ledger has lost, by name."""
     wish: int = pb.WISH_STATE_APPLIED
     chaos: bool = True
 
@@ -287,11 +290,19 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def RepairGuest(self, request: pb.RepairGuestRequest, context: object) -> pb.RepairGuestResponse:
         await self._called("RepairGuest", request)
+        action = request.action
+        lost = next((each for each in self.lost.values() if request.name in (each.name, each.uuid)), None)
+        if lost is not None:
+            if not action:
+                return self._lost(lost)
+            self._need_offered(action, self._lost(lost).offers)
+            self.guests[lost.name] = self.lost.pop(lost.name)
+            action = ""
         guest = self._guest(request.name)
         offers = self.offers.get(guest.name, [])
-        if request.action and request.action not in [offer.action for offer in offers]:
-            raise DroverError(R.NOTHING_SAFE, f"{request.action!r} is not safe now", field="action")
-        left = [] if request.action else offers
+        if action:
+            self._need_offered(action, offers)
+        left = [] if action else offers
         return pb.RepairGuestResponse(
             guest=guest.name,
             guest_uuid=guest.uuid,
@@ -299,6 +310,29 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             offers=left,
             otherwise="" if left else "nothing is wrong with it",
         )
+
+    @staticmethod
+    def _need_offered(action: str, offers: Iterable[pb.RepairOffer]) -> None:
+        if action not in [offer.action for offer in offers]:
+            raise DroverError(R.NOTHING_SAFE, f"{action!r} is not safe now", field="action")
+
+    def _lost(self, guest: types.Guest) -> pb.RepairGuestResponse:
+        hosts = [
+            repair.seen(each.name, self._agent(each) if each.state == types.HOST_STATE_LIVE else None, guest.uuid)
+            for each in self.hosts.values()
+        ]
+        found = repair.examine_lost(repair.Lost(guest.uuid, guest.name, tuple(hosts), guest.name in self.guests))
+        return pb.RepairGuestResponse(
+            guest=guest.name,
+            guest_uuid=guest.uuid,
+            findings=found.findings,
+            offers=[pb.RepairOffer(action=offer.action, message=offer.says) for offer in found.offers],
+            otherwise=found.otherwise,
+        )
+
+    def _agent(self, host: types.Host) -> AgentStatus | None:
+        said = self.agents.get(host.name, AgentStatus(HostRef(host.name, host.boot_id), 0, complete=True))
+        return said if isinstance(said, AgentStatus) else None
 
     # --- migrations
 

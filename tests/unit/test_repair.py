@@ -10,12 +10,12 @@ import pytest
 
 from orchestrator import wire
 from orchestrator.core import handover
-from orchestrator.core.agent import AgentSample, CopyStatus, GuestStatus, RunState
-from orchestrator.core.errors import AbortReason, RefusalReason
+from orchestrator.core.agent import AgentSample, AgentStatus, CopyStatus, GuestStatus, GuestTrouble, RunState, Trouble
+from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.records import GuestSpec, MigrationPhase, MigrationState
-from orchestrator.core.repair import Action, HostSeen, Known, examine
+from orchestrator.core.repair import Action, HostSeen, Known, Lost, examine, examine_lost, named
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Create, Done, Op, SetData
@@ -78,6 +78,53 @@ def test_only_what_is_safe_is_offered(what: Known, offers: list[Action], otherwi
     assert [offer.action for offer in found.offers] == offers
     assert otherwise in found.otherwise
     assert bool(found.otherwise) is not bool(offers)
+
+
+HOLDS = HostSeen("h1", answered=True, copies=(COPY,), trouble="its record is lost", no_record=True)
+EMPTY = HostSeen("h2", answered=True, complete=True)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "otherwise"),
+    [
+        ((HOLDS, EMPTY), ""),
+        ((HOLDS,), ""),
+        ((replace(HOLDS, copies=(replace(COPY, pid=0),)), EMPTY), ""),  # it has shut down: its agent vouches for that
+        ((HOLDS, replace(EMPTY, copies=(replace(COPY, pid=0),))), ""),  # what is left of a copy runs nowhere
+        ((HOLDS, replace(EMPTY, copies=(COPY,))), "h1, h2 have processes"),
+        ((HOLDS, replace(EMPTY, copies=(replace(COPY, pid=0, devices_pid=7),))), "h1, h2 have processes"),
+        ((HOLDS, replace(EMPTY, copies=(replace(COPY, incoming=True),))), "h1, h2 have processes"),
+        ((HOLDS, replace(HOLDS, host="h2")), "h1, h2 have processes"),
+        ((HOLDS, replace(EMPTY, complete=False)), "it may run on h2"),
+        ((HOLDS, HostSeen("h2", answered=False)), "it may run on h2"),
+        ((replace(HOLDS, no_record=False, complete=True), EMPTY), "no agent has it and says"),
+        ((replace(HOLDS, copies=(), complete=True), EMPTY), "no agent has it and says"),
+        ((replace(HOLDS, copies=(replace(COPY, incoming=True),), complete=True), EMPTY), "no agent has it and says"),
+    ],
+)
+def test_a_lost_record_is_written_again_only_where_nothing_can_run_elsewhere(
+    hosts: tuple[HostSeen, ...], otherwise: str
+) -> None:
+    found = examine_lost(Lost("u", "g", hosts))
+    assert [(offer.action, offer.host) for offer in found.offers] == (
+        [] if otherwise else [(Action.RESTORE_RECORD, "h1")]
+    )
+    assert otherwise in found.otherwise
+    assert bool(found.otherwise) is not bool(found.offers)
+
+
+def test_a_lost_record_is_not_written_under_a_name_that_is_taken() -> None:
+    found = examine_lost(Lost("u", "g", (HOLDS, EMPTY), name_taken=True))
+    assert (found.offers, "another guest is called g" in found.otherwise) == ((), True)
+
+
+def test_guests_are_found_by_name_or_uuid_and_lost_ones_first() -> None:
+    lost = GuestTrouble("u2", "g", Trouble.NO_RECORD, "lost")
+    status = AgentStatus(H1, 0, copies=(COPY, replace(COPY, guest="u2")), troubles=(lost,))
+    assert named("g", [status]) == {"u2": "g"}
+    assert named("u", [status]) == {"u": "g"}
+    assert named("g", [replace(status, troubles=())]) == {"u": "g", "u2": "g"}
+    assert named("other", [status]) == {}
 
 
 def test_it_says_in_plain_words_what_is_where() -> None:
@@ -171,6 +218,59 @@ async def test_what_is_not_offered_is_refused(api: ApiCluster, client: Orchestra
     assert now(store) == IDLE
     assert (await api.refused(client.repair_guest, "none")).reason is R.NOT_FOUND
     assert wire.to_json(looked)["guest"] == "g"
+
+
+def lose(api: ApiCluster, *uuids: str) -> None:
+    agent = api.agents["h1"]
+    agent.lost = {uuid: GuestSpec("g") for uuid in uuids}
+    agent.copies = [replace(COPY, guest=uuid) for uuid in uuids]
+    agent.troubles = [GuestTrouble(uuid, "g", Trouble.NO_RECORD, "its record is lost") for uuid in uuids]
+
+
+async def test_the_agent_has_the_last_word_about_a_lost_record(
+    api: ApiCluster, client: OrchestratorClient, store: MemoryStore
+) -> None:
+    lose(api, "u1")
+    api.agents["h1"].refusals["RestoreRecord"] = DroverError(R.GUEST_IS_MIGRATING, "guest g: it was given to h2")
+    error = await api.refused(client.repair_guest, "g", "restore-record")
+    assert (error.reason, error.message) == (R.GUEST_IS_MIGRATING, "guest g: it was given to h2")
+    assert paths.guest("u1") not in store.tree.nodes
+    del api.agents["h1"].refusals["RestoreRecord"]
+    await api.call(client.repair_guest, "g", "restore-record")
+    assert (now(store).phase, now(store).owner) == (Ownership.IDLE, H1)
+
+
+async def test_a_lost_guest_is_looked_for_on_live_hosts_within_a_bound(
+    api: ApiCluster, client: OrchestratorClient, store: MemoryStore
+) -> None:
+    lose(api, "u1")
+    api.agents["h2"].delays_s["GetAgent"] = 60
+    looked = await api.call(client.repair_guest, "g")
+    assert (list(looked.offers), "it may run on h2" in looked.otherwise) == ([], True)
+    assert "silent, so that what they have of it is not known: h2" in looked.findings
+    error = await api.refused(client.repair_guest, "other")
+    assert (error.reason, "h2 did not say what is there" in error.message) == (R.NOT_FOUND, True)
+
+
+async def test_several_lost_guests_of_one_name_are_told_apart_by_uuid(
+    api: ApiCluster, client: OrchestratorClient, store: MemoryStore
+) -> None:
+    lose(api, "u1", "u2")
+    error = await api.refused(client.repair_guest, "g")
+    assert (error.reason, error.field, "u1, u2" in error.message) == (R.INVALID_ARGUMENT, "name", True)
+    await put(store, IDLE)
+    looked = await api.call(client.repair_guest, "u2")
+    assert (list(looked.offers), "another guest is called g" in looked.otherwise) == ([], True)
+
+
+async def test_a_host_whose_record_cannot_be_read_may_have_the_guest(
+    api: ApiCluster, client: OrchestratorClient, store: MemoryStore
+) -> None:
+    lose(api, "u1")
+    node = store.tree.nodes[paths.host("h2")]
+    store._apply([SetData(paths.host("h2"), b"rubbish", node.version)])
+    looked = await api.call(client.repair_guest, "g")
+    assert (list(looked.offers), "it may run on h2" in looked.otherwise) == ([], True)
 
 
 async def test_a_guest_that_moves_meanwhile_is_left_alone(

@@ -462,8 +462,9 @@ class RepairGuestRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ACTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Or the uuid of a life. A guest that the ledger has lost is looked for with the agents."""
     action: _builtins.str
-    """One that an answer offered: bury, abort, close, discard, resume. Empty: only look."""
+    """One that an answer offered: bury, abort, close, discard, resume, restore-record. Empty: only look."""
     def __init__(
         self,
         *,
