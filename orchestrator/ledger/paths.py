@@ -20,26 +20,32 @@ ROOTS = (NAMES, GUESTS, MIGRATIONS, EVACUATIONS, REQUESTS, HOSTS, FENCE, DEATHS,
 
 
 def name(guest_name: str) -> str:
+    """Uuid of the present life of a guest of that name. With the record in one transaction, so a name has one life."""
     return f"{NAMES}/{guest_name}"
 
 
 def guest(uuid: str) -> str:
+    """The guest record: who may run it, and the attempt under way. One per life; no step of the protocol deletes it."""
     return f"{GUESTS}/{uuid}"
 
 
 def guest_spec(uuid: str) -> str:
+    """What the guest is; immutable."""
     return f"{GUESTS}/{uuid}/spec"
 
 
 def want_run(uuid: str) -> str:
+    """The operator's wish that it runs or stands. Its own node, so that a pause never moves the record's version."""
     return f"{GUESTS}/{uuid}/want_run"
 
 
 def newest_migration(uuid: str) -> str:
+    """Id of the guest's newest migration: another is created only once that one is over."""
     return f"{GUESTS}/{uuid}/migration"
 
 
 def migration_shard(migration: str) -> str:
+    """One of 256 nodes that hold the migrations."""
     return f"{MIGRATIONS}/{migration[:2]}"
 
 
@@ -49,26 +55,32 @@ def migration(migration_id: str) -> str:
 
 
 def migration_state(migration_id: str) -> str:
+    """How far a migration has come; written by the coordinator, and by the API for a cancel."""
     return f"{migration(migration_id)}/state"
 
 
 def attempts(migration_id: str) -> str:
+    """One report per attempt."""
     return f"{migration(migration_id)}/attempts"
 
 
 def requests(migration_id: str) -> str:
+    """Accepted requests for switchover ACKs. Its version moves only when one is accepted (H14)."""
     return f"{migration(migration_id)}/req"
 
 
 def acks(migration_id: str) -> str:
+    """Acknowledgements, apart, so that an ACK never looks like a request."""
     return f"{migration(migration_id)}/ack"
 
 
 def evacuation(job: str) -> str:
+    """A job: host, limits, policy; immutable."""
     return f"{EVACUATIONS}/{job}"
 
 
 def evacuation_state(job: str) -> str:
+    """The head of a job: phase, counts, what it says. Its guests are in `evacuation_guests`."""
     return f"{EVACUATIONS}/{job}/state"
 
 
@@ -83,42 +95,52 @@ def is_evacuation_guests(child: str) -> bool:
 
 
 def request_id(request: str) -> str:
+    """What a request id was used for, so that a repeated request is answered alike."""
     return f"{REQUESTS}/{request}"
 
 
 def host(host_name: str) -> str:
+    """The host record: the agent's addresses, what the host can carry, whose machine it is."""
     return f"{HOSTS}/{host_name}"
 
 
 def cordon(host_name: str) -> str:
+    """Whether the host takes guests. Always there: absence cannot be checked in a transaction."""
     return f"{HOSTS}/{host_name}/cordon"
 
 
 def live(host_name: str) -> str:
+    """Ephemeral, of the agent's session: who serves the host just now. A hint, never a right."""
     return f"{HOSTS}/{host_name}/live"
 
 
 def reservations(host_name: str) -> str:
+    """Memory promised to migrations on their way to the host."""
     return f"{HOSTS}/{host_name}/resv"
 
 
 def fences(host_name: str) -> str:
+    """Certificates of the host's power cycles."""
     return f"{FENCE}/{host_name}"
 
 
 def fence(host_name: str, boot_id: str) -> str:
+    """The certificate that one power cycle is over (H11)."""
     return f"{FENCE}/{host_name}/{boot_id}"
 
 
 def death(host_name: str) -> str:
+    """A declaration that the host is dead, and how far it has come."""
     return f"{DEATHS}/{host_name}"
 
 
 def epoch() -> str:
+    """Its version is the coordinator's epoch."""
     return f"{COORDINATOR}/epoch"
 
 
 def leader() -> str:
+    """Ephemeral: the seat of the coordinator that leads."""
     return f"{COORDINATOR}/leader"
 
 
