@@ -15,6 +15,7 @@ from orchestrator.api.calls import Caller, Tools
 from orchestrator.api.deaths import Deaths
 from orchestrator.api.evacuations import Evacuations
 from orchestrator.api.guests import Guests
+from orchestrator.api.health import cluster_health
 from orchestrator.api.history import History
 from orchestrator.api.hosts import Hosts
 from orchestrator.api.migrations import Migrations
@@ -74,6 +75,9 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     def streams_open(self) -> int:
         """Watches under way."""
         return self._streams.total
+
+    async def GetClusterHealth(self, request: pb.GetClusterHealthRequest, context: Any) -> pb.ClusterHealth:
+        return await cluster_health(self._tools.ledger)
 
     # --- hosts --------------------------------------------------------------------------------------------------------
 

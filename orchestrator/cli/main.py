@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from orchestrator.cli import chaos, evacuation, explain, guest, host, migration, repair
+from orchestrator.cli import chaos, evacuation, explain, guest, health, host, migration, repair
 from orchestrator.cli.context import api_option, dir_option
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.exits import explain as told
@@ -23,7 +23,7 @@ class _Root(OpenGroup):
     """Commands under headings, in the order in which they are needed; those of other packages come last."""
 
     sections = (
-        ("Hosts and guests", ("host", "guest")),
+        ("Hosts and guests", ("host", "guest", "health")),
         ("Moving guests", ("migrate", "migration", "explain", "evacuate", "evacuation")),
         ("Trying it out", ("chaos",)),
     )
@@ -64,6 +64,7 @@ for command in (
     evacuation.evacuate,
     evacuation.evacuation,
     repair.repair,
+    health.health,
     chaos.chaos,
 ):
     root.add_command(command)

@@ -23,8 +23,7 @@ from orchestrator.coordinator.pool import WorkerLost
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.coordinator.quarantine import Quarantine
 from orchestrator.core.handover import GuestRecord
-from orchestrator.core.record import Record
-from orchestrator.core.records import MigrationSpec, MigrationState
+from orchestrator.core.records import Leader, MigrationSpec, MigrationState
 from orchestrator.fencing.base import Fencers
 from orchestrator.ledger import paths
 from orchestrator.ledger.inventory import Inventory
@@ -80,18 +79,6 @@ class Limits:
     max_concurrent: int = 1_000
     max_per_source: int = 8
     """Migrations leaving one host at a time; they share its link."""
-
-
-@dataclass(frozen=True, slots=True)
-class Leader(Record):
-    """Content of `leader` and of `epoch`."""
-
-    name: str
-    """The seat."""
-    id: str
-    """The process."""
-    write: str = ""
-    """The campaign: how a winner whose answer was lost recognises its own write."""
 
 
 class TokenBucket:

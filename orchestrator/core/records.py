@@ -418,6 +418,18 @@ class EvacuationGuests(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Leader(Record):
+    """`/coord/0/leader` and `/coord/0/epoch`."""
+
+    name: str
+    """The seat."""
+    id: str
+    """The process."""
+    write: str = ""
+    """The campaign: how a winner whose answer was lost recognises its own write."""
+
+
+@dataclass(frozen=True, slots=True)
 class Quarantined(Record):
     """A migration or an evacuation that the leader cannot carry on with. It is tried again, ever more slowly."""
 

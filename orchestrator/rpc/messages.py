@@ -5,7 +5,13 @@
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from protos.drover.v1.orchestrator_pb2 import ChangeRunStateResponse, CreateEvacuationResponse, PlacementVerdict
+from protos.drover.v1.orchestrator_pb2 import (
+    ChangeRunStateResponse,
+    ClusterHealth,
+    CreateEvacuationResponse,
+    PlacementVerdict,
+    Quarantined,
+)
 from protos.drover.v1.types_pb2 import (
     AttemptReport,
     DeviceSpec,
@@ -27,6 +33,7 @@ from protos.drover.v1.types_pb2 import (
 __all__ = [
     "AttemptReport",
     "ChangeRunStateResponse",
+    "ClusterHealth",
     "CreateEvacuationResponse",
     "DeviceSpec",
     "Evacuation",
@@ -42,6 +49,7 @@ __all__ = [
     "MigrationPolicy",
     "PlacementVerdict",
     "Progress",
+    "Quarantined",
     "TimelineEntry",
     "Timestamp",
 ]

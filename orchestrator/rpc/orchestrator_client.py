@@ -72,6 +72,10 @@ class OrchestratorClient:
     def _slow_s(self) -> float:
         return max(self.timeout_s, SLOW_S)
 
+    def get_cluster_health(self) -> pb.ClusterHealth:
+        """Who leads, and what is quarantined."""
+        return self._call(self._stub.GetClusterHealth, pb.GetClusterHealthRequest())
+
     # --- hosts --------------------------------------------------------------------------------------------------------
 
     def get_host(self, name: str, *, ask_agent: bool = False) -> types_pb2.Host:

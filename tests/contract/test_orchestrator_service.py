@@ -26,7 +26,18 @@ from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import AttemptReport, Attempts, Boot, DeviceSpec, GuestSpec, ShimKind, TimelineEntry
+from orchestrator.core.records import (
+    AttemptReport,
+    Attempts,
+    Boot,
+    DeviceSpec,
+    GuestSpec,
+    Leader,
+    Quarantined,
+    QuarantineList,
+    ShimKind,
+    TimelineEntry,
+)
 from orchestrator.ledger import paths
 from orchestrator.ledger.inventory import Inventory
 from orchestrator.ledger.store import Versioned
@@ -86,6 +97,14 @@ class Subject(Calling, ABC):
     @abstractmethod
     async def report(self, migration: str, report: AttemptReport) -> None:
         """One more attempt has ended."""
+
+    @abstractmethod
+    def leads(self, name: str) -> None:
+        """The coordinator of this name; empty: none does."""
+
+    @abstractmethod
+    def quarantines(self, resource: str, reason: str, since_s: float) -> None:
+        """The leader sets this aside, and three others that it does not list."""
 
     @abstractmethod
     async def empty(self, evacuation: str) -> None:
@@ -154,6 +173,14 @@ class Real(Subject):
     async def report(self, migration: str, report: AttemptReport) -> None:
         self.world.put(paths.attempts(migration), Attempts((report,)))
 
+    def leads(self, name: str) -> None:
+        self.world.store.tree.nodes.pop(paths.leader(), None)
+        if name:
+            self.world.put(paths.leader(), Leader(name, "id"))
+
+    def quarantines(self, resource: str, reason: str, since_s: float) -> None:
+        self.world.put(paths.quarantine(), QuarantineList((Quarantined(resource, reason, since_s),), left_out=3))
+
     async def empty(self, evacuation: str) -> None:
         store, agents = self.world.store, self.cluster.server.tools.agents
         runner = EvacuationRunner(store, Inventory(store), 0, asyncio.Event(), agents)
@@ -214,6 +241,13 @@ class Fake(Subject):
 
     async def report(self, migration: str, report: AttemptReport) -> None:
         self.service.migrations[migration].attempts.append(wire.report_to_proto(report))
+
+    def leads(self, name: str) -> None:
+        self.service.health.leader = name
+
+    def quarantines(self, resource: str, reason: str, since_s: float) -> None:
+        self.service.health.quarantined.add(resource=resource, reason=reason, since=wire.timestamp(since_s))
+        self.service.health.quarantined_left_out = 3
 
     async def empty(self, evacuation: str) -> None:
         job = self.service.evacuations[evacuation]
@@ -1020,6 +1054,19 @@ async def test_chaos_that_cannot_be(
 ) -> None:
     error = await api.refused(client.inject_late_ack, *asked)
     assert (error.reason, [field for field, _ in error.violations]) == (reason, fields)
+
+
+async def test_health_says_who_leads_and_what_is_quarantined(api: Subject, client: OrchestratorClient) -> None:
+    api.leads("coordinator-2")
+    found = await api.call(client.get_cluster_health)
+    assert (found.leader, list(found.quarantined), found.quarantined_left_out) == ("coordinator-2", [], 0)
+    api.leads("")
+    api.quarantines("migrations/m1", "BadRecord: of another version", 1_700_000_000.5)
+    found = await api.call(client.get_cluster_health)
+    assert found.leader == ""
+    (one,) = found.quarantined
+    assert (one.resource, one.reason) == ("migrations/m1", "BadRecord: of another version")
+    assert (one.since.seconds, found.quarantined_left_out) == (1_700_000_000, 3)
 
 
 async def test_chaos_is_off_unless_the_cluster_allows_it(kind: str, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     offers: dict[str, list[pb.RepairOffer]] = field(default_factory=dict[str, list[pb.RepairOffer]])
     """What a repair offers, by guest."""
     deaths: dict[str, types.HostDeath] = field(default_factory=dict[str, types.HostDeath])
+    health: pb.ClusterHealth = field(default_factory=lambda: pb.ClusterHealth(leader="coordinator"))
     gone: list[types.Guest] = field(default_factory=list[types.Guest])
     verdicts: list[pb.PlacementVerdict] = field(default_factory=list[pb.PlacementVerdict])
     """Of every evacuation; empty: what free memory says."""
@@ -109,6 +110,10 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     def _remember(self, method: str, request: Any, operation: str) -> None:
         if request.request_id:
             self.made[request.request_id] = RequestRecord(operation, digest(method, request))
+
+    async def GetClusterHealth(self, request: pb.GetClusterHealthRequest, context: object) -> pb.ClusterHealth:
+        await self._called("GetClusterHealth", request)
+        return self.health
 
     # --- hosts
 

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from agents.guest import files
 from agents.host import journal
-from orchestrator.coordinator import supervisor
 from orchestrator.core import handover, ids, policy, records
 from orchestrator.core.errors import AbortReason, FailureReason
 from orchestrator.core.record import OpenWord, Record, known_fields
@@ -39,7 +38,6 @@ STORED = [
     ids.HostRef,
     ids.AckRequest,
     handover.GuestRecord,
-    supervisor.Leader,
     journal._Epoch,
     files._Note,
 ]

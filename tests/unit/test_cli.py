@@ -17,9 +17,10 @@ import pytest
 import yaml
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from deploy.lab.cluster import commands, qemu_versions
+from deploy.lab.cluster import commands, parts, qemu_versions
 from deploy.lab.cluster.commands import ClusterStatus, PartStatus
 from deploy.lab.cluster.config import LocalConfig
+from orchestrator import wire
 from orchestrator.cli import main, units
 from orchestrator.cli.exits import Exit, code_of
 from orchestrator.core.agent import AgentStatus, CopyStatus, GuestTrouble, Trouble
@@ -328,6 +329,38 @@ def test_repair_explains_and_does_only_what_it_was_told(drover: Drover, service:
     refused = drover("repair", "db", "--action", "bury")
     assert (refused.code, "NOTHING_SAFE" in refused.err) == (Exit.REFUSED, True)
     assert service.requests("RepairGuest")[-1].action == "bury"
+
+
+def test_health_is_0_only_if_a_coordinator_leads_and_nothing_is_quarantined(
+    drover: Drover, service: FakeOrchestrator
+) -> None:
+    ran = drover("health")
+    assert (ran.code, ran.out) == (0, "coordinator leads\n")
+    service.health.leader = ""
+    ran = drover("health")
+    assert ran.code == 1
+    assert "no coordinator leads" in ran.out
+    service.health.leader = "coordinator"
+    since = wire.timestamp(time.time() - 90)
+    service.health.quarantined.add(resource="migrations/m1", reason="WorkerLost: three in a row", since=since)
+    ran = drover("health")
+    assert ran.code == 1
+    assert ran.rows()[2] == ["migrations/m1", "1 min 30 s", "WorkerLost: three in a row"]
+    ran = drover("health", "-o", "json")
+    assert (ran.code, ran.json["quarantined"][0]["resource"]) == (1, "migrations/m1")
+
+
+async def test_the_coordinator_is_not_ok_while_anything_is_quarantined(address: str, service: FakeOrchestrator) -> None:
+    """The part of its health in `drover status` that the API knows."""
+    probe = parts._carries_all(address)
+    assert await probe() is None
+    service.health.quarantined.add(resource="evacuations/e1", reason="BadRecord: LEVITATING")
+    service.health.quarantined_left_out = 2
+    assert await probe() == "3 quarantined (`drover health`), evacuations/e1: BadRecord: LEVITATING"
+    service.failures["GetClusterHealth"] = DroverError(RefusalReason.INTERNAL, "the list cannot be read")
+    assert "the list cannot be read" in (await probe() or "")
+    service.failures["GetClusterHealth"] = DroverError(RefusalReason.LEDGER_UNREACHABLE, "ZooKeeper is away")
+    assert await probe() is None  # that is the API's and ZooKeeper's line
 
 
 def test_removing_a_host(drover: Drover, service: FakeOrchestrator) -> None:

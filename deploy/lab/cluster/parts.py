@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orchestrator
 from deploy.lab.cluster import network, ray_head, zookeeper
@@ -29,6 +29,9 @@ from deploy.lab.cluster.state import write_atomically
 from deploy.lab.devices import PROGRAM
 from orchestrator.core.endpoint import is_loopback
 from orchestrator.ledger import paths
+
+if TYPE_CHECKING:
+    from orchestrator.rpc.messages import ClusterHealth
 
 RAY_NAMESPACE = "drover"
 GUEST_IMAGE_VARIABLE = "DROVER_GUEST_IMAGE"
@@ -188,6 +191,7 @@ def build(config: LocalConfig, layout: Layout, places: Places) -> list[PartSpec]
     """Every part, in the order of starting. Parts whose command is overridden by [] are left out."""
     make = _Maker(config, layout, places)
     management = places.management_address
+    api = f"{management}:{places.api_port}"
     parts = [
         make.part(
             "zookeeper",
@@ -209,7 +213,7 @@ def build(config: LocalConfig, layout: Layout, places: Places) -> list[PartSpec]
             _tcp_probe(management, places.api_port),
             after=("zookeeper",),
             listens=((management, places.api_port),),
-            serves=f"{management}:{places.api_port}",
+            health=_grpc_health(api),
         ),
         make.part(
             "collector",
@@ -222,6 +226,7 @@ def build(config: LocalConfig, layout: Layout, places: Places) -> list[PartSpec]
             [sys.executable, "-m", "orchestrator.coordinator", "--config", str(layout.coordinator_json)],
             make.registered("coordinator", paths.leader()),
             environment=ray_head.client_environment(layout),
+            health=_carries_all(api),
             after=("zookeeper", "ray"),
         ),
     ]
@@ -266,7 +271,7 @@ class _Maker:
             place=place,
             after=("zookeeper",),
             listens=((place.address, self._places.control_port), (place.address, self._places.peer_port)),
-            serves=f"{place.address}:{self._places.control_port}",
+            health=_grpc_health(f"{place.address}:{self._places.control_port}"),
         )
 
     def part(
@@ -280,7 +285,7 @@ class _Maker:
         after: tuple[str, ...] = (),
         prepare: Callable[[], None] | None = None,
         listens: tuple[tuple[str, int], ...] = (),
-        serves: str = "",
+        health: Probe | None = None,
     ) -> PartSpec:
         layout = self._layout
         name = f"{kind}-{place.name}" if place else kind
@@ -301,7 +306,7 @@ class _Maker:
             directory=layout.host(place.name) if place else layout.logs,
             log=layout.host(place.name) / "agent.log" if place else layout.logs / f"{kind}.log",
             probe=probe,
-            health=_all(probe, _grpc_health(serves)) if serves and override is None else probe,
+            health=probe if health is None or override is not None else _all(probe, health),
             host=place.name if place else None,
             after=after,
             prepare=prepare,
@@ -383,6 +388,35 @@ async def _connects(opening: Awaitable[tuple[asyncio.StreamReader, asyncio.Strea
         return os.strerror(error.errno).lower() if error.errno else "does not listen"
     writer.close()
     return None
+
+
+def _carries_all(api: str) -> Probe:
+    """Has the leader set nothing aside? Asked of the API; one that does not answer has a line of its own."""
+
+    async def probe() -> str | None:
+        from orchestrator.core.errors import DroverError, RefusalReason
+        from orchestrator.rpc.orchestrator_client import OrchestratorClient
+
+        def ask() -> ClusterHealth:
+            with OrchestratorClient(api, timeout_s=_PROBE_TIMEOUT_S) as client:
+                return client.get_cluster_health()
+
+        try:
+            found = await asyncio.to_thread(ask)
+        except DroverError as error:
+            silent = error.reason in (RefusalReason.API_UNREACHABLE, RefusalReason.LEDGER_UNREACHABLE)
+            return None if silent else error.message
+        return quarantined(found)
+
+    return probe
+
+
+def quarantined(found: ClusterHealth) -> str | None:
+    """None: nothing is. Otherwise how much, with the oldest as an example."""
+    if not found.quarantined:
+        return None
+    count = len(found.quarantined) + found.quarantined_left_out
+    return f"{count} quarantined (`drover health`), {found.quarantined[0].resource}: {found.quarantined[0].reason}"
 
 
 def _grpc_health(target: str) -> Probe:

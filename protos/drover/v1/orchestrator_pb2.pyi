@@ -16,6 +16,7 @@ A watch begins with the present state and sends a resource again whenever it cha
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from protos.drover.v1 import types_pb2 as _types_pb2
@@ -55,6 +56,82 @@ WISH_STATE_QUEUED: WishState.ValueType  # 2
 WISH_STATE_RECORDED: WishState.ValueType  # 3
 """The owner's agent could not be reached; it follows when it is back."""
 Global___WishState: _TypeAlias = WishState  # noqa: Y015
+
+@_typing.final
+class GetClusterHealthRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetClusterHealthRequest: _TypeAlias = GetClusterHealthRequest  # noqa: Y015
+
+@_typing.final
+class ClusterHealth(_message.Message):
+    """All is well when a coordinator leads and nothing is quarantined."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEADER_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    QUARANTINED_LEFT_OUT_FIELD_NUMBER: _builtins.int
+    leader: _builtins.str
+    """The coordinator that leads. Empty: none does, and no migration begins or is retried. One that was killed is named
+    until its session ends, some seconds later.
+    """
+    quarantined_left_out: _builtins.int
+    """Quarantined as well, for want of room not listed."""
+    @_builtins.property
+    def quarantined(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quarantined]:
+        """What the leader cannot carry on with, the oldest first. It is tried again; everything else goes on."""
+
+    def __init__(
+        self,
+        *,
+        leader: _builtins.str = ...,
+        quarantined: _abc.Iterable[Global___Quarantined] | None = ...,
+        quarantined_left_out: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leader", b"leader", "quarantined", b"quarantined", "quarantined_left_out", b"quarantined_left_out"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterHealth: _TypeAlias = ClusterHealth  # noqa: Y015
+
+@_typing.final
+class Quarantined(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESOURCE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    resource: _builtins.str
+    """migrations/NAME or evacuations/NAME."""
+    reason: _builtins.str
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        resource: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "resource", b"resource", "since", b"since"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quarantined: _TypeAlias = Quarantined  # noqa: Y015
 
 @_typing.final
 class GetHostRequest(_message.Message):

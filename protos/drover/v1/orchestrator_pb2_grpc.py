@@ -35,6 +35,11 @@ class OrchestratorServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.GetClusterHealth = channel.unary_unary(
+                '/drover.v1.OrchestratorService/GetClusterHealth',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetClusterHealthRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ClusterHealth.FromString,
+                _registered_method=True)
         self.GetHost = channel.unary_unary(
                 '/drover.v1.OrchestratorService/GetHost',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetHostRequest.SerializeToString,
@@ -169,6 +174,13 @@ class OrchestratorServiceStub:
 
 class OrchestratorServiceServicer:
     """Missing associated documentation comment in .proto file."""
+
+    def GetClusterHealth(self, request, context):
+        """Whether a coordinator leads, and what it has set aside.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def GetHost(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -342,6 +354,11 @@ class OrchestratorServiceServicer:
 
 def add_OrchestratorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'GetClusterHealth': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetClusterHealth,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetClusterHealthRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ClusterHealth.SerializeToString,
+            ),
             'GetHost': grpc.unary_unary_rpc_method_handler(
                     servicer.GetHost,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetHostRequest.FromString,
@@ -482,6 +499,33 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class OrchestratorService:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def GetClusterHealth(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/GetClusterHealth',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetClusterHealthRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.ClusterHealth.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def GetHost(request,

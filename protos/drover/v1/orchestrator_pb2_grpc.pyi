@@ -42,6 +42,8 @@ class OrchestratorServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> OrchestratorServiceAsyncStub: ...
+    GetClusterHealth: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetClusterHealthRequest, _orchestrator_pb2.ClusterHealth]
+    """Whether a coordinator leads, and what it has set aside."""
     GetHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetHostRequest, _types_pb2.Host]
     ListHosts: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListHostsRequest, _orchestrator_pb2.ListHostsResponse]
     CordonHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CordonHostRequest, _types_pb2.Host]
@@ -86,6 +88,8 @@ class OrchestratorServiceStub:
 @_typing.type_check_only
 class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
+    GetClusterHealth: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetClusterHealthRequest, _orchestrator_pb2.ClusterHealth]  # type: ignore[assignment]
+    """Whether a coordinator leads, and what it has set aside."""
     GetHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetHostRequest, _types_pb2.Host]  # type: ignore[assignment]
     ListHosts: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListHostsRequest, _orchestrator_pb2.ListHostsResponse]  # type: ignore[assignment]
     CordonHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CordonHostRequest, _types_pb2.Host]  # type: ignore[assignment]
@@ -128,6 +132,14 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """Makes a device of a guest ask for late ACKs. Refused unless the cluster allows chaos."""
 
 class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
+    @_abc_1.abstractmethod
+    def GetClusterHealth(
+        self,
+        request: _orchestrator_pb2.GetClusterHealthRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.ClusterHealth, _abc.Awaitable[_orchestrator_pb2.ClusterHealth]]:
+        """Whether a coordinator leads, and what it has set aside."""
+
     @_abc_1.abstractmethod
     def GetHost(
         self,
