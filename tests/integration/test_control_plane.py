@@ -72,6 +72,10 @@ def test_a_record_that_cannot_be_read_stops_nobody_else(cluster: Cluster, client
         ]
         assert isinstance(observer.run(observer.store.multi(ops)), Done)
         until(lambda: "quarantined" in next(e for e in client.list_evacuations() if e.name == JOB).message, 20)
+        health = next(part.health for part in cluster.status().parts if part.name == "coordinator")
+        assert f"1 quarantined (`drover health`), evacuations/{JOB}" in health
+        assert not cluster.status().healthy
+        assert client.get_cluster_health().leader
         made = client.create_migration("g0", "host-2")
         until(lambda: all_over(client, [made.name]), 90)
         assert wire.word(client.get_migration(made.name), "phase") == "SUCCEEDED"
