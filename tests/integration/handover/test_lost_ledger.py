@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from orchestrator.core.agent import RunState, Trouble
+from orchestrator.core.agent import Trouble
 from orchestrator.core.handover import Ownership
+from orchestrator.core.repair import Action
 from orchestrator.ledger import paths
 from orchestrator.ledger.store import Delete
 from tests.integration.handover.scene import Born, Scene
@@ -42,8 +43,6 @@ async def main(address, call, guest):
             print(*(each.trouble for each in (await client.get_agent()).troubles if each.guest == guest))
         case "nudge":
             await client.nudge(guest)
-        case "restore":
-            print((await client.restore_record(guest)).run_state)
     await client.close()
 
 asyncio.run(main(*sys.argv[1:]))
@@ -73,7 +72,18 @@ def test_a_guest_whose_record_was_lost_runs_on_and_is_had_back(scene: Scene) -> 
     scene.agents_are_back()
     scene.reach(told, "its successor tells the same")
     assert scene.vmms(guest) == [vmm]
-    assert _asked(scene, scene.here, "restore", guest) == RunState.RUNNING
+
+    def offered() -> list[str]:
+        return [offer.action for offer in scene.client.repair_guest(guest.name).offers]
+
+    scene.reach(offered, "repair finds the guest and has an offer")
+    shown = scene.client.get_host(scene.here, ask_agent=True).agent
+    assert [(each.guest, each.owner, each.pid) for each in shown.copies if each.guest_uuid == guest.uuid] == [
+        (guest.name, "", vmm.pid)
+    ]
+    assert offered() == [Action.RESTORE_RECORD]
+    scene.client.repair_guest(guest.name, Action.RESTORE_RECORD)
+    assert scene.vmms(guest) == [vmm]
     record = scene.record(guest)
     assert (record.phase, record.owner.host) == (Ownership.IDLE, scene.here)
     scene.succeeded(scene.migrate(guest, scene.there))
