@@ -61,6 +61,16 @@ def explore(bounds: Bounds, *, first: bool = False, strict: bool = True, limit: 
     return Result(len(worlds), edges, paths, [_path(came, world) for world in dead[:3]], number == len(worlds))
 
 
+def follow(bounds: Bounds, *names: str) -> World:
+    """The world after the steps of these names. Raises StopIteration where one of them cannot be taken."""
+    steps.clear()
+    Strictness.on = True
+    world = start(bounds)
+    for wanted in names:
+        world = next(after for name, _, after in successors(world, bounds) if name == wanted)
+    return world
+
+
 def _dead_ends(worlds: list[World], backwards: list[list[int]]) -> list[int]:
     """States from which healing steps alone lead to no end; one with a flaw has been reported as that."""
     live = [is_end(world) or bool(flaw(world)) for world in worlds]

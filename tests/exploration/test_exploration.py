@@ -6,12 +6,13 @@ import os
 
 import pytest
 
+from agents.handover import source
 from agents.handover.destination import DestinationStage, DestinationState, destination_step
 from agents.handover.words import RecordSeen
 from orchestrator.core.handover import GuestRecord, Ownership
 from tests.exploration.mutants import MUTANTS, Mutant
-from tests.exploration.search import explore
-from tests.exploration.world import D1, MIGRATION, S1, Bounds, ref
+from tests.exploration.search import explore, follow
+from tests.exploration.world import D1, MIGRATION, S1, Bounds, flaw, ref
 
 QUICK = (
     Bounds(requests=1, cancels=0, faults=0, gate_wait=True),
@@ -92,3 +93,43 @@ def test_a_copy_of_another_incarnation_never_takes_over() -> None:
     mine = GuestRecord("g", Ownership.COMMITTED, D1, MIGRATION, 1, D1, "i1", source=S1)
     state, _ = destination_step(loaded, RecordSeen(mine))
     assert state.stage is DestinationStage.MARKING
+
+
+_TWO = Bounds(requests=1, cancels=0, faults=0, attempts=2)
+_BEGUN = ("C opens", "D prepares", "S conducts", "S bind ok")
+_NEXT = ("C aborts", "C opens")
+_ENDED = ("S watch", "S roll_back_shims", "S abort_engine", "D watch", "D discard_destination")
+_LOADED = ("Q parks", "S quiesce", "S proceed", "Q loads", "D validate", "Q completes", "LOADED")
+
+
+@pytest.mark.rule("H14")
+def test_what_a_device_asks_in_an_attempt_that_is_over_binds_no_later_one() -> None:
+    """It asks within its session, which ends with the attempt; in the next one it asks again if it needs to."""
+    asked = follow(_TWO, *_BEGUN, *_NEXT, "device asks", *_ENDED, *_BEGUN[1:], *_LOADED)
+    assert not flaw(asked)
+    given = follow(_TWO, *_BEGUN, *_NEXT, "device asks", *_ENDED, *_BEGUN[1:], *_LOADED, "S Commit ok")
+    assert (given.record.phase, flaw(given)) == (Ownership.COMMITTED, "")
+
+
+@pytest.mark.rule("H14")
+@pytest.mark.parametrize("stands", [("Q parks",), ("Q parks", "S quiesce")], ids=["parked", "checked"])
+def test_the_freeze_of_an_attempt_that_is_over_makes_no_request_of_the_next_one_late(stands: tuple[str, ...]) -> None:
+    """That one's own freeze is still to come."""
+    proceeds = ("S proceed",) if len(stands) > 1 else ()
+    world = follow(_TWO, *_BEGUN, *stands, *_NEXT, "API asks", *proceeds)
+    assert world.source is not None
+    assert world.source.ref.attempt < world.record.attempt
+    assert world.pending
+    assert not world.late
+
+
+@pytest.mark.rule("H14")
+def test_what_is_asked_of_the_next_attempt_binds_it_although_the_one_before_is_not_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its session never hears of it, so the COMMIT's own check must refuse."""
+    path = (*_BEGUN, *_NEXT, "API asks", *_ENDED, *_BEGUN[1:], *_LOADED)
+    refused = follow(_TWO, *path, "S Commit refused")
+    assert refused.record.phase is Ownership.OPEN
+    monkeypatch.setattr(source, "req_to_check", lambda state: None)
+    assert flaw(follow(_TWO, *path, "S Commit ok")) == "COMMIT OVER A LATE REQUEST"

@@ -109,7 +109,8 @@ class World(NamedTuple):
     flying: frozenset[tuple[str, int, int]]
     """COMMITs (attempt, req version or -1) and messages that may arrive at any time, again and again."""
     pending: frozenset[int]
-    """Generations asked for and not acknowledged, as an omniscient observer counts."""
+    """Generations asked for in the attempt that the record names and not acknowledged, as an omniscient observer
+    counts. A device asks within a session of its own, so what it asked in an attempt that is over counts no more."""
     late: bool
     ran_there: bool
     cancelled: bool
@@ -153,6 +154,12 @@ steps: dict[tuple[object, ...], tuple[object, object, tuple[Command, ...]]] = {}
 
 def ref(attempt: int) -> AttemptRef:
     return AttemptRef("g", MIGRATION, attempt)
+
+
+def conducts_record(world: World) -> bool:
+    """The source's session is that of the attempt which the record names. The next one may be opened while the session
+    before it is still on its way back."""
+    return world.source is not None and world.source.ref.attempt == world.record.attempt
 
 
 INVALID = "NO SUCH TRANSITION"
@@ -388,7 +395,8 @@ def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Mo
             yield from _quiesce(world)
         case Do.PROCEED:
             if world.vmm == PARKED:
-                late = world.late or (bool(world.pending) and not world.wished_stop)
+                counts = bool(world.pending) and conducts_record(world) and not world.wished_stop
+                late = world.late or counts
                 yield "", True, feed_source(world._replace(vmm=DEVICE, late=late), Seen.SHIMS_SENT)
             else:
                 yield "not parked", True, world
@@ -413,8 +421,8 @@ def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Mo
 def _quiesce(world: World) -> Iterator[Move]:
     yield "", True, feed_source(world, words.Quiesced(()))
     if world.requests:
-        asked = _ask(world)
-        yield "asks", False, feed_source(asked, words.Quiesced((AckRequest("x", max(asked.pending)),)))
+        asked, entry = _device_asks(world)
+        yield "asks", False, feed_source(asked, words.Quiesced((entry,)))
 
 
 def _pause(world: World) -> World:
@@ -536,6 +544,13 @@ def _ask(world: World) -> World:
     return world._replace(requests=world.requests - 1, pending=world.pending | {generation})
 
 
+def _device_asks(world: World) -> tuple[World, AckRequest]:
+    """The session that hears it may be one of an attempt that is over: nobody has to wait for that ACK."""
+    entry = AckRequest("x", bounds_generation(world))
+    asked = _ask(world)
+    return (asked if conducts_record(world) else asked._replace(pending=world.pending)), entry
+
+
 def bounds_generation(world: World) -> int:
     return 10 - world.requests
 
@@ -634,7 +649,7 @@ def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
         )
         if world.wished_stop:
             state = replace(state, acks=state.acks.stop_by_wish())
-        begun = world._replace(source=state, conducting=k, stopped_at_park=False)
+        begun = world._replace(source=state, conducting=k, stopped_at_park=False, lost=False)
         begun = feed_source(begun, Seen.BEGIN)
         yield "S conducts", True, feed_source(begun, Seen.VITALS_GOOD)
 
@@ -663,16 +678,25 @@ def message_moves(world: World) -> Iterator[Move]:
     yield "D watch", True, feed_destination(world, words.RecordSeen(world.record))
     yield "S old watch", True, feed_source(world, words.RecordSeen(BORN))
     yield "D old watch", True, feed_destination(world, words.RecordSeen(BORN))
-    if world.pending and world.source is not None:
-        newest = AckRequest("x", max(world.pending))
-        yield "S sees req", True, feed_source(world, words.RequestsSeen((newest,), world.req))
+    yield from _request_moves(world)
+
+
+def _request_moves(world: World) -> Iterator[Move]:
+    """An agent sees the version of the one `req` of its migration, but of its content only what its attempt asked for.
+    ACKs come through the stream of the attempt."""
+    if world.source is None:
+        return
+    newest = tuple(AckRequest("x", each) for each in sorted(world.pending)[-1:]) if conducts_record(world) else ()
+    if world.req or newest:
+        yield "S sees req", True, feed_source(world, words.RequestsSeen(newest, world.req))
+    if newest and world.copy_inc == world.source.ref.attempt:
         begun = world.source.stage is not SourceStage.BINDING
         if (
             begun
             and world.copy == WAIT
             and (world.vmm in (RUN, STOPPED) or world.source.stage is SourceStage.GATE_WAIT)
         ):
-            acked = feed_source(world._replace(pending=frozenset()), words.Acked(newest))
+            acked = feed_source(world._replace(pending=frozenset()), words.Acked(newest[0]))
             yield "ACK", True, acked
 
 
@@ -681,11 +705,12 @@ def wish_moves(world: World) -> Iterator[Move]:
     if world.requests and record.phase is Ownership.OPEN:
         asked = _ask(world)
         waits = state is not None and state.stage is SourceStage.GATE_WAIT
-        frozen = world.vmm in (PARKED, DEVICE, SEALED) and state is not None and not world.wished_stop and not waits
-        newest = max(asked.pending)
+        stands = world.vmm in (PARKED, DEVICE, SEALED) and not world.wished_stop
+        frozen = stands and conducts_record(world) and not waits
         yield "API asks", False, asked._replace(req=world.req + 1, late=world.late or frozen)
         if state is not None and state.stage in (SourceStage.PRECOPY, SourceStage.GATE_WAIT, SourceStage.FREEZING):
-            yield "device asks", False, feed_source(asked, words.Requested(AckRequest("x", newest)))
+            heard, entry = _device_asks(world)
+            yield "device asks", False, feed_source(heard, words.Requested(entry))
     if world.wishes and world.vmm != DEAD and record.owner.host == "s":
         want = not world.want
         wished = world._replace(want=want, wishes=world.wishes - 1)

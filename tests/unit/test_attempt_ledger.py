@@ -44,3 +44,13 @@ async def test_only_requests_of_this_attempt_are_seen_and_every_version() -> Non
     await asyncio.sleep(0)  # the last call back is on its way
     assert seen[0] == ((), 0)
     assert seen[-1] == ((AckRequest("b", 1),), 1)
+
+
+async def test_a_session_whose_attempt_is_over_asks_for_nothing_in_the_next_one() -> None:
+    """The next attempt may be open while the session before it is still on its way back, and its devices may ask."""
+    ledger = await second_attempt()
+    before = AttemptLedger(ledger.store, AttemptRef("g", "m", 1), HERE, "i1", "w1")
+    assert await before.write_requests((AckRequest("a", 1),)) is None
+    node = await ledger.store.read(paths.requests("m"))
+    assert node is not None
+    assert node.version == 0, "a COMMIT of the next attempt would be refused for it"
