@@ -16,8 +16,7 @@ from agents.engine import base as engine
 from agents.guest.files import GuestFiles, found_on_disk
 from agents.guest.keeper import Forgotten, HostedGuest, PeerChannels, Tools
 from agents.guest.ledger import GuestLedger
-from agents.handover.arrival import Arrival
-from agents.handover.departure import Departure
+from agents.handover.attempt import Arrival, Departure
 from agents.handover.peer import AttemptKey
 from agents.handover.shell import Mistakes
 from agents.host.epoch import EpochGate
@@ -366,15 +365,15 @@ class Agent:
                     await self._changed.wait()
             await asyncio.sleep(SAMPLE_S)
 
-    # --- PeerService (agents.serving.peer.Sessions) ------------------------------------------------------------------
+    # --- PeerService (agents.serving.peer.Attempts) ------------------------------------------------------------------
 
-    def departing(self, key: AttemptKey) -> Departure | None:
+    def departure(self, key: AttemptKey) -> Departure | None:
         for guest in self._guests.values():
             if guest.departure is not None and guest.departure.key == key:
                 return guest.departure
         return None
 
-    def arriving(self, key: AttemptKey) -> Arrival | None:
+    def arrival(self, key: AttemptKey) -> Arrival | None:
         for guest in self._guests.values():
             found = guest.arrivals.get(key[:2])
             if found is not None and found.key == key:

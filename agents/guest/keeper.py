@@ -1,7 +1,8 @@
 """One guest on this host: its VMM processes, the sessions that conduct its attempts, and what is owed between them.
 
-Nothing is decided here. Sessions are the machines of `source_session` and `destination_session` behind their runners;
-whatever no session speaks for is decided by `keeping.duty`, on a record that was read behind a barrier.
+Nothing is decided here. An attempt is conducted by a `Departure` or an `Arrival` (`handover/attempt.py`), which speaks
+for its copy until it is over; what no attempt speaks for is decided by `keeping.duty`, on a record that was read behind
+a barrier.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from agents.guest.duty import Do, Duty
 from agents.guest.files import GuestFiles
 from agents.guest.ledger import GuestLedger
 from agents.handover import preflight
-from agents.handover.arrival import Arrival
-from agents.handover.departure import Departure
+from agents.handover.attempt import Arrival, Departure
 from agents.handover.destination import DestinationState, prepared_destination, restarted_destination
 from agents.handover.destination_shell import DestinationShell
 from agents.handover.ledger import AttemptLedger
-from agents.handover.peer import DestinationClient, SourceClient
-from agents.handover.source import SourceStage, SourceState, restarted_source
+from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer
+from agents.handover.source import SourceState, restarted_source
 from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command, Seen
 from agents.host.journal import Journal
@@ -70,8 +70,6 @@ RESYNC_S = 5.0
 RETRY_S = 0.3
 SAID_AGAIN_S = 60.0
 """The same trouble of a guest is logged so often."""
-NEEDS_OPERATOR_S = 5.0
-"""A guest that could not be started again is tried again this often; it is started nowhere else."""
 WISH_S = 2.0
 """So long the answer to a pause or resume waits for its effect."""
 
@@ -79,9 +77,9 @@ WISH_S = 2.0
 class PeerChannels(Protocol):
     """Connections to the other agents' PeerService, kept warm."""
 
-    def destination(self, address: str, ref: AttemptRef, inc: str) -> DestinationClient: ...
+    def destination(self, address: str, ref: AttemptRef, inc: str) -> GrpcDestinationPeer: ...
 
-    def source(self, address: str, ref: AttemptRef, inc: str) -> SourceClient: ...
+    def source(self, address: str, ref: AttemptRef, inc: str) -> GrpcSourcePeer: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +340,6 @@ class HostedGuest:
             preflight.must_be_registered(record.owner, source, order.source_peer)
             await preflight.must_fit(self._tools.mover, self._tools.config, self.files)
             arrival, prepared, first = await self._make_arrival(order)
-            self.arrivals[ref.migration, ref.attempt] = arrival
             self._receive(arrival, first)
         self._tools.changed()
         return prepared
@@ -363,8 +360,8 @@ class HostedGuest:
         state, first = prepared_destination(ref, self._tools.here, inc, has_devices=bool(self.files.outside))
         peer = self._tools.peers.source(str(order.source_peer), ref, inc)
         try:
-            runner = self._destination_runner(copy, state, peer, order.timeout_ms)
-            await runner.begin(session_number(ref))
+            shell = self._destination_shell(copy, state, peer, order.timeout_ms)
+            await shell.begin(session_number(ref))
         except ShimError as error:
             await self._destroyed(copy)
             raise DroverError(RefusalReason.INTERNAL, f"devices of guest {self.name}: {error}") from error
@@ -374,10 +371,10 @@ class HostedGuest:
         stream = replace(engine.stream_of(made), ip=config.address)
         acks = (await preflight.probed(self._tools.mover, self._tools.here.host))["switchover_ack"]
         prepared = Prepared(inc, stream, peer_here, made.machine, acks)
-        return Arrival(runner, copy, peer, prepared), prepared, first
+        return Arrival(shell, copy, peer, prepared), prepared, first
 
-    def _destination_runner(
-        self, copy: Copy, state: DestinationState, peer: SourceClient, unclaimed_ms: float = 0.0
+    def _destination_shell(
+        self, copy: Copy, state: DestinationState, peer: GrpcSourcePeer, unclaimed_ms: float = 0.0
     ) -> DestinationShell:
         async def want_run() -> bool:
             return (await self.ledger.want_run()).run
@@ -395,26 +392,18 @@ class HostedGuest:
             unclaimed_ms=unclaimed_ms,
         )
 
-    def _receive(self, arrival: Arrival, first: tuple[Command, ...] = ()) -> None:
-        arrival.copy.in_session = True
+    def _receive(self, arrival: Arrival, first: tuple[Command, ...]) -> None:
+        ref = arrival.ref
+        self.arrivals[ref.migration, ref.attempt] = arrival
 
-        async def run() -> None:
-            ref = arrival.ref
+        async def until_over() -> None:
             try:
-                stage = await arrival.receive(first)
-                log.info("arrival ended", migration=ref.migration, attempt=ref.attempt, guest=self.name, stage=stage)
-                if arrival.copy.is_gone:
-                    await arrival.copy.destroy()
-            except Exception:
-                log.exception("arrival failed", migration=ref.migration, attempt=ref.attempt, guest=self.name)
-                await asyncio.sleep(RETRY_S)
+                await arrival.conduct(first)
             finally:
-                arrival.copy.in_session = False
                 self.arrivals.pop((ref.migration, ref.attempt), None)
-                self.wake()
-                self._tools.changed()
+                self._copy_changed()
 
-        self._tasks.spawn(run(), "arrival")
+        self._tasks.spawn(until_over(), "arrival")
 
     # --- source -------------------------------------------------------------------------------------------------------
 
@@ -473,19 +462,19 @@ class HostedGuest:
         )
         peer = self._tools.peers.destination(str(order.prepared.peer), order.attempt, order.prepared.inc)
         options = preflight.outgoing(order, tools.config, self.files, tools.departures, paused=paused)
-        runner = self._source_runner(own, session, peer, order.policy, options)
-        return Departure(runner, own, peer, order.destination.host)
+        return self._departure(own, session, peer, order.policy, options, order.destination.host)
 
-    def _source_runner(
+    def _departure(
         self,
         copy: Copy,
         state: SourceState,
-        peer: DestinationClient,
+        peer: GrpcDestinationPeer,
         policy: MigrationPolicy,
         options: engine.OutgoingOptions,
-    ) -> SourceShell:
+        destination: str,
+    ) -> Departure:
         tools = self._tools
-        return SourceShell(
+        shell = SourceShell(
             state,
             copy.vmm,
             copy.source_shims(),
@@ -496,54 +485,21 @@ class HostedGuest:
             session_number(state.ref),
             in_vmm=copy.in_vmm(),
         )
+        return Departure(shell, copy, peer, destination, tools.journal, tools.metrics, tools.changed)
 
     def _depart(self, departure: Departure, first: tuple[Command, ...] | None = None) -> None:
         self.departure = departure
-        departure.copy.in_session = True
 
-        async def run() -> None:
-            ref = departure.ref
+        async def until_over() -> None:
             try:
-                report = await departure.conduct(first)
-                if first is None or self._tools.journal.report(ref.migration, ref.attempt) is None:
-                    self._tools.journal.keep(ref.migration, report)
-                    self._tools.metrics.attempt_over(report, self.files.outside)
-                log.info(
-                    "departure ended",
-                    migration=ref.migration,
-                    attempt=ref.attempt,
-                    guest=self.name,
-                    stage=departure.runner.state.stage,
-                )
-                if departure.copy.is_gone:
-                    await departure.copy.destroy()
-                if departure.runner.state.stage is SourceStage.ENDED_NEEDS_OPERATOR:
-                    await asyncio.sleep(NEEDS_OPERATOR_S)
-            except Exception:
-                # The keeper finds the attempt without its conductor and ends it as a restarted agent would.
-                log.exception("departure failed", migration=ref.migration, attempt=ref.attempt, guest=self.name)
-                await asyncio.sleep(RETRY_S)
+                await departure.conduct(first)
             finally:
-                departure.copy.in_session = False
                 self.departure = None
                 self._tools.link_shared()
-                self.wake()
-                self._tools.changed()
+                self._copy_changed()
 
-        self._tasks.spawn(run(), "departure")
-        self._tasks.spawn(self._sample(departure), "sampler")
+        self._tasks.spawn(until_over(), "departure")
         self._tools.link_shared()
-
-    async def _sample(self, departure: Departure) -> None:
-        while self.departure is departure:
-            try:
-                await departure.sample()
-            except Exception as error:  # a sample is missing, and the next one comes
-                failures["sampler"] += 1
-                log.warning("an attempt could not be sampled", guest=self.name, error=repr(error))
-                await asyncio.sleep(RETRY_S)
-            self._tools.changed()
-            await asyncio.sleep(0.25)
 
     # --- chaos --------------------------------------------------------------------------------------------------------
 
@@ -715,8 +671,7 @@ class HostedGuest:
         destination = record.owner if record.owner != self._tools.here else record.destination or record.owner
         peer = self._tools.peers.destination(await self._peer_address(destination.host), ref, record.inc)
         options = engine.OutgoingOptions(None, engine.HoldStart.OPEN, 0, 1, 1)
-        runner = self._source_runner(copy, state, peer, MigrationPolicy(), options)
-        self._depart(Departure(runner, copy, peer, destination.host), first)
+        self._depart(self._departure(copy, state, peer, MigrationPolicy(), options, destination.host), first)
 
     async def _end_as_destination(self, duty: Duty, record: GuestRecord) -> None:
         copy = self.copies[duty.inc]
@@ -726,10 +681,7 @@ class HostedGuest:
         state, first = restarted_destination(ref, self._tools.here, duty.inc, vmm_alive=True, marker=marker)
         source = record.source or record.owner
         peer = self._tools.peers.source(await self._peer_address(source.host), ref, duty.inc)
-        runner = self._destination_runner(copy, state, peer)
-        arrival = Arrival(runner, copy, peer, None)
-        self.arrivals[ref.migration, ref.attempt] = arrival
-        self._receive(arrival, first)
+        self._receive(Arrival(self._destination_shell(copy, state, peer), copy, peer, None), first)
 
     async def _registered(self, host: str) -> HostRecord | None:
         """What the host has registered; as fresh as the last barrier. Raises StoreUnavailable and BadRecord."""

@@ -95,7 +95,7 @@ async def _answered(call: Any) -> Any:
         raise PeerUnavailable(str(error.code() if isinstance(error, grpc.aio.AioRpcError) else error)) from error
 
 
-class DestinationClient:
+class GrpcDestinationPeer:
     """`DestinationPeer` over gRPC: what a source says to its destination. One device stream per attempt."""
 
     def __init__(self, channel: grpc.aio.Channel, ref: AttemptRef, inc: str) -> None:
@@ -157,7 +157,7 @@ class DestinationClient:
             await asyncio.wait([self._acks], timeout=_CALL_S)
 
 
-class SourceClient:
+class GrpcSourcePeer:
     """`SourcePeer` over gRPC: what a destination says to its source. ACKs go back on the source's own stream."""
 
     def __init__(self, channel: grpc.aio.Channel, ref: AttemptRef, inc: str) -> None:
@@ -212,15 +212,15 @@ class Peers:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def destination(self, address: str, ref: AttemptRef, inc: str) -> DestinationClient:
+    def destination(self, address: str, ref: AttemptRef, inc: str) -> GrpcDestinationPeer:
         line = self._line(address)
-        client = DestinationClient(line.channel, ref, inc)
+        client = GrpcDestinationPeer(line.channel, ref, inc)
         line.users.add(client)
         return client
 
-    def source(self, address: str, ref: AttemptRef, inc: str) -> SourceClient:
+    def source(self, address: str, ref: AttemptRef, inc: str) -> GrpcSourcePeer:
         line = self._line(address)
-        client = SourceClient(line.channel, ref, inc)
+        client = GrpcSourcePeer(line.channel, ref, inc)
         line.users.add(client)
         return client
 
@@ -265,6 +265,8 @@ class Peers:
 @dataclass(eq=False)
 class _Line:
     channel: grpc.aio.Channel
-    users: WeakSet[DestinationClient | SourceClient] = field(default_factory=WeakSet[DestinationClient | SourceClient])
+    users: WeakSet[GrpcDestinationPeer | GrpcSourcePeer] = field(
+        default_factory=WeakSet[GrpcDestinationPeer | GrpcSourcePeer]
+    )
     """Of attempts that are not over."""
     used_s: float = 0.0

@@ -1,4 +1,4 @@
-"""PeerService between two agents, as it is served: each call is handed to the session that it is for.
+"""PeerService between two agents, as it is served: each call is handed to the attempt that it is for.
 
 A call for an attempt that nobody here conducts is answered STALE_ATTEMPT; who sent it lets the ledger decide.
 """
@@ -6,57 +6,35 @@ A call for an attempt that nobody here conducts is answered STALE_ATTEMPT; who s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
+from agents.handover.attempt import Arrival, Departure
 from agents.handover.peer import FROM_KIND, MAX_DIGEST_BYTES, MAX_FRAME_BYTES, AttemptKey, key_of
 from agents.shims.base import Frame, Load
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.core.ids import AckRequest
-from orchestrator.core.records import TimelineEntry
 from protos.drover.v1 import agent_pb2 as pb
 from protos.drover.v1 import agent_pb2_grpc as rpc
 
 
-class Departing(Protocol):
-    """An attempt that this agent conducts as the source."""
+class Attempts(Protocol):
+    """Those that are under way here."""
 
-    def loaded(self, inc: str, loads: Sequence[Load]) -> None: ...
+    def departure(self, key: AttemptKey) -> Departure | None: ...
 
-    def destination_failed(self) -> None: ...
-
-    def done(self, timeline: Sequence[TimelineEntry]) -> None: ...
-
-
-class Arriving(Protocol):
-    """An attempt that this agent receives."""
-
-    @property
-    def acks(self) -> asyncio.Queue[AckRequest]: ...
-
-    async def frame(self, frame: Frame) -> None: ...
-
-    async def go(self, inc: str, want_run: bool) -> bool: ...
-
-
-class Sessions(Protocol):
-    """Who is here to be spoken to."""
-
-    def departing(self, key: AttemptKey) -> Departing | None: ...
-
-    def arriving(self, key: AttemptKey) -> Arriving | None: ...
+    def arrival(self, key: AttemptKey) -> Arrival | None: ...
 
 
 class PeerServicer(rpc.PeerServiceServicer):
-    """Serves the other agents. Handlers only pass on: sessions decide."""
+    """Serves the other agents. Handlers only pass on."""
 
-    def __init__(self, sessions: Sessions) -> None:
-        self._sessions = sessions
+    def __init__(self, attempts: Attempts) -> None:
+        self._attempts = attempts
 
     async def Ping(self, request: pb.PingRequest, context: Any) -> pb.PingResponse:
         key = key_of(request.tag)
-        known = self._sessions.arriving(key) is not None or self._sessions.departing(key) is not None
+        known = self._attempts.arrival(key) is not None or self._attempts.departure(key) is not None
         return pb.PingResponse(known=known)
 
     async def TransferDevices(
@@ -66,15 +44,15 @@ class PeerServicer(rpc.PeerServiceServicer):
         first = await anext(request_iterator, None)
         if first is None:
             return
-        arriving = self._arriving(first.tag)
-        frames = asyncio.create_task(_take_frames(arriving, first, request_iterator))
-        ack = asyncio.create_task(arriving.acks.get())
+        arrival = self._arrival(first.tag)
+        frames = asyncio.create_task(_take_frames(arrival, first, request_iterator))
+        ack = asyncio.create_task(arrival.acks.get())
         try:
             while not frames.done() or ack.done():
                 await asyncio.wait({ack, frames}, return_when=asyncio.FIRST_COMPLETED)
                 if ack.done():
                     entry = ack.result()
-                    ack = asyncio.create_task(arriving.acks.get())
+                    ack = asyncio.create_task(arrival.acks.get())
                     yield pb.TransferDevicesResponse(device=entry.device, ack_generation=entry.generation)
             frames.result()
         finally:
@@ -83,39 +61,39 @@ class PeerServicer(rpc.PeerServiceServicer):
 
     async def ReportLoaded(self, request: pb.ReportLoadedRequest, context: Any) -> pb.ReportLoadedResponse:
         loads = [Load(d.device, d.session, d.bytes, d.digest) for d in request.devices]
-        self._departing(request.tag).loaded(request.tag.inc, loads)
+        self._departure(request.tag).loaded(request.tag.inc, loads)
         return pb.ReportLoadedResponse()
 
     async def Go(self, request: pb.GoRequest, context: Any) -> pb.GoResponse:
-        return pb.GoResponse(done=await self._arriving(request.tag).go(request.tag.inc, request.want_run))
+        return pb.GoResponse(done=await self._arrival(request.tag).go(request.tag.inc, request.want_run))
 
     async def ReportDone(self, request: pb.ReportDoneRequest, context: Any) -> pb.ReportDoneResponse:
-        self._departing(request.tag).done([wire.timeline_from_proto(entry) for entry in request.timeline])
+        self._departure(request.tag).done([wire.timeline_from_proto(entry) for entry in request.timeline])
         return pb.ReportDoneResponse()
 
     async def ReportFailed(self, request: pb.ReportFailedRequest, context: Any) -> pb.ReportFailedResponse:
-        self._departing(request.tag).destination_failed()
+        self._departure(request.tag).destination_failed()
         return pb.ReportFailedResponse()
 
-    def _arriving(self, tag: pb.AttemptTag) -> Arriving:
-        found = self._sessions.arriving(key_of(tag))
+    def _arrival(self, tag: pb.AttemptTag) -> Arrival:
+        found = self._attempts.arrival(key_of(tag))
         if found is None:
             raise _stale(tag)
         return found
 
-    def _departing(self, tag: pb.AttemptTag) -> Departing:
-        found = self._sessions.departing(key_of(tag))
+    def _departure(self, tag: pb.AttemptTag) -> Departure:
+        found = self._attempts.departure(key_of(tag))
         if found is None:
             raise _stale(tag)
         return found
 
 
 async def _take_frames(
-    arriving: Arriving, first: pb.TransferDevicesRequest, others: AsyncIterator[pb.TransferDevicesRequest]
+    arrival: Arrival, first: pb.TransferDevicesRequest, others: AsyncIterator[pb.TransferDevicesRequest]
 ) -> None:
-    await arriving.frame(_frame(first))
+    await arrival.frame(_frame(first))
     async for message in others:
-        await arriving.frame(_frame(message))
+        await arrival.frame(_frame(message))
 
 
 def _frame(message: pb.TransferDevicesRequest) -> Frame:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -103,28 +101,6 @@ async def test_one_unreadable_record_hides_no_other_from_the_scan(house: House) 
                 house.world.store.tree.nodes[path] = Versioned(data, 0, 0)
     await house.agent._scan(set())
     await until(lambda: house.world.record("b" * 32).phase is Ownership.CRASHED)
-    await house.agent.stop()
-
-
-async def test_a_sampler_goes_on(house: House) -> None:
-    await house.agent.start()
-    await house.born()
-    keeper: Any = house.agent._known(G)
-    samples: list[str] = []
-
-    class Departure:
-        async def sample(self) -> None:
-            samples.append("asked")
-            if len(samples) < 3:
-                raise TimeoutError
-
-        def status(self) -> None: ...
-
-    keeper.departure = departure = Departure()
-    sampling = asyncio.create_task(keeper._sample(departure))
-    await until(lambda: len(samples) >= 4)
-    keeper.departure = None
-    await asyncio.wait_for(sampling, 10)
     await house.agent.stop()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 import pytest
 
-from agents.handover.peer import MAX_FRAME_BYTES, AttemptKey, DestinationClient, Peers, PeerUnavailable
+from agents.handover.attempt import Arrival
+from agents.handover.peer import MAX_FRAME_BYTES, AttemptKey, GrpcDestinationPeer, Peers, PeerUnavailable
 from agents.serving.peer import PeerServicer
 from agents.shims.base import Frame, FrameKind
 from orchestrator.core.ids import AckRequest, AttemptRef
@@ -23,8 +24,8 @@ REF, INC = AttemptRef("g", "m", 1), "i"
 MARKER = Frame("dpu", 1, FrameKind.INITIAL_SENT, generation=1)
 
 
-class Arriving:
-    """Acknowledges each marker."""
+class Acknowledging:
+    """An arrival, as far as the servicer speaks to it: acknowledges each marker."""
 
     def __init__(self) -> None:
         self.acks: asyncio.Queue[AckRequest] = asyncio.Queue()
@@ -40,13 +41,13 @@ class Agent:
     """A destination that knows one attempt."""
 
     def __init__(self) -> None:
-        self.arrival = Arriving()
+        self.known = cast(Arrival, Acknowledging())
 
-    def departing(self, key: AttemptKey) -> None:
+    def departure(self, key: AttemptKey) -> None:
         return None
 
-    def arriving(self, key: AttemptKey) -> Arriving | None:
-        return self.arrival if key == ("m", 1, INC) else None
+    def arrival(self, key: AttemptKey) -> Arrival | None:
+        return self.known if key == ("m", 1, INC) else None
 
 
 async def serve(address: str) -> grpc.aio.Server:
@@ -65,7 +66,7 @@ async def channel(tmp_path: Path) -> AsyncIterator[tuple[str, grpc.aio.Channel]]
     await made.close()
 
 
-async def acked(client: DestinationClient) -> AckRequest:
+async def acked(client: GrpcDestinationPeer) -> AckRequest:
     """Of one marker, over the device stream."""
     got: asyncio.Queue[AckRequest] = asyncio.Queue()
     client.on_ack = got.put_nowait
@@ -78,14 +79,14 @@ async def test_devices_reach_an_agent_that_was_away_a_moment_ago(channel: tuple[
     """The channel still waits to connect again: an attempt with the agent's successor must not fail for that."""
     address, to_it = channel
     server = await serve(address)
-    before = DestinationClient(to_it, REF, INC)
+    before = GrpcDestinationPeer(to_it, REF, INC)
     assert await before.ping()
     await server.stop(None)
     for _ in range(3):
         with pytest.raises(PeerUnavailable):
             await before.ping()
     server = await serve(address)
-    client = DestinationClient(to_it, REF, INC)
+    client = GrpcDestinationPeer(to_it, REF, INC)
     assert await acked(client) == AckRequest("dpu", 1)
     await client.close()
     await server.stop(None)
@@ -95,7 +96,7 @@ async def test_a_source_hears_at_once_that_its_device_stream_is_gone(channel: tu
     """In the blackout the guest would stay stopped until the switchover's deadline."""
     address, to_it = channel
     server = await serve(address)
-    client, lost = DestinationClient(to_it, REF, INC), asyncio.Event()
+    client, lost = GrpcDestinationPeer(to_it, REF, INC), asyncio.Event()
     client.on_lost = lost.set
     await acked(client)
     await server.stop(None)
@@ -107,7 +108,7 @@ async def test_a_source_hears_at_once_that_its_device_stream_is_gone(channel: tu
 async def test_a_device_stream_that_the_source_ends_is_not_lost(channel: tuple[str, grpc.aio.Channel]) -> None:
     address, to_it = channel
     server = await serve(address)
-    client, lost = DestinationClient(to_it, REF, INC), asyncio.Event()
+    client, lost = GrpcDestinationPeer(to_it, REF, INC), asyncio.Event()
     client.on_lost = lost.set
     await acked(client)
     await client.close()
