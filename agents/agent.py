@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import structlog
 
 from agents.config import AgentConfig
-from agents.engine import base as engine
+from agents.engine.base import MigrationEngine
 from agents.guest.files import GuestFiles, found_on_disk
 from agents.guest.keeper import Forgotten, HostedGuest, PeerChannels, Tools
 from agents.guest.ledger import GuestLedger
@@ -67,7 +67,7 @@ class Agent:
         self,
         config: AgentConfig,
         me: AgentIdentity,
-        mover: engine.MigrationEngine,
+        engine: MigrationEngine,
         stores: tuple[Store, Store],
         peers: PeerChannels,
         metrics: Metrics,
@@ -76,7 +76,7 @@ class Agent:
         self._journal = Journal(config.dir / "journal")
         self._store, commits = stores
         here = HostRef(config.host, me.boot_id)
-        self.place = Registration(config, me, Installation(config.dir), mover, self._store)
+        self.place = Registration(config, me, Installation(config.dir), engine, self._store)
         self._epochs = EpochGate(here.host, self._store, self._journal)
         self._changes = 0
         self._changed = asyncio.Event()
@@ -84,7 +84,7 @@ class Agent:
             config=config,
             here=here,
             writer=f"agent-{here.host}-{secrets.token_hex(8)}",
-            mover=mover,
+            engine=engine,
             store=self._store,
             commits=commits,
             journal=self._journal,

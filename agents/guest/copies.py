@@ -7,7 +7,17 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-from agents.engine import base as engine
+from agents.engine.base import (
+    EngineEvent,
+    EngineStatus,
+    GuestEnded,
+    MigrationEngine,
+    RunState,
+    RunStateChanged,
+    Vmm,
+    VmmDied,
+    VmmMetadata,
+)
 from agents.guest import devices as holding
 from agents.guest import duty as keeping
 from agents.guest.devices import Devices
@@ -17,12 +27,12 @@ from orchestrator.core.liveness import Liveness
 
 MIGRATING = frozenset(
     {
-        engine.EngineStatus.SETUP,
-        engine.EngineStatus.ACTIVE,
-        engine.EngineStatus.PARKED,
-        engine.EngineStatus.DEVICE,
-        engine.EngineStatus.CANCELLING,
-        engine.EngineStatus.FAILING,
+        EngineStatus.SETUP,
+        EngineStatus.ACTIVE,
+        EngineStatus.PARKED,
+        EngineStatus.DEVICE,
+        EngineStatus.CANCELLING,
+        EngineStatus.FAILING,
     }
 )
 
@@ -30,7 +40,7 @@ MIGRATING = frozenset(
 class Copy:
     """A VMM process that is, was or may become the guest. Knows by events whether the vCPUs run."""
 
-    def __init__(self, files: GuestFiles, vmm: engine.Vmm, devices: Devices | None, *, running: bool) -> None:
+    def __init__(self, files: GuestFiles, vmm: Vmm, devices: Devices | None, *, running: bool) -> None:
         self.files = files
         self.vmm = vmm
         self.devices = devices
@@ -49,13 +59,13 @@ class Copy:
     def incoming(self) -> bool:
         return self.vmm.metadata.role == "incoming"
 
-    def _event(self, event: engine.EngineEvent) -> None:
+    def _event(self, event: EngineEvent) -> None:
         match event:
-            case engine.RunStateChanged(running, _):
+            case RunStateChanged(running, _):
                 self.running = running
-            case engine.GuestEnded(how):
+            case GuestEnded(how):
                 self.ended = how
-            case engine.VmmDied():
+            case VmmDied():
                 self.running = False
             case _:
                 return
@@ -92,14 +102,14 @@ class Copy:
             seen,
             running=self.running,
             ended=bool(self.ended),
-            sealed=state.run_state is engine.RunState.SEALED,
+            sealed=state.run_state is RunState.SEALED,
             migrating=not self.incoming and state.status in MIGRATING,
         )
 
-    def found(self, run_state: engine.RunState) -> None:
+    def found(self, run_state: RunState) -> None:
         """What the VMM says of its vCPUs, where no event has told it."""
-        self.running = run_state is engine.RunState.RUNNING
-        if run_state is engine.RunState.ENDED:
+        self.running = run_state is RunState.RUNNING
+        if run_state is RunState.ENDED:
             self.ended = self.ended or "before this agent came"
 
     @property
@@ -124,7 +134,7 @@ class Copy:
             await self.devices.detach()
 
 
-async def _with_devices(devices: Devices | None, starting: Coroutine[Any, Any, engine.Vmm]) -> engine.Vmm:
+async def _with_devices(devices: Devices | None, starting: Coroutine[Any, Any, Vmm]) -> Vmm:
     """The VMM, once its devices take calls as well: the two start side by side. Nothing is left behind otherwise."""
     if devices is None:
         return await starting
@@ -141,16 +151,16 @@ async def _with_devices(devices: Devices | None, starting: Coroutine[Any, Any, e
         raise
 
 
-async def start(mover: engine.MigrationEngine, files: GuestFiles, inc: str) -> Copy:
+async def start(engine: MigrationEngine, files: GuestFiles, inc: str) -> Copy:
     """A new guest, running. Raises EngineError or ShimError; nothing is left behind then."""
     files.make()
     devices = await holding.launch(files, inc, incoming=False)
-    vmm = await _with_devices(devices, mover.start(files.vmm_spec(inc)))
+    vmm = await _with_devices(devices, engine.start(files.vmm_spec(inc)))
     return Copy(files, vmm, devices, running=True)
 
 
 async def prepare(
-    mover: engine.MigrationEngine, files: GuestFiles, inc: str, migration: str, attempt: int, multifd_channels: int
+    engine: MigrationEngine, files: GuestFiles, inc: str, migration: str, attempt: int, multifd_channels: int
 ) -> Copy:
     """A paused copy that waits for the stream of one attempt. Raises as `start` does.
 
@@ -160,20 +170,20 @@ async def prepare(
     files.reserve_marker(inc)
     devices = await holding.launch(files, inc, incoming=True)
     spec = files.vmm_spec(inc, multifd_channels=multifd_channels)
-    vmm = await _with_devices(devices, mover.prepare_incoming(spec, migration, attempt))
+    vmm = await _with_devices(devices, engine.prepare_incoming(spec, migration, attempt))
     return Copy(files, vmm, devices, running=False)
 
 
-async def adopt(mover: engine.MigrationEngine, files: GuestFiles, metadata: engine.VmmMetadata) -> Copy | None:
+async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadata) -> Copy | None:
     """The copy of an earlier agent; None when the VMM is gone, and then nothing of it is left.
 
     Raises EngineError or ShimError when a process lives and does not answer: it is left as it is, to be asked again.
     """
     spec = files.vmm_spec(metadata.inc)
     devices = await holding.adopt(files, metadata.inc)
-    vmm: engine.Vmm | None = None
+    vmm: Vmm | None = None
     try:
-        vmm = await mover.adopt(metadata, spec)
+        vmm = await engine.adopt(metadata, spec)
         if vmm is not None:
             copy = Copy(files, vmm, devices, running=False)
             copy.found((await vmm.state()).run_state)

@@ -18,6 +18,7 @@ import structlog
 
 from agents.config import AgentConfig
 from agents.engine import base as engine
+from agents.engine.base import MigrationEngine
 from agents.guest import copies as making
 from agents.guest import duty as keeping
 from agents.guest.copies import Copy
@@ -90,7 +91,7 @@ class Tools:
     here: HostRef
     writer: str
     """Names this agent process in every record it writes."""
-    mover: engine.MigrationEngine
+    engine: MigrationEngine
     store: Store
     commits: Store
     """A session of its own for attempts: nothing may queue before a COMMIT."""
@@ -196,7 +197,7 @@ class HostedGuest:
             if metadata.inc in self.copies:
                 continue
             try:
-                copy = await making.adopt(self._tools.mover, self.files, metadata)
+                copy = await making.adopt(self._tools.engine, self.files, metadata)
             except (engine.EngineError, ShimError) as error:
                 said = f"its process {metadata.inc} does not answer: {error}"
                 raise self._refused(RefusalReason.BUSY, said) from error
@@ -257,7 +258,7 @@ class HostedGuest:
     async def _execute(self) -> None:
         try:
             with self._being_made():
-                self._add(await making.start(self._tools.mover, self.files, secrets.token_hex(8)))
+                self._add(await making.start(self._tools.engine, self.files, secrets.token_hex(8)))
         except (engine.EngineError, ShimError, OSError) as error:
             await self.ledger.buried(self._tools.here)
             self.files.remove()
@@ -338,7 +339,7 @@ class HostedGuest:
             preflight.must_have_room(self.files)
             source = await self._registered(record.owner.host)
             preflight.must_be_registered(record.owner, source, order.source_peer)
-            await preflight.must_fit(self._tools.mover, self._tools.config, self.files)
+            await preflight.must_fit(self._tools.engine, self._tools.config, self.files)
             arrival, prepared, first = await self._make_arrival(order)
             self._receive(arrival, first)
         self._tools.changed()
@@ -349,7 +350,7 @@ class HostedGuest:
         try:
             with self._being_made():
                 copy = await making.prepare(
-                    self._tools.mover, self.files, inc, ref.migration, ref.attempt, order.multifd_channels
+                    self._tools.engine, self.files, inc, ref.migration, ref.attempt, order.multifd_channels
                 )
                 self._add(copy)
         except (engine.EngineError, ShimError, OSError) as error:
@@ -369,7 +370,7 @@ class HostedGuest:
         peer_here = Endpoint(config.address, config.peer_port)
         made = copy.vmm.metadata
         stream = replace(engine.stream_of(made), ip=config.address)
-        acks = (await preflight.probed(self._tools.mover, self._tools.here.host))["switchover_ack"]
+        acks = (await preflight.probed(self._tools.engine, self._tools.here.host))["switchover_ack"]
         prepared = Prepared(inc, stream, peer_here, made.machine, acks)
         return Arrival(shell, copy, peer, prepared), prepared, first
 
@@ -446,7 +447,7 @@ class HostedGuest:
         if state.run_state is engine.RunState.ENDED:
             raise self._refused(RefusalReason.GUEST_NOT_RUNNING, "it has shut down")
         tools = self._tools
-        await preflight.must_be_movable(tools.mover, tools.here.host, self.name, own, order.prepared)
+        await preflight.must_be_movable(tools.engine, tools.here.host, self.name, own, order.prepared)
         paused = state.run_state is engine.RunState.PAUSED
         session = SourceState(
             order.attempt,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agents.config import AgentConfig
-from agents.engine import base as engine
+from agents.engine.base import EngineError, HoldStart, MigrationEngine, OutgoingOptions
 from agents.engine.qemu.hold import choose_hold
 from agents.guest.copies import Copy
 from agents.guest.files import GuestFiles
@@ -27,21 +27,21 @@ ROOM_BYTES, ROOM_FILES = 512 << 10, 32
 """In each of the agent's directories, for one more copy: notes, sockets, the logs of VMM and devices, a marker."""
 
 
-async def probed(mover: engine.MigrationEngine, host: str) -> dict[str, str]:
+async def probed(engine: MigrationEngine, host: str) -> dict[str, str]:
     """What the host's VMM can do. Raises INTERNAL when it does not even start."""
     try:
-        return await mover.probe()
-    except engine.EngineError as error:
+        return await engine.probe()
+    except EngineError as error:
         raise DroverError(RefusalReason.INTERNAL, f"{host}: {error}") from error
 
 
-async def must_fit(mover: engine.MigrationEngine, config: AgentConfig, files: GuestFiles) -> None:
+async def must_fit(engine: MigrationEngine, config: AgentConfig, files: GuestFiles) -> None:
     """At the destination. Raises DEVICE_NOT_MIGRATABLE and MACHINE_TYPE_MISMATCH."""
     for device in files.spec.devices:
         if device.shim in ("companion", "external") and device.dma != "none":
             said = f"device {device.name} writes guest memory (dma: {device.dma}), which QEMU cannot be told of"
             raise DroverError(RefusalReason.DEVICE_NOT_MIGRATABLE, said)
-    can = await probed(mover, config.host)
+    can = await probed(engine, config.host)
     if files.spec.machine not in can["machine_types"].split(","):
         raise DroverError(
             RefusalReason.MACHINE_TYPE_MISMATCH, f"{config.host} has no machine type {files.spec.machine}"
@@ -84,19 +84,19 @@ def no_room(error: Exception, host: str, directory: Path) -> DroverError | None:
     return None
 
 
-async def must_be_movable(mover: engine.MigrationEngine, host: str, name: str, own: Copy, prepared: Prepared) -> None:
+async def must_be_movable(engine: MigrationEngine, host: str, name: str, own: Copy, prepared: Prepared) -> None:
     """At the source, about the VMM that runs. Raises DEVICE_NOT_MIGRATABLE and MACHINE_TYPE_MISMATCH, and
     OUTCOME_UNKNOWN when the VMM does not answer."""
     try:
         obstacles = await own.vmm.unmigratable()
-    except engine.EngineError as error:
+    except EngineError as error:
         raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"guest {name}: {error}") from error
     if obstacles:
         raise DroverError(RefusalReason.DEVICE_NOT_MIGRATABLE, f"guest {name}: {'; '.join(obstacles)}")
     machine = own.vmm.metadata.machine
     _must_agree(name, "machine type", machine, prepared.machine)
     if own.in_vmm() is not None:  # nobody else's ACKs pass through QEMU
-        mine = ack_mode((await probed(mover, host))["switchover_ack"], machine)
+        mine = ack_mode((await probed(engine, host))["switchover_ack"], machine)
         _must_agree(name, "switchover-ack mode", mine, ack_mode(prepared.switchover_ack, prepared.machine))
 
 
@@ -130,18 +130,18 @@ def must_be_registered(
 
 def outgoing(
     order: ConductOrder, config: AgentConfig, files: GuestFiles, sharing: Callable[[], int], *, paused: bool
-) -> engine.OutgoingOptions:
+) -> OutgoingOptions:
     """`paused`: no gate is held for a guest that stands still. `sharing`: how many attempts share the link just now."""
     spec, policy = files.spec, order.policy
     link = min(config.bandwidth_mbps, policy.max_bandwidth_mbps or config.bandwidth_mbps) * 125_000
-    hold, tail = engine.HoldStart.OPEN, 0
+    hold, tail = HoldStart.OPEN, 0
     if files.outside and not paused:
         initial = sum(device.initial_bytes for device in files.outside)
         previous = AbortReason(order.previous_reason) if order.previous_reason else None
         hold, tail = choose_hold(spec.memory_mib << 20, initial, link, previous)
     # QEMU does not know of the devices' last bytes: they come out of the same budget.
     beside_ms = sum(device.stop_copy_bytes for device in files.outside) * 1000 // link
-    return engine.OutgoingOptions(
+    return OutgoingOptions(
         stream=order.prepared.stream,
         hold=hold,
         tail_bytes=tail,

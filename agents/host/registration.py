@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from agents.config import AgentConfig
-from agents.engine import base as engine
+from agents.engine.base import MigrationEngine
 from agents.host.identity import Installation
 from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -73,13 +73,13 @@ class Registration:
         config: AgentConfig,
         me: AgentIdentity,
         installation: Installation,
-        mover: engine.MigrationEngine,
+        engine: MigrationEngine,
         store: Store,
     ) -> None:
         self._config = config
         self._me = me
         self._installation = installation
-        self._mover = mover
+        self._engine = engine
         self._store = store
         self._tasks = Tasks(f"place of {config.host}")
         self._woken = asyncio.Event()
@@ -101,7 +101,7 @@ class Registration:
         """
         self._installation.open()
         self._me = replace(self._me, installation=self._installation.id)
-        probed = await self._mover.probe()
+        probed = await self._engine.probe()
         loop = asyncio.get_running_loop()
         gives_up: float | None = None
         while True:
