@@ -20,8 +20,8 @@ Who does it:
                     what each command means: engine, devices, ledger, the other agent
     ledger.py       the record's transitions as compare-and-sets: bind, COMMIT, ABORT, DONE, roll-back, CRASHED
     peer.py         the port to the other agent
-    departure.py, arrival.py
-                    an attempt as its agent holds it; report.py is what it came to
+    attempt.py      an attempt as its agent holds it, Departure or Arrival: conducted, spoken to, and everything that
+                    belongs to its end; report.py is what it came to
 
 A clean attempt: the keeper prepares (WAITING) and conducts (BINDING, PRECOPY). Devices ask for ACKs, the gate opens,
 the engine stops the guest (FREEZING), the check passes (LAST_PASS). Everything arrives (VALIDATING, LOADED), the source

@@ -1,4 +1,4 @@
-"""The agent at the other end of an attempt: the port to it, and the clients of PeerService behind that port.
+"""The agent at the other end of an attempt: the port to it, and gRPC behind that port.
 
 Calls are idempotent, bounded, and raise `PeerUnavailable`.
 """
@@ -214,15 +214,15 @@ class Peers:
 
     def destination(self, address: str, ref: AttemptRef, inc: str) -> GrpcDestinationPeer:
         line = self._line(address)
-        client = GrpcDestinationPeer(line.channel, ref, inc)
-        line.users.add(client)
-        return client
+        peer = GrpcDestinationPeer(line.channel, ref, inc)
+        line.users.add(peer)
+        return peer
 
     def source(self, address: str, ref: AttemptRef, inc: str) -> GrpcSourcePeer:
         line = self._line(address)
-        client = GrpcSourcePeer(line.channel, ref, inc)
-        line.users.add(client)
-        return client
+        peer = GrpcSourcePeer(line.channel, ref, inc)
+        line.users.add(peer)
+        return peer
 
     async def close(self) -> None:
         if self._sweeping is not None:
