@@ -19,7 +19,7 @@ from agents.engine import base as engine
 from agents.guest.copies import Copy
 from agents.handover.destination_shell import DestinationShell
 from agents.handover.peer import AttemptKey, GrpcDestinationPeer, GrpcSourcePeer
-from agents.handover.report import device_progress, phase_of, progress_of, report_of
+from agents.handover.report import device_progress, phase_of, report_of
 from agents.handover.source import SourceStage
 from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command, Seen, WantRunSeen
@@ -29,7 +29,7 @@ from agents.shims.base import Frame, Load
 from orchestrator.core.agent import AttemptStatus, Progress
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.core.migration import Prepared
-from orchestrator.core.records import AttemptReport, TimelineEntry
+from orchestrator.core.records import AttemptReport, DeviceProgress, TimelineEntry
 from orchestrator.tasks import Tasks, failures
 
 log = structlog.get_logger(__name__)
@@ -259,3 +259,30 @@ class Arrival(Attempt[DestinationShell]):
         while True:
             await self.peer.warm()
             await asyncio.sleep(_WARM_S)
+
+
+def progress_of(
+    seen: engine.Progress,
+    *,
+    gate_open: bool,
+    pending: Sequence[AckRequest],
+    devices: tuple[DeviceProgress, ...] = (),
+) -> Progress:
+    """The engine's sample in the words of its users. The ETA is a division, and is not made while it would mislead."""
+    shrinking = seen.bandwidth_mbps > seen.dirty_rate_mbps
+    bits_left = seen.remaining_bytes * 8
+    eta_s = bits_left / ((seen.bandwidth_mbps - seen.dirty_rate_mbps) * 1e6) if gate_open and shrinking else 0.0
+    return Progress(
+        transferred_bytes=seen.transferred_bytes,
+        remaining_bytes=seen.remaining_bytes,
+        total_bytes=seen.total_bytes,
+        bandwidth_mbps=seen.bandwidth_mbps,
+        dirty_rate_mbps=seen.dirty_rate_mbps,
+        iteration=seen.iteration,
+        expected_downtime_ms=seen.expected_downtime_ms,
+        engine_status=str(seen.status),
+        gate_open=gate_open,
+        pending_acks=tuple(pending),
+        eta_s=round(eta_s, 2),
+        devices=devices,
+    )

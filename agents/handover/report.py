@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agents.engine import base as engine
 from agents.handover.source import SourceStage, SourceState
 from agents.shims.inside import InVmmDevice
-from orchestrator.core.agent import Progress
 from orchestrator.core.errors import AbortReason
-from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import AttemptReport, DeviceProgress, MigrationPhase, TimelineEntry
 
 DEVICES_LOST = "devices_lost"
@@ -54,33 +51,6 @@ def device_progress(one: InVmmDevice) -> DeviceProgress:
         reinits=one.reinits,
         late=one.late,
         lost=one.lost,
-    )
-
-
-def progress_of(
-    seen: engine.Progress,
-    *,
-    gate_open: bool,
-    pending: Sequence[AckRequest],
-    devices: tuple[DeviceProgress, ...] = (),
-) -> Progress:
-    """The engine's sample in the words of its users. The ETA is a division, and is not made while it would mislead."""
-    shrinking = seen.bandwidth_mbps > seen.dirty_rate_mbps
-    bits_left = seen.remaining_bytes * 8
-    eta_s = bits_left / ((seen.bandwidth_mbps - seen.dirty_rate_mbps) * 1e6) if gate_open and shrinking else 0.0
-    return Progress(
-        transferred_bytes=seen.transferred_bytes,
-        remaining_bytes=seen.remaining_bytes,
-        total_bytes=seen.total_bytes,
-        bandwidth_mbps=seen.bandwidth_mbps,
-        dirty_rate_mbps=seen.dirty_rate_mbps,
-        iteration=seen.iteration,
-        expected_downtime_ms=seen.expected_downtime_ms,
-        engine_status=str(seen.status),
-        gate_open=gate_open,
-        pending_acks=tuple(pending),
-        eta_s=round(eta_s, 2),
-        devices=devices,
     )
 
 
