@@ -196,6 +196,6 @@ async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadat
         raise
     # The note last, as ever: whoever is killed in the middle leaves a successor that knows what to remove.
     left = sorted(files.directory.glob(f"{metadata.inc}.*"), key=lambda path: path.suffixes == [".json"])
-    for path in (spec.console_path, *left):
+    for path in (spec.console_path, files.reserved_marker(metadata.inc), *left):
         await asyncio.to_thread(path.unlink, missing_ok=True)
     return None

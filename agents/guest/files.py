@@ -136,7 +136,8 @@ class GuestFiles:
         What cannot be removed stays, and is tried again by the next agent.
         """
         note = self.directory / "guest.json"
-        for path in (*(path for path in self.directory.glob("*") if path != note), note):
+        markers = self.config.volatile_dir.glob(f"{self.uuid}.*")  # of copies that are gone: they say nothing any more
+        for path in (*markers, *(path for path in self.directory.glob("*") if path != note), note):
             with contextlib.suppress(OSError):
                 path.unlink()
         with contextlib.suppress(OSError):
@@ -195,11 +196,15 @@ class GuestFiles:
         Raises OSError.
         """
         self.config.volatile_dir.mkdir(parents=True, exist_ok=True)
-        reserved(self.marker(inc)).touch()
+        self.reserved_marker(inc).touch()
+
+    def reserved_marker(self, inc: str) -> Path:
+        """Room for a marker, which says nothing: goes with its copy, also when a later agent finds that gone."""
+        return reserved(self.marker(inc))
 
     def drop_marker(self, inc: str) -> None:
         """Idempotent. Raises OSError."""
-        for path in (self.marker(inc), reserved(self.marker(inc))):
+        for path in (self.marker(inc), self.reserved_marker(inc)):
             path.unlink(missing_ok=True)
 
     def has_marker(self, inc: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 
 from orchestrator.api.config import ApiConfig
-from orchestrator.core.agent import RunState
+from orchestrator.core.agent import RunState, Trouble
 from orchestrator.core.death import Fate
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import Ownership
@@ -39,6 +39,6 @@ def test_every_key_of_the_configuration() -> None:
 
 def test_words_in_capitals_are_words_of_the_code() -> None:
     text = PAGE.split("## Answers that need exactness", 1)[1].split("## Errors", 1)[0]
-    known = {*RefusalReason, *MigrationPhase, *WaitingFor, *RunState.__members__}
+    known = {*RefusalReason, *MigrationPhase, *WaitingFor, *Trouble, *RunState.__members__}
     known |= {"APPLIED", "QUEUED", "RECORDED", *Ownership, *Fate, *DeathPhase}
     assert set(re.findall(r"\b[A-Z][A-Z_]{3,}\b", text)) <= known
