@@ -176,8 +176,11 @@ def test_a_foreground_cluster_that_ends_by_itself_says_so(directory: Path) -> No
     staying = start_up(a_config(directory, hosts=1), "--foreground")
     until(lambda: commands.status(directory).state == "ready", 30)
     Cluster(a_config(directory), "").kill_supervisor()
-    assert "the cluster process ended: signal 9" in end(staying)
+    said = end(staying)
+    assert "the cluster process ended: signal 9" in said
+    assert "of its guests go on: `drover down` ends them and cleans up" in said
     assert staying.returncode == 1
+    commands.down(directory)
     assert_nothing_stays(directory, "")
 
 
