@@ -11,6 +11,7 @@ import errno
 import os
 import select
 from dataclasses import dataclass
+from pathlib import Path
 
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 
@@ -54,6 +55,29 @@ def start_time_of(pid: int) -> int | None:
     """In clock ticks since the machine's start; None: there is no such process. Raises LivenessUnknown."""
     stat = stat_of(pid)
     return None if stat is None else stat.start_time
+
+
+def vmms_below(directory: str) -> list[int]:
+    """Pids of the VMMs whose command line names something below `directory`. Raises LivenessUnknown.
+
+    For a guest whose notes are lost: no note is no proof that nothing of it runs.
+    """
+    found: list[int] = []
+    try:
+        names = [path.name for path in Path("/proc").iterdir()]
+    except OSError as error:
+        raise LivenessUnknown(f"the processes of this machine cannot be listed: {error}") from error
+    for name in filter(str.isdigit, names):
+        try:
+            with open(f"/proc/{name}/cmdline", "rb") as file:
+                words = file.read()
+        except OSError as error:
+            if error.errno in _GONE:
+                continue
+            raise LivenessUnknown(f"process {name}: {error}") from error
+        if b"qemu" in words.partition(b"\0")[0] and os.fsencode(f"{directory}/") in words:
+            found.append(int(name))
+    return sorted(found)
 
 
 def descriptor_of(pid: int) -> int | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -190,6 +192,31 @@ async def test_an_older_record_decides_nothing(house: House, record: GuestRecord
     assert house.world.record(G) == record
     house.world.store.tree.nodes[paths.guest(G)] = newest
     await until(lambda: house.trouble() is None)
+    await house.agent.stop()
+
+
+async def test_a_guest_whose_notes_are_lost_is_not_declared_crashed_while_its_vmm_runs(house: House) -> None:
+    await house.agent.start()
+    await house.born()
+    (vmm,) = house.mover.processes.values()
+    directory = vmm.spec.directory
+    await house.agent.stop()
+    house.mover.processes.clear()
+    for note in directory.glob("*.json"):
+        note.unlink()
+    words = ["qemu-stand-in", "-c", "import time; time.sleep(60)", str(directory.absolute() / "i.qmp")]
+    running = await asyncio.to_thread(lambda: subprocess.Popen(words, executable=sys.executable))
+    try:
+        house.agent = house.made()
+        await house.agent.start()
+        house.agent.nudge(G)
+        await house.agent._host(G)
+        await until(lambda: house.trouble() is Trouble.NOT_KEPT)
+        assert house.world.record(G).phase is Ownership.IDLE
+    finally:
+        running.kill()
+        await asyncio.to_thread(running.wait)
+    await until(lambda: house.world.record(G).phase is Ownership.CRASHED)
     await house.agent.stop()
 
 
