@@ -341,11 +341,13 @@ def test_health_is_0_only_if_a_coordinator_leads_and_nothing_is_quarantined(
     assert ran.code == 1
     assert "no coordinator leads" in ran.out
     service.health.leader = "coordinator"
-    since = wire.timestamp(time.time() - 90)
+    since = wire.timestamp(time.time() - 7_205)  # far from the next unit: the call takes some seconds on a busy machine
     service.health.quarantined.add(resource="migrations/m1", reason="WorkerLost: three in a row", since=since)
     ran = drover("health")
     assert ran.code == 1
-    assert ran.rows()[2] == ["migrations/m1", "1 min 30 s", "WorkerLost: three in a row"]
+    what, since_when, why = ran.rows()[2]
+    assert (what, why) == ("migrations/m1", "WorkerLost: three in a row")
+    assert since_when.startswith("2 h")
     ran = drover("health", "-o", "json")
     assert (ran.code, ran.json["quarantined"][0]["resource"]) == (1, "migrations/m1")
 
