@@ -10,6 +10,8 @@ SHELL       := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# Most tests wait for most of their time; more than two on two cores make each other late.
+TEST_PROCESSES ?= 2
 QEMU   ?=
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
@@ -33,8 +35,8 @@ qemu-11:  ## QEMU 11.1 in build/qemu-11.1, for devices inside the VMM (`drover u
 
 ##@ Check
 .PHONY: test
-test: setup  ## all tests (ARGS="-k late_ack" for some of them)
-	$(PYTEST) tests $(ARGS)
+test: setup  ## all tests, two at a time (ARGS="-k late_ack" for some of them, TEST_PROCESSES=0 for one at a time)
+	$(PYTEST) -n $(TEST_PROCESSES) --dist loadfile tests $(ARGS)
 
 .PHONY: test-fast
 test-fast: venv  ## unit, property and contract tests that need no QEMU, ZooKeeper or cluster

@@ -1,8 +1,13 @@
-"""Hooks for the whole suite. `rule` markers: see tests/rules.py and docs/rules.md."""
+"""Hooks for the whole suite. `rule` markers: see tests/rules.py and docs/rules.md.
+
+`make test` runs the suite in two processes (pytest-xdist), for most tests wait most of their time. Only those processes
+know the markers, and only the one that started them hears every outcome: they hand their markers over when they end.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,8 +44,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     _running = session.config.stash[_proofs]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """One of the processes that run tests has ended; one that crashed hands nothing over."""
+    for test, ids in getattr(node, "workeroutput", {}).get("rules", {}).items():
+        node.config.stash[_proofs].expect(test, ids)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["rules"] = session.config.stash[_proofs].marks
+        return
     passed = session.exitstatus == pytest.ExitCode.OK
     if passed and _is_whole(session.config) and session.config.stash[_proofs].unproved():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -77,14 +77,15 @@ class Proofs:
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = rules
-        self._marks: dict[str, tuple[str, ...]] = {}
+        self.marks: dict[str, tuple[str, ...]] = {}
+        """The rules that each test carries."""
         self._outcomes: dict[str, str] = {}
 
     def expect(self, test: str, ids: Iterable[str]) -> list[str]:
         """Note which rules a test carries; returns those that no row of the page has."""
-        self._marks[test] = tuple(ids)
+        self.marks[test] = tuple(ids)
         known = {rule.id for rule in self.rules}
-        return [each for each in self._marks[test] if each not in known]
+        return [each for each in self.marks[test] if each not in known]
 
     def note(self, test: str, outcome: str) -> None:
         """One phase of a test ended; the worst of them counts. Setting a test up proves nothing."""
@@ -94,7 +95,7 @@ class Proofs:
 
     def proof(self, rule: Rule) -> Proof:
         found = Proof()
-        for test, ids in self._marks.items():
+        for test, ids in self.marks.items():
             if rule.id in ids and test in self._outcomes:
                 getattr(found, self._outcomes[test]).append(test)
         return found
