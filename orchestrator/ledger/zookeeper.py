@@ -1,9 +1,10 @@
-"""The coordination store on ZooKeeper. The only file that imports kazoo.
+"""The coordination store on ZooKeeper. With `kazoo_client.py` the only file that imports kazoo.
 
 kazoo runs threads of its own; every completion is handed to the event loop with `call_soon_threadsafe`. What it would
 do by itself and we must not have: it queues writes while disconnected (we refuse to enqueue), it retries under a new
 session (we never use `client.retry`), a transaction's result is a list that may hold exceptions (one wrapper reads it),
-and a half-open connection with steady traffic goes unnoticed (an operation without an answer in time cuts the socket).
+and a half-open connection with steady traffic goes unnoticed (an operation without an answer in time cuts the socket,
+unless others were answered meanwhile: then the server is merely slow).
 """
 
 # kazoo ships no types.
@@ -16,13 +17,14 @@ import asyncio
 import contextlib
 import logging
 import math
+import random
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kazoo.client import KazooClient, KazooState
+from kazoo.client import KazooState
 from kazoo.exceptions import BadVersionError, KazooException, NodeExistsError, NoNodeError, RolledBackError
 from kazoo.exceptions import RuntimeInconsistency as Inconsistency
 from kazoo.retry import KazooRetry
@@ -30,6 +32,7 @@ from kazoo.retry import KazooRetry
 from orchestrator.core.endpoint import zookeeper_servers
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.ledger import paths
+from orchestrator.ledger.kazoo_client import TreeClient
 from orchestrator.ledger.store import (
     Check,
     Conflict,
@@ -49,11 +52,17 @@ from orchestrator.ledger.store import (
 logging.getLogger("kazoo").setLevel(logging.ERROR)
 log = logging.getLogger(__name__)
 
-REREAD_S = 30.0
-"""Watches are hints: everything watched is read again this often, whatever was announced."""
+REREAD_S = 1_800.0
+"""Watches are hints: everything watched is read again about this often, whatever was announced. A fleet of a thousand
+hosts does nothing else while nothing moves, so this is what it costs at rest."""
 _RETRY_S = 0.25
-_READS_AT_ONCE = 256
-"""Under way at a time: more would only time out behind each other in kazoo's queue, and cut the session."""
+_AT_ONCE = 64
+"""Reads under way at a time, and writes: more would only time out behind each other in kazoo's queue. Waiting
+for a turn is no sign of a dead connection."""
+_TURN_S = 20.0
+_PATIENT_S = 2.0
+_ALIVE_S = 0.1
+"""A connection that answered anything so recently is not cut for an operation that timed out."""
 _DISARM_S = 5.0
 """After its last watch ended a node's trigger is taken from kazoo: later than the answer to any read of that watch."""
 _STATES = {
@@ -75,6 +84,15 @@ class _Watch:
     callback: Callable[[Any], None]
     task: asyncio.Task[None] | None = None
     changed: asyncio.Event | None = None
+
+
+@dataclass(eq=False)
+class _TreeWatch:
+    root: str
+    callback: Callable[[str | None], None]
+    connected: asyncio.Event = field(default_factory=asyncio.Event)
+    """A connection was made that has not been asked yet."""
+    task: asyncio.Task[None] | None = None
 
 
 @dataclass(eq=False)
@@ -115,7 +133,10 @@ class ZooKeeperStore:
         self._watches: list[_Watch] = []
         self._triggers: dict[tuple[str, bool], _Trigger] = {}
         """By path, and whether it is for the children."""
-        self._reads = asyncio.Semaphore(_READS_AT_ONCE)
+        self._trees: list[_TreeWatch] = []
+        self._reads = asyncio.Semaphore(_AT_ONCE)
+        self._writes = asyncio.Semaphore(_AT_ONCE)
+        self._answered_at = -math.inf
         self._barrier_path = f"{paths.BARRIER}/{uuid.uuid4().hex}"
         self._barrier_made = False
         self._quorum_at = -math.inf
@@ -139,7 +160,7 @@ class ZooKeeperStore:
 
     def _new_client(self, hosts: str) -> Any:
         retry = KazooRetry(max_tries=-1, delay=0.05, backoff=2, max_delay=0.5, ignore_expire=False)
-        return KazooClient(hosts=hosts, timeout=self._session_timeout_s, connection_retry=retry)
+        return TreeClient(hosts=hosts, timeout=self._session_timeout_s, connection_retry=retry)
 
     async def _connect(self, client: Any, timeout_s: float) -> None:
         started = client.start_async()
@@ -168,7 +189,11 @@ class ZooKeeperStore:
         for watch in self._watches:
             if watch.task is not None:
                 watch.task.cancel()
+        for tree in self._trees:
+            if tree.task is not None:
+                tree.task.cancel()
         self._watches.clear()
+        self._trees.clear()
         self._triggers.clear()
         client, self._client = self._client, None
         if client is not None:
@@ -192,6 +217,8 @@ class ZooKeeperStore:
             for watch in self._watches:
                 if watch.changed is not None:
                     watch.changed.set()
+            for tree in self._trees:
+                tree.connected.set()
         for listener in list(self._listeners):
             listener(state)
 
@@ -212,20 +239,27 @@ class ZooKeeperStore:
         return self._client is not None and self._client.state == KazooState.CONNECTED and self._client.connected
 
     async def _answer(self, result: Any, timeout_s: float) -> Any:
-        """Await a kazoo result on our loop. Raises its exception, or TimeoutError after cutting the connection."""
+        """Await a kazoo result on our loop. Raises its exception, or TimeoutError after cutting a connection on which
+        nothing is answered."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
+        def here() -> None:
+            self._answered_at = time.monotonic()
+            if not future.done():
+                future.set_result(None)
+
         def arrived(_: Any) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
+                loop.call_soon_threadsafe(here)
 
         result.rawlink(arrived)
         try:
             async with asyncio.timeout(timeout_s):
                 await future
         except TimeoutError:
-            self._cut()
+            if time.monotonic() - self._answered_at > _ALIVE_S:
+                self._cut()
             raise
         return result.get(block=False)
 
@@ -238,8 +272,17 @@ class ZooKeeperStore:
                 socket.shutdown(2)
 
     async def _read(self, start: Callable[[], Any], timeout_s: float) -> Any:
-        async with self._reads:
+        """`timeout_s` counts from its turn. In a burst of thousands the turn itself may take as long as _TURN_S, but
+        not for a caller who is in a hurry."""
+        try:
+            async with asyncio.timeout(_TURN_S if timeout_s >= _PATIENT_S else timeout_s):
+                await self._reads.acquire()
+        except TimeoutError as error:
+            raise StoreUnavailable("too many other reads wait for ZooKeeper's answers") from error
+        try:
             return await self._read_now(start, timeout_s)
+        finally:
+            self._reads.release()
 
     async def _read_now(self, start: Callable[[], Any], timeout_s: float) -> Any:
         if not self._ready():
@@ -273,6 +316,18 @@ class ZooKeeperStore:
             await self._make_barrier(timeout_s)
         except StoreUnavailable as error:
             return OutcomeUnknown(sent=False, why=str(error))
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._writes.acquire()
+        except TimeoutError:
+            return OutcomeUnknown(sent=False, why="too many other writes wait for ZooKeeper's answers")
+        try:
+            return await self._commit(ops, max(0.05, timeout_s - (time.monotonic() - began)))
+        finally:
+            self._writes.release()
+
+    async def _commit(self, ops: Sequence[Op], timeout_s: float) -> WriteResult:
         if not self._ready():
             return OutcomeUnknown(sent=False, why="not connected to ZooKeeper")
         transaction = self._client.transaction()
@@ -365,7 +420,7 @@ class ZooKeeperStore:
         last: object = watch
         while True:
             watch.changed.clear()
-            pause_s = REREAD_S
+            pause_s = REREAD_S * random.uniform(0.5, 1.5)
             try:
                 seen = await self._look(watch, trigger)
                 if seen != last:
@@ -398,6 +453,57 @@ class ZooKeeperStore:
         if await self._read(lambda: self._client.exists_async(watch.path, watch=trigger), 2.0) is not None:
             trigger.fire()  # made between the two looks
         return () if watch.of_children else None
+
+    # --- watches of whole trees ---------------------------------------------------------------------------------------
+
+    def watch_tree(self, root: str, callback: Callable[[str | None], None]) -> Callable[[], None]:
+        tree = _TreeWatch(root, callback)
+        tree.connected.set()
+        tree.task = asyncio.get_running_loop().create_task(self._run_tree(tree))
+        self._trees.append(tree)
+
+        def end() -> None:
+            if tree in self._trees:
+                self._trees.remove(tree)
+                if tree.task is not None:
+                    tree.task.cancel()
+
+        return end
+
+    async def _run_tree(self, tree: _TreeWatch) -> None:
+        """Ask each new connection for the events, and say when they are certain to come."""
+        loop = asyncio.get_running_loop()
+        client, end = None, lambda: None
+
+        def moved(path: str) -> None:
+            """On kazoo's connection thread."""
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._tell_tree, tree, path)
+
+        try:
+            while True:
+                await tree.connected.wait()
+                tree.connected.clear()
+                if self._client is not client:
+                    end()
+                    client, end = self._client, self._client.on_tree(tree.root, moved)
+                try:
+                    await self._read(lambda: self._client.add_tree_watch_async(tree.root), 2.0)
+                except StoreUnavailable:
+                    await asyncio.sleep(_RETRY_S)
+                    tree.connected.set()
+                    continue
+                self._tell_tree(tree, None)
+        finally:
+            end()
+
+    def _tell_tree(self, tree: _TreeWatch, path: str | None) -> None:
+        if tree not in self._trees:
+            return
+        try:
+            tree.callback(path)
+        except Exception as error:
+            log.error("what moved at %s is not taken in: %s", path or tree.root, error)
 
 
 def _add(transaction: Any, op: Op) -> None:

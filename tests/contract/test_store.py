@@ -193,6 +193,87 @@ async def test_children_are_watched(store: Store) -> None:
     await wait_for(lambda: seen[-1] == ("x", "y"))
 
 
+async def test_a_tree_is_watched_with_all_that_is_below(connect: Connect, store: Store) -> None:
+    """Also what did not exist, however deep, again and again, by whomever."""
+    seen: list[str | None] = []
+    end = store.watch_tree("/a", seen.append)
+    await wait_for(lambda: seen == [None])
+    other = connect()
+    await other.start()
+    await done(other, Create("/a/x", b"1"), Create("/a/x/y", b""))
+    await done(store, SetData("/a/x", b"2", 0))
+    await done(other, SetData("/a/x", b"3", 1), Delete("/a/x/y", 0))
+    await other.ensure("/ab")
+    await done(other, SetData("/a", b"", 0))
+    await wait_for(lambda: seen == [None, "/a/x", "/a/x/y", "/a/x", "/a/x", "/a/x/y", "/a"])
+    end()
+    await done(other, Delete("/a/x", 2))
+    await asyncio.sleep(0.2)
+    assert seen[-1] == "/a"
+    await other.close()
+
+
+async def test_what_moved_is_announced_before_any_answer_that_shows_it(connect: Connect, store: Store) -> None:
+    """A view may trust: what it was not told of has not moved before what it has just read."""
+    seen: list[str | None] = []
+    store.watch_tree("/a", seen.append)
+    await wait_for(lambda: seen == [None])
+    other = connect()
+    await other.start()
+    await done(other, Create("/a/x", b"0"), Create("/a/y", b"0"))
+    for turn in range(100):
+        writing = asyncio.ensure_future(other.multi([SetData("/a/x", b"", turn), SetData("/a/y", b"", turn)]))
+        while True:
+            node = await store.read("/a/y")
+            told = seen.count("/a/x") - 1
+            if node is not None and node.version == turn + 1:
+                break
+        assert told == turn + 1
+        assert isinstance(await writing, Done)
+    before = seen.count("/a/x")
+    await done(store, SetData("/a/x", b"", 100))
+    assert seen.count("/a/x") == before + 1, "its own writes too"
+    await other.close()
+
+
+@pytest.mark.zookeeper
+async def test_a_tree_is_told_as_a_whole_after_each_reconnect(server: ZooKeeperServer) -> None:
+    store = ZooKeeperStore(server.hosts, chroot="/trees", session_timeout_s=4)
+    await store.start()
+    await store.ensure("/a")
+    seen: list[str | None] = []
+    store.watch_tree("/a", seen.append)
+    await wait_for(lambda: seen == [None])
+    store._cut()
+    await wait_for(lambda: seen == [None, None], 20)
+    await done(store, Create("/a/x", b""))
+    await wait_for(lambda: seen[2:] == ["/a/x"])
+    states: list[SessionState] = []
+    store.on_session(states.append)
+    await asyncio.to_thread(end_session, server.hosts, *store._client.client_id)
+    await wait_for(lambda: seen[3:] == [None], 20)
+    await done(store, Create("/a/y", b""))
+    await wait_for(lambda: seen[4:] == ["/a/y"])
+    await store.close()
+
+
+@pytest.mark.zookeeper
+async def test_a_burst_of_reads_does_not_cut_the_connection_that_it_waits_for(server: ZooKeeperServer) -> None:
+    store = ZooKeeperStore(server.hosts, chroot="/burst", session_timeout_s=4)
+    await store.start()
+    await store.ensure("/a")
+    states: list[SessionState] = []
+    store.on_session(states.append)
+    await done(store, *(Create(f"/a/{n}", b"x" * 1000) for n in range(200)))
+    answers = await asyncio.gather(*(store.read(f"/a/{n % 200}") for n in range(8_000)))
+    assert not states, "it stayed connected"
+    assert all(isinstance(one, Versioned) for one in answers)
+    writes = await asyncio.gather(*(store.multi([]) for _ in range(2_000)))
+    assert not states
+    assert all(isinstance(one, Done) or (isinstance(one, OutcomeUnknown) and not one.sent) for one in writes)
+    await store.close()
+
+
 @pytest.mark.zookeeper
 async def test_while_the_server_is_down_nothing_is_queued_and_watches_come_back(server: ZooKeeperServer) -> None:
     store = ZooKeeperStore(server.hosts, chroot="/down", session_timeout_s=4)

@@ -60,6 +60,7 @@ class Tree:
     owners: dict[str, object] = field(default_factory=dict)
     zxid: int = 0
     watches: list[tuple[str, bool, Callable[..., None]]] = field(default_factory=list)
+    trees: list[tuple[str, Callable[[str | None], None]]] = field(default_factory=list)
 
     def children(self, path: str) -> tuple[str, ...]:
         head = path.rstrip("/") + "/"
@@ -67,6 +68,9 @@ class Tree:
 
     def notify(self, path: str) -> None:
         loop = asyncio.get_running_loop()
+        for root, tell in list(self.trees):
+            if path == root or path.startswith(f"{root.rstrip('/')}/"):
+                tell(path)
         for watched, of_children, callback in list(self.watches):
             if of_children and path.rpartition("/")[0] == watched:
                 loop.call_soon(callback, self.children(watched))
@@ -196,6 +200,12 @@ class MemoryStore:
 
     def watch_children(self, path: str, callback: Callable[[tuple[str, ...]], None]) -> Callable[[], None]:
         return self._watch((path, True, callback), lambda: callback(self.tree.children(path)))
+
+    def watch_tree(self, root: str, callback: Callable[[str | None], None]) -> Callable[[], None]:
+        entry = (root, callback)
+        self.tree.trees.append(entry)
+        asyncio.get_running_loop().call_soon(callback, None)
+        return lambda: self.tree.trees.remove(entry) if entry in self.tree.trees else None
 
     def _watch(self, entry: tuple[str, bool, Callable[..., None]], first: Callable[[], None]) -> Callable[[], None]:
         self.tree.watches.append(entry)
