@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import sys
-import uuid
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,14 @@ from agents.engine.base import EngineError
 from agents.engine.qemu.engine import QemuEngine
 from agents.handover.peer import MAX_CALL_BYTES, Peers
 from agents.host import addresses, descriptors
-from agents.host.identity import OneAgent, make_identity
+from agents.host.identity import OneAgent, identity_of, make_identity
 from agents.host.metrics import Metrics
 from agents.serving.control import AgentServicer, translate
 from agents.serving.peer import PeerServicer
 from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError
 from orchestrator.core.identity import AgentIdentity
+from orchestrator.core.liveness import LivenessUnknown
 from orchestrator.ledger.store import SessionState, StoreUnavailable
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.rpc import channels
@@ -167,14 +167,13 @@ def main(path: Path) -> None:
         identity.check_volatile(config.volatile_dir)
         lock = OneAgent(config.dir / "agent.lock")
         held = lock.take()
-        found = identity.read()
         # The installation is read, or made, when the host is registered.
-        me = AgentIdentity("", found.machine, found.boot_id, agent=uuid.uuid4().hex, lock=held)
+        me = identity_of(identity.read(), lock=held, volatile_dir=config.volatile_dir)
         structlog.contextvars.bind_contextvars(host=config.host)
-        if not found.machine:
+        if not me.machine:
             log.warning("this hardware has no number of its own: after a loss of power the host must be declared dead")
         asyncio.run(_serve(config, me))
-    except (ConfigError, DroverError, OSError) as error:
+    except (ConfigError, DroverError, LivenessUnknown, OSError) as error:
         click.echo(f"drover-agent: {error}", err=True)
         sys.exit(2)
 

@@ -13,7 +13,7 @@ import structlog
 
 from agents.config import AgentConfig
 from agents.engine.base import MigrationEngine
-from agents.guest.files import GuestFiles, found_on_disk
+from agents.guest.files import GuestFiles, found_on_disk, note_roots
 from agents.guest.keeper import Forgotten, HostedGuest, PeerChannels, Tools
 from agents.guest.ledger import GuestLedger
 from agents.handover.attempt import Arrival, Departure
@@ -132,6 +132,10 @@ class Agent:
         by an agent that may not be its host's. Raises as `Registration.take` does."""
         await self.place.take()
         self._journal.open()
+        try:
+            note_roots(self._config)
+        except OSError as error:  # its guests need their agent now
+            log.warning("where guests of this agent are is not noted down", error=str(error))
         await self._adopt_found()
         await self._forget_strays()
         self.place.hold()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,12 +58,13 @@ def start_time_of(pid: int) -> int | None:
     return None if stat is None else stat.start_time
 
 
-def vmms_below(directory: str) -> list[int]:
-    """Pids of the VMMs whose command line names something below `directory`. Raises LivenessUnknown.
+def vmms_below(directories: Iterable[str]) -> list[int]:
+    """Pids of the VMMs whose command line names something below one of `directories`. Raises LivenessUnknown.
 
     For a guest whose notes are lost: no note is no proof that nothing of it runs.
     """
     found: list[int] = []
+    sought = [os.fsencode(f"{directory}/") for directory in directories]
     try:
         names = [path.name for path in Path("/proc").iterdir()]
     except OSError as error:
@@ -70,12 +72,12 @@ def vmms_below(directory: str) -> list[int]:
     for name in filter(str.isdigit, names):
         try:
             with open(f"/proc/{name}/cmdline", "rb") as file:
-                words = file.read()
+                words = file.read().replace(b",,", b",")  # QEMU has commas in paths doubled
         except OSError as error:
             if error.errno in _GONE:
                 continue
             raise LivenessUnknown(f"process {name}: {error}") from error
-        if b"qemu" in words.partition(b"\0")[0] and os.fsencode(f"{directory}/") in words:
+        if b"qemu" in words.partition(b"\0")[0] and any(below in words for below in sought):
             found.append(int(name))
     return sorted(found)
 

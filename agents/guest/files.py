@@ -1,5 +1,6 @@
 """What a guest has on this host's disk: one short directory, what it is, and the notes of its VMM processes.
 
+<dir>/roots.json                                where guests of this installation are and were
 <dir>/guests/<16 of the uuid>/guest.json        uuid and spec
                               <inc>.json        one VMM process (VmmMetadata)
                               <inc>.owner       the same, as it will be once an incoming one is the guest
@@ -27,9 +28,11 @@ from agents.config import AgentConfig
 from agents.engine.base import VmmMetadata, VmmSpec
 from agents.shims import net
 from agents.shims.companion import DevicesSpec
+from orchestrator.core.liveness import LivenessUnknown
 from orchestrator.core.record import Record
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from orchestrator.ledger.records import BadRecord, decode, encode
+from orchestrator.proc import vmms_below
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +68,36 @@ def guests_root(guests: Path) -> Path:
         fresh.symlink_to(target)
         fresh.replace(link)
     return link
+
+
+_ROOTS_KEPT = 16
+
+
+def known_roots(config: AgentConfig) -> list[str]:
+    """Every directory, as it was spelled, below which agents of this installation have had guests: the one of now, and
+    those of before the agent's directory was moved or its path changed. Raises OSError."""
+    now = guests_root(config.dir / "guests")
+    try:
+        noted = (config.dir / "roots.json").read_bytes()
+        before = [str(root) for root in json.loads(noted)]
+    except FileNotFoundError:
+        before = []
+    except (ValueError, TypeError) as error:
+        raise OSError(
+            errno.EINVAL, f"cannot be read ({error!r}): mend or remove it", str(config.dir / "roots.json")
+        ) from error
+    spelled = list(dict.fromkeys((str(now), str(now.absolute()))))
+    return [*(root for root in before if root not in spelled), *spelled]
+
+
+def note_roots(config: AgentConfig) -> None:
+    """Remember where the sockets of this agent's guests are, before it has any: a process whose note is lost is found
+    by them, also from a moved directory. Raises OSError; nothing has changed then."""
+    roots = known_roots(config)[-_ROOTS_KEPT:]
+    file = config.dir / "roots.json"
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(roots))
+    temporary.replace(file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +152,14 @@ class GuestFiles:
     @property
     def directory(self) -> Path:
         return guests_root(self.config.dir / "guests") / self.uuid[:16]
+
+    def vmms(self) -> list[int]:
+        """Pids of the guest's VMMs that run on this host, noted down or not. Raises LivenessUnknown."""
+        try:
+            roots = known_roots(self.config)
+        except OSError as error:
+            raise LivenessUnknown(f"where processes of the guest would be is not known: {error}") from error
+        return vmms_below(f"{root}/{self.uuid[:16]}" for root in roots)
 
     def make(self) -> None:
         """Idempotent. Raises OSError when the disk is full."""

@@ -60,7 +60,6 @@ from orchestrator.core.switchover import AckLedger
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Store, StoreUnavailable
-from orchestrator.proc import vmms_below
 from orchestrator.tasks import Tasks, failures
 
 log = structlog.get_logger(__name__)
@@ -652,9 +651,9 @@ class HostedGuest:
         await self._settled(self._attempt_ledger(record).crashed(host_died=host_died))
 
     async def _must_not_run_unnoted(self) -> None:
-        """A VMM whose note is lost is alive all the same. Raises INTERNAL, and LivenessUnknown as `vmms_below`."""
+        """A VMM whose note is lost is alive all the same. Raises INTERNAL, and LivenessUnknown."""
         known = {copy.vmm.metadata.pid for copy in self.copies.values()}
-        unnoted = set(await asyncio.to_thread(vmms_below, str(self.files.directory.absolute()))) - known
+        unnoted = set(await asyncio.to_thread(self.files.vmms)) - known
         if unnoted:
             said = f"process {min(unnoted)} of it runs here, and no note names it: it is not declared crashed"
             raise self._refused(RefusalReason.INTERNAL, f"{said}; end that process if the guest is to be given up")

@@ -23,6 +23,7 @@ from typing import Protocol
 from agents.config import AgentConfig
 from orchestrator import proc
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.liveness import LivenessUnknown
 
 _KERNEL_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -40,6 +41,7 @@ _MEANINGLESS = frozenset(
 )
 """What boards say that were never given a number of their own."""
 _VOLATILE_FILE_SYSTEMS = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
+_PIDS = Path("/proc/self/ns/pid")
 _KILL_S = 5.0
 
 
@@ -202,6 +204,46 @@ def file_system_magic(directory: Path) -> int:
     return int(found.f_type) & 0xFFFFFFFF
 
 
+def _file_name(found: os.stat_result) -> str:
+    """What one kernel tells a file from all others by."""
+    return f"{found.st_dev}:{found.st_ino}"
+
+
+def identity_of(cycle: PowerCycle, *, lock: str, volatile_dir: Path) -> AgentIdentity:
+    """Of this process, as far as it is known before its installation is opened.
+
+    Raises OSError when the volatile directory cannot be made, LivenessUnknown when the kernel says nothing of us.
+    """
+    volatile_dir.mkdir(parents=True, exist_ok=True)
+    return AgentIdentity(
+        "",
+        cycle.machine,
+        cycle.boot_id,
+        agent=uuid.uuid4().hex,
+        lock=lock,
+        pid=os.getpid(),
+        start_time=proc.start_time_of(os.getpid()) or 0,
+        pids=_file_name(_PIDS.stat()),
+        markers=_file_name(volatile_dir.stat()),
+    )
+
+
+def has_ended(holder: AgentIdentity, me: AgentIdentity) -> bool:
+    """This kernel knows for certain that the holder's process has ended. False: it lives, or nobody can tell."""
+    if not holder.pid or not holder.start_time or not holder.pids:
+        return False
+    if (holder.machine, holder.boot_id, holder.pids) != (me.machine, me.boot_id, me.pids):
+        return False  # the number says nothing here
+    try:
+        descriptor = proc.open_process(holder.pid, holder.start_time)
+    except (LivenessUnknown, OSError):
+        return False
+    if descriptor is None:
+        return True
+    os.close(descriptor)
+    return False
+
+
 class OneAgent:
     """The lock that makes an agent the only one of its host. Held for life; the kernel lets go of it at death."""
 
@@ -224,8 +266,7 @@ class OneAgent:
         note = {"pid": os.getpid(), "start_time": proc.start_time_of(os.getpid())}
         # Of one length, and never truncated: it needs no room on a disk that has become full.
         os.pwrite(self._descriptor, json.dumps(note).encode().ljust(128), 0)
-        found = os.fstat(self._descriptor)
-        return f"{found.st_dev}:{found.st_ino}"
+        return _file_name(os.fstat(self._descriptor))
 
     def _try(self) -> bool:
         try:

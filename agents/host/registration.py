@@ -18,7 +18,7 @@ import structlog
 
 from agents.config import AgentConfig
 from agents.engine.base import MigrationEngine
-from agents.host.identity import Installation
+from agents.host.identity import Installation, has_ended
 from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.identity import AgentIdentity, Answer, Doubt, Place, PlaceSeen, may_take
@@ -45,7 +45,8 @@ _SAID: dict[Doubt, str] = {
     Doubt.OTHER_INSTALLATION: "it belongs to another installation of Drover. Is agent.json a copy of another host's? "
     "Then give this host a name of its own. If this host replaces the other, declare that one dead first",
     Doubt.OTHER_DIRECTORY: "it was registered on this machine, in this power cycle, with another directory. Start the "
-    "agent with the directory (`dir`) that it had; if that is lost, restart the host",
+    "agent with the directory (`dir`) that it had. If that was moved, end the agent that still uses it, and keep "
+    "`volatile_dir` as it was; if it is lost, restart the host",
     Doubt.OLD_COPY: "its directory (`dir`) is an older copy: the host has been registered since. Is this disk a clone, "
     "or was it restored? If the other host's power cycle is over, declare it dead",
     Doubt.MACHINE_UNKNOWN: "nothing in this machine's hardware proves that it is the one which was registered (no "
@@ -165,6 +166,8 @@ class Registration:
         except BadRecord as error:
             raise DroverError(RefusalReason.HOST_NAME_TAKEN, f"the record of {host} cannot be read: {error}") from error
         certified = before is not None and await self._is_certified(before.boot_id)
+        # After the record was read: whoever it names is dead for good once it is dead.
+        gone = before is not None and before.identity is not None and has_ended(before.identity, me)
         return _Look(
             PlaceSeen(
                 boot_id=before.boot_id if before else "",
@@ -173,6 +176,7 @@ class Registration:
                 live_holder=_holder(live),
                 certified=certified,
                 declared_dead=await self._is_certified(me.boot_id),
+                holder_gone=gone,
             ),
             node,
             live,

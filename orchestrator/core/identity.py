@@ -4,7 +4,9 @@ A host's name is only a word in a configuration file: it is copied with the file
 on. So is everything else on that disk. What tells an agent from its copies:
 
 * `machine` belongs to the hardware; `boot_id` to the kernel that runs there now;
-* `lock` is the lock file that the agent holds for life: on one kernel, who holds it now has no living predecessor;
+* `lock` is the lock file that the agent holds for life: on one kernel, who holds it now has no living predecessor.
+  A directory that was moved to another file system has another one: there, the kernel is asked whether the process that
+  was registered (`pid`, `start_time`, in the pid namespace `pids`) has ended;
 * `claim` is drawn anew at each registration: an older copy of the disk does not have the last one.
 
 Silence proves nothing (H11). What is not proved is refused, and an operator decides: docs/operations.md.
@@ -34,6 +36,14 @@ class AgentIdentity(Record):
     """`device:inode` of the lock file."""
     claim: str = ""
     """Drawn at this registration, and noted in the agent's directory before it."""
+    pid: int = 0
+    """Of the process; 0: an agent that did not say."""
+    start_time: int = 0
+    """Of the process, in clock ticks since the machine's start."""
+    pids: str = ""
+    """The pid namespace in which `pid` is its number, as `device:inode`."""
+    markers: str = ""
+    """`device:inode` of the volatile directory."""
 
 
 class Place(StrEnum):
@@ -77,6 +87,8 @@ class PlaceSeen:
     """The registered power cycle is certified to be over."""
     declared_dead: bool = False
     """The claimant's own power cycle is."""
+    holder_gone: bool = False
+    """The claimant's own kernel says that the holder's process has ended. That it cannot tell is no such word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +117,7 @@ def _without_session(me: AgentIdentity, claims: Sequence[str], seen: PlaceSeen) 
     if not seen.boot_id:
         return Answer(Place.TAKE)
     if seen.boot_id == me.boot_id:
-        if seen.holder is None or is_successor(me, seen.holder):
+        if seen.holder is None or is_successor(me, seen.holder) or is_moved(me, claims, seen.holder, seen):
             return Answer(Place.TAKE)
         same = seen.holder.installation == me.installation
         return Answer(Place.REFUSED, Doubt.OTHER_DIRECTORY if same else Doubt.OTHER_INSTALLATION)
@@ -125,6 +137,25 @@ def is_successor(me: AgentIdentity, holder: AgentIdentity) -> bool:
         holder.boot_id,
         holder.lock,
     )
+
+
+def is_moved(me: AgentIdentity, claims: Sequence[str], holder: AgentIdentity, seen: PlaceSeen) -> bool:
+    """The same installation in the same power cycle, whose directory lies on another file system now.
+
+    It proves less than the lock does, so it also waits for the session to lapse.
+    """
+    same = (me.installation, me.machine, me.boot_id) == (holder.installation, holder.machine, holder.boot_id)
+    return same and has_ended(seen) and has_last_claim(claims, holder) and has_markers(me, holder)
+
+
+def has_ended(seen: PlaceSeen) -> bool:
+    """A copy of the directory that is used beside the original is refused while that one's agent lives."""
+    return seen.holder_gone
+
+
+def has_markers(me: AgentIdentity, holder: AgentIdentity) -> bool:
+    """With another volatile directory, a missing marker would prove what is not so (H10)."""
+    return bool(me.markers) and me.markers == holder.markers
 
 
 def former_cycle_doubt(me: AgentIdentity, claims: Sequence[str], holder: AgentIdentity) -> Doubt:

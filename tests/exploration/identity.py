@@ -28,6 +28,8 @@ class Kind(StrEnum):
     """The same at any time. Sound only while the first agent keeps its session: a limit (docs/adr/0013)."""
     BESIDE = "beside"
     """Its directory was copied, and is used on the same machine."""
+    APART = "apart"
+    """The same, with a volatile directory of its own."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Bounds:
     """Of an agent from the ledger, long enough for its session to lapse."""
     declared: int = 0
     """Certificates by an operator, all true (A4)."""
+    moves: int = 0
+    """Of the first agent's directory to another file system, while no agent uses it."""
 
 
 class Machine(NamedTuple):
@@ -53,6 +57,7 @@ class Agent(NamedTuple):
     machine: int
     installation: str
     lock: str
+    markers: str = "v0"
     claims: tuple[int, ...] = ()
     """As noted on its disk."""
     process: int = 0
@@ -76,13 +81,13 @@ class World(NamedTuple):
 def start(bounds: Bounds) -> World:
     """The first agent is registered and serves; the second one's is not started yet."""
     twin = bounds.kind in (Kind.TWIN, Kind.FRESH_TWIN)
-    beside = bounds.kind is Kind.BESIDE
+    beside = bounds.kind in (Kind.BESIDE, Kind.APART)
     machines = (Machine("m0"), Machine("m0" if twin else "m1", boot=100))
-    first = Agent(0, "first", "lock0", (1, 2), 3)
-    second = Agent(0 if beside else 1, "second", "lock1")
+    first = Agent(0, "first", "lock0", claims=(1, 2), process=3)
+    second = Agent(0 if beside else 1, "second", "lock1", "v1" if bounds.kind is Kind.APART else "v0")
     if bounds.kind is Kind.TWIN:
         second = second._replace(installation="first", claims=(1,))
-    registered = AgentIdentity("first", "m0", "b0", "p3", "lock0", "2")
+    registered = AgentIdentity("first", "m0", "b0", "p3", "lock0", "2", markers="v0")
     cloned = bounds.kind in (Kind.COPIED, Kind.TWIN)
     return World(machines, (first, second), registered, registered, frozenset(), cloned, bounds)
 
@@ -90,7 +95,17 @@ def start(bounds: Bounds) -> World:
 def me(world: World, number: int) -> AgentIdentity:
     agent = world.agents[number]
     machine = world.machines[agent.machine]
-    return AgentIdentity(agent.installation, machine.number, f"b{machine.boot}", f"p{agent.process}", agent.lock)
+    boot, process = f"b{machine.boot}", f"p{agent.process}"
+    return AgentIdentity(agent.installation, machine.number, boot, process, agent.lock, markers=agent.markers)
+
+
+def holder_gone(world: World, number: int) -> bool:
+    """What the kernel of this agent's machine says of the process that is registered; of no other machine's."""
+    here = world.agents[number].machine
+    alive = {f"p{each.process}" for each in world.agents if each.process and each.machine == here}
+    mine = me(world, number)
+    same_kernel = (world.record.machine, world.record.boot_id) == (mine.machine, mine.boot_id)
+    return same_kernel and world.record.agent not in alive
 
 
 def _fresh(used: set[str], letter: str) -> int:
@@ -155,6 +170,8 @@ def _agent(world: World, number: int) -> Iterator[Move]:
     if not agent.process:
         if world.machines[agent.machine].on and (number == 0 or world.cloned):
             yield f"start {number}", number == 0, _with(world, number, process=_new_process(world))
+        if number == 0 and world.left.moves:
+            yield "move 0", False, _spend(_with(world, 0, lock="lock2"), "moves")
         return
     if world.left.deaths:
         yield f"kill {number}", False, _spend(_with(world, number, process=0, read=None), "deaths")
@@ -179,6 +196,7 @@ def _read(world: World, number: int) -> World:
         live_holder=world.live,
         certified=world.record.boot_id in world.fence,
         declared_dead=me(world, number).boot_id in world.fence,
+        holder_gone=holder_gone(world, number),
     )
     answer = identity.may_take(me(world, number), [str(claim) for claim in world.agents[number].claims], seen)
     if answer.place is Place.REFUSED:
@@ -207,7 +225,18 @@ def _write(world: World, number: int) -> World:
     predecessor = {f"p{each.process}" for each in world.agents if each.process}
     if world.record.agent in predecessor:
         taken = taken._replace(flaw="the place was taken from an agent that is alive")
+    elif record.boot_id == mine.boot_id and record.lock != mine.lock:
+        taken = taken._replace(flaw=_moved_flaw(agent, record))
     return taken
+
+
+def _moved_flaw(agent: Agent, record: AgentIdentity) -> str:
+    """In one power cycle, with another directory: what the agent knows of its guests must be all there is."""
+    if record.claim not in map(str, agent.claims):
+        return "the place was taken with notes older than the last agent's"
+    if record.markers != agent.markers:
+        return "the place was taken without the markers of this power cycle"
+    return ""
 
 
 def _ledger(world: World) -> Iterator[Move]:

@@ -21,6 +21,10 @@ WORLDS = (
     Bounds(Kind.TWIN, declared=1),
     Bounds(Kind.FRESH_TWIN, deaths=0, cuts=0),
     Bounds(Kind.BESIDE, cuts=2),
+    Bounds(Kind.BESIDE, cycles=1, moves=1),
+    Bounds(Kind.APART, cycles=1, moves=1),
+    Bounds(Kind.CLONED, moves=1),
+    Bounds(Kind.FRESH_TWIN, deaths=0, cuts=0, moves=1),
 )
 
 
@@ -30,7 +34,9 @@ def operator_acts(world: World) -> bool:
 
 
 @pytest.mark.rule("H11")
-@pytest.mark.parametrize("bounds", WORLDS, ids=lambda bounds: f"{bounds.kind}-{bounds.cuts}-{bounds.declared}")
+@pytest.mark.parametrize(
+    "bounds", WORLDS, ids=lambda bounds: f"{bounds.kind}-{bounds.cuts}-{bounds.declared}-{bounds.moves}"
+)
 def test_a_place_is_only_taken_from_the_dead(bounds: Bounds) -> None:
     result = explore(bounds, is_lost=operator_acts)
     print(f"{bounds}: {result.states} states")
@@ -58,6 +64,9 @@ MUTANTS: dict[str, tuple[list[Patch], Bounds]] = {
     "old_copy": ([(identity, "has_last_claim", lambda *_: True)], Bounds(Kind.TWIN)),
     "other_machine": ([(identity, "machine_doubt", _never_doubted)], Bounds(Kind.CLONED)),
     "other_directory": ([(identity, "is_successor", _same_machine_is_enough)], Bounds(Kind.BESIDE)),
+    "holder_unasked": ([(identity, "has_ended", lambda *_: True)], Bounds(Kind.BESIDE)),
+    "moved_old_copy": ([(identity, "has_last_claim", lambda *_: True)], Bounds(Kind.BESIDE, deaths=3)),
+    "other_markers": ([(identity, "has_markers", lambda *_: True)], Bounds(Kind.APART)),
     "unguarded": ([(world_module, "holds", lambda *_: True)], Bounds(Kind.FRESH_TWIN, deaths=0, cuts=0)),
 }
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from agents.engine.qemu import process
-from agents.guest.files import GuestFiles, found_on_disk, guests_root
+from agents.guest.files import GuestFiles, found_on_disk, guests_root, note_roots
+from orchestrator.core.liveness import LivenessUnknown
 from orchestrator.core.records import GuestSpec
 from tests.fakes.config import agent_config
 
@@ -81,6 +84,37 @@ def test_sockets_have_short_paths_in_any_directory(tmp_path: Path, monkeypatch: 
         with pytest.raises(PermissionError, match="others may write"):
             guests_root(config.dir / "guests")
     guests_root.cache_clear()
+
+
+@pytest.mark.parametrize("root", ["old", "with, comma", "a" * 90])
+def test_the_vmms_of_a_guest_are_found_from_a_moved_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    """With its notes gone as well: the sockets that QEMU was told of are where the directory was, or a short link."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as runtime:
+        monkeypatch.setattr("agents.guest.files._runtime", lambda: Path(runtime))
+        config = agent_config(tmp_path).model_copy(update={"dir": tmp_path / root})
+        config.dir.mkdir()
+        note_roots(config)
+        files = GuestFiles(config, G, GuestSpec("web"))
+        qmp = str(files.directory / "i.qmp").replace(",", ",,")
+        words = ["qemu-stand-in", "-c", "import time; time.sleep(60)", f"unix:{qmp},server=on"]
+        running = subprocess.Popen(words, executable=sys.executable)
+        try:
+            assert files.vmms() == [running.pid]
+            config.dir.rename(tmp_path / "moved")
+            moved = config.model_copy(update={"dir": tmp_path / "moved"})
+            note_roots(moved)
+            guests_root.cache_clear()
+            assert GuestFiles(moved, G, GuestSpec("web")).vmms() == [running.pid]
+            assert GuestFiles(moved, "1" + G[1:], GuestSpec("web")).vmms() == []
+            (moved.dir / "roots.json").write_text("{")
+            with pytest.raises(LivenessUnknown, match=r"mend or remove it.*roots\.json"):
+                GuestFiles(moved, G, GuestSpec("web")).vmms()
+        finally:
+            running.kill()
+            running.wait()
+            guests_root.cache_clear()
 
 
 def test_nobody_else_may_look_into_a_guests_directory(tmp_path: Path) -> None:

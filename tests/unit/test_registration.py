@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
-from collections.abc import AsyncIterator
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +18,9 @@ import pytest
 from agents.engine.base import MigrationEngine
 from agents.host import identity as host_identity
 from agents.host import registration
-from agents.host.identity import Installation, KernelIdentity, OneAgent, SimulatedIdentity
+from agents.host.identity import Installation, KernelIdentity, OneAgent, PowerCycle, SimulatedIdentity
 from agents.host.registration import Registration
+from orchestrator import proc
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.identity import AgentIdentity, Doubt
 from orchestrator.core.ids import HostRef
@@ -29,6 +34,10 @@ from tests.fakes.engine import FakeEngine
 
 HOST = "h2"
 FIRST = agent_identity(HostRef(HOST, "boot-1"), agent="a1", lock="1:1")
+THIS = replace(
+    host_identity.identity_of(PowerCycle("boot-1", "m"), lock="1:1", volatile_dir=Path("/tmp")), machine=FIRST.machine
+)
+"""Of the process that runs the test."""
 STRANGER = agent_identity(HostRef(HOST, "boot-9"), agent="b", machine="x", lock="2:2")
 
 
@@ -167,6 +176,81 @@ async def test_a_restarted_agent_does_not_wait_for_its_predecessors_session(
     assert live_of(tree) != FIRST
     first.store.expire()
     assert live_of(tree) is not None, "the node is of the successor's session"
+
+
+@pytest.fixture
+async def served(tree: Tree, tmp_path: Path) -> AsyncIterator[tuple[Claimant, subprocess.Popen[bytes]]]:
+    """Registered by a process of its own; and that process."""
+    process = await asyncio.to_thread(lambda: subprocess.Popen(["sleep", "60"]))
+    try:
+        said = replace(
+            THIS, agent="served", pid=process.pid, start_time=proc.start_time_of(process.pid) or 0, lock="1:1"
+        )
+        claimant = Claimant(tmp_path / "first", tree, said)
+        await claimant.take()
+        yield claimant, process
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+
+
+async def test_an_installation_whose_directory_moved_goes_on_once_its_agent_is_gone(
+    served: tuple[Claimant, subprocess.Popen[bytes]], tree: Tree, tmp_path: Path
+) -> None:
+    """It was refused until the host restarted: the lock file is another one on another file system."""
+    first, process = served
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")
+    moved = Claimant(tmp_path / "moved", tree, replace(THIS, lock="9:9"))
+    first.store.expire()  # cut off, and alive
+    assert await moved.refused() is Doubt.OTHER_DIRECTORY
+    process.kill()
+    await asyncio.to_thread(process.wait)
+    elsewhere = Claimant(tmp_path / "moved", tree, replace(THIS, lock="9:9", markers="8:8"))
+    assert await elsewhere.refused() is Doubt.OTHER_DIRECTORY, "the markers of this power cycle are not there"
+    inside = Claimant(tmp_path / "moved", tree, replace(THIS, lock="9:9", pids="8:8"))
+    assert await inside.refused() is Doubt.OTHER_DIRECTORY, "in another pid namespace the number says nothing"
+    await moved.take()
+    assert certified(tree) == ()
+    assert live_of(tree) == record_of(tree).identity
+    back = Claimant(tmp_path / "first", tree, replace(THIS, agent="back"))
+    moved.store.expire()
+    assert await back.refused() is Doubt.OTHER_DIRECTORY, "it is the older copy now, and the other agent lives"
+
+
+async def test_a_moved_installation_waits_for_the_session_of_its_agent_that_is_gone(
+    served: tuple[Claimant, subprocess.Popen[bytes]], tree: Tree, tmp_path: Path
+) -> None:
+    first, process = served
+    process.kill()
+    await asyncio.to_thread(process.wait)
+    moved = Claimant(tmp_path / "first", tree, replace(THIS, lock="9:9"))
+    assert await moved.refused() is Doubt.SESSION_LIVES
+    first.store.expire()
+    await moved.take()
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOMEM, errno.EPERM])
+async def test_what_cannot_be_told_of_the_registered_process_proves_nothing(
+    served: tuple[Claimant, subprocess.Popen[bytes]],
+    tree: Tree,
+    tmp_path: Path,
+    error: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, process = served
+    process.kill()
+    await asyncio.to_thread(process.wait)
+    first.store.expire()
+    moved = Claimant(tmp_path / "first", tree, replace(THIS, lock="9:9"))
+    monkeypatch.setattr(os, "pidfd_open", _failing(error))
+    assert await moved.refused() is Doubt.OTHER_DIRECTORY
+
+
+def _failing(number: int) -> Callable[[int], int]:
+    def fail(_: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 async def test_one_of_a_kind_that_never_said_who_it_is(tree: Tree, tmp_path: Path) -> None:
