@@ -14,7 +14,6 @@ from orchestrator.core import death
 from orchestrator.core.death import Fate, GuestFate
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
-from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.records import (
     Cordon,
@@ -226,7 +225,7 @@ class Deaths:
             said = f"the session of the agent of {name} lives: end its agent first"
             raise DroverError(RefusalReason.HOST_ALIVE, said)
         snapshot = await self._tools.inventory.snapshot()
-        there = sorted(guest.record.name for guest in snapshot.guests.values() if _names(guest.record, name))
+        there = sorted(guest.record.name for guest in snapshot.guests.values() if name in death.hosts_of(guest.record))
         if there:
             more = f" and {len(there) - _SOME} more" if len(there) > _SOME else ""
             said = (
@@ -252,10 +251,6 @@ class Deaths:
         ]
         silent: list[Op] = [Create(paths.live(name), b""), Delete(paths.live(name), 0)]
         return [*silent, *(Delete(path, node.version) for path, node in nodes if node is not None)]
-
-
-def _names(record: GuestRecord, host: str) -> bool:
-    return record.phase is not Ownership.GONE and any(ref.host == host for ref in death.speaks_for(record))
 
 
 def _answers(found: HostDeath, wanted: HostDeath) -> bool:

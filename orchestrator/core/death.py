@@ -65,6 +65,21 @@ def speaks_for(record: GuestRecord) -> set[HostRef]:
     return {known for known in (record.owner, record.source, record.destination) if known is not None}
 
 
+def hosts_of(record: GuestRecord) -> set[str]:
+    """Hosts that the guest is on, or may come to be on: the owner, where an open attempt leads, and where a committed
+    one may give it back to. A host that it has left is none of them, though the record goes on to say where from."""
+    match record.phase:
+        case Ownership.GONE:
+            return set()
+        case Ownership.OPEN:
+            there = (record.owner, record.destination)
+        case Ownership.COMMITTED:
+            there = (record.owner, record.source)
+        case _:
+            there = (record.owner,)
+    return {ref.host for ref in there if ref is not None}
+
+
 class Fate(StrEnum):
     """What becomes of one guest when its host is declared dead."""
 

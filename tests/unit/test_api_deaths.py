@@ -16,6 +16,7 @@ from orchestrator.coordinator.deaths import DeathRunner
 from orchestrator.core.death import successor_uuid
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import HostRef
 from orchestrator.core.records import (
     Certificate,
     FencerEntry,
@@ -237,6 +238,38 @@ async def test_a_host_is_forgotten_when_nothing_of_it_matters(
     assert paths.death("h1") not in store.tree.nodes
     assert paths.fence("h1", "boot-h1") in store.tree.nodes, "the certificate stays true"
     assert (await api.refused(client.remove_host, "h1")).reason is R.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("phase", "host", "in_the_way"),
+    [
+        (Ownership.IDLE, "h1", False),
+        (Ownership.CRASHED, "h1", False),
+        (Ownership.IDLE, "h2", True),
+        (Ownership.STARTING, "h2", True),
+        (Ownership.OPEN, "h3", True),
+        (Ownership.OPEN, "h1", False),
+        (Ownership.COMMITTED, "h1", True),
+        (Ownership.COMMITTED, "h3", False),
+        (Ownership.GONE, "h2", False),
+    ],
+)
+async def test_which_guests_keep_a_host_from_being_forgotten(
+    api: ApiCluster, client: OrchestratorClient, store: MemoryStore, phase: Ownership, host: str, in_the_way: bool
+) -> None:
+    """One that has left does not, though its record goes on to say where from."""
+    guest = await api.call(client.create_guest, DB, "h2")
+    h1, h3 = (HostRef(name, f"boot-{name}") for name in ("h1", "h3"))
+    node = store.tree.nodes[paths.guest(guest.uuid)]
+    now = replace(decode(GuestRecord, node.data), phase=phase, source=h1, destination=h3)
+    store.tree.nodes[paths.guest(guest.uuid)] = replace(node, data=encode(now), version=node.version + 1)
+    await dies(api, host)
+    await api.call(client.cordon_host, host, "old")
+    if in_the_way:
+        error = await api.refused(client.remove_host, host)
+        assert (error.reason, "db" in error.message) == (R.HOST_NOT_EMPTY, True)
+    else:
+        await api.call(client.remove_host, host)
 
 
 async def test_a_silent_host_is_only_forgotten_when_it_was_drained(
