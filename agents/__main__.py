@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import resource
 import signal
 import sys
 from collections.abc import Coroutine
@@ -26,11 +25,12 @@ from agents.config import AgentConfig, ConfigError, load
 from agents.engine.base import EngineError
 from agents.engine.qemu.engine import QemuEngine
 from agents.handover.peer import MAX_CALL_BYTES, Peers
-from agents.host import addresses, descriptors
+from agents.host import addresses
 from agents.host.identity import OneAgent, identity_of, make_identity
 from agents.host.metrics import Metrics
 from agents.serving.control import AgentServicer, translate
 from agents.serving.peer import PeerServicer
+from orchestrator import descriptors
 from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError
 from orchestrator.core.identity import AgentIdentity
@@ -90,7 +90,7 @@ async def _serve(config: AgentConfig, me: AgentIdentity) -> None:
     agent = Agent(config, me, engine, (store, commits), peers, metrics)
     told = await metrics.serve(config.listen, config.metrics_port) if config.metrics_port else None
     errors = Errors(require_deadline=False, translate=translate)
-    connections = descriptors.connections_of(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    connections = descriptors.connections_of(descriptors.limit())
     control = channels.aio_server([errors], max_connections=connections)
     hand_over = channels.aio_server([errors], max_request_bytes=MAX_CALL_BYTES, max_connections=connections)
     add_AgentServiceServicer_to_server(AgentServicer(agent), control)

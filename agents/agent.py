@@ -25,6 +25,7 @@ from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.host.registration import Registration
 from agents.shims import external
+from orchestrator import descriptors
 from orchestrator.core.agent import (
     AgentSample,
     AgentStatus,
@@ -140,6 +141,7 @@ class Agent:
         await self._forget_strays()
         self.place.hold()
         self._store.on_session(self._session)
+        self._tasks.keep(descriptors.look, "reserve of descriptors", again_s=descriptors.LOOK_S)
         self._tasks.keep(self._journal.write_on, "journal", again_s=RETRY_S, every_s=0.0)
         self._tasks.keep(self._scan_now_and_then, "scan of the ledger", again_s=RETRY_S)
 
@@ -251,8 +253,16 @@ class Agent:
 
     # --- AgentService -------------------------------------------------------------------------------------------------
 
-    async def start_guest(self, uuid: str) -> GuestStatus:
+    def _must_take_on(self) -> None:
+        """Nothing new is begun here without the host's place, nor on the reserve of descriptors: that is for the guests
+        there are. Raises HOST_NAME_TAKEN and NO_CAPACITY."""
         self.place.must_hold()
+        if descriptors.reserve.released:
+            said = f"the agent of {self.here.host} has no descriptors left: raise its limit of open files (LimitNOFILE)"
+            raise DroverError(RefusalReason.NO_CAPACITY, said)
+
+    async def start_guest(self, uuid: str) -> GuestStatus:
+        self._must_take_on()
         return await self._to_its_end(self._kept(uuid, lambda guest: guest.birth()))
 
     async def end_guest(self, uuid: str) -> None:
@@ -279,7 +289,7 @@ class Agent:
         return await self._known(uuid).apply_wish(sequence)
 
     async def prepare_destination(self, order: PrepareOrder) -> Prepared:
-        self.place.must_hold()
+        self._must_take_on()
         await self._epochs.heed(order.epoch)
         await self._must_have_memory(order.attempt.guest)
         return await self._kept(order.attempt.guest, lambda guest: guest.prepare(order))

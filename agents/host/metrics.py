@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 
 import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from agents.host.exposition import Exposition
 from agents.shims.inside import ASKS, INITIAL_SENT
+from orchestrator import descriptors
 from orchestrator.core.records import AttemptReport, DeviceSpec, TimelineEntry
 from orchestrator.tasks import failures
 from orchestrator.telemetry import lost_lines
@@ -61,6 +62,8 @@ class _OfThisProcess(Collector):
         yield tasks
         lost = "Log lines that could not be written: a full disk, or one that is too slow"
         yield CounterMetricFamily("drover_log_lines_lost", lost, value=lost_lines())
+        reserve = "1: descriptors have run out, and those that are kept back are in use"
+        yield GaugeMetricFamily("drover_descriptor_reserve_used", reserve, value=int(descriptors.reserve.released))
 
 
 class Metrics:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import click
 
+from orchestrator import descriptors
 from orchestrator.api import config as configuration
 from orchestrator.api.config import ApiConfig
 from orchestrator.api.server import ApiServer
 from orchestrator.core.errors import DroverError
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.zookeeper import ZooKeeperStore
+from orchestrator.tasks import Tasks
 from orchestrator.telemetry import configure_logging
 
 
@@ -24,11 +26,14 @@ async def _serve(config: ApiConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     server = ApiServer(config, ZooKeeperStore(config.zookeeper, chroot=config.chroot))
+    tasks = Tasks("process of the API")
+    tasks.keep(descriptors.look, "reserve of descriptors", again_s=descriptors.LOOK_S)
     try:
         await server.start()
         gc.freeze()  # what start-up made stays: later collections need not look at it
         await stopping.wait()
     finally:
+        await tasks.close()
         await server.stop()
 
 
@@ -39,6 +44,7 @@ def main(path: Path) -> None:
     try:
         config = configuration.load(path)
         configure_logging(config.log_level)
+        descriptors.raise_limit()
         asyncio.run(_serve(config))
     except (OSError, BadRecord, ValueError, DroverError) as error:
         raise click.ClickException(f"cannot start the API: {error}") from error

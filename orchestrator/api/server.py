@@ -7,6 +7,7 @@ from typing import Any
 
 import structlog
 
+from orchestrator import descriptors
 from orchestrator.api import limits
 from orchestrator.api.calls import Tools
 from orchestrator.api.config import ApiConfig
@@ -51,6 +52,7 @@ class ApiServer:
         self._server = aio_server(
             [Errors(require_deadline=True, translate=translate, check=limits.check, slow_reader_s=SLOW_READER_S)],
             max_request_bytes=MAX_REQUEST_BYTES,
+            max_connections=descriptors.connections_of(descriptors.limit(), len(config.listen)),
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._tree_is_there = False

@@ -23,6 +23,7 @@ import ray
 import structlog
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
+from orchestrator import descriptors
 from orchestrator.coordinator.pool import Pool, WorkerLost
 from orchestrator.coordinator.supervisor import Status, Supervisor
 from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, make_agents, make_store
@@ -62,6 +63,7 @@ class MigrationWorker:
 
     def __init__(self, config: CoordinatorConfig) -> None:
         configure_logging(config.log_level)
+        descriptors.raise_limit()
         self._store: Store | None = None
         self._ready: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         self._task = asyncio.get_running_loop().create_task(self._start(config))
@@ -123,6 +125,7 @@ class Coordinator:
 
     def __init__(self, config: CoordinatorConfig) -> None:
         configure_logging(config.log_level)
+        descriptors.raise_limit()
         self._config = config
         self._supervisor: Supervisor | None = None
         self._pool: Pool | None = None

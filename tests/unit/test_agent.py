@@ -19,6 +19,7 @@ from agents.engine import base as engine
 from agents.guest.files import GuestFiles
 from agents.handover import preflight
 from agents.host.metrics import Metrics
+from orchestrator import descriptors
 from orchestrator.core import handover
 from orchestrator.core.agent import ConductOrder, PrepareOrder, RunState
 from orchestrator.core.endpoint import Endpoint
@@ -99,6 +100,20 @@ def on_its_way_here(world: World) -> None:
     idle = GuestRecord("web", Ownership.IDLE, THERE)
     opened = handover.open_attempt(idle, REF.migration, REF.attempt, HERE, epoch=0, writer="c")
     world.put(paths.guest(G), opened)
+
+
+async def test_nothing_is_taken_on_while_descriptors_have_run_out(
+    agent: Agent, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_its_way_here(world)
+    monkeypatch.setattr(descriptors.reserve, "look", lambda: None)
+    monkeypatch.setattr(descriptors.reserve, "released", True)
+    for call in (agent.prepare_destination(ORDER), agent.start_guest(G)):
+        with pytest.raises(DroverError, match="no descriptors left") as caught:
+            await call
+        assert caught.value.reason is RefusalReason.NO_CAPACITY
+    monkeypatch.setattr(descriptors.reserve, "released", False)
+    await agent.prepare_destination(ORDER)
 
 
 async def test_a_destination_is_never_prepared_by_a_keeper_that_has_just_ended(agent: Agent, world: World) -> None:

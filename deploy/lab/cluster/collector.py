@@ -38,6 +38,7 @@ import click
 
 from deploy.lab.cluster.consoles import RECENT_LINES, Console, Consoles
 from deploy.lab.cluster.layout import Layout, LocalClusterError
+from orchestrator import descriptors
 
 LOOK_NS = 20_000_000
 FLUSH_NS = 50_000_000
@@ -335,6 +336,7 @@ def main(directory: Path) -> None:
             raise click.ClickException(f"a collector for {layout.dir} already runs: stop it first") from None
         with contextlib.suppress(OSError):  # a late stamp is noise in the evidence; without the right to it, so be it
             os.setpriority(os.PRIO_PROCESS, 0, -10)
+        descriptors.raise_limit()  # one for each console
         collector = Collector(layout)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, collector.stop)
