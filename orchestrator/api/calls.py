@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.fleet import Fleet
-from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import Conflict, Done, Op, OutcomeUnknown, Store, StoreUnavailable
 from orchestrator.rpc.agent_client import AgentClients
@@ -28,7 +28,7 @@ class Tools:
     store: Store
     agents: AgentClients
     fleet: Fleet
-    inventory: Inventory
+    index: Index
     ledger: Ledger
     chaos: bool = False
     wall_s: Callable[[], float] = time.time

@@ -185,7 +185,7 @@ class Deaths:
 
     async def _fates(self, dead: HostRef) -> tuple[tuple[GuestFate, ...], tuple[tuple[str, int], ...]]:
         """In the order of their names."""
-        snapshot = await self._tools.inventory.snapshot()
+        snapshot = await self._tools.index.snapshot()
         touched = [uuid for uuid, guest in snapshot.guests.items() if death.fate(uuid, guest.record, guest.spec, dead)]
         bound = asyncio.Semaphore(_AT_ONCE)
 
@@ -224,7 +224,7 @@ class Deaths:
         if await store.read(paths.live(name)) is not None:
             said = f"the session of the agent of {name} lives: end its agent first"
             raise DroverError(RefusalReason.HOST_ALIVE, said)
-        snapshot = await self._tools.inventory.snapshot()
+        snapshot = await self._tools.index.snapshot()
         there = sorted(guest.record.name for guest in snapshot.guests.values() if name in death.hosts_of(guest.record))
         if there:
             more = f" and {len(there) - _SOME} more" if len(there) > _SOME else ""

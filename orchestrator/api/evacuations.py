@@ -23,9 +23,9 @@ from orchestrator.core.text import clip
 from orchestrator.ledger import paths
 from orchestrator.ledger.evacuations import read_job
 from orchestrator.ledger.gather import each
-from orchestrator.ledger.inventory import Snapshot
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.records import BadRecord
+from orchestrator.ledger.snapshot import Snapshot
 from orchestrator.ledger.store import Check, Done, Op
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
@@ -88,7 +88,7 @@ class Evacuations:
         if earlier := await asked.earlier(self._tools):
             return await self._answer(earlier)
         for _ in range(WRITE_TRIES):
-            snapshot = await self._tools.inventory.snapshot()
+            snapshot = await self._tools.index.recent()
             if request.host not in snapshot.hosts:
                 raise not_found("host", request.host, field="host")
             leaving = [each for each in snapshot.guests.values() if _leaves(each, request.host)]
@@ -120,7 +120,7 @@ class Evacuations:
     async def _answer(self, operation: str) -> pb.CreateEvacuationResponse:
         """Of a request that was carried out before: the job as it is, and verdicts on who is still there."""
         evacuation = await self.get(operation.rpartition("/")[2])
-        snapshot = await self._tools.inventory.snapshot()
+        snapshot = await self._tools.index.recent()
         leaving = [each for each in snapshot.guests.values() if _leaves(each, evacuation.host)]
         return _response(evacuation, _verdicts(snapshot, leaving))
 

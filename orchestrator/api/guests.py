@@ -29,8 +29,8 @@ from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
 from orchestrator.ledger.births import birth_ops
 from orchestrator.ledger.gather import each
-from orchestrator.ledger.inventory import HostEntry
 from orchestrator.ledger.ledger import op_create, op_set
+from orchestrator.ledger.snapshot import HostEntry
 from orchestrator.ledger.store import Delete, Done, Op
 from orchestrator.rpc.agent_client import CALL_S, END_GUEST_S, START_GUEST_S, AgentClient
 from orchestrator.scenario_text import parse_scenario
@@ -70,7 +70,7 @@ class Guests:
 
     async def list(self, host: str) -> list[types_pb2.Guest]:
         """By name; guests that are gone are left out."""
-        snapshot = await self._tools.inventory.snapshot()
+        snapshot = await self._tools.index.recent()
         if host and host not in snapshot.hosts:
             raise not_found("host", host, field="host")
         here = [one for one in snapshot.guests.values() if not host or one.record.owner.host == host]
@@ -127,7 +127,7 @@ class Guests:
 
     async def _place(self, spec: GuestSpec, wanted: str) -> tuple[HostRef, HostEntry]:
         """The host that has room, with the versions which must not have moved when the guest is recorded there."""
-        snapshot = await self._tools.inventory.snapshot()
+        snapshot = await self._tools.index.recent()
         need = need_for(spec)
         choice: Choice = choose(snapshot.views(), need, wanted=wanted)
         if choice.destination is None:

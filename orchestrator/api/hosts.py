@@ -12,9 +12,9 @@ from orchestrator.core.errors import invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.records import Cordon
 from orchestrator.ledger import paths
-from orchestrator.ledger.inventory import Snapshot
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.records import BadRecord, decode
+from orchestrator.ledger.snapshot import Snapshot
 from orchestrator.ledger.store import Done
 from protos.drover.v1 import types_pb2
 
@@ -26,16 +26,16 @@ class Hosts:
         self._tools = tools
 
     async def list(self) -> list[types_pb2.Host]:
-        return views.hosts(await self._tools.inventory.snapshot())
+        return views.hosts(await self._tools.index.recent())
 
     async def get(self, name: str) -> types_pb2.Host:
         _check_name(name)
-        return _one(await self._tools.inventory.snapshot(), name)
+        return _one(await self._tools.index.recent(), name)
 
     async def get_with_agent(self, name: str, caller: Caller) -> types_pb2.Host:
         """With what its agent says is there, or that the agent is silent. Never fails for the agent's sake."""
         _check_name(name)
-        snapshot = await self._tools.inventory.snapshot()
+        snapshot = await self._tools.index.recent()
         host = _one(snapshot, name)
         status = await ask(self._tools, snapshot.hosts[name].input.record, caller)
         owners = {uuid: guest.record.owner.host for uuid, guest in snapshot.guests.items()}

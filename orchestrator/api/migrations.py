@@ -166,7 +166,7 @@ class Migrations:
     async def _destination(self, read: GuestRead, wanted: str, *, may_wait: bool = False) -> str:
         """Where the guest would go now; empty: nowhere, but `may_wait`, and time may bring a place. Raises the refusal
         that stands against the wanted host, or against all."""
-        snapshot = await self._tools.inventory.snapshot()
+        snapshot = await self._tools.index.recent()
         need = need_of(GuestInput(read.uuid, read.record, read.spec))
         choice = choose(snapshot.views(), need, wanted=wanted)
         if choice.destination is None and may_wait and choice.passing:

@@ -68,7 +68,7 @@ class Repairs:
 
     async def _look_for(self, name: str, caller: Caller) -> _Look:
         """A guest that the ledger does not know, as the live agents have it, each asked once within a bound."""
-        snapshot = await self._tools.inventory.snapshot()
+        snapshot = await self._tools.index.snapshot()
         asked = [host.input for host in snapshot.hosts.values() if not host.input.certified_dead]
 
         async def one(host: HostInput) -> AgentStatus | None:

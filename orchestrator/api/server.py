@@ -14,7 +14,7 @@ from orchestrator.api.config import ApiConfig
 from orchestrator.api.requests import sweep_for_ever
 from orchestrator.api.servicer import OrchestratorServicer, translate
 from orchestrator.fleet import Fleet
-from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 from orchestrator.rpc.agent_client import AgentClients
@@ -43,7 +43,7 @@ class ApiServer:
             store=store,
             agents=agents,
             fleet=Fleet(store, agents),
-            inventory=Inventory(store),
+            index=Index(store),
             ledger=Ledger(store),
             chaos=config.chaos,
         )

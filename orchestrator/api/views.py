@@ -22,7 +22,7 @@ from orchestrator.core.placement import GuestInput, HostInput, HostView, Planned
 from orchestrator.core.records import AttemptReport, EvacuationGuest, MigrationPhase
 from orchestrator.core.text import clip
 from orchestrator.fleet import Fleet
-from orchestrator.ledger.inventory import Snapshot
+from orchestrator.ledger.snapshot import Snapshot
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
 

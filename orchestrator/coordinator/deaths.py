@@ -37,9 +37,10 @@ from orchestrator.core.records import (
 from orchestrator.fencing.base import Fenced, Fencers, Power
 from orchestrator.ledger import paths
 from orchestrator.ledger.births import birth_ops
-from orchestrator.ledger.inventory import HostEntry, Inventory
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.records import BadRecord, decode, encode
+from orchestrator.ledger.snapshot import HostEntry
 from orchestrator.ledger.store import Create, Delete, Op, SetData, Store, StoreUnavailable, Versioned
 from orchestrator.tasks import Tasks
 
@@ -79,14 +80,14 @@ class DeathRunner:
         self,
         store: Store,
         agents: AgentDirectory,
-        inventory: Inventory,
+        index: Index,
         epoch: int,
         fencers: Fencers,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._agents = agents
-        self._inventory = inventory
+        self._index = index
         self._epoch = epoch
         self._fencers = fencers
         self._wall_s = wall_s
@@ -348,7 +349,7 @@ class DeathRunner:
                 continue
             nodes = [(ref, await self._store.read(paths.fence(host, ref.boot_id))) for ref in refs]
             known = {ref: node for ref, node in nodes if node is not None}
-            registered = await self._inventory.host(host)
+            registered = await self._index.host(host)
             current = {host_ref(registered.input.record)} if registered else set[HostRef]()
             for ref in death.superfluous([(ref, node.mzxid) for ref, node in known.items()], needed | current):
                 forget = Delete(paths.fence(host, ref.boot_id), known[ref].version)
@@ -369,7 +370,7 @@ class DeathRunner:
 
     async def _restart(self, uuid: str, room: _Room) -> bool:
         """The next step of one guest; whether another follows."""
-        spec, found = await self._inventory.spec(uuid), await self._guest(uuid)
+        spec, found = await self._index.spec(uuid), await self._guest(uuid)
         if spec is None or found is None or death.why_left(spec):
             return False
         record, node = found
@@ -380,7 +381,7 @@ class DeathRunner:
         step = death.restart_step(record, spec, successor[0] if successor else None, name_is_ours=ours)
         if step is Restart.CREATE:
             if not room.seen:
-                snapshot = await self._inventory.snapshot()
+                snapshot = await self._index.snapshot()
                 room.look({view.ref.host: view for view in snapshot.views()}, snapshot.hosts)
             avoid = successor[0].owner.host if successor else ""
             if not await self._create(uuid, record, node.version, spec, name, room, avoid):
@@ -427,7 +428,7 @@ class DeathRunner:
 
     def _start(self, uuid: str, record: GuestRecord) -> None:
         async def start() -> None:
-            entry = await self._inventory.host(record.owner.host)
+            entry = await self._index.host(record.owner.host)
             if entry is None:
                 return
             try:

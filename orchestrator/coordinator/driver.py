@@ -36,8 +36,9 @@ from orchestrator.core.records import (
     Reservations,
 )
 from orchestrator.ledger import paths
-from orchestrator.ledger.inventory import HostEntry, Inventory, Snapshot
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import decode, encode, encode_attempts
+from orchestrator.ledger.snapshot import HostEntry, Snapshot
 from orchestrator.ledger.store import (
     Check,
     Conflict,
@@ -90,7 +91,7 @@ class Tools:
 
     store: Store
     agents: AgentDirectory
-    inventory: Inventory
+    index: Index
     epoch: int
     placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One placement at a time per worker, so that a worker does not lose races against itself."""
@@ -321,22 +322,27 @@ class Driver:
         await asyncio.sleep(self._tools.rng.uniform(0.005, 0.05))
 
     async def _open(self, command: migration.Open) -> migration.Event:
+        fresh = False
         for _ in range(WRITE_TRIES):
             async with self._tools.placing:
-                snapshot = await self._tools.inventory.snapshot()
+                snapshot = await (self._tools.index.snapshot() if fresh else self._tools.index.recent())
                 nodes = await self._read()
                 ops = await self._open_ops(command, snapshot, nodes)
+                if isinstance(ops, (migration.NoPlace, migration.SourceSilent)) and not fresh:
+                    fresh = True  # there may be a place that this process has not been told of yet
+                    continue
                 if not isinstance(ops, list):
                     return ops
                 if await epoch_write(self._tools.store, self._tools.epoch, ops):
                     self._opened_at_s = self._tools.clock_s()
                     return migration.Finished()
+            fresh = True
             await self._pause()
         return migration.Finished()
 
     async def _open_ops(self, command: migration.Open, snapshot: Snapshot, nodes: _Nodes) -> list[Op] | migration.Event:
         spec, record = self._spec, nodes.record
-        guest_spec = await self._tools.inventory.spec(spec.guest)
+        guest_spec = await self._tools.index.spec(spec.guest)
         if record is None or nodes.guest is None or guest_spec is None:
             return migration.Finished()
         if nodes.state.cancel_requested or nodes.state.phase.terminal:

@@ -31,7 +31,7 @@ from orchestrator.core.records import (
 from orchestrator.ledger import paths
 from orchestrator.ledger.evacuations import Job, Rows, read_job, transactions, trimmed, written
 from orchestrator.ledger.gather import each
-from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.migrations import creation
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import SetData, Store, StoreUnavailable, Versioned
@@ -72,7 +72,7 @@ class EvacuationRunner:
     def __init__(
         self,
         store: Store,
-        inventory: Inventory,
+        index: Index,
         epoch: int,
         nudged: asyncio.Event,
         agents: AgentDirectory,
@@ -80,7 +80,7 @@ class EvacuationRunner:
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._inventory = inventory
+        self._index = index
         self._epoch = epoch
         self._nudged = nudged
         self._agents = agents
@@ -166,15 +166,15 @@ class EvacuationRunner:
         return True
 
     async def _facts(self, spec: EvacuationSpec, state: EvacuationState) -> evacuation.Facts:
-        """Migrations first: one that ended is never seen with a guest record from before its end."""
+        """Migrations first: one that ended is never seen with a guest record from before its end, which was announced
+        to the index before the answer that says so."""
         known = await each((guest for guest in state.guests if guest.migration), self._migration)
         migrations = {name: found for name, found in known if found is not None}
-        snapshot = await self._inventory.snapshot()
+        snapshot = await self._index.recent()
         entry = snapshot.hosts.get(spec.host)
         guests = [
             evacuation.GuestOnHost(guest.uuid, guest.spec.name, guest.spec.memory_mib, guest.record, need_of(guest))
-            for guest in snapshot.guests.values()
-            if evacuation.concerns(guest.record, spec.host)
+            for guest in snapshot.on(spec.host)
         ]
         facts = evacuation.Facts(
             cordoned=entry is not None and entry.input.cordon.on,
@@ -211,7 +211,7 @@ class EvacuationRunner:
                 continue
             node = await self._store.read(paths.guest(guest.guest))
             record = decode(GuestRecord, node.data, path=paths.guest(guest.guest)) if node and node.data else None
-            spec = await self._inventory.spec(guest.guest)
+            spec = await self._index.spec(guest.guest)
             if record is not None and spec is not None and record.host_died and record.owner.host == host:
                 found[guest.guest] = not why_left(spec)
         return found
@@ -252,7 +252,7 @@ class EvacuationRunner:
         await epoch_write(self._store, self._epoch, [SetData(path, content, node.version)])
 
     async def _create(self, command: evacuation.CreateMigration, spec: EvacuationSpec) -> None:
-        guest_spec = await self._inventory.spec(command.guest)
+        guest_spec = await self._index.spec(command.guest)
         if guest_spec is None or await self._store.read(paths.migration(command.id)) is not None:
             return
         policy = dict(spec.policy)

@@ -26,7 +26,7 @@ from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import Leader, MigrationSpec, MigrationState
 from orchestrator.fencing.base import Fencers
 from orchestrator.ledger import paths
-from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import (
     Conflict,
@@ -145,6 +145,7 @@ class Supervisor:
         self._bucket = TokenBucket(limits.starts_per_s, limits.burst)
         self._places = Places(store, max_concurrent=limits.max_concurrent, max_per_source=limits.max_per_source)
         self._lost = asyncio.Event()
+        self._index = Index(store)
         self._known: set[str] = set()
         self._jobs: set[str] = set()
         self._nudged = asyncio.Event()
@@ -268,11 +269,11 @@ class Supervisor:
             tasks.spawn(work, work.__name__, failed=failed)
 
         self._quarantine.clear_all()
-        runner = EvacuationRunner(self._store, Inventory(self._store), epoch, self._nudged, self._agents)
+        runner = EvacuationRunner(self._store, self._index, epoch, self._nudged, self._agents)
         spawn(self._watch_lost(over))
         spawn(self._discover(epoch, runner, spawn))
         spawn(self._for_ever(lambda: self._places.tend(epoch), "places of those who wait", 0.0))
-        deaths = DeathRunner(self._store, self._agents, Inventory(self._store), epoch, self._fencers)
+        deaths = DeathRunner(self._store, self._agents, self._index, epoch, self._fencers)
         spawn(self._for_ever(deaths.run, "deaths of hosts", 1.0))
         spawn(self._for_ever(runner.refresh_ended, "refresh of evacuations that ended", POWER_S))
         spawn(self._for_ever(lambda: self._tell_quarantine(epoch), "list of what is set aside", TELL_S))

@@ -8,7 +8,7 @@ from orchestrator.coordinator.driver import STORE_RETRY_S, Deposed, Driver, Tool
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.core.records import MigrationSpec
 from orchestrator.ledger import paths
-from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import decode
 from orchestrator.ledger.store import Store, StoreUnavailable
 
@@ -24,6 +24,7 @@ class Worker:
         self._store = store
         self._agents = agents
         self._max_arrivals = max_arrivals
+        self._index = Index(store)
         self._tools: Tools | None = None
         self._running: dict[str, asyncio.Task[str]] = {}
 
@@ -57,8 +58,7 @@ class Worker:
                 return None
         if self._tools is None or epoch != self._tools.epoch:
             self.stop()
-            inventory = Inventory(self._store)
-            self._tools = Tools(self._store, self._agents, inventory, epoch, max_arrivals=self._max_arrivals)
+            self._tools = Tools(self._store, self._agents, self._index, epoch, max_arrivals=self._max_arrivals)
         return self._tools
 
     async def _drive(self, migration: str, tools: Tools) -> str:

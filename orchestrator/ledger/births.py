@@ -5,8 +5,8 @@ from __future__ import annotations
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import GuestSpec, Reservations, WantRun
 from orchestrator.ledger import paths
-from orchestrator.ledger.inventory import HostEntry
 from orchestrator.ledger.ledger import op_create, op_set
+from orchestrator.ledger.snapshot import HostEntry
 from orchestrator.ledger.store import Check, Op
 
 

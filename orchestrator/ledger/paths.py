@@ -147,3 +147,21 @@ def leader() -> str:
 def quarantine() -> str:
     """What the leader has set aside, and why."""
     return f"{COORDINATOR}/quarantine"
+
+
+_OF_A_GUEST = ("", "spec", "want_run")
+_OF_A_HOST = ("", "cordon", "live", "resv")
+
+
+def guest_of(path: str) -> str:
+    """The uuid of the guest whose record, specification or wish stands at `path`; empty for any other node."""
+    root, _, rest = path[1:].partition("/")
+    uuid, _, child = rest.partition("/")
+    return uuid if f"/{root}" == GUESTS and child in _OF_A_GUEST else ""
+
+
+def host_of(path: str) -> str:
+    """The host whose record, cordon, session, reservations or certificates stand at `path`; empty for any other."""
+    root, _, rest = path[1:].partition("/")
+    name, _, child = rest.partition("/")
+    return name if f"/{root}" == FENCE or (f"/{root}" == HOSTS and child in _OF_A_HOST) else ""

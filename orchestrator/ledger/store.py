@@ -152,12 +152,12 @@ class Store(Protocol):
         """As `watch`, for the names of the children."""
         ...
 
-    def watch_tree(self, root: str, callback: Callable[[str | None], None]) -> Callable[[], None]:
-        """Call back with the path of every node that is created, changed or deleted below `root`, and of `root`.
+    def watch_tree(self, roots: Sequence[str], callback: Callable[[str | None], None]) -> Callable[[], None]:
+        """Call back with the path of every node that is created, changed or deleted below the roots, and of a root.
 
         Costs nothing per node. Says which node moved, not how: whoever wants to know reads it. A path is announced
         before any answer that may already show the change, so that a view which reads what was announced is never older
         than an answer it has seen. None: events may have been missed (the first call, and after each reconnect), look
-        at everything; it comes once the events that follow are certain to come. Returns a function that ends the watch.
+        at everything; it comes once the events of all roots are certain to come. Returns a function that ends it.
         """
         ...

@@ -88,7 +88,7 @@ class _Watch:
 
 @dataclass(eq=False)
 class _TreeWatch:
-    root: str
+    roots: tuple[str, ...]
     callback: Callable[[str | None], None]
     connected: asyncio.Event = field(default_factory=asyncio.Event)
     """A connection was made that has not been asked yet."""
@@ -456,8 +456,8 @@ class ZooKeeperStore:
 
     # --- watches of whole trees ---------------------------------------------------------------------------------------
 
-    def watch_tree(self, root: str, callback: Callable[[str | None], None]) -> Callable[[], None]:
-        tree = _TreeWatch(root, callback)
+    def watch_tree(self, roots: Sequence[str], callback: Callable[[str | None], None]) -> Callable[[], None]:
+        tree = _TreeWatch(tuple(roots), callback)
         tree.connected.set()
         tree.task = asyncio.get_running_loop().create_task(self._run_tree(tree))
         self._trees.append(tree)
@@ -473,7 +473,7 @@ class ZooKeeperStore:
     async def _run_tree(self, tree: _TreeWatch) -> None:
         """Ask each new connection for the events, and say when they are certain to come."""
         loop = asyncio.get_running_loop()
-        client, end = None, lambda: None
+        client, ends = None, list[Callable[[], None]]()
 
         def moved(path: str) -> None:
             """On kazoo's connection thread."""
@@ -485,17 +485,22 @@ class ZooKeeperStore:
                 await tree.connected.wait()
                 tree.connected.clear()
                 if self._client is not client:
-                    end()
-                    client, end = self._client, self._client.on_tree(tree.root, moved)
+                    client, old = self._client, ends
+                    ends = [self._client.on_tree(root, moved) for root in tree.roots]
+                    for end in old:
+                        end()
                 try:
-                    await self._read(lambda: self._client.add_tree_watch_async(tree.root), 2.0)
+                    for root in tree.roots:
+                        await self._read(lambda root=root: self._client.add_tree_watch_async(root), 2.0)
                 except StoreUnavailable:
                     await asyncio.sleep(_RETRY_S)
                     tree.connected.set()
                     continue
-                self._tell_tree(tree, None)
+                if not tree.connected.is_set():
+                    self._tell_tree(tree, None)
         finally:
-            end()
+            for end in ends:
+                end()
 
     def _tell_tree(self, tree: _TreeWatch, path: str | None) -> None:
         if tree not in self._trees:
@@ -503,7 +508,7 @@ class ZooKeeperStore:
         try:
             tree.callback(path)
         except Exception as error:
-            log.error("what moved at %s is not taken in: %s", path or tree.root, error)
+            log.error("what moved at %s is not taken in: %s", path or tree.roots, error)
 
 
 def _add(transaction: Any, op: Op) -> None:

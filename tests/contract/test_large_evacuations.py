@@ -32,7 +32,7 @@ from orchestrator.core.records import (
 from orchestrator.ledger import evacuations as layout
 from orchestrator.ledger import paths
 from orchestrator.ledger.gather import each
-from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.ledger import Ledger, op_create
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import Create, Done, Op, SetData, Store
@@ -138,7 +138,7 @@ async def test_two_thousand_guests_that_cannot_go_anywhere(api: ApiCluster, stor
     assert len(planned.verdicts) == GUESTS
     assert all(verdict.reason and len(verdict.message) < 2_000 for verdict in planned.verdicts)
     name = (await api.call(api.client.create_evacuation, "h1", 900)).evacuation.name
-    runner = EvacuationRunner(store, Inventory(store), 0, asyncio.Event(), api.server.tools.agents)
+    runner = EvacuationRunner(store, Index(store), 0, asyncio.Event(), api.server.tools.agents)
     turns = 0
     while not await runner.turn(name):
         turns += 1
@@ -165,7 +165,7 @@ async def test_a_large_job_is_cancelled_between_two_of_its_writes(api: ApiCluste
     """The wish is never written over, whatever of the job's rows was stored by then."""
     await populate(store)
     name = (await api.call(api.client.create_evacuation, "h1", 900)).evacuation.name
-    runner = EvacuationRunner(store, Inventory(store), 0, asyncio.Event(), api.server.tools.agents)
+    runner = EvacuationRunner(store, Index(store), 0, asyncio.Event(), api.server.tools.agents)
     job = await read(store, name)
     assert not await runner.turn(name)
     stale = layout.transactions(job, replace(job.state, message="late"))
@@ -190,7 +190,7 @@ async def test_a_job_of_an_older_version_goes_on_with_its_guests(api: ApiCluster
     await put(store, [[op_create(paths.evacuation("e1"), EvacuationSpec("e1", "h1"))]])
     await put(store, [[op_create(paths.evacuation_state("e1"), state)]])
     assert len((await api.call(api.client.get_evacuation, "e1")).guests) == 3
-    runner = EvacuationRunner(store, Inventory(store), 0, asyncio.Event(), api.server.tools.agents)
+    runner = EvacuationRunner(store, Index(store), 0, asyncio.Event(), api.server.tools.agents)
     assert not await runner.turn("e1")
     job = await read(store, "e1")
     assert (len(job.head.guests), len(job.guests), len(job.rows)) == (0, 120, 3)
@@ -207,7 +207,7 @@ async def test_a_host_that_was_emptied_hundreds_of_times_is_uncordoned_with_one_
     names = [f"h1-{number:03}" for number in range(400)]
     await put(store, ([op_create(paths.evacuation(name), EvacuationSpec(name, "h1"))] for name in names))
     await put(store, ([op_create(paths.evacuation_state(name), state)] for name in names))
-    runner = EvacuationRunner(store, Inventory(store), 0, asyncio.Event(), api.server.tools.agents)
+    runner = EvacuationRunner(store, Index(store), 0, asyncio.Event(), api.server.tools.agents)
     await runner.refresh_ended()
     for name in (names[0], names[-1]):
         assert (await api.call(api.client.get_evacuation, name)).safe_to_power_off

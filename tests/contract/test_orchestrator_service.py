@@ -39,7 +39,7 @@ from orchestrator.core.records import (
     TimelineEntry,
 )
 from orchestrator.ledger import paths
-from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.store import Versioned
 from orchestrator.rpc.channels import channel
 from orchestrator.rpc.errors import from_rpc_error
@@ -183,7 +183,7 @@ class Real(Subject):
 
     async def empty(self, evacuation: str) -> None:
         store, agents = self.world.store, self.cluster.server.tools.agents
-        runner = EvacuationRunner(store, Inventory(store), 0, asyncio.Event(), agents)
+        runner = EvacuationRunner(store, Index(store), 0, asyncio.Event(), agents)
         async with asyncio.timeout(10):
             while not await runner.turn(evacuation):
                 names = [guest.migration for guest in self.world.job(evacuation).guests if guest.migration]

@@ -196,27 +196,30 @@ async def test_children_are_watched(store: Store) -> None:
 async def test_a_tree_is_watched_with_all_that_is_below(connect: Connect, store: Store) -> None:
     """Also what did not exist, however deep, again and again, by whomever."""
     seen: list[str | None] = []
-    end = store.watch_tree("/a", seen.append)
+    end = store.watch_tree(["/a", "/c"], seen.append)
     await wait_for(lambda: seen == [None])
     other = connect()
     await other.start()
+    await other.ensure("/c")
+    assert seen.pop() == "/c"
     await done(other, Create("/a/x", b"1"), Create("/a/x/y", b""))
     await done(store, SetData("/a/x", b"2", 0))
     await done(other, SetData("/a/x", b"3", 1), Delete("/a/x/y", 0))
     await other.ensure("/ab")
     await done(other, SetData("/a", b"", 0))
-    await wait_for(lambda: seen == [None, "/a/x", "/a/x/y", "/a/x", "/a/x", "/a/x/y", "/a"])
+    await done(other, Create("/c/x", b""))
+    await wait_for(lambda: seen == [None, "/a/x", "/a/x/y", "/a/x", "/a/x", "/a/x/y", "/a", "/c/x"])
     end()
     await done(other, Delete("/a/x", 2))
     await asyncio.sleep(0.2)
-    assert seen[-1] == "/a"
+    assert seen[-1] == "/c/x"
     await other.close()
 
 
 async def test_what_moved_is_announced_before_any_answer_that_shows_it(connect: Connect, store: Store) -> None:
     """A view may trust: what it was not told of has not moved before what it has just read."""
     seen: list[str | None] = []
-    store.watch_tree("/a", seen.append)
+    store.watch_tree(["/a"], seen.append)
     await wait_for(lambda: seen == [None])
     other = connect()
     await other.start()
@@ -242,7 +245,7 @@ async def test_a_tree_is_told_as_a_whole_after_each_reconnect(server: ZooKeeperS
     await store.start()
     await store.ensure("/a")
     seen: list[str | None] = []
-    store.watch_tree("/a", seen.append)
+    store.watch_tree(["/a"], seen.append)
     await wait_for(lambda: seen == [None])
     store._cut()
     await wait_for(lambda: seen == [None, None], 20)

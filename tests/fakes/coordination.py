@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from orchestrator.coordinator.ports import AttemptSeen, ConductOrder
 from orchestrator.core import handover
@@ -54,13 +55,37 @@ MAX_TRANSACTION = 1_048_575
 """ZooKeeper's jute.maxbuffer."""
 
 
+class _Nodes(dict[str, Versioned]):
+    """Says which one moved, whoever moved it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trees: list[tuple[tuple[str, ...], Callable[[str | None], None]]] = []
+
+    def _tell(self, path: str) -> None:
+        for roots, tell in list(self.trees):
+            if any(path == root or path.startswith(f"{root.rstrip('/')}/") for root in roots):
+                tell(path)
+
+    def __setitem__(self, path: str, node: Versioned) -> None:
+        super().__setitem__(path, node)
+        self._tell(path)
+
+    def __delitem__(self, path: str) -> None:
+        super().__delitem__(path)
+        self._tell(path)
+
+    def pop(self, path: str, *default: Any) -> Any:
+        self._tell(path)
+        return super().pop(path, *default)
+
+
 @dataclass
 class Tree:
-    nodes: dict[str, Versioned] = field(default_factory=dict)
+    nodes: _Nodes = field(default_factory=_Nodes)
     owners: dict[str, object] = field(default_factory=dict)
     zxid: int = 0
     watches: list[tuple[str, bool, Callable[..., None]]] = field(default_factory=list)
-    trees: list[tuple[str, Callable[[str | None], None]]] = field(default_factory=list)
 
     def children(self, path: str) -> tuple[str, ...]:
         head = path.rstrip("/") + "/"
@@ -68,9 +93,6 @@ class Tree:
 
     def notify(self, path: str) -> None:
         loop = asyncio.get_running_loop()
-        for root, tell in list(self.trees):
-            if path == root or path.startswith(f"{root.rstrip('/')}/"):
-                tell(path)
         for watched, of_children, callback in list(self.watches):
             if of_children and path.rpartition("/")[0] == watched:
                 loop.call_soon(callback, self.children(watched))
@@ -201,11 +223,11 @@ class MemoryStore:
     def watch_children(self, path: str, callback: Callable[[tuple[str, ...]], None]) -> Callable[[], None]:
         return self._watch((path, True, callback), lambda: callback(self.tree.children(path)))
 
-    def watch_tree(self, root: str, callback: Callable[[str | None], None]) -> Callable[[], None]:
-        entry = (root, callback)
-        self.tree.trees.append(entry)
+    def watch_tree(self, roots: Sequence[str], callback: Callable[[str | None], None]) -> Callable[[], None]:
+        entry = (tuple(roots), callback)
+        self.tree.nodes.trees.append(entry)
         asyncio.get_running_loop().call_soon(callback, None)
-        return lambda: self.tree.trees.remove(entry) if entry in self.tree.trees else None
+        return lambda: self.tree.nodes.trees.remove(entry) if entry in self.tree.nodes.trees else None
 
     def _watch(self, entry: tuple[str, bool, Callable[..., None]], first: Callable[[], None]) -> Callable[[], None]:
         self.tree.watches.append(entry)

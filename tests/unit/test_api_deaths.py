@@ -27,7 +27,7 @@ from orchestrator.core.records import (
 )
 from orchestrator.fencing.base import Fenced, Fencers, Power
 from orchestrator.ledger import paths
-from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Delete, Done, SetData, Versioned
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
@@ -70,7 +70,7 @@ async def leader(api: ApiCluster, switch: Switch | None = None) -> AsyncIterator
     assert isinstance(store, MemoryStore)
     store.tree.nodes[paths.epoch()] = Versioned(b"", 1, 0)
     fencers = Fencers(((FencerEntry("ipmi", "exec", ("h*",)), switch),) if switch else ())
-    runner = DeathRunner(store, api.server.tools.agents, Inventory(store), 1, fencers)
+    runner = DeathRunner(store, api.server.tools.agents, Index(store), 1, fencers)
     task = asyncio.create_task(runner.run())
     try:
         await until(lambda: bool(store.tree.nodes.get(paths.FENCERS, Versioned(b"", 0, 0)).data))

@@ -35,7 +35,7 @@ from orchestrator.core.records import (
     TimelineEntry,
 )
 from orchestrator.ledger import paths
-from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Op, StoreUnavailable, Versioned, WriteResult
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
@@ -554,7 +554,7 @@ async def test_cancels_at_any_instant_of_a_driven_migration_are_true(
 
 async def evacuate(api: ApiCluster, world: World, job: str) -> None:
     """The coordinator's work on a job and its migrations."""
-    runner = EvacuationRunner(world.store, Inventory(world.store), EPOCH, asyncio.Event(), api.server.tools.agents)
+    runner = EvacuationRunner(world.store, Index(world.store), EPOCH, asyncio.Event(), api.server.tools.agents)
     worker = Worker(world.store, world)
     async with asyncio.timeout(15):
         while not await runner.turn(job):
@@ -676,7 +676,7 @@ async def test_an_evacuation_shows_its_guests_progress(
     api: ApiCluster, client: OrchestratorClient, world: World, web: str
 ) -> None:
     job = (await api.call(client.create_evacuation, "h1")).evacuation.name
-    runner = EvacuationRunner(world.store, Inventory(world.store), EPOCH, asyncio.Event(), api.server.tools.agents)
+    runner = EvacuationRunner(world.store, Index(world.store), EPOCH, asyncio.Event(), api.server.tools.agents)
     await runner.turn(job)
     name = world.job(job).guests[0].migration
     at(world, web, name, "bound")

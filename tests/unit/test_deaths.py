@@ -33,7 +33,7 @@ from orchestrator.core.records import (
 )
 from orchestrator.fencing.base import Fenced, Fencers, Power
 from orchestrator.ledger import paths
-from orchestrator.ledger.inventory import Inventory
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import decode
 from orchestrator.ledger.store import Versioned
 from tests.fakes.coordination import World
@@ -117,7 +117,7 @@ def certify(world: World, host: str = "h1", boot_id: str = "") -> None:
 
 def runner(world: World, switch: Switch | None = None) -> DeathRunner:
     known = fencers(switch) if switch else Fencers()
-    return DeathRunner(world.store, world, Inventory(world.store), EPOCH, known, wall_s=lambda: 1.0)
+    return DeathRunner(world.store, world, Index(world.store), EPOCH, known, wall_s=lambda: 1.0)
 
 
 @contextlib.asynccontextmanager

@@ -1,31 +1,25 @@
-"""Fresh looks at all hosts and guests for placements and evacuations, shared by everybody who asks at the same time.
+"""All hosts and guests, for placements and evacuations: what is in the ledger, without reading it each time.
 
-A record that cannot be read, such as one of a newer version, stops nobody else. A host like that takes no guests. A
-guest like that is not moved, and counts where it is: its host keeps room for it and is not "safe to power off".
+The view is kept by `index.Index`, which reads what moved and nothing else. A record that cannot be read, such as one of
+a newer version, stops nobody else. A host like that takes no guests. A guest like that is not moved, and counts where
+it is: its host keeps room for it and is not "safe to power off".
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-import structlog
-
-from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.handover import GuestRecord
 from orchestrator.core.ids import HostRef
 from orchestrator.core.placement import GuestInput, HostInput, HostView, host_views
 from orchestrator.core.record import Record
-from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations
+from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations, WantRun
 from orchestrator.ledger import paths
-from orchestrator.ledger.gather import each
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Store
-
-log = structlog.get_logger(__name__)
-
-_AT_ONCE = 64
-"""Reads under way: more would only queue behind each other in the client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +35,44 @@ class HostEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """All hosts, and all guests whose life is not over."""
+class GuestEntry:
+    """A guest with what a write must find unmoved."""
 
-    hosts: dict[str, HostEntry]
-    guests: dict[str, GuestInput]
-    unreadable: dict[str, str] = field(default_factory=dict[str, str])
+    input: GuestInput
+    version: int
+    mzxid: int
+    wish: WantRun | None
+    wish_version: int
+    """-1: there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All hosts, and all guests whose life is not over. It does not change any more."""
+
+    hosts: Mapping[str, HostEntry]
+    guests: Mapping[str, GuestInput]
+    unreadable: Mapping[str, str] = field(default_factory=dict[str, str])
     """What is wrong with records that are left out, by node."""
+    seen: Mapping[str, HostView] = field(default_factory=dict[str, HostView])
+    """Every host as a placement sees it."""
+    concerned: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
+    """Uuids of the guests whose record names a host as owner, source or destination, by host."""
 
     def views(self, *, but: str = "") -> tuple[HostView, ...]:
-        """`but`: a migration whose own promise is not counted."""
-        return host_views([host.input for host in self.hosts.values()], list(self.guests.values()), but=but)
+        """`but`: a migration whose own promise is not counted. Looks at no guest unless it has such a promise."""
+        if not but:
+            return tuple(self.seen.values())
+        own = [name for name, entry in self.hosts.items() if but in entry.input.reservations.memory_mib]
+        changed = {name: self._view(name, but) for name in own}
+        return tuple(changed.get(name, view) for name, view in self.seen.items())
+
+    def _view(self, name: str, but: str) -> HostView:
+        return host_views([self.hosts[name].input], self.on(name), but=but)[0]
+
+    def on(self, host: str) -> list[GuestInput]:
+        """The guests that have to do with a host."""
+        return [self.guests[uuid] for uuid in self.concerned.get(host, ()) if uuid in self.guests]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,55 +84,22 @@ class _Whereabouts(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class _Unreadable:
-    """A guest. `hosts` None: it may be anywhere; `memory_mib` None: it may have any size."""
+class UnreadableGuest:
+    """A guest whose record cannot be read as a whole."""
 
     uuid: str
     hosts: frozenset[str] | None
+    """None: it may be anywhere."""
     memory_mib: int | None
+    """None: it may have any size."""
 
 
-class Inventory:
-    """Reads hosts before guests: a reservation that was released before its host was read belongs to a guest whose
-    commit is seen as well, so memory is never counted too low."""
+class Reader:
+    """Reads one host or one guest. Every call raises StoreUnavailable, and BadRecord for what it cannot read."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._specs: dict[str, GuestSpec] = {}
-        self._gone: set[str] = set()
-        self._next: asyncio.Task[Snapshot] | None = None
-        self._scan = asyncio.Lock()
-        self._complaints: dict[str, str] = {}
-
-    async def snapshot(self) -> Snapshot:
-        """A look that began after this call. Raises StoreUnavailable."""
-        if self._next is None:
-            self._next = asyncio.create_task(self._run())
-        return await asyncio.shield(self._next)
-
-    async def _run(self) -> Snapshot:
-        async with self._scan:
-            self._next = None  # whoever asks from now on needs a later look than this one
-            unreadable: dict[str, str] = {}
-            hosts = await self._hosts(unreadable)
-            guests, hidden = await self._guests(unreadable)
-            for path, why in unreadable.items():
-                if self._complaints.get(path) != why:
-                    log.error("left out: a record cannot be read", path=path, error=why)
-            self._complaints = unreadable
-            return Snapshot({name: _with_room(entry, hidden) for name, entry in hosts.items()}, guests, unreadable)
-
-    async def _hosts(self, unreadable: dict[str, str]) -> dict[str, HostEntry]:
-        async def one(name: str) -> HostEntry | None:
-            try:
-                return await self.host(name)
-            except BadRecord as error:
-                unreadable[paths.host(name)] = str(error)
-                return None
-
-        names = await self._store.children(paths.HOSTS)
-        entries = await each(names, one)
-        return {name: entry for name, entry in zip(names, entries, strict=True) if entry is not None}
 
     async def host(self, name: str) -> HostEntry | None:
         """None when the host is not registered, or not completely yet. Raises StoreUnavailable, BadRecord."""
@@ -141,22 +129,8 @@ class Inventory:
             reservations=promised,
         )
 
-    async def _guests(self, unreadable: dict[str, str]) -> tuple[dict[str, GuestInput], list[_Unreadable]]:
-        hidden: list[_Unreadable] = []
-
-        async def one(uuid: str) -> GuestInput | None:
-            try:
-                return await self._guest(uuid)
-            except BadRecord as error:
-                unreadable[paths.guest(uuid)] = str(error)
-                hidden.append(await self._whereabouts(uuid))
-                return None
-
-        uuids = [uuid for uuid in await self._store.children(paths.GUESTS) if uuid not in self._gone]
-        found = await each(uuids, one, at_once=_AT_ONCE)
-        return {guest.uuid: guest for guest in found if guest is not None}, hidden
-
-    async def _whereabouts(self, uuid: str) -> _Unreadable:
+    async def whereabouts(self, uuid: str) -> UnreadableGuest:
+        """What can be made out of a guest whose record is not readable."""
         hosts = memory_mib = None
         with contextlib.suppress(BadRecord):
             node = await self._store.read(paths.guest(uuid))
@@ -166,19 +140,23 @@ class Inventory:
         with contextlib.suppress(BadRecord):
             spec = await self.spec(uuid)
             memory_mib = spec.memory_mib if spec is not None else None
-        return _Unreadable(uuid, hosts, memory_mib)
+        return UnreadableGuest(uuid, hosts, memory_mib)
 
-    async def _guest(self, uuid: str) -> GuestInput | None:
+    async def guest(self, uuid: str) -> GuestEntry | None:
+        """None: there is no such guest."""
         node = await self._store.read(paths.guest(uuid))
         if node is None:
             return None
         record = decode(GuestRecord, node.data, path=paths.guest(uuid))
-        if record.phase is Ownership.GONE:  # for good, while its node stays: never looked at again
-            self._gone.add(uuid)
-            self._specs.pop(uuid, None)
-            return None
         spec = await self.spec(uuid)
-        return None if spec is None else GuestInput(uuid, record, spec)
+        if spec is None:
+            return None
+        path = paths.want_run(uuid)
+        wish = await self._store.read(path)
+        known = decode(WantRun, wish.data, path=path) if wish is not None and wish.data else None
+        return GuestEntry(
+            GuestInput(uuid, record, spec), node.version, node.mzxid, known, wish.version if wish is not None else -1
+        )
 
     async def spec(self, uuid: str) -> GuestSpec | None:
         """Immutable, so read once."""
@@ -189,8 +167,12 @@ class Inventory:
             self._specs[uuid] = decode(GuestSpec, node.data, path=paths.guest_spec(uuid))
         return self._specs[uuid]
 
+    def forget(self, uuid: str) -> None:
+        """Its life is over, or it is gone."""
+        self._specs.pop(uuid, None)
 
-def _with_room(entry: HostEntry, hidden: list[_Unreadable]) -> HostEntry:
+
+def with_room(entry: HostEntry, hidden: Iterable[UnreadableGuest]) -> HostEntry:
     """The host with a promise for each guest that cannot be read and is, or may be, there.
 
     One of unknown size takes all the room. One that may be anywhere takes none, for it would stop every host, but keeps

@@ -1,0 +1,341 @@
+"""The fleet in memory: every host and every guest, kept true by watches, so that nobody has to read the ledger to look.
+
+One watch tells which nodes moved; those are read again, and nothing else is. A whole look happens once at the start and
+after each reconnect, at a pace that leaves room for others.
+
+**What a snapshot may be wrong about.** It may be old, by the time a read takes: whoever writes checks the versions it
+was made from. It is never wrong in the dangerous direction. Memory is freed at a host by its reservations, and taken
+there by a guest's record, written earlier or at once; a view that knew the first and not the second would give the
+same memory away twice. So hosts are read before guests, and taken in after them: when a host's answer is here, whatever
+moved before it has been announced (`Store.watch_tree`), and is read before the answer counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from orchestrator.core.evacuation import concerns
+from orchestrator.core.handover import Ownership
+from orchestrator.core.placement import GuestInput, HostView, host_views
+from orchestrator.core.records import GuestSpec
+from orchestrator.ledger import paths
+from orchestrator.ledger.gather import each
+from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.records import BadRecord
+from orchestrator.ledger.snapshot import GuestEntry, HostEntry, Reader, Snapshot, UnreadableGuest, with_room
+from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
+from orchestrator.tasks import Tasks
+
+log = structlog.get_logger(__name__)
+
+RETRY_S = 0.2
+LOOK_S = 30.0
+"""A first look at ten thousand guests takes seconds; nobody waits longer for it."""
+_AT_ONCE = 32
+
+Listener = Callable[[str], None]
+"""Called with the path of the record that moved: `paths.guest(uuid)` or `paths.host(name)`."""
+
+
+class View:
+    """What is known, and each host as a placement sees it. Pure: somebody else reads.
+
+    Per host only what moved is computed again, so that a snapshot costs no look at ten thousand guests.
+    """
+
+    def __init__(self) -> None:
+        self.guests: dict[str, GuestEntry] = {}
+        self.hosts: dict[str, HostEntry] = {}
+        """As they are in the ledger."""
+        self._hidden: dict[str, UnreadableGuest] = {}
+        self._unreadable: dict[str, str] = {}
+        self._inputs: dict[str, GuestInput] = {}
+        """Of `guests`; beside it, so that a snapshot is one copy."""
+        self._on: dict[str, frozenset[str]] = {}
+        self._stale: set[str] = set()
+        """Hosts whose view has to be made again."""
+        self._shown: dict[str, HostEntry] = {}
+        """With room for guests that cannot be read."""
+        self._seen: dict[str, HostView] = {}
+        self._shot: Snapshot | None = None
+
+    def put_guest(self, uuid: str, entry: GuestEntry | None) -> None:
+        """None: its life is over, or there is none."""
+        self._touch(uuid, self.guests.pop(uuid, None))
+        self._inputs.pop(uuid, None)
+        self._show(uuid)
+        if entry is not None:
+            self.guests[uuid], self._inputs[uuid] = entry, entry.input
+            self._touch(uuid, entry, add=True)
+
+    def put_host(self, name: str, entry: HostEntry | None) -> None:
+        """None: it is not registered."""
+        self._unreadable.pop(paths.host(name), None)
+        self._shot = None
+        if entry is None:
+            for known in (self.hosts, self._shown, self._seen):
+                known.pop(name, None)
+            return
+        self.hosts[name] = entry
+        self._stale.add(name)
+
+    def hide_guest(self, guest: UnreadableGuest, why: str) -> bool:
+        """Its record cannot be read. Whether that is news."""
+        news = self._unreadable.get(paths.guest(guest.uuid)) != why
+        self.put_guest(guest.uuid, None)
+        self._hidden[guest.uuid] = guest
+        self._unreadable[paths.guest(guest.uuid)] = why
+        self._stale.update(self.hosts if guest.hosts is None else guest.hosts)
+        return news
+
+    def hide_host(self, name: str, why: str) -> bool:
+        """Its record cannot be read. Whether that is news."""
+        news = self._unreadable.get(paths.host(name)) != why
+        self.put_host(name, None)
+        self._unreadable[paths.host(name)] = why
+        return news
+
+    def snapshot(self) -> Snapshot:
+        """As of now; the same object until something moves."""
+        if self._shot is None:
+            for name in self._stale & self.hosts.keys():
+                self._shown[name] = entry = with_room(self.hosts[name], self._hidden.values())
+                here = [self._inputs[uuid] for uuid in self._on.get(name, ())]
+                self._seen[name] = host_views([entry.input], here)[0]
+            self._stale.clear()
+            self._shot = Snapshot(
+                hosts=dict(sorted(self._shown.items())),
+                guests=dict(self._inputs),
+                unreadable=dict(self._unreadable),
+                seen=dict(sorted(self._seen.items())),
+                concerned=dict(self._on),
+            )
+        return self._shot
+
+    def _show(self, uuid: str) -> None:
+        """It is not hidden any more."""
+        hidden = self._hidden.pop(uuid, None)
+        self._unreadable.pop(paths.guest(uuid), None)
+        if hidden is not None:
+            self._stale.update(self.hosts if hidden.hosts is None else hidden.hosts)
+
+    def _touch(self, uuid: str, entry: GuestEntry | None, *, add: bool = False) -> None:
+        self._shot = None
+        if entry is None:
+            return
+        record = entry.input.record
+        for ref in (record.owner, record.source, record.destination):
+            if ref is None or not concerns(record, ref.host):
+                continue
+            self._stale.add(ref.host)
+            here = self._on.pop(ref.host, frozenset())
+            if here := here | {uuid} if add else here - {uuid}:
+                self._on[ref.host] = here
+
+
+class Index:
+    """One per process. Starts with the first look anybody takes; `close` ends it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._ledger = Ledger(store)
+        self._reader = Reader(store)
+        self._view = View()
+        self._gone: set[str] = set()
+        """Guests whose life is over while their nodes stand: never looked at again."""
+        self._moved_hosts: set[str] = set()
+        self._moved_guests: set[str] = set()
+        self._everything = False
+        self._gap = True
+        """Events may have been missed, and the whole look that makes up for it is not announced yet: what is read now
+        may not be put beside what was read before."""
+        self._asked: list[asyncio.Future[None]] = []
+        self._wake = asyncio.Event()
+        self._busy = False
+        """A round is under way."""
+        self._listeners: list[Listener] = []
+        self._tasks = Tasks("index")
+        self._end: Callable[[], None] | None = None
+        self.whole_looks = 0
+        """How often everything was read: once, and after each reconnect."""
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    async def snapshot(self) -> Snapshot:
+        """Nothing in it is older than this call. Costs one write, and reads of what moved. Raises StoreUnavailable."""
+        self._start()
+        await self._store.barrier()
+        return await self.recent()
+
+    async def recent(self) -> Snapshot:
+        """With everything that has been announced to this process, so with all that it wrote itself. For those who
+        check versions when they write, and for people. Raises StoreUnavailable."""
+        await self.flush()
+        return self._view.snapshot()
+
+    async def guests(self) -> Mapping[str, GuestEntry]:
+        """Whose life is not over, by uuid, as `recent`. Not to be changed. Raises StoreUnavailable."""
+        await self.flush()
+        return self._view.guests
+
+    async def spec(self, uuid: str) -> GuestSpec | None:
+        """Immutable, so read once. Raises StoreUnavailable, BadRecord."""
+        known = self._view.guests.get(uuid)
+        return known.input.spec if known is not None else await self._reader.spec(uuid)
+
+    async def host(self, name: str) -> HostEntry | None:
+        """Read anew. Raises StoreUnavailable, BadRecord."""
+        return await self._reader.host(name)
+
+    async def flush(self, timeout_s: float = LOOK_S) -> None:
+        """Until everything that was announced so far has been read. Raises StoreUnavailable."""
+        self._start()
+        if self._store.session is not SessionState.CONNECTED:
+            raise StoreUnavailable("not connected to ZooKeeper")
+        if not (self._gap or self._everything or self._moved_hosts or self._moved_guests or self._busy):
+            return
+        asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._asked.append(asked)
+        self._wake.set()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asked
+        except TimeoutError as error:
+            raise StoreUnavailable(f"the ledger was not seen as a whole within {timeout_s:g} s") from error
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call back for every record that has moved, once it is taken in. Returns a function that ends it."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener) if listener in self._listeners else None
+
+    async def close(self) -> None:
+        """End the watch. A later look starts it again."""
+        if self._end is not None:
+            self._end()
+            self._end = None
+        await self._tasks.close()
+
+    # --- what moves ---------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._end is not None:
+            return
+        self._tasks = Tasks("index")
+        self._gap = True
+        self._busy = False
+        self._end = self._store.watch_tree((paths.HOSTS, paths.GUESTS, paths.FENCE), self._announced)
+        self._store.on_session(self._session)
+        self._tasks.spawn(self._run(), "index")
+
+    def _session(self, state: SessionState) -> None:
+        if state is not SessionState.CONNECTED:
+            self._gap = True
+
+    def _announced(self, path: str | None) -> None:
+        if path is None:
+            self._everything, self._gap = True, False
+        else:
+            if name := paths.host_of(path):
+                self._moved_hosts.add(name)
+            elif uuid := paths.guest_of(path):
+                self._moved_guests.add(uuid)
+            else:
+                return
+        self._wake.set()
+
+    async def _run(self) -> None:
+        """Round after round, each for what was announced before it began."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._gap:
+                continue  # woken again once everything is announced
+            asked, self._asked = self._asked, []
+            self._busy = True
+            try:
+                news = await self._round()
+            except Exception as error:
+                if not isinstance(error, StoreUnavailable):
+                    log.exception("a look at the ledger failed")
+                self._asked = asked + self._asked
+                await asyncio.sleep(RETRY_S)
+                self._wake.set()
+                continue
+            finally:
+                self._busy = False
+            for one in asked:
+                if not one.done():
+                    one.set_result(None)
+            for path in news:
+                for listener in list(self._listeners):
+                    listener(path)
+
+    async def _round(self) -> list[str]:
+        """Read what moved: hosts first, taken in last (see above). Returns what was taken in; on StoreUnavailable
+        nothing is, and all of it is read in the next round."""
+        if self._everything:
+            self._everything = False
+            try:
+                await self._list()
+            except BaseException:
+                self._everything = True
+                raise
+        hosts, self._moved_hosts = self._moved_hosts, set()
+        guests = set[str]()
+        try:
+            found_hosts = await each(hosts, self._read_host, at_once=_AT_ONCE)
+            guests, self._moved_guests = self._moved_guests, set()
+            found_guests = await each(guests, self._read_guest, at_once=_AT_ONCE)
+            if self._gap:
+                raise StoreUnavailable("the connection was lost meanwhile")
+        except BaseException:
+            self._moved_hosts |= hosts
+            self._moved_guests |= guests
+            raise
+        for uuid, entry in zip(guests, found_guests, strict=True):
+            self._take_guest(uuid, entry)
+        for name, host in zip(hosts, found_hosts, strict=True):
+            self._take_host(name, host)
+        return [*map(paths.guest, guests), *map(paths.host, hosts)]
+
+    async def _list(self) -> None:
+        """A whole look: whatever there is, and whatever was known."""
+        hosts, guests = await self._ledger.list_hosts(), await self._ledger.list_guests()
+        self._gone.intersection_update(guests)
+        self._moved_hosts |= self._view.hosts.keys() | set(hosts)
+        self._moved_guests |= (self._view.guests.keys() | set(guests)) - self._gone
+        self.whole_looks += 1
+
+    async def _read_host(self, name: str) -> HostEntry | BadRecord | None:
+        try:
+            return await self._reader.host(name)
+        except BadRecord as error:
+            return error
+
+    async def _read_guest(self, uuid: str) -> GuestEntry | tuple[UnreadableGuest, BadRecord] | None:
+        try:
+            return await self._reader.guest(uuid)
+        except BadRecord as error:
+            return await self._reader.whereabouts(uuid), error
+
+    def _take_host(self, name: str, found: HostEntry | BadRecord | None) -> None:
+        if not isinstance(found, BadRecord):
+            self._view.put_host(name, found)
+        elif self._view.hide_host(name, str(found)):
+            log.error("left out: a record cannot be read", host=name, error=str(found))
+
+    def _take_guest(self, uuid: str, found: GuestEntry | tuple[UnreadableGuest, BadRecord] | None) -> None:
+        self._gone.discard(uuid)
+        if isinstance(found, tuple):
+            if self._view.hide_guest(found[0], str(found[1])):
+                log.error("left out: a record cannot be read", guest=uuid, error=str(found[1]))
+            return
+        if found is not None and found.input.record.phase is Ownership.GONE:
+            self._gone.add(uuid)
+            found = None
+        if found is None:
+            self._reader.forget(uuid)
+        self._view.put_guest(uuid, found)
