@@ -6,8 +6,9 @@ conduct. From there the two need nobody but each other and the ledger.
 Who decides, without clock or I/O, explored in every order (tests/exploration):
 
     words.py        commands and events, the words of both machines
-    source.py       the source's half: bind, gate, freeze, check, COMMIT, and every way back; its TABLE says which stage
-                    takes which event, and why
+    source/         the source's half: precopy.py (bind, gate), blackout.py (freeze, check, COMMIT), outcome.py (what
+                    the ledger says), back.py (every way back); machine.py's TABLE says which stage takes which event,
+                    and why
     destination.py  the destination's half: load, validate, wait for the ledger's word, take over; likewise
     table.py        what a table is; InvalidTransition
     timers.py       which timers run follows from the state

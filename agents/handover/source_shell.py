@@ -1,4 +1,4 @@
-"""The shell of a source session: carries out the commands of `source.py` and feeds back what came of them.
+"""The shell of a source session: carries out the commands of `source/` and feeds back what came of them.
 
 Commands run one after another in the order in which the machine gave them, but for the writes of requests, which have
 a lane of their own: an abort in the blackout does not wait for them. Events are taken in at any time. That is just what

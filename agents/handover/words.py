@@ -1,6 +1,6 @@
 """PURE. The words in which an attempt's session machines and their shell speak: commands and events.
 
-`step(state, event) -> (state, commands)` stands in `source.py` and `destination.py`: no clock, no I/O.
+`step(state, event) -> (state, commands)` stands in `source/machine.py` and `destination.py`: no clock, no I/O.
 The shell carries the commands out, in order, and feeds back what came of them as events. Deadlines are timers that the
 shell keeps: commands start and cancel them (`timers.py`), a ring is an event. Everything that decides whether the guest
 may run somewhere is in these machines or in `orchestrator.core`, so that the exploration (tests/exploration) drives the

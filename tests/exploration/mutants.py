@@ -12,10 +12,10 @@ from typing import Any
 
 from agents.guest import duty as keeping
 from agents.handover import destination as destination_session
-from agents.handover import source as source_session
 from agents.handover import timers
 from agents.handover.destination import DestinationStage, DestinationState
-from agents.handover.source import SourceStage, SourceState
+from agents.handover.source import SourceStage, SourceState, back, blackout, machine, outcome, precopy
+from agents.handover.source.state import UNILATERAL
 from agents.handover.table import ignored
 from agents.handover.words import Commit, DevicesLost, Do, Seen, Timer
 from orchestrator.core import death, handover
@@ -63,27 +63,27 @@ def dest_commits() -> list[Patch]:
 
 
 def submit_early() -> list[Patch]:
-    return [(source_session, "may_submit", lambda s: s.stage is SourceStage.LAST_PASS and s.sent and s.loaded)]
+    return [(blackout, "may_submit", lambda s: s.stage is SourceStage.LAST_PASS and s.sent and s.loaded)]
 
 
 def no_check() -> list[Patch]:
-    return [(source_session, "late_at_check", lambda state: ())]
+    return [(blackout, "late_at_check", lambda state: ())]
 
 
 def resume_submitted() -> list[Patch]:
     def timeout(state: SourceState) -> Any:
-        return source_session._refused(state) if state.stage is SourceStage.SUBMITTED else (state, ())
+        return outcome.refused(state) if state.stage is SourceStage.SUBMITTED else (state, ())
 
-    return [_with(source_session, Seen.LEDGER_UNKNOWN, timeout)]
+    return [_with(machine, Seen.LEDGER_UNKNOWN, timeout)]
 
 
 def bad_version_is_final() -> list[Patch]:
     def refused(state: SourceState) -> Any:
         if state.stage is SourceStage.SUBMITTED:
-            return source_session._refused(state)
-        return source_session._read_then_decide(state)
+            return outcome.refused(state)
+        return outcome.read_then_decide(state)
 
-    return [_with(source_session, Seen.LEDGER_REFUSED, refused)]
+    return [_with(machine, Seen.LEDGER_REFUSED, refused)]
 
 
 def blind_abort() -> list[Patch]:
@@ -113,7 +113,7 @@ def restart_continues() -> list[Patch]:
 
 
 def parked_forgotten() -> list[Patch]:
-    production = source_session.restarted_source
+    production = machine.restarted_source
 
     def restarted(ref: Any, here: Any, inc: str, *, want_run: bool, parked: bool, sealed: bool) -> Any:
         if parked:
@@ -178,26 +178,26 @@ def stale_read() -> list[Patch]:
 
 
 def no_req_check() -> list[Patch]:
-    return [(source_session, "req_to_check", lambda state: None)]
+    return [(blackout, "req_to_check", lambda state: None)]
 
 
 def late_when_stopped() -> list[Patch]:
-    return [(source_session, "late_at_check", lambda state: state.acks.pending)]
+    return [(blackout, "late_at_check", lambda state: state.acks.pending)]
 
 
 def forget_pause() -> list[Patch]:
     def restore(state: SourceState) -> Any:
         return replace(state, stage=SourceStage.RESUMING), (Do.RESUME,)
 
-    return [(source_session, "_restore", restore)]
+    return [(back, "_restore", restore)]
 
 
 def resume_in_place() -> list[Patch]:
-    return [(source_session, "may_resume_in_place", lambda state: True)]
+    return [(precopy, "may_resume_in_place", lambda state: True)]
 
 
 def forget_reset() -> list[Patch]:
-    return [_with(source_session, DevicesLost, ignored)]
+    return [_with(machine, DevicesLost, ignored)]
 
 
 def start_what_ended() -> list[Patch]:
@@ -210,9 +210,9 @@ def start_what_ended() -> list[Patch]:
 
 
 def wait_for_what_ended() -> list[Patch]:
-    ended = source_session._fails(AbortReason.GUEST_ENDED)
-    ours = {SourceStage.NEW, SourceStage.BINDING, *source_session._UNILATERAL}
-    return [_with(source_session, Seen.GUEST_ENDED, lambda state: ended(state) if state.stage in ours else (state, ()))]
+    ended = back.fails(AbortReason.GUEST_ENDED)
+    ours = {SourceStage.NEW, SourceStage.BINDING, *UNILATERAL}
+    return [_with(machine, Seen.GUEST_ENDED, lambda state: ended(state) if state.stage in ours else (state, ()))]
 
 
 def start_what_arrived_ended() -> list[Patch]:
@@ -257,7 +257,7 @@ def ack_timer_runs_on() -> list[Patch]:
         wanted = DUE_AT_SOURCE(state)
         return (*wanted, Timer.ACK) if Timer.PRECOPY in wanted and Timer.ACK not in wanted else wanted
 
-    return [(source_session, "due_timers", due)]
+    return [(machine, "due_timers", due)]
 
 
 def precopy_bound_is_lost() -> list[Patch]:
@@ -266,7 +266,7 @@ def precopy_bound_is_lost() -> list[Patch]:
     def due(state: SourceState) -> tuple[Timer, ...]:
         return tuple(timer for timer in DUE_AT_SOURCE(state) if timer is not Timer.PRECOPY or not state.released)
 
-    return [(source_session, "due_timers", due)]
+    return [(machine, "due_timers", due)]
 
 
 def switchover_from_check() -> list[Patch]:
@@ -274,14 +274,14 @@ def switchover_from_check() -> list[Patch]:
         stands = state.stage is SourceStage.LAST_PASS
         return tuple(timer for timer in DUE_AT_SOURCE(state) if timer is not Timer.SWITCHOVER or stands)
 
-    return [(source_session, "due_timers", due)]
+    return [(machine, "due_timers", due)]
 
 
 def waits_unclaimed() -> list[Patch]:
     return [(destination_session, "due_timers", lambda state: ())]
 
 
-DUE_AT_SOURCE = source_session.due_timers
+DUE_AT_SOURCE = machine.due_timers
 
 _REQUEST = Bounds(requests=1, cancels=0, faults=0)
 _CANCEL = Bounds(requests=0, cancels=1, faults=0)

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from agents.handover import source
 from agents.handover.destination import DestinationStage, DestinationState, destination_step
+from agents.handover.source import blackout
 from agents.handover.words import RecordSeen
 from orchestrator.core.handover import GuestRecord, Ownership
 from tests.exploration.mutants import MUTANTS, Mutant
@@ -131,5 +131,5 @@ def test_what_is_asked_of_the_next_attempt_binds_it_although_the_one_before_is_n
     path = (*_BEGUN, *_NEXT, "API asks", *_ENDED, *_BEGUN[1:], *_LOADED)
     refused = follow(_TWO, *path, "S Commit refused")
     assert refused.record.phase is Ownership.OPEN
-    monkeypatch.setattr(source, "req_to_check", lambda state: None)
+    monkeypatch.setattr(blackout, "req_to_check", lambda state: None)
     assert flaw(follow(_TWO, *path, "S Commit ok")) == "COMMIT OVER A LATE REQUEST"

@@ -292,8 +292,8 @@ def test_every_note_of_the_sessions_has_a_sentence() -> None:
 
     agents = Path(__file__).resolve().parents[2] / "agents" / "handover"
     notes: set[str] = set()
-    for name in ("source.py", "destination.py"):
-        notes |= set(re.findall(r'Note\("([\w ]+)"', (agents / name).read_text()))
+    for path in (*(agents / "source").glob("*.py"), agents / "destination.py"):
+        notes |= set(re.findall(r'Note\("([\w ]+)"', path.read_text()))
     for name in ("source_shell.py", "destination_shell.py"):
         notes |= set(re.findall(r'_note\("([\w ]+)"', (agents / name).read_text()))
     assert len(notes) > 30

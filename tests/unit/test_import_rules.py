@@ -15,13 +15,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PURE_PACKAGES = ("orchestrator.core",)
+PURE_PACKAGES = ("orchestrator.core", "agents.handover.source")
 PURE_MODULES = (
     "agents.handover.pace",
     "agents.handover.table",
     "agents.handover.timers",
     "agents.handover.words",
-    "agents.handover.source",
     "agents.handover.destination",
     "agents.guest.duty",
     "agents.handover.report",
