@@ -129,6 +129,18 @@ def overrides_from_proto(message: types_pb2.MigrationPolicy, *, field: str = "po
     return given
 
 
+def overrides_to_proto(given: Mapping[str, object]) -> tuple[types_pb2.MigrationPolicy, tuple[str, ...]]:
+    """A part of a policy as it is stored, and the names of what this version cannot say: a newer one wrote it."""
+    message = types_pb2.MigrationPolicy()
+    unknown: list[str] = []
+    for name, value in given.items():
+        try:
+            message.MergeFrom(policy_patch({name: value}) or types_pb2.MigrationPolicy())
+        except DroverError:
+            unknown.append(name)
+    return message, tuple(unknown)
+
+
 def policy_patch(given: Mapping[str, object] | None) -> types_pb2.MigrationPolicy | None:
     """A part of a policy, by the field names of `MigrationPolicy`; what is not given stays unset. None stays None.
 

@@ -14,15 +14,14 @@ from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest
 from orchestrator.api.migrations import policy_violations
 from orchestrator.api.reads import EvacuationRead, not_found, quarantined, read_evacuation
 from orchestrator.api.requests import Request
+from orchestrator.api.unreadable import Unreadable
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import Ownership
 from orchestrator.core.placement import GuestInput, need_of, plan
 from orchestrator.core.records import EvacuationPhase, EvacuationSpec, EvacuationState
-from orchestrator.core.text import clip
 from orchestrator.ledger import paths
 from orchestrator.ledger.evacuations import read_job
-from orchestrator.ledger.gather import each
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.snapshot import Snapshot
@@ -53,31 +52,20 @@ class Evacuations:
             shown.message = views.quarantined(shown.message, reason)
         return shown
 
-    async def list(self) -> list[types_pb2.Evacuation]:
-        """Newest first by the ledger's own order, at most MAX_LISTED. One that cannot be read is listed with what is
-        wrong with it."""
-        found = [
-            one for one in await each(await self._tools.ledger.list_evacuations(), self._listed) if one is not None
-        ]
+    async def list(self) -> pb.ListEvacuationsResponse:
+        """Newest first by the ledger's own order, at most MAX_LISTED; those that cannot be read are named."""
+        unreadable = Unreadable()
+        found = await unreadable.others(await self._tools.ledger.list_evacuations(), self._listed)
         found.sort(key=lambda one: -one[0])
         reasons = await quarantined(self._tools.ledger)
         shown = [shown for _, shown in found[:MAX_LISTED]]
         for one in shown:
             if not one.end_time.seconds:
                 one.message = views.quarantined(one.message, reasons.get(f"evacuations/{one.name}", ""))
-        return shown
+        return pb.ListEvacuationsResponse(evacuations=shown, unreadable=unreadable.message())
 
-    async def _listed(self, name: str) -> tuple[int, types_pb2.Evacuation] | None:
-        try:
-            read = await self.read(name)
-        except BadRecord as error:
-            node = await self._tools.store.read(paths.evacuation(name))
-            said = f"cannot be read: {clip(str(error))}"
-            return (node.mzxid, types_pb2.Evacuation(name=name, message=said)) if node is not None else None
-        except DroverError as error:
-            if error.reason is RefusalReason.NOT_FOUND:
-                return None
-            raise
+    async def _listed(self, name: str) -> tuple[int, types_pb2.Evacuation]:
+        read = await self.read(name)
         return read.order, views.evacuation(read, self._tools.fleet)
 
     # --- ask ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from orchestrator.api.decisions import StopStep
 from orchestrator.api.migrations import Migrations
 from orchestrator.api.reads import GuestRead, guest_uuid, no_place, not_found, read_guest
 from orchestrator.api.requests import Request
+from orchestrator.api.unreadable import Unreadable
 from orchestrator.core import handover
 from orchestrator.core.agent import RunState
 from orchestrator.core.compatibility import real_machine
@@ -28,7 +29,6 @@ from orchestrator.core.scenario import HOOKS, MAX_BYTES, MAX_TIMES
 from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
 from orchestrator.ledger.births import birth_ops
-from orchestrator.ledger.gather import each
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.snapshot import HostEntry
 from orchestrator.ledger.store import Delete, Done, Op
@@ -68,14 +68,17 @@ class Guests:
     async def get(self, name: str) -> types_pb2.Guest:
         return await self.view(await self.uuid_of(name))
 
-    async def list(self, host: str) -> list[types_pb2.Guest]:
-        """By name; guests that are gone are left out."""
+    async def list(self, host: str) -> pb.ListGuestsResponse:
+        """By name; guests that are gone are left out. Those that cannot be read are named: they may be on any host."""
         snapshot = await self._tools.index.recent()
         if host and host not in snapshot.hosts:
             raise not_found("host", host, field="host")
         here = [one for one in snapshot.guests.values() if not host or one.record.owner.host == host]
-        found = await each([one.uuid for one in here], self._view_or_none)
-        return sorted((one for one in found if one is not None), key=lambda one: (one.name, one.uuid))
+        unreadable = Unreadable()
+        unreadable.add_nodes(snapshot.unreadable, paths.GUESTS)
+        found = await unreadable.others([one.uuid for one in here], self._view_or_none)
+        found.sort(key=lambda one: (one.name, one.uuid))
+        return pb.ListGuestsResponse(guests=found, unreadable=unreadable.message())
 
     async def _view_or_none(self, uuid: str) -> types_pb2.Guest | None:
         read = await self.read(uuid)

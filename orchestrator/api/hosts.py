@@ -8,6 +8,7 @@ from orchestrator.api import decisions, views
 from orchestrator.api.asking import ask
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, pause, write
 from orchestrator.api.reads import not_found
+from orchestrator.api.unreadable import Unreadable
 from orchestrator.core.errors import invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.records import Cordon
@@ -16,6 +17,7 @@ from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.snapshot import Snapshot
 from orchestrator.ledger.store import Done
+from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
 
 log = structlog.get_logger(__name__)
@@ -25,8 +27,12 @@ class Hosts:
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
 
-    async def list(self) -> list[types_pb2.Host]:
-        return views.hosts(await self._tools.index.recent())
+    async def list(self) -> pb.ListHostsResponse:
+        """By name; those that cannot be read are named."""
+        snapshot = await self._tools.index.recent()
+        unreadable = Unreadable()
+        unreadable.add_nodes(snapshot.unreadable, paths.HOSTS)
+        return pb.ListHostsResponse(hosts=views.hosts(snapshot), unreadable=unreadable.message())
 
     async def get(self, name: str) -> types_pb2.Host:
         _check_name(name)

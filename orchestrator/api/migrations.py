@@ -26,6 +26,7 @@ from orchestrator.api.reads import (
     read_migration,
 )
 from orchestrator.api.requests import Request
+from orchestrator.api.unreadable import Unreadable
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
@@ -33,12 +34,10 @@ from orchestrator.core.handover import GuestRecord
 from orchestrator.core.placement import GuestInput, choose, need_of
 from orchestrator.core.policy import MigrationPolicy, policy_errors
 from orchestrator.core.records import HostRecord, MigrationSpec, Reservations
-from orchestrator.core.text import clip, quoted
+from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
-from orchestrator.ledger.gather import each
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.migrations import creation, free_of_others
-from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import Check, Done, Op, StoreUnavailable
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
@@ -72,9 +71,9 @@ class Migrations:
 
     async def list(
         self, guest: str, *, active_only: bool, page_size: int = 0, page_token: str = ""
-    ) -> tuple[list[types_pb2.Migration], str]:
+    ) -> pb.ListMigrationsResponse:
         """Newest first by the ledger's own order, at most MAX_LISTED, without time lines; and where the next page
-        begins, empty after the last. One that cannot be read is listed with what is wrong with it."""
+        begins, empty after the last. Those of the page that cannot be read are named."""
         before = page_start(page_token)
         size = page_size if 0 < page_size <= MAX_LISTED else MAX_LISTED
         uuid_of = await guest_uuid(self._tools.ledger, guest, field="guest") if guest else ""
@@ -86,26 +85,23 @@ class Migrations:
             and not (active_only and line.over)
         ]
         page, more = lines[:size], len(lines) > size
-        found = await each([line.name for line in page], self._listed)
-        shown = [one for one in found if one is not None]
+        unreadable = Unreadable()
+        shown = await unreadable.others([line.name for line in page], self._listed)
         reasons = await quarantined(self._tools.ledger)
         for one in shown:
             if one.name not in self._over:
                 one.message = views.quarantined(one.message, reasons.get(f"migrations/{one.name}", ""))
-        return shown, str(page[-1].order) if more else ""
+        return pb.ListMigrationsResponse(
+            migrations=shown,
+            next_page_token=str(page[-1].order) if more else "",
+            unreadable=unreadable.message(),
+        )
 
-    async def _listed(self, name: str) -> types_pb2.Migration | None:
+    async def _listed(self, name: str) -> types_pb2.Migration:
         if name in self._over:
             self._over.move_to_end(name)
             return self._over[name]
-        try:
-            read = await self.read(name)
-        except BadRecord as error:
-            return types_pb2.Migration(name=name, message=f"cannot be read: {clip(str(error))}")
-        except DroverError as error:
-            if error.reason is RefusalReason.NOT_FOUND:
-                return None
-            raise
+        read = await self.read(name)
         shown = views.migration(read, self._tools.fleet, timelines=False)
         if read.standing.state.phase.terminal:
             self._over[name] = shown

@@ -87,7 +87,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         return await self._hosts.get(request.name)
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: Any) -> pb.ListHostsResponse:
-        return pb.ListHostsResponse(hosts=await self._hosts.list())
+        return await self._hosts.list()
 
     async def CordonHost(self, request: pb.CordonHostRequest, context: Any) -> types_pb2.Host:
         return await self._hosts.cordon(request.name, request.reason, _caller(context))
@@ -115,7 +115,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         return await self._guests.get(request.name)
 
     async def ListGuests(self, request: pb.ListGuestsRequest, context: Any) -> pb.ListGuestsResponse:
-        return pb.ListGuestsResponse(guests=await self._guests.list(request.host))
+        return await self._guests.list(request.host)
 
     async def PauseGuest(self, request: pb.PauseGuestRequest, context: Any) -> pb.ChangeRunStateResponse:
         with about(guest=request.name):
@@ -150,13 +150,12 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         return await self._migrations.get(request.name)
 
     async def ListMigrations(self, request: pb.ListMigrationsRequest, context: Any) -> pb.ListMigrationsResponse:
-        found, more = await self._migrations.list(
+        return await self._migrations.list(
             request.guest,
             active_only=request.active_only,
             page_size=request.page_size,
             page_token=request.page_token,
         )
-        return pb.ListMigrationsResponse(migrations=found, next_page_token=more)
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: Any) -> types_pb2.Migration:
         with about(migration=request.name):
@@ -179,7 +178,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         return await self._evacuations.get(request.name)
 
     async def ListEvacuations(self, request: pb.ListEvacuationsRequest, context: Any) -> pb.ListEvacuationsResponse:
-        return pb.ListEvacuationsResponse(evacuations=await self._evacuations.list())
+        return await self._evacuations.list()
 
     async def CancelEvacuation(self, request: pb.CancelEvacuationRequest, context: Any) -> types_pb2.Evacuation:
         return await self._evacuations.cancel(request.name, _caller(context))

@@ -155,6 +155,12 @@ def migration(read: MigrationRead, fleet: Fleet, *, timelines: bool = True) -> t
     )
 
 
+def _with_newer(message: str, fields: Sequence[str]) -> str:
+    """What is said of a job whose policy has fields that this version does not know."""
+    said = f"set by a newer version, not shown here: {', '.join(sorted(fields))}" if fields else ""
+    return "; ".join(filter(None, (message, said)))
+
+
 def quarantined(message: str, reason: str) -> str:
     """What is said of a migration or an evacuation that the leader has set aside for `reason`, and tries again."""
     return f"quarantined: {reason}" + (f" ({message})" if message else "") if reason else message
@@ -172,16 +178,17 @@ def _short(report: AttemptReport) -> AttemptReport:
 
 def evacuation(read: EvacuationRead, fleet: Fleet) -> types_pb2.Evacuation:
     spec, state = read.spec, read.state
+    policy, newer = wire.overrides_to_proto(spec.policy)
     return types_pb2.Evacuation(
         name=spec.id,
         host=spec.host,
         phase=wire.evacuation_phase_to_proto(state.phase),
         guests=[_evacuation_guest(one, spec.host, fleet) for one in state.guests],
         max_concurrent=spec.max_concurrent,
-        policy=wire.policy_patch(spec.policy),
+        policy=policy,
         safe_to_power_off=is_safe_to_power_off(state, read.cordon, read.cordon_version),
         failure=state.failure or "",
-        message=state.message,
+        message=_with_newer(state.message, newer),
         cancel_requested=state.cancel_requested,
         create_time=wire.timestamp(spec.create_time_s),
         end_time=wire.timestamp(state.end_time_s),

@@ -292,6 +292,10 @@ class Feed(Generic[R, M]):
         except StoreUnavailable:
             self._moved[name] = True
             return False
+        except DroverError as error:
+            log.warning("a watch looks again", name=name, error=error.message)
+            self._moved[name] = True
+            return False
         except BadRecord as error:
             log.error("left out of watches: it cannot be read", name=name, error=str(error))
             entry.read, entry.error = None, error
@@ -307,7 +311,11 @@ class Feed(Generic[R, M]):
     def _render(self, name: str) -> bool:
         """Whether there is something new to tell."""
         entry = self._entries[name]
-        message = self._source.view(entry.read) if entry.read is not None else None
+        try:
+            message = self._source.view(entry.read) if entry.read is not None else None
+        except Exception as error:  # of this resource: the others are told all the same
+            log.exception("left out of watches: it cannot be shown", name=name)
+            message, entry.read, entry.error = None, None, BadRecord(f"{name}: it cannot be shown: {error!r}")
         over = entry.read is not None and self._source.over(entry.read)
         if entry.revision and entry.error is None and (message, over) == (entry.message, entry.over):
             return False

@@ -20,12 +20,12 @@ from orchestrator.cli.context import (
 )
 from orchestrator.cli.exits import Ended, Exit
 from orchestrator.cli.jobs import created, facts_of_time, goes_on, phase_of, show_list, times, took, wall_s, worst_of
-from orchestrator.cli.output import Cell, Column, Printer, note, pairs, styled, table
+from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled, table
 from orchestrator.cli.policy_options import policy_of, policy_options
 from orchestrator.core.errors import DroverError
 
 if TYPE_CHECKING:
-    from orchestrator.rpc.messages import CreateEvacuationResponse, Evacuation, PlacementVerdict
+    from orchestrator.rpc.messages import CreateEvacuationResponse, Evacuation, PlacementVerdict, Unreadable
     from orchestrator.rpc.orchestrator_client import OrchestratorClient
 
 
@@ -148,7 +148,10 @@ def _columns(short: dict[str, str], now_s: float) -> list[Column[Evacuation]]:
 def list_(settings: Settings) -> None:
     """List evacuations, the newest last."""
     with settings.client() as client:
-        show_list(settings.printer, "evacuations", client.list_evacuations(), _columns)
+        unreadable: list[Unreadable] = []
+        found = client.list_evacuations(unreadable=unreadable)
+    show_list(settings.printer, "evacuations", found, _columns)
+    note_unreadable("evacuation", unreadable)
 
 
 @evacuation.command()

@@ -13,13 +13,13 @@ import click
 from orchestrator.cli import units
 from orchestrator.cli.context import Settings, complete_guest, complete_host, pass_settings, remote
 from orchestrator.cli.exits import CliError, Ended, Exit, explain
-from orchestrator.cli.output import Cell, Column, Printer, note, pairs, styled, table
+from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled, table
 from orchestrator.cli.plugins import open_group
 from orchestrator.core.errors import DroverError, RefusalReason
 
 if TYPE_CHECKING:
     from orchestrator.core.records import GuestSpec
-    from orchestrator.rpc.messages import ChangeRunStateResponse, DeviceSpec, Guest
+    from orchestrator.rpc.messages import ChangeRunStateResponse, DeviceSpec, Guest, Unreadable
     from orchestrator.rpc.orchestrator_client import OrchestratorClient
 
 AT_A_TIME = 4
@@ -152,13 +152,15 @@ def list_(settings: Settings, host: str) -> None:
     from orchestrator import wire
 
     with settings.client() as client:
-        found = sorted(client.list_guests(host), key=lambda each: units.natural(each.name))
+        unreadable: list[Unreadable] = []
+        found = sorted(client.list_guests(host, unreadable=unreadable), key=lambda each: units.natural(each.name))
     printer = settings.printer
     if printer.machine:
         printer.document({"guests": [wire.to_json(each) for each in found]})
     else:
         short = units.abbreviate(each.migration for each in found if each.migration)
         printer.table(_columns(short), found, empty=f"there are no guests on {host}" if host else "there are no guests")
+    note_unreadable("guest", unreadable)
 
 
 @guest.command()

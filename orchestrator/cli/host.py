@@ -9,11 +9,11 @@ import click
 from orchestrator.cli import units
 from orchestrator.cli.context import Settings, complete_host, pass_settings, remote
 from orchestrator.cli.exits import CliError, Ended, Exit
-from orchestrator.cli.output import Cell, Column, Printer, pairs, styled
+from orchestrator.cli.output import Cell, Column, Printer, note_unreadable, pairs, styled
 from orchestrator.cli.plugins import open_group
 
 if TYPE_CHECKING:
-    from orchestrator.rpc.messages import GuestFate, Host, HostAgent, HostCopy, HostDeath
+    from orchestrator.rpc.messages import GuestFate, Host, HostAgent, HostCopy, HostDeath, Unreadable
 
 
 @click.group(cls=open_group("host"))
@@ -123,11 +123,13 @@ def list_(settings: Settings) -> None:
     from orchestrator import wire
 
     with settings.client() as client:
-        hosts = sorted(client.list_hosts(), key=lambda each: units.natural(each.name))
+        unreadable: list[Unreadable] = []
+        hosts = sorted(client.list_hosts(unreadable=unreadable), key=lambda each: units.natural(each.name))
     if settings.printer.machine:
         settings.printer.document({"hosts": [wire.to_json(each) for each in hosts]})
     else:
         settings.printer.table(_columns(), hosts, empty="there are no hosts")
+    note_unreadable("host", unreadable)
 
 
 @host.command()

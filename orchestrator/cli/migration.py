@@ -21,12 +21,12 @@ from orchestrator.cli.context import (
 )
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.jobs import created, facts_of_time, goes_on, phase_of, show_list, times, took, wall_s, worst_of
-from orchestrator.cli.output import Cell, Column, Printer, note, pairs, styled, table
+from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled, table
 from orchestrator.cli.policy_options import policy_of, policy_options
 from orchestrator.core.errors import DroverError, RefusalReason
 
 if TYPE_CHECKING:
-    from orchestrator.rpc.messages import AttemptReport, Migration
+    from orchestrator.rpc.messages import AttemptReport, Migration, Unreadable
     from orchestrator.rpc.orchestrator_client import OrchestratorClient
 
 
@@ -114,8 +114,10 @@ def _columns(short: dict[str, str], now_s: float) -> list[Column[Migration]]:
 def list_(settings: Settings, guest: str, active: bool, last: int | None) -> None:
     """List migrations, the newest last."""
     with settings.client() as client:
-        found = client.list_migrations(guest, active_only=active)
+        unreadable: list[Unreadable] = []
+        found = client.list_migrations(guest, active_only=active, unreadable=unreadable)
     show_list(settings.printer, "migrations", found, _columns, last=last)
+    note_unreadable("migration", unreadable)
 
 
 @migration.command()

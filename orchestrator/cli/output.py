@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from orchestrator.rpc.messages import Unreadable
+
 T = TypeVar("T")
 
 GAP = "  "
@@ -217,6 +219,12 @@ class Printer:
             self.show(table(columns, rows, self.width))
         else:
             note(empty)
+
+
+def note_unreadable(kind: str, unreadable: Iterable[Unreadable]) -> None:
+    """What a list has to leave out: one remark each."""
+    for each in unreadable:
+        note(f"{kind} {each.name} cannot be read and is not listed: {each.reason}")
 
 
 def note(text: str) -> None:

@@ -11,6 +11,7 @@ from protos.drover.v1.orchestrator_pb2 import (
     CreateEvacuationResponse,
     PlacementVerdict,
     Quarantined,
+    Unreadable,
 )
 from protos.drover.v1.types_pb2 import (
     AttemptReport,
@@ -52,4 +53,5 @@ __all__ = [
     "Quarantined",
     "TimelineEntry",
     "Timestamp",
+    "Unreadable",
 ]

@@ -82,9 +82,11 @@ class OrchestratorClient:
         """`ask_agent`: with what its agent says is there, or that it is silent (`agent`), within a few seconds."""
         return self._call(self._stub.GetHost, pb.GetHostRequest(name=name, ask_agent=ask_agent))
 
-    def list_hosts(self) -> list[types_pb2.Host]:
-        """By name."""
-        return list(self._call(self._stub.ListHosts, pb.ListHostsRequest()).hosts)
+    def list_hosts(self, *, unreadable: list[pb.Unreadable] | None = None) -> list[types_pb2.Host]:
+        """By name. `unreadable` is given those that the API cannot read, here and in the other lists."""
+        answer = self._call(self._stub.ListHosts, pb.ListHostsRequest())
+        _tell(answer, unreadable)
+        return list(answer.hosts)
 
     def cordon_host(self, name: str, reason: str = "") -> types_pb2.Host:
         """New guests and migrations no longer go there. Idempotent."""
@@ -131,9 +133,11 @@ class OrchestratorClient:
     def get_guest(self, name: str) -> types_pb2.Guest:
         return self._call(self._stub.GetGuest, pb.GetGuestRequest(name=name))
 
-    def list_guests(self, host: str = "") -> list[types_pb2.Guest]:
+    def list_guests(self, host: str = "", *, unreadable: list[pb.Unreadable] | None = None) -> list[types_pb2.Guest]:
         """By name; of one host, or of all."""
-        return list(self._call(self._stub.ListGuests, pb.ListGuestsRequest(host=host)).guests)
+        answer = self._call(self._stub.ListGuests, pb.ListGuestsRequest(host=host))
+        _tell(answer, unreadable)
+        return list(answer.guests)
 
     def pause_guest(self, name: str) -> pb.ChangeRunStateResponse:
         return self._call(self._stub.PauseGuest, pb.PauseGuestRequest(name=name))
@@ -181,7 +185,12 @@ class OrchestratorClient:
         return self._call(self._stub.GetMigration, pb.GetMigrationRequest(name=name))
 
     def list_migrations(
-        self, guest: str = "", *, active_only: bool = False, limit: int = 1_000
+        self,
+        guest: str = "",
+        *,
+        active_only: bool = False,
+        limit: int = 1_000,
+        unreadable: list[pb.Unreadable] | None = None,
     ) -> list[types_pb2.Migration]:
         """Newest first, at most `limit`, without the time lines of their attempts."""
         found: list[types_pb2.Migration] = []
@@ -192,6 +201,7 @@ class OrchestratorClient:
             )
             answer = self._call(self._stub.ListMigrations, request)
             found += answer.migrations
+            _tell(answer, unreadable)
             page_token = answer.next_page_token
             if not page_token:
                 break
@@ -231,9 +241,11 @@ class OrchestratorClient:
     def get_evacuation(self, name: str) -> types_pb2.Evacuation:
         return self._call(self._stub.GetEvacuation, pb.GetEvacuationRequest(name=name))
 
-    def list_evacuations(self) -> list[types_pb2.Evacuation]:
+    def list_evacuations(self, *, unreadable: list[pb.Unreadable] | None = None) -> list[types_pb2.Evacuation]:
         """Newest first."""
-        return list(self._call(self._stub.ListEvacuations, pb.ListEvacuationsRequest()).evacuations)
+        answer = self._call(self._stub.ListEvacuations, pb.ListEvacuationsRequest())
+        _tell(answer, unreadable)
+        return list(answer.evacuations)
 
     def cancel_evacuation(self, name: str) -> types_pb2.Evacuation:
         """Migrations under way are cancelled; those past their commit arrive all the same. The host stays cordoned."""
@@ -277,6 +289,11 @@ class OrchestratorClient:
                 if not gone or last_heard is None or time.monotonic() - last_heard > self.timeout_s:
                     raise told from error
             time.sleep(_RECONNECT_S)
+
+
+def _tell(answer: Any, unreadable: list[pb.Unreadable] | None) -> None:
+    if unreadable is not None:
+        unreadable += answer.unreadable
 
 
 def _request_id(given: str | None) -> str:

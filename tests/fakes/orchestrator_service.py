@@ -68,6 +68,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     """What a repair offers, by guest."""
     deaths: dict[str, types.HostDeath] = field(default_factory=dict[str, types.HostDeath])
     health: pb.ClusterHealth = field(default_factory=lambda: pb.ClusterHealth(leader="coordinator"))
+    unreadable: list[pb.Unreadable] = field(default_factory=list[pb.Unreadable])
+    """Of every list."""
     gone: list[types.Guest] = field(default_factory=list[types.Guest])
     verdicts: list[pb.PlacementVerdict] = field(default_factory=list[pb.PlacementVerdict])
     """Of every evacuation; empty: what free memory says."""
@@ -133,7 +135,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: object) -> pb.ListHostsResponse:
         await self._called("ListHosts", request)
-        return pb.ListHostsResponse(hosts=sorted(self.hosts.values(), key=lambda each: each.name))
+        hosts = sorted(self.hosts.values(), key=lambda each: each.name)
+        return pb.ListHostsResponse(hosts=hosts, unreadable=self.unreadable)
 
     async def CordonHost(self, request: pb.CordonHostRequest, context: object) -> types.Host:
         await self._called("CordonHost", request)
@@ -257,7 +260,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         if request.host:
             self._known(self.hosts, request.host, "host", "host")
         found = [guest for guest in self.guests.values() if request.host in ("", guest.host)]
-        return pb.ListGuestsResponse(guests=sorted(found, key=lambda each: each.name))
+        guests = sorted(found, key=lambda each: each.name)
+        return pb.ListGuestsResponse(guests=guests, unreadable=self.unreadable)
 
     async def PauseGuest(self, request: pb.PauseGuestRequest, context: object) -> pb.ChangeRunStateResponse:
         await self._called("PauseGuest", request)
@@ -385,7 +389,9 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             for each in self.migrations.values()
             if of in ("", each.guest_uuid) and not (request.active_only and _over(each))
         ]
-        return _page(sorted(found, key=_newest_first), request)
+        page = _page(sorted(found, key=_newest_first), request)
+        page.unreadable.extend(self.unreadable)
+        return page
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: object) -> types.Migration:
         await self._called("CancelMigration", request)
@@ -478,7 +484,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def ListEvacuations(self, request: pb.ListEvacuationsRequest, context: object) -> pb.ListEvacuationsResponse:
         await self._called("ListEvacuations", request)
-        return pb.ListEvacuationsResponse(evacuations=sorted(self.evacuations.values(), key=_newest_first))
+        found = sorted(self.evacuations.values(), key=_newest_first)
+        return pb.ListEvacuationsResponse(evacuations=found, unreadable=self.unreadable)
 
     async def CancelEvacuation(self, request: pb.CancelEvacuationRequest, context: object) -> types.Evacuation:
         await self._called("CancelEvacuation", request)

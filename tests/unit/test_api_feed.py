@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
@@ -14,10 +15,12 @@ import pytest
 from orchestrator.api import migrations, watching
 from orchestrator.api.watching import Feed
 from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.core.records import EvacuationState, GuestSpec, MigrationPhase, MigrationSpec, MigrationState
+from orchestrator.core.records import EvacuationSpec, GuestSpec, MigrationPhase, MigrationSpec, MigrationState
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_create
+from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Done, SetData, Versioned
+from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
 from tests.fakes.api import ApiCluster, api_cluster, until
 from tests.fakes.coordination import MemoryStore, World
@@ -209,22 +212,80 @@ async def test_active_lists_no_migration_that_is_over_however_long_the_history(
     assert [each.guest for each in await api.call(api.client.list_migrations, limit=5)][:3] == ["n-h"] * 3
 
 
-async def test_what_cannot_be_read_is_listed_as_such(api: ApiCluster, store: Counting) -> None:
+async def test_what_cannot_be_read_hides_nothing_and_is_named(api: ApiCluster, store: Counting) -> None:
     good = await seed(store, 1, MigrationPhase.SUCCEEDED)
     for number, path in ((2, paths.migration), (3, paths.migration_state)):
         bad = await seed(store, number, MigrationPhase.PENDING)
         node = store.tree.nodes[path(bad)]
         store.tree.nodes[path(bad)] = replace(node, data=b'{"phase": 7}')
-    listed = await api.call(api.client.list_migrations)
-    assert [bool(each.message.startswith("cannot be read")) for each in listed] == [True, True, False]
-    assert listed[2].name == good
+    left: list[pb.Unreadable] = []
+    listed = await api.call(lambda: api.client.list_migrations(unreadable=left))
+    assert [each.name for each in listed] == [good]
+    nodes = [paths.migration(left[0].name), paths.migration_state(left[1].name)]
+    assert [each.reason.partition(":")[0] for each in left] == nodes
     job = (await api.call(api.client.create_evacuation, "h1")).evacuation.name
     store.tree.nodes[paths.evacuation("old-1")] = Versioned(b"{}", 0, 1)
     store.tree.nodes[paths.evacuation_state("old-1")] = Versioned(b'{"phase": 7}', 0, 1)
-    found = await api.call(api.client.list_evacuations)
-    assert [each.name for each in found] == [job, "old-1"]
-    assert found[1].message.startswith("cannot be read")
-    assert EvacuationState().message == ""
+    left.clear()
+    found = await api.call(lambda: api.client.list_evacuations(unreadable=left))
+    assert [each.name for each in found] == [job]
+    assert [(each.name, paths.evacuation("old-1") in each.reason) for each in left] == [("old-1", True)]
+
+
+async def test_an_evacuation_of_a_newer_version_is_listed_shown_watched_and_cancelled(
+    api: ApiCluster, store: Counting
+) -> None:
+    """One field of its policy that this version does not know hid all evacuations, and it could not be cancelled."""
+    job = (await api.call(api.client.create_evacuation, "h1")).evacuation.name
+    known = (await api.call(api.client.create_evacuation, "h2")).evacuation.name
+    path = paths.evacuation(job)
+    spec = decode(EvacuationSpec, store.tree.nodes[path].data)
+    newer = replace(spec, policy={"max_attempts": 3, "teleport": True, "on_timeout": "shrug"})
+    store.tree.nodes[path] = replace(store.tree.nodes[path], data=encode(newer))
+    left: list[pb.Unreadable] = []
+    assert [each.name for each in await api.call(lambda: api.client.list_evacuations(unreadable=left))] == [known, job]
+    assert not left
+    shown = await api.call(api.client.get_evacuation, job)
+    assert (shown.policy.max_attempts, shown.policy.HasField("ack_timeout_ms")) == (3, False)
+    assert shown.message == "set by a newer version, not shown here: on_timeout, teleport"
+    async with asyncio.timeout(10), aclosing(api.server.servicer.evacuation_feed.stream([job])) as seen:
+        assert (await anext(seen)).name == job
+    assert (await api.call(api.client.cancel_evacuation, job)).cancel_requested
+
+
+async def _write(store: Counting, path: str, content: bytes) -> None:
+    written = await store.multi([SetData(path, content, store.tree.nodes[path].version)])
+    assert isinstance(written, Done)
+
+
+async def test_a_record_that_does_not_fit_into_an_answer_is_that_resources_trouble(
+    api: ApiCluster, store: Counting
+) -> None:
+    """Whatever is wrong with it: the others are listed, and watched."""
+    odd = await api.call(api.client.create_guest, GuestSpec("odd"), "h2")
+    for path, content in (
+        (paths.guest_spec(odd.uuid), encode(GuestSpec("odd", memory_mib=1 << 40))),
+        (paths.want_run(odd.uuid), b'{"run": "perhaps"}'),
+        (paths.guest(odd.uuid), b'{"phase": "FLOATING"}'),
+    ):
+        before = store.tree.nodes[path]
+        await _write(store, path, content)
+        for host, others in (("", ["web"]), ("h1", ["web"]), ("h2", [])):
+            left: list[pb.Unreadable] = []
+            guests = await api.call(functools.partial(api.client.list_guests, host, unreadable=left))
+            assert [each.name for each in guests] == others
+            assert [each.name for each in left] == (
+                [] if host == "h1" and path == paths.guest_spec(odd.uuid) else [odd.uuid]
+            )
+        async with asyncio.timeout(10), aclosing(api.server.servicer.guest_feed.stream([])) as seen:
+            assert (await anext(seen)).name == "web"
+        await _write(store, path, before.data)
+    path = paths.cordon("h3")
+    await _write(store, path, b"{")
+    left = []
+    hosts = await api.call(lambda: api.client.list_hosts(unreadable=left))
+    assert [each.name for each in hosts] == ["h1", "h2"]
+    assert [(each.name, path in each.reason) for each in left] == [("h3", True)]
 
 
 async def test_lists_are_in_the_ledgers_order_whatever_the_clocks_say(api: ApiCluster, store: Counting) -> None:

@@ -180,6 +180,15 @@ def test_a_refusal_in_the_present_state_is_4_and_says_what_to_do(drover: Drover,
     ]
 
 
+@pytest.mark.parametrize("kind", ["host", "guest", "migration", "evacuation"])
+def test_what_a_list_leaves_out_is_told_beside_it(drover: Drover, service: FakeOrchestrator, kind: str) -> None:
+    service.unreadable = [pb.Unreadable(name="x-1", reason="/x-1: phase: Field required")]
+    for output in ("table", "json"):
+        ran = drover(kind, "list", "--output", output)
+        assert (ran.code, "x-1" in ran.out) == (0, False)
+        assert f"{kind} x-1 cannot be read and is not listed: /x-1: phase: Field required" in ran.err
+
+
 def test_a_refusal_is_one_line_and_names_a_field_only_of_wrong_input(drover: Drover, service: FakeOrchestrator) -> None:
     service.failures["GetHost"] = DroverError(R.NOT_FOUND, "there is\n  no host", field="name")
     assert drover("host", "show", "x").err == "drover: there is no host [NOT_FOUND]\n"
