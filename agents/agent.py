@@ -14,8 +14,10 @@ import structlog
 from agents.config import AgentConfig
 from agents.engine.base import MigrationEngine
 from agents.guest.files import GuestFiles, found_on_disk, note_roots
-from agents.guest.keeper import Forgotten, HostedGuest, PeerChannels, Tools
+from agents.guest.held import Forgotten
+from agents.guest.keeper import HostedGuest
 from agents.guest.ledger import GuestLedger
+from agents.guest.tools import PeerChannels, Tools
 from agents.handover.attempt import Arrival, Departure
 from agents.handover.peer import AttemptKey
 from agents.handover.shell import Mistakes
@@ -292,7 +294,7 @@ class Agent:
         self._must_take_on()
         await self._epochs.heed(order.epoch)
         await self._must_have_memory(order.attempt.guest)
-        return await self._kept(order.attempt.guest, lambda guest: guest.prepare(order))
+        return await self._kept(order.attempt.guest, lambda guest: guest.attempts.prepare(order))
 
     async def _must_have_memory(self, uuid: str) -> None:
         """Records free a host's memory when a guest has arrived elsewhere; its copy here holds it a little longer, and
@@ -314,7 +316,7 @@ class Agent:
     async def conduct_attempt(self, order: ConductOrder) -> None:
         self.place.must_hold()
         await self._epochs.heed(order.epoch)
-        await self._known(order.attempt.guest).conduct(order)
+        await self._known(order.attempt.guest).attempts.conduct(order)
 
     def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:
         for guest in self._guests.values():

@@ -78,7 +78,7 @@ async def test_a_guest_that_cannot_be_adopted_stops_nobody_else(house: House, mo
         async def fail(_: HostedGuest) -> None:
             raise ZeroDivisionError
 
-        patched.setattr(HostedGuest, "_adopt_left", fail)
+        patched.setattr(HostedGuest, "adopt_left", fail)
         house.agent = house.made()
         await house.agent.start()
         assert house.trouble() is Trouble.NOT_KEPT

@@ -1,0 +1,273 @@
+"""The attempts that one guest takes part in on this host: accepted, or begun again after a restart, and conducted.
+
+What an attempt is, and what belongs to its end, is told in `agents/handover/attempt.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import replace
+
+from agents.engine import base as engine
+from agents.guest import copies as making
+from agents.guest.copies import Copy
+from agents.guest.held import HeldGuest
+from agents.handover import preflight
+from agents.handover.attempt import Arrival, Departure
+from agents.handover.destination import DestinationState, prepared_destination, restarted_destination
+from agents.handover.destination_shell import DestinationShell
+from agents.handover.ledger import AttemptLedger
+from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer
+from agents.handover.source import SourceState, restarted_source
+from agents.handover.source_shell import SourceShell
+from agents.handover.words import Command
+from agents.shims.base import ShimError
+from orchestrator.core.agent import (
+    ConductOrder,
+    PrepareOrder,
+)
+from orchestrator.core.endpoint import Endpoint
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import AttemptRef
+from orchestrator.core.migration import Prepared
+from orchestrator.core.policy import MigrationPolicy, OnTimeout
+from orchestrator.core.switchover import AckLedger
+from orchestrator.tasks import Tasks
+
+
+def session_number(ref: AttemptRef) -> int:
+    """Names a device's session of one attempt; unlike across migrations, so that none is taken for another's."""
+    return int(ref.migration.replace("-", "")[:10], 16) << 8 | ref.attempt & 0xFF
+
+
+class Attempts:
+    """Prepares, conducts and ends them. `prepare` and `conduct` raise DroverError and may be repeated."""
+
+    def __init__(self, guest: HeldGuest, turn: asyncio.Lock, tasks: Tasks) -> None:
+        """`turn` is held while anything begins for the guest; each attempt runs as one of `tasks`."""
+        self._guest = guest
+        self._tools = guest.tools
+        self._files = guest.files
+        self._turn = turn
+        self._tasks = tasks
+
+    async def prepare(self, order: PrepareOrder) -> Prepared:
+        """A paused copy that waits for the stream of this attempt. The same attempt gets the same answer."""
+        ref = order.attempt
+        async with self._turn:
+            self._guest.must_keep()
+            known = self._guest.arrivals.get((ref.migration, ref.attempt))
+            if known is not None and known.prepared is None:
+                raise self._guest.stale(ref, "is being ended: this agent was restarted")
+            if known is not None and known.prepared is not None:
+                return known.prepared
+            record = await self._guest.fresh(anew=True)
+            self._must_be_open(record, ref)
+            if record.destination != self._tools.here or record.inc:
+                raise self._guest.stale(ref, "is not to arrive here")
+            preflight.must_have_room(self._files)
+            source = await self._guest.registered(record.owner.host)
+            preflight.must_be_registered(record.owner, source, order.source_peer)
+            await preflight.must_fit(self._tools.engine, self._tools.config, self._files)
+            arrival, prepared, first = await self._make_arrival(order)
+            self._receive(arrival, first)
+        self._tools.changed()
+        return prepared
+
+    async def _make_arrival(self, order: PrepareOrder) -> tuple[Arrival, Prepared, tuple[Command, ...]]:
+        ref, inc = order.attempt, secrets.token_hex(8)
+        try:
+            with self._guest.being_made():
+                copy = await making.prepare(
+                    self._tools.engine, self._files, inc, ref.migration, ref.attempt, order.multifd_channels
+                )
+                self._guest.add(copy)
+        except (engine.EngineError, ShimError, OSError) as error:
+            if (full := preflight.no_room(error, self._tools.here.host, self._files.config.dir)) is not None:
+                raise full from error
+            said = f"{self._tools.here.host} cannot prepare guest {self._guest.name}: {error}"
+            raise DroverError(reason_of(error), said) from error
+        state, first = prepared_destination(ref, self._tools.here, inc, has_devices=bool(self._files.outside))
+        peer = self._tools.peers.source(str(order.source_peer), ref, inc)
+        try:
+            shell = self._destination_shell(copy, state, peer, order.timeout_ms)
+            await shell.begin(session_number(ref))
+        except ShimError as error:
+            await self._guest.destroyed(copy)
+            raise DroverError(RefusalReason.INTERNAL, f"devices of guest {self._guest.name}: {error}") from error
+        config = self._tools.config
+        peer_here = Endpoint(config.address, config.peer_port)
+        made = copy.vmm.metadata
+        stream = replace(engine.stream_of(made), ip=config.address)
+        acks = (await preflight.probed(self._tools.engine, self._tools.here.host))["switchover_ack"]
+        prepared = Prepared(inc, stream, peer_here, made.machine, acks)
+        return Arrival(shell, copy, peer, prepared), prepared, first
+
+    def _destination_shell(
+        self, copy: Copy, state: DestinationState, peer: GrpcSourcePeer, unclaimed_ms: float = 0.0
+    ) -> DestinationShell:
+        async def want_run() -> bool:
+            return (await self._guest.ledger.want_run()).run
+
+        tools = self._tools
+        return DestinationShell(
+            state,
+            copy.vmm,
+            copy.destination_shims(),
+            AttemptLedger(tools.commits, state.ref, tools.here, copy.inc, tools.writer),
+            peer,
+            self._files.marker(copy.inc),
+            want_run,
+            in_vmm=copy.in_vmm(),
+            unclaimed_ms=unclaimed_ms,
+        )
+
+    def _receive(self, arrival: Arrival, first: tuple[Command, ...]) -> None:
+        ref = arrival.ref
+        self._guest.arrivals[ref.migration, ref.attempt] = arrival
+
+        async def until_over() -> None:
+            try:
+                await arrival.conduct(first)
+            finally:
+                self._guest.arrivals.pop((ref.migration, ref.attempt), None)
+                self._guest.copy_changed()
+
+        self._tasks.spawn(until_over(), "arrival")
+
+    async def conduct(self, order: ConductOrder) -> None:
+        """Accept one attempt; from here this agent owns the transfer. Repeated calls for it are answered alike."""
+        ref = order.attempt
+        async with self._turn:
+            if self._guest.departure is not None and self._guest.departure.ref == ref:
+                return
+            if self._guest.departure is not None:
+                raise self._guest.refused(
+                    RefusalReason.BUSY, f"attempt {self._guest.departure.ref.attempt} is still being ended"
+                )
+            if self._tools.journal.report(ref.migration, ref.attempt) is not None:
+                return
+            record = await self._guest.fresh()
+            self._must_be_open(record, ref)
+            own = self._guest.own()
+            if record.owner != self._tools.here or own is None or record.inc:
+                # Bound without a session of ours: its conductor died, and a restarted agent conducts nothing (H7).
+                raise self._guest.stale(ref, "cannot be conducted here")
+            if record.destination != order.destination:
+                raise self._guest.stale(ref, f"is not to go to {order.destination.host}")
+            destination = await self._guest.registered(order.destination.host)
+            preflight.must_be_registered(order.destination, destination, order.prepared.peer, order.prepared.stream)
+            departure = await self._make_departure(order, own)
+            self._depart(departure)
+
+    async def _make_departure(self, order: ConductOrder, own: Copy) -> Departure:
+        try:
+            state = await own.vmm.state()
+        except engine.EngineError as error:
+            raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"guest {self._guest.name}: {error}") from error
+        if own.in_session or state.status in making.MIGRATING:
+            raise self._guest.refused(RefusalReason.BUSY, "an earlier attempt is still being ended")
+        wish = await self._guest.ledger.want_run()
+        if state.run_state is engine.RunState.SEALED:
+            if wish.run:
+                raise self._guest.refused(RefusalReason.BUSY, "it is about to run again after its last attempt")
+            said = "it was stopped after its last attempt had sent everything; QEMU moves it again once it has run"
+            raise self._guest.refused(RefusalReason.RETRY_NEEDS_RUN, said)
+        if state.run_state is engine.RunState.ENDED:
+            raise self._guest.refused(RefusalReason.GUEST_NOT_RUNNING, "it has shut down")
+        tools = self._tools
+        await preflight.must_be_movable(tools.engine, tools.here.host, self._guest.name, own, order.prepared)
+        paused = state.run_state is engine.RunState.PAUSED
+        session = SourceState(
+            order.attempt,
+            self._tools.here,
+            order.prepared.inc,
+            suspend_on_timeout=order.policy.on_timeout is OnTimeout.SUSPEND,
+            has_devices=bool(self._files.outside),
+            inside=bool(self._files.in_vmm),
+            gate_wait=order.policy.gate_wait_ms > 0,
+            want_run=wish.run,
+            paused=paused,
+            acks=AckLedger(stopped=paused),
+        )
+        peer = self._tools.peers.destination(str(order.prepared.peer), order.attempt, order.prepared.inc)
+        options = preflight.outgoing(order, tools.config, self._files, tools.departures, paused=paused)
+        return self._departure(own, session, peer, order.policy, options, order.destination.host)
+
+    def _departure(
+        self,
+        copy: Copy,
+        state: SourceState,
+        peer: GrpcDestinationPeer,
+        policy: MigrationPolicy,
+        options: engine.OutgoingOptions,
+        destination: str,
+    ) -> Departure:
+        tools = self._tools
+        shell = SourceShell(
+            state,
+            copy.vmm,
+            copy.source_shims(),
+            AttemptLedger(tools.commits, state.ref, tools.here, state.inc, tools.writer),
+            peer,
+            policy,
+            options,
+            session_number(state.ref),
+            in_vmm=copy.in_vmm(),
+        )
+        return Departure(shell, copy, peer, destination, tools.journal, tools.metrics, tools.changed)
+
+    def _depart(self, departure: Departure, first: tuple[Command, ...] | None = None) -> None:
+        self._guest.departure = departure
+
+        async def until_over() -> None:
+            try:
+                await departure.conduct(first)
+            finally:
+                self._guest.departure = None
+                self._tools.link_shared()
+                self._guest.copy_changed()
+
+        self._tasks.spawn(until_over(), "departure")
+        self._tools.link_shared()
+
+    async def end_as_source(self, inc: str, record: GuestRecord) -> None:
+        """H7: an attempt whose conductor died."""
+        copy = self._guest.copies[inc]
+        seen = await copy.look()
+        status = (await copy.vmm.state()).status
+        ref = AttemptRef(self._guest.uuid, record.migration, record.attempt)
+        parked = status is engine.EngineStatus.PARKED
+        state, first = restarted_source(
+            ref, self._tools.here, record.inc, want_run=self._guest.wish.run, parked=parked, sealed=seen.sealed
+        )
+        destination = record.owner if record.owner != self._tools.here else record.destination or record.owner
+        peer = self._tools.peers.destination(await self._peer_address(destination.host), ref, record.inc)
+        options = engine.OutgoingOptions(None, engine.HoldStart.OPEN, 0, 1, 1)
+        self._depart(self._departure(copy, state, peer, MigrationPolicy(), options, destination.host), first)
+
+    async def end_as_destination(self, inc: str, record: GuestRecord) -> None:
+        copy = self._guest.copies[inc]
+        metadata = copy.vmm.metadata
+        ref = AttemptRef(self._guest.uuid, metadata.migration, metadata.attempt)
+        marker = self._files.marker(inc).exists()
+        state, first = restarted_destination(ref, self._tools.here, inc, vmm_alive=True, marker=marker)
+        source = record.source or record.owner
+        peer = self._tools.peers.source(await self._peer_address(source.host), ref, inc)
+        self._receive(Arrival(self._destination_shell(copy, state, peer), copy, peer, None), first)
+
+    async def _peer_address(self, host: str) -> str:
+        """Where the agent at the other end of an attempt may be found; nowhere, when its host is gone."""
+        record = await self._guest.registered(host)
+        return record.peer_address if record is not None else "127.0.0.1:1"
+
+    def _must_be_open(self, record: GuestRecord, ref: AttemptRef) -> None:
+        if record.phase is not Ownership.OPEN or (record.migration, record.attempt) != (ref.migration, ref.attempt):
+            raise self._guest.stale(ref, f"is not open: the record says {record.phase}, attempt {record.attempt}")
+
+
+def reason_of(error: Exception) -> RefusalReason:
+    """Of a copy that could not be made."""
+    return RefusalReason.IMAGE_NOT_FOUND if isinstance(error, engine.ImageNotFound) else RefusalReason.INTERNAL

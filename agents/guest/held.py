@@ -1,0 +1,214 @@
+"""What of one guest is on this host, and what is known of it: its copies, its attempts, its record.
+
+The record is trusted as far as it is not older than what this host has read before, and only once every process that an
+earlier agent left is known. Who acts on it is `keeper.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Generator
+
+import structlog
+
+from agents.engine import base as engine
+from agents.guest import copies as making
+from agents.guest.copies import Copy
+from agents.guest.files import GuestFiles
+from agents.guest.ledger import GuestLedger
+from agents.guest.tools import Tools
+from agents.handover.attempt import Arrival, Departure
+from agents.shims.base import ShimError
+from orchestrator.core.agent import (
+    CopyStatus,
+    GuestStatus,
+    RunState,
+    Trouble,
+)
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import AttemptRef
+from orchestrator.core.liveness import Liveness
+from orchestrator.core.records import HostRecord, WantRun
+from orchestrator.ledger import paths
+from orchestrator.ledger.records import decode
+
+log = structlog.get_logger(__name__)
+
+
+class Forgotten(Exception):
+    """The keeper had nothing of the guest left and ended while the call waited for its turn: another one has to take
+    it. What this one made now, nobody would keep."""
+
+
+class Untrusted(DroverError):
+    """The ledger says nothing of the guest, or something older than what was read before: nothing follows from it."""
+
+    def __init__(self, trouble: Trouble, message: str) -> None:
+        super().__init__(RefusalReason.OLD_RECORD, message)
+        self.trouble = trouble
+
+
+class HeldGuest:
+    """The guest as this host has it. Decides nothing and changes nothing in the ledger."""
+
+    def __init__(self, tools: Tools, files: GuestFiles) -> None:
+        self.tools = tools
+        self.files = files
+        self.ledger = GuestLedger(tools.store, files.uuid, tools.writer)
+        self.copies: dict[str, Copy] = {}
+        self.departure: Departure | None = None
+        self.arrivals: dict[tuple[str, int], Arrival] = {}
+        self.record: GuestRecord | None = None
+        """As last seen; a hint."""
+        self.wish = WantRun()
+        """The operator's, as last seen."""
+        self.woken = asyncio.Event()
+        """Something changed, and nobody has looked since."""
+        self.forgotten = False
+        """Nothing of the guest is here any more."""
+        self.all_adopted = False
+        """Every process that an earlier agent left was adopted, or is dead."""
+        self._making = 0
+        """Processes that are being started and are not among the copies yet."""
+
+    @property
+    def uuid(self) -> str:
+        return self.files.uuid
+
+    @property
+    def name(self) -> str:
+        return self.files.spec.name
+
+    def wake(self) -> None:
+        self.woken.set()
+
+    def add(self, copy: Copy) -> None:
+        self.copies[copy.inc] = copy
+        copy.on_change = self.copy_changed
+
+    def copy_changed(self) -> None:
+        self.wake()
+        self.tools.changed()
+
+    def must_keep(self) -> None:
+        if self.forgotten:
+            raise Forgotten(self.uuid)
+
+    async def adopt_left(self) -> None:
+        """Raises BUSY while a process that was left is alive and does not answer, BadRecord for a note that cannot be
+        read: what is not known is not dead, and nothing may be decided before."""
+        if self.all_adopted:
+            return
+        for metadata in self.files.processes():
+            if metadata.inc in self.copies:
+                continue
+            try:
+                copy = await making.adopt(self.tools.engine, self.files, metadata)
+            except (engine.EngineError, ShimError) as error:
+                said = f"its process {metadata.inc} does not answer: {error}"
+                raise self.refused(RefusalReason.BUSY, said) from error
+            if copy is not None:
+                self.add(copy)
+        self.all_adopted = True
+
+    async def fresh(self, *, anew: bool = False) -> GuestRecord:
+        """The record, once all processes are known. Raises Untrusted, StoreUnavailable and BadRecord as well.
+
+        `anew`: a life or an attempt begins here by this record, whatever was known before.
+        """
+        await self.adopt_left()
+        found = await self.ledger.look()
+        if found is None:
+            said = "the ledger has lost its record. What runs here is left as it is; `drover repair` can write it again"
+            raise Untrusted(Trouble.NO_RECORD, f"guest {self.name}: {said}")
+        known = self.tools.journal.known_record(self.uuid)
+        if known is not None and found.mzxid < known.mzxid and found.record != known.record and not anew:
+            said = (
+                f"the ledger's record ({found.record.phase}, owner {found.record.owner.host}) is older than the one "
+                f"that was read before ({known.record.phase}, owner {known.record.owner.host}): was it restored from "
+                "a backup? What runs here is left as it is"
+            )
+            raise Untrusted(Trouble.OLD_RECORD, f"guest {self.name}: {said}")
+        self.tools.journal.saw_record(self.uuid, found)
+        self.record = found.record
+        return found.record
+
+    async def registered(self, host: str) -> HostRecord | None:
+        """What the host has registered; as fresh as the last barrier. Raises StoreUnavailable and BadRecord."""
+        node = await self.tools.store.read(paths.host(host))
+        return decode(HostRecord, node.data, path=paths.host(host)) if node and node.data else None
+
+    def own(self) -> Copy | None:
+        """The copy that is the guest, as far as is known without asking."""
+        alive = [copy for copy in self.copies.values() if not copy.is_gone]
+        born = [copy for copy in alive if not copy.incoming]
+        named = [copy for copy in alive if self.is_here and self.record is not None and copy.inc == self.record.inc]
+        return (named or born or [None])[0]
+
+    @contextlib.contextmanager
+    def being_made(self) -> Generator[None]:
+        self._making += 1
+        try:
+            yield
+        finally:
+            self._making -= 1
+
+    async def destroyed(self, copy: Copy) -> None:
+        """It stays known while anything of it is left: what raises here is tried again."""
+        await copy.destroy()
+        self.copies.pop(copy.inc, None)
+
+    def status(self) -> GuestStatus:
+        own = self.own()
+        if own is None and not self.all_adopted:
+            return GuestStatus(self.uuid, self.name, "", RunState.UNKNOWN)
+        if own is None:
+            starting = self.record is None or self.record.phase is Ownership.STARTING
+            return GuestStatus(self.uuid, self.name, "", RunState.STARTING if starting else RunState.ENDED)
+        if own.vmm.liveness() is Liveness.UNKNOWN:
+            state = RunState.UNKNOWN
+        elif own.ended:
+            state = RunState.ENDED
+        elif own.running:
+            state = RunState.RUNNING
+        else:
+            state = RunState.STOPPED if self.wish.run else RunState.PAUSED
+        return GuestStatus(self.uuid, self.name, own.inc, state, own.vmm.metadata.pid)
+
+    def copy_statuses(self) -> tuple[CopyStatus, ...]:
+        """What of the guest is on this host, whoever owns it."""
+        return tuple(map(self._copy_status, self.copies.values()))
+
+    def _copy_status(self, copy: Copy) -> CopyStatus:
+        devices = copy.devices
+        return CopyStatus(
+            self.uuid,
+            self.name,
+            copy.inc,
+            memory_mib=0 if copy.is_gone else self.files.spec.memory_mib,
+            pid=0 if copy.is_gone else copy.vmm.metadata.pid,
+            devices_pid=0 if devices is None or devices.liveness() is Liveness.GONE else devices.pid,
+            incoming=copy.incoming,
+        )
+
+    @property
+    def all_known(self) -> bool:
+        """`copy_statuses` is all there is: nothing was left unadopted, is being started or cannot be told alive."""
+        processes = [copy.vmm.liveness() for copy in self.copies.values()]
+        processes += [copy.devices.liveness() for copy in self.copies.values() if copy.devices is not None]
+        return self.all_adopted and not self._making and Liveness.UNKNOWN not in processes
+
+    @property
+    def is_here(self) -> bool:
+        """This host owns the guest, as far as is known."""
+        return self.record is not None and self.record.owner.host == self.tools.here.host
+
+    def stale(self, ref: AttemptRef, said: str) -> DroverError:
+        return DroverError(
+            RefusalReason.STALE_ATTEMPT, f"attempt {ref.attempt} of {ref.migration} for guest {self.name} {said}"
+        )
+
+    def refused(self, reason: RefusalReason, said: str) -> DroverError:
+        return DroverError(reason, f"guest {self.name}: {said}")

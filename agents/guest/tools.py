@@ -1,0 +1,46 @@
+"""What all guests of an agent share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from agents.config import AgentConfig
+from agents.engine.base import MigrationEngine
+from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer
+from agents.host.journal import Journal
+from agents.host.metrics import Metrics
+from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.ledger.store import Store
+
+
+class PeerChannels(Protocol):
+    """Connections to the other agents' PeerService, kept warm."""
+
+    def destination(self, address: str, ref: AttemptRef, inc: str) -> GrpcDestinationPeer: ...
+
+    def source(self, address: str, ref: AttemptRef, inc: str) -> GrpcSourcePeer: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What all guests of an agent share."""
+
+    config: AgentConfig
+    here: HostRef
+    writer: str
+    """Names this agent process in every record it writes."""
+    engine: MigrationEngine
+    store: Store
+    commits: Store
+    """A session of its own for attempts: nothing may queue before a COMMIT."""
+    journal: Journal
+    peers: PeerChannels
+    metrics: Metrics
+    departures: Callable[[], int]
+    """Attempts that this host is the source of: they share its link."""
+    link_shared: Callable[[], None]
+    """Their number changed."""
+    changed: Callable[[], None]
+    """Something that watchers of this agent want to know."""
