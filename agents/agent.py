@@ -44,6 +44,7 @@ from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.ledger import paths
+from orchestrator.ledger.gather import members
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 from orchestrator.tasks import Tasks, failures
@@ -204,7 +205,7 @@ class Agent:
         if not self._all_found:
             await self._adopt_found()
         starting: set[str] = set()
-        for uuid in await self._store.children(paths.GUESTS):
+        for uuid in await members(self._store, paths.GUESTS):
             if uuid in self._guests:
                 continue
             try:

@@ -38,7 +38,7 @@ class GuestLedger:
         name = await self.store.read(paths.name(spec.name))
         if name is not None and decode(str, name.data, path=paths.name(spec.name)) != self.uuid:
             return False
-        await self.store.ensure(paths.GUESTS)
+        await self.store.ensure(paths.shard(paths.guest(self.uuid)))
         await self.store.ensure(paths.NAMES)
         ops: list[Op] = [] if name is not None else [Create(paths.name(spec.name), encode(self.uuid))]
         ops += [

@@ -96,6 +96,7 @@ class Evacuations:
                 unsaved = EvacuationRead(replace(spec, id="", create_time_s=0.0), empty, empty, 0, None)
                 return _response(views.evacuation(unsaved, self._tools.fleet), verdicts)
             await self._refuse_second(request.host, asked)
+            await self._tools.store.ensure(paths.shard(paths.evacuation(spec.id)))
             created = await asked.create(self._tools, f"evacuations/{spec.id}", _ops(spec, snapshot), caller)
             if created:
                 known = created.rpartition("/")[2]

@@ -106,6 +106,7 @@ class Guests:
             async with self._tools.placing:
                 host, entry = await self._place(spec, wanted)
                 birth = _birth(_pinned(spec, entry), born, host, entry, caller)
+                await self._tools.store.ensure(paths.shard(paths.guest(born)))
                 created = await asked.create(self._tools, f"guests/{born}", birth, caller)
             if created:
                 known = created.rpartition("/")[2]

@@ -14,7 +14,7 @@ from orchestrator.api.calls import Caller, Tools, write
 from orchestrator.api.decisions import repeated
 from orchestrator.core.records import RequestRecord
 from orchestrator.ledger import paths
-from orchestrator.ledger.gather import each
+from orchestrator.ledger.gather import each, members
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Conflict, Delete, Done, Op, Store, StoreUnavailable
@@ -55,7 +55,9 @@ class Request:
         """Make it: the resource that stands for this request afterwards, `operation` or that of an earlier call with
         the same id. Empty: something that `ops` depends on moved; nothing was written. Raises as `write` does."""
         record = RequestRecord(operation, self.digest, tools.wall_s())
-        result = await write(tools, [op_create(paths.request_id(self.id), record), *ops], caller)
+        path = paths.request_id(self.id)
+        await tools.store.ensure(paths.shard(path))
+        result = await write(tools, [op_create(path, record), *ops], caller)
         if isinstance(result, Done):
             return operation
         if isinstance(result, Conflict) and result.index > 0:
@@ -73,7 +75,7 @@ async def sweep_requests(store: Store, before: int) -> int:
             return False
         return isinstance(await store.multi([Delete(path, node.version)]), Done)
 
-    return sum(await each(await store.children(paths.REQUESTS), one))
+    return sum(await each(await members(store, paths.REQUESTS), one))
 
 
 class RequestClock:

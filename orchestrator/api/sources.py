@@ -37,7 +37,6 @@ class GuestSource:
     """By uuid: one life."""
 
     root = paths.GUESTS
-    sharded = False
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
@@ -71,7 +70,6 @@ class MigrationSource:
     """Without the time lines of attempts: those are for who asks for one migration."""
 
     root = paths.MIGRATIONS
-    sharded = True
 
     def __init__(self, tools: Tools, history: History) -> None:
         self._tools = tools
@@ -102,7 +100,6 @@ class MigrationSource:
 
 class EvacuationSource:
     root = paths.EVACUATIONS
-    sharded = False
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools

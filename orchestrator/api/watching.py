@@ -44,9 +44,7 @@ class Source(Protocol[R, M_co]):
     """What a feed has to know about one kind of resource."""
 
     root: str
-    """Node whose children are the resources."""
-    sharded: bool
-    """They are grandchildren instead."""
+    """One of `paths.SHARDED`: its grandchildren are the resources."""
 
     async def active(self, names: Iterable[str]) -> Iterable[str]:
         """Those of the names that may not be over. Raises StoreUnavailable."""
@@ -187,7 +185,7 @@ class Feed(Generic[R, M]):
             self._wanted.setdefault(name, set()).add(reader)
             self._follow(name)
         if not reader.names and not self._roots:
-            self._watch_root(self._source.root, shards=self._source.sharded)
+            self._watch_root(self._source.root, shards=True)
         if self._task is None or self._task.done():
             self._unlisten = self._fleet.listen(self._sampled)
             self._task = self._tasks.spawn(self._run(), "feed")

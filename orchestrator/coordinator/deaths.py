@@ -37,6 +37,7 @@ from orchestrator.core.records import (
 from orchestrator.fencing.base import Fenced, Fencers, Power
 from orchestrator.ledger import paths
 from orchestrator.ledger.births import birth_ops
+from orchestrator.ledger.gather import members
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.records import BadRecord, decode, encode
@@ -311,7 +312,7 @@ class DeathRunner:
                 return None
             return found[0] if found else None
 
-        uuids = [uuid for uuid in await self._store.children(paths.GUESTS) if uuid not in self._gone]
+        uuids = [uuid for uuid in await members(self._store, paths.GUESTS) if uuid not in self._gone]
         records = await asyncio.gather(*(one(uuid) for uuid in uuids))
         return {uuid: record for uuid, record in zip(uuids, records, strict=True) if record is not None}
 
@@ -414,6 +415,7 @@ class DeathRunner:
         wish = await self._store.read(paths.want_run(uuid))
         wanted = decode(WantRun, wish.data, path=paths.want_run(uuid)) if wish is not None else WantRun()
         path = paths.name(spec.name)
+        await self._store.ensure(paths.shard(paths.guest(born)))
         ops: list[Op] = [
             op_set(paths.guest(uuid), handover.succeeded_by(record, born, writer=_writer()), version),
             op_create(path, born) if name is None else op_set(path, born, name.version),

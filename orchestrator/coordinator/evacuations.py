@@ -30,7 +30,7 @@ from orchestrator.core.records import (
 )
 from orchestrator.ledger import paths
 from orchestrator.ledger.evacuations import Job, Rows, read_job, transactions, trimmed, written
-from orchestrator.ledger.gather import each
+from orchestrator.ledger.gather import each, members
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.migrations import creation
 from orchestrator.ledger.records import BadRecord, decode, encode
@@ -295,7 +295,7 @@ class EvacuationRunner:
         """Keep "safe to power off" true or false for jobs that are over, while their host stays cordoned. One job that
         cannot be looked at keeps none of the others from it. Raises StoreUnavailable, Deposed."""
         facts: dict[str, evacuation.Facts | None] = {}
-        for job in await self._store.children(paths.EVACUATIONS):
+        for job in await members(self._store, paths.EVACUATIONS):
             try:
                 await self._refresh_one(job, facts)
             except (StoreUnavailable, Deposed):

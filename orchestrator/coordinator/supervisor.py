@@ -26,6 +26,7 @@ from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import Leader, MigrationSpec, MigrationState
 from orchestrator.fencing.base import Fencers
 from orchestrator.ledger import paths
+from orchestrator.ledger.gather import members
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import (
@@ -317,20 +318,14 @@ class Supervisor:
         """Find migrations and jobs by watch, with a slow full look as a net."""
         woken = asyncio.Event()
         stops = [
-            self._store.watch_children(paths.MIGRATIONS, lambda _names: woken.set()),
-            self._store.watch_children(paths.EVACUATIONS, lambda _names: woken.set()),
+            self._store.watch_tree(paths.MIGRATIONS, lambda _path: woken.set()),
+            self._store.watch_tree(paths.EVACUATIONS, lambda _path: woken.set()),
         ]
-        shards: set[str] = set()
 
         async def look() -> None:
-            for shard in await self._store.children(paths.MIGRATIONS):
-                path = f"{paths.MIGRATIONS}/{shard}"
-                if shard not in shards:
-                    shards.add(shard)
-                    stops.append(self._store.watch_children(path, lambda _names: woken.set()))
-                for migration in await self._store.children(path):
-                    self._adopt(migration, epoch, spawn)
-            for job in await self._store.children(paths.EVACUATIONS):
+            for migration in await members(self._store, paths.MIGRATIONS):
+                self._adopt(migration, epoch, spawn)
+            for job in await members(self._store, paths.EVACUATIONS):
                 self._adopt_job(job, runner, spawn)
 
         try:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
+from orchestrator.ledger.store import Store
+
 AT_ONCE = 32
 
 I = TypeVar("I")  # noqa: E741
@@ -30,3 +32,10 @@ async def each(items: Iterable[I], read: Callable[[I], Awaitable[T]], *, at_once
         for each_worker in workers:
             each_worker.cancel()
     return [found[index] for index in range(len(todo))]
+
+
+async def members(store: Store, root: str) -> tuple[str, ...]:
+    """Names of everything in the shards of `root`, one of `paths.SHARDED`; sorted. Raises StoreUnavailable."""
+    shards = await store.children(root)
+    found = await each(shards, lambda shard: store.children(f"{root}/{shard}"))
+    return tuple(sorted(name for names in found for name in names))

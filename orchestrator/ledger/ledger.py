@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from orchestrator.core.handover import GuestRecord
 from orchestrator.ledger import paths
-from orchestrator.ledger.gather import each
+from orchestrator.ledger.gather import members
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Create, SetData, Store, WriteResult
 
@@ -44,19 +44,16 @@ class Ledger:
         return None if found is None else (decode(GuestRecord, found.data, path=path), found.version, found.mzxid)
 
     async def list_guests(self) -> tuple[str, ...]:
-        return await self.store.children(paths.GUESTS)
+        return await members(self.store, paths.GUESTS)
 
     async def list_hosts(self) -> tuple[str, ...]:
         return await self.store.children(paths.HOSTS)
 
     async def list_evacuations(self) -> tuple[str, ...]:
-        return await self.store.children(paths.EVACUATIONS)
+        return await members(self.store, paths.EVACUATIONS)
 
     async def list_migrations(self) -> tuple[str, ...]:
-        """Ids of all shards, sorted."""
-        shards = await self.store.children(paths.MIGRATIONS)
-        found = await each(shards, lambda shard: self.store.children(f"{paths.MIGRATIONS}/{shard}"))
-        return tuple(sorted(name for names in found for name in names))
+        return await members(self.store, paths.MIGRATIONS)
 
     async def cas(self, path: str, record: object, version: int) -> WriteResult:
         return await self.store.multi([op_set(path, record, version)])

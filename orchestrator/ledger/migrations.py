@@ -16,7 +16,7 @@ async def creation(store: Store, spec: MigrationSpec) -> list[Op]:
     (GUEST_IS_MIGRATING, with the other's id), StoreUnavailable, BadRecord.
     """
     newest = await free_of_others(store, spec.guest, spec.guest_name)
-    await store.ensure(paths.migration_shard(spec.id))
+    await store.ensure(paths.shard(paths.migration(spec.id)))
     path, content = paths.newest_migration(spec.guest), encode(spec.id)
     return [
         Create(path, content) if newest is None else SetData(path, content, newest.version),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 CHROOT = "/drover/v1"
 NAMES = "/names"
 GUESTS = "/guests"
@@ -19,6 +21,21 @@ BARRIER = "/barrier"
 ROOTS = (NAMES, GUESTS, MIGRATIONS, EVACUATIONS, REQUESTS, HOSTS, FENCE, DEATHS, FENCERS, COORDINATOR, BARRIER)
 
 
+SHARDED = (GUESTS, MIGRATIONS, EVACUATIONS, REQUESTS)
+"""Roots of what grows: what is below them lies in up to 256 nodes each, so that no listing outgrows a reply. A node of
+these, a shard, has two characters for a name, and is made when it is first needed."""
+
+
+def shard(path: str) -> str:
+    """The node that must be there before `path`, of a guest, migration, evacuation or request, can be created."""
+    return path.rpartition("/")[0]
+
+
+def _spread(name: str) -> str:
+    """The shard of what has a name that callers chose, or a host's: the first characters may all be the same."""
+    return hashlib.sha256(name.encode()).hexdigest()[:2]
+
+
 def name(guest_name: str) -> str:
     """Uuid of the present life of a guest of that name. With the record in one transaction, so a name has one life."""
     return f"{NAMES}/{guest_name}"
@@ -26,32 +43,27 @@ def name(guest_name: str) -> str:
 
 def guest(uuid: str) -> str:
     """The guest record: who may run it, and the attempt under way. One per life; no step of the protocol deletes it."""
-    return f"{GUESTS}/{uuid}"
+    return f"{GUESTS}/{uuid[:2]}/{uuid}"
 
 
 def guest_spec(uuid: str) -> str:
     """What the guest is; immutable."""
-    return f"{GUESTS}/{uuid}/spec"
+    return f"{guest(uuid)}/spec"
 
 
 def want_run(uuid: str) -> str:
     """The operator's wish that it runs or stands. Its own node, so that a pause never moves the record's version."""
-    return f"{GUESTS}/{uuid}/want_run"
+    return f"{guest(uuid)}/want_run"
 
 
 def newest_migration(uuid: str) -> str:
     """Id of the guest's newest migration: another is created only once that one is over."""
-    return f"{GUESTS}/{uuid}/migration"
-
-
-def migration_shard(migration: str) -> str:
-    """One of 256 nodes that hold the migrations."""
-    return f"{MIGRATIONS}/{migration[:2]}"
+    return f"{guest(uuid)}/migration"
 
 
 def migration(migration_id: str) -> str:
-    """Sharded by the first two characters so that no listing outgrows a reply."""
-    return f"{migration_shard(migration_id)}/{migration_id}"
+    """A migration: guest, wanted destination, policy; immutable."""
+    return f"{MIGRATIONS}/{migration_id[:2]}/{migration_id}"
 
 
 def migration_state(migration_id: str) -> str:
@@ -76,17 +88,17 @@ def acks(migration_id: str) -> str:
 
 def evacuation(job: str) -> str:
     """A job: host, limits, policy; immutable."""
-    return f"{EVACUATIONS}/{job}"
+    return f"{EVACUATIONS}/{_spread(job)}/{job}"
 
 
 def evacuation_state(job: str) -> str:
     """The head of a job: phase, counts, what it says. Its guests are in `evacuation_guests`."""
-    return f"{EVACUATIONS}/{job}/state"
+    return f"{evacuation(job)}/state"
 
 
 def evacuation_guests(job: str, number: int) -> str:
     """Some of the guests of a job, see `ledger.evacuations`."""
-    return f"{EVACUATIONS}/{job}/guests-{number:04}"
+    return f"{evacuation(job)}/guests-{number:04}"
 
 
 def is_evacuation_guests(child: str) -> bool:
@@ -96,7 +108,7 @@ def is_evacuation_guests(child: str) -> bool:
 
 def request_id(request: str) -> str:
     """What a request id was used for, so that a repeated request is answered alike."""
-    return f"{REQUESTS}/{request}"
+    return f"{REQUESTS}/{_spread(request)}/{request}"
 
 
 def host(host_name: str) -> str:
@@ -156,6 +168,7 @@ _OF_A_HOST = ("", "cordon", "live", "resv")
 def guest_of(path: str) -> str:
     """The uuid of the guest whose record, specification or wish stands at `path`; empty for any other node."""
     root, _, rest = path[1:].partition("/")
+    _, _, rest = rest.partition("/")
     uuid, _, child = rest.partition("/")
     return uuid if f"/{root}" == GUESTS and child in _OF_A_GUEST else ""
 

@@ -74,6 +74,9 @@ async def api(store: Store, tmp_path: Path) -> AsyncIterator[ApiCluster]:
 
 async def put(store: Store, batches: Iterable[list[Op]]) -> None:
     async def write(ops: list[Op]) -> None:
+        made = {op.path for op in ops}
+        for parent in {paths.shard(path) for path in made} - made:
+            await store.ensure(parent)
         assert isinstance(await store.multi(ops), Done)
 
     await each(batches, write)

@@ -151,6 +151,7 @@ class FakeAgent(AgentServiceServicer):
 
     async def _restored(self, uuid: str, spec: GuestSpec) -> pb.RestoreRecordResponse:
         owner = HostRef(self.host, f"boot-{self.host}")
+        await self.store.ensure(paths.shard(paths.guest(uuid)))
         ops = [
             op_create(paths.name(spec.name), uuid),
             op_create(paths.guest(uuid), handover.restored(spec.name, owner, writer=self.host)),

@@ -99,6 +99,7 @@ class Moves:
     async def born(self) -> None:
         await Ledger(self.store).init_tree()
         await self.store.ensure(paths.migration(self.migration))
+        await self.store.ensure(paths.shard(paths.guest(self.guest)))
         result = await self.store.multi(
             [
                 op_create(paths.guest(self.guest), GuestRecord("g", Ownership.IDLE, S)),

@@ -308,7 +308,12 @@ class World:
             task.cancel()
 
     def put(self, path: str, record: object) -> None:
+        """With its parents where missing."""
         self.store.tree.zxid += 1
+        parent = path.rpartition("/")[0]
+        while parent and parent not in self.store.tree.nodes:
+            self.store.tree.nodes[parent] = Versioned(b"", 0, 0)
+            parent = parent.rpartition("/")[0]
         self.store.tree.nodes[path] = Versioned(encode(record), 0, self.store.tree.zxid)
 
     def host(self, name: str, memory_mib: int = 1024) -> None:
@@ -324,7 +329,6 @@ class World:
 
     def migration(self, name: str, guest: str, destination: str = "", policy: MigrationPolicy | None = None) -> None:
         policy = policy or MigrationPolicy(backoff_initial_ms=1, backoff_max_ms=2)
-        self.put(paths.migration_shard(name), Cordon())
         self.put(paths.migration(name), MigrationSpec(name, guest, f"n-{guest}", destination, policy))
         self.put(paths.migration_state(name), MigrationState())
         self.put(paths.attempts(name), Attempts())

@@ -70,6 +70,7 @@ def test_a_record_that_cannot_be_read_stops_nobody_else(cluster: Cluster, client
             Create(paths.evacuation(JOB), json.dumps(job).encode()),
             Create(paths.evacuation_state(JOB), b'{"phase": "LEVITATING"}'),
         ]
+        observer.run(observer.store.ensure(paths.shard(paths.evacuation(JOB))))
         assert isinstance(observer.run(observer.store.multi(ops)), Done)
         until(lambda: "quarantined" in next(e for e in client.list_evacuations() if e.name == JOB).message, 20)
         health = next(part.health for part in cluster.status().parts if part.name == "coordinator")

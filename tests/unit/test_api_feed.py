@@ -69,7 +69,7 @@ def feed_of(api: ApiCluster) -> Feed[Any, types_pb2.Migration]:
 async def seed(store: MemoryStore, number: int, phase: MigrationPhase, guest: str = "g") -> str:
     """A migration as the ledger keeps it."""
     name = f"{number:012x}"[::-1]
-    await store.ensure(paths.migration_shard(name))
+    await store.ensure(paths.shard(paths.migration(name)))
     spec = MigrationSpec(name, guest, f"n-{guest}", create_time_s=1_000_000.0 - number)
     ops = [op_create(paths.migration(name), spec), op_create(paths.migration_state(name), MigrationState(phase))]
     assert isinstance(await store.multi(ops), Done)
@@ -224,6 +224,7 @@ async def test_what_cannot_be_read_hides_nothing_and_is_named(api: ApiCluster, s
     nodes = [paths.migration(left[0].name), paths.migration_state(left[1].name)]
     assert [each.reason.partition(":")[0] for each in left] == nodes
     job = (await api.call(api.client.create_evacuation, "h1")).evacuation.name
+    await store.ensure(paths.shard(paths.evacuation("old-1")))
     store.tree.nodes[paths.evacuation("old-1")] = Versioned(b"{}", 0, 1)
     store.tree.nodes[paths.evacuation_state("old-1")] = Versioned(b'{"phase": 7}', 0, 1)
     left.clear()

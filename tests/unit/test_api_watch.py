@@ -20,6 +20,7 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.records import EvacuationPhase, GuestSpec, MigrationPhase
 from orchestrator.ledger import paths
+from orchestrator.ledger.gather import members
 from orchestrator.ledger.records import encode
 from orchestrator.ledger.store import Done, SetData, Versioned
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
@@ -227,8 +228,8 @@ async def test_names_that_there_are_not(api: ApiCluster, names: list[str]) -> No
 async def test_a_watch_outlives_the_ledgers_absence(api: ApiCluster, world: World) -> None:
     with watching(api, lambda client: client.watch_guests()) as watch:
         await watch.next()
-        world.store.down = True
         uuid = (await world_guest(world))[0]
+        world.store.down = True
         api.agents["h1"].say(AgentSample(guests=(GuestStatus(uuid, "web", "inc", RunState.STOPPED),)))
         await watch.until(lambda guest: wire.word(guest, "run_state") == "STOPPED")
         node = world.store.tree.nodes[paths.guest(uuid)]
@@ -242,7 +243,7 @@ async def test_a_watch_outlives_the_ledgers_absence(api: ApiCluster, world: Worl
 
 async def world_guest(world: World) -> list[str]:
     await asyncio.sleep(0)
-    return list(world.store.tree.children(paths.GUESTS))
+    return list(await members(world.store, paths.GUESTS))
 
 
 async def test_an_unreadable_record_does_not_end_the_watch_of_the_others(api: ApiCluster, world: World) -> None:

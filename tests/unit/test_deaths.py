@@ -145,7 +145,7 @@ def lives(world: World, name: str) -> list[GuestRecord]:
     found = [
         decode(GuestRecord, node.data)
         for path, node in world.store.tree.nodes.items()
-        if path.startswith(paths.GUESTS + "/") and path.count("/") == 2
+        if path.startswith(paths.GUESTS + "/") and path.count("/") == 3
     ]
     live = (Ownership.STARTING, Ownership.IDLE, Ownership.OPEN, Ownership.COMMITTED, Ownership.ABORTED)
     return [record for record in found if record.name == name and record.phase in live]

@@ -164,6 +164,7 @@ async def put(store: MemoryStore, record: GuestRecord) -> None:
         Create(paths.guest("u1"), encode(record)),
         Create(paths.guest_spec("u1"), encode(GuestSpec("g"))),
     ]
+    await store.ensure(paths.shard(paths.guest("u1")))
     assert isinstance(await store.multi(ops), Done)
 
 

@@ -401,7 +401,7 @@ async def test_a_watch_ends_by_itself_at_its_bound(plain: FakeAgent) -> None:
 
 async def test_wishes_and_chaos(plain: FakeAgent) -> None:
     client = AgentClient(plain.address)
-    await plain.store.ensure(paths.GUESTS)
+    await plain.store.ensure(paths.shard(paths.guest("g1")))
     here = GuestRecord("web", Ownership.IDLE, HostRef("h1", "boot-h1"))
     ops = [op_create(paths.guest("g1"), here), op_create(paths.want_run("g1"), WantRun(False, "x", 3))]
     assert isinstance(await plain.store.multi(ops), Done)
