@@ -19,6 +19,7 @@ from orchestrator.api.health import cluster_health
 from orchestrator.api.history import History
 from orchestrator.api.hosts import Hosts
 from orchestrator.api.migrations import Migrations
+from orchestrator.api.placements import Placements
 from orchestrator.api.reads import EvacuationRead, GuestRead, MigrationRead
 from orchestrator.api.repairs import Repairs
 from orchestrator.api.sources import EvacuationSource, GuestSource, MigrationSource
@@ -60,6 +61,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         self._hosts = Hosts(tools)
         self._deaths = Deaths(tools)
         self._repairs = Repairs(tools)
+        self._placements = Placements(tools)
         self._migrations = Migrations(tools, history)
         self._guests = Guests(tools, self._migrations)
         self._evacuations = Evacuations(tools)
@@ -104,6 +106,11 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     async def RemoveHost(self, request: pb.RemoveHostRequest, context: Any) -> pb.RemoveHostResponse:
         await self._deaths.remove(request.name, _caller(context))
         return pb.RemoveHostResponse()
+
+    # --- placement ----------------------------------------------------------------------------------------------------
+
+    async def CheckPlacement(self, request: pb.CheckPlacementRequest, context: Any) -> pb.CheckPlacementResponse:
+        return await self._placements.check(request)
 
     # --- guests -------------------------------------------------------------------------------------------------------
 

@@ -27,14 +27,24 @@ class Exit(IntEnum):
 
 
 class CliError(Exception):
-    """Ends the command with this sentence on stderr. `lines` follow it, one each: the single things that are wrong."""
+    """Ends the command with this sentence on stderr. `lines` follow it, one each: the single things that are wrong.
+    `reason` is that of the API, if it was the API that refused."""
 
-    def __init__(self, code: Exit, message: str, *, lines: Sequence[str] = (), hint: str = "") -> None:
+    def __init__(
+        self,
+        code: Exit,
+        message: str,
+        *,
+        lines: Sequence[str] = (),
+        hint: str = "",
+        reason: RefusalReason | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.lines = tuple(lines)
         self.hint = hint
+        self.reason = reason
 
 
 class Ended(Exception):
@@ -93,7 +103,8 @@ def explain(error: DroverError) -> CliError:
     if len(error.violations) > 1:
         lines = [f"{field}: {message}" if field else message for field, message in error.violations]
         said = f"{len(lines)} fields are wrong [{error.reason}]"
-        return CliError(code_of(error.reason), said, lines=lines, hint=hint)
+        return CliError(code_of(error.reason), said, lines=lines, hint=hint, reason=error.reason)
     # Only of wrong input a person wants to know which field it was.
     field = f"{error.field}: " if error.field and error.reason is RefusalReason.INVALID_ARGUMENT else ""
-    return CliError(code_of(error.reason), f"{field}{' '.join(error.message.split())} [{error.reason}]", hint=hint)
+    said = f"{field}{' '.join(error.message.split())} [{error.reason}]"
+    return CliError(code_of(error.reason), said, hint=hint, reason=error.reason)

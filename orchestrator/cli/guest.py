@@ -6,7 +6,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,7 @@ from orchestrator.cli import units
 from orchestrator.cli.context import Settings, complete_guest, complete_host, pass_settings, remote
 from orchestrator.cli.exits import CliError, Ended, Exit, explain
 from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled, table
+from orchestrator.cli.placement import NO_PLACE, show_verdicts
 from orchestrator.cli.plugins import open_group
 from orchestrator.core.errors import DroverError, RefusalReason
 
@@ -40,28 +41,40 @@ guest_argument = click.argument("guest", shell_complete=complete_guest)
 @guest.command(short_help="Run the guests that files describe.")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(dir_okay=False, allow_dash=True))
 @click.option("--host", default="", shell_complete=complete_host, help="Where.  [default: most free memory]")
-@click.option("--validate-only", is_flag=True, help="Check the files, and whether the guests could be run.")
+@click.option(
+    "--validate-only", "--dry-run", is_flag=True, help="Check the files, and whether the guests could be run."
+)
 @remote
 @pass_settings
 def run(settings: Settings, files: tuple[str, ...], host: str, validate_only: bool) -> None:
     """Run the guests that FILEs describe (docs/guest-file.md); - is standard input.
 
-    Nothing is run when anything is wrong with a file: every problem is told at once, with its line.
+    Nothing is run when anything is wrong with a file: every problem is told at once, with its line. With
+    --validate-only a guest that no host can take is followed by what stands against it on each host.
     """
     from orchestrator import wire
 
     specs = _specs(files)
     with settings.client() as client:
         results = _create_all(client, specs, host, validate_only)
+        refused = [(spec, r) for spec, r in zip(specs, results, strict=True) if isinstance(r, CliError)]
+        placeless = [spec for spec, error in refused if validate_only and error.reason in NO_PLACE]
+        verdicts = {spec.name: client.check_placement(spec, host) for spec in placeless}
     printer = settings.printer
     made = [result for result in results if not isinstance(result, CliError)]
-    refused = [(spec.name, r) for spec, r in zip(specs, results, strict=True) if isinstance(r, CliError)]
     if printer.machine:
-        printer.document({"guests": [wire.to_json(each) for each in made]})
-    elif made:
-        _say_made(printer, made, validate_only)
-    for name, error in refused:
-        note(f"drover: {name}: {error.message}")
+        document: dict[str, Any] = {"guests": [wire.to_json(each) for each in made]}
+        if verdicts:
+            document["placements"] = {name: wire.to_json(found) for name, found in verdicts.items()}
+        printer.document(document)
+    else:
+        if made:
+            _say_made(printer, made, validate_only)
+        for name, found in verdicts.items():
+            printer.show(f"hosts for {name}:")
+            show_verdicts(printer, found)
+    for spec, error in refused:
+        note(f"drover: {spec.name}: {error.message}")
         for line in error.lines:
             note(f"  {line}")
     if refused:

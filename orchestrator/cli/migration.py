@@ -22,6 +22,7 @@ from orchestrator.cli.context import (
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.jobs import created, facts_of_time, goes_on, phase_of, show_list, times, took, wall_s, worst_of
 from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled, table
+from orchestrator.cli.placement import NO_PLACE, show_verdicts
 from orchestrator.cli.policy_options import policy_of, policy_options
 from orchestrator.core.errors import DroverError, RefusalReason
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 @click.argument("guest", shell_complete=complete_guest)
 @click.option("--to", "destination", default="", shell_complete=complete_host, help="Host.  [default: chosen]")
 @click.option("--watch", is_flag=True, help="Follow it to its end.")
-@click.option("--validate-only", is_flag=True, help="Only say whether and where it could go.")
+@click.option("--validate-only", "--dry-run", is_flag=True, help="Only say whether and where it could go.")
 @request_id_option
 @policy_options
 @remote
@@ -50,7 +51,8 @@ def migrate(
 ) -> None:
     """Move GUEST to another host.
 
-    Policy options take the place of the guest's own policy. With --watch the exit code is that of the migration:
+    Policy options take the place of the guest's own policy. With --validate-only nothing is changed; when no host can
+    take it, each host is shown with what stands against it. With --watch the exit code is that of the migration:
     0 SUCCEEDED, 1 FAILED, 6 CANCELLED.
     """
     from orchestrator import wire
@@ -62,8 +64,13 @@ def migrate(
                 guest, destination, policy_of(policy), validate_only=validate_only, request_id=request_id
             )
 
-        made = created("migration", create, request_id, validate_only=validate_only)
         printer = settings.printer
+        try:
+            made = created("migration", create, request_id, validate_only=validate_only)
+        except DroverError as error:
+            if validate_only and error.reason in NO_PLACE:
+                show_verdicts(printer, client.check_placement(guest, destination))
+            raise
         if validate_only:
             if printer.machine:
                 printer.document(wire.to_json(made))

@@ -7,8 +7,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from protos.drover.v1.orchestrator_pb2 import (
     ChangeRunStateResponse,
+    CheckPlacementResponse,
     ClusterHealth,
     CreateEvacuationResponse,
+    HostVerdict,
     PlacementVerdict,
     Quarantined,
     Unreadable,
@@ -34,6 +36,7 @@ from protos.drover.v1.types_pb2 import (
 __all__ = [
     "AttemptReport",
     "ChangeRunStateResponse",
+    "CheckPlacementResponse",
     "ClusterHealth",
     "CreateEvacuationResponse",
     "DeviceSpec",
@@ -46,6 +49,7 @@ __all__ = [
     "HostCopy",
     "HostDeath",
     "HostTrouble",
+    "HostVerdict",
     "Migration",
     "MigrationPolicy",
     "PlacementVerdict",

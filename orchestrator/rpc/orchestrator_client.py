@@ -116,6 +116,24 @@ class OrchestratorClient:
         """Forget a host that is not live, has no guests, and is certified dead or cordoned."""
         self._call(self._stub.RemoveHost, pb.RemoveHostRequest(name=name))
 
+    # --- placement ----------------------------------------------------------------------------------------------------
+
+    def check_placement(self, guest: str | GuestSpec, host: str = "") -> pb.CheckPlacementResponse:
+        """Where a guest could move (by its name), or run (by its specification), now: the choice, and the verdict on
+        every host, or on `host` alone. Asks page by page; the choice is that of the first page."""
+        request = pb.CheckPlacementRequest(host=host)
+        if isinstance(guest, str):
+            request.guest = guest
+        else:
+            request.spec.CopyFrom(wire.guest_spec_to_proto(guest))
+        found = answer = self._call(self._stub.CheckPlacement, request)
+        while answer.next_page_token:
+            request.page_token = answer.next_page_token
+            answer = self._call(self._stub.CheckPlacement, request)
+            found.verdicts.extend(answer.verdicts)
+        found.next_page_token = ""
+        return found
+
     # --- guests -------------------------------------------------------------------------------------------------------
 
     def create_guest(

@@ -414,6 +414,64 @@ async def test_a_refusal_names_a_handful_of_hosts_and_counts_the_others(
     assert error.details == {"NO_CAPACITY": "40", "HOST_CORDONED": "22"}
 
 
+async def test_the_verdict_on_every_host_is_a_field_of_an_answer(
+    api: Subject, client: OrchestratorClient, web: types.Guest
+) -> None:
+    for number in range(7):
+        await api.host(f"small-{number}", 16)
+    await api.call(client.cordon_host, "h2", "fans")
+    found = await api.call(client.check_placement, "web")
+    assert (found.destination, found.reason, found.message) == ("h3", "", "")
+    assert [each.host for each in found.verdicts] == ["h2", "h3", *(f"small-{number}" for number in range(7))]
+    assert dict(found.reasons) == {"NO_CAPACITY": 7, "HOST_CORDONED": 1}
+    cordoned, free, small, *_ = found.verdicts
+    assert (cordoned.eligible, cordoned.reason, cordoned.passing) == (False, "HOST_CORDONED", True)
+    assert "fans" in cordoned.message
+    assert (free.eligible, free.memory_free_mib, free.reason, free.message) == (True, 1024, "", "")
+    assert (small.eligible, small.memory_free_mib, small.reason) == (False, 16, "NO_CAPACITY")
+    big = await api.call(client.check_placement, GuestSpec("big", memory_mib=9000))
+    assert (big.destination, big.reason) == ("", "NO_CAPACITY")
+    error = await api.refused(client.create_guest, GuestSpec("big", memory_mib=9000))
+    assert big.message == error.message
+    assert len(big.verdicts) == 10
+    one = await api.call(client.check_placement, "web", "small-3")
+    assert [(each.host, each.reason) for each in one.verdicts] == [("small-3", "NO_CAPACITY")]
+    assert (await api.call(client.list_guests)) == [await api.call(client.get_guest, "web")]
+
+
+async def test_verdicts_come_by_pages(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
+    def page(size: int, token: str = "") -> pb.CheckPlacementResponse:
+        request = pb.CheckPlacementRequest(guest="web", page_size=size, page_token=token)
+        return client._stub.CheckPlacement(request, timeout=10)
+
+    await api.host("h9", 16)
+    first = await api.call(page, 2)
+    assert [each.host for each in first.verdicts] == ["h2", "h3"]
+    last = await api.call(page, 2, first.next_page_token)
+    assert ([each.host for each in last.verdicts], last.next_page_token) == (["h9"], "")
+    assert (
+        (first.destination, dict(first.reasons)) == (last.destination, dict(last.reasons)) == ("h2", {"NO_CAPACITY": 1})
+    )
+
+
+@pytest.mark.parametrize(
+    ("guest", "host", "reason", "field"),
+    [
+        ("nobody", "", R.NOT_FOUND, "guest"),
+        ("No/body", "", R.INVALID_ARGUMENT, "guest"),
+        ("", "", R.INVALID_ARGUMENT, "guest"),
+        ("web", "h77", R.NOT_FOUND, "host"),
+        ("web", "a/b", R.INVALID_ARGUMENT, "host"),
+        (GuestSpec("x", memory_mib=-5), "", R.INVALID_ARGUMENT, "spec.memory_mib"),
+    ],
+)
+async def test_placements_that_cannot_be_judged(
+    api: Subject, client: OrchestratorClient, web: types.Guest, guest: str | GuestSpec, host: str, reason: R, field: str
+) -> None:
+    error = await api.refused(client.check_placement, guest, host)
+    assert (error.reason, error.field) == (reason, field)
+
+
 async def test_wrong_fields_are_counted_and_the_first_of_them_told(api: Subject, client: OrchestratorClient) -> None:
     labels = {f"bad key {number} {'x' * 200}": "v" for number in range(64)}
     error = await api.refused(client.create_guest, GuestSpec("lab", labels=labels))

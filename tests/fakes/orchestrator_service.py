@@ -24,7 +24,7 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from orchestrator import wire
-from orchestrator.api import decisions, evacuations, guests, hosts, limits, migrations, views
+from orchestrator.api import decisions, evacuations, guests, hosts, limits, migrations, placements, views
 from orchestrator.api.calls import digest
 from orchestrator.api.reads import no_place, not_found
 from orchestrator.core import repair
@@ -205,6 +205,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
                 each.memory_reserved_mib,
                 live=each.state == types.HOST_STATE_LIVE,
                 cordoned=each.cordoned,
+                cordon_reason=each.cordon_reason,
                 machine_types=tuple(each.machine_types),
             )
             for each in self.hosts.values()
@@ -250,6 +251,14 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             self._carry(guest, 1)
             self._remember("CreateGuest", request, f"guests/{guest.uuid}")
         return guest
+
+    async def CheckPlacement(self, request: pb.CheckPlacementRequest, context: object) -> pb.CheckPlacementResponse:
+        await self._called("CheckPlacement", request)
+        need = placements.check(request)
+        if need is None:
+            guest = self._guest(request.guest, "guest")
+            need = need_for(wire.guest_spec_from_proto(guest.spec), guest=guest.uuid, source=guest.host)
+        return placements.answer(request, self._views(), need)
 
     async def GetGuest(self, request: pb.GetGuestRequest, context: object) -> types.Guest:
         await self._called("GetGuest", request)

@@ -515,6 +515,32 @@ def test_migrate_sends_what_was_given_and_nothing_else(drover: Drover, service: 
     assert not service.requests("CreateMigration")[1].HasField("policy")
 
 
+def test_a_check_without_a_place_shows_what_stands_against_each_host(
+    drover: Drover, service: FakeOrchestrator, tmp_path: Path
+) -> None:
+    for each in service.hosts.values():
+        each.cordoned = each.name == "host-2"
+        each.memory_mib, each.memory_used_mib = 64, 60
+    rows = [["HOST", "MiB FREE", "REASON", "MESSAGE"]]
+    rows += [["host-2", "4", "HOST_CORDONED", "host-2 is cordoned"]]
+    rows += [["host-10", "4", "NO_CAPACITY", "host-10 has 4 MiB free, db needs 64 MiB"]]
+    ran = drover("migrate", "db", "--dry-run")
+    assert ran.rows() == rows
+    assert ran.code == 4
+    assert "NO_CAPACITY" in ran.err
+    assert [each["host"] for each in drover("migrate", "db", "--dry-run", "-o", "json").json["verdicts"]] == [
+        "host-10",
+        "host-2",
+    ]
+    assert drover("migrate", "db", "--to", "host-2", "--dry-run").rows() == rows[:2]
+    (tmp_path / "a.yaml").write_text("name: new")
+    ran = drover("guest", "run", str(tmp_path / "a.yaml"), "--dry-run")
+    assert ran.out.startswith("hosts for new:\n")
+    assert ran.out.count("NO_CAPACITY") == 2
+    listed = drover("guest", "run", str(tmp_path / "a.yaml"), "--dry-run", "-o", "json").json
+    assert len(listed["placements"]["new"]["verdicts"]) == 3
+
+
 def test_migrate_can_only_check(drover: Drover, service: FakeOrchestrator) -> None:
     assert drover("migrate", "db", "--validate-only").out == "db can go from host-1 to host-10\n"
     assert service.migrations == {}

@@ -350,6 +350,143 @@ class RemoveHostResponse(_message.Message):
 Global___RemoveHostResponse: _TypeAlias = RemoveHostResponse  # noqa: Y015
 
 @_typing.final
+class CheckPlacementRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    guest: _builtins.str
+    """One of the two: a guest that is to move, or one that is to be created."""
+    host: _builtins.str
+    """Empty: all hosts. Else only this one is judged."""
+    page_size: _builtins.int
+    """Of verdicts. 0, or more than 1000: 1000."""
+    page_token: _builtins.str
+    """Empty: from the first on; else the next_page_token of the page before."""
+    @_builtins.property
+    def spec(self) -> _types_pb2.GuestSpec: ...
+    def __init__(
+        self,
+        *,
+        guest: _builtins.str = ...,
+        spec: _types_pb2.GuestSpec | None = ...,
+        host: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest", "host", b"host", "page_size", b"page_size", "page_token", b"page_token", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckPlacementRequest: _TypeAlias = CheckPlacementRequest  # noqa: Y015
+
+@_typing.final
+class HostVerdict(_message.Message):
+    """Whether one host could take the guest now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    ELIGIBLE_FIELD_NUMBER: _builtins.int
+    MEMORY_FREE_MIB_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    PASSING_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    eligible: _builtins.bool
+    memory_free_mib: _builtins.int
+    """What the host has left."""
+    reason: _builtins.str
+    """RefusalReason; empty when it is eligible."""
+    message: _builtins.str
+    passing: _builtins.bool
+    """Time may remove the obstacle: memory that is freed, a cordon that is lifted, an agent that answers again."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        eligible: _builtins.bool = ...,
+        memory_free_mib: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        passing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eligible", b"eligible", "host", b"host", "memory_free_mib", b"memory_free_mib", "message", b"message", "passing", b"passing", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostVerdict: _TypeAlias = HostVerdict  # noqa: Y015
+
+@_typing.final
+class CheckPlacementResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ReasonsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    VERDICTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """What the call that creates or moves the guest would choose now. Empty: it would refuse, with reason and message."""
+    reason: _builtins.str
+    message: _builtins.str
+    next_page_token: _builtins.str
+    """Empty: there are no more."""
+    @_builtins.property
+    def reasons(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """How many hosts each reason stands against, whatever the page."""
+
+    @_builtins.property
+    def verdicts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostVerdict]:
+        """By name of the host, without the one that a guest is on already."""
+
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        reasons: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        verdicts: _abc.Iterable[Global___HostVerdict] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "message", b"message", "next_page_token", b"next_page_token", "reason", b"reason", "reasons", b"reasons", "verdicts", b"verdicts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckPlacementResponse: _TypeAlias = CheckPlacementResponse  # noqa: Y015
+
+@_typing.final
 class CreateGuestRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -75,6 +75,11 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostResponse.FromString,
                 _registered_method=True)
+        self.CheckPlacement = channel.unary_unary(
+                '/drover.v1.OrchestratorService/CheckPlacement',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementResponse.FromString,
+                _registered_method=True)
         self.CreateGuest = channel.unary_unary(
                 '/drover.v1.OrchestratorService/CreateGuest',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CreateGuestRequest.SerializeToString,
@@ -225,6 +230,13 @@ class OrchestratorServiceServicer:
 
     def RemoveHost(self, request, context):
         """Forgets a host that is not live, has no guests, and is certified dead or cordoned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckPlacement(self, request, context):
+        """Where a guest could run or move now, with the verdict on every host. Changes nothing; an answer is no promise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -393,6 +405,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.RemoveHost,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostResponse.SerializeToString,
+            ),
+            'CheckPlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckPlacement,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementResponse.SerializeToString,
             ),
             'CreateGuest': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateGuest,
@@ -706,6 +723,33 @@ class OrchestratorService:
             '/drover.v1.OrchestratorService/RemoveHost',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckPlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/CheckPlacement',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,8 @@ class OrchestratorServiceStub:
     """The newest declaration."""
     RemoveHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RemoveHostRequest, _orchestrator_pb2.RemoveHostResponse]
     """Forgets a host that is not live, has no guests, and is certified dead or cordoned."""
+    CheckPlacement: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CheckPlacementRequest, _orchestrator_pb2.CheckPlacementResponse]
+    """Where a guest could run or move now, with the verdict on every host. Changes nothing; an answer is no promise."""
     CreateGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateGuestRequest, _types_pb2.Guest]
     """Creates and starts a guest. Repeat-safe by request_id."""
     GetGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetGuestRequest, _types_pb2.Guest]
@@ -104,6 +106,8 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """The newest declaration."""
     RemoveHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.RemoveHostRequest, _orchestrator_pb2.RemoveHostResponse]  # type: ignore[assignment]
     """Forgets a host that is not live, has no guests, and is certified dead or cordoned."""
+    CheckPlacement: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CheckPlacementRequest, _orchestrator_pb2.CheckPlacementResponse]  # type: ignore[assignment]
+    """Where a guest could run or move now, with the verdict on every host. Changes nothing; an answer is no promise."""
     CreateGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """Creates and starts a guest. Repeat-safe by request_id."""
     GetGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
@@ -195,6 +199,14 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_pb2.RemoveHostResponse, _abc.Awaitable[_orchestrator_pb2.RemoveHostResponse]]:
         """Forgets a host that is not live, has no guests, and is certified dead or cordoned."""
+
+    @_abc_1.abstractmethod
+    def CheckPlacement(
+        self,
+        request: _orchestrator_pb2.CheckPlacementRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.CheckPlacementResponse, _abc.Awaitable[_orchestrator_pb2.CheckPlacementResponse]]:
+        """Where a guest could run or move now, with the verdict on every host. Changes nothing; an answer is no promise."""
 
     @_abc_1.abstractmethod
     def CreateGuest(
