@@ -13,7 +13,7 @@ import structlog
 
 from agents.config import AgentConfig
 from agents.engine.base import MigrationEngine
-from agents.guest.files import GuestFiles, found_on_disk, note_roots
+from agents.guest.files import GuestFiles, forget_stale_links, found_on_disk, note_roots
 from agents.guest.held import Forgotten
 from agents.guest.keeper import HostedGuest
 from agents.guest.ledger import GuestLedger
@@ -138,6 +138,7 @@ class Agent:
         self._journal.open()
         try:
             note_roots(self._config)
+            forget_stale_links()
         except OSError as error:  # its guests need their agent now
             log.warning("where guests of this agent are is not noted down", error=str(error))
         await self._adopt_found()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orchestrator.core.endpoint import zookeeper_servers
 from orchestrator.core.guest import name_error
@@ -45,8 +45,10 @@ class AgentConfig(BaseModel):
     `::` for all."""
     allow_loopback: bool = False
     """The whole cluster is on this machine: `address` may be a loopback address."""
-    control_port: Annotated[int, Field(ge=0, le=65535)] = 7701
-    peer_port: Annotated[int, Field(ge=0, le=65535)] = 7702
+    control_port: Annotated[int, Field(ge=1, le=65535)] = 7701
+    """Registered, so that coordinator and API find the agent."""
+    peer_port: Annotated[int, Field(ge=1, le=65535)] = 7702
+    """Registered, so that other agents do."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 7703
     """Prometheus reads here; 0: not served."""
     zookeeper: Annotated[str, AfterValidator(zookeeper_servers)]
@@ -73,6 +75,13 @@ class AgentConfig(BaseModel):
     """Programs of this host that hold external devices: the name that guests use (`driver`) -> unix socket."""
     chaos: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> AgentConfig:
+        ports = [port for port in (self.control_port, self.peer_port, self.metrics_port) if port]
+        if len(set(ports)) < len(ports):
+            raise ValueError("control_port, peer_port and metrics_port must differ")
+        return self
 
 
 def load(path: Path) -> AgentConfig:

@@ -90,6 +90,14 @@ def known_roots(config: AgentConfig) -> list[str]:
     return [*(root for root in before if root not in spelled), *spelled]
 
 
+def forget_stale_links() -> None:
+    """Remove links to directories of agents that are no more. Best effort: they do no harm, they only pile up."""
+    with contextlib.suppress(OSError):
+        for link in listed(_runtime()):
+            if link.is_symlink() and not there(link.readlink()):
+                link.unlink()
+
+
 def note_roots(config: AgentConfig) -> None:
     """Remember where the sockets of this agent's guests are, before it has any: a process whose note is lost is found
     by them, also from a moved directory. Raises OSError; nothing has changed then."""

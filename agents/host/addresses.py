@@ -18,9 +18,9 @@ def settled(config: AgentConfig) -> AgentConfig:
     Raises DroverError INVALID_ARGUMENT when others could not reach the host at `address`, or a name is not known.
     """
     address = _ip(config.address, "address")
-    if wrong := unreachable_by_others(address, loopback=config.allow_loopback):
-        said = wrong if config.address.strip("[]") == address else f"{config.address} is {wrong}"
-        raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="address")
+    name = "" if is_ip(config.address) else config.address
+    if wrong := unreachable_by_others(address, loopback=config.allow_loopback, name=name):
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, wrong, field="address")
     listen = _ip(config.listen, "listen") if config.listen else address
     return config.model_copy(update={"address": address, "listen": listen})
 

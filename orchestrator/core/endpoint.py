@@ -81,26 +81,27 @@ def split_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def unreachable_by_others(ip: str, *, loopback: bool = False) -> str:
+def unreachable_by_others(ip: str, *, loopback: bool = False, name: str = "") -> str:
     """Why other hosts cannot reach an agent at this address; empty when nothing says so.
 
-    `loopback`: the whole cluster is on this machine.
+    `loopback`: the whole cluster is on this machine. `name`: what was given, where the address was looked up.
     """
     address = parse_ip(ip)
+    given = f"{name} (here {ip})" if name else ip
     if address.is_unspecified:
         return (
-            f"{ip} means every address of a host, so none that another host could connect to: name the one that others "
+            f"{given} means every address of a host, so none that another host could connect to: name the one that others "
             "reach (what is listened at may be another: `listen`)"
         )
     if address.is_loopback and not loopback:
         return (
-            f"{ip} leads every host to itself: name the address that other hosts reach (`allow_loopback`, when the "
+            f"{given} leads every host to itself: name the address that other hosts reach (`allow_loopback`, when the "
             "whole cluster is on one machine)"
         )
     if address.is_multicast or str(address) == "255.255.255.255":
-        return f"{ip} is the address of a group, not of a host"
+        return f"{given} is the address of a group, not of a host"
     if address.is_link_local and isinstance(address, IPv6Address):
-        return f"{ip} is an address on one link only: name one that other hosts reach"
+        return f"{given} is an address on one link only: name one that other hosts reach"
     return ""
 
 
@@ -113,6 +114,13 @@ def zookeeper_servers(text: str) -> str:
 
 
 def _zookeeper_server(text: str) -> str:
+    server = _with_port(text)
+    if server.endswith(":0"):
+        raise ValueError(f"{text!r}: nothing listens at port 0")
+    return server
+
+
+def _with_port(text: str) -> str:
     if not text:
         raise ValueError("a ZooKeeper server is missing: host:port[,host:port...]")
     if ":" not in text or (text.startswith("[") and text.endswith("]")):

@@ -64,6 +64,25 @@ def test_addresses_that_lead_others_nowhere_are_refused(tmp_path: Path, address:
     assert (caught.value.reason, caught.value.field) == (RefusalReason.INVALID_ARGUMENT, "address")
 
 
+@pytest.mark.parametrize("key", ["control_port", "peer_port"])
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_a_port_that_nobody_could_find_is_refused(tmp_path: Path, key: str, port: int) -> None:
+    """Port 0 listened anywhere, and was registered as 0."""
+    assert f"{key}: Input should be" in loaded(tmp_path, **{key: port})
+
+
+def test_ports_are_there_once(tmp_path: Path) -> None:
+    assert "control_port, peer_port and metrics_port must differ" in loaded(tmp_path, peer_port=7701)
+    assert loaded(tmp_path, metrics_port=0) == "", "metrics need not be served"
+
+
+def test_the_refusal_of_a_name_says_what_it_stands_for(tmp_path: Path) -> None:
+    with pytest.raises(DroverError) as caught:
+        settled_of(tmp_path, address="localhost")
+    assert caught.value.message.startswith("localhost (here ")
+    assert ") leads every host to itself: name the address that other hosts reach" in caught.value.message
+
+
 def test_a_name_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DroverError, match="no name that can be looked up here"):
         settled_of(tmp_path, address="no-such-host.invalid")
@@ -88,3 +107,4 @@ def test_addresses_are_settled_once(tmp_path: Path, given: dict[str, object], ad
 def test_zookeeper_is_read_in_one_way_only(tmp_path: Path) -> None:
     assert settled_of(tmp_path, zookeeper="[::1]:2181,zk2").zookeeper == "[::1]:2181,zk2:2181"
     assert "zookeeper: " in loaded(tmp_path, zookeeper="::1:2181")
+    assert "nothing listens at port 0" in loaded(tmp_path, zookeeper="zk1,zk2:0")

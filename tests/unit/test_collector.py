@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from deploy.lab.cluster import consoles
 from deploy.lab.cluster.collector import Collector
 from deploy.lab.cluster.consoles import GATHER_MOST_NS, LINE_MOST_BYTES
 from deploy.lab.cluster.layout import Layout
@@ -128,6 +130,19 @@ def test_a_line_has_the_time_of_its_first_byte_however_late_the_rest_comes(rig: 
     assert (connected, one, two) == ("CONNECTED", "swift", "slow")
     assert 0 <= swift_ns - swift < HONEST_NS
     assert 0 <= slow_ns - slow < HONEST_NS
+
+
+def test_files_of_vmms_that_ended_are_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consoles, "FILES_KEPT", 2)
+    monkeypatch.setattr(consoles, "SWEEP_S", 0.0)
+    for age, name in enumerate(("e.log", "d.log", "c.log.1", "b.log", "a.log")):
+        file = rig.layout.serial / f"host-1.old.{name}"
+        file.write_text("1 x\n")
+        os.utime(file, (1_000 - age, 1_000 - age))
+    rig.guest("host-1.web.a").say(b"one\n")
+    rig.texts("host-1.web.a", 2)
+    kept = {"host-1.old.e.log", "host-1.old.d.log", "host-1.web.a.log"}
+    until(lambda: {path.name for path in rig.layout.serial.iterdir()} == kept)
 
 
 def test_two_lines_at_once_keep_their_order(rig: Rig) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agents.engine.qemu import process
-from agents.guest.files import GuestFiles, found_on_disk, guests_root, note_roots
+from agents.guest.files import GuestFiles, forget_stale_links, found_on_disk, guests_root, note_roots
 from orchestrator.core.liveness import LivenessUnknown
 from orchestrator.core.records import GuestSpec
 from tests.fakes.config import agent_config
@@ -115,6 +115,19 @@ def test_the_vmms_of_a_guest_are_found_from_a_moved_directory(
             running.kill()
             running.wait()
             guests_root.cache_clear()
+
+
+def test_links_to_directories_that_are_no_more_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, kept, gone = (tmp_path / name for name in ("run", "kept", "gone"))
+    monkeypatch.setattr("agents.guest.files._runtime", lambda: runtime)
+    forget_stale_links()  # there is nothing yet
+    for directory in (runtime, kept):
+        directory.mkdir()
+    for name, target in (("a", kept), ("b", gone)):
+        (runtime / name).symlink_to(target)
+    (runtime / "c").touch()
+    forget_stale_links()
+    assert sorted(path.name for path in runtime.iterdir()) == ["a", "c"]
 
 
 def test_nobody_else_may_look_into_a_guests_directory(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ UNWRITTEN_MOST_BYTES = 4 << 20
 FILE_MOST_BYTES = 32 << 20
 """Of one VMM's lines, three hours of a heart that beats fifty times a second; and as much of those before."""
 RECENT_LINES = 200
+FILES_KEPT = 1_000
+"""Of VMMs that ended, whose last lines are not kept any more."""
+SWEEP_S = 30.0
 ENDED_KEPT = 500
 FOLDER_CLOCK_NS = 50_000_000
 """Longer than a tick of the clock that a folder's time of change is taken from."""
@@ -217,6 +220,7 @@ class Consoles:
         self._present: set[str] = set()
         self._refused: set[str] = set()
         self._listed_ns = -1
+        self._sweep_s = 0.0
 
     # --- hearing: each descriptor reports once (EPOLLONESHOT), and is asked again after it was read
 
@@ -281,10 +285,23 @@ class Consoles:
         return True
 
     def _forget(self) -> None:
-        """Keep the last lines of some VMMs that ended, not of all that ever lived."""
+        """Keep the last lines of some VMMs that ended, and the files of more, not of all that ever lived."""
         gone = [name for name, each in self.known.items() if name not in self._present and not each.connected]
         for name in gone[: max(0, len(gone) - ENDED_KEPT)]:
             del self.known[name]
+        if time.monotonic() >= self._sweep_s:
+            self._sweep_s = time.monotonic() + SWEEP_S
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """The oldest files beyond FILES_KEPT, of VMMs that are not there any more. Raises OSError."""
+        known = {f"{console.vmm.name}.log" for console in self.known.values()}
+        ended: list[tuple[float, str]] = []
+        for entry in os.scandir(self._layout.serial):
+            if entry.name.removesuffix(".1") not in known:
+                ended.append((entry.stat().st_mtime, entry.name))
+        for _, name in sorted(ended)[: max(0, len(ended) - FILES_KEPT)]:
+            (self._layout.serial / name).unlink(missing_ok=True)
 
     # --- writing
 
