@@ -19,7 +19,7 @@ from agents.guest import copies as making
 from agents.guest import duty as keeping
 from agents.guest.attempts import Attempts, reason_of
 from agents.guest.duties import Duties
-from agents.guest.duty import Do
+from agents.guest.duty import Do, Duty
 from agents.guest.files import GuestFiles
 from agents.guest.held import HeldGuest, Untrusted
 from agents.guest.tools import Tools
@@ -35,6 +35,7 @@ from orchestrator.core.agent import (
 )
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import HostRef
 from orchestrator.core.liveness import LivenessUnknown
 from orchestrator.core.records import WantRun
 from orchestrator.ledger.records import BadRecord
@@ -81,6 +82,8 @@ class HostedGuest(HeldGuest):
         """Failures to keep it in a row."""
         self._said_s = 0.0
         """When its trouble was last logged, by the loop's clock."""
+        self._told: tuple[Duty, Ownership, HostRef] | None = None
+        """The duty that was found last, and of which record."""
 
     # --- life of this object ------------------------------------------------------------------------------------------
 
@@ -300,11 +303,18 @@ class HostedGuest(HeldGuest):
                 raise self.refused(RefusalReason.BUSY, f"it cannot be told whether its process {unknown} lives")
             if duty.do is Do.BURY and not self.may_bury:
                 return
+            self._tell(duty, record)
             if duty.do is Do.NOTHING:
                 await self._tidy(record)
                 return
-            log.info("keeping", guest=self.name, do=duty.do, inc=duty.inc, phase=record.phase)
             await self._duties.carry_out(duty, record)
+
+    def _tell(self, duty: Duty, record: GuestRecord) -> None:
+        """Once for each: what cannot be done yet is tried again and again."""
+        told = (duty, record.phase, record.owner)
+        if told != self._told and duty.do is not Do.NOTHING:
+            log.info("keeping", guest=self.name, do=duty.do, inc=duty.inc, phase=record.phase)
+        self._told = told
 
     async def _record_for_duty(self) -> tuple[GuestRecord | None, Untrusted | None]:
         """None: there is no record that could be trusted, and why."""

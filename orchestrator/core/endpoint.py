@@ -90,8 +90,8 @@ def unreachable_by_others(ip: str, *, loopback: bool = False, name: str = "") ->
     given = f"{name} (here {ip})" if name else ip
     if address.is_unspecified:
         return (
-            f"{given} means every address of a host, so none that another host could connect to: name the one that others "
-            "reach (what is listened at may be another: `listen`)"
+            f"{given} means every address of a host, so none that another host could connect to: name the one that "
+            "others reach (what is listened at may be another: `listen`)"
         )
     if address.is_loopback and not loopback:
         return (

@@ -135,6 +135,7 @@ def test_a_line_has_the_time_of_its_first_byte_however_late_the_rest_comes(rig: 
 def test_files_of_vmms_that_ended_are_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consoles, "FILES_KEPT", 2)
     monkeypatch.setattr(consoles, "SWEEP_S", 0.0)
+    rig._collector._consoles._sweep_s = 0.0
     for age, name in enumerate(("e.log", "d.log", "c.log.1", "b.log", "a.log")):
         file = rig.layout.serial / f"host-1.old.{name}"
         file.write_text("1 x\n")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from agents.guest.keeper import HostedGuest
 from agents.host.metrics import Metrics
@@ -17,7 +20,7 @@ from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import Versioned
 from orchestrator.tasks import failures
-from tests.unit.test_lost_ledger import HERE, G, House, until
+from tests.unit.test_lost_ledger import HERE, THERE, G, House, until
 
 ERRORS = (
     TimeoutError("the device process is not dead after 2 s"),
@@ -87,6 +90,66 @@ async def test_a_guest_that_cannot_be_adopted_stops_nobody_else(house: House, mo
     await house.agent.start_guest(other)
     await until(lambda: house.agent.status().complete)
     assert {copy.name for copy in house.agent.status().copies} == {"web", "db"}
+    await house.agent.stop()
+
+
+@pytest.mark.parametrize("step", ["_clear", "files"])
+async def test_an_agent_that_is_killed_while_a_guest_is_ended_leaves_no_copy_behind(
+    house: House, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Its record says GONE, and its VMM stands paused: the next agent discards it, since its name is free."""
+    await house.agent.start()
+    await house.born()
+    (vmm,) = house.mover.processes.values()
+    with monkeypatch.context() as patched:
+
+        def killed(*_: object) -> None:
+            raise asyncio.CancelledError
+
+        async def ended(_: HostedGuest) -> None:
+            pass
+
+        patched.setattr(HostedGuest, "_keep_once", ended)
+        owner = HostedGuest if step == "_clear" else type(vmm)
+        patched.setattr(owner, step if step == "_clear" else "destroy", killed)
+        with pytest.raises(asyncio.CancelledError):
+            await house.agent._known(G).end()
+        await house.agent.stop()
+    assert house.world.record(G).phase is Ownership.GONE
+    assert list(house.mover.processes.values()) == [vmm], "the copy is there"
+    house.agent = house.made()
+    await house.agent.start()
+    await until(lambda: not house.mover.processes)
+    await until(lambda: house.agent._guests[G].forgotten)
+    assert not vmm.spec.directory.exists()
+    assert not house.agent.status().copies
+    await house.agent.stop()
+
+
+async def test_a_duty_that_cannot_be_done_is_told_once_and_when_it_changes(house: House) -> None:
+    """It filled the log with a line every few seconds, for as long as the record stayed wrong."""
+    await house.agent.start()
+    await house.born()
+    right = house.world.record(G)
+    with capture_logs() as lines:
+        house.world.put(paths.guest(G), replace(right, owner=THERE))
+        house.agent.nudge(G)
+        await until(lambda: house.trouble() is Trouble.NOT_KEPT)
+        for _ in range(5):
+            await house.looked()
+
+        def told() -> list[str]:
+            return [line["do"] for line in lines if line["event"] == "keeping"]
+
+        assert told() == ["refuse_owner"]
+        assert [line["event"] for line in lines].count("a guest is not kept: trying again") == 1
+        house.world.put(paths.guest(G), right)
+        house.agent.nudge(G)
+        await until(lambda: house.trouble() is None)
+        house.world.put(paths.guest(G), replace(right, owner=THERE))
+        house.agent.nudge(G)
+        await until(lambda: told() == ["refuse_owner"] * 2)
+    assert len(house.mover.processes) == 1
     await house.agent.stop()
 
 
