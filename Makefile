@@ -76,6 +76,10 @@ check-protos:
 bench-late-ack: setup qemu-11  ## what a late ACK costs, on real guests (about 5 minutes; ARGS="--scale 0.1" for a look)
 	$(PY) -m tests.bench.late_ack $(ARGS)
 
+.PHONY: bench-fleet
+bench-fleet: setup  ## what a large fleet costs the control plane (about 20 minutes; ARGS="--only at_rest --scale 0.1")
+	$(PY) -m tests.bench.fleet $(ARGS)
+
 ##@ Develop
 .PHONY: format
 format: venv  ## let ruff mend what it can

@@ -13,6 +13,9 @@ from orchestrator.core.endpoint import join_address
 
 CLASS_PATH = ("/usr/share/java/zookeeper.jar", "/usr/share/java/slf4j-simple.jar")
 
+SMALL_MIB = 64
+"""Of heap: such a server has little to do and is to start quickly."""
+
 
 def missing() -> str:
     """What keeps a ZooKeeper from starting here; empty when nothing does."""
@@ -22,9 +25,11 @@ def missing() -> str:
 
 
 class ZooKeeperServer:
-    def __init__(self, directory: Path, address: str = "127.0.0.1", inside: Sequence[str] = ()) -> None:
+    def __init__(
+        self, directory: Path, address: str = "127.0.0.1", inside: Sequence[str] = (), *, heap_mib: int = 64
+    ) -> None:
         """`inside` begins the command that runs it in a namespace; then `address` is one of there."""
-        self.address, self._inside = address, tuple(inside)
+        self.address, self._inside, self._heap_mib = address, tuple(inside), heap_mib
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
             probe.bind(("::" if ":" in address else address, 0))
             self.port: int = probe.getsockname()[1]
@@ -42,7 +47,9 @@ class ZooKeeperServer:
         return join_address(self.address, self.port)
 
     def start(self) -> None:
-        command = "java -Xmx64m -Xms16m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Dzookeeper.jmx.log4j.disable=true"
+        command = f"java -Xmx{self._heap_mib}m -Xms16m -XX:+UseSerialGC -Dzookeeper.jmx.log4j.disable=true"
+        if self._heap_mib <= SMALL_MIB:
+            command += " -XX:TieredStopAtLevel=1"
         with open(self.directory / "log", "ab") as log:
             self.process = subprocess.Popen(
                 [
@@ -62,11 +69,25 @@ class ZooKeeperServer:
             time.sleep(0.05)
         raise RuntimeError((self.directory / "log").read_text()[-2000:])
 
-    def _ask(self, word: bytes) -> bytes:
+    def metrics(self) -> dict[str, str]:
+        """The server's own counters. Raises ConnectionError when it does not answer."""
+        return {name: value for name, _, value in map(_cut, self._told(b"mntr"))}
+
+    def zxid(self) -> int:
+        """Of the newest transaction, counted from the first of all. Raises as `metrics`."""
+        return next(int(value, 16) & 0xFFFFFFFF for name, _, value in map(_cut, self._told(b"srvr")) if name == "Zxid:")
+
+    def _told(self, word: bytes) -> list[str]:
+        lines = self._ask(word, 5.0).decode().splitlines()
+        if not lines:
+            raise ConnectionError(f"no answer to {word.decode()}")
+        return lines
+
+    def _ask(self, word: bytes, timeout_s: float = 0.5) -> bytes:
         try:
-            with socket.create_connection((self.address, self.port), 0.5) as connection:
+            with socket.create_connection((self.address, self.port), timeout_s) as connection:
                 connection.sendall(word)
-                return connection.recv(65536)
+                return b"".join(iter(lambda: connection.recv(65536), b""))
         except OSError:
             return b""
 
@@ -75,3 +96,8 @@ class ZooKeeperServer:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+
+def _cut(line: str) -> tuple[str, str, str]:
+    name, _, value = line.replace("\t", " ").partition(" ")
+    return name, "", value.strip()

@@ -1,0 +1,346 @@
+"""The control plane of a bench: real ZooKeeper, Ray, coordinator and API, light agents; each a process of this machine.
+
+Everything lies in one directory of the memory file system, so that the disk of the machine is no part of a figure, and
+goes with it. Processes are known by pid and start time; Ray's by the mark that the lab gives them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from deploy.lab.cluster import processes, ray_head, teardown
+from deploy.lab.cluster.layout import CLUSTER_VARIABLE, PART_VARIABLE, RAY_ADDRESS, Layout, Places
+from orchestrator.ledger import paths
+from orchestrator.ledger.zookeeper import ZooKeeperStore
+from orchestrator.rpc import channels
+from protos.drover.v1 import orchestrator_pb2 as pb
+from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
+from tests.bench.fleet.agents import Share
+from tests.fakes.zookeeper import ZooKeeperServer
+
+MEMORY = Path("/dev/shm")
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+PER_PROCESS = 250
+"""Light agents: beyond that one process's event loop is what is measured."""
+START_S = 90.0
+_LOOK_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of the coordinator; see `orchestrator.coordinator.supervisor.Limits`."""
+
+    starts_per_s: float = 125.0
+    burst: int = 10
+    max_concurrent: int = 1_000
+    max_per_source: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """ZooKeeper's own counters, and the pings of the agents, at one moment."""
+
+    at_s: float
+    requests: int
+    """Reads and writes that were answered, pings among them."""
+    writes: int
+    """Transactions that went through the quorum, by their numbers (zxid): sessions, barriers, refused ones as well."""
+    pings: int
+
+    def since(self, before: Counted) -> Rates:
+        requests, writes = self.requests - before.requests, self.writes - before.writes
+        reads = max(0, requests - writes - (self.pings - before.pings))
+        return Rates(self.at_s - before.at_s, reads, writes)
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What ZooKeeper was asked in some time."""
+
+    seconds: float
+    reads: int
+    writes: int
+
+    @property
+    def per_s(self) -> float:
+        return (self.reads + self.writes) / self.seconds
+
+
+def free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+class Agents:
+    """One process of light agents."""
+
+    def __init__(self, plane: Plane, name: str, share: Share) -> None:
+        file = plane.layout.dir / f"{name}.json"
+        file.write_text(json.dumps(asdict(share)))
+        command = [sys.executable, "-m", "tests.bench.fleet.agents", str(file)]
+        self.process = plane.spawn(name, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._turn = asyncio.Lock()
+
+    async def _line(self, timeout_s: float) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        async with asyncio.timeout(timeout_s):
+            line = await asyncio.to_thread(self.process.stdout.readline)
+        if not line:
+            raise RuntimeError("a process of light agents has ended: see its log")
+        return json.loads(line)
+
+    async def ready(self, timeout_s: float) -> None:
+        await self._line(timeout_s)
+
+    async def tell(self, command: str, timeout_s: float = 30.0) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        async with self._turn:
+            self.process.stdin.write(f"{command}\n".encode())
+            self.process.stdin.flush()
+            answer = await self._line(timeout_s)
+        if "error" in answer:
+            raise RuntimeError(f"light agents: {command}: {answer['error']}")
+        return answer
+
+
+@dataclass
+class Plane:
+    """Start its parts in the order of the methods; `close` ends everything, in any state."""
+
+    limits: Limits = field(default_factory=Limits)
+    heap_mib: int = 256
+    layout: Layout = field(init=False)
+    agents: list[Agents] = field(default_factory=list[Agents])
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict[str, "subprocess.Popen[bytes]"])
+
+    def __post_init__(self) -> None:
+        self.layout = Layout.of(tempfile.mkdtemp(prefix="fb", dir=MEMORY if MEMORY.is_dir() else None))
+        self.layout.check()
+        self.layout.logs.mkdir()
+        self.zookeeper = ZooKeeperServer(self.layout.zookeeper, heap_mib=self.heap_mib)
+        self.places = Places(
+            "127.0.0.1",
+            None,
+            (),
+            zookeeper_port=self.zookeeper.port,
+            ray_port=free_port(RAY_ADDRESS),
+            ray_client_port=free_port(RAY_ADDRESS),
+        )
+        self.store = ZooKeeperStore(self.zookeeper.hosts)
+        self._keeping: asyncio.Task[None] | None = None
+        self._channel: grpc.aio.Channel | None = None
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+
+    def spawn(
+        self, name: str, command: list[str], environment: dict[str, str] | None = None, **more: Any
+    ) -> subprocess.Popen[bytes]:
+        """A part; its words go to `logs/<name>.log`."""
+        marks = {CLUSTER_VARIABLE: str(self.layout.dir), PART_VARIABLE: name.partition("-")[0]}
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": None, **more}
+        with (self.layout.logs / f"{name}.log").open("ab") as sink:
+            process: subprocess.Popen[bytes] = subprocess.Popen(
+                command,
+                stdin=options["stdin"],
+                stdout=options["stdout"] or sink,
+                stderr=sink,
+                env={**os.environ, **marks, **(environment or {})},
+                start_new_session=True,
+            )
+        self.running[name] = process
+        return process
+
+    async def start_ledger(self) -> None:
+        os.environ[CLUSTER_VARIABLE] = str(self.layout.dir)
+        try:
+            await asyncio.to_thread(self.zookeeper.start)
+        finally:
+            del os.environ[CLUSTER_VARIABLE]
+        await self.store.start()
+
+    async def start_control(self) -> None:
+        """Ray, coordinator, API; started again whenever they end, as the lab's supervisor does."""
+        ray_head.token(self.layout)
+        config = {
+            "zookeeper": self.zookeeper.hosts,
+            "ray_address": f"{RAY_ADDRESS}:{self.places.ray_port}",
+            "ray_token_file": str(self.layout.ray_token),
+            "limits": asdict(self.limits),
+        }
+        self.layout.coordinator_json.write_text(json.dumps(config))
+        api = {"listen": [f"unix:{self.layout.api_socket}"], "zookeeper": self.zookeeper.hosts}
+        self.layout.api_json.write_text(json.dumps(api))
+        self._keeping = asyncio.create_task(self._keep())
+        await self.until(self.leads, START_S, "a coordinator that leads")
+        await self.until(self._api_answers, START_S, "an API that answers")
+
+    async def _keep(self) -> None:
+        while True:
+            self._start_missing()
+            await asyncio.sleep(_LOOK_S)
+
+    def _start_missing(self) -> None:
+        if self._ended("ray"):
+            teardown.kill_ray(self.layout)
+            ray_head.prepare(self.layout)
+            self.spawn("ray", ray_head.command(self.layout, self.places, 2), ray_head.environment(self.layout))
+        if self._ended("api"):
+            self.spawn("api", [sys.executable, "-m", "orchestrator.api", "--config", str(self.layout.api_json)])
+        if self._ended("coordinator") and self._ray_listens():
+            command = [sys.executable, "-m", "orchestrator.coordinator", "--config", str(self.layout.coordinator_json)]
+            self.spawn("coordinator", command, ray_head.client_environment(self.layout))
+
+    def _ended(self, name: str) -> bool:
+        return name not in self.running or self.running[name].poll() is not None
+
+    def _ray_listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((RAY_ADDRESS, self.places.ray_port), 0.2):
+            return True
+        return False
+
+    async def leads(self) -> bool:
+        return await self.store.read(paths.leader()) is not None
+
+    async def _api_answers(self) -> bool:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await self.api.GetClusterHealth(pb.GetClusterHealthRequest(), timeout=2.0)
+            return True
+        return False
+
+    @property
+    def api(self) -> Any:
+        """A stub of the API, asynchronous."""
+        if self._channel is None:
+            self._channel = channels.aio_channel(f"unix:{self.layout.api_socket}")
+        return OrchestratorServiceStub(self._channel)
+
+    async def start_agents(self, hosts: int, guests: int, **more: Any) -> None:
+        """All of the fleet's light agents; their guests are in the ledger already."""
+        directory = self.layout.dir / "h"
+        for number, first in enumerate(range(0, hosts, PER_PROCESS)):
+            count = min(PER_PROCESS, hosts - first)
+            share = Share(self.zookeeper.hosts, str(directory), first, count, hosts, guests, **more)
+            self.agents.append(Agents(self, f"agents-{number}", share))
+        async with asyncio.timeout(START_S + hosts):
+            await asyncio.gather(*(agents.ready(START_S + hosts) for agents in self.agents))
+
+    async def tell_agents(self, command: str) -> list[dict[str, Any]]:
+        return list(await asyncio.gather(*(agents.tell(command) for agents in self.agents)))
+
+    async def kill_ray(self) -> None:
+        """SIGKILL for all of it: head, coordinator, workers."""
+        await asyncio.to_thread(teardown.kill_ray, self.layout)
+
+    # --- measuring ----------------------------------------------------------------------------------------------------
+
+    async def counted(self) -> Counted:
+        pings = sum(told["pings"] for told in await self.tell_agents("told"))
+        answer = await asyncio.to_thread(self.zookeeper.metrics)
+        requests = int(float(answer["zk_cnt_readlatency"])) + int(float(answer["zk_cnt_updatelatency"]))
+        return Counted(time.monotonic(), requests, await asyncio.to_thread(self.zookeeper.zxid), pings)
+
+    def cpu_s(self) -> dict[str, float]:
+        """Of each part until now. The coordinator is its actors and the process outside; `ray` is Ray itself."""
+        found: dict[str, float] = {}
+        for role, pid in self._roles():
+            found[role] = found.get(role, 0.0) + cpu_of(pid)
+        return found
+
+    def rss_mib(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for role, pid in self._roles():
+            found[role] = found.get(role, 0.0) + rss_of(pid)
+        return found
+
+    def _roles(self) -> Iterator[tuple[str, int]]:
+        for name, process in self.running.items():
+            if name != "ray" and process.poll() is None:
+                yield name.partition("-")[0], process.pid
+        if self.zookeeper.process is not None:
+            yield "zookeeper", self.zookeeper.process.pid
+        for identity in teardown.find_ray(self.layout):
+            yield ("coordinator" if is_actor(identity.pid) else "ray"), identity.pid
+
+    async def until(self, done: Callable[[], Any], timeout_s: float, what: str) -> None:
+        """Raises TimeoutError. What cannot be told just now is asked again."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with contextlib.suppress(ConnectionError):
+                if await done():
+                    return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {what} within {timeout_s:g} s: see {self.layout.logs}")
+            await asyncio.sleep(_LOOK_S)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+        if self._channel is not None:
+            await self._channel.close()
+        await self.store.close()
+        for process in self.running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        await asyncio.to_thread(teardown.kill_ray, self.layout)
+        self.zookeeper.kill()
+        await asyncio.to_thread(teardown.kill, set(teardown.find(self.layout)))
+        if keep := os.environ.get("DROVER_KEEP_LOGS"):
+            shutil.copytree(self.layout.logs, Path(keep) / self.layout.dir.name, dirs_exist_ok=True)
+        shutil.rmtree(self.layout.dir, ignore_errors=True)
+
+
+def is_actor(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"ray::" in title
+    return False
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of user and system time of the process; 0 when it is gone."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) * TICK_S
+    return 0.0
+
+
+def rss_of(pid: int) -> float:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+    return 0.0
+
+
+@contextlib.asynccontextmanager
+async def running(limits: Limits | None = None, heap_mib: int = 256) -> AsyncGenerator[Plane]:
+    """A plane with its ledger and nothing else yet; ended in any case."""
+    plane = Plane(limits or Limits(), heap_mib)
+    try:
+        await plane.start_ledger()
+        yield plane
+    finally:
+        await plane.close()
+
+
+def alive(pid: int) -> bool:
+    return processes.look(pid) is not None
