@@ -267,14 +267,19 @@ def ending(each: Migration) -> str:
     """One sentence on how a migration ended."""
     phase = phase_of(each)
     after = f" after {took(each)}" if took(each) else ""
-    tries = units.count(max(1, each.attempt), "attempt")
+    tries = units.count(each.attempt, "attempt") if each.attempt else "no attempt"
     if phase == "SUCCEEDED":
         committed = [report for report in each.attempts if report.outcome == "COMMITTED"]
         stood_ms = committed[-1].blackout_ms if committed else 0.0
         blackout = f", blackout {units.milliseconds(stood_ms)}" if stood_ms else ""
         return f"{each.guest} is on {each.destination}{after}, {tries}{blackout}"
     why = ": ".join(filter(None, (each.failure, each.message)))
-    return f"{each.guest} stays on {each.source}: {phase}{after}, {tries}{': ' if why else ''}{why}"
+    return f"{each.guest} stays {_where(each)}: {phase}{after}, {tries}{': ' if why else ''}{why}"
+
+
+def _where(each: Migration) -> str:
+    """Where the guest of a migration that moved nothing is: its source is known from the first attempt on."""
+    return f"on {each.source}" if each.source else "where it is"
 
 
 @migration.command()
@@ -296,7 +301,7 @@ def cancel(settings: Settings, migration: str) -> None:
     if settings.printer.machine:
         settings.printer.document(wire.to_json(each))
     else:
-        settings.printer.show(f"migration {each.name} of {each.guest} is cancelled: it stays on {each.source}")
+        settings.printer.show(f"migration {each.name} of {each.guest} is cancelled: it stays {_where(each)}")
 
 
 def _hex(zxid: str) -> str:

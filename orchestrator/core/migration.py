@@ -25,6 +25,8 @@ from orchestrator.core.records import AttemptReport, MigrationPhase, MigrationSp
 REPEAT_MS = 1_000.0
 """Pause before an idempotent call is repeated."""
 UNREACHABLE_REPEAT_MS = 200.0
+"""The same after a call of which nobody knows what came; it doubles with each that follows, up to REPEAT_MS. All of
+them belong to one attempt, which `prepare_timeout_ms` ends."""
 PLACEMENT_PATIENCE_MS = 20_000.0
 """How long a migration waits for a host that is silent or busy before it gives up placing."""
 PLACEMENT_REPEAT_MS = 300.0
@@ -270,6 +272,8 @@ class Course:
     """Since when the source's agent is silent; None: it is not."""
     unanswered: bool = False
     """The last call to the source had no answer."""
+    in_vain: int = 0
+    """Calls in a row of which nobody knows what came."""
     told: str = ""
     """What the migration last said that it waits for."""
 
@@ -361,11 +365,16 @@ def step(course: Course, event: Event, *, now_ms: float, jitter: float = 1.0) ->
             return Step(replace(course, stage=Stage.ENDED), (StandBack(),))
         case PrepareAnswer() if event.attempt == course.attempt and course.stage is Stage.PREPARE:
             ready = replace(
-                course, stage=Stage.CONDUCT, prepared=event.prepared, again_ms=now_ms + REPEAT_MS, refusal=""
+                course,
+                stage=Stage.CONDUCT,
+                prepared=event.prepared,
+                again_ms=now_ms + REPEAT_MS,
+                refusal="",
+                in_vain=0,
             )
             return Step(ready, (_conduct(ready, event.prepared),))
         case ConductAnswer() if event.attempt == course.attempt and course.stage is Stage.CONDUCT:
-            return Step(replace(course, again_ms=now_ms + REPEAT_MS, unanswered=False, refusal=""))
+            return Step(replace(course, again_ms=now_ms + REPEAT_MS, unanswered=False, refusal="", in_vain=0))
         case CallRefused() if event.attempt == course.attempt and course.stage in (Stage.PREPARE, Stage.CONDUCT):
             return _call_refused(course, event, now_ms)
         case ReportAnswer() if event.report.attempt == course.attempt and course.stage is Stage.REPORT:
@@ -474,6 +483,7 @@ def _at_attempt(course: Course) -> Course:
         stage=Stage.LOOK,
         unanswered=False,
         refusal="",
+        in_vain=0,
     )
 
 
@@ -640,7 +650,9 @@ def _call_refused(course: Course, event: CallRefused, now_ms: float) -> Step:
     course = replace(course, refusal=f"{event.reason}: {event.message}")
     if event.unreachable:
         unanswered = course.stage is Stage.CONDUCT
-        return Step(replace(course, again_ms=now_ms + UNREACHABLE_REPEAT_MS, unanswered=unanswered))
+        pause_ms = min(REPEAT_MS, UNREACHABLE_REPEAT_MS * 2 ** min(course.in_vain, 10))
+        in_vain = course.in_vain + 1
+        return Step(replace(course, again_ms=now_ms + pause_ms, unanswered=unanswered, in_vain=in_vain))
     fatal = _FATAL_REFUSALS.get(event.reason)
     return _abort(replace(course, fatal=fatal), AbortReason.PREPARE_FAILED, course.refusal)
 

@@ -585,6 +585,17 @@ def test_the_watch_of_a_migration_ends_with_its_code(
     )
 
 
+def test_a_migration_that_no_host_could_take_has_no_attempt_and_no_source_to_name(
+    drover: Drover, service: FakeOrchestrator
+) -> None:
+    name, why = "5" * 32, {"failure": "NO_CAPACITY", "message": "no host can take web-2"}
+    service.frames = [[migration(name, "FAILED", source="", destination="", attempt=0, **why)]]
+    said = "web-2 stays where it is: FAILED after 4.0 s, no attempt: NO_CAPACITY: no host can take web-2"
+    assert drover("migrate", "web-2", "--watch").out.splitlines()[-1] == said
+    service.migrations = {name: migration(name, "PENDING", source="", destination="", attempt=0)}
+    assert drover("migration", "cancel", name).out == f"migration {name} of web-2 is cancelled: it stays where it is\n"
+
+
 def test_a_watch_for_programs_is_one_document_per_line(drover: Drover, service: FakeOrchestrator) -> None:
     same = migration("5" * 32, "PRECOPY")
     service.frames = [[same, same, migration("5" * 32)]]

@@ -297,6 +297,27 @@ def test_only_the_last_call_that_failed_is_blamed_for_a_timeout() -> None:
     assert step(course, Tick(), now_ms=1000).commands == (Abort(1, AbortReason.PREPARE_TIMEOUT),)
 
 
+def test_a_call_that_nobody_answers_is_repeated_ever_more_slowly_within_its_attempt() -> None:
+    """An agent that came back at once is found at once; one that fails at every call was asked five times a second."""
+    policy = replace(SPEC.policy, prepare_timeout_ms=15_000, max_attempts=1)
+    course = step(start(replace(SPEC, policy=policy), now_ms=0), Seen(OPEN1, ACTIVE), now_ms=0).course
+    unknown = CallRefused(1, RefusalReason.OUTCOME_UNKNOWN, "h2 answered UNKNOWN", unreachable=True)
+    now_ms, pauses = 0.0, list[float]()
+    while True:
+        course = step(course, unknown, now_ms=now_ms).course
+        assert course.again_ms is not None
+        due_ms = min(course.again_ms, 15_000)
+        pauses.append(due_ms - now_ms)
+        now_ms = due_ms
+        result = step(course, Tick(), now_ms=now_ms)
+        if result.commands != (Prepare(1),):
+            break
+        course = result.course
+    assert result.commands == (Abort(1, AbortReason.PREPARE_TIMEOUT, "OUTCOME_UNKNOWN: h2 answered UNKNOWN"),)
+    assert pauses[:5] == [200, 400, 800, 1000, 1000]
+    assert len(pauses) < 20
+
+
 def test_total_budget_survives_a_restart_of_the_coordinator() -> None:
     spent = AttemptReport(1, "ABORTED", duration_ms=599_000)
     assert start(SPEC, now_ms=5000, reports=(spent,)).total_deadline_ms == 6000
