@@ -12,9 +12,9 @@ import contextlib
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -76,6 +76,9 @@ _AT_SOURCE = frozenset({Ownership.STARTING, Ownership.IDLE, Ownership.OPEN, Owne
 
 T = TypeVar("T")
 
+
+SPENT_S = 10.0
+"""A driver that takes over counts at most so much of a budget again."""
 
 WAITING = "WAITING"
 """In place of a terminal phase: the migration waits for room, and is to be driven again later."""
@@ -169,7 +172,6 @@ class Driver:
         self._spec = spec
         self._events: asyncio.Queue[migration.Event | BaseException | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._opened_at_s = tools.clock_s()
         self._course: migration.Course | None = None
         self._fresh = False
 
@@ -187,6 +189,7 @@ class Driver:
             nodes = await self._look()
             if nodes.record is not None and nodes.record.phase in _AT_SOURCE:
                 unwatch.append(store.watch(paths.live(nodes.record.owner.host), self._changed))
+            self._start(self._keep_spent())
             return await self._loop(nodes)
         finally:
             for stop in unwatch:
@@ -239,6 +242,9 @@ class Driver:
     def _spent_ms(self) -> float:
         return 0.0 if self._course is None else migration.spent_ms(self._course, self._now_ms())
 
+    def _attempt_ms(self) -> float:
+        return 0.0 if self._course is None else migration.attempt_ms(self._course, self._now_ms())
+
     async def _look(self) -> _Nodes:
         while True:
             try:
@@ -275,8 +281,32 @@ class Driver:
 
     # --- effects ------------------------------------------------------------------------------------------------------
 
+    async def _keep_spent(self) -> None:
+        """Write down now and then how much of the budget is used up, so that a driver which takes over in the middle of
+        an attempt does not begin to count anew. A write that fails is made up for by the next one."""
+        while True:
+            await asyncio.sleep(SPENT_S)
+            try:
+                await self._write_spent()
+            except StoreUnavailable:
+                continue
+            except Exception as error:  # ends the driver, as a failure of any effect
+                self._events.put_nowait(error)
+                return
+
+    async def _write_spent(self) -> None:
+        nodes = await self._read()
+        if nodes.state.phase.terminal or self._spent_ms() - nodes.state.spent_ms < SPENT_S * 1000:
+            return
+        state = replace(nodes.state, spent_ms=self._spent_ms())
+        write = SetData(paths.migration_state(self._spec.id), encode(state), nodes.state_version)
+        await epoch_write(self._tools.store, self._tools.epoch, [write])
+
     def _spawn(self, command: migration.Command) -> None:
-        task = asyncio.create_task(self._guarded(command))
+        self._start(self._guarded(command))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -334,7 +364,6 @@ class Driver:
                 if not isinstance(ops, list):
                     return ops
                 if await epoch_write(self._tools.store, self._tools.epoch, ops):
-                    self._opened_at_s = self._tools.clock_s()
                     return migration.Finished()
             fresh = True
             await self._pause()
@@ -378,6 +407,7 @@ class Driver:
             waiting_for=None,
             retry_wait_ms=0,
             spent_ms=self._spent_ms(),
+            opened_spent_ms=self._spent_ms(),
             epoch=self._tools.epoch,
         )
         entry = snapshot.hosts[choice.destination.host]
@@ -597,7 +627,7 @@ class Driver:
             outcome=command.outcome,
             source=nodes.state.source,
             destination=nodes.state.destination,
-            duration_ms=report.duration_ms or (self._tools.clock_s() - self._opened_at_s) * 1000,
+            duration_ms=report.duration_ms or self._attempt_ms(),
         )
         said = nodes.state.message if ours and command.outcome == "ABORTED" else ""  # by `_abort`
         if not report.message and (said or told is None):

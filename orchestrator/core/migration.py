@@ -298,6 +298,12 @@ def spent_ms(course: Course, now_ms: float) -> float:
     return course.spec.policy.total_timeout_ms - (course.total_deadline_ms - now_ms)
 
 
+def attempt_ms(course: Course, now_ms: float) -> float:
+    """How long ago the attempt was opened, by whichever driver; 0 when nobody noted it."""
+    opened = course.durable.opened_spent_ms
+    return 0.0 if opened is None else max(0.0, spent_ms(course, now_ms) - opened)
+
+
 def situation(record: GuestRecord | None, migration: str, durable: MigrationState) -> Situation:
     """Where this migration stands. An attempt that was opened and whose guest went on without a verdict has arrived:
     every other way out of it is written together with the verdict, but for a close in RETRY_WAIT."""
@@ -518,7 +524,7 @@ def _open(course: Course, now_ms: float, *, bound: bool) -> Step:
         return Step(replace(course, stage=Stage.FOLLOW, deadline_ms=None, again_ms=None))
     if course.stage in (Stage.PREPARE, Stage.CONDUCT):
         return Step(course)
-    deadline = now_ms + course.spec.policy.prepare_timeout_ms
+    deadline = now_ms + max(0.0, course.spec.policy.prepare_timeout_ms - attempt_ms(course, now_ms))
     course = replace(course, stage=Stage.PREPARE, deadline_ms=deadline, again_ms=None)
     return Step(course, (Prepare(course.attempt),))
 

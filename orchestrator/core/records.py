@@ -281,6 +281,8 @@ class MigrationState(Record):
     spent_ms: float = 0.0
     """Of `total_timeout_ms`, from the migration's creation until this was written, on the coordinators' monotonic
     clocks. Time in which no coordinator led is not in it."""
+    opened_spent_ms: float | None = None
+    """`spent_ms` when the attempt was opened; None: an older version opened it."""
 
 
 @dataclass(frozen=True, slots=True)

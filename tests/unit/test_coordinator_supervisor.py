@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.api.decisions import cancelled_state
-from orchestrator.coordinator import places
+from orchestrator.coordinator import driver, places
 from orchestrator.coordinator.pool import WorkerLost
 from orchestrator.coordinator.supervisor import Limits, Supervisor, TokenBucket
 from orchestrator.coordinator.worker import Worker
@@ -406,6 +406,26 @@ async def test_a_source_that_waits_for_its_own_place_holds_no_other(world: World
         await until(lambda: all(world.state(name).phase.terminal for name in ("m1", "m2", "m3", "m4", "mo")))
     assert {world.state(name).phase for name in waiting} == {MigrationPhase.SUCCEEDED}
     assert world.state(waiting[0]).waiting_for is None
+
+
+async def test_a_driver_that_takes_over_in_an_attempt_goes_on_counting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time since the attempt was opened was lost with each driver: no budget ran out while they were replaced."""
+    monkeypatch.setattr(driver, "SPENT_S", 0.1)
+    world.hold = asyncio.Event()
+    for least_ms in (300, 600):
+        async with leading(world):
+            await until(lambda: bool(world.record("g1").inc))
+            await until(lambda least_ms=least_ms: world.state("m1").spent_ms > least_ms)
+        opened = world.state("m1").opened_spent_ms
+        assert opened is not None
+        assert opened < 300
+    assert world.state("m1").attempt == 1, "it is the same attempt"
+    async with leading(world):
+        world.hold.set()
+        await until(lambda: world.state("m1").phase.terminal)
+    assert world.state("m1").phase is MigrationPhase.SUCCEEDED
 
 
 async def test_the_total_timeout_runs_while_a_migration_waits_and_from_one_coordinator_to_the_next(

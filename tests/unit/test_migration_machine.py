@@ -353,3 +353,13 @@ def test_a_guest_that_its_source_could_not_start_again_needs_a_person_and_no_fur
     assert (settle.phase, settle.failure) == (MigrationPhase.FAILED, FailureReason.PAUSED_NEEDS_OPERATOR)
     assert settle.close
     assert "h1, which keeps it" in settle.message
+
+
+@pytest.mark.parametrize(("opened_ms", "left_ms"), [(None, 1_000), (100.0, 400), (650.0, 950), (0.0, 300)])
+def test_whoever_takes_over_a_preparation_has_what_is_left_of_its_time(opened_ms: float | None, left_ms: int) -> None:
+    """It had all of it anew; `None`: opened by an older version, which did not say."""
+    course = start(SPEC, now_ms=5_000, spent_ms=700)
+    seen = Seen(OPEN1, replace(ACTIVE, opened_spent_ms=opened_ms))
+    preparing = step(course, seen, now_ms=5_000, jitter=1.0)
+    assert preparing.course.stage is Stage.PREPARE
+    assert preparing.course.deadline_ms == 5_000 + left_ms
