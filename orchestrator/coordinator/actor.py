@@ -25,6 +25,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from orchestrator import descriptors
 from orchestrator.coordinator.pool import Pool, WorkerLost
+from orchestrator.coordinator.seat import Seat
 from orchestrator.coordinator.supervisor import Status, Supervisor
 from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, make_agents, make_store
 from orchestrator.coordinator.worker import Worker
@@ -147,8 +148,10 @@ class Coordinator:
             pool.dispatch,
             agents=make_agents(self._config),
             fencers=fencers_of(self._config),
+            name=self._config.name,
             limits=self._config.limits,
         )
+        self._tasks.keep(Seat(store, self._config.name).tend, "this coordinator's seat", again_s=1.0, every_s=0.0)
         await self._supervisor.run()
 
     async def ping(self) -> dict[str, Any]:

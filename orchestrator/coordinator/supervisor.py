@@ -7,6 +7,7 @@ is never assumed afterwards: each write checks the epoch, so a coordinator that 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
@@ -49,6 +50,8 @@ log = structlog.get_logger(__name__)
 LEDGER = "the ledger"
 """`Status.waiting_for` while ZooKeeper does not answer."""
 ELECTION_POLL_S = 0.25
+SEAT_TAKEN_S = 1.0
+"""While another leads its place is watched, and looked at this often all the same."""
 WORKER_RETRY_S = 0.3
 ROOM_AGAIN_S = 1.0
 ROOM_AGAIN_MAX_S = 10.0
@@ -178,25 +181,43 @@ class Supervisor:
 
     async def elect(self) -> int:
         """Returns the epoch once this coordinator leads; `status.waiting_for` says what keeps it from that."""
-        while True:
-            epoch = None
-            try:
-                self._lost.clear()
-                await self._store.ensure(paths.epoch())
-                await self._store.ensure(paths.MIGRATIONS)
-                await self._store.ensure(paths.EVACUATIONS)
-                await self._store.ensure(paths.quarantine())
-                await self._store.barrier()  # H13: the first read of a session is not older than it
-                epoch = await self._campaign()
-            except StoreUnavailable:
-                self.status.waiting_for = LEDGER
-            except Exception as error:
-                log.exception("campaign failed")
-                self.status.waiting_for = f"a campaign that does not fail: {error!r}"
-            if epoch is not None:
-                self._may_usurp = False
-                return epoch
-            await asyncio.sleep(ELECTION_POLL_S)
+        moved = asyncio.Event()
+        unwatch = self._store.watch(paths.leader(), lambda _seat: moved.set())
+        try:
+            while True:
+                epoch = None
+                moved.clear()
+                pause_s = ELECTION_POLL_S
+                try:
+                    if await self._is_taken():
+                        pause_s = SEAT_TAKEN_S
+                    else:
+                        epoch = await self._stand()
+                except StoreUnavailable:
+                    self.status.waiting_for = LEDGER
+                except Exception as error:
+                    log.exception("campaign failed")
+                    self.status.waiting_for = f"a campaign that does not fail: {error!r}"
+                if epoch is not None:
+                    self._may_usurp = False
+                    return epoch
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await moved.wait()
+        finally:
+            unwatch()
+
+    async def _is_taken(self) -> bool:
+        """By another's leadership, as far as one read can tell: that is all which a coordinator does that waits."""
+        seat = await self._store.read(paths.leader())
+        return seat is not None and not self._may_take(seat)
+
+    async def _stand(self) -> int | None:
+        self._lost.clear()
+        for path in (paths.epoch(), paths.MIGRATIONS, paths.EVACUATIONS, paths.quarantine()):
+            await self._store.ensure(path)
+        await self._store.barrier()  # H13: the first read of a session is not older than it
+        return await self._campaign()
 
     async def _campaign(self) -> int | None:
         seat = await self._store.read(paths.leader())

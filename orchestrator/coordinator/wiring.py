@@ -24,6 +24,9 @@ class CoordinatorConfig:
     """host:port[,host:port...]"""
     ray_address: str
     """host:port of the head's GCS."""
+    name: str = "coordinator"
+    """Of this seat: a coordinator that starts anew takes over what its predecessor of that name led. Of several seats
+    each needs a name of its own."""
     chroot: str = paths.CHROOT
     """Where the tree stands in ZooKeeper: the same for agents, API and coordinator."""
     ray_token_file: str = ""

@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kazoo.client import KazooClient
+from kazoo.handlers.threading import SequentialThreadingHandler
 from kazoo.protocol.serialization import write_string
 
 _PERSISTENT_RECURSIVE = 1
+CONNECT_S = 1.5
+"""For a server to answer a connection; several of them fit into a session's time."""
 
 TreeListener = Callable[[str], None]
 """Called with the path, below the chroot, of a node that was created, changed or deleted; on kazoo's connection thread,
@@ -57,12 +60,35 @@ class _Watchers(defaultdict[str, set[Any]]):
         return super().pop(path, *default)
 
 
+class _Handler(SequentialThreadingHandler):
+    """Connects within CONNECT_S, and knows which server was tried last.
+
+    By itself kazoo gives a server that does not even answer the connection the whole time of the session, which is
+    over then: one host without power would end the session of every client that tries it first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tried: tuple[str, int] | None = None
+
+    def create_connection(self, address: tuple[str, int], timeout: float = CONNECT_S, **kwargs: Any) -> Any:
+        self.tried = tuple(address[:2])
+        return super().create_connection(address=address, timeout=min(timeout, CONNECT_S), **kwargs)
+
+
 class TreeClient(KazooClient):
-    """`KazooClient` with `add_tree_watch_async` and `on_tree`."""
+    """`KazooClient` with `add_tree_watch_async` and `on_tree`; of several servers it tries the one that failed last."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._tree_listeners: list[tuple[str, TreeListener]] = []
-        super().__init__(*args, **kwargs)
+        self._connecting = _Handler()
+        super().__init__(*args, handler=self._connecting, **kwargs)
+        expand = self._connection._expand_client_hosts
+
+        def others_first() -> list[tuple[str, str, int]]:
+            return sorted(expand(), key=lambda server: tuple(server[1:3]) == self._connecting.tried)
+
+        self._connection._expand_client_hosts = others_first
         self._data_watchers = _Watchers(self._moved)
 
     def _reset_watchers(self) -> None:

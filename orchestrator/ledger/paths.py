@@ -17,8 +17,9 @@ FENCE = "/fence"
 DEATHS = "/deaths"
 FENCERS = "/fencers"
 COORDINATOR = "/coord/0"
+SEATS = "/coord/seats"
 BARRIER = "/barrier"
-ROOTS = (NAMES, GUESTS, MIGRATIONS, EVACUATIONS, REQUESTS, HOSTS, FENCE, DEATHS, FENCERS, COORDINATOR, BARRIER)
+ROOTS = (NAMES, GUESTS, MIGRATIONS, EVACUATIONS, REQUESTS, HOSTS, FENCE, DEATHS, FENCERS, COORDINATOR, SEATS, BARRIER)
 
 
 SHARDED = (GUESTS, MIGRATIONS, EVACUATIONS, REQUESTS)
@@ -154,6 +155,11 @@ def epoch() -> str:
 def leader() -> str:
     """Ephemeral: the seat of the coordinator that leads."""
     return f"{COORDINATOR}/leader"
+
+
+def seat(name: str) -> str:
+    """Ephemeral: a coordinator that runs, whether it leads or waits for its turn."""
+    return f"{SEATS}/{name}"
 
 
 def quarantine() -> str:

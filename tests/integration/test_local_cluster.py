@@ -270,7 +270,7 @@ def test_the_node_of_a_dead_process_is_no_sign_of_life(directory: Path) -> None:
         places = cluster.places
 
         def look() -> str | None:
-            asking = zookeeper.has_ephemeral("/here", places.management_address, places.zookeeper_port)
+            asking = zookeeper.has_ephemeral("/here", [places.management_address], places.zookeeper_port)
             return cluster.inside(lambda: asyncio.run(asking))
 
         assert look() == "not registered"

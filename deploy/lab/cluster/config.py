@@ -50,6 +50,11 @@ class LocalConfig(BaseModel):
     """Directory of the images that guests may name."""
     shims: dict[str, str] = Field(default_factory=dict[str, str])
     """Programs for external devices, as agents know them: name -> unix socket; {host} in it is filled in."""
+    zookeeper: Literal[1, 3, 5] = 1
+    """Servers of the ensemble; three bear the loss of one."""
+    coordinators: Annotated[int, Field(ge=1, le=4)] = 1
+    """Seats, each with a Ray head of its own."""
+    apis: Annotated[int, Field(ge=1, le=4)] = 1
     ray_cpus: Annotated[int, Field(ge=1)] = 2
     workers: Annotated[int, Field(ge=1, le=16)] = 2
     """Ray actors that drive migrations; two for fail-over, one carries a thousand."""
@@ -79,6 +84,11 @@ class LocalConfig(BaseModel):
     @property
     def layout(self) -> Layout:
         return Layout.of(self.dir)
+
+    @property
+    def servers(self) -> dict[str, int]:
+        """How many there are of each kind of which there may be several."""
+        return {"zookeeper": self.zookeeper, "api": self.apis, "coordinator": self.coordinators}
 
     @property
     def bandwidth_bps(self) -> int:

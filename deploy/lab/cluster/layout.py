@@ -16,6 +16,8 @@ from orchestrator.cli.directory import api_socket, resolved
 MAX_DIR_BYTES = 36
 """A UNIX socket's path ends at 107 bytes; Ray's longest one adds 68 to the directory, the consoles' about as many."""
 
+RAY = "ray"
+"""Kind of the part that is a Ray head."""
 RAY_ADDRESS = "127.0.0.2"
 """Ray replaces 127.0.0.1 by the first interface's address and keeps this one, so its traffic stays on loopback."""
 
@@ -109,11 +111,19 @@ class Layout:
 
     @property
     def api_json(self) -> Path:
-        return self.dir / "api.json"
+        return self.part_json("api")
 
     @property
     def coordinator_json(self) -> Path:
-        return self.dir / "coordinator.json"
+        return self.part_json("coordinator")
+
+    def part_json(self, name: str) -> Path:
+        """Configuration of a part of the control plane, by its name."""
+        return self.dir / f"{name}.json"
+
+    def api_socket_of(self, server: Server) -> Path:
+        """The first API has the socket at which a lone one is found."""
+        return self.api_socket if server.number <= 1 else self.dir / f"api-{server.number}.sock"
 
     @property
     def console(self) -> Path:
@@ -127,13 +137,15 @@ class Layout:
     def logs(self) -> Path:
         return self.dir / "logs"
 
-    @property
-    def zookeeper(self) -> Path:
-        return self.dir / "zk"
+    def zookeeper(self, server: Server) -> Path:
+        return self.dir / f"zk{server.number or ''}"
 
-    @property
-    def ray(self) -> Path:
-        return self.dir / "ray"
+    def ray(self, seat: Server) -> Path:
+        return self.dir / f"ray{seat.number or ''}"
+
+    def ray_work(self, head: str) -> Path:
+        """Where a head's processes are started: by it they are told from those of another head."""
+        return self.logs if head == RAY else self.logs / head
 
     @property
     def ray_token(self) -> Path:
@@ -167,6 +179,37 @@ class Layout:
     def namespace(self, number: int) -> str:
         return f"{self.namespace_prefix}h{number}"
 
+    def server_namespace(self, kind: str, number: int) -> str:
+        """Of one of several servers of a kind."""
+        return f"{self.namespace_prefix}{kind[0]}{number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where a part of the control plane is reached: a ZooKeeper server, an API, or a coordinator with its Ray head.
+
+    The only one of its kind has the number 0, its kind as its name, and lives in the management namespace; one of
+    several has a namespace of its own, where there are namespaces.
+    """
+
+    name: str
+    number: int
+    address: str
+    namespace: str | None
+    ray_port: int = 6379
+    """Of the head of a coordinator's seat."""
+    ray_client_port: int = 10001
+
+    @property
+    def ray_head(self) -> str:
+        """Name of the head that belongs to this seat."""
+        return numbered(RAY, self.number)
+
+
+def numbered(kind: str, number: int) -> str:
+    """The name of a part: its kind, and its number where there are several of it (the only one has the number 0)."""
+    return f"{kind}-{number}" if number else kind
+
 
 @dataclass(frozen=True, slots=True)
 class HostPlace:
@@ -186,13 +229,18 @@ class Places:
     hosts: tuple[HostPlace, ...]
     notes: tuple[str, ...] = field(default=())
     """One line each for whatever could not be had: no namespaces, no bandwidth limit."""
+    zookeepers: tuple[Server, ...] = field(default=())
+    apis: tuple[Server, ...] = field(default=())
+    seats: tuple[Server, ...] = field(default=())
+    """Coordinators, each with its Ray head."""
     zookeeper_port: int = 2181
-    ray_port: int = 6379
-    ray_client_port: int = 10001
+    quorum_port: int = 2888
+    election_port: int = 3888
+    """What ZooKeeper servers say to each other, when there are several."""
     api_port: int = 7700
     control_port: int = 7701
     peer_port: int = 7702
 
     @property
     def zookeeper(self) -> str:
-        return f"{self.management_address}:{self.zookeeper_port}"
+        return ",".join(f"{server.address}:{self.zookeeper_port}" for server in self.zookeepers)

@@ -13,17 +13,21 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from deploy.lab.cluster import processes
-from deploy.lab.cluster.layout import HostPlace, Layout, Places
+from deploy.lab.cluster.layout import HostPlace, Layout, Places, Server, numbered
 
 NAMESPACES = Path("/run/netns")
 NO_NAMESPACES_VARIABLE = "DROVER_NO_NETNS"
 SUBNET = "10.77.0"
 FIRST_HOST = 11
+FIRST_SERVER = {"zookeeper": 201, "api": 211, "coordinator": 221}
+"""Where there are several of a kind, the last number of the first one's address."""
+LOOPBACK_SERVERS = {"zookeeper": "127.0.1", "api": "127.0.2", "coordinator": "127.0.3"}
 
 TCP_RETRIES = 3
 """Retransmissions until a connection to a vanished peer fails: 3 means about 3 s, the kernel's 15 many minutes."""
@@ -92,21 +96,22 @@ def existing(layout: Layout) -> list[str]:
         return []
 
 
-def create(layout: Layout, hosts: int, rate_bps: int | None) -> Places:
+def create(layout: Layout, hosts: int, rate_bps: int | None, servers: Mapping[str, int] = {}) -> Places:
     """Make the whole network anew, or fall back to loopback addresses.
 
-    `rate_bps` limits each host in each direction; None: no limit. On any failure nothing is left of what was made.
+    `servers`: how many there are of each kind in FIRST_SERVER, 1 where nothing is said. `rate_bps` limits each host in
+    each direction; None: no limit. On any failure nothing is left of what was made.
     Processes must not live in namespaces of an earlier run (see teardown).
     """
     reason = _obstacle()
     if reason is None:
         remove(layout)
         try:
-            return _create_namespaces(layout, hosts, rate_bps)
+            return _create_namespaces(layout, hosts, rate_bps, servers)
         except _CommandFailed as error:
             remove(layout)
             reason = str(error)
-    return _loopback(hosts, reason)
+    return _loopback(hosts, reason, servers)
 
 
 def _obstacle() -> str | None:
@@ -120,28 +125,51 @@ def _obstacle() -> str | None:
     return None
 
 
-def _create_namespaces(layout: Layout, hosts: int, rate_bps: int | None) -> Places:
+def _create_namespaces(layout: Layout, hosts: int, rate_bps: int | None, counts: Mapping[str, int]) -> Places:
     management = layout.management_namespace
     numbers = range(1, hosts + 1)
     places = [HostPlace(f"host-{n}", f"{SUBNET}.{FIRST_HOST + n - 1}", layout.namespace(n)) for n in numbers]
-    namespaces = [management, *(layout.namespace(n) for n in numbers)]
+    servers = {kind: _servers(layout, kind, counts.get(kind, 1)) for kind in FIRST_SERVER}
+    cabled = {place.namespace or "": place.address for place in places}
+    cabled |= {one.namespace or "": one.address for some in servers.values() for one in some if one.number}
+    ports = {name: _port(layout, name) for name in cabled}
+    namespaces = [management, *cabled]
     _add_namespaces(namespaces)
     # Being able to make one does not mean being allowed to enter it (seccomp profiles of containers).
     _run(*command_in(management, ["true"]))
     _batch("ip", None, [
-        f"link add eth0 netns {layout.namespace(n)} type veth peer name {_port(n)} netns {management}" for n in numbers
+        f"link add eth0 netns {name} type veth peer name {port} netns {management}" for name, port in ports.items()
     ])  # fmt: skip
     bridge = ["link set lo up", "link add br0 type bridge", f"addr add {SUBNET}.1/24 dev br0", "link set br0 up"]
-    _batch("ip", management, bridge + [f"link set {_port(n)} master br0 up" for n in numbers])
-    for place in places:
-        _batch("ip", place.namespace, ["link set lo up", f"addr add {place.address}/24 dev eth0", "link set eth0 up"])
-    notes = _tune(namespaces) + (_shape(management, places, rate_bps) if rate_bps else ())
-    return Places(f"{SUBNET}.1", management, tuple(places), notes)
+    _batch("ip", management, bridge + [f"link set {port} master br0 up" for port in ports.values()])
+    for name, address in cabled.items():
+        _batch("ip", name, ["link set lo up", f"addr add {address}/24 dev eth0", "link set eth0 up"])
+    shaped = {place.namespace or "": ports[place.namespace or ""] for place in places}
+    notes = _tune(namespaces) + (_shape(management, shaped, rate_bps) if rate_bps else ())
+    return Places(
+        f"{SUBNET}.1",
+        management,
+        tuple(places),
+        notes,
+        zookeepers=servers["zookeeper"],
+        apis=servers["api"],
+        seats=servers["coordinator"],
+    )
 
 
-def _port(number: int) -> str:
-    """The bridge's end of a host's cable."""
-    return f"h{number}"
+def _servers(layout: Layout, kind: str, count: int) -> tuple[Server, ...]:
+    if count == 1:
+        return (Server(kind, 0, f"{SUBNET}.1", layout.management_namespace),)
+    first = FIRST_SERVER[kind] - 1
+    return tuple(
+        Server(numbered(kind, n), n, f"{SUBNET}.{first + n}", layout.server_namespace(kind, n))
+        for n in range(1, count + 1)
+    )
+
+
+def _port(layout: Layout, namespace: str) -> str:
+    """The bridge's end of a namespace's cable: h1, z1, ..."""
+    return namespace.removeprefix(layout.namespace_prefix)
 
 
 def _add_namespaces(names: Sequence[str]) -> None:
@@ -171,40 +199,63 @@ def _tune(namespaces: Sequence[str]) -> tuple[str, ...]:
     return ()
 
 
-def _shape(management: str, places: Sequence[HostPlace], rate_bps: int) -> tuple[str, ...]:
-    """Limit each host both ways: what it sends at its own end, what it receives at the bridge's port."""
+def _shape(management: str, hosts: Mapping[str, str], rate_bps: int) -> tuple[str, ...]:
+    """Limit each host both ways: what it sends at its own end, what it receives at the bridge's port. `hosts`: the port
+    of each host's namespace."""
     # Two milliseconds' worth, and room for some of the 64 KiB packets that the kernel hands over in one piece.
     burst_bytes = max(256 * 1024, rate_bps // 8 // 500)
     limit = f"root tbf rate {rate_bps}bit burst {burst_bytes} latency 50ms"
     try:
-        for place in places:
-            _batch("tc", place.namespace, [f"qdisc replace dev eth0 {limit}"])
-        _batch("tc", management, [f"qdisc replace dev {_port(n)} {limit}" for n in range(1, len(places) + 1)])
+        for namespace in hosts:
+            _batch("tc", namespace, [f"qdisc replace dev eth0 {limit}"])
+        _batch("tc", management, [f"qdisc replace dev {port} {limit}" for port in hosts.values()])
     except _CommandFailed as error:
         return (f"no bandwidth limit: {error}",)
     return ()
 
 
-def _loopback(hosts: int, reason: str) -> Places:
+def _loopback(hosts: int, reason: str, counts: Mapping[str, int] = {}) -> Places:
     """Without namespaces: loopback addresses. Their ports are the whole machine's, so busy ones are avoided."""
     management = "127.0.0.1"
     # 127.0.0.0/8 is one network to the kernel, so these need no set-up.
     places = tuple(HostPlace(f"host-{n}", f"127.0.0.{FIRST_HOST + n - 1}") for n in range(1, hosts + 1))
     usual = Places(management, None, places)
     addresses = [place.address for place in places]
+    servers = {kind: _loopback_servers(kind, counts.get(kind, 1), management) for kind in FIRST_SERVER}
+    zookeepers = [server.address for server in servers["zookeeper"]]
+    apis = [server.address for server in servers["api"]]
     return Places(
         management,
         None,
         places,
         (f"no network namespaces ({reason}): hosts are loopback addresses without bandwidth limits",),
-        zookeeper_port=_free_port([management], usual.zookeeper_port),
-        # Ray listens on every address, and lets in whoever has the token.
-        ray_port=_free_port(["0.0.0.0"], usual.ray_port),
-        ray_client_port=_free_port(["0.0.0.0"], usual.ray_client_port),
-        api_port=_free_port([management], usual.api_port),
+        zookeepers=servers["zookeeper"],
+        apis=servers["api"],
+        seats=servers["coordinator"],
+        zookeeper_port=_free_port(zookeepers, usual.zookeeper_port),
+        quorum_port=_free_port(zookeepers, usual.quorum_port),
+        election_port=_free_port(zookeepers, usual.election_port),
+        api_port=_free_port(apis, usual.api_port),
         control_port=_free_port(addresses, usual.control_port),
         peer_port=_free_port(addresses, usual.peer_port),
     )
+
+
+def _loopback_servers(kind: str, count: int, management: str) -> tuple[Server, ...]:
+    found: list[Server] = []
+    for number in range(1, count + 1) if count > 1 else (0,):
+        address = f"{LOOPBACK_SERVERS[kind]}.{number}" if number else management
+        server = Server(numbered(kind, number), number, address, None)
+        if kind == "coordinator":
+            # Ray listens on every address, and lets in whoever has the token.
+            apart = 2 * max(0, number - 1)
+            server = replace(
+                server,
+                ray_port=_free_port(["0.0.0.0"], server.ray_port + apart),
+                ray_client_port=_free_port(["0.0.0.0"], server.ray_client_port + apart),
+            )
+        found.append(server)
+    return tuple(found)
 
 
 def _free_port(addresses: Sequence[str], preferred: int) -> int:

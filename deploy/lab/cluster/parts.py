@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from deploy.lab.cluster.layout import (
     Layout,
     LocalClusterError,
     Places,
+    Server,
 )
 from deploy.lab.cluster.state import write_atomically
 from deploy.lab.devices import PROGRAM
@@ -54,8 +55,10 @@ class PartSpec:
     health: Probe
     """As `probe`, but it may take longer and look deeper."""
     host: str | None = None
-    after: tuple[str, ...] = ()
-    """Parts that must serve before this one is started."""
+    after: tuple[tuple[str, ...], ...] = ()
+    """Of each of these groups of parts one must serve before this one is started."""
+    partner: str = ""
+    """Of a Ray head its coordinator, and the other way round."""
     prepare: Callable[[], None] | None = None
     """Called before each start."""
     listens: tuple[tuple[str, int], ...] = ()
@@ -101,51 +104,59 @@ def _build_directory(layout: Layout) -> Path:
 
 def write_files(config: LocalConfig, layout: Layout, places: Places) -> None:
     """Make the directories and write every part's configuration."""
-    for folder in (layout.logs, layout.console, layout.serial, layout.ray):
+    work = (layout.ray_work(seat.ray_head) for seat in places.seats)
+    heads = (layout.ray(seat) for seat in places.seats)
+    for folder in (layout.logs, layout.console, layout.serial, *heads, *work):
         folder.mkdir(parents=True, exist_ok=True)
-    zookeeper.prepare(layout, places)
+    for server in places.zookeepers:
+        zookeeper.prepare(layout, places, server)
     image, _ = guest_image(config, layout)
     for place in places.hosts:
         layout.volatile(place.name).mkdir(parents=True, exist_ok=True)
         if not layout.power_cycle(place.name).exists():
             new_power_cycle(layout, place.name)
         _write_json(layout.agent_json(place.name), _agent(config, layout, places, place, image))
-    _write_json(
-        layout.api_json,
-        {
-            "listen": [f"unix:{layout.api_socket}", f"{places.management_address}:{places.api_port}"],
-            "zookeeper": places.zookeeper,
-            "chroot": paths.CHROOT,
-            "chaos": config.chaos,
-            "log_level": config.log_level,
-        },
-    )
+    for server in places.apis:
+        _write_json(layout.part_json(server.name), _api(config, layout, places, server))
     ray_head.token(layout)
-    _write_json(
-        layout.coordinator_json,
-        {
-            "zookeeper": places.zookeeper,
-            "chroot": paths.CHROOT,
-            "ray_address": f"{RAY_ADDRESS}:{places.ray_port}",
-            "ray_token_file": str(layout.ray_token),
-            "ray_namespace": RAY_NAMESPACE,
-            "workers": config.workers,
-            "log_level": config.log_level,
-            "limits": {
-                "starts_per_s": config.start_rate_per_s,
-                "max_concurrent": config.max_concurrent_migrations,
-                "max_per_source": config.max_per_source,
-            },
-            "fencing": [
-                {
-                    "name": "lab",
-                    "kind": "exec",
-                    "hosts": ["*"],
-                    "command": [sys.executable, "-m", "deploy.lab.cluster.fence", "--dir", str(layout.dir)],
-                }
-            ],
+    for seat in places.seats:
+        _write_json(layout.part_json(seat.name), _coordinator(config, layout, places, seat))
+
+
+def _api(config: LocalConfig, layout: Layout, places: Places, server: Server) -> dict[str, Any]:
+    return {
+        "listen": [f"unix:{layout.api_socket_of(server)}", f"{server.address}:{places.api_port}"],
+        "zookeeper": places.zookeeper,
+        "chroot": paths.CHROOT,
+        "chaos": config.chaos,
+        "log_level": config.log_level,
+    }
+
+
+def _coordinator(config: LocalConfig, layout: Layout, places: Places, seat: Server) -> dict[str, Any]:
+    return {
+        "name": seat.name,
+        "zookeeper": places.zookeeper,
+        "chroot": paths.CHROOT,
+        "ray_address": f"{RAY_ADDRESS}:{seat.ray_port}",
+        "ray_token_file": str(layout.ray_token),
+        "ray_namespace": RAY_NAMESPACE,
+        "workers": config.workers,
+        "log_level": config.log_level,
+        "limits": {
+            "starts_per_s": config.start_rate_per_s,
+            "max_concurrent": config.max_concurrent_migrations,
+            "max_per_source": config.max_per_source,
         },
-    )
+        "fencing": [
+            {
+                "name": "lab",
+                "kind": "exec",
+                "hosts": ["*"],
+                "command": [sys.executable, "-m", "deploy.lab.cluster.fence", "--dir", str(layout.dir)],
+            }
+        ],
+    }
 
 
 def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace, image: Path) -> dict[str, Any]:
@@ -190,45 +201,17 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def build(config: LocalConfig, layout: Layout, places: Places) -> list[PartSpec]:
     """Every part, in the order of starting. Parts whose command is overridden by [] are left out."""
     make = _Maker(config, layout, places)
-    management = places.management_address
-    api = f"{management}:{places.api_port}"
     parts = [
-        make.part(
-            "zookeeper",
-            zookeeper.command(layout),
-            _zookeeper_probe(places),
-            listens=((management, places.zookeeper_port),),
-        ),
-        make.part(
-            "ray",
-            ray_head.command(layout, places, config.ray_cpus),
-            _tcp_probe(RAY_ADDRESS, places.ray_port),
-            environment=ray_head.environment(layout),
-            prepare=lambda: ray_head.prepare(layout),
-            listens=((RAY_ADDRESS, places.ray_port), (RAY_ADDRESS, places.ray_client_port)),
-        ),
-        make.part(
-            "api",
-            [sys.executable, "-m", "orchestrator.api", "--config", str(layout.api_json)],
-            _tcp_probe(management, places.api_port),
-            after=("zookeeper",),
-            listens=((management, places.api_port),),
-            health=_grpc_health(api),
-        ),
+        *(make.zookeeper(server) for server in places.zookeepers),
+        *(make.ray(seat) for seat in places.seats),
+        *(make.api(server) for server in places.apis),
         make.part(
             "collector",
             [sys.executable, "-m", "deploy.lab.cluster.collector", "--dir", str(layout.dir)],
             _unix_probe(layout.dir / "collector.sock"),
         ),
         *(make.agent(place) for place in places.hosts),
-        make.part(
-            "coordinator",
-            [sys.executable, "-m", "orchestrator.coordinator", "--config", str(layout.coordinator_json)],
-            make.registered("coordinator", paths.leader()),
-            environment=ray_head.client_environment(layout),
-            health=_carries_all(api),
-            after=("zookeeper", "ray"),
-        ),
+        *(make.coordinator(seat) for seat in places.seats),
     ]
     present = {part.name for part in parts if part.command}
     return [_without(part, present) for part in parts if part.command]
@@ -236,7 +219,8 @@ def build(config: LocalConfig, layout: Layout, places: Places) -> list[PartSpec]
 
 def _without(part: PartSpec, present: set[str]) -> PartSpec:
     """The part, not waiting for parts that were left out."""
-    return replace(part, after=tuple(name for name in part.after if name in present))
+    groups = (tuple(name for name in group if name in present) for group in part.after)
+    return replace(part, after=tuple(filter(None, groups)))
 
 
 class _Maker:
@@ -247,17 +231,70 @@ class _Maker:
         self._layout = layout
         self._places = places
 
-    def registered(self, kind: PartKind, path: str) -> Probe:
-        """Does the part hold its node in ZooKeeper? Stand-ins of tests hold none."""
+    def registered(self, kind: PartKind, *nodes: str) -> Probe:
+        """Does somebody hold each of these nodes in ZooKeeper? Stand-ins of tests hold none."""
         places = self._places
         if kind in self._config.commands:
             return always
+        addresses = [server.address for server in places.zookeepers]
 
-        async def probe() -> str | None:
-            node = paths.CHROOT + path
-            return await zookeeper.has_ephemeral(node, places.management_address, places.zookeeper_port)
+        def held(path: str) -> Probe:
+            return lambda: zookeeper.has_ephemeral(paths.CHROOT + path, addresses, places.zookeeper_port)
 
-        return probe
+        return _all(*map(held, nodes))
+
+    @property
+    def _ledger(self) -> tuple[str, ...]:
+        """One server that serves has a quorum behind it."""
+        return tuple(server.name for server in self._places.zookeepers)
+
+    def zookeeper(self, server: Server) -> PartSpec:
+        return self.part(
+            "zookeeper",
+            zookeeper.command(self._layout, server),
+            _zookeeper_probe(server, self._places.zookeeper_port),
+            server=server,
+            listens=((server.address, self._places.zookeeper_port),),
+        )
+
+    def ray(self, seat: Server) -> PartSpec:
+        # The head of a seat in a namespace of its own is asked over the bridge: the port listens on every address.
+        address = seat.address if seat.number and seat.namespace else RAY_ADDRESS
+        return self.part(
+            "ray",
+            ray_head.command(self._layout, seat, self._config.ray_cpus),
+            _tcp_probe(address, seat.ray_port),
+            server=replace(seat, name=seat.ray_head),
+            environment=ray_head.environment(self._layout),
+            prepare=lambda: ray_head.prepare(self._layout, seat),
+            listens=((address, seat.ray_port), (address, seat.ray_client_port)),
+            partner=seat.name,
+        )
+
+    def api(self, server: Server) -> PartSpec:
+        address, port = server.address, self._places.api_port
+        return self.part(
+            "api",
+            [sys.executable, "-m", "orchestrator.api", "--config", str(self._layout.part_json(server.name))],
+            _tcp_probe(address, port),
+            server=server,
+            after=(self._ledger,),
+            listens=((address, port),),
+            health=_grpc_health(f"{address}:{port}"),
+        )
+
+    def coordinator(self, seat: Server) -> PartSpec:
+        apis = [f"{server.address}:{self._places.api_port}" for server in self._places.apis]
+        return self.part(
+            "coordinator",
+            [sys.executable, "-m", "orchestrator.coordinator", "--config", str(self._layout.part_json(seat.name))],
+            self.registered("coordinator", paths.seat(seat.name), paths.leader()),
+            server=seat,
+            environment=ray_head.client_environment(self._layout),
+            health=_carries_all(apis),
+            after=(self._ledger, (seat.ray_head,)),
+            partner=seat.ray_head,
+        )
 
     def agent(self, place: HostPlace) -> PartSpec:
         layout = self._layout
@@ -269,7 +306,7 @@ class _Maker:
                 self.registered("agent", paths.live(place.name)),
             ),
             place=place,
-            after=("zookeeper",),
+            after=(self._ledger,),
             listens=((place.address, self._places.control_port), (place.address, self._places.peer_port)),
             health=_grpc_health(f"{place.address}:{self._places.control_port}"),
         )
@@ -281,21 +318,24 @@ class _Maker:
         probe: Probe,
         *,
         place: HostPlace | None = None,
+        server: Server | None = None,
         environment: dict[str, str] | None = None,
-        after: tuple[str, ...] = (),
+        after: tuple[tuple[str, ...], ...] = (),
+        partner: str = "",
         prepare: Callable[[], None] | None = None,
         listens: tuple[tuple[str, int], ...] = (),
         health: Probe | None = None,
     ) -> PartSpec:
         layout = self._layout
-        name = f"{kind}-{place.name}" if place else kind
-        config_file = layout.agent_json(place.name) if place else layout.dir / f"{kind}.json"
+        name = f"{kind}-{place.name}" if place else server.name if server else kind
+        config_file = layout.agent_json(place.name) if place else layout.part_json(name)
         override = self._config.commands.get(kind)
         if override is not None:
             names = {"dir": str(layout.dir), "host": place.name if place else "", "config": str(config_file)}
             command = [word.format(**names) for word in override]
-        namespace = place.namespace if place else self._places.management_namespace
-        marks = {CLUSTER_VARIABLE: str(layout.dir), PART_VARIABLE: kind}
+        where = place or server
+        namespace = where.namespace if where else self._places.management_namespace
+        marks = {CLUSTER_VARIABLE: str(layout.dir), PART_VARIABLE: name}
         if place:
             marks[HOST_VARIABLE] = place.name
         return PartSpec(
@@ -303,17 +343,25 @@ class _Maker:
             kind=kind,
             command=tuple(network.command_in(namespace, command)) if command else (),
             environment={**_inherited(), **(environment or {}), **marks},
-            directory=layout.host(place.name) if place else layout.logs,
-            log=layout.host(place.name) / "agent.log" if place else layout.logs / f"{kind}.log",
+            directory=_directory(layout, kind, name, place),
+            log=layout.host(place.name) / "agent.log" if place else layout.logs / f"{name}.log",
             probe=probe,
             health=probe if health is None or override is not None else _all(probe, health),
             host=place.name if place else None,
             after=after,
+            partner=partner,
             prepare=prepare,
             listens=listens,
             # While it is still starting, Ray's launcher does not notice that its GCS died, and waits for half a minute.
             watched=kind == "ray",
         )
+
+
+def _directory(layout: Layout, kind: PartKind, name: str, place: HostPlace | None) -> Path:
+    """Where the part is started."""
+    if place:
+        return layout.host(place.name)
+    return layout.ray_work(name) if kind == "ray" else layout.logs
 
 
 def _inherited() -> dict[str, str]:
@@ -357,9 +405,9 @@ def _all(*probes: Probe) -> Probe:
     return probe
 
 
-def _zookeeper_probe(places: Places) -> Probe:
+def _zookeeper_probe(server: Server, port: int) -> Probe:
     async def probe() -> str | None:
-        return await zookeeper.srvr(places.management_address, places.zookeeper_port, _PROBE_TIMEOUT_S)
+        return await zookeeper.srvr(server.address, port, _PROBE_TIMEOUT_S)
 
     return probe
 
@@ -390,15 +438,15 @@ async def _connects(opening: Awaitable[tuple[asyncio.StreamReader, asyncio.Strea
     return None
 
 
-def _carries_all(api: str) -> Probe:
-    """Has the leader set nothing aside? Asked of the API; one that does not answer has a line of its own."""
+def _carries_all(apis: Sequence[str]) -> Probe:
+    """Has the leader set nothing aside? Asked of the APIs; one that does not answer has a line of its own."""
 
     async def probe() -> str | None:
         from orchestrator.core.errors import DroverError, RefusalReason
         from orchestrator.rpc.orchestrator_client import OrchestratorClient
 
         def ask() -> ClusterHealth:
-            with OrchestratorClient(api, timeout_s=_PROBE_TIMEOUT_S) as client:
+            with OrchestratorClient(",".join(apis), timeout_s=_PROBE_TIMEOUT_S) as client:
                 return client.get_cluster_health()
 
         try:

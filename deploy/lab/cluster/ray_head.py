@@ -26,7 +26,7 @@ from pathlib import Path
 
 import click
 
-from deploy.lab.cluster.layout import RAY_ADDRESS, Layout, Places
+from deploy.lab.cluster.layout import RAY_ADDRESS, Layout, Server
 
 OBJECT_STORE_BYTES = 80_000_000
 """Nothing but arguments and results passes through it; Ray wants at least 75 MiB."""
@@ -35,10 +35,10 @@ _LOOK_S = 0.05
 _CLOSE_S = 1.0
 
 
-def prepare(layout: Layout) -> None:
+def prepare(layout: Layout, seat: Server) -> None:
     """Make its directory anew. A head never takes over what an earlier one left: Ray's state is not the truth here."""
-    shutil.rmtree(layout.ray, ignore_errors=True)
-    layout.ray.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(layout.ray(seat), ignore_errors=True)
+    layout.ray(seat).mkdir(parents=True, exist_ok=True)
 
 
 def token(layout: Layout) -> str:
@@ -77,13 +77,13 @@ def environment(layout: Layout) -> dict[str, str]:
     }
 
 
-def command(layout: Layout, places: Places, cpus: int) -> list[str]:
+def command(layout: Layout, seat: Server, cpus: int) -> list[str]:
     """The head's command line; `prepare` comes first."""
     options = {
-        "--port": places.ray_port,
-        "--client-port": places.ray_client_port,
+        "--port": seat.ray_port,
+        "--client-port": seat.ray_client_port,
         "--cpus": cpus,
-        "--dir": layout.ray,
+        "--dir": layout.ray(seat),
     }
     return [
         sys.executable,

@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from deploy.lab.cluster.layout import HostPlace, LocalClusterError, Places, StopReason
+from deploy.lab.cluster.layout import HostPlace, LocalClusterError, Places, Server, StopReason
 from deploy.lab.cluster.processes import Identity
 
 VERSION = 1
@@ -162,4 +162,5 @@ def _stop(raw: dict[str, Any]) -> StopRecord:
 
 def _places(raw: dict[str, Any]) -> Places:
     hosts = tuple(HostPlace(**host) for host in raw.pop("hosts"))
-    return Places(hosts=hosts, notes=tuple(raw.pop("notes")), **raw)
+    servers = {kind: tuple(Server(**one) for one in raw.pop(kind)) for kind in ("zookeepers", "apis", "seats")}
+    return Places(hosts=hosts, notes=tuple(raw.pop("notes")), **servers, **raw)

@@ -99,7 +99,8 @@ class LocalSupervisor:
         self._stop: StopRecord | None = None
         self._places: Places | None = None
         self._parts: dict[str, Part] = {}
-        self._ray_processes: set[Identity] = set()
+        self._ray_processes: dict[str, set[Identity]] = {}
+        """Descendants of each head."""
         self._power = asyncio.Lock()
         self._unwritten = ""
         """Why cluster.json is older than what we know; empty: it is not."""
@@ -135,7 +136,7 @@ class LocalSupervisor:
         self._write()
         config, layout = self._config, self._layout
         rate = config.bandwidth_bps if config.shape else None
-        self._places = places = network.create(layout, config.hosts, rate)
+        self._places = places = network.create(layout, config.hosts, rate, config.servers)
         for note in places.notes:
             log.warning(note)
         if places.management_namespace:
@@ -219,8 +220,8 @@ class LocalSupervisor:
         """Start it when it may be started, and return when it has ended; at once when its host has no power by then."""
         await part.powered.wait()
         self._move(part, PartState.WAITING)
-        for name in part.spec.after:
-            await self._parts[name].serving.wait()
+        for names in part.spec.after:
+            await _any_of([self._parts[name].serving for name in names])
         if part.powered.is_set():
             await self._clean_up_after(part, await self._live(part))
 
@@ -288,13 +289,14 @@ class LocalSupervisor:
 
     async def _clean_up_after(self, part: Part, code: int) -> None:
         """Ray's parts hang together: a dead head takes its driver along, a driver without Ray asks for a new head."""
-        ray, coordinator = self._parts.get("ray"), self._parts.get("coordinator")
-        if part is ray:
-            if coordinator and coordinator.process:
-                processes.send(coordinator.process, signal.SIGKILL)
-            await asyncio.to_thread(teardown.kill_ray, self._layout)
-            self._ray_processes.clear()
-        elif part is coordinator and code == EXIT_RAY_GONE and ray and ray.process:
+        partner = self._parts.get(part.spec.partner)
+        if part.spec.kind == "ray":
+            if partner and partner.process:
+                processes.send(partner.process, signal.SIGKILL)
+            noted = self._ray_processes.pop(part.spec.name, set())
+            await asyncio.to_thread(teardown.kill_ray, self._layout, part.spec.name, noted)
+        elif part.spec.kind == "coordinator" and code == EXIT_RAY_GONE and partner and partner.process:
+            ray = partner
             # Not right after its start: a driver that cannot get in for another reason must not keep the head from
             # ever coming up.
             settled = time.monotonic() - ray.born > RAY_SETTLED_S
@@ -302,14 +304,19 @@ class LocalSupervisor:
                 log.warning("the coordinator says that Ray is gone: restarting the head")
 
     async def _note_ray(self) -> None:
-        """Keep a list of the head's descendants, for whoever has to clean up after it."""
-        ray = self._parts.get("ray")
-        while ray:
+        """Keep a list of each head's descendants, for whoever has to clean up after it."""
+        heads = [part for part in self._parts.values() if part.spec.kind == "ray"]
+        while heads:
             await asyncio.sleep(RAY_NOTE_S)
-            with contextlib.suppress(OSError, LivenessUnknown):  # no descriptor left: what is noted stays, for a while
-                if ray.process and (found := processes.descendants([ray.process.pid])) != self._ray_processes:
-                    self._ray_processes = {old for old in self._ray_processes if processes.is_alive(old)} | found
-                    self._write()
+            for head in heads:
+                with contextlib.suppress(OSError, LivenessUnknown):  # no descriptor left: what is noted stays
+                    self._note_descendants(head)
+
+    def _note_descendants(self, head: Part) -> None:
+        noted = self._ray_processes.get(head.spec.name, set[Identity]())
+        if head.process and (found := processes.descendants([head.process.pid])) != noted:
+            self._ray_processes[head.spec.name] = {old for old in noted if processes.is_alive(old)} | found
+            self._write()
 
     async def _tidy(self) -> None:
         """Write cluster.json as soon as that can be done again, and keep the logs from filling the disk."""
@@ -357,7 +364,7 @@ class LocalSupervisor:
             config=self._config.model_dump(mode="json"),
             ready_after_s=self._ready_after_s,
             stop=self._stop,
-            ray_processes=tuple(self._ray_processes),
+            ray_processes=tuple(set[Identity]().union(*self._ray_processes.values())),
         )
 
     # --- what `drover status` and chaos ask --------------------------------------------------------------------------
@@ -487,6 +494,17 @@ async def _ended(child: subprocess.Popen[bytes]) -> int:
         loop.remove_reader(descriptor)
         os.close(descriptor)
     return child.wait()
+
+
+async def _any_of(events: list[asyncio.Event]) -> None:
+    """Until one of them is set."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def _taken(spec: PartSpec) -> str | None:

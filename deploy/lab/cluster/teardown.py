@@ -15,10 +15,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from deploy.lab.cluster import network, processes, state
-from deploy.lab.cluster.layout import CLUSTER_VARIABLE, HOST_VARIABLE, PART_VARIABLE, Layout
+from deploy.lab.cluster.layout import CLUSTER_VARIABLE, HOST_VARIABLE, PART_VARIABLE, RAY, Layout
 from deploy.lab.cluster.processes import Identity, RunningProcess
 
-RAY = "ray"
 _COLLECTOR = "collector"
 _COLLECTOR_GRACE_S = 2.0
 _PATIENCE_S = 10.0
@@ -55,13 +54,14 @@ class _Marks:
             return f"in namespace {self.places[place]}" if place else None
         return "left by the Ray head" if self.is_ray_leftover(seen) else None
 
-    def is_ray_leftover(self, seen: RunningProcess) -> bool:
+    def is_ray_leftover(self, seen: RunningProcess, head: str = RAY) -> bool:
         """Ray's agents and workers overwrite arguments and environment by a title, but not where they were started."""
         arguments = seen.arguments()
         if not arguments or not arguments[0].startswith(_RAY_TITLE):
             return False
         directory = seen.directory()
-        return directory is not None and directory.is_relative_to(self.layout.dir)
+        started_below = self.layout.dir if head == RAY else self.layout.ray_work(head)
+        return directory is not None and directory.is_relative_to(started_below)
 
     def host_of(self, seen: RunningProcess) -> str | None:
         """The simulated host on which this process runs, if any."""
@@ -110,14 +110,20 @@ def find_host(layout: Layout, host: str) -> set[Identity]:
     return {seen.identity for seen in processes.scan() if seen.pid not in spared and marks.host_of(seen) == host}
 
 
-def find_ray(layout: Layout) -> set[Identity]:
-    """Every living process of the Ray head, actors and workers included."""
+def find_ray(layout: Layout, head: str = RAY, noted: Collection[Identity] | None = None) -> set[Identity]:
+    """Every living process of a Ray head, actors and workers included; `ray` is the only head, or all of them.
+
+    `noted`: descendants of that head, by the supervisor's list; without it what cluster.json has of all heads.
+    """
     marks = _Marks(layout)
+    known = marks.ray if noted is None else noted
     found: set[Identity] = set()
     for seen in processes.scan():
         environment = seen.environment()
-        ours = environment.get(CLUSTER_VARIABLE) == str(layout.dir) and environment.get(PART_VARIABLE) == RAY
-        if ours or seen.identity in marks.ray or marks.is_ray_leftover(seen):
+        part = environment.get(PART_VARIABLE, "")
+        named = part == head or (head == RAY and part.startswith(f"{RAY}-"))
+        ours = environment.get(CLUSTER_VARIABLE) == str(layout.dir) and named
+        if ours or seen.identity in known or marks.is_ray_leftover(seen, head):
             found.add(seen.identity)
     return found
 
@@ -139,9 +145,9 @@ def kill_host(layout: Layout, host: str) -> None:
     _kill_until_none(lambda: find_host(layout, host))
 
 
-def kill_ray(layout: Layout) -> None:
-    """End everything of the Ray head."""
-    _kill_until_none(lambda: find_ray(layout))
+def kill_ray(layout: Layout, head: str = RAY, noted: Collection[Identity] | None = None) -> None:
+    """End everything of a Ray head (see `find_ray`)."""
+    _kill_until_none(lambda: find_ray(layout, head, noted))
 
 
 def end_processes(layout: Layout, supervisor: Identity | None = None) -> None:
@@ -176,7 +182,7 @@ def _kill_until_none(look: Callable[[], Collection[Identity]]) -> None:
 
 def remove_sockets(layout: Layout) -> None:
     """Sockets that a dead process left lie."""
-    for path in (layout.supervisor_socket, layout.api_socket, layout.dir / "collector.sock"):
+    for path in layout.dir.glob("*.sock"):
         path.unlink(missing_ok=True)
     for path in layout.console.glob("*.sock"):
         path.unlink(missing_ok=True)

@@ -1,13 +1,15 @@
-"""ZooKeeper as a child of the local cluster: one server, own data, every write on disk before it is answered."""
+"""ZooKeeper as children of the local cluster: one server or an ensemble, own data, every write on disk before it is
+answered."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.lab.cluster.layout import Layout, LocalClusterError, Places, StopReason
+from deploy.lab.cluster.layout import Layout, LocalClusterError, Places, Server, StopReason
 
 TICK_MS = 500
 """Sessions may be 2 to 20 ticks long: 1 to 10 s."""
@@ -38,15 +40,15 @@ def require() -> None:
         )
 
 
-def prepare(layout: Layout, places: Places) -> None:
+def prepare(layout: Layout, places: Places, server: Server) -> None:
     """Write its configuration. Data of an earlier start stays: a restarted server goes on where the killed one was."""
-    data = layout.zookeeper / "data"
+    data = layout.zookeeper(server) / "data"
     data.mkdir(parents=True, exist_ok=True)
     lines = [
         f"tickTime={TICK_MS}",
         f"dataDir={data}",
         f"clientPort={places.zookeeper_port}",
-        f"clientPortAddress={places.management_address}",
+        f"clientPortAddress={server.address}",
         "initLimit=10",
         "syncLimit=5",
         "standaloneEnabled=true",
@@ -60,10 +62,16 @@ def prepare(layout: Layout, places: Places) -> None:
         # KiB written at once to a fresh log: the default of 64 MiB would take longer than everything else here.
         "preAllocSize=1024",
     ]
-    (layout.zookeeper / "zoo.cfg").write_text("\n".join(lines) + "\n")
+    if server.number:
+        (data / "myid").write_text(f"{server.number}\n")
+        lines += [
+            f"server.{one.number}={one.address}:{places.quorum_port}:{places.election_port}"
+            for one in places.zookeepers
+        ]
+    (layout.zookeeper(server) / "zoo.cfg").write_text("\n".join(lines) + "\n")
 
 
-def command(layout: Layout) -> list[str]:
+def command(layout: Layout, server: Server) -> list[str]:
     """The server's command line; `prepare` comes first."""
     jars = [path for name in ("zookeeper.jar", "slf4j-simple.jar") if (path := _jar(name))]
     return [
@@ -77,15 +85,17 @@ def command(layout: Layout) -> list[str]:
         # Else every JVM keeps a file in /tmp, and leaves it there when it is killed.
         "-XX:-UsePerfData",
         "-Dzookeeper.forceSync=yes",
+        # A server that is silent must not hold up the election of another leader: 5 s is the default.
+        "-Dzookeeper.cnxTimeout=1000",
         "-Dzookeeper.jmx.log4j.disable=true",
         "-Dorg.slf4j.simpleLogger.defaultLogLevel=info",
         "-Dorg.slf4j.simpleLogger.showDateTime=true",
         "-Djava.net.preferIPv4Stack=true",
         # The jar's manifest names the others that it needs.
         "-cp",
-        ":".join([str(layout.zookeeper), *map(str, jars)]),
+        ":".join([str(layout.zookeeper(server)), *map(str, jars)]),
         _MAIN,
-        str(layout.zookeeper / "zoo.cfg"),
+        str(layout.zookeeper(server) / "zoo.cfg"),
     ]
 
 
@@ -98,16 +108,20 @@ async def srvr(address: str, port: int, timeout_s: float = 1.0) -> str | None:
     return None if "Mode:" in answer else "not serving yet"
 
 
-async def has_ephemeral(path: str, address: str, port: int, timeout_s: float = 1.0) -> str | None:
+async def has_ephemeral(path: str, addresses: Sequence[str], port: int, timeout_s: float = 1.0) -> str | None:
     """Does a session that is connected hold this node? None: yes. Asked with four-letter words: it needs no session.
 
-    The session of a process that was killed goes on for seconds, its connection does not.
+    The session of a process that was killed goes on for seconds, its connection does not. Of an ensemble every server
+    knows the node, and only one has the connection.
     """
-    try:
-        holder = _holder(await _ask("dump", address, port, timeout_s), path)
-        connected = holder and f"sid={holder}," in await _ask("cons", address, port, timeout_s)
-    except OSError as error:
-        return f"ZooKeeper: {_short(error)}"
+    asked = [_ask(word, address, port, timeout_s) for word in ("dump", "cons") for address in addresses]
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    told = [answer for answer in answers if isinstance(answer, str)]
+    if not told:
+        error = answers[0]
+        return f"ZooKeeper: {_short(error) if isinstance(error, OSError) else error!r}"
+    holder = next(filter(None, (_holder(answer, path) for answer in told)), None)
+    connected = holder is not None and any(f"sid={holder}," in answer for answer in told)
     return None if connected else "not registered"
 
 

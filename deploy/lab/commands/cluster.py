@@ -36,6 +36,9 @@ _VERSION = re.compile(r"\d+(\.\d+){0,2}")
 @click.option(
     "--images", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Images that guests name."
 )
+@click.option("--zookeeper", type=int, metavar="1|3|5", help="ZooKeeper servers.  [default: 1]")
+@click.option("--coordinators", type=int, help="Coordinators, each with its own Ray.  [default: 1]")
+@click.option("--apis", type=int, help="API servers.  [default: 1]")
 @click.option("--workers", type=int, help="Ray actors that drive migrations.  [default: 2]")
 @click.option("--max-concurrent", "max_concurrent_migrations", type=int, help="Migrations at a time.  [default: 64]")
 @click.option("--max-per-source", type=int, help="Migrations that leave one host at a time.  [default: 8]")
