@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from orchestrator.cli.directory import api_socket, default_dir
+from orchestrator.cli.directory import api_sockets, default_dir
 from orchestrator.cli.exits import CliError, Exit
 from orchestrator.cli.output import Printer
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -37,8 +37,9 @@ class Settings:
 
     @property
     def address(self) -> str:
-        """Of the API: --api, else $DROVER_API, else the local cluster's socket."""
-        return self.api or os.environ.get("DROVER_API", "") or f"unix:{api_socket(self.directory)}"
+        """Of the API: --api, else $DROVER_API, else the local cluster's sockets."""
+        given = self.api or os.environ.get("DROVER_API", "")
+        return given or ",".join(f"unix:{socket}" for socket in api_sockets(self.directory))
 
     @property
     def printer(self) -> Printer:
@@ -53,9 +54,10 @@ class Settings:
 
     def _check_socket(self) -> None:
         """A missing socket is known at once, and which remedy there is."""
-        path = self.address.removeprefix("unix:")
-        if path == self.address or Path(path).exists():
+        paths = [each.removeprefix("unix:") for each in self.address.split(",unix:")]
+        if not self.address.startswith("unix:") or any(Path(path).exists() for path in paths):
             return
+        path = paths[0]
         raise CliError(
             Exit.UNREACHABLE,
             f"no API listens on {path}: no local cluster runs there",
@@ -83,7 +85,7 @@ def api_option(command: F) -> F:
         metavar="ADDRESS",
         expose_value=False,
         callback=_into("api"),
-        help="The API: host:port or unix:PATH. Default: $DROVER_API, else the local cluster's.",
+        help="The API: host:port or unix:PATH, or several with commas. Default: $DROVER_API, else the local cluster's.",
     )(command)
 
 

@@ -16,6 +16,12 @@ def resolved(directory: Path | str) -> Path:
     return Path(directory).expanduser().resolve()
 
 
+def api_sockets(directory: Path | str) -> tuple[Path, ...]:
+    """The sockets of all APIs in a cluster's directory; where there is none, the one at which a first would listen."""
+    found = sorted(resolved(directory).glob("api*.sock"), key=lambda path: (len(path.name), path.name))
+    return tuple(found) or (api_socket(directory),)
+
+
 def api_socket(directory: Path | str) -> Path:
     """The API's UNIX socket in a cluster's directory."""
     return resolved(directory) / "api.sock"

@@ -10,7 +10,7 @@ import structlog
 from orchestrator.core.records import Leader
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import encode
-from orchestrator.ledger.store import Create, Delete, Op, SessionState, Store, StoreUnavailable
+from orchestrator.ledger.store import Create, Delete, Op, SessionState, Store
 
 log = structlog.get_logger(__name__)
 

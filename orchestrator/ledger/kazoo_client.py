@@ -7,7 +7,7 @@ thousand guests costs no read while nothing moves. What is added to kazoo is one
 # kazoo ships no types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false, reportAttributeAccessIssue=false
-# pyright: reportUnknownLambdaType=false, reportUntypedBaseClass=false
+# pyright: reportUnknownLambdaType=false, reportUntypedBaseClass=false, reportPrivateUsage=false
 
 from __future__ import annotations
 

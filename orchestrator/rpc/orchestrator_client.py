@@ -15,6 +15,7 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import GuestSpec
 from orchestrator.rpc.channels import channel
 from orchestrator.rpc.errors import from_rpc_error
+from orchestrator.rpc.several import SeveralChannel, addresses
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
 from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
@@ -32,7 +33,11 @@ Policy = Mapping[str, object]
 
 
 class OrchestratorClient:
-    """One API, `host:port` or `unix:PATH`; connects with the first call. A context manager, or `close` it.
+    """The API, at `host:port` or `unix:PATH`, or at several such addresses with commas between them; connects with the
+    first call. A context manager, or `close` it.
+
+    Of several the one that answered last is asked, and another when it is silent: a call that reached none goes to the
+    next, reads and creates are repeated there also when nobody knows whether they were heard, watches go on there.
 
     Every call raises DroverError: the API's refusal, API_UNREACHABLE when nothing answers there, OUTCOME_UNKNOWN when
     no answer came within `timeout_s` and the call may have had its effect. A create call that ended so may be repeated
@@ -42,7 +47,8 @@ class OrchestratorClient:
     def __init__(self, address: str, timeout_s: float = 10.0) -> None:
         self.address = address
         self.timeout_s = timeout_s
-        self._channel = channel(address)
+        several = addresses(address)
+        self._channel = SeveralChannel(several) if len(several) > 1 else channel(several[0])
         self._stub = OrchestratorServiceStub(self._channel)
         self._closed = False
 
@@ -287,24 +293,27 @@ class OrchestratorClient:
 
     def _watch(self, call: Callable[..., Iterator[Answer]], request: Any) -> Iterator[Answer]:
         """Answers until the API ends the stream. Renewed at its bound, when it was read too slowly, and when the API
-        went away and is back within `timeout_s`: each subscription begins with the present state, so nothing is missed
-        but what came in between."""
-        last_heard: float | None = None
+        went away and it, or another one, is there within `timeout_s`: each subscription begins with the present state,
+        so nothing is missed but what came in between."""
+        heard = False
+        gone_since: float | None = None
         while not self._closed:
             try:
                 for answer in call(request, timeout=WATCH_S):
-                    last_heard = time.monotonic()
+                    heard, gone_since = True, None
                     yield answer
                 return
             except grpc.RpcError as error:
                 code = cast(grpc.Call, error).code()
                 if code is grpc.StatusCode.DEADLINE_EXCEEDED or self._closed:
+                    gone_since = None
                     continue
                 told = self._failed(error)
                 if told.reason is RefusalReason.SLOW_READER:
                     continue
-                gone = code is grpc.StatusCode.UNAVAILABLE
-                if not gone or last_heard is None or time.monotonic() - last_heard > self.timeout_s:
+                now = time.monotonic()
+                gone_since = now if gone_since is None else gone_since
+                if code is not grpc.StatusCode.UNAVAILABLE or not heard or now - gone_since > self.timeout_s:
                     raise told from error
             time.sleep(_RECONNECT_S)
 

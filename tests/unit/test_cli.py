@@ -609,8 +609,8 @@ def test_a_watch_survives_a_restart_of_the_api(
     monkeypatch.setattr("orchestrator.cli.watch.RETRY_S", 0.01)
     name = "5" * 32
     lost = DroverError(R.LEDGER_UNREACHABLE, "ZooKeeper is away")
-    quiet_s = 0.6  # the client itself bears a loss shortly after it heard something
-    service.frames = [[migration(name, "PRECOPY"), quiet_s, lost], [lost], [migration(name)]]
+    # The client itself bears a loss that is shorter than its timeout.
+    service.frames = [[migration(name, "PRECOPY"), lost], [lost], [lost], [lost], [migration(name)]]
     ran = drover("migrate", "web-2", "--watch", "--timeout", "0.3")
     assert ran.code == 0
     assert ran.err.count("lost the API, trying again: ZooKeeper is away") == 1

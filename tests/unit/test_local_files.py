@@ -12,7 +12,7 @@ import pytest
 from agents.engine.base import VmmMetadata
 from agents.engine.qemu import process as engine
 from deploy.lab.cluster import config, lock, network, parts, ray_head, state, supervisor, teardown
-from deploy.lab.cluster.layout import Layout, LocalClusterError, StopReason
+from deploy.lab.cluster.layout import Layout, LocalClusterError, Server, StopReason
 from deploy.lab.cluster.processes import Identity
 from orchestrator.coordinator import wiring
 
@@ -46,7 +46,12 @@ def test_a_long_directory_is_refused_before_a_socket_is() -> None:
         Layout.of("/tmp/" + "x" * 41).check()
     longest = Layout.of("/tmp/" + "x" * 31)
     longest.check()
-    ray = longest.ray / "session_2026-11-24_03-03-28_906439_4194304" / "sockets" / "plasma_store"
+    ray = (
+        longest.ray(Server("coordinator-2", 2, "", None))
+        / "session_2026-11-24_03-03-28_906439_4194304"
+        / "sockets"
+        / "plasma_store"
+    )
     assert len(str(ray)) <= 107
 
 

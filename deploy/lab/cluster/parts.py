@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,7 +284,7 @@ class _Maker:
         )
 
     def coordinator(self, seat: Server) -> PartSpec:
-        apis = [f"{server.address}:{self._places.api_port}" for server in self._places.apis]
+        apis = ",".join(f"{server.address}:{self._places.api_port}" for server in self._places.apis)
         return self.part(
             "coordinator",
             [sys.executable, "-m", "orchestrator.coordinator", "--config", str(self._layout.part_json(seat.name))],
@@ -438,7 +438,7 @@ async def _connects(opening: Awaitable[tuple[asyncio.StreamReader, asyncio.Strea
     return None
 
 
-def _carries_all(apis: Sequence[str]) -> Probe:
+def _carries_all(apis: str) -> Probe:
     """Has the leader set nothing aside? Asked of the APIs; one that does not answer has a line of its own."""
 
     async def probe() -> str | None:
@@ -446,7 +446,7 @@ def _carries_all(apis: Sequence[str]) -> Probe:
         from orchestrator.rpc.orchestrator_client import OrchestratorClient
 
         def ask() -> ClusterHealth:
-            with OrchestratorClient(",".join(apis), timeout_s=_PROBE_TIMEOUT_S) as client:
+            with OrchestratorClient(apis, timeout_s=_PROBE_TIMEOUT_S) as client:
                 return client.get_cluster_health()
 
         try:

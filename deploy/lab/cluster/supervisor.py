@@ -296,11 +296,10 @@ class LocalSupervisor:
             noted = self._ray_processes.pop(part.spec.name, set())
             await asyncio.to_thread(teardown.kill_ray, self._layout, part.spec.name, noted)
         elif part.spec.kind == "coordinator" and code == EXIT_RAY_GONE and partner and partner.process:
-            ray = partner
             # Not right after its start: a driver that cannot get in for another reason must not keep the head from
             # ever coming up.
-            settled = time.monotonic() - ray.born > RAY_SETTLED_S
-            if settled and processes.send(ray.process, signal.SIGKILL):
+            settled = time.monotonic() - partner.born > RAY_SETTLED_S
+            if settled and processes.send(partner.process, signal.SIGKILL):
                 log.warning("the coordinator says that Ray is gone: restarting the head")
 
     async def _note_ray(self) -> None:

@@ -1,0 +1,186 @@
+"""One channel to several servers that answer alike, for synchronous callers: when one is silent, another is asked.
+
+A server is asked only once it has answered the connection, so a call that finds none there has certainly had no effect
+and goes to the next. What was sent and not answered is repeated elsewhere only where that is safe: reads, and creates
+with their request id. Everything else is the caller's to judge.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import grpc
+
+from orchestrator.rpc.channels import channel
+
+CONNECT_S = 1.5
+"""For one server to answer the connection, while there are others to try."""
+_LEAST_S = 0.05
+_READS = ("Get", "List", "Watch")
+"""How the names of calls begin that change nothing."""
+
+Call = Callable[..., Any]
+
+
+def addresses(text: str) -> list[str]:
+    """`host:port,unix:PATH,...`; a comma in a path stays in it."""
+    found: list[str] = []
+    for piece in text.split(","):
+        if "/" in piece and not piece.strip().startswith("unix:") and found and found[-1].startswith("unix:"):
+            found[-1] += f",{piece}"
+        elif piece.strip():
+            found.append(piece.strip())
+    return found or [text]
+
+
+class SeveralChannel(grpc.Channel):
+    """Stays with the server that answered last. Raises INVALID_ARGUMENT for what is no address."""
+
+    def __init__(self, servers: Sequence[str]) -> None:
+        self._channels = [channel(server) for server in servers]
+        self._at = 0
+
+    # --- what a stub asks for -----------------------------------------------------------------------------------------
+
+    def unary_unary(self, method: str, *args: Any, **options: Any) -> Any:
+        calls = [one.unary_unary(method, *args, **options) for one in self._channels]
+
+        def call(request: Any, timeout: float | None = None, **how: Any) -> Any:
+            return self._ask(calls, request, timeout, _is_repeatable(method, request), how)
+
+        return call
+
+    def unary_stream(self, method: str, *args: Any, **options: Any) -> Any:
+        """The stream of one server; whoever reads it asks again when it breaks off."""
+        calls = [one.unary_stream(method, *args, **options) for one in self._channels]
+
+        def call(request: Any, timeout: float | None = None, **how: Any) -> Any:
+            index, _ = next(self._there(time.monotonic() + CONNECT_S * len(calls)), (-1, 0))
+            if index < 0:
+                raise _Nobody
+            return _Heard(calls[index](request, timeout=timeout, **how), lambda: self._silent(index))
+
+        return call
+
+    def stream_unary(self, method: str, *args: Any, **options: Any) -> Any:
+        raise NotImplementedError(f"{method}: no call of OrchestratorService takes a stream")
+
+    def stream_stream(self, method: str, *args: Any, **options: Any) -> Any:
+        raise NotImplementedError(f"{method}: no call of OrchestratorService takes a stream")
+
+    def subscribe(self, callback: Any, try_to_connect: bool | None = False) -> None:
+        self._channels[self._at].subscribe(callback, bool(try_to_connect))
+
+    def unsubscribe(self, callback: Any) -> None:
+        for one in self._channels:
+            one.unsubscribe(callback)
+
+    def close(self) -> None:
+        for one in self._channels:
+            one.close()
+
+    def __enter__(self) -> SeveralChannel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- one call -----------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self, calls: Sequence[Call], request: Any, timeout: float | None, repeatable: bool, how: dict[str, Any]
+    ) -> Any:
+        until = None if timeout is None else time.monotonic() + timeout
+        failed: grpc.RpcError | None = None
+        for index, others in self._there(until):
+            left_s = None if until is None else max(_LEAST_S, until - time.monotonic())
+            if left_s is not None and repeatable:
+                left_s /= others + 1  # one that says nothing must leave time for the others
+            try:
+                answer = calls[index](request, timeout=left_s, **how)
+            except grpc.RpcError as error:
+                if not repeatable or not _says_nothing(error):
+                    self._at = index
+                    raise
+                failed = error
+                continue
+            self._at = index
+            return answer
+        if failed is not None:
+            raise failed
+        raise _Nobody
+
+    def _there(self, until: float | None) -> Iterator[tuple[int, int]]:
+        """The servers that answer a connection, the last one that answered first, and how many others could be tried
+        after each; each is connected when asked for."""
+        first, count = self._at, len(self._channels)
+        for step in range(count):
+            index = (first + step) % count
+            left_s = CONNECT_S if until is None else min(CONNECT_S, until - time.monotonic())
+            if left_s > 0 and _connects(self._channels[index], left_s):
+                yield index, count - step - 1
+
+    def _silent(self, index: int) -> None:
+        """A stream of this server broke off: the next call begins elsewhere."""
+        if self._at == index:
+            self._at = (index + 1) % len(self._channels)
+
+
+class _Heard:
+    """A stream that tells when it breaks off."""
+
+    def __init__(self, stream: Any, broken: Callable[[], None]) -> None:
+        self._stream = stream
+        self._broken = broken
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._stream
+        except grpc.RpcError as error:
+            if _says_nothing(error):
+                self._broken()
+            raise
+
+
+class _Nobody(grpc.RpcError):
+    """As gRPC's own error of a call that found no connection."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "none of them answers a connection"
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+
+def _connects(one: grpc.Channel, within_s: float) -> bool:
+    """Whether a server answers there, which a process that was stopped does not, though its kernel does."""
+    decided = threading.Event()
+    seen: list[grpc.ChannelConnectivity] = []
+
+    def moved(state: grpc.ChannelConnectivity) -> None:
+        if state not in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+            seen.append(state)
+            decided.set()
+
+    one.subscribe(moved, try_to_connect=True)
+    try:
+        decided.wait(within_s)
+    finally:
+        one.unsubscribe(moved)
+    return bool(seen) and seen[0] is grpc.ChannelConnectivity.READY
+
+
+def _is_repeatable(method: str, request: Any) -> bool:
+    """Whether the call has no effect, or the same one however often it is made."""
+    return method.rpartition("/")[2].startswith(_READS) or bool(getattr(request, "request_id", ""))
+
+
+def _says_nothing(error: grpc.RpcError) -> bool:
+    """Of the call's effect: the connection broke, or no answer came in time."""
+    return cast(grpc.Call, error).code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
