@@ -1,23 +1,23 @@
 """One channel to several servers that answer alike, for synchronous callers: when one is silent, another is asked.
 
-A server is asked only once it has answered the connection, so a call that finds none there has certainly had no effect
-and goes to the next. What was sent and not answered is repeated elsewhere only where that is safe: reads, and creates
-with their request id. Everything else is the caller's to judge.
+A server is asked whether it is there before it is asked for anything, so a call that finds none has certainly had no
+effect and goes to the next. What was sent and not answered is repeated elsewhere only where that is safe: reads, and
+creates with their request id. Everything else is the caller's to judge.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import grpc
+from grpc_health.v1 import health_pb2
 
 from orchestrator.rpc.channels import channel
 
 CONNECT_S = 1.5
-"""For one server to answer the connection, while there are others to try."""
+"""For one server to say that it is there, while there are others to try."""
 _LEAST_S = 0.05
 _READS = ("Get", "List", "Watch")
 """How the names of calls begin that change nothing."""
@@ -114,13 +114,13 @@ class SeveralChannel(grpc.Channel):
         raise _Nobody
 
     def _there(self, until: float | None) -> Iterator[tuple[int, int]]:
-        """The servers that answer a connection, the last one that answered first, and how many others could be tried
-        after each; each is connected when asked for."""
+        """The servers that are there, the last one that answered first, and how many others could be tried after each;
+        each is asked when its turn comes."""
         first, count = self._at, len(self._channels)
         for step in range(count):
             index = (first + step) % count
             left_s = CONNECT_S if until is None else min(CONNECT_S, until - time.monotonic())
-            if left_s > 0 and _connects(self._channels[index], left_s):
+            if left_s > 0 and _answers(self._channels[index], left_s):
                 yield index, count - step - 1
 
     def _silent(self, index: int) -> None:
@@ -152,28 +152,25 @@ class _Nobody(grpc.RpcError):
         return grpc.StatusCode.UNAVAILABLE
 
     def details(self) -> str:
-        return "none of them answers a connection"
+        return "none of them answers"
 
     def trailing_metadata(self) -> tuple[()]:
         return ()
 
 
-def _connects(one: grpc.Channel, within_s: float) -> bool:
-    """Whether a server answers there, which a process that was stopped does not, though its kernel does."""
-    decided = threading.Event()
-    seen: list[grpc.ChannelConnectivity] = []
-
-    def moved(state: grpc.ChannelConnectivity) -> None:
-        if state not in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
-            seen.append(state)
-            decided.set()
-
-    one.subscribe(moved, try_to_connect=True)
+def _answers(one: grpc.Channel, within_s: float) -> bool:
+    """Whether a server answers there: the health service's question is the cheapest. A process that was stopped says
+    nothing, though its kernel takes the connection."""
+    ask = one.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
     try:
-        decided.wait(within_s)
-    finally:
-        one.unsubscribe(moved)
-    return bool(seen) and seen[0] is grpc.ChannelConnectivity.READY
+        ask(health_pb2.HealthCheckRequest(), timeout=within_s)
+    except grpc.RpcError as error:
+        return not _says_nothing(error)  # an answer is an answer
+    return True
 
 
 def _is_repeatable(method: str, request: Any) -> bool:
