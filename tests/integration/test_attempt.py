@@ -6,6 +6,7 @@ between them and the ledger are the real parts.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -148,6 +149,27 @@ async def test_a_late_ack_aborts_the_guest_runs_on_and_the_retry_succeeds(lab: L
     assert source.state.stage is SourceStage.ENDED_COMMITTED
     assert (await lab.record()).attempt == times + 1
     assert (await destination.vmm.state()).run_state is RunState.RUNNING
+
+
+async def test_a_guest_that_ended_before_its_session_listened_arrives_ended(lab: Lab) -> None:
+    """No event tells the session, so it gives the guest away: it ends at the destination, and is not tried again."""
+    console = lab.directory / "s.con"
+    reader, writer = await asyncio.open_unix_connection(console)
+    await reader.readline()  # it is up
+    writer.write(b"p")
+    await writer.drain()
+    async with asyncio.timeout(5):
+        while (await lab.vmm.state()).run_state is not RunState.ENDED:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    source, destination = await lab.run([FakeSourceShim("dpu")], [FakeDestinationShim("dpu")])
+    writer.close()
+    assert source.state.stage is SourceStage.ENDED_COMMITTED
+    assert destination.state.stage is DestinationStage.ENDED_DONE
+    record = await lab.record()
+    assert (record.phase, record.owner) == (Ownership.IDLE, D)
+    assert (await destination.vmm.state()).run_state is RunState.ENDED
+    assert [entry.event for entry in destination.timeline].count("guest_ended") == 1
+    assert source.vmm.liveness() is Liveness.GONE
 
 
 async def test_a_device_that_cannot_validate_never_becomes_the_guest(lab: Lab) -> None:
