@@ -424,6 +424,7 @@ def attempt_status_to_proto(status: AttemptStatus) -> agent_pb2.AttemptStatus:
         phase=_PHASE[status.phase] if status.phase else types_pb2.MIGRATION_PHASE_UNSPECIFIED,
         progress=progress_to_proto(status.progress) if status.progress else None,
         ended=status.ended,
+        elapsed_ms=round(status.elapsed_ms),
     )
 
 
@@ -433,6 +434,7 @@ def attempt_status_from_proto(message: agent_pb2.AttemptStatus) -> AttemptStatus
         phase=phase_from_proto(message.phase),
         progress=progress_from_proto(message.progress) if message.HasField("progress") else None,
         ended=message.ended,
+        elapsed_ms=float(message.elapsed_ms),
     )
 
 

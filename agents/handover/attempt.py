@@ -183,7 +183,8 @@ class Departure(Attempt[SourceShell]):
 
     def status(self) -> AttemptStatus:
         stage = self.shell.state.stage
-        return AttemptStatus(self.ref, phase_of(stage), self.progress, ended=stage.ended)
+        elapsed_ms = self.shell.elapsed_ms
+        return AttemptStatus(self.ref, phase_of(stage), self.progress, ended=stage.ended, elapsed_ms=elapsed_ms)
 
     async def share_again(self) -> None:
         """The link is shared by more or fewer than before; no word to the VMM once the guest is stopped."""

@@ -122,6 +122,11 @@ class Shell(Generic[Session]):
         self._tasks = Tasks(f"{half} of attempt {ref.attempt} of {ref.migration}")
         self._began = 0.0
 
+    @property
+    def elapsed_ms(self) -> float:
+        """Since the attempt began here, by the loop's own clock; 0 before."""
+        return (asyncio.get_running_loop().time() - self._began) * 1000 if self._began else 0.0
+
     def feed(self, event: Event) -> None:
         """Take in an event; from this loop only."""
         self._events.put_nowait(event)

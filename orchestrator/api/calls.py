@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from google.protobuf.message import Message
 
+from orchestrator.api.ages import Ages
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.fleet import Fleet
 from orchestrator.ledger.index import Index
@@ -33,6 +34,7 @@ class Tools:
     chaos: bool = False
     wall_s: Callable[[], float] = time.time
     """Only for stamps that people read."""
+    ages: Ages = field(default_factory=Ages)
     placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One placement at a time per process, so that it does not lose races against itself."""
 

@@ -46,7 +46,9 @@ class Evacuations:
         return await read_evacuation(self._tools.ledger, name)
 
     async def get(self, name: str) -> types_pb2.Evacuation:
-        shown = views.evacuation(await self.read(name), self._tools.fleet)
+        read = await self.read(name)
+        shown = views.evacuation(read, self._tools.fleet)
+        shown.elapsed_ms = views.evacuation_elapsed_ms(read, self._tools.ages)
         if not shown.end_time.seconds:
             reason = (await quarantined(self._tools.ledger)).get(f"evacuations/{name}", "")
             shown.message = views.quarantined(shown.message, reason)
@@ -66,7 +68,9 @@ class Evacuations:
 
     async def _listed(self, name: str) -> tuple[int, types_pb2.Evacuation]:
         read = await self.read(name)
-        return read.order, views.evacuation(read, self._tools.fleet)
+        shown = views.evacuation(read, self._tools.fleet)
+        shown.elapsed_ms = views.evacuation_elapsed_ms(read, self._tools.ages)
+        return read.order, shown
 
     # --- ask ----------------------------------------------------------------------------------------------------------
 

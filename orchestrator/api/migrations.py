@@ -60,7 +60,9 @@ class Migrations:
 
     async def get(self, name: str) -> types_pb2.Migration:
         """Also long after its end: the attempts' reports stay in the ledger."""
-        shown = views.migration(await self.read(name), self._tools.fleet)
+        read = await self.read(name)
+        shown = views.migration(read, self._tools.fleet)
+        shown.elapsed_ms = views.migration_elapsed_ms(read, self._tools.fleet, self._tools.ages)
         if not shown.end_time.seconds:
             reason = (await quarantined(self._tools.ledger)).get(f"migrations/{name}", "")
             shown.message = views.quarantined(shown.message, reason)
@@ -103,6 +105,7 @@ class Migrations:
             return self._over[name]
         read = await self.read(name)
         shown = views.migration(read, self._tools.fleet, timelines=False)
+        shown.elapsed_ms = views.migration_elapsed_ms(read, self._tools.fleet, self._tools.ages)
         if read.standing.state.phase.terminal:
             self._over[name] = shown
             while len(self._over) > MAX_REMEMBERED:
@@ -219,7 +222,10 @@ class Migrations:
     def _cancel_ops(self, step: CancelStep, read: MigrationRead, writer: str) -> list[Op]:
         spec, standing = read.spec, read.standing
         record_path, state_path = paths.guest(spec.guest), paths.migration_state(spec.id)
-        over = decisions.cancelled_state(standing.state, wall_s=self._tools.wall_s())
+        over = replace(
+            decisions.cancelled_state(standing.state, wall_s=self._tools.wall_s()),
+            spent_ms=float(views.migration_elapsed_ms(read, self._tools.fleet, self._tools.ages)),
+        )
         if step is CancelStep.SETTLE or standing.record is None:
             return [op_set(state_path, over, standing.state_version)]
         if step is CancelStep.ABORT:

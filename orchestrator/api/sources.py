@@ -54,6 +54,9 @@ class GuestSource:
     def view(self, read: GuestRead) -> types_pb2.Guest:
         return views.guest(read, self._tools.fleet)
 
+    def aged(self, read: GuestRead, message: types_pb2.Guest) -> types_pb2.Guest:
+        return message
+
     def over(self, read: GuestRead) -> bool:
         if read.record.phase is Ownership.GONE:
             self._gone.add(read.uuid)
@@ -86,6 +89,12 @@ class MigrationSource:
 
     def view(self, read: MigrationRead) -> types_pb2.Migration:
         return views.migration(read, self._tools.fleet, timelines=False)
+
+    def aged(self, read: MigrationRead, message: types_pb2.Migration) -> types_pb2.Migration:
+        now = types_pb2.Migration()
+        now.CopyFrom(message)
+        now.elapsed_ms = views.migration_elapsed_ms(read, self._tools.fleet, self._tools.ages)
+        return now
 
     def over(self, read: MigrationRead) -> bool:
         return read.standing.state.phase.terminal
@@ -130,6 +139,12 @@ class EvacuationSource:
 
     def view(self, read: EvacuationRead) -> types_pb2.Evacuation:
         return views.evacuation(read, self._tools.fleet)
+
+    def aged(self, read: EvacuationRead, message: types_pb2.Evacuation) -> types_pb2.Evacuation:
+        now = types_pb2.Evacuation()
+        now.CopyFrom(message)
+        now.elapsed_ms = views.evacuation_elapsed_ms(read, self._tools.ages)
+        return now
 
     def over(self, read: EvacuationRead) -> bool:
         return read.state.phase.terminal

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from orchestrator import wire
+from orchestrator.api.ages import Ages
 from orchestrator.api.decisions import (
     cancel_is_wished,
     is_safe_to_power_off,
@@ -159,6 +160,26 @@ def _with_newer(message: str, fields: Sequence[str]) -> str:
     """What is said of a job whose policy has fields that this version does not know."""
     said = f"set by a newer version, not shown here: {', '.join(sorted(fields))}" if fields else ""
     return "; ".join(filter(None, (message, said)))
+
+
+def migration_elapsed_ms(read: MigrationRead, fleet: Fleet, ages: Ages) -> int:
+    """How long it has taken; a change of this alone is no news of the migration."""
+    state, reports = read.standing.state, read.standing.reports
+    spent_ms = max(state.spent_ms, sum(report.duration_ms for report in reports))  # older versions wrote no `spent_ms`
+    if state.phase.terminal:
+        return round(spent_ms)
+    sample = _sample(read.spec.id, state.attempt, (state.source,), fleet)
+    attempt_ms = sample.elapsed_ms if sample is not None and state.phase is not MigrationPhase.RETRY_WAIT else 0.0
+    resource = f"migrations/{read.spec.id}"
+    return round(ages.elapsed_ms(resource, read.standing.state_version, spent_ms, attempt_ms))
+
+
+def evacuation_elapsed_ms(read: EvacuationRead, ages: Ages) -> int:
+    """As of a migration."""
+    spent_ms = read.head.spent_ms
+    if read.head.phase.terminal:
+        return round(spent_ms)
+    return round(ages.elapsed_ms(f"evacuations/{read.spec.id}", read.version, spent_ms))
 
 
 def quarantined(message: str, reason: str) -> str:

@@ -32,6 +32,7 @@ log = structlog.get_logger(__name__)
 
 MERGE_S = 0.1
 """A resource is told at most so often."""
+AGE_S = 1.0
 RETRY_S = 0.25
 
 Unfollow = Callable[[], None]
@@ -56,6 +57,10 @@ class Source(Protocol[R, M_co]):
 
     def view(self, read: R) -> M_co: ...
 
+    def aged(self, read: R, message: Any) -> M_co:
+        """What is told: the message of `view` with how long the resource has taken by now, which is no news."""
+        ...
+
     def over(self, read: R) -> bool:
         """Nothing of it will change any more."""
         ...
@@ -75,6 +80,10 @@ class _Entry(Generic[R]):
 
     read: R | None = None
     message: Any = None
+    """As `view` gives it."""
+    told: Any = None
+    """The same with its age, as it was at `told_s`; None: not told yet."""
+    told_s: float = 0.0
     error: BadRecord | None = None
     revision: int = 0
     """Of the feed, when it was last changed; 0: not looked at yet."""
@@ -152,13 +161,21 @@ class Feed(Generic[R, M]):
                     if entry.revision > up_to:  # it changed while others were told: told now as it is
                         ahead[name] = entry.revision
                     if entry.message is not None and entry.revision > seen.get(name, reader.told):
-                        yield entry.message
+                        yield self._told(entry)
                 reader.told = up_to
                 if wanted and not left:
                     return
                 await reader.news.wait()
         finally:
             self._leave(reader)
+
+    def _told(self, entry: _Entry[R]) -> M:
+        """One message for all streams, with how long the resource has taken; that is at most AGE_S old."""
+        now_s = asyncio.get_running_loop().time()
+        if entry.told is None or (not entry.over and now_s - entry.told_s > AGE_S):
+            entry.told = entry.message if entry.read is None else self._source.aged(entry.read, entry.message)
+            entry.told_s = now_s
+        return entry.told
 
     async def _is_missing(self, name: str) -> bool:
         entry = self._entries.get(name)
@@ -319,6 +336,7 @@ class Feed(Generic[R, M]):
             return False
         self._revision += 1
         entry.message, entry.over, entry.revision = message, over, self._revision
+        entry.told = None
         entry.ever_active |= message is not None and not over
         self._order[name] = None
         self._order.move_to_end(name)

@@ -19,7 +19,7 @@ from orchestrator.cli.context import (
     request_id_option,
 )
 from orchestrator.cli.exits import Ended, Exit
-from orchestrator.cli.jobs import created, facts_of_time, goes_on, phase_of, show_list, times, took, wall_s, worst_of
+from orchestrator.cli.jobs import created, facts_of_time, goes_on, phase_of, show_list, times, took, worst_of
 from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled, table
 from orchestrator.cli.policy_options import policy_of, policy_options
 from orchestrator.core.errors import DroverError
@@ -270,14 +270,13 @@ def _watch(client: OrchestratorClient, printer: Printer, name: str) -> None:
     from orchestrator import wire
     from orchestrator.cli import watch as watching
 
-    board = watching.Board(started_s=time.time())
+    board = watching.Board(started_s=time.monotonic())
     reasons = _Reasons(client)
 
     def take(job: Evacuation) -> bool:
         board.title = f"evacuation {units.short(job.name)} of {job.host}"
         board.phase = phase_of(job)
-        board.started_s = wall_s(job.create_time) or board.started_s
-        board.ended_s = wall_s(job.end_time)
+        board.took(job.elapsed_ms, time.monotonic(), over=bool(job.end_time.seconds))
         for guest in job.guests:
             reason = reasons.of(guest.migration, guest.attempts, wire.word(guest, "phase"))
             key = guest.guest_uuid or guest.guest

@@ -98,7 +98,7 @@ def _head(found: Migration) -> list[Text | str]:
     phase = phase_of(found)
     head = Text(f"migration {found.name}\n{found.guest}", style="bold").append(f": {found.source}", style="not bold")
     head.append(f" -> {found.destination or '?'}, ", style="not bold").append(phase, style=STYLES.get(phase, ""))
-    took = took_s(found.create_time, found.end_time)
+    took = took_s(found)
     if took is not None:
         head.append(f" in {units.seconds(took)}", style="not bold")
     head.append(f", {units.count(found.attempt, 'attempt')}", style="not bold")

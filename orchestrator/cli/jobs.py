@@ -25,14 +25,14 @@ def wall_s(stamp: Timestamp) -> float:
     return stamp.seconds + stamp.nanos / 1e9
 
 
-def took_s(start: Timestamp, end: Timestamp) -> float | None:
-    """From creation to the end; None before the end."""
-    return max(0.0, wall_s(end) - wall_s(start)) if end.seconds else None
+def took_s(job: Migration | Evacuation) -> float | None:
+    """What it took, by no wall clock; None before the end, and where it is not known."""
+    return job.elapsed_ms / 1000 if job.end_time.seconds and job.elapsed_ms else None
 
 
 def took(job: Migration | Evacuation) -> str:
     """The same for people; empty before the end."""
-    seconds = took_s(job.create_time, job.end_time)
+    seconds = took_s(job)
     return "" if seconds is None else units.seconds(seconds)
 
 

@@ -20,7 +20,7 @@ from orchestrator.cli.context import (
     request_id_option,
 )
 from orchestrator.cli.exits import CliError, Ended, Exit
-from orchestrator.cli.jobs import created, facts_of_time, goes_on, phase_of, show_list, times, took, wall_s, worst_of
+from orchestrator.cli.jobs import created, facts_of_time, goes_on, phase_of, show_list, times, took, worst_of
 from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled, table
 from orchestrator.cli.placement import NO_PLACE, show_verdicts
 from orchestrator.cli.policy_options import policy_of, policy_options
@@ -226,14 +226,13 @@ def _watch(client: OrchestratorClient, printer: Printer, names: list[str]) -> No
     from orchestrator import wire
     from orchestrator.cli import watch as watching
 
-    board = watching.Board(started_s=time.time())
+    board = watching.Board(started_s=time.monotonic())
     ends: dict[str, str] = {}
 
     def take(message: Migration) -> bool:
         board.lines[message.name] = watching.forward(board.lines.get(message.name), watching.line_of_migration(message))
         if len(names) == 1:
-            board.started_s = wall_s(message.create_time) or board.started_s
-            board.ended_s = wall_s(message.end_time)
+            board.took(message.elapsed_ms, time.monotonic(), over=bool(message.end_time.seconds))
         if phase_of(message) in watching.TERMINAL:
             ends[message.name] = phase_of(message)
         return bool(names) and all(name in ends for name in names)

@@ -178,15 +178,23 @@ class Board:
 
     title: str = ""
     phase: str = ""
-    started_s: float = 0.0
-    """Wall clock; 0: not known."""
-    ended_s: float = 0.0
+    started_s: float | None = None
+    """By the monotonic clock of the watching process, as is `ended_s`; None: not known."""
+    ended_s: float | None = None
     lines: dict[str, Line] = field(default_factory=dict[str, Line])
     remark: str = ""
     """What went wrong with the watch itself."""
 
+    def took(self, elapsed_ms: float, now_s: float, *, over: bool) -> None:
+        """What is watched had been under way for so long when that was said, now."""
+        began_s = now_s - elapsed_ms / 1000
+        self.started_s = began_s if self.started_s is None or over else min(self.started_s, began_s)
+        self.ended_s = now_s if over else None
+
     def elapsed_s(self, now_s: float) -> float:
-        return max(0.0, (self.ended_s or now_s) - self.started_s) if self.started_s else 0.0
+        if self.started_s is None:
+            return 0.0
+        return max(0.0, (now_s if self.ended_s is None else self.ended_s) - self.started_s)
 
 
 def bar(fraction: float, width: int, *, ascii_only: bool = False) -> str:
@@ -222,8 +230,8 @@ def summary(board: Board, now_s: float) -> str:
     parts = [", ".join([f"{moved} of {len(lines)} moved", *(f"{number} {word}" for number, word in counts if number)])]
     if rate := sum(line.rate_mbps for line in lines):
         parts.append(units.rate(rate))
-    if board.started_s:
-        left = None if board.ended_s or board.phase in TERMINAL else eta_s(board, now_s)
+    if board.started_s is not None:
+        left = None if board.ended_s is not None or board.phase in TERMINAL else eta_s(board, now_s)
         about = f", about {units.seconds(left)} left" if left is not None else ""
         parts.append(f"{units.seconds(board.elapsed_s(now_s))} elapsed{about}")
     return "; ".join(parts)
@@ -350,7 +358,7 @@ class _OnTerminal(_Reporter):
     def _render(self) -> Text:
         size = self._printer.console.size
         height = len(self._board.lines) + size.height if self._whole else size.height - 1
-        return render(self._board, time.time(), width=size.width, height=height, ascii_only=self._ascii_only)
+        return render(self._board, time.monotonic(), width=size.width, height=height, ascii_only=self._ascii_only)
 
     def __enter__(self) -> None:
         self._live.start(refresh=True)

@@ -115,6 +115,8 @@ class AttemptStatus:
     progress: Progress | None = None
     ended: bool = False
     """The attempt is over on this agent."""
+    elapsed_ms: float = 0.0
+    """Since it began here, by the agent's monotonic clock; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ def _run_state(guest: Guest) -> str:
 
 
 def _took_s(migration: Migration) -> float:
-    return took_s(migration.create_time, migration.end_time) or 0.0
+    return took_s(migration) or 0.0
 
 
 def _attempt(report: AttemptReport) -> Attempt:

@@ -224,12 +224,15 @@ class AttemptStatus(_message.Message):
     PHASE_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
+    ELAPSED_MS_FIELD_NUMBER: _builtins.int
     guest_uuid: _builtins.str
     migration: _builtins.str
     attempt: _builtins.int
     phase: _types_pb2.MigrationPhase.ValueType
     ended: _builtins.bool
     """The attempt is over on this agent."""
+    elapsed_ms: _builtins.int
+    """Since it began here, by the agent's monotonic clock; 0: not known."""
     @_builtins.property
     def progress(self) -> _types_pb2.Progress: ...
     def __init__(
@@ -241,10 +244,11 @@ class AttemptStatus(_message.Message):
         phase: _types_pb2.MigrationPhase.ValueType = ...,
         progress: _types_pb2.Progress | None = ...,
         ended: _builtins.bool = ...,
+        elapsed_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "ended", b"ended", "guest_uuid", b"guest_uuid", "migration", b"migration", "phase", b"phase", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "elapsed_ms", b"elapsed_ms", "ended", b"ended", "guest_uuid", b"guest_uuid", "migration", b"migration", "phase", b"phase", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

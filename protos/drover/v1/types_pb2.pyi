@@ -1140,6 +1140,7 @@ class Migration(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     WAITING_FOR_FIELD_NUMBER: _builtins.int
+    ELAPSED_MS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Id, chosen by the server."""
     guest: _builtins.str
@@ -1156,6 +1157,10 @@ class Migration(_message.Message):
     waiting_for: _builtins.str
     """PLACE (its turn among those that leave its source, or in the cluster), ROOM (a host that may take its guest now) or
     SOURCE (its source's agent, which is silent); empty: it does not wait. `message` says it as a sentence.
+    """
+    elapsed_ms: _builtins.int
+    """Since its creation, or what it took if it is over; put together from durations that were each measured by one
+    monotonic clock. Never the difference of two times, whose clocks may differ. 0: not known.
     """
     @_builtins.property
     def progress(self) -> Global___Progress: ...
@@ -1187,10 +1192,11 @@ class Migration(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         waiting_for: _builtins.str = ...,
+        elapsed_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "policy", b"policy", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attempts", b"attempts", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "destination", b"destination", "end_time", b"end_time", "evacuation", b"evacuation", "failure", b"failure", "guest", b"guest", "guest_uuid", b"guest_uuid", "message", b"message", "name", b"name", "phase", b"phase", "policy", b"policy", "progress", b"progress", "source", b"source", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "attempts", b"attempts", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "destination", b"destination", "elapsed_ms", b"elapsed_ms", "end_time", b"end_time", "evacuation", b"evacuation", "failure", b"failure", "guest", b"guest", "guest_uuid", b"guest_uuid", "message", b"message", "name", b"name", "phase", b"phase", "policy", b"policy", "progress", b"progress", "source", b"source", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1261,6 +1267,7 @@ class Evacuation(_message.Message):
     CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    ELAPSED_MS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     host: _builtins.str
     phase: Global___EvacuationPhase.ValueType
@@ -1270,6 +1277,8 @@ class Evacuation(_message.Message):
     failure: _builtins.str
     message: _builtins.str
     cancel_requested: _builtins.bool
+    elapsed_ms: _builtins.int
+    """As of a migration."""
     @_builtins.property
     def guests(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvacuationGuest]: ...
     @_builtins.property
@@ -1293,10 +1302,11 @@ class Evacuation(_message.Message):
         cancel_requested: _builtins.bool = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        elapsed_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "guests", b"guests", "host", b"host", "max_concurrent", b"max_concurrent", "message", b"message", "name", b"name", "phase", b"phase", "policy", b"policy", "safe_to_power_off", b"safe_to_power_off"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "create_time", b"create_time", "elapsed_ms", b"elapsed_ms", "end_time", b"end_time", "failure", b"failure", "guests", b"guests", "host", b"host", "max_concurrent", b"max_concurrent", "message", b"message", "name", b"name", "phase", b"phase", "policy", b"policy", "safe_to_power_off", b"safe_to_power_off"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
