@@ -20,7 +20,7 @@ from orchestrator.core.guest import name_error
 from orchestrator.core.handover import Ownership
 from orchestrator.core.placement import GuestInput, need_of, plan
 from orchestrator.core.records import EvacuationPhase, EvacuationSpec, EvacuationState
-from orchestrator.ledger import paths
+from orchestrator.ledger import active, paths
 from orchestrator.ledger.evacuations import read_job
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.records import BadRecord
@@ -192,6 +192,7 @@ def _ops(spec: EvacuationSpec, snapshot: Snapshot) -> list[Op]:
     return [
         op_create(paths.evacuation(spec.id), spec),
         op_create(paths.evacuation_state(spec.id), EvacuationState()),
+        active.job_begins(spec),
         cordon,
     ]
 

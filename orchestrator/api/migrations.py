@@ -35,7 +35,7 @@ from orchestrator.core.placement import GuestInput, choose, need_of
 from orchestrator.core.policy import MigrationPolicy, policy_errors
 from orchestrator.core.records import HostRecord, MigrationSpec, Reservations
 from orchestrator.core.text import quoted
-from orchestrator.ledger import paths
+from orchestrator.ledger import active, paths
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.migrations import creation, free_of_others
 from orchestrator.ledger.store import Check, Done, Op, StoreUnavailable
@@ -201,6 +201,8 @@ class Migrations:
             ops = self._cancel_ops(step, read, writer)
             if step is CancelStep.CLOSE:
                 ops += await self._release(name, read.standing.state.destination)
+            if step in (CancelStep.CLOSE, CancelStep.SETTLE):
+                ops += await active.migration_ends(self._tools.store, name)
             result = await write(self._tools, ops, caller)
             if isinstance(result, Done):
                 log.info("cancelled", migration=name, guest=read.spec.guest_name, step=step, by=caller.by)

@@ -35,7 +35,7 @@ from orchestrator.core.records import (
     Requests,
     Reservations,
 )
-from orchestrator.ledger import paths
+from orchestrator.ledger import active, paths
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import decode, encode, encode_attempts
 from orchestrator.ledger.snapshot import HostEntry, Snapshot
@@ -521,6 +521,8 @@ class Driver:
             epoch=self._tools.epoch,
         )
         ops.append(SetData(paths.migration_state(spec.id), encode(state), nodes.state_version))
+        if command.phase.terminal:
+            ops += await active.migration_ends(self._tools.store, spec.id)
         return ops
 
     async def _release(self, host: str) -> list[Op]:

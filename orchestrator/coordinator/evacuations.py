@@ -28,13 +28,13 @@ from orchestrator.core.records import (
     MigrationState,
     host_ref,
 )
-from orchestrator.ledger import paths
+from orchestrator.ledger import active, paths
 from orchestrator.ledger.evacuations import Job, Rows, read_job, transactions, trimmed, written
-from orchestrator.ledger.gather import each, members
+from orchestrator.ledger.gather import each
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.migrations import creation
 from orchestrator.ledger.records import BadRecord, decode, encode
-from orchestrator.ledger.store import SetData, Store, StoreUnavailable, Versioned
+from orchestrator.ledger.store import Delete, SetData, Store, StoreUnavailable, Versioned
 
 log = structlog.get_logger(__name__)
 
@@ -116,8 +116,8 @@ class EvacuationRunner:
             return False
         spec, state = read.spec, read.state
         if state.phase.terminal:
-            self._rows.pop(job, None)
-            self._seen.pop(job, None)
+            self._forget(job)
+            await self._leave_active_set(spec)
             return True
         now_s = self._clock_s()
         seen = self._seen.setdefault(job, _Seen(now_s, state.spent_ms, now_s))
@@ -133,7 +133,18 @@ class EvacuationRunner:
         if new != state and not await self._store_state(read, new):
             return False  # cancelled meanwhile, perhaps: look again before anything is done
         await self._carry_out_all(step.commands, spec)
+        if new.phase.terminal:
+            self._forget(job)
         return new.phase.terminal
+
+    def _forget(self, job: str) -> None:
+        self._rows.pop(job, None)
+        self._seen.pop(job, None)
+
+    async def _leave_active_set(self, spec: EvacuationSpec) -> None:
+        """Of a job that was over when it was found. Whoever ended it took it out: as a rule there is nothing to do."""
+        if await self._store.read(paths.active_evacuation(spec.id)) is not None:
+            await epoch_write(self._store, self._epoch, await active.job_ends(self._store, spec))
 
     async def _carry_out_all(self, commands: Sequence[evacuation.Command], spec: EvacuationSpec) -> None:
         """One guest's command that fails holds none of the others up. Raises the first failure."""
@@ -158,7 +169,10 @@ class EvacuationRunner:
     async def _store_state(self, job: Job, state: EvacuationState) -> bool:
         """False: somebody else moved the job, or the answer was lost. Some guests may be stored then: look again."""
         known = self._rows.pop(job.spec.id, None)
-        for ops in transactions(job, state):
+        batches = transactions(job, state)
+        if state.phase.terminal:
+            batches[-1] += await active.job_ends(self._store, job.spec)
+        for ops in batches:
             if not await epoch_write(self._store, self._epoch, ops):
                 return False
         if known is not None:
@@ -295,7 +309,11 @@ class EvacuationRunner:
         """Keep "safe to power off" true or false for jobs that are over, while their host stays cordoned. One job that
         cannot be looked at keeps none of the others from it. Raises StoreUnavailable, Deposed."""
         facts: dict[str, evacuation.Facts | None] = {}
-        for job in await members(self._store, paths.EVACUATIONS):
+        names = await self._store.children(paths.ENDED_EVACUATIONS)
+        for known in (self._ended, self._complaints):
+            for name in known.keys() - set(names):
+                del known[name]
+        for job in names:
             try:
                 await self._refresh_one(job, facts)
             except (StoreUnavailable, Deposed):
@@ -312,7 +330,10 @@ class EvacuationRunner:
     async def _refresh_one(self, name: str, facts: dict[str, evacuation.Facts | None]) -> None:
         """`facts` are those of this round, by host: a host is looked at once however many of its jobs are over."""
         job = self._ended.get(name) or await read_job(self._store, name, rows=())
-        if job is None or not job.head.phase.terminal:
+        if job is None:
+            await self._stop_refreshing(name)
+            return
+        if not job.head.phase.terminal:
             return
         if not job.head.guests:  # as a job of this version is written; it changes no more but by what follows here
             self._ended[name] = job
@@ -322,15 +343,24 @@ class EvacuationRunner:
             on = cordon is not None and bool(cordon.data) and decode(Cordon, cordon.data, path=paths.cordon(host)).on
             facts[host] = await self._facts(job.spec, EvacuationState()) if on else None
         seen = facts[host]
-        safe = seen is not None and evacuation.safe_to_power_off(host, seen, was_safe=evacuation.was_safe(head, seen))
-        if seen is None or (safe, seen.cordon_version if safe else -1) == (head.safe_to_power_off, head.safe_at):
-            return  # what it said before an uncordon holds no more, without a word
+        if seen is None:  # what it said before an uncordon holds no more, without a word
+            await self._stop_refreshing(name)
+            return
+        safe = evacuation.safe_to_power_off(host, seen, was_safe=evacuation.was_safe(head, seen))
+        if (safe, seen.cordon_version if safe else -1) == (head.safe_to_power_off, head.safe_at):
+            return
         new = replace(head, safe_to_power_off=safe)
         new = replace(new, safe_at=_safe_at(new, seen))
         write = SetData(paths.evacuation_state(name), encode(new), job.version)
         self._ended.pop(name, None)
         if await epoch_write(self._store, self._epoch, [write]) and not new.guests:
             self._ended[name] = replace(job, head=new, version=job.version + 1)
+
+    async def _stop_refreshing(self, name: str) -> None:
+        path = paths.ended_evacuation(name)
+        node = await self._store.read(path)
+        if node is not None:
+            await epoch_write(self._store, self._epoch, [Delete(path, node.version)])
 
 
 def _safe_at(state: EvacuationState, facts: evacuation.Facts) -> int:

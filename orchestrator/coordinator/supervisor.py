@@ -26,8 +26,8 @@ from orchestrator.coordinator.quarantine import Quarantine
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import Leader, MigrationSpec, MigrationState
 from orchestrator.fencing.base import Fencers
-from orchestrator.ledger import paths
-from orchestrator.ledger.gather import members
+from orchestrator.ledger import active, paths
+from orchestrator.ledger.gather import each
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import (
@@ -59,6 +59,10 @@ ROOM_AGAIN_MAX_S = 10.0
 WORKERS_LOST = 3
 """A migration that lost so many workers in a row is set aside: it may be what ends them."""
 LOOK_RETRY_S = 0.5
+LOOK_S = 1.0
+"""While nothing moves, the leader makes sure this often that the ledger answers."""
+NET_S = 30.0
+"""And looks this often at the whole active set, whatever the watch said."""
 POWER_S = 2.0
 """Between two looks at "safe to power off" of jobs that are over."""
 TELL_S = 0.2
@@ -125,6 +129,23 @@ class Status:
     finished: dict[str, int] = field(default_factory=dict[str, int])
 
 
+@dataclass(slots=True)
+class _News:
+    """What was announced of the active set and not looked at yet."""
+
+    moved: set[str] = field(default_factory=set[str])
+    everything: bool = False
+    net_at_s: float = 0.0
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def announced(self, path: str | None) -> None:
+        if path is None:
+            self.everything = True
+        else:
+            self.moved.add(path)
+        self.woken.set()
+
+
 class Supervisor:
     """`name` identifies this coordinator's seat: a new process on the same seat replaces the leader that sat there."""
 
@@ -151,7 +172,7 @@ class Supervisor:
         self._lost = asyncio.Event()
         self._index = Index(store)
         self._known: set[str] = set()
-        self._jobs: set[str] = set()
+        """Nodes of the active set whose migrations and jobs are seen through just now."""
         self._nudged = asyncio.Event()
         self._quarantine = Quarantine() if quarantine is None else quarantine
         self.status = Status()
@@ -173,7 +194,7 @@ class Supervisor:
                 log.exception("leadership failed", epoch=epoch)
             finally:
                 self.status.leading = False
-                self._known, self._jobs = set(), set()
+                self._known = set()
             log.warning("leads no longer", epoch=epoch)
             await self.step_down()
 
@@ -214,7 +235,8 @@ class Supervisor:
 
     async def _stand(self) -> int | None:
         self._lost.clear()
-        for path in (paths.epoch(), paths.MIGRATIONS, paths.EVACUATIONS, paths.quarantine()):
+        active_set = (paths.ACTIVE_MIGRATIONS, paths.ACTIVE_EVACUATIONS, paths.ENDED_EVACUATIONS)
+        for path in (paths.epoch(), paths.quarantine(), *active_set):
             await self._store.ensure(path)
         await self._store.barrier()  # H13: the first read of a session is not older than it
         return await self._campaign()
@@ -336,24 +358,15 @@ class Supervisor:
         over.set()
 
     async def _discover(self, epoch: int, runner: EvacuationRunner, spawn: Spawn) -> None:
-        """Find migrations and jobs by watch, with a slow full look as a net."""
-        woken = asyncio.Event()
-        stops = [
-            self._store.watch_tree(paths.MIGRATIONS, lambda _path: woken.set()),
-            self._store.watch_tree(paths.EVACUATIONS, lambda _path: woken.set()),
-        ]
-
-        async def look() -> None:
-            for migration in await members(self._store, paths.MIGRATIONS):
-                self._adopt(migration, epoch, spawn)
-            for job in await members(self._store, paths.EVACUATIONS):
-                self._adopt_job(job, runner, spawn)
-
+        """Find migrations and jobs in the active set: what is over costs nothing, however much of it there is."""
+        news = _News()
+        stop = self._store.watch_tree([paths.ACTIVE_MIGRATIONS, paths.ACTIVE_EVACUATIONS], news.announced)
         try:
             while True:
-                woken.clear()
+                news.woken.clear()
                 try:
-                    await look()
+                    for path in await self._found(news):
+                        self._adopt(path, epoch, runner, spawn)
                 except StoreUnavailable:
                     self.status.waiting_for = LEDGER
                     await asyncio.sleep(STORE_RETRY_S)
@@ -365,14 +378,25 @@ class Supervisor:
                     continue
                 self.status.progress += 1
                 self.status.waiting_for = ""
-                try:
-                    async with asyncio.timeout(1.0):
-                        await woken.wait()
-                except TimeoutError:
-                    pass
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_S):
+                        await news.woken.wait()
         finally:
-            for stop in stops:
-                stop()
+            stop()
+
+    async def _found(self, news: _News) -> list[str]:
+        """Nodes of the active set that are not known yet. Reads something in any case: a leader to whom the ledger does
+        not answer makes no progress. On StoreUnavailable what was announced is looked at the next time."""
+        roots = (paths.ACTIVE_MIGRATIONS, paths.ACTIVE_EVACUATIONS)
+        if news.everything or time.monotonic() >= news.net_at_s:
+            found = [f"{root}/{name}" for root in roots for name in await self._store.children(root)]
+            news.everything, news.net_at_s = False, time.monotonic() + NET_S
+            return [path for path in found if path not in self._known]
+        await self._store.children(paths.ACTIVE)
+        moved = [path for path in news.moved if path not in self._known and path not in roots]
+        nodes = await each(moved, self._store.read)
+        news.moved.difference_update(moved, self._known, roots)
+        return [path for path, node in zip(moved, nodes, strict=True) if node is not None]
 
     async def _guarded(self, resource: str, work: Callable[[], Awaitable[None]]) -> None:
         """See one migration or job to its end. Whatever it raises sets it aside, and nothing else; it is tried again.
@@ -398,15 +422,20 @@ class Supervisor:
             finally:
                 task.cancel()
 
-    def _adopt(self, migration: str, epoch: int, spawn: Spawn) -> None:
-        if migration not in self._known:
-            self._known.add(migration)
-            spawn(self._guarded(f"migrations/{migration}", lambda: self._drive(migration, epoch)))
+    def _adopt(self, path: str, epoch: int, runner: EvacuationRunner, spawn: Spawn) -> None:
+        """`path`: a node of the active set. Known until it is over."""
+        root, _, name = path.rpartition("/")
+        self._known.add(path)
+        if root == paths.ACTIVE_MIGRATIONS:
+            spawn(self._see_through(path, f"migrations/{name}", lambda: self._drive(name, epoch)))
+        else:
+            spawn(self._see_through(path, f"evacuations/{name}", lambda: self._job(name, runner)))
 
-    def _adopt_job(self, job: str, runner: EvacuationRunner, spawn: Spawn) -> None:
-        if job not in self._jobs:
-            self._jobs.add(job)
-            spawn(self._guarded(f"evacuations/{job}", lambda: self._job(job, runner)))
+    async def _see_through(self, path: str, resource: str, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await self._guarded(resource, work)
+        finally:
+            self._known.discard(path)
 
     async def _job(self, job: str, runner: EvacuationRunner) -> None:
         self.status.jobs += 1
@@ -415,22 +444,28 @@ class Supervisor:
         finally:
             self.status.jobs -= 1
 
-    async def _read_state(self, migration: str) -> tuple[MigrationSpec, MigrationState, str] | None:
-        """With the source host; None when the migration is over, or not written as a whole yet."""
+    async def _read_state(self, migration: str, epoch: int) -> tuple[MigrationSpec, MigrationState, str] | None:
+        """With the source host; None when the migration is over, or there is none."""
         while True:
             try:
                 node = await self._store.read(paths.migration_state(migration))
-                if node is None or not node.data:
-                    self._known.discard(migration)  # its creator is not through yet: the next look finds it again
+                if node is None:
+                    await self._leave_active_set(migration, epoch)
                     return None
                 state = decode(MigrationState, node.data, path=paths.migration_state(migration))
                 if state.phase.terminal:
+                    await self._leave_active_set(migration, epoch)
                     return None
                 spec_node = await self._store.read(paths.migration(migration))
                 spec = decode(MigrationSpec, spec_node.data if spec_node else b"", path=paths.migration(migration))
                 return spec, state, state.source or await self._source_of(spec)
             except StoreUnavailable:
                 await asyncio.sleep(STORE_RETRY_S)
+
+    async def _leave_active_set(self, migration: str, epoch: int) -> None:
+        """Whoever ended it took it out, so there is nothing to do as a rule."""
+        if leave := await active.migration_ends(self._store, migration):
+            await epoch_write(self._store, epoch, leave)
 
     async def _source_of(self, spec: MigrationSpec) -> str:
         node = await self._store.read(paths.guest(spec.guest))
@@ -440,7 +475,7 @@ class Supervisor:
         """Admit one migration and see it to its end, in as many turns and under as many workers as it takes."""
         again_s, waited_s = ROOM_AGAIN_S, 0.0
         while True:
-            found = await self._read_state(migration)
+            found = await self._read_state(migration, epoch)
             if found is None or await self._take_turn(*found, waited_s, epoch) != WAITING:
                 return
             await asyncio.sleep(again_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import Attempts, MigrationSpec, MigrationState
-from orchestrator.ledger import paths
+from orchestrator.ledger import active, paths
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Create, Op, SetData, Store, Versioned
 
@@ -23,6 +23,7 @@ async def creation(store: Store, spec: MigrationSpec) -> list[Op]:
         Create(paths.migration(spec.id), encode(spec)),
         Create(paths.migration_state(spec.id), encode(MigrationState())),
         Create(paths.attempts(spec.id), encode(Attempts())),
+        active.migration_begins(spec),
     ]
 
 

@@ -10,6 +10,11 @@ GUESTS = "/guests"
 MIGRATIONS = "/migs"
 EVACUATIONS = "/evac"
 REQUESTS = "/requests"
+ACTIVE = "/active"
+"""What is not over: see `ledger.active`."""
+ACTIVE_MIGRATIONS = "/active/migs"
+ACTIVE_EVACUATIONS = "/active/evac"
+ENDED_EVACUATIONS = "/active/ended"
 REQUEST_CLOCK = "/reqclock"
 """Counts intervals, by which requests age (docs/adr/0017)."""
 HOSTS = "/hosts"
@@ -19,7 +24,23 @@ FENCERS = "/fencers"
 COORDINATOR = "/coord/0"
 SEATS = "/coord/seats"
 BARRIER = "/barrier"
-ROOTS = (NAMES, GUESTS, MIGRATIONS, EVACUATIONS, REQUESTS, HOSTS, FENCE, DEATHS, FENCERS, COORDINATOR, SEATS, BARRIER)
+ROOTS = (
+    NAMES,
+    GUESTS,
+    MIGRATIONS,
+    EVACUATIONS,
+    ACTIVE_MIGRATIONS,
+    ACTIVE_EVACUATIONS,
+    ENDED_EVACUATIONS,
+    REQUESTS,
+    HOSTS,
+    FENCE,
+    DEATHS,
+    FENCERS,
+    COORDINATOR,
+    SEATS,
+    BARRIER,
+)
 
 
 SHARDED = (GUESTS, MIGRATIONS, EVACUATIONS, REQUESTS)
@@ -105,6 +126,21 @@ def evacuation_guests(job: str, number: int) -> str:
 def is_evacuation_guests(child: str) -> bool:
     """Whether a child of a job's node holds guests."""
     return child.startswith("guests-")
+
+
+def active_migration(migration_id: str) -> str:
+    """There while the migration is not over. Holds its guest's uuid."""
+    return f"{ACTIVE_MIGRATIONS}/{migration_id}"
+
+
+def active_evacuation(job: str) -> str:
+    """There while the job is not over. Holds its host."""
+    return f"{ACTIVE_EVACUATIONS}/{job}"
+
+
+def ended_evacuation(job: str) -> str:
+    """There once the job is over, until its host is uncordoned: it says whether that is safe to power off."""
+    return f"{ENDED_EVACUATIONS}/{job}"
 
 
 def request_id(request: str) -> str:

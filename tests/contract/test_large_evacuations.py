@@ -210,6 +210,7 @@ async def test_a_host_that_was_emptied_hundreds_of_times_is_uncordoned_with_one_
     names = [f"h1-{number:03}" for number in range(400)]
     await put(store, ([op_create(paths.evacuation(name), EvacuationSpec(name, "h1"))] for name in names))
     await put(store, ([op_create(paths.evacuation_state(name), state)] for name in names))
+    await put(store, ([op_create(paths.ended_evacuation(name), "h1")] for name in names))
     runner = EvacuationRunner(store, Index(store), 0, asyncio.Event(), api.server.tools.agents)
     await runner.refresh_ended()
     for name in (names[0], names[-1]):

@@ -332,10 +332,12 @@ class World:
         self.put(paths.migration(name), MigrationSpec(name, guest, f"n-{guest}", destination, policy))
         self.put(paths.migration_state(name), MigrationState())
         self.put(paths.attempts(name), Attempts())
+        self.put(paths.active_migration(name), guest)
 
     def evacuation(self, job: str, host: str, max_concurrent: int = 2) -> None:
         self.put(paths.evacuation(job), EvacuationSpec(job, host, max_concurrent))
         self.put(paths.evacuation_state(job), EvacuationState())
+        self.put(paths.active_evacuation(job), host)
 
     def call(self, what: str, host: str, attempt: int, epoch: int) -> None:
         self.calls.append((what, host, attempt))
