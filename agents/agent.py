@@ -59,7 +59,7 @@ RETRY_S = 0.2
 FIRST_SCAN_S = 10.0
 SCAN_S = 60.0
 MEMORY_S = 2.0
-"""So long a destination waits for the copies of guests that have left to be gone."""
+"""So long a destination, and a birth, wait for the copies of guests that have left to be gone."""
 SAMPLE_S = 0.25
 """Watchers are told at most this often."""
 
@@ -97,6 +97,7 @@ class Agent:
             departures=self._departures,
             link_shared=self._link_shared,
             changed=self._notice,
+            must_have_memory=self._must_have_memory,
         )
         self._guests: dict[str, HostedGuest] = {}
         self._tasks = Tasks(f"agent of {here.host}")
@@ -295,13 +296,15 @@ class Agent:
     async def prepare_destination(self, order: PrepareOrder) -> Prepared:
         self._must_take_on()
         await self._epochs.heed(order.epoch)
-        await self._must_have_memory(order.attempt.guest)
+        spec = (await self._host(order.attempt.guest)).files.spec
+        await self._must_have_memory(order.attempt.guest, spec.memory_mib)
         return await self._kept(order.attempt.guest, lambda guest: guest.attempts.prepare(order))
 
-    async def _must_have_memory(self, uuid: str) -> None:
-        """Records free a host's memory when a guest has arrived elsewhere; its copy here holds it a little longer, and
-        only this agent knows for how long. Raises NO_CAPACITY once that took too long."""
-        need = (await self._host(uuid)).files.spec.memory_mib
+    async def _must_have_memory(self, uuid: str, need: int) -> None:
+        """For `need` MiB of a copy of the guest. Records free a host's memory when a guest has arrived elsewhere or was
+        given up; its copy here holds it a little longer, and only this agent knows for how long.
+
+        Raises NO_CAPACITY once that took too long."""
         loop = asyncio.get_running_loop()
         gives_up = loop.time() + MEMORY_S
         while (held := self._memory_held(uuid)) + need > self._config.memory_mib:

@@ -139,12 +139,15 @@ class HostedGuest(HeldGuest):
 
     async def _execute(self) -> None:
         try:
+            await self.tools.must_have_memory(self.uuid, self.files.spec.memory_mib)
             with self.being_made():
                 self.add(await making.start(self.tools.engine, self.files, secrets.token_hex(8)))
-        except (engine.EngineError, ShimError, OSError) as error:
+        except (DroverError, engine.EngineError, ShimError, OSError) as error:
             await self.ledger.buried(self.tools.here)
             self.files.remove()
             self.forgotten = True
+            if isinstance(error, DroverError):
+                raise
             if (full := preflight.no_room(error, self.tools.here.host, self.files.config.dir)) is not None:
                 raise full from error
             said = f"guest {self.name} did not start on {self.tools.here.host}: {error}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,5 +42,7 @@ class Tools:
     """Attempts that this host is the source of: they share its link."""
     link_shared: Callable[[], None]
     """Their number changed."""
+    must_have_memory: Callable[[str, int], Awaitable[None]]
+    """For one more copy of this guest, of so many MiB, beside what is on this host. Raises NO_CAPACITY."""
     changed: Callable[[], None]
     """Something that watchers of this agent want to know."""

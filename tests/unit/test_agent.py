@@ -320,3 +320,25 @@ async def test_memory_that_a_copy_still_holds_is_not_given_away(
     await agent.end_guest(big)
     prepared = await waiting
     assert await agent.prepare_destination(ORDER) == prepared, "its own copy does not stand in its way"
+
+
+async def test_no_guest_is_born_into_memory_that_a_copy_still_holds(
+    agent: Agent, world: World, mover: SlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The records counted it as free: the host was filled beyond what it has. The name is free again at once."""
+    monkeypatch.setattr("agents.agent.MEMORY_S", 0.2)
+    big, small = G[:-1] + "8", G[:-1] + "9"
+    for uuid, name, memory_mib in ((big, "big", 1000), (small, "small", 64)):
+        world.put(paths.name(name), uuid)
+        world.put(paths.guest_spec(uuid), GuestSpec(name, memory_mib=memory_mib))
+        world.put(paths.want_run(uuid), WantRun())
+        world.put(paths.guest(uuid), handover.birth(name, HERE, writer="api"))
+    mover.go.set()
+    await agent.start_guest(big)
+    with pytest.raises(DroverError, match="hold 1000 of 1024 MiB") as caught:
+        await agent.start_guest(small)
+    assert caught.value.reason is RefusalReason.NO_CAPACITY
+    assert world.record(small).phase is Ownership.GONE
+    assert paths.name("small") not in world.store.tree.nodes
+    assert len(mover.processes) == 1
+    assert (await agent.start_guest(big)).run_state is RunState.RUNNING, "its own copy does not stand in its way"
