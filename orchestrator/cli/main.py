@@ -15,6 +15,7 @@ from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.exits import explain as told
 from orchestrator.cli.plugins import OpenGroup
 from orchestrator.core.errors import DroverError
+from orchestrator.core.text import visible
 
 NAME = "drover"
 
@@ -104,7 +105,7 @@ def _usage(error: click.ClickException) -> CliError:
 def _complain(error: CliError) -> int:
     hint = f"\n  {error.hint}" if error.hint else ""
     lines = "".join(f"\n  {line}" for line in error.lines)
-    sys.stderr.write(f"{NAME}: {error.message}{lines}{hint}\n")
+    sys.stderr.write(visible(f"{NAME}: {error.message}{lines}{hint}\n"))
     return error.code
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TextIO, TypeVar
 
+from orchestrator.core.text import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -209,9 +211,10 @@ class Printer:
             self.out.flush()
 
     def show(self, *parts: Text | str) -> None:
-        """For people."""
+        """For people. No text can tell the terminal to do anything (`core.text.visible`)."""
         for part in parts:
-            self.console.print(_filled(part, self.width) if isinstance(part, str) else part, soft_wrap=True)
+            shown = _filled(visible(part), self.width) if isinstance(part, str) else tame(part)
+            self.console.print(shown, soft_wrap=True)
 
     def table(self, columns: Sequence[Column[T]], rows: Sequence[T], *, empty: str) -> None:
         """A table for people, or the sentence `empty`, on stderr, when there is nothing to show."""
@@ -219,6 +222,12 @@ class Printer:
             self.show(table(columns, rows, self.width))
         else:
             note(empty)
+
+
+def tame(text: Text) -> Text:
+    """The same text, styles and all, without what a terminal would obey."""
+    text.plain = visible(text.plain)
+    return text
 
 
 def note_unreadable(kind: str, unreadable: Iterable[Unreadable]) -> None:
@@ -229,7 +238,7 @@ def note_unreadable(kind: str, unreadable: Iterable[Unreadable]) -> None:
 
 def note(text: str) -> None:
     """A remark beside the result: stderr, so that a pipe sees the result only."""
-    sys.stderr.write(f"{_filled(text, _columns_of(sys.stderr))}\n")
+    sys.stderr.write(f"{_filled(visible(text), _columns_of(sys.stderr))}\n")
     sys.stderr.flush()
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.cli import units
 from orchestrator.cli.exits import CliError, Ended, Exit, code_of
-from orchestrator.cli.output import Cell, Column, Printer, note, styled, table
+from orchestrator.cli.output import Cell, Column, Printer, note, styled, table, tame
 from orchestrator.core.errors import DroverError
+from orchestrator.core.text import visible
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -282,7 +283,7 @@ def render(board: Board, now_s: float, *, width: int, height: int, ascii_only: b
     parts.append(Text(summary(board, now_s), no_wrap=True, overflow="ellipsis"))
     if board.remark:
         parts.append(Text(board.remark, style="bold yellow", no_wrap=True, overflow="ellipsis"))
-    return Text("\n").join(parts)
+    return tame(Text("\n").join(parts))
 
 
 def _choose(lines: list[Line], room: int) -> tuple[list[Line], list[Line]]:
@@ -386,7 +387,7 @@ class _OnPipe(_Reporter):
         del document
         for key, line in self._board.lines.items():
             if said := change(self._told.get(key), line):
-                self._printer.out.write(f"{time.strftime('%H:%M:%S')} {said}\n")
+                self._printer.out.write(f"{time.strftime('%H:%M:%S')} {visible(said)}\n")
             self._told[key] = line
         self._printer.out.flush()
 

@@ -415,6 +415,30 @@ def test_a_host_is_shown_with_what_its_agent_has(drover: Drover, service: FakeOr
     assert (said.code, "copies of guests" in said.out) == (Exit.OK, False)
 
 
+OBEYED = "\x1b[2J\x1b]0;owned\x07host-1 is safe\x9b31m\u202e"
+
+
+def test_no_text_that_somebody_else_wrote_is_obeyed_by_the_terminal(drover: Drover, service: FakeOrchestrator) -> None:
+    """A reason, a message, a refusal: with escape sequences it could clear the screen and say what it liked."""
+    drover("host", "cordon", "host-2", "--reason", OBEYED)
+    name = "5" * 32
+    service.migrations = {name: migration(name, "FAILED", failure="NO_CAPACITY", message=OBEYED)}
+    service.frames = [[migration(name, "PRECOPY", message=OBEYED), migration(name, "FAILED", message=OBEYED)]]
+    service.agents["host-2"] = DroverError(R.AGENT_UNREACHABLE, OBEYED)
+    for words in (
+        ("host", "list"),
+        ("host", "show", "host-2"),
+        ("migration", "show", name),
+        ("explain", name),
+        ("migrate", "web-2", "--watch"),
+        ("guest", "show", OBEYED),
+    ):
+        ran = drover(*words)
+        said = ran.out + ran.err
+        assert "host-1 is safe" in said, words
+        assert not set(said) & set("\x1b\x07\x9b\u202e"), words
+
+
 def test_guest_list_and_show(drover: Drover, service: FakeOrchestrator) -> None:
     service.guests["db"].migration = "01234567" * 4
     rows = drover("guest", "list").rows()
