@@ -11,7 +11,6 @@ from orchestrator import descriptors
 from orchestrator.api import limits
 from orchestrator.api.calls import Tools
 from orchestrator.api.config import ApiConfig
-from orchestrator.api.requests import sweep_for_ever
 from orchestrator.api.servicer import OrchestratorServicer, translate
 from orchestrator.fleet import Fleet
 from orchestrator.ledger.index import Index
@@ -79,7 +78,6 @@ class ApiServer:
                 log.warning("ledger is not reachable, trying again", error=str(error))
                 await asyncio.sleep(RETRY_S)
         self.tools.fleet.start()
-        self._spawn(sweep_for_ever(self.tools))
         self._tree_is_there = True
         log.info("serving", listen=self._config.listen)
         await self._tell_health()

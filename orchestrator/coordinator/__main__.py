@@ -19,7 +19,7 @@ import structlog
 
 from orchestrator.coordinator import watchdog
 from orchestrator.coordinator.watchdog import SILENT_S, Verdict
-from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, load
+from orchestrator.coordinator.wiring import CoordinatorConfig, check, fencers_of, load
 from orchestrator.core.errors import DroverError
 from orchestrator.ledger.records import BadRecord
 from orchestrator.telemetry import configure_logging, flush
@@ -84,6 +84,7 @@ def main(path: Path, stop: bool) -> None:
         config = load(path)
         configure_logging(config.log_level)
         fencers_of(config)
+        check(config)
         _authenticate(config)
     except (OSError, BadRecord, ValueError, DroverError) as error:
         raise click.ClickException(f"cannot start the coordinator: {error}") from error

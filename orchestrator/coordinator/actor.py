@@ -27,7 +27,7 @@ from orchestrator import descriptors
 from orchestrator.coordinator.pool import Pool, WorkerLost
 from orchestrator.coordinator.seat import Seat
 from orchestrator.coordinator.supervisor import Status, Supervisor
-from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, make_agents, make_store
+from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, history_of, make_agents, make_store
 from orchestrator.coordinator.worker import Worker
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 from orchestrator.tasks import Tasks
@@ -150,6 +150,8 @@ class Coordinator:
             fencers=fencers_of(self._config),
             name=self._config.name,
             limits=self._config.limits,
+            retention=self._config.retention,
+            history=history_of(self._config),
         )
         self._tasks.keep(Seat(store, self._config.name).tend, "this coordinator's seat", again_s=1.0, every_s=0.0)
         await self._supervisor.run()

@@ -23,9 +23,12 @@ from orchestrator.coordinator.places import Places
 from orchestrator.coordinator.pool import WorkerLost
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.coordinator.quarantine import Quarantine
+from orchestrator.coordinator.retention import PASS_S, Keeping
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import Leader, MigrationSpec, MigrationState
+from orchestrator.core.retention import Retention
 from orchestrator.fencing.base import Fencers
+from orchestrator.history import HistoryFile
 from orchestrator.ledger import active, paths
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.index import Index
@@ -159,6 +162,8 @@ class Supervisor:
         name: str = "coordinator",
         limits: Limits = Limits(),
         quarantine: Quarantine | None = None,
+        retention: Retention | None = None,
+        history: HistoryFile | None = None,
     ) -> None:
         self._store = store
         self._dispatch = dispatch
@@ -171,6 +176,8 @@ class Supervisor:
         self._places = Places(store, max_concurrent=limits.max_concurrent, max_per_source=limits.max_per_source)
         self._lost = asyncio.Event()
         self._index = Index(store)
+        self._retention = retention or Retention()
+        self._history = history
         self._known: set[str] = set()
         """Nodes of the active set whose migrations and jobs are seen through just now."""
         self._nudged = asyncio.Event()
@@ -320,11 +327,14 @@ class Supervisor:
         deaths = DeathRunner(self._store, self._agents, self._index, epoch, self._fencers)
         spawn(self._for_ever(deaths.run, "deaths of hosts", 1.0))
         spawn(self._for_ever(runner.refresh_ended, "refresh of evacuations that ended", POWER_S))
+        keeping = Keeping(self._store, self._index, epoch, self._retention, self._history)
+        spawn(self._for_ever(keeping.run, "retention", PASS_S))
         spawn(self._for_ever(lambda: self._tell_quarantine(epoch), "list of what is set aside", TELL_S))
         try:
             await over.wait()
         finally:
             await tasks.close()
+            await keeping.close()
 
     async def _for_ever(self, work: Callable[[], Awaitable[None]], what: str, every_s: float) -> None:
         """Raises Deposed; whatever else `work` raises is logged, and it is called again."""

@@ -9,8 +9,11 @@ from typing import cast
 
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.coordinator.supervisor import Limits
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.retention import Retention
 from orchestrator.fencing.base import Fencers
 from orchestrator.fencing.config import FencerConfig, make_fencers
+from orchestrator.history import HistoryConfig, HistoryFile
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode
 from orchestrator.ledger.store import Store
@@ -41,6 +44,10 @@ class CoordinatorConfig:
     limits: Limits = field(default_factory=Limits)
     fencing: tuple[FencerConfig, ...] = ()
     """Who can cut which host's power (docs/fencing.md). Used by the leader alone."""
+    retention: Retention = field(default_factory=Retention)
+    """How long what is over is kept (docs/operations.md)."""
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+    """Where what is removed is written first."""
     store_factory: str = "orchestrator.ledger.zookeeper:ZooKeeperStore"
     """module:callable, called with `zookeeper` and `chroot=`, returns a Store."""
     agents_factory: str = "orchestrator.coordinator.agents:RpcAgents"
@@ -72,3 +79,15 @@ def make_agents(config: CoordinatorConfig) -> AgentDirectory:
 def fencers_of(config: CoordinatorConfig) -> Fencers:
     """Raises DroverError with everything that is wrong with the section `fencing`."""
     return make_fencers(config.fencing)
+
+
+def check(config: CoordinatorConfig) -> None:
+    """Raises DroverError with everything that is wrong with what `decode` cannot judge."""
+    problems = [f"retention.{problem}" for problem in config.retention.problems()] + config.history.problems()
+    if problems:
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, "; ".join(problems))
+
+
+def history_of(config: CoordinatorConfig) -> HistoryFile | None:
+    """None: what is removed is gone."""
+    return HistoryFile(config.history) if config.history.path else None

@@ -144,8 +144,8 @@ class Index:
         self._ledger = Ledger(store)
         self._reader = Reader(store)
         self._view = View()
-        self._gone: set[str] = set()
-        """Guests whose life is over while their nodes stand: never looked at again."""
+        self._gone: dict[str, int] = {}
+        """Guests whose life is over while their nodes stand, with the zxid of that: never looked at again."""
         self._moved_hosts: set[str] = set()
         self._moved_guests: set[str] = set()
         self._everything = False
@@ -180,6 +180,12 @@ class Index:
         """Whose life is not over, by uuid, as `recent`. Not to be changed. Raises StoreUnavailable."""
         await self.flush()
         return self._view.guests
+
+    async def gone(self) -> Mapping[str, int]:
+        """Guests whose life is over while the ledger still has them: zxid of their end, by uuid, as `recent`. Not to be
+        changed. Raises StoreUnavailable."""
+        await self.flush()
+        return self._gone
 
     async def spec(self, uuid: str) -> GuestSpec | None:
         """Immutable, so read once. Raises StoreUnavailable, BadRecord."""
@@ -304,9 +310,9 @@ class Index:
     async def _list(self) -> None:
         """A whole look: whatever there is, and whatever was known."""
         hosts, guests = await self._ledger.list_hosts(), await self._ledger.list_guests()
-        self._gone.intersection_update(guests)
+        self._gone = {uuid: self._gone[uuid] for uuid in guests if uuid in self._gone}
         self._moved_hosts |= self._view.hosts.keys() | set(hosts)
-        self._moved_guests |= (self._view.guests.keys() | set(guests)) - self._gone
+        self._moved_guests |= (self._view.guests.keys() | set(guests)) - self._gone.keys()
         self.whole_looks += 1
 
     async def _read_host(self, name: str) -> HostEntry | BadRecord | None:
@@ -328,13 +334,13 @@ class Index:
             log.error("left out: a record cannot be read", host=name, error=str(found))
 
     def _take_guest(self, uuid: str, found: GuestEntry | tuple[UnreadableGuest, BadRecord] | None) -> None:
-        self._gone.discard(uuid)
+        self._gone.pop(uuid, None)
         if isinstance(found, tuple):
             if self._view.hide_guest(found[0], str(found[1])):
                 log.error("left out: a record cannot be read", guest=uuid, error=str(found[1]))
             return
         if found is not None and found.input.record.phase is Ownership.GONE:
-            self._gone.add(uuid)
+            self._gone[uuid] = found.mzxid
             found = None
         if found is None:
             self._reader.forget(uuid)

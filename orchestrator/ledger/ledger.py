@@ -55,6 +55,10 @@ class Ledger:
     async def list_migrations(self) -> tuple[str, ...]:
         return await members(self.store, paths.MIGRATIONS)
 
+    async def list_requests(self) -> tuple[str, ...]:
+        """Request ids, sorted."""
+        return await members(self.store, paths.REQUESTS)
+
     async def cas(self, path: str, record: object, version: int) -> WriteResult:
         return await self.store.multi([op_set(path, record, version)])
 

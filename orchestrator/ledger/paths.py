@@ -15,8 +15,8 @@ ACTIVE = "/active"
 ACTIVE_MIGRATIONS = "/active/migs"
 ACTIVE_EVACUATIONS = "/active/evac"
 ENDED_EVACUATIONS = "/active/ended"
-REQUEST_CLOCK = "/reqclock"
-"""Counts intervals, by which requests age (docs/adr/0017)."""
+LEDGER_CLOCK = "/reqclock"
+"""Counts intervals, by which what is kept ages (docs/adr/0017)."""
 HOSTS = "/hosts"
 FENCE = "/fence"
 DEATHS = "/deaths"
@@ -166,6 +166,11 @@ def live(host_name: str) -> str:
 def reservations(host_name: str) -> str:
     """Memory promised to migrations on their way to the host."""
     return f"{HOSTS}/{host_name}/resv"
+
+
+def host_guests(host_name: str) -> str:
+    """Markers of the guests that have to do with the host."""
+    return f"{HOSTS}/{host_name}/guests"
 
 
 def fences(host_name: str) -> str:

@@ -71,6 +71,8 @@ class ConflictKind(StrEnum):
     BAD_VERSION = "BAD_VERSION"
     EXISTS = "EXISTS"
     MISSING = "MISSING"
+    NOT_EMPTY = "NOT_EMPTY"
+    """A node with children is not deleted."""
 
 
 @dataclass(frozen=True, slots=True)

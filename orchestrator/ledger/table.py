@@ -53,14 +53,16 @@ class Table(Generic[R]):
         name_of: Callable[[str], str],
         read: Callable[[str], Awaitable[R | None]],
         first: Callable[[], Awaitable[Iterable[str]]] | None = None,
+        pace_s: float = 0.0,
     ) -> None:
         """`names` lists all there are, `first` those worth reading before the others; `name_of` tells whose node stands
         at a path, empty for a node that no row is made of; `read` returns None for what is not there. All of them may
-        raise StoreUnavailable."""
+        raise StoreUnavailable. `pace_s` is a pause after each slice of what was there before."""
         self._store = store
         self._root = root
         self._names = names
         self._first = first
+        self._pace_s = pace_s
         self._name_of = name_of
         self._read = read
         self._rows: dict[str, R] = {}
@@ -169,6 +171,8 @@ class Table(Generic[R]):
                 for listener in list(self._listeners):
                     listener(name)
             if self._backlog:
+                if not self._moved:
+                    await asyncio.sleep(self._pace_s)
                 self._wake.set()
 
     async def _round(self) -> list[str]:

@@ -25,7 +25,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kazoo.client import KazooState
-from kazoo.exceptions import BadVersionError, KazooException, NodeExistsError, NoNodeError, RolledBackError
+from kazoo.exceptions import (
+    BadVersionError,
+    KazooException,
+    NodeExistsError,
+    NoNodeError,
+    NotEmptyError,
+    RolledBackError,
+)
 from kazoo.exceptions import RuntimeInconsistency as Inconsistency
 from kazoo.retry import KazooRetry
 
@@ -61,8 +68,9 @@ _AT_ONCE = 64
 for a turn is no sign of a dead connection."""
 _TURN_S = 20.0
 _PATIENT_S = 2.0
-_ALIVE_S = 0.1
-"""A connection that answered anything so recently is not cut for an operation that timed out."""
+_SILENT = 0.5
+"""A connection is cut for an operation that timed out when nothing else was answered for so much of its time-out: one
+that is merely slow would be slower still for being made anew."""
 _DISARM_S = 5.0
 """After its last watch ended a node's trigger is taken from kazoo: later than the answer to any read of that watch."""
 _STATES = {
@@ -74,6 +82,7 @@ _CONFLICTS: dict[type[Exception], ConflictKind] = {
     BadVersionError: ConflictKind.BAD_VERSION,
     NodeExistsError: ConflictKind.EXISTS,
     NoNodeError: ConflictKind.MISSING,
+    NotEmptyError: ConflictKind.NOT_EMPTY,
 }
 
 
@@ -238,9 +247,10 @@ class ZooKeeperStore:
     def _ready(self) -> bool:
         return self._client is not None and self._client.state == KazooState.CONNECTED and self._client.connected
 
-    async def _answer(self, result: Any, timeout_s: float) -> Any:
+    async def _answer(self, result: Any, timeout_s: float, *, of_s: float = 0.0) -> Any:
         """Await a kazoo result on our loop. Raises its exception, or TimeoutError after cutting a connection on which
-        nothing is answered."""
+        nothing is answered. `of_s`: the whole time-out, of which some was spent waiting for a turn."""
+        sent_at = time.monotonic()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
@@ -258,7 +268,8 @@ class ZooKeeperStore:
             async with asyncio.timeout(timeout_s):
                 await future
         except TimeoutError:
-            if time.monotonic() - self._answered_at > _ALIVE_S:
+            silent_s = time.monotonic() - max(sent_at, self._answered_at)
+            if silent_s > _SILENT * max(timeout_s, of_s):
                 self._cut()
             raise
         return result.get(block=False)
@@ -323,11 +334,11 @@ class ZooKeeperStore:
         except TimeoutError:
             return OutcomeUnknown(sent=False, why="too many other writes wait for ZooKeeper's answers")
         try:
-            return await self._commit(ops, max(0.05, timeout_s - (time.monotonic() - began)))
+            return await self._commit(ops, max(0.05, timeout_s - (time.monotonic() - began)), timeout_s)
         finally:
             self._writes.release()
 
-    async def _commit(self, ops: Sequence[Op], timeout_s: float) -> WriteResult:
+    async def _commit(self, ops: Sequence[Op], rest_s: float, timeout_s: float) -> WriteResult:
         if not self._ready():
             return OutcomeUnknown(sent=False, why="not connected to ZooKeeper")
         transaction = self._client.transaction()
@@ -335,7 +346,7 @@ class ZooKeeperStore:
             _add(transaction, op)
         transaction.set_data(self._barrier_path, b"")
         try:
-            results = await self._answer(transaction.commit_async(), timeout_s)
+            results = await self._answer(transaction.commit_async(), rest_s, of_s=timeout_s)
         except (KazooException, TimeoutError) as error:
             return OutcomeUnknown(why=repr(error))
         return self._outcome(ops, results)

@@ -112,6 +112,13 @@ async def test_check_delete_and_children(store: Store) -> None:
     assert await store.children("/none") == ()
 
 
+async def test_a_node_is_deleted_after_its_children(store: Store) -> None:
+    await done(store, Create("/a/x", b""), Create("/a/x/y", b""))
+    assert await store.multi([Delete("/a/x", 0)]) == Conflict(0, ConflictKind.NOT_EMPTY)
+    await done(store, Delete("/a/x/y", 0), Delete("/a/x", 0))
+    assert await store.children("/a") == ()
+
+
 async def test_ensure_is_idempotent_and_keeps_content(store: Store) -> None:
     await store.ensure("/p/q/r")
     await done(store, SetData("/p/q", b"kept", 0))

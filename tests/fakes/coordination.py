@@ -192,6 +192,8 @@ class MemoryStore:
             elif node.version != op.version:
                 return Conflict(index, ConflictKind.BAD_VERSION)
             elif isinstance(op, Delete):
+                if any(path.startswith(f"{op.path}/") for path in seen):
+                    return Conflict(index, ConflictKind.NOT_EMPTY)
                 del seen[op.path]
             elif isinstance(op, SetData):
                 seen[op.path] = Versioned(op.data, op.version + 1, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import grpc
 import pytest
 
 from orchestrator import wire
-from orchestrator.api.requests import KEEP_S, RequestClock, sweep_requests
 from orchestrator.core import handover
 from orchestrator.core.agent import AgentSample, GuestStatus, RunState
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
@@ -31,9 +29,7 @@ from orchestrator.core.records import (
     WantRun,
 )
 from orchestrator.ledger import paths
-from orchestrator.ledger.gather import members
-from orchestrator.ledger.records import BadRecord, decode
-from orchestrator.ledger.store import Versioned
+from orchestrator.ledger.records import decode
 from orchestrator.rpc import health
 from orchestrator.rpc.channels import channel
 from orchestrator.rpc.errors import from_rpc_error
@@ -222,7 +218,7 @@ async def test_a_lost_answer_of_the_birth_is_settled_by_the_request_record(
     guest = await api.call(client.create_guest, WEB)
     assert wire.word(guest, "run_state") == "RUNNING"
     assert len(nodes(store, paths.NAMES)) == 1
-    assert len([path for path in nodes(store, paths.GUESTS) if path.count("/") == 3]) == 1
+    assert len([path for path in nodes(store, paths.GUESTS) if path.count("/") == 2]) == 1
 
 
 async def test_an_agents_refusal_frees_the_name(
@@ -335,57 +331,6 @@ async def test_a_request_without_a_guest(api: ApiCluster) -> None:
             raise AssertionError("no error")
 
     assert (await api.call(ask)).field == "spec"
-
-
-class Clock:
-    """A monotonic clock of one API."""
-
-    def __init__(self, now_s: float = 0.0) -> None:
-        self.now_s = now_s
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-async def test_requests_are_forgotten_by_age_that_no_wall_clock_decides(
-    api: ApiCluster, client: OrchestratorClient, world: World
-) -> None:
-    """Two APIs count together, one of them with a wall clock that is eight days ahead."""
-    api.server.tools.wall_s = lambda: time.time() + 8 * 86_400
-    await api.call(client.create_guest, WEB, request_id="first")
-    times = [Clock(), Clock(1_000_000.0)]
-    clocks = [RequestClock(world.store, each) for each in times]
-    kept_s = 0.0
-    while not (before := max([await each.look() for each in clocks])):
-        if kept_s == 86_400.0:
-            await api.call(client.create_guest, GuestSpec("db"), request_id="second")
-        for each in times:
-            each.now_s += 600.0
-        kept_s += 600.0
-        assert kept_s < 3 * KEEP_S, "the count stands still"
-    assert kept_s >= KEEP_S
-    assert await sweep_requests(world.store, before) == 1
-    assert await members(world.store, paths.REQUESTS) == ("second",)
-    again = await api.call(client.create_guest, GuestSpec("db"), request_id="second")
-    assert [guest.uuid for guest in await api.call(client.list_guests) if guest.name == "db"] == [again.uuid]
-
-
-async def test_many_apis_and_restarts_make_no_interval_shorter(api: ApiCluster, world: World) -> None:
-    times = [Clock(1000.0 * number) for number in range(5)]
-    clocks = [RequestClock(world.store, each) for each in times]
-    for _ in range(12 * 24):
-        for clock, now in zip(clocks, times, strict=True):
-            await clock.look()
-            now.now_s += 300.0
-        clocks[0] = RequestClock(world.store, times[0])  # begins to count anew each time
-    moves = world.store.tree.nodes[paths.REQUEST_CLOCK].version + 1
-    assert 24 < moves <= 48, "half an hour each, at least"
-
-
-async def test_a_count_that_cannot_be_read_forgets_nothing(world: World) -> None:
-    world.store.tree.nodes[paths.REQUEST_CLOCK] = Versioned(b'{"zxids": 7}', 3, 9)
-    with pytest.raises(BadRecord):
-        await RequestClock(world.store).look()
 
 
 # --- look -------------------------------------------------------------------------------------------------------------
