@@ -34,7 +34,9 @@ class Request:
         """Make it: the resource that stands for this request afterwards, `operation` or that of an earlier call with
         the same id. Empty: something that `ops` depends on moved; nothing was written. Raises as `write` does."""
         record = RequestRecord(operation, self.digest, tools.wall_s())
-        result = await write(tools, [op_create(paths.request_id(self.id), record), *ops], caller)
+        path = paths.request_id(self.id)
+        await tools.store.ensure(paths.shard(path))
+        result = await write(tools, [op_create(path, record), *ops], caller)
         if isinstance(result, Done):
             return operation
         if isinstance(result, Conflict) and result.index > 0:

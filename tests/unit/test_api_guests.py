@@ -218,7 +218,7 @@ async def test_a_lost_answer_of_the_birth_is_settled_by_the_request_record(
     guest = await api.call(client.create_guest, WEB)
     assert wire.word(guest, "run_state") == "RUNNING"
     assert len(nodes(store, paths.NAMES)) == 1
-    assert len([path for path in nodes(store, paths.GUESTS) if path.count("/") == 2]) == 1
+    assert len([path for path in nodes(store, paths.GUESTS) if path.count("/") == 3]) == 1
 
 
 async def test_an_agents_refusal_frees_the_name(
