@@ -23,8 +23,8 @@ from orchestrator.ledger.clock import LedgerClock
 from orchestrator.ledger.evacuations import read_job
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.index import Index
-from orchestrator.ledger.records import BadRecord, decode
-from orchestrator.ledger.store import Delete, Op, Store, StoreUnavailable
+from orchestrator.ledger.records import BadRecord, decode, encode
+from orchestrator.ledger.store import Check, Create, Delete, Op, Store, StoreUnavailable
 
 log = structlog.get_logger(__name__)
 
@@ -84,8 +84,9 @@ class Keeping:
             await self._pass(Kept.GUESTS, self._gone_guests, self._guest)
             await self._pass(Kept.REQUESTS, self._old_requests, self._request)
             now_s = asyncio.get_running_loop().time()
-            if now_s >= self._certificates_at_s + CERTIFICATES_S:
+            if now_s >= self._certificates_at_s + CERTIFICATES_S and self._migrations.complete:
                 await self._pass(Kept.CERTIFICATES, self._old_certificates, self._certificate)
+                await self._mend_active_set()
                 self._certificates_at_s = now_s
         except (StoreUnavailable, BadRecord, OSError):
             self.counts.failures += 1
@@ -197,6 +198,19 @@ class Keeping:
 
         return await each(await self._store.children(paths.fences(host)), one)
 
+    async def _mend_active_set(self) -> None:
+        """What is not over has its node in the active set; where a ledger was mended by hand it may lack one."""
+        active = set(await self._store.children(paths.ACTIVE_MIGRATIONS))
+        for row in list((await self._migrations.rows()).values()):
+            if not row.over and not row.unreadable and row.name not in active:
+                node = await self._store.read(paths.migration_state(row.name))
+                if node is None or decode(MigrationState, node.data).phase.terminal:
+                    continue
+                log.error("a migration that is not over was not in the active set", migration=row.name)
+                ops = [Check(paths.migration_state(row.name), node.version)]
+                begins = Create(paths.active_migration(row.name), encode(row.guest))
+                await epoch_write(self._store, self._epoch, [*ops, begins])
+
     # --- one more look ------------------------------------------------------------------------------------------------
 
     async def _migration(self, name: str) -> _Doomed | None:
@@ -211,7 +225,11 @@ class Keeping:
         head = content.get("state")
         if head is None or not decode(EvacuationState, head[0], path=paths.evacuation_state(name)).phase.terminal:
             return None
-        return self._doomed(Kept.EVACUATIONS, name, paths.evacuation(name), content)
+        doomed = self._doomed(Kept.EVACUATIONS, name, paths.evacuation(name), content)
+        told = await self._store.read(paths.ended_evacuation(name))
+        if told is not None:
+            doomed.ops.append(Delete(paths.ended_evacuation(name), told.version))
+        return doomed
 
     async def _guest(self, uuid: str) -> _Doomed | None:
         content = await self._content(paths.guest(uuid))

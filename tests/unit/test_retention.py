@@ -315,6 +315,17 @@ async def test_nothing_goes_that_could_not_be_written_down(scene: Scene, tmp_pat
     assert not scene.there(paths.migration("aa1"))
 
 
+async def test_what_is_not_over_is_put_back_into_the_active_set(scene: Scene) -> None:
+    scene.world.guest("g1", "h1")
+    scene.migration("aa1", "g1")
+    scene.migration("aa2", "g1", MigrationPhase.PRECOPY)
+    scene.store.tree.nodes.pop(paths.active_migration("aa2"), None)
+    scene.store.tree.nodes.pop(paths.active_migration("aa1"), None)
+    await scene.keeping.run()
+    assert scene.there(paths.active_migration("aa2"))
+    assert not scene.there(paths.active_migration("aa1"))
+
+
 async def test_a_leader_that_was_deposed_forgets_nothing(scene: Scene) -> None:
     scene.world.guest("g1", "h1")
     scene.migration("aa1", "g1")
