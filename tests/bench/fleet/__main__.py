@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -49,6 +51,10 @@ class Run:
 
 
 async def _bench(run: Run) -> None:
+    doing = asyncio.current_task()
+    assert doing is not None
+    for number in (signal.SIGTERM, signal.SIGINT):  # whoever ends the bench ends all that it started
+        asyncio.get_running_loop().add_signal_handler(number, doing.cancel)
     for scene, names in scenes.SCENES.items():
         if run.wants(*names):
             begun = time.monotonic()
@@ -72,7 +78,8 @@ def main() -> None:
     run = Run(asked.scale, only)
     load = os.getloadavg()[0]
     try:
-        asyncio.run(_bench(run))
+        with contextlib.suppress(asyncio.CancelledError):
+            asyncio.run(_bench(run))
     finally:
         figures.write(asked.report, run.found, scale=asked.scale, load_before=load, load_after=os.getloadavg()[0])
 

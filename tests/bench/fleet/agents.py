@@ -3,7 +3,7 @@
 Each is the real agent with its own sessions, servers and directory; only the engine under it is light. A line on
 standard input is a command, its answer a line of JSON on standard output:
 
-    hold | go | precopy SECONDS | restart HOST | told | stop
+    hold | go PER_S | precopy SECONDS | restart HOST | told | stop
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ class Fleet:
         match line.split():
             case ["hold"]:
                 self.precopy.held = True
-            case ["go"]:
-                self.precopy.go()
+            case ["go", per_s]:
+                self.precopy.go(float(per_s))
             case ["precopy", seconds]:
                 self.precopy.seconds = float(seconds)
             case ["restart", host]:

@@ -42,11 +42,12 @@ class Precopy:
     def forget(self, vmm: LightVmm) -> None:
         self._waiting.discard(vmm)
 
-    def go(self) -> None:
+    def go(self, per_s: float) -> None:
+        """Let those that wait end, so many per second: thousands of guests never stand still at the same moment."""
         self.held = False
         waiting, self._waiting = self._waiting, set()
-        for vmm in waiting:
-            vmm.converge()
+        for number, vmm in enumerate(waiting):
+            asyncio.get_running_loop().call_later(number / per_s, vmm.converge)
 
 
 class LightVmm(FakeVmm):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +33,7 @@ from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.rpc import channels
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
+from tests.bench.fleet import txnlog
 from tests.bench.fleet.agents import Share
 from tests.fakes.zookeeper import ZooKeeperServer
 
@@ -234,8 +237,9 @@ class Plane:
     async def start_agents(self, hosts: int, guests: int, **more: Any) -> None:
         """All of the fleet's light agents; their guests are in the ledger already."""
         directory = self.layout.dir / "h"
-        for number, first in enumerate(range(0, hosts, PER_PROCESS)):
-            count = min(PER_PROCESS, hosts - first)
+        each = min(PER_PROCESS, math.ceil(hosts / 2))
+        for number, first in enumerate(range(0, hosts, each)):
+            count = min(each, hosts - first)
             share = Share(self.zookeeper.hosts, str(directory), first, count, hosts, guests, **more)
             self.agents.append(Agents(self, f"agents-{number}", share))
         async with asyncio.timeout(START_S + hosts):
@@ -244,9 +248,33 @@ class Plane:
     async def tell_agents(self, command: str) -> list[dict[str, Any]]:
         return list(await asyncio.gather(*(agents.tell(command) for agents in self.agents)))
 
+    async def go(self, per_s: float = 60.0) -> None:
+        """Let the pre-copies end that are held, so many per second in all."""
+        await self.tell_agents(f"go {per_s / len(self.agents)}")
+
     async def kill_ray(self) -> None:
         """SIGKILL for all of it: head, coordinator, workers."""
         await asyncio.to_thread(teardown.kill_ray, self.layout)
+
+    async def epoch(self) -> int:
+        """Of whoever leads, or did; -1 before the first."""
+        node = await self.store.read(paths.epoch())
+        return node.version if node is not None else -1
+
+    @contextlib.asynccontextmanager
+    async def asking(self) -> AsyncGenerator[Asking]:
+        """Whoever asks the workers, ready to connect."""
+        command = [sys.executable, "-m", "tests.bench.fleet.asking", str(self.layout.coordinator_json)]
+        process = self.spawn(
+            "asking", command, ray_head.client_environment(self.layout), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        try:
+            await asyncio.sleep(3.0)  # it imports Ray meanwhile
+            yield Asking(process)
+        finally:
+            process.kill()
+            process.wait()
+            del self.running["asking"]
 
     # --- measuring ----------------------------------------------------------------------------------------------------
 
@@ -255,6 +283,10 @@ class Plane:
         answer = await asyncio.to_thread(self.zookeeper.metrics)
         requests = int(float(answer["zk_cnt_readlatency"])) + int(float(answer["zk_cnt_updatelatency"]))
         return Counted(time.monotonic(), requests, await asyncio.to_thread(self.zookeeper.zxid), pings)
+
+    def writes_since(self, before: Counted) -> Counter[str]:
+        """What the quorum's writes since then were for."""
+        return txnlog.kinds_since(self.layout.zookeeper / "data", before.writes)
 
     def cpu_s(self) -> dict[str, float]:
         """Of each part until now. The coordinator is its actors and the process outside; `ray` is Ray itself."""
@@ -307,6 +339,37 @@ class Plane:
         if keep := os.environ.get("DROVER_KEEP_LOGS"):
             shutil.copytree(self.layout.logs, Path(keep) / self.layout.dir.name, dirs_exist_ok=True)
         shutil.rmtree(self.layout.dir, ignore_errors=True)
+
+
+class Asking:
+    """See `asking.py`."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def go(self) -> None:
+        """Connect now: the Ray that runs from here on is the one to ask."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"go\n")
+        self._process.stdin.flush()
+
+    async def until_driving(self, count: int, timeout_s: float) -> float:
+        """When the workers drove so many, on the monotonic clock. Raises TimeoutError."""
+        told: dict[str, Any] = {}
+        try:
+            async with asyncio.timeout(timeout_s):
+                while told.get("driving", 0) < count:
+                    told = await self._line()
+                return float(told["at_s"])
+        except TimeoutError as error:
+            raise TimeoutError(f"{count} migrations are not driven within {timeout_s:g} s: {told}") from error
+
+    async def _line(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = await asyncio.to_thread(self._process.stdout.readline)
+        if not line:
+            raise RuntimeError("nobody asks the workers any more: see its log")
+        return json.loads(line)
 
 
 def is_actor(pid: int) -> bool:

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 from deploy.lab.devices import PROGRAM
+from orchestrator import wire
 from orchestrator.core.handover import Ownership
 from orchestrator.core.placement import GuestInput, choose, need_of
+from orchestrator.core.records import DeviceSpec, ShimKind
 from orchestrator.ledger import paths
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.zookeeper import ZooKeeperStore
+from orchestrator.rpc import channels
+from protos.drover.v1 import orchestrator_pb2 as pb
+from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
 from tests.bench.fleet import fill, moves
-from tests.bench.fleet.figures import Figure, at_most, beside
-from tests.bench.fleet.plane import Plane, running
+from tests.bench.fleet.figures import Figure, at_most, beside, percentile
+from tests.bench.fleet.plane import Counted, Limits, Plane, running
 
 HOSTS, GUESTS = 1_000, 10_000
 REST_S = 75.0
 """Longer than whatever agents do once a minute."""
 SETTLE_S = 15.0
+COMMAND_S = 120.0
+"""A command of the command line that takes longer is ended."""
+WATCHES = 200
+"""Over one connection."""
 
 
 class Take(Protocol):
@@ -48,6 +59,8 @@ async def fleet(scale: float, take: Take) -> None:
         print(f"  {hosts} hosts, {guests} guests: {filled_s:.0f} s to write, {time.monotonic() - begun:.0f} s to start")
         await take("at_rest", lambda: at_rest(plane, REST_S if scale >= 0.5 else REST_S / 5))
         await take("placement", lambda: placement(plane, guests))
+        await take("lists", lambda: lists(plane, guests))
+        await take("watches", lambda: watches(plane, _many(1_000, scale, 50)))
         await take("start", lambda: start(plane, _many(1_000, scale, 20), guests))
 
 
@@ -129,7 +142,7 @@ async def start(plane: Plane, count: int, guests: int) -> list[Figure]:
         took_s = time.monotonic() - began
         now = plane.cpu_s()
     finally:
-        await plane.tell_agents("go")
+        await plane.go()
     spent = ", ".join(f"{role} {now.get(role, 0) - cpu.get(role, 0):.1f}" for role in now)
     await moves.until(plane, ids, moves.over, 120.0)
     return [
@@ -139,6 +152,54 @@ async def start(plane: Plane, count: int, guests: int) -> list[Figure]:
     ]
 
 
+async def lists(plane: Plane, guests: int) -> list[Figure]:
+    """A page of guests, as the API gives it."""
+    paged = "page_size" in pb.ListGuestsRequest.DESCRIPTOR.fields_by_name
+    request: Any = pb.ListGuestsRequest()
+    if paged:
+        request.page_size = 100
+    took_ms: list[float] = []
+    said = ""
+    for _ in range(60 if paged else 10):
+        begun = time.monotonic()
+        answer = await plane.api.ListGuests(request, timeout=60.0)
+        took_ms.append((time.monotonic() - begun) * 1000)
+        said = f"{len(answer.guests)} of {guests} guests in each answer"
+    return [at_most("ListGuests: page of 100, p95", percentile(took_ms[1:], 0.95), "ms", 50, said)]
+
+
+async def watches(plane: Plane, count: int) -> list[Figure]:
+    """Streams that nothing is sent on: half of them for guests, half for migrations."""
+    connections = [
+        channels.aio_channel(f"unix:{plane.layout.api_socket}", alone=True) for _ in range(1 + count // WATCHES)
+    ]
+    stubs: list[Any] = [OrchestratorServiceStub(connection) for connection in connections]
+
+    async def follow(number: int) -> None:
+        stub = stubs[number % len(stubs)]
+        if number % 2:
+            call = stub.WatchGuests(pb.WatchGuestsRequest(names=[fill.guest_name(number)]), timeout=600.0)
+        else:
+            call = stub.WatchMigrations(pb.WatchMigrationsRequest(), timeout=600.0)
+        async for _ in call:
+            pass
+
+    async with asyncio.TaskGroup() as tasks:
+        following = [tasks.create_task(follow(number)) for number in range(count)]
+        await asyncio.sleep(SETTLE_S)
+        ended = sum(task.done() for task in following)
+        before = plane.cpu_s()["api"]
+        begun = time.monotonic()
+        await asyncio.sleep(10.0)
+        percent = (plane.cpu_s()["api"] - before) / (time.monotonic() - begun) * 100
+        for task in following:
+            task.cancel()
+    for connection in connections:
+        await connection.close()
+    said = f"{ended} of them had ended" if ended else ""
+    return [at_most(f"{count} watches: CPU of the API", percent, "% of a core", 5, said)]
+
+
 # --- what one migration costs -----------------------------------------------------------------------------------------
 
 
@@ -146,7 +207,7 @@ async def clean(scale: float, take: Take) -> None:
     hosts, guests = 8, 80
     async with running() as plane:
         await fill.fill_guests(plane.store, hosts, guests)
-        await plane.start_agents(hosts, guests, program=PROGRAM)
+        await plane.start_agents(hosts, guests)
         await plane.start_control()
         await asyncio.sleep(SETTLE_S / 3)
         await take("clean", lambda: clean_migrations(plane, _many(400, scale, 40), guests))
@@ -158,6 +219,7 @@ async def clean_migrations(plane: Plane, count: int, guests: int) -> list[Figure
     before, cpu = await plane.counted(), plane.cpu_s()
     await _moved(plane, range(count), guests)
     spent, now = (await plane.counted()).since(before), plane.cpu_s()
+    _tell_writes(plane, before, count)
     each = {role: (now[role] - cpu.get(role, 0.0)) / count * 1000 for role in now}
     others = ", ".join(f"{role} {each[role]:.1f}" for role in each if role != "coordinator")
     return [
@@ -165,6 +227,34 @@ async def clean_migrations(plane: Plane, count: int, guests: int) -> list[Figure
         at_most("clean migration: quorum writes, no device", spent.writes / count, "writes", 8),
         beside("clean migration: reads, no device", spent.reads / count, "reads"),
     ]
+
+
+async def one_device(scale: float, take: Take) -> None:
+    """With one companion device each: a real process of the lab's beside each light VMM."""
+    hosts, guests = 4, 12
+    async with running() as plane:
+        await fill.make_tree(plane.store)
+        await plane.start_agents(hosts, 0, program=PROGRAM)
+        await plane.start_control()
+        for number in range(guests):
+            spec = replace(fill.guest_spec(number), devices=(DeviceSpec("dpu", ShimKind.COMPANION),))
+            request = pb.CreateGuestRequest(spec=wire.guest_spec_to_proto(spec), host=fill.host_name(number % hosts))
+            await plane.api.CreateGuest(request, timeout=60.0)
+        await take("device", lambda: device_migrations(plane, _many(60, scale, 12), guests))
+
+
+async def device_migrations(plane: Plane, count: int, guests: int) -> list[Figure]:
+    await _moved(plane, range(guests), guests)
+    before = await plane.counted()
+    await _moved(plane, range(count), guests)
+    spent = (await plane.counted()).since(before)
+    _tell_writes(plane, before, count)
+    return [at_most("clean migration: quorum writes, 1 device", spent.writes / count, "writes", 10)]
+
+
+def _tell_writes(plane: Plane, before: Counted, count: int) -> None:
+    for kind, number in plane.writes_since(before).most_common(24):
+        print(f"    {number / count:6.2f} per migration: {kind}", flush=True)
 
 
 async def _moved(plane: Plane, numbers: range, guests: int) -> None:
@@ -177,7 +267,174 @@ async def _moved(plane: Plane, numbers: range, guests: int) -> None:
             raise RuntimeError(f"migrations did not succeed: {dict(followed.phases())}")
 
 
+# --- many in flight ---------------------------------------------------------------------------------------------------
+
+
+async def in_flight(scale: float, take: Take) -> None:
+    most = _many(3_000, scale, 60)
+    hosts = max(6, most // 50)
+    async with running(Limits(max_concurrent=most, max_per_source=max(8, 2 * most // hosts)), heap_mib=512) as plane:
+        await fill.fill_guests(plane.store, hosts, most)
+        await plane.start_agents(hosts, most)
+        await plane.start_control()
+        await asyncio.sleep(SETTLE_S / 3)
+        counts = sorted({max(6, round(most * part)) for part in (1 / 30, 0.1, 1 / 3, 1)})
+        await take("flat", lambda: flat(plane, counts), 600.0)
+        await take("fail_over", lambda: fail_over(plane, counts[-2]), 300.0)
+
+
+async def flat(plane: Plane, counts: Sequence[int]) -> list[Figure]:
+    """Each number of migrations is under way for a while, all at the same time, and then ends well.
+
+    What the coordinator does at rest is taken off.
+    """
+    found: list[Figure] = []
+    cpu_ms: list[float] = []
+    writes: list[float] = []
+    memory: list[float] = []
+    await _moved(plane, range(counts[0]), counts[-1])
+    await asyncio.sleep(2.0)
+    rest = await _cpu_at_rest(plane, 8.0)
+    for count in counts:
+        await plane.tell_agents("hold")
+        before, cpu = await plane.counted(), plane.cpu_s()["coordinator"]
+        ids = await moves.create(plane, range(count), dict(moves.LONG))
+        await moves.until(plane, ids, moves.begun, 60 + count / 20)
+        await asyncio.sleep(10.0)
+        memory.append(plane.rss_mib()["coordinator"])
+        await plane.go()
+        followed = await moves.until(plane, ids, moves.over, 60 + count / 15)
+        spent = (await plane.counted()).since(before)
+        busy_s = plane.cpu_s()["coordinator"] - cpu - rest * spent.seconds
+        cpu_ms.append(max(0.1, busy_s / count * 1000))
+        writes.append(spent.writes / count)
+        said = "" if set(followed.phases()) == {"SUCCEEDED"} else f"ended {dict(followed.phases())}"
+        repeated = sum(state.attempt > 1 for state in followed.states.values())
+        said += f"; {repeated} had more than one attempt" if repeated else ""
+        found.append(beside(f"{count} in flight: coordinator CPU per migration", cpu_ms[-1], "ms", said))
+        found.append(beside(f"{count} in flight: coordinator RSS", memory[-1], "MiB"))
+        found.append(beside(f"{count} in flight: writes per migration", writes[-1], "writes"))
+    each = [(b - a) * 1024 / (m - n) for a, b, n, m in zip(memory, memory[1:], counts, counts[1:], strict=False)]
+    said = "KiB per further migration: " + ", ".join(f"{one:.0f}" for one in each)
+    return [
+        *found,
+        at_most("in flight: CPU per migration, most / least", max(cpu_ms) / min(cpu_ms), "x", 1.2),
+        at_most("in flight: writes per migration, most / least", max(writes) / min(writes), "x", 1.2),
+        beside("in flight: memory of one more", each[-1], "KiB", said),
+    ]
+
+
+async def _cpu_at_rest(plane: Plane, seconds: float) -> float:
+    """Of the coordinator, as a part of one core."""
+    before, begun = plane.cpu_s()["coordinator"], time.monotonic()
+    await asyncio.sleep(seconds)
+    return (plane.cpu_s()["coordinator"] - before) / (time.monotonic() - begun)
+
+
+async def fail_over(plane: Plane, count: int) -> list[Figure]:
+    """SIGKILL for everything of the leader's Ray while all are in pre-copy; nobody helps but whoever restarts Ray."""
+    await plane.tell_agents("hold")
+    ids = await moves.create(plane, range(count), dict(moves.LONG))
+    await moves.until(plane, ids, moves.begun, 60 + count / 20)
+    await asyncio.sleep(3.0)
+    leads_s, adopted_s = await _until_adopted(plane, count)
+    await plane.go()
+    followed = await moves.until(plane, ids, moves.over, 60 + count / 15)
+    again = sum(state.attempt > 1 for state in followed.states.values())
+    said = f"ended {dict(followed.phases())}"
+    return [
+        at_most(f"fail-over with {count} in flight: all re-adopted, after the kill", adopted_s, "s", 15),
+        at_most("fail-over: all re-adopted, after the successor leads", adopted_s - leads_s, "s", 5),
+        at_most("fail-over: transfers restarted", again, "transfers", 0, said),
+    ]
+
+
+async def _until_adopted(plane: Plane, count: int) -> tuple[float, float]:
+    """Seconds from the kill until another leads, and until workers drive all `count` migrations."""
+    async with plane.asking() as asking:
+        epoch = await plane.epoch()
+        killed = time.monotonic()
+        await plane.kill_ray()
+        asking.go()
+
+        async def led() -> bool:
+            return await plane.epoch() > epoch and await plane.leads()
+
+        await plane.until(led, 60.0, "another leader")
+        leads_s = time.monotonic() - killed
+        return leads_s, await asking.until_driving(count, 60.0) - killed
+
+
+# --- what ended long ago ----------------------------------------------------------------------------------------------
+
+
+async def ended(scale: float, take: Take) -> None:
+    """The same commands with few and with many migrations that ended: each in a control plane of its own."""
+    many = _many(100_000, scale, 1_000)
+    if_few: dict[str, float] = {}
+
+    async def few() -> list[Figure]:
+        if_few.update(await _with_ended(100))
+        return []
+
+    async def compared() -> list[Figure]:
+        if_many = await _with_ended(many)
+        return [
+            at_most(
+                f"{many} ended: {what}", took / if_few[what], "x", 1.5, f"{took:.2f} s, with 100: {if_few[what]:.2f} s"
+            )
+            for what, took in if_many.items()
+            if what in if_few
+        ]
+
+    await take("ended", few, 240.0)
+    await take("ended", compared, 600.0)
+
+
+async def _with_ended(count: int) -> dict[str, float]:
+    """Seconds of each command as a user waits for it, and of a fail-over with ten under way."""
+    hosts, guests, under_way = 4, 40, 10
+    took: dict[str, float] = {}
+    async with running(heap_mib=2_048) as plane:
+        await fill.fill_guests(plane.store, hosts, guests)
+        await fill.fill_ended(plane.store, range(count), guests)
+        await plane.start_agents(hosts, guests)
+        await plane.start_control()
+        prefix = fill.migration_id(count // 2)[:13]
+        await _command_s(plane, "migration", "list")  # what is read once is read now
+        took["migration list"] = await _command_s(plane, "migration", "list")
+        took["explain PREFIX"] = await _command_s(plane, "explain", prefix)
+        await plane.tell_agents("hold")
+        ids = await moves.create(plane, range(under_way), dict(moves.LONG))
+        await moves.until(plane, ids, moves.begun, 60.0)
+        took["migration cancel PREFIX"] = await _command_s(plane, "migration", "cancel", ids[0][:13])
+        _, took["fail-over"] = await _until_adopted(plane, under_way - 1)
+    return took
+
+
+async def _command_s(plane: Plane, *words: str) -> float:
+    """The command line in a process of its own, with what it takes to start. Raises RuntimeError with its words."""
+    command = [sys.executable, "-m", "orchestrator.cli.main", "--api", f"unix:{plane.layout.api_socket}", *words]
+    begun = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        async with asyncio.timeout(COMMAND_S):
+            said, _ = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return COMMAND_S
+    if process.returncode != 0:
+        raise RuntimeError(f"drover {' '.join(words)}: {said.decode(errors='replace')[-300:]}")
+    return time.monotonic() - begun
+
+
 SCENES: dict[Callable[[float, Take], Awaitable[None]], tuple[str, ...]] = {
-    fleet: ("at_rest", "placement", "start"),
+    fleet: ("at_rest", "placement", "lists", "watches", "start"),
     clean: ("clean",),
+    one_device: ("device",),
+    in_flight: ("flat", "fail_over"),
+    ended: ("ended",),
 }
