@@ -57,7 +57,16 @@ class Rig:
         self._collector = Collector(self.layout)
         self._thread = threading.Thread(target=self._collector.run)
         self._thread.start()
-        until((directory / "collector.sock").exists)
+        until(self._listens)
+
+    def _listens(self) -> bool:
+        """The socket is there a moment before anybody listens."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            try:
+                connection.connect(str(self.layout.dir / "collector.sock"))
+            except (FileNotFoundError, ConnectionRefusedError):
+                return False
+        return True
 
     def guest(self, name: str) -> Guest:
         guest = Guest(self.layout.console / f"{name}.sock")
