@@ -218,12 +218,9 @@ class DestinationShell(Shell[DestinationState]):
         try:
             record, version = await self.ledger.read_behind_barrier()
         except StoreUnavailable:
-            return await self._retry_later()
+            self._retry_later()
+            return None
         return words.RecordRead(record, version)
-
-    async def _retry_later(self) -> Event | None:
-        await asyncio.sleep(RETRY_S)
-        return Seen.RETRY_DUE
 
     async def _nothing(self) -> Event | None:
         return None  # DONE is told to the source after the session ended, see `run`
@@ -242,7 +239,6 @@ class DestinationShell(Shell[DestinationState]):
         Do.DECLARE_CRASHED: _declare_crashed,
         Do.DISCARD_DESTINATION: _discard,
         Do.READ: _read,
-        Do.RETRY_LATER: _retry_later,
     }
 
     # --- what comes in by itself --------------------------------------------------------------------------------------

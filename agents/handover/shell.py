@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import structlog
 
 from agents.handover.table import InvalidTransition, key_of
-from agents.handover.words import CancelTimer, Command, Event, Note, Rang, StartTimer, Timer
+from agents.handover.words import CancelTimer, Command, Do, Event, Note, Rang, Seen, StartTimer, Timer
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.records import TimelineEntry
 from orchestrator.tasks import Tasks
@@ -121,6 +121,7 @@ class Shell(Generic[Session]):
         ref = self.state.ref
         self._tasks = Tasks(f"{half} of attempt {ref.attempt} of {ref.migration}")
         self._began = 0.0
+        self._retry: asyncio.TimerHandle | None = None
 
     @property
     def elapsed_ms(self) -> float:
@@ -137,13 +138,17 @@ class Shell(Generic[Session]):
             event = await self._events.get()
             if isinstance(event, BaseException):
                 raise event
+            stage = self.state.stage
             self.state, commands = stepped(self._step, self.state, event)
+            if self.state.stage is not stage:
+                self._no_retry()
             for command in commands:
                 self._queue(command)
 
     async def _close(self) -> None:
         """Bounded: a call that swallows its cancellation must not make the guest unmovable."""
         self._clock.close()
+        self._no_retry()
         await self._tasks.close(_END_S)
 
     def _queue(self, command: Command) -> None:
@@ -159,7 +164,25 @@ class Shell(Generic[Session]):
                 self._take(command)
 
     def _take(self, command: Command) -> None:
-        self._commands.put_nowait(command)
+        if command is Do.RETRY_LATER:
+            self._retry_later()
+        else:
+            self._commands.put_nowait(command)
+
+    def _retry_later(self) -> None:
+        """RETRY_DUE after a pause, beside everything else: no other command waits for it. One at a time, for the stage
+        that asks."""
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._retry_due)
+
+    def _no_retry(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
+    def _retry_due(self) -> None:
+        self._retry = None
+        self.feed(Seen.RETRY_DUE)
 
     def _spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any] | None:
         """Beside everything else, until the session ends. An exception that it does not handle itself ends the session;

@@ -343,12 +343,9 @@ class SourceShell(Shell[SourceState]):
         try:
             record, version = await self.ledger.read_behind_barrier()
         except StoreUnavailable:
-            return await self._retry_later()
+            self._retry_later()
+            return None
         return words.RecordRead(record, version)
-
-    async def _retry_later(self) -> Event | None:
-        await asyncio.sleep(RETRY_S)
-        return Seen.RETRY_DUE
 
     async def _go(self) -> Event | None:
         self._spawn(self._repeat_go(), "GO")
@@ -397,7 +394,6 @@ class SourceShell(Shell[SourceState]):
         Do.ROLL_BACK_SHIMS: _roll_back_shims,
         Do.ABORT_ENGINE: _abort_engine,
         Do.READ: _read,
-        Do.RETRY_LATER: _retry_later,
         Do.GO: _go,
         Do.DISCARD_SOURCE: _discard_source,
         Do.WRITE_ACKS: _write_acks,

@@ -49,7 +49,7 @@ class Do(StrEnum):
     SEND_FAILED = "send_failed"
     DISCARD_DESTINATION = "discard_destination"  # Discarded
     WRITE_ROLLBACK = "write_rollback"  # RolledBack / LedgerRefused / LedgerUnknown
-    RETRY_LATER = "retry_later"  # RetryDue, after a bounded pause
+    RETRY_LATER = "retry_later"  # beside all others; RetryDue, after a bounded pause
 
 
 class Timer(StrEnum):

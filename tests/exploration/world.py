@@ -228,7 +228,8 @@ def feed_source(world: World, event: Event) -> World:
     world = sent(world, commands)
     if Do.RESUME in commands and not world.want:
         world = world._replace(flaw="OPERATOR'S PAUSE LOST")
-    todo = world.todo_source + waiting(commands)
+    assert world.source is not None
+    todo = _queued(world.todo_source, commands, anew=state.stage is not world.source.stage)
     over = state.stage.ended
     world = world._replace(
         source=None if over else state,
@@ -237,6 +238,26 @@ def feed_source(world: World, event: Event) -> World:
         prepared=world.prepared,
     )
     return feed_source(world, Seen.ACTIVE) if Do.START_PRECOPY in commands else world
+
+
+def _queued(todo: tuple[Command, ...], commands: tuple[Command, ...], *, anew: bool) -> tuple[Command, ...]:
+    """A retry is one at a time, and for the stage that asked (`anew`: it is over); see `agents/handover/shell.py`."""
+    before = tuple(command for command in todo if not (anew and command is Do.RETRY_LATER))
+    asked = waiting(commands)
+    if Do.RETRY_LATER in before:
+        asked = tuple(command for command in asked if command is not Do.RETRY_LATER)
+    return before + asked
+
+
+def _lanes(todo: tuple[Command, ...]) -> Iterator[tuple[Command, tuple[Command, ...]]]:
+    """The first command of each lane, and what is left then: writes of requests wait for each other only, a retry for
+    nothing but its time, everything else likewise."""
+    seen: set[str] = set()
+    for index, command in enumerate(todo):
+        lane = "requests" if isinstance(command, WriteRequests) else "retry" if command is Do.RETRY_LATER else "main"
+        if lane not in seen:
+            seen.add(lane)
+            yield command, todo[:index] + todo[index + 1 :]
 
 
 def feed_destination(world: World, event: Event) -> World:
@@ -252,7 +273,8 @@ def feed_destination(world: World, event: Event) -> World:
     if state is world.destination and not commands:
         return world
     world = sent(world, commands)
-    todo = world.todo_destination + waiting(commands)
+    assert world.destination is not None
+    todo = _queued(world.todo_destination, commands, anew=state.stage is not world.destination.stage)
     if state.stage.ended:
         return world._replace(destination=None, todo_destination=())
     return world._replace(destination=state, todo_destination=todo)
@@ -319,12 +341,9 @@ def start_at_destination(world: World) -> World:
 
 
 def run_source(world: World, bounds: Bounds) -> Iterator[Move]:
-    """The first command of either lane: writes of requests wait for each other only, everything else likewise."""
-    todo = world.todo_source
-    for lane in (True, False):
-        index = next((n for n, command in enumerate(todo) if isinstance(command, WriteRequests) is lane), None)
-        if index is not None:
-            yield from _run_source(world._replace(todo_source=todo[:index] + todo[index + 1 :]), todo[index])
+    """The first command of any lane."""
+    for command, left in _lanes(world.todo_source):
+        yield from _run_source(world._replace(todo_source=left), command)
 
 
 def _run_source(world: World, command: Command) -> Iterator[Move]:
@@ -475,10 +494,14 @@ def _abort_engine(world: World) -> World:
 
 
 def run_destination(world: World, bounds: Bounds) -> Iterator[Move]:
-    """The first command that waits at the destination's shell."""
-    state, command = world.destination, world.todo_destination[0]
+    """The first command of any lane of the destination's shell."""
+    for command, left in _lanes(world.todo_destination):
+        yield from _run_destination(world._replace(todo_destination=left), command)
+
+
+def _run_destination(world: World, command: Command) -> Iterator[Move]:
+    state = world.destination
     assert state is not None
-    world = world._replace(todo_destination=world.todo_destination[1:])
     name = command.value if isinstance(command, Do) else type(command).__name__
     moves = _destination_write(world, state, command)
     if moves is None:

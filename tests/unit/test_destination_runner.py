@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import cast
+
+import pytest
 
 from agents.engine.base import HoldStart, OutgoingOptions, RunState, VmmSpec, stream_of
 from agents.handover.destination import DestinationStage, DestinationState
 from agents.handover.destination_shell import DestinationShell
 from agents.handover.ledger import AttemptLedger
 from agents.handover.peer import SourcePeer
-from agents.handover.words import Seen
+from agents.handover.words import Do, Seen
 from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.policy import MigrationPolicy
@@ -41,6 +44,37 @@ async def test_no_marker_is_written_for_a_vmm_that_is_dead(tmp_path: Path) -> No
     vmm._dead = False
     assert await runner._write_marker() is Seen.MARKER_WRITTEN
     assert marker.exists()
+
+
+async def test_a_retry_holds_up_no_other_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It slept in the lane: a marker, a DONE, a discard waited for it."""
+    monkeypatch.setattr("agents.handover.shell.RETRY_S", 3600.0)
+    engine, store = FakeEngine(), MemoryStore()
+    await store.start()
+    vmm = await engine.prepare_incoming(VmmSpec("g", "i", GuestSpec("web"), tmp_path, tmp_path / "c", None), "m", 1)
+
+    async def want_run() -> bool:
+        return True
+
+    ledger = AttemptLedger(store, REF, HERE, "i", "w")
+    peer, marker = cast(SourcePeer, None), tmp_path / "marker"
+    shell = DestinationShell(DestinationState(REF, HERE, "i"), vmm, (), ledger, peer, marker, want_run)
+    seen: list[object] = []
+    monkeypatch.setattr(shell, "feed", seen.append)
+    working = asyncio.create_task(shell._carry_out())
+    shell._queue(Do.READ)  # the ledger has no such guest, or does not answer: it is to be asked again later
+    store.down = True
+    for command in (Do.RETRY_LATER, Do.RETRY_LATER, Do.WRITE_MARKER):
+        shell._queue(command)
+    async with asyncio.timeout(20):
+        while Seen.MARKER_WRITTEN not in seen:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert seen == [Seen.MARKER_WRITTEN]
+    assert shell._retry is not None, "one retry is on its way"
+    shell._retry_due()
+    assert seen == [Seen.MARKER_WRITTEN, Seen.RETRY_DUE]
+    working.cancel()
+    await shell._close()
 
 
 async def test_a_guest_that_arrived_ended_is_done_and_not_tried_again(tmp_path: Path) -> None:

@@ -160,6 +160,32 @@ def test_a_restarted_agent_waits_for_no_session(scene: Scene) -> None:
     scene.succeeded(scene.migrate(guest, scene.there))
 
 
+@pytest.mark.rule("H11")
+def test_an_agent_whose_directory_lies_on_another_file_system_goes_on(scene: Scene) -> None:
+    """Its lock file is another one there. It was refused until the host restarted, and its guests had no agent."""
+    guest = scene.guest()
+    before = place(scene, scene.here)[0]
+    assert before is not None
+    assert before.identity is not None
+    lock = scene.layout.host(scene.here) / "agent.lock"
+    shutil.copy2(lock, lock.with_suffix(".new"))
+    lock.with_suffix(".new").replace(lock)
+    scene.kill_agent(scene.here)
+
+    def registered() -> HostRecord | None:
+        record = place(scene, scene.here)[0]
+        return record if record is not None and record.identity != before.identity else None
+
+    after = scene.reach(registered, "its successor is registered", 60)
+    assert after.identity is not None
+    assert (after.boot_id, after.identity.installation) == (before.boot_id, before.identity.installation)
+    assert after.identity.lock != before.identity.lock
+    assert place(scene, scene.here)[2] == (), "no power cycle was certified to be over"
+    scene.agents_are_back()
+    assert [vmm.host for vmm in scene.vmms(guest)] == [scene.here]
+    scene.succeeded(scene.migrate(guest, scene.there))
+
+
 def test_a_host_that_lost_power_proves_it_itself(scene: Scene) -> None:
     guest = scene.guest()
     guest.may_crash = True
