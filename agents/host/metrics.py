@@ -5,21 +5,14 @@ Counted from reports of attempts that are over, so that nothing is measured insi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import structlog
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from agents.host.exposition import Exposition
 from agents.shims.inside import ASKS, INITIAL_SENT
-from orchestrator import descriptors
 from orchestrator.core.records import AttemptReport, DeviceSpec, TimelineEntry
-from orchestrator.tasks import failures
-from orchestrator.telemetry import lost_lines
-
-log = structlog.get_logger(__name__)
+from orchestrator.exposition import Exposition
+from orchestrator.metrics import OfThisProcess, serve
 
 _BLACKOUT_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10)
 _WAIT_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
@@ -50,26 +43,17 @@ def initial_data_waits_s(timeline: tuple[TimelineEntry, ...]) -> list[float]:
     return waits
 
 
-class _OfThisProcess(Collector):
-    """What the process counts by itself, wherever it happens."""
-
-    def collect(self) -> Iterator[Metric]:
-        tasks = CounterMetricFamily(
-            "drover_task_failures", "Exceptions that ended a turn of a background task, or it", labels=("task",)
-        )
-        for name, count in list(failures.items()):
-            tasks.add_metric([name], count)
-        yield tasks
-        lost = "Log lines that could not be written: a full disk, or one that is too slow"
-        yield CounterMetricFamily("drover_log_lines_lost", lost, value=lost_lines())
-        reserve = "1: descriptors have run out, and those that are kept back are in use"
-        yield GaugeMetricFamily("drover_descriptor_reserve_used", reserve, value=int(descriptors.reserve.released))
-
-
 class Metrics:
     """One set per agent. `gauges` are asked when somebody looks."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._registry = registry
+        self._count_attempts(registry)
+        self._count_bytes(registry)
+        self._show_state(registry)
+        registry.register(OfThisProcess())
+
+    def _count_attempts(self, registry: CollectorRegistry) -> None:
         self._attempts = Counter(
             "drover_attempts", "Attempts that this host was the source of", ("outcome", "reason"), registry=registry
         )
@@ -92,6 +76,9 @@ class Metrics:
             buckets=_WAIT_S,
             registry=registry,
         )
+        self._ledger_writes = Counter("drover_ledger_writes", "Writes of attempts to ZooKeeper", registry=registry)
+
+    def _count_bytes(self, registry: CollectorRegistry) -> None:
         self._sent = Counter("drover_sent_bytes", "Sent by engines of attempts that are over", registry=registry)
         self._device_bytes = Counter(
             "drover_device_declared_bytes",
@@ -108,7 +95,8 @@ class Metrics:
         self._reinits = Counter(
             "drover_device_reinits", "Further ACKs that devices inside the VMM asked it for", registry=registry
         )
-        self._ledger_writes = Counter("drover_ledger_writes", "Writes of attempts to ZooKeeper", registry=registry)
+
+    def _show_state(self, registry: CollectorRegistry) -> None:
         self._guests = Gauge("drover_guests", "Guests that this host owns", registry=registry)
         self._under_way = Gauge(
             "drover_attempts_under_way", "Attempts that this host is the source of", registry=registry
@@ -131,8 +119,6 @@ class Metrics:
             "Guests of this host that the agent does nothing about just now",
             registry=registry,
         )
-        registry.register(_OfThisProcess())
-        self._registry = registry
 
     def attempt_over(self, report: AttemptReport, devices: tuple[DeviceSpec, ...]) -> None:
         """Count one attempt, once, when its report is made."""
@@ -174,9 +160,4 @@ class Metrics:
 
     async def serve(self, address: str, port: int) -> Exposition:
         """A port that is in use costs the metrics and nothing else. The caller closes what it gets."""
-        exposition = Exposition(self._registry)
-        try:
-            await exposition.start(address, port)
-        except OSError as error:
-            log.error("metrics are not served", address=address, port=port, error=str(error))
-        return exposition
+        return await serve(self._registry, address, port)

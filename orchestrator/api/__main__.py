@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import click
+from prometheus_client import REGISTRY
 
 from orchestrator import descriptors
 from orchestrator.api import config as configuration
@@ -25,7 +26,7 @@ async def _serve(config: ApiConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = ApiServer(config, ZooKeeperStore(config.zookeeper, chroot=config.chroot))
+    server = ApiServer(config, ZooKeeperStore(config.zookeeper, chroot=config.chroot), REGISTRY)
     tasks = Tasks("process of the API")
     tasks.keep(descriptors.look, "reserve of descriptors", again_s=descriptors.LOOK_S)
     try:

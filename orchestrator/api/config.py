@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.core.endpoint import split_address
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode
 
@@ -20,9 +21,14 @@ class ApiConfig:
     chroot: str = paths.CHROOT
     chaos: bool = False
     """Whether devices may be made to misbehave on request."""
+    metrics_listen: str = ""
+    """`host:port` to serve metrics at; empty: none are served."""
     log_level: str = "info"
 
 
 def load(path: Path) -> ApiConfig:
-    """Raises OSError, or BadRecord with the field that is wrong."""
-    return decode(ApiConfig, path.read_bytes(), path=str(path))
+    """Raises OSError, BadRecord with the field that is wrong, or ValueError for an address that is none."""
+    config = decode(ApiConfig, path.read_bytes(), path=str(path))
+    if config.metrics_listen:
+        split_address(config.metrics_listen)
+    return config

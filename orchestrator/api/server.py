@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import structlog
+from prometheus_client import CollectorRegistry
 
 from orchestrator import descriptors
 from orchestrator.api import limits
 from orchestrator.api.calls import Tools
 from orchestrator.api.config import ApiConfig
+from orchestrator.api.metrics import ApiMetrics
 from orchestrator.api.servicer import OrchestratorServicer, translate
 from orchestrator.fleet import Fleet
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
+from orchestrator.metrics import PROBE_S, serve_on
 from orchestrator.rpc.agent_client import AgentClients
 from orchestrator.rpc.channels import MAX_REQUEST_BYTES, aio_server, listen
 from orchestrator.rpc.errors import Errors
 from orchestrator.rpc.health import HealthService
+from orchestrator.tasks import Tasks
 from protos.drover.v1 import orchestrator_pb2
 from protos.drover.v1.orchestrator_pb2_grpc import add_OrchestratorServiceServicer_to_server
 
@@ -34,7 +37,7 @@ SLOW_READER_S = 30.0
 class ApiServer:
     """`start`, then `stop`. Serves at once; while ZooKeeper is away calls say so and health is NOT_SERVING."""
 
-    def __init__(self, config: ApiConfig, store: Store) -> None:
+    def __init__(self, config: ApiConfig, store: Store, registry: CollectorRegistry | None = None) -> None:
         self._config = config
         self._store = store
         agents = AgentClients()
@@ -47,13 +50,22 @@ class ApiServer:
             chaos=config.chaos,
         )
         self.servicer = OrchestratorServicer(self.tools)
+        self.metrics = ApiMetrics(registry or CollectorRegistry(), store, lambda: self.servicer.streams_open)
         self._health = HealthService([SERVICE])
         self._server = aio_server(
-            [Errors(require_deadline=True, translate=translate, check=limits.check, slow_reader_s=SLOW_READER_S)],
+            [
+                Errors(
+                    require_deadline=True,
+                    translate=translate,
+                    check=limits.check,
+                    slow_reader_s=SLOW_READER_S,
+                    answered=self.metrics.answered,
+                )
+            ],
             max_request_bytes=MAX_REQUEST_BYTES,
             max_connections=descriptors.connections_of(descriptors.limit(), len(config.listen)),
         )
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks("API")
         self._tree_is_there = False
         self.ports: list[int] = []
         """Where it listens, in the order of `listen`; 0 for a unix socket."""
@@ -65,8 +77,11 @@ class ApiServer:
         self._health.add_to(self._server)
         self.ports = [listen(self._server, address) for address in self._config.listen]
         await self._server.start()
-        self._store.on_session(lambda _state: self._spawn(self._tell_health()))
-        self._spawn(self._connect())
+        self._store.on_session(self._session_moved)
+        self._tasks.spawn(self._connect(), "connection with the ledger")
+        self._tasks.keep(self.metrics.ledger.look, "probe of the ledger", again_s=PROBE_S)
+        if self._config.metrics_listen:
+            self._tasks.spawn(serve_on(self.metrics.registry, self._config.metrics_listen), "metrics")
 
     async def _connect(self) -> None:
         while True:
@@ -82,26 +97,17 @@ class ApiServer:
         log.info("serving", listen=self._config.listen)
         await self._tell_health()
 
+    def _session_moved(self, _state: SessionState) -> None:
+        self._tasks.spawn(self._tell_health(), "health")
+
     async def _tell_health(self) -> None:
         await self._health.set(self._tree_is_there and self._store.session is SessionState.CONNECTED)
-
-    def _spawn(self, work: Any) -> None:
-        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("task failed", exc_info=task.exception())
 
     async def stop(self) -> None:
         """Let calls under way end, within GRACE_S; then everything else."""
         await self._health.end()
         await self._server.stop(GRACE_S)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await self.tools.fleet.close()
         await self.tools.agents.close()
         await self._store.close()

@@ -21,15 +21,19 @@ from typing import Any
 
 import ray
 import structlog
+from prometheus_client import REGISTRY
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from orchestrator import descriptors
+from orchestrator.coordinator.metrics import register
 from orchestrator.coordinator.pool import Pool, WorkerLost
 from orchestrator.coordinator.seat import Seat
 from orchestrator.coordinator.supervisor import Status, Supervisor
 from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, history_of, make_agents, make_store
 from orchestrator.coordinator.worker import Worker
+from orchestrator.ledger import paths
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
+from orchestrator.metrics import PROBE_S, LedgerProbe, serve_on
 from orchestrator.tasks import Tasks
 from orchestrator.telemetry import configure_logging, flush
 
@@ -142,6 +146,11 @@ class Coordinator:
             has_ledger=lambda: store.session is SessionState.CONNECTED,
         )
         self._tasks.keep(pool.tend, "workers", again_s=1.0, every_s=0.0)
+        if self._config.metrics_listen:
+            register(REGISTRY, lambda: self._supervisor, lambda: self._pool)
+            probe = LedgerProbe(REGISTRY, lambda: store.read(paths.epoch()))
+            self._tasks.keep(probe.look, "probe of the ledger", again_s=PROBE_S)
+            self._tasks.spawn(serve_on(REGISTRY, self._config.metrics_listen), "metrics")
         await _connect(store)
         self._supervisor = Supervisor(
             store,

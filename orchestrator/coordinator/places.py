@@ -67,6 +67,10 @@ class Places:
         self._since_s: dict[str, float] = {}
         """Since when those who have places have them."""
 
+    def turns(self) -> list[str]:
+        """What keeps each of those that wait: SOURCE, too many leave its source already, or CLUSTER."""
+        return self._admission.turns()
+
     @contextlib.asynccontextmanager
     async def held(self, spec: MigrationSpec, source: str) -> AsyncGenerator[None]:
         """For a migration that is under way already: holding it back would only stall it."""

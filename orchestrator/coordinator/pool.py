@@ -56,6 +56,8 @@ class _Member:
     worker: WorkerPort
     well_s: float
     answered: bool = False
+    silent: bool = True
+    """It did not answer when it was last asked."""
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -83,6 +85,11 @@ class Pool:
         self._clock_s = clock_s
         self._seats = [_Seat(number, _Member(start(number, 0), clock_s())) for number in range(size)]
         self.replaced = 0
+
+    @property
+    def well(self) -> tuple[int, int]:
+        """How many workers answered when they were last asked, and how many there are."""
+        return sum(not seat.member.silent for seat in self._seats), len(self._seats)
 
     async def dispatch(self, migration: str, epoch: int) -> str:
         """Always the same seat for a migration, so that a repeated hand-out joins the driver that runs.
@@ -116,6 +123,7 @@ class Pool:
         except (TimeoutError, WorkerLost):
             pass
         now_s = self._clock_s()
+        member.silent = not well
         if well:
             member.well_s, member.answered, seat.in_a_row = now_s, True, 0
             return

@@ -37,6 +37,10 @@ class Quarantine:
         self._failures: Counter[str] = Counter()
         self.changed = asyncio.Event()
 
+    def entries(self) -> tuple[Quarantined, ...]:
+        """All of them."""
+        return tuple(self._entries.values())
+
     def __len__(self) -> int:
         return len(self._entries)
 

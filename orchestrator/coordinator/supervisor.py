@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -46,7 +47,7 @@ from orchestrator.ledger.store import (
     StoreUnavailable,
     Versioned,
 )
-from orchestrator.tasks import Tasks
+from orchestrator.tasks import Tasks, failures
 
 log = structlog.get_logger(__name__)
 
@@ -188,6 +189,15 @@ class Supervisor:
     def _session(self, state: SessionState) -> None:
         if state is SessionState.LOST:
             self._lost.set()
+
+    def set_aside(self) -> Counter[tuple[str, ...]]:
+        """How many resources are quarantined, by kind and by the error that did it."""
+        entries = self._quarantine.entries()
+        return Counter((entry.resource.partition("/")[0], entry.reason.partition(":")[0]) for entry in entries)
+
+    def queued(self) -> Counter[tuple[str, ...]]:
+        """How many migrations wait for their turn, by what keeps them: SOURCE or CLUSTER."""
+        return Counter((turn,) for turn in self._places.turns())
 
     async def run(self) -> None:
         """Campaign, lead until deposed, campaign again; for ever, whatever is raised below."""
@@ -346,6 +356,7 @@ class Supervisor:
             except StoreUnavailable:
                 pass
             except Exception as error:
+                failures[what] += 1
                 log.error("failed, trying again", what=what, exc_info=error)
             await asyncio.sleep(every_s)
 

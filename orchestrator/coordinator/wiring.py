@@ -9,6 +9,7 @@ from typing import cast
 
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.coordinator.supervisor import Limits
+from orchestrator.core.endpoint import split_address
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.retention import Retention
 from orchestrator.fencing.base import Fencers
@@ -39,6 +40,8 @@ class CoordinatorConfig:
     """Worker processes. One carries 1,000 migrations; the second is there for fail-over."""
     max_arrivals: int = 0
     """Migrations towards one host at a time; 0: as many as its memory takes."""
+    metrics_listen: str = ""
+    """`host:port` that the coordinator's actor serves metrics at; empty: none are served."""
     log_level: str = "info"
     """Of the process outside Ray and of every actor: debug, info, warning or error."""
     limits: Limits = field(default_factory=Limits)
@@ -55,8 +58,11 @@ class CoordinatorConfig:
 
 
 def load(path: Path) -> CoordinatorConfig:
-    """Raises OSError, or BadRecord with the field that is wrong."""
-    return decode(CoordinatorConfig, path.read_bytes(), path=str(path))
+    """Raises OSError, BadRecord with the field that is wrong, or ValueError for an address that is none."""
+    config = decode(CoordinatorConfig, path.read_bytes(), path=str(path))
+    if config.metrics_listen:
+        split_address(config.metrics_listen)
+    return config
 
 
 def _resolve(name: str) -> object:

@@ -98,6 +98,10 @@ class Admission:
             return "waiting for its turn"
         return f"waiting for a place: {taken} of at most {limit} migrations {whose} already"
 
+    def turns(self) -> list[str]:
+        """For each ticket that waits, whose limit keeps it: SOURCE or CLUSTER."""
+        return ["SOURCE" if self._full(ticket.source) else "CLUSTER" for ticket in self._tickets.values()]
+
     def _full(self, source: str) -> bool:
         return self._per_source.get(source, 0) >= self._max_per_source
 

@@ -279,8 +279,11 @@ class Errors(aio.ServerInterceptor):
         translate: Translate = lambda _error: None,
         check: Callable[[Message], None] = lambda _request: None,
         slow_reader_s: float = 0.0,
+        answered: Callable[[str, str], None] = lambda _method, _code: None,
     ) -> None:
         """`check` judges each request of a call that takes one, before its handler sees it; raises DroverError.
+
+        `answered` is told the method and the status code of every call that ends and was not cancelled.
 
         `slow_reader_s` > 0: a stream whose reader takes in nothing for so long is ended with SLOW_READER.
         """
@@ -288,6 +291,7 @@ class Errors(aio.ServerInterceptor):
         self._require_deadline = require_deadline
         self._translate = translate
         self._check = check
+        self._answered = answered
 
     async def intercept_service(
         self,
@@ -321,7 +325,9 @@ class Errors(aio.ServerInterceptor):
             try:
                 self._check_deadline(context)
                 answer = behaviour(self._checked(request), context)
-                return await answer if inspect.isawaitable(answer) else answer
+                answer = await answer if inspect.isawaitable(answer) else answer
+                self._answered(method, "OK")
+                return answer
             except Exception as error:
                 await self._end(context, error, method)
 
@@ -335,6 +341,7 @@ class Errors(aio.ServerInterceptor):
                 answers = behaviour(self._checked(request), context)
                 async for answer in answers:
                     yield answer
+                self._answered(method, "OK")
             except Exception as error:
                 await self._end(context, error, method)
             finally:  # now, not when the garbage collector finds it: a watch holds things
@@ -385,4 +392,6 @@ class Errors(aio.ServerInterceptor):
         if told is None:
             log.error("handler failed", method=method, exc_info=error)
             told = DroverError(_R.INTERNAL, f"unexpected: {type(error).__name__}; the log of the server has more")
-        await context.abort_with_status(cast(Any, to_status(told)))
+        status = to_status(told)
+        self._answered(method, status.code.name)
+        await context.abort_with_status(cast(Any, status))

@@ -9,8 +9,8 @@ import threading
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
 
-from agents.host import exposition as served
-from agents.host.exposition import Exposition
+from orchestrator import exposition as served
+from orchestrator.exposition import Exposition
 
 
 async def asked(port: int, request: bytes) -> bytes:

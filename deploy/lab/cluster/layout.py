@@ -240,6 +240,8 @@ class Places:
     api_port: int = 7700
     control_port: int = 7701
     peer_port: int = 7702
+    api_metrics_port: int = 7704
+    coordinator_metrics_port: int = 7705
 
     @property
     def zookeeper(self) -> str:

@@ -224,6 +224,7 @@ def _loopback(hosts: int, reason: str, counts: Mapping[str, int] = {}) -> Places
     servers = {kind: _loopback_servers(kind, counts.get(kind, 1), management) for kind in FIRST_SERVER}
     zookeepers = [server.address for server in servers["zookeeper"]]
     apis = [server.address for server in servers["api"]]
+    seats = [server.address for server in servers["coordinator"]]
     return Places(
         management,
         None,
@@ -238,6 +239,8 @@ def _loopback(hosts: int, reason: str, counts: Mapping[str, int] = {}) -> Places
         api_port=_free_port(apis, usual.api_port),
         control_port=_free_port(addresses, usual.control_port),
         peer_port=_free_port(addresses, usual.peer_port),
+        api_metrics_port=_free_port(apis, usual.api_metrics_port),
+        coordinator_metrics_port=_free_port(seats, usual.coordinator_metrics_port),
     )
 
 

@@ -28,7 +28,7 @@ from deploy.lab.cluster.layout import (
 )
 from deploy.lab.cluster.state import write_atomically
 from deploy.lab.devices import PROGRAM
-from orchestrator.core.endpoint import is_loopback
+from orchestrator.core.endpoint import is_loopback, join_address
 from orchestrator.ledger import paths
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def _api(config: LocalConfig, layout: Layout, places: Places, server: Server) ->
         "zookeeper": places.zookeeper,
         "chroot": paths.CHROOT,
         "chaos": config.chaos,
+        "metrics_listen": join_address(server.address, places.api_metrics_port),
         "log_level": config.log_level,
     }
 
@@ -142,6 +143,7 @@ def _coordinator(config: LocalConfig, layout: Layout, places: Places, seat: Serv
         "ray_token_file": str(layout.ray_token),
         "ray_namespace": RAY_NAMESPACE,
         "workers": config.workers,
+        "metrics_listen": join_address(seat.address, places.coordinator_metrics_port),
         "log_level": config.log_level,
         "limits": {
             "starts_per_s": config.start_rate_per_s,

@@ -1,0 +1,102 @@
+"""What every process of Drover tells a Prometheus about itself, and how it is served (docs/metrics.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+import structlog
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from orchestrator import descriptors
+from orchestrator.core.endpoint import split_address
+from orchestrator.exposition import Exposition
+from orchestrator.tasks import failures
+from orchestrator.telemetry import lost_lines
+
+log = structlog.get_logger(__name__)
+
+PROBE_S = 5.0
+AGAIN_S = 5.0
+_LEDGER_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+
+
+class OfThisProcess(Collector):
+    """What the process counts by itself, wherever it happens."""
+
+    def collect(self) -> Iterator[Metric]:
+        tasks = CounterMetricFamily(
+            "drover_task_failures", "Exceptions that ended a turn of a background task, or it", labels=("task",)
+        )
+        for name, count in list(failures.items()):
+            tasks.add_metric([name], count)
+        yield tasks
+        lost = "Log lines that could not be written: a full disk, or one that is too slow"
+        yield CounterMetricFamily("drover_log_lines_lost", lost, value=lost_lines())
+        reserve = "1: descriptors have run out, and those that are kept back are in use"
+        yield GaugeMetricFamily("drover_descriptor_reserve_used", reserve, value=int(descriptors.reserve.released))
+
+
+class LedgerProbe:
+    """How long the ledger takes for a small read, asked for every PROBE_S whatever else is asked of it."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        read: Callable[[], Awaitable[object]],
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read = read
+        self._clock_s = clock_s
+        self._took = Histogram(
+            "drover_ledger_read_seconds",
+            "A small read of ZooKeeper, or how long it was until that failed",
+            ("outcome",),
+            buckets=_LEDGER_S,
+            registry=registry,
+        )
+
+    async def look(self) -> None:
+        """One read. Raises nothing that the read raises: it is counted."""
+        began_s = self._clock_s()
+        try:
+            await self._read()
+        except Exception:
+            outcome = "FAILED"
+        else:
+            outcome = "OK"
+        self._took.labels(outcome).observe(self._clock_s() - began_s)
+
+
+async def serve(registry: CollectorRegistry, address: str, port: int) -> Exposition:
+    """A port that is in use costs the metrics and nothing else. The caller closes what it gets."""
+    exposition = Exposition(registry)
+    try:
+        await exposition.start(address, port)
+    except OSError as error:
+        log.error("metrics are not served", address=address, port=port, error=str(error))
+    return exposition
+
+
+async def serve_on(registry: CollectorRegistry, listen: str) -> None:
+    """At `host:port`, until cancelled. While the port is in use it is tried again every AGAIN_S: a process that was
+    restarted may find its predecessor there."""
+    host, port = split_address(listen)
+    told = False
+    while True:
+        exposition = Exposition(registry)
+        try:
+            await exposition.start(host, port)
+        except OSError as error:
+            if not told:
+                log.error("metrics are not served yet, trying again", listen=listen, error=str(error))
+            told = True
+            await asyncio.sleep(AGAIN_S)
+            continue
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await exposition.close()
