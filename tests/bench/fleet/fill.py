@@ -110,6 +110,7 @@ def _guest(number: int, hosts: int) -> list[Create]:
         Create(paths.guest_spec(guest), encode(guest_spec(number))),
         Create(paths.want_run(guest), encode(WantRun())),
         Create(paths.name(name), encode(guest)),
+        Create(f"{paths.host_guests(record.owner.host)}/{guest}", b""),
     ]
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import grpc.aio
 
 from deploy.lab.cluster import processes, ray_head, teardown
-from deploy.lab.cluster.layout import CLUSTER_VARIABLE, PART_VARIABLE, RAY_ADDRESS, Layout, Places
+from deploy.lab.cluster.layout import CLUSTER_VARIABLE, PART_VARIABLE, RAY_ADDRESS, Layout, Server
 from orchestrator.ledger import paths
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.rpc import channels
@@ -137,14 +137,9 @@ class Plane:
         self.layout = Layout.of(tempfile.mkdtemp(prefix="fb", dir=MEMORY if MEMORY.is_dir() else None))
         self.layout.check()
         self.layout.logs.mkdir()
-        self.zookeeper = ZooKeeperServer(self.layout.zookeeper, heap_mib=self.heap_mib)
-        self.places = Places(
-            "127.0.0.1",
-            None,
-            (),
-            zookeeper_port=self.zookeeper.port,
-            ray_port=free_port(RAY_ADDRESS),
-            ray_client_port=free_port(RAY_ADDRESS),
+        self.zookeeper = ZooKeeperServer(self.layout.dir / "zk", heap_mib=self.heap_mib)
+        self.seat = Server(
+            "coordinator", 0, "127.0.0.1", None, ray_port=free_port(RAY_ADDRESS), ray_client_port=free_port(RAY_ADDRESS)
         )
         self.store = ZooKeeperStore(self.zookeeper.hosts)
         self._keeping: asyncio.Task[None] | None = None
@@ -157,13 +152,14 @@ class Plane:
     ) -> subprocess.Popen[bytes]:
         """A part; its words go to `logs/<name>.log`."""
         marks = {CLUSTER_VARIABLE: str(self.layout.dir), PART_VARIABLE: name.partition("-")[0]}
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": None, **more}
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": None, "cwd": None, **more}
         with (self.layout.logs / f"{name}.log").open("ab") as sink:
             process: subprocess.Popen[bytes] = subprocess.Popen(
                 command,
                 stdin=options["stdin"],
                 stdout=options["stdout"] or sink,
                 stderr=sink,
+                cwd=options["cwd"],
                 env={**os.environ, **marks, **(environment or {})},
                 start_new_session=True,
             )
@@ -183,7 +179,7 @@ class Plane:
         ray_head.token(self.layout)
         config = {
             "zookeeper": self.zookeeper.hosts,
-            "ray_address": f"{RAY_ADDRESS}:{self.places.ray_port}",
+            "ray_address": f"{RAY_ADDRESS}:{self.seat.ray_port}",
             "ray_token_file": str(self.layout.ray_token),
             "limits": asdict(self.limits),
         }
@@ -202,8 +198,10 @@ class Plane:
     def _start_missing(self) -> None:
         if self._ended("ray"):
             teardown.kill_ray(self.layout)
-            ray_head.prepare(self.layout)
-            self.spawn("ray", ray_head.command(self.layout, self.places, 2), ray_head.environment(self.layout))
+            ray_head.prepare(self.layout, self.seat)
+            command = ray_head.command(self.layout, self.seat, 2)
+            # Actors give themselves titles: that they are of this bench is known by where the head was started.
+            self.spawn("ray", command, ray_head.environment(self.layout), cwd=self.layout.logs)
         if self._ended("api"):
             self.spawn("api", [sys.executable, "-m", "orchestrator.api", "--config", str(self.layout.api_json)])
         if self._ended("coordinator") and self._ray_listens():
@@ -214,7 +212,7 @@ class Plane:
         return name not in self.running or self.running[name].poll() is not None
 
     def _ray_listens(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection((RAY_ADDRESS, self.places.ray_port), 0.2):
+        with contextlib.suppress(OSError), socket.create_connection((RAY_ADDRESS, self.seat.ray_port), 0.2):
             return True
         return False
 
@@ -286,7 +284,7 @@ class Plane:
 
     def writes_since(self, before: Counted) -> Counter[str]:
         """What the quorum's writes since then were for."""
-        return txnlog.kinds_since(self.layout.zookeeper / "data", before.writes)
+        return txnlog.kinds_since(self.zookeeper.directory / "data", before.writes)
 
     def cpu_s(self) -> dict[str, float]:
         """Of each part until now. The coordinator is its actors and the process outside; `ray` is Ray itself."""
