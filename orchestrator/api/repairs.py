@@ -16,7 +16,7 @@ from orchestrator.core.agent import AgentStatus
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason, invalid
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.placement import HostInput
-from orchestrator.core.records import HostRecord, MigrationState
+from orchestrator.core.records import GuestSpec, HostRecord, MigrationState, WantRun
 from orchestrator.core.repair import Action, Examination, HostSeen, Known, Lost, Offer
 from orchestrator.core.text import handful, quoted
 from orchestrator.ledger import paths
@@ -63,8 +63,20 @@ class Repairs:
         return await self._look_for(name, caller)
 
     async def _look_at(self, uuid: str, caller: Caller) -> _Look:
-        read = await read_guest(self._tools.ledger, uuid)
-        return _Look(uuid, read.record.name, repair.examine(await self._known(read, caller)), read)
+        read, spec = await self._read(uuid)
+        return _Look(uuid, read.record.name, repair.examine(await self._known(read, spec, caller)), read)
+
+    async def _read(self, uuid: str) -> tuple[GuestRead, GuestSpec | None]:
+        """The guest, and its specification unless the ledger has lost that. Raises NOT_FOUND when it has no record."""
+        found = await self._tools.ledger.read_guest(uuid)
+        spec = await self._tools.ledger.read(GuestSpec, paths.guest_spec(uuid))
+        if found is None or spec is not None:
+            read = await read_guest(self._tools.ledger, uuid)
+            return read, read.spec
+        record, version, mzxid = found
+        want = await self._tools.ledger.read(WantRun, paths.want_run(uuid))
+        wish, wish_version = want if want is not None else (None, -1)
+        return GuestRead(uuid, record, version, mzxid, GuestSpec(record.name), wish, wish_version), None
 
     async def _look_for(self, name: str, caller: Caller) -> _Look:
         """A guest that the ledger does not know, as the live agents have it, each asked once within a bound."""
@@ -93,7 +105,7 @@ class Repairs:
         lost = Lost(uuid, called, seen, name_taken=bearer is not None and bearer[0] != uuid)
         return _Look(uuid, called, repair.examine_lost(lost), None)
 
-    async def _known(self, read: GuestRead, caller: Caller) -> Known:
+    async def _known(self, read: GuestRead, spec: GuestSpec | None, caller: Caller) -> Known:
         record = read.record
         names = {ref.host for ref in (record.owner, record.source, record.destination) if ref is not None}
         seen = await asyncio.gather(*(self._host(name, read, caller) for name in sorted(names)))
@@ -106,7 +118,7 @@ class Repairs:
         )
         return Known(
             record,
-            read.spec,
+            spec,
             want_run=read.want_run is None or read.want_run.run,
             migration=migration[0] if migration else None,
             hosts={one.host: one for one in seen},

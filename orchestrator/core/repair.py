@@ -87,7 +87,8 @@ class Known:
     """Everything that was asked for."""
 
     record: GuestRecord
-    spec: GuestSpec
+    spec: GuestSpec | None
+    """None: the ledger has lost it, while it has the record."""
     want_run: bool
     migration: MigrationState | None
     """Of the migration that the record names; None: it names none, or there is none."""
@@ -178,7 +179,12 @@ def _why_not_restored(lost: Lost, holders: list[str], running: list[str], unknow
 def _findings(known: Known) -> Sequence[str]:
     record = known.record
     said = [f"the ledger says {record.phase}, owner {record.owner.host} in power cycle {record.owner.boot_id}"]
-    if record.phase is Ownership.CRASHED:
+    if known.spec is None:
+        said.append(
+            "the ledger has lost its specification: it goes on where it is, but cannot be shown, moved or started "
+            "again before that is back (from a backup of the ledger)"
+        )
+    elif record.phase is Ownership.CRASHED:
         said.append(standing(record, known.spec))
     if record.migration and record.phase in (Ownership.OPEN, Ownership.ABORTED, Ownership.COMMITTED):
         of = f"attempt {record.attempt} of migration {record.migration}"

@@ -18,7 +18,7 @@ from orchestrator.core.records import GuestSpec, MigrationPhase, MigrationState
 from orchestrator.core.repair import Action, HostSeen, Known, Lost, examine, examine_lost, named
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode, encode
-from orchestrator.ledger.store import Create, Done, Op, SetData
+from orchestrator.ledger.store import Create, Delete, Done, Op, SetData
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from tests.fakes.api import ApiCluster, api_cluster
 from tests.fakes.coordination import MemoryStore
@@ -182,6 +182,23 @@ async def test_a_guest_that_never_started_is_buried(
     done = await api.call(client.repair_guest, "g", "bury")
     assert (now(store).phase, now(store).never_ran) == (Ownership.GONE, True)
     assert paths.name("g") not in store.tree.nodes
+    assert done.otherwise == "its life is over; its name is free"
+
+
+async def test_a_guest_whose_specification_is_lost_is_explained_and_what_is_safe_is_offered(
+    api: ApiCluster, client: OrchestratorClient, store: MemoryStore
+) -> None:
+    await put(store, STARTING)
+    spec = store.tree.nodes[paths.guest_spec("u1")]
+    assert isinstance(await store.multi([Delete(paths.guest_spec("u1"), spec.version)]), Done)
+    for name in ("g", "u1"):
+        looked = await api.call(client.repair_guest, name)
+        assert (looked.guest, looked.guest_uuid) == ("g", "u1")
+        assert any("lost its specification" in said for said in looked.findings)
+        assert any("STARTING, owner" in said for said in looked.findings)
+        assert [offer.action for offer in looked.offers] == ["bury"]
+    done = await api.call(client.repair_guest, "g", "bury")
+    assert now(store).phase is Ownership.GONE
     assert done.otherwise == "its life is over; its name is free"
 
 
