@@ -19,11 +19,11 @@ from typing import Any
 from agents.host.processes import Watched, spawned, tail_of
 from agents.shims.base import DestinationShim, InVmmDevices, ShimError, SourceShim
 from agents.shims.client import RemoteDestination, RemoteInside, RemoteSource, ShimClient
+from deploy.lab.devices.scenario import scenario_mapping
+from deploy.lab.devices.scenario_text import parse_scenario
 from orchestrator.core.errors import DroverError
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 from orchestrator.core.records import DeviceSpec, ShimKind
-from orchestrator.core.scenario import scenario_mapping
-from orchestrator.scenario_text import parse_scenario
 
 _START_S = 10.0
 _END_S = 2.0

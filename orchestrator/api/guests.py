@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import structlog
 
+from deploy.lab.devices.scenario import HOOKS, MAX_BYTES, MAX_TIMES
+from deploy.lab.devices.scenario_text import parse_scenario
 from orchestrator import wire
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
@@ -25,7 +27,6 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.placement import Choice, choose, need_for
 from orchestrator.core.records import GuestSpec, HostRecord, ShimKind, WantRun
-from orchestrator.core.scenario import HOOKS, MAX_BYTES, MAX_TIMES
 from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
 from orchestrator.ledger.births import birth_ops
@@ -33,7 +34,6 @@ from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.snapshot import HostEntry
 from orchestrator.ledger.store import Delete, Done, Op
 from orchestrator.rpc.agent_client import CALL_S, END_GUEST_S, START_GUEST_S, AgentClient
-from orchestrator.scenario_text import parse_scenario
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
 

@@ -13,10 +13,10 @@ from typing import Any, cast
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from deploy.lab.devices.scenario_text import MAX_TEXT
 from orchestrator.core.errors import invalid
 from orchestrator.core.guest import MAX_DEVICES, MAX_LABELS, MAX_PARAMETERS_BYTES
 from orchestrator.core.records import ShimKind
-from orchestrator.scenario_text import MAX_TEXT
 
 MAX_NAME = 253
 """Characters of any name or id. What kinds of names there are is judged later, with better words."""

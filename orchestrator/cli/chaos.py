@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
+from deploy.lab.devices.scenario import HOOKS
 from orchestrator.cli.context import Settings, complete_guest, pass_settings, remote
 from orchestrator.cli.policy_options import BYTES
-from orchestrator.core.scenario import HOOKS
 
 
 @click.group()

@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from orchestrator import scenario_text
+from deploy.lab.devices import scenario_text
 from orchestrator.cli import marked_yaml, units
 from orchestrator.cli.exits import CliError, Exit
 from orchestrator.cli.marked_yaml import Marked, Path, YamlError

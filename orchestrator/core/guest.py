@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from deploy.lab.devices.scenario import Scenario, outside_errors
 from orchestrator.core.policy import policy_errors
 from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, OnHostDeath, ShimKind
-from orchestrator.core.scenario import Scenario, outside_errors
 from orchestrator.core.text import quoted
 
 Problem = tuple[str, str]
@@ -36,7 +36,7 @@ def name_error(name: str) -> str:
 def guest_errors(spec: GuestSpec) -> list[Problem]:
     """Everything that is wrong with a specification; empty when it is sound.
 
-    Scenario texts are not looked at (they are YAML; see `orchestrator.scenario_text`).
+    Scenario texts are not looked at (they are YAML; see `deploy.lab.devices.scenario_text`).
     """
     bad: list[Problem] = []
     if wrong := name_error(spec.name):

@@ -34,11 +34,11 @@ from agents.engine.qemu import process
 from agents.engine.qemu.engine import QemuEngine, QemuVmm
 from deploy.lab.devices.device import Device, DeviceIdentity, DeviceSizes
 from deploy.lab.devices.qemu_acks import RETURN_PATH, SWITCHOVER_ACK
+from deploy.lab.devices.scenario import Scenario
 from deploy.lab.devices.vfio.endpoint import Endpoint, Entry, features_of
 from deploy.lab.devices.vfio.server import VfioServer
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
-from orchestrator.core.scenario import Scenario
 from orchestrator.core.switchover import AckMode
 from tests.contract.test_engine import image
 from tests.fakes import vfio_rig

@@ -13,7 +13,7 @@ from enum import StrEnum
 from hypothesis import strategies as st
 
 from deploy.lab.devices.qemu_acks import DeviceAccount, QemuStage, late_text
-from orchestrator.core.scenario import Ask, Call, Delay, Fault, Hook, Lack, Scenario
+from deploy.lab.devices.scenario import Ask, Call, Delay, Fault, Hook, Lack, Scenario
 from orchestrator.core.switchover import AckMode
 
 MAX_DEVICES = 4

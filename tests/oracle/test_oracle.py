@@ -32,8 +32,8 @@ from deploy.lab.devices.qemu_acks import (
     QemuStage,
     late_text,
 )
+from deploy.lab.devices.scenario import Ask, Call, Delay, Fault, Hook, Lack, Scenario
 from deploy.lab.devices.vfio.endpoint import Entry
-from orchestrator.core.scenario import Ask, Call, Delay, Fault, Hook, Lack, Scenario
 from orchestrator.core.switchover import AckMode
 from tests.fakes import vfio_rig
 from tests.oracle import trace, variants

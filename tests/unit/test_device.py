@@ -25,8 +25,8 @@ from deploy.lab.devices.device import (
     hash32,
     next_step,
 )
+from deploy.lab.devices.scenario import MAX_ENTRIES, Ask, Call, Delay, Fault, Hook, Scenario
 from orchestrator.core.errors import DroverError
-from orchestrator.core.scenario import MAX_ENTRIES, Ask, Call, Delay, Fault, Hook, Scenario
 
 S = DeviceState
 ALL = Feature.P2P | Feature.PRE_COPY

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deploy.lab.devices.scenario_text import parse_scenario
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.cli import guest_file
 from orchestrator.cli.guest_file import GuestFileError, load
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
 from orchestrator.core.record import known_fields
 from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind
-from orchestrator.scenario_text import parse_scenario
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "guest-file.md"
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.core.scenario import (
+from deploy.lab.devices.scenario import (
     FAULTY_CALLS,
     HOOKS,
     MAX_AFTER_MS,
@@ -30,7 +29,8 @@ from orchestrator.core.scenario import (
     scenario_from,
     scenario_mapping,
 )
-from orchestrator.scenario_text import format_scenario, parse_scenario
+from deploy.lab.devices.scenario_text import format_scenario, parse_scenario
+from orchestrator.core.errors import DroverError, RefusalReason
 
 TIMES = st.none() | st.integers(1, MAX_TIMES)
 SESSIONS = st.none() | st.integers(1, MAX_TIMES)

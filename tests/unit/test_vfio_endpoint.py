@@ -15,12 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agents.engine.qemu.verdict import late_devices
 from deploy.lab.devices.device import Device, DeviceIdentity, DeviceSizes, DeviceState, hash32
+from deploy.lab.devices.scenario_text import parse_scenario
 from deploy.lab.devices.vfio import layout
 from deploy.lab.devices.vfio.endpoint import NEVER, Answer, Endpoint, Entry, Question, features_of
 from deploy.lab.devices.vfio.layout import Kind, Register
 from deploy.lab.devices.vfio.log import MAX_LINES, Log
 from deploy.lab.devices.vfio.uapi import FeatureNumber, Ioctl, Operation
-from orchestrator.scenario_text import parse_scenario
 
 S = DeviceState
 RESULT, LOOK, STOP = "PRECOPY_INFO", "LAST_LOOK", "SET_STATE"

@@ -34,7 +34,7 @@ from deploy.lab.devices.device_state import (
     state_record,
     trailer_record,
 )
-from orchestrator.core.scenario import Ask, Call, Hook, Scenario
+from deploy.lab.devices.scenario import Ask, Call, Hook, Scenario
 
 __all__ = [
     "Device",

@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from deploy.lab.devices.device import Device, DeviceIdentity, DeviceSizes
+from deploy.lab.devices.scenario import scenario_from
 from deploy.lab.devices.server import DeviceServer, Hosted, log, now_s
 from deploy.lab.devices.vfio.endpoint import Endpoint, features_of
 from deploy.lab.devices.vfio.layout import FIRST_INDEX
 from deploy.lab.devices.vfio.log import Log
 from deploy.lab.devices.vfio.server import VfioServer
 from orchestrator import proc
-from orchestrator.core.scenario import scenario_from
 
 _WATCH_S = 1.0
 _STOP_S = 0.2

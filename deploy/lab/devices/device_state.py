@@ -20,8 +20,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b, shake_128
 from typing import Any, cast
 
-from orchestrator.core.errors import DroverError, invalid
-from orchestrator.core.scenario import (
+from deploy.lab.devices.scenario import (
     MAX_BYTES,
     MAX_ENTRIES,
     Ask,
@@ -33,6 +32,7 @@ from orchestrator.core.scenario import (
     scenario_mapping,
     used_from,
 )
+from orchestrator.core.errors import DroverError, invalid
 
 BLOCK_BYTES = 4096
 RUN_BLOCKS = 16

@@ -16,9 +16,9 @@ from typing import Any
 
 from agents.shims.inside import InVmmDevice
 from deploy.lab.devices.device import Device, DeviceError, DeviceState
+from deploy.lab.devices.scenario import Ask, Call, Hook, scenario_from, scenario_mapping
 from deploy.lab.devices.vfio.endpoint import Endpoint
 from orchestrator.core.errors import DroverError
-from orchestrator.core.scenario import Ask, Call, Hook, scenario_from, scenario_mapping
 
 _FRAME_BYTES = 256 << 10
 _DIRTY_PAUSE_S = 0.05

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 from grpc import StatusCode, aio
 
+from deploy.lab.devices.scenario import scenario_from
+from deploy.lab.devices.scenario_text import format_scenario
 from deploy.lab.devices.server import CallError, DeviceServer
-from orchestrator.core.scenario import scenario_from
 from orchestrator.rpc import channels
-from orchestrator.scenario_text import format_scenario
 from protos.drover.v1 import shim_pb2 as pb
 from protos.drover.v1.shim_pb2_grpc import ShimServiceServicer, add_ShimServiceServicer_to_server
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 from agents.shims.inside import ASKS, INITIAL_SENT, DeviceEvent, InVmmDevice
 from deploy.lab.devices.device import Device, DeviceError, DeviceState, Feature, next_step
+from deploy.lab.devices.scenario import Call, Hook, Lack, Scenario
 from deploy.lab.devices.vfio import layout, uapi
 from deploy.lab.devices.vfio.layout import Kind, Register
 from deploy.lab.devices.vfio.uapi import FeatureNumber, Ioctl, MigrationFlag, Operation
-from orchestrator.core.scenario import Call, Hook, Lack, Scenario
 
 NEVER = -1
 _MAX_EVENTS = 64

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
+from deploy.lab.devices.scenario import Scenario, scenario_from, scenario_mapping
 from orchestrator.core.errors import invalid
-from orchestrator.core.scenario import Scenario, scenario_from, scenario_mapping
 
 MAX_TEXT = 65_536
 
