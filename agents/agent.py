@@ -336,10 +336,12 @@ class Agent:
         if guest is not None:
             guest.wake()
 
-    async def inject_late_ack(self, uuid: str, device: str, at: str, times: int, bytes: int) -> str:
-        if not self._config.chaos:
-            raise DroverError(RefusalReason.CHAOS_DISABLED, f"{self.here.host} does not allow chaos")
-        return await self._known(uuid).inject_late_ack(device, at, times, bytes)
+    async def instruct(self, uuid: str, device: str, instruction: str) -> str:
+        """See `HostedGuest.instruct`. Raises INSTRUCTIONS_DISABLED as well."""
+        if not self._config.instructions:
+            said = f"{self.here.host} lets nobody instruct devices: `instructions` in its configuration allows it"
+            raise DroverError(RefusalReason.INSTRUCTIONS_DISABLED, said)
+        return await self._known(uuid).instruct(device, instruction)
 
     def status(self) -> AgentStatus:
         sample = self._sample()

@@ -73,7 +73,8 @@ class AgentConfig(BaseModel):
     """The command that holds the devices of one VMM (docs/shims.md); empty: no guest with devices runs here."""
     shims: dict[str, Path] = {}
     """Programs of this host that hold external devices: the name that guests use (`driver`) -> unix socket."""
-    chaos: bool = False
+    instructions: bool = False
+    """Whether devices may be instructed on request: a device that is told to misbehave does."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")

@@ -191,9 +191,8 @@ def device_to_proto(device: DeviceSpec) -> types_pb2.DeviceSpec:
         initial_bytes=device.initial_bytes,
         stop_copy_bytes=device.stop_copy_bytes,
         dirty_bytes_per_s=device.dirty_bytes_per_s,
-        scenario=device.scenario,
+        options=device.options,
         driver=device.driver,
-        parameters=device.parameters,
     )
 
 
@@ -204,7 +203,7 @@ def device_from_proto(message: types_pb2.DeviceSpec, *, field: str = "device") -
     given: dict[str, Any] = {name: getattr(message, name) for name in _DEVICE_SIZES if _is_set(message, name)}
     if message.dma:
         given["dma"] = message.dma
-    given |= {"scenario": message.scenario, "driver": message.driver, "parameters": message.parameters}
+    given |= {"options": dict(message.options), "driver": message.driver}
     return DeviceSpec(name=message.name, shim=shim, **given)
 
 

@@ -22,7 +22,7 @@ from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer
 from agents.handover.source import SourceState, restarted_source
 from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command
-from agents.shims.base import ShimError
+from agents.shims.base import OptionsRefused, ShimError
 from orchestrator.core.agent import (
     ConductOrder,
     PrepareOrder,
@@ -270,4 +270,6 @@ class Attempts:
 
 def reason_of(error: Exception) -> RefusalReason:
     """Of a copy that could not be made."""
+    if isinstance(error, OptionsRefused):  # the program of its source took them, this host's does not
+        return RefusalReason.DEVICE_NOT_MIGRATABLE
     return RefusalReason.IMAGE_NOT_FOUND if isinstance(error, engine.ImageNotFound) else RefusalReason.INTERNAL

@@ -10,10 +10,12 @@ import contextlib
 from dataclasses import dataclass
 
 from agents.guest.files import GuestFiles
-from agents.shims.base import DestinationShim, InVmmDevices, ShimError, SourceShim
+from agents.shims.base import DestinationShim, InVmmDevices, OptionsRefused, ShimError, SourceShim
 from agents.shims.companion import DeviceProcess
 from agents.shims.external import ExternalDevices
+from orchestrator.core.errors import DroverError, invalid
 from orchestrator.core.liveness import Liveness
+from orchestrator.core.records import GuestSpec
 
 
 @dataclass
@@ -59,13 +61,13 @@ class Devices:
                 await self.destroy()
                 raise
 
-    async def inject_late_ack(self, device: str, at: str, times: int, bytes: int) -> str:
-        """The scenario that is in force for the device afterwards. Raises ShimError."""
+    async def instruct(self, device: str, instruction: str) -> str:
+        """What the device's program says to it: see `ShimClient.instruct`. Raises ShimError."""
         if self.external is not None and device in self.external.source_shims():
-            return await self.external.inject_late_ack(device, at, times, bytes)
+            return await self.external.instruct(device, instruction)
         if self.process is None:
             raise ShimError(f"there is no device {device!r} here")
-        return await self.process.inject_late_ack(device, at, times, bytes)
+        return await self.process.instruct(device, instruction)
 
     async def destroy(self) -> None:
         """They are gone, with their files. Idempotent."""
@@ -78,6 +80,17 @@ class Devices:
         """Leave them to a later agent."""
         for held in filter(None, (self.process, self.external)):
             await held.detach()
+
+
+def options_refused(error: OptionsRefused, spec: GuestSpec) -> DroverError:
+    """INVALID_ARGUMENT for the options that a device's program did not take, each with its field of the request."""
+    numbers = {device.name: number for number, device in enumerate(spec.devices)}
+    return invalid(
+        [
+            (".".join(filter(None, (f"spec.devices[{numbers.get(one.device, 0)}].options", one.option))), str(one))
+            for one in error.wrong
+        ]
+    )
 
 
 async def launch(files: GuestFiles, inc: str, *, incoming: bool) -> Devices | None:

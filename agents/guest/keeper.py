@@ -18,13 +18,14 @@ from agents.engine import base as engine
 from agents.guest import copies as making
 from agents.guest import duty as keeping
 from agents.guest.attempts import Attempts, reason_of
+from agents.guest.devices import options_refused
 from agents.guest.duties import Duties
 from agents.guest.duty import Do, Duty
 from agents.guest.files import GuestFiles
 from agents.guest.held import HeldGuest, Untrusted
 from agents.guest.tools import Tools
 from agents.handover import preflight
-from agents.shims.base import ShimError
+from agents.shims.base import OptionsRefused, Refusal, ShimError
 from orchestrator.core import handover
 from orchestrator.core.agent import (
     GuestStatus,
@@ -150,6 +151,8 @@ class HostedGuest(HeldGuest):
                 raise
             if (full := preflight.no_room(error, self.tools.here.host, self.files.config.dir)) is not None:
                 raise full from error
+            if isinstance(error, OptionsRefused):
+                raise options_refused(error, self.files.spec) from error
             said = f"guest {self.name} did not start on {self.tools.here.host}: {error}"
             raise DroverError(reason_of(error), said) from error
 
@@ -209,23 +212,32 @@ class HostedGuest(HeldGuest):
 
     # --- source -------------------------------------------------------------------------------------------------------
 
-    # --- chaos --------------------------------------------------------------------------------------------------------
+    # --- devices ------------------------------------------------------------------------------------------------------
 
-    async def inject_late_ack(self, device: str, at: str, times: int, bytes: int) -> str:
-        """The scenario that is in force for the device afterwards."""
+    async def instruct(self, device: str, instruction: str) -> str:
+        """Tell a device something in its own program's words; what the program says to it.
+
+        Raises NOT_FOUND, INVALID_ARGUMENT when the program does not understand it, INSTRUCTION_REFUSED when the device
+        takes none, or not now; nothing has changed then.
+        """
         own = self.own()
         known = [known.name for known in (*self.files.outside, *self.files.in_vmm)]
         if own is None or own.devices is None or device not in known:
             names = ", ".join(known) or "none"
             raise DroverError(
                 RefusalReason.NOT_FOUND,
-                f"guest {self.name} has no device {device} here that could be told to; it has: {names}",
+                f"guest {self.name} has no device {device} here that could be instructed; it has: {names}",
                 field="device",
             )
         try:
-            return await own.devices.inject_late_ack(device, at, times, bytes)
+            return await own.devices.instruct(device, instruction)
         except ShimError as error:
-            raise DroverError(RefusalReason.INTERNAL, f"device {device} of guest {self.name}: {error}") from error
+            said = f"device {device} of guest {self.name}: {error}"
+            if error.refusal is Refusal.WRONG:
+                raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="instruction") from error
+            unwilling = error.refusal is Refusal.UNWILLING
+            reason = RefusalReason.INSTRUCTION_REFUSED if unwilling else RefusalReason.INTERNAL
+            raise DroverError(reason, said) from error
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 

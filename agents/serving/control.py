@@ -67,8 +67,6 @@ class AgentServicer(rpc.AgentServiceServicer):
         async for sample in self._agent.watch():
             yield wire.agent_sample_to_proto(sample)
 
-    async def InjectScenario(self, request: pb.InjectScenarioRequest, context: Any) -> pb.InjectScenarioResponse:
-        scenario = await self._agent.inject_late_ack(
-            request.guest_uuid, request.device, request.at, request.times, request.bytes
-        )
-        return pb.InjectScenarioResponse(scenario=scenario)
+    async def PassInstruction(self, request: pb.PassInstructionRequest, context: Any) -> pb.PassInstructionResponse:
+        answer = await self._agent.instruct(request.guest_uuid, request.device, request.instruction)
+        return pb.PassInstructionResponse(answer=answer)

@@ -1,6 +1,6 @@
 """The port to the device shims: one per device and per end of a migration.
 
-States are those of VFIO migration v2 (docs/scenario.md). A shim that takes part obeys assumption A9: no outward effect
+States are those of VFIO migration v2 (docs/shims.md). A shim that takes part obeys assumption A9: no outward effect
 and no interrupt after STOP_COPY, validation without side effects, nothing outward before activation. The device itself
 lives outside the VMM *and* outside the agent (a DPU; here a device process), so it survives a restart of the agent;
 `roll_back` and `reset` therefore have to be callable by an agent that never saw the session begin.
@@ -10,7 +10,7 @@ All calls are bounded and raise `ShimError`. All are idempotent.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -19,12 +19,44 @@ from agents.shims.inside import InVmmDevice
 from orchestrator.core.ids import AckRequest
 
 
-class ShimError(Exception):
-    """The device refused, failed or did not answer in time. `reset` tells whether it lost its state."""
+class Refusal(StrEnum):
+    """What a program that answered has against a call."""
 
-    def __init__(self, message: str, *, reset: bool = False) -> None:
+    WRONG = "wrong"
+    """What it was told is wrong, and will be the next time."""
+    UNWILLING = "unwilling"
+    """Not now, or not at all."""
+
+
+class ShimError(Exception):
+    """The device refused, failed or did not answer in time. `reset` tells whether it lost its state, `refusal` what its
+    program has against the call; None: it failed."""
+
+    def __init__(self, message: str, *, reset: bool = False, refusal: Refusal | None = None) -> None:
         super().__init__(message)
         self.reset = reset
+        self.refusal = refusal
+
+
+@dataclass(frozen=True, slots=True)
+class WrongOption:
+    """What a device's program has against one of the options of its specification."""
+
+    device: str
+    option: str
+    """Its name and what in it is wrong, such as `colours[2]`; empty: the program named none."""
+    message: str
+
+    def __str__(self) -> str:
+        return f"device {self.device}: {f'{self.option}: ' if self.option else ''}{self.message}"
+
+
+class OptionsRefused(ShimError):
+    """A device's program does not take the device's options: no device was made. There is at least one of `wrong`."""
+
+    def __init__(self, wrong: Sequence[WrongOption]) -> None:
+        super().__init__("; ".join(map(str, wrong)), refusal=Refusal.WRONG)
+        self.wrong = tuple(wrong)
 
 
 class FrameKind(StrEnum):
@@ -93,7 +125,7 @@ class SourceShim(Protocol):
         ...
 
     async def hook(self, name: str) -> None:
-        """The attempt reached a hook of the scenario (precopy, gate_open, freeze, final_query, after_check, ...)."""
+        """The attempt reached a point that devices may care about: see `ShimService.ReachHook`."""
         ...
 
     async def quiesce(self) -> FinalQuery:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ import structlog
 from google.protobuf.message import Message
 from grpc import StatusCode, aio
 
-from agents.shims.base import FinalQuery, Frame, FrameKind, Load, SendFrame, ShimError
+from agents.shims.base import FinalQuery, Frame, FrameKind, Load, Refusal, SendFrame, ShimError
 from agents.shims.inside import DeviceEvent, InVmmDevice
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.liveness import Liveness
@@ -48,6 +48,14 @@ MAX_STATE_BYTES = 1 << 20
 
 _BROKEN = (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)
 """The connection, not the program, ended the call: it is repeated."""
+
+MAX_ANSWER = 64 << 10
+"""Characters of what a program says to an instruction; the rest is cut off."""
+_REFUSALS = {
+    StatusCode.INVALID_ARGUMENT: Refusal.WRONG,
+    StatusCode.FAILED_PRECONDITION: Refusal.UNWILLING,
+    StatusCode.PERMISSION_DENIED: Refusal.UNWILLING,
+}
 
 _KINDS = {
     pb.STATE_KIND_PRECOPY: FrameKind.PRECOPY,
@@ -97,9 +105,10 @@ class ShimClient:
             if code is StatusCode.DEADLINE_EXCEEDED or loop.time() >= until:
                 raise ShimError(f"{who}: {name} was not answered in {timeout_s:g} s")
             if code is StatusCode.UNIMPLEMENTED:
-                raise ShimError(f"{who}: its program does not know {name}")
+                raise ShimError(f"{who}: its program does not know {name}", refusal=Refusal.UNWILLING)
             if code not in _BROKEN:
-                raise ShimError(said or f"{who}: {name} was refused: {code.name}", reset=code is StatusCode.DATA_LOSS)
+                said = said or f"{who}: {name} was refused: {code.name}"
+                raise ShimError(said, reset=code is StatusCode.DATA_LOSS, refusal=_REFUSALS.get(code))
             if self._tasks.closed or self._liveness() is Liveness.GONE:
                 raise ShimError(f"{who}: its device program is gone")
             await asyncio.sleep(_RECONNECT_S)
@@ -114,11 +123,9 @@ class ShimClient:
         if {(one.tag.guest_uuid, one.tag.inc) for one in found.devices} != {(self._guest, self._inc)}:
             raise ShimError(f"{self._path} belongs to another guest")
 
-    async def attach(self, device: str, parameters: str, *, incoming: bool) -> None:
+    async def attach(self, device: str, options: Mapping[str, str], *, incoming: bool) -> None:
         """See ShimService.AttachDevice. Raises ShimError."""
-        request = pb.AttachDeviceRequest(
-            tag=self.tag(device), call_id=_new_id(), incoming=incoming, parameters=parameters
-        )
+        request = pb.AttachDeviceRequest(tag=self.tag(device), call_id=_new_id(), incoming=incoming, options=options)
         await self.call(self.stub.AttachDevice, request, who=device)
 
     async def detach(self, device: str, timeout_s: float = CALL_S) -> None:
@@ -126,10 +133,14 @@ class ShimClient:
         request = pb.DetachDeviceRequest(tag=self.tag(device), call_id=_new_id())
         await self.call(self.stub.DetachDevice, request, who=device, timeout_s=timeout_s)
 
-    async def inject(self, device: str, at: str, times: int, bytes: int) -> str:
-        """See `DeviceProcess.inject_late_ack`. A device that cannot be scripted refuses."""
-        request = pb.InjectAckRequestsRequest(tag=self.tag(device), call_id=_new_id(), at=at, times=times, bytes=bytes)
-        return (await self.call(self.stub.InjectAckRequests, request, who=device)).scenario
+    async def instruct(self, device: str, instruction: str) -> str:
+        """Tell a device something in its program's own words; what the program says to it, up to MAX_ANSWER.
+
+        Raises ShimError. Its `refusal`: WRONG when the program does not understand it, UNWILLING when the device takes
+        no instructions, or not now; the device is as it was then.
+        """
+        request = pb.InstructRequest(tag=self.tag(device), call_id=_new_id(), instruction=instruction)
+        return (await self.call(self.stub.Instruct, request, who=device)).answer[:MAX_ANSWER]
 
     async def end(self, timeout_s: float) -> None:
         """The program ends. Raises ShimError: it did not say so."""

@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from agents.host.processes import Watched, spawned, tail_of
-from agents.shims.base import DestinationShim, InVmmDevices, ShimError, SourceShim
+from agents.shims.base import DestinationShim, InVmmDevices, OptionsRefused, ShimError, SourceShim, WrongOption
 from agents.shims.client import RemoteDestination, RemoteInside, RemoteSource, ShimClient
-from deploy.lab.devices.scenario import scenario_mapping
-from deploy.lab.devices.scenario_text import parse_scenario
-from orchestrator.core.errors import DroverError
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 from orchestrator.core.records import DeviceSpec, ShimKind
 
 _START_S = 10.0
 _END_S = 2.0
 _MAX_SOCKET_PATH = 107
+_REFUSED = b"r"
 READY_VARIABLE = "DROVER_READY_FD"
-"""Names the descriptor by which a device program says `p`: the VMM may connect, and `c`: it takes calls."""
+"""Names the descriptor by which a device program says `p`: the VMM may connect, and `c`: it takes calls; or, before
+it ends, `r` and what it has against the devices' options (docs/shims.md)."""
+_MAX_SAID = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,9 @@ class DeviceProcess:
         try:
             await waited_for
         except BaseException as error:
+            if isinstance(error, OptionsRefused):
+                await self.destroy()
+                raise
             words = tail_of(self.spec.path("devices.log"))
             await self.destroy()
             if isinstance(error, ShimError):
@@ -176,12 +179,9 @@ class DeviceProcess:
         """The devices inside the VMM; None when there are none."""
         return RemoteInside(self._client) if self.spec.in_vmm else None
 
-    async def inject_late_ack(self, device: str, at: str, times: int, bytes: int) -> str:
-        """Let the device ask for another ACK at a hook; returns the scenario that is now in force (YAML).
-
-        `bytes` is new initial data that comes with each request. Raises ShimError for an unknown device or hook.
-        """
-        return await self._client.inject(device, at, times, bytes)
+    async def instruct(self, device: str, instruction: str) -> str:
+        """See `ShimClient.instruct`."""
+        return await self._client.instruct(device, instruction)
 
     async def destroy(self) -> None:
         """End the process and remove its files; returns when it is gone. Idempotent.
@@ -223,12 +223,13 @@ class _Steps:
         self._said = b""
 
     async def reached(self, step: bytes) -> None:
-        """Raises ShimError when the process ended first, or in time did not come so far."""
+        """Raises OptionsRefused when the program does not take them, other ShimErrors when the process ended first, or
+        did not come so far in time."""
         loop, more = asyncio.get_running_loop(), asyncio.Event()
         loop.add_reader(self._read_fd, more.set)
         try:
             async with asyncio.timeout(_START_S):
-                while step not in self._said:
+                while step not in self._said.partition(_REFUSED)[0]:
                     await more.wait()
                     more.clear()
                     self._hear()
@@ -239,9 +240,10 @@ class _Steps:
 
     def _hear(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            said = os.read(self._read_fd, 16)
-            if not said:
-                raise ShimError("its device program is gone")
+            said = os.read(self._read_fd, 4096)
+            if not said or len(self._said) > _MAX_SAID:
+                _, refused, wrong = self._said.partition(_REFUSED)
+                raise OptionsRefused(_wrong_options(wrong)) if refused else ShimError("its device program is gone")
             self._said += said
 
     def close_write(self) -> None:
@@ -256,23 +258,29 @@ class _Steps:
         self._read_fd = self.write_fd = -1
 
 
+def _wrong_options(said: bytes) -> list[WrongOption]:
+    """Of what a program wrote after `r`: a JSON list of {device, option, message}. Raises ShimError."""
+    try:
+        found = [WrongOption(str(one["device"]), str(one["option"]), str(one["message"])) for one in json.loads(said)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShimError(f"it refused its devices' options in words that we do not know: {error}") from error
+    if not found:
+        raise ShimError("it refused its devices' options and did not say why")
+    return found
+
+
 def _description(spec: DevicesSpec, *, incoming: bool) -> bytes:
-    devices: list[dict[str, Any]] = []
-    for device in (*spec.companions, *spec.in_vmm):
-        try:
-            scenario = parse_scenario(device.scenario, f"{device.name}.scenario")
-        except DroverError as error:
-            raise ShimError(str(error)) from None
-        devices.append(
-            {
-                "name": device.name,
-                "shim": device.shim.value,
-                "initial_bytes": device.initial_bytes,
-                "stop_copy_bytes": device.stop_copy_bytes,
-                "dirty_bytes_per_s": device.dirty_bytes_per_s,
-                "scenario": scenario_mapping(scenario),
-            }
-        )
+    devices: list[dict[str, Any]] = [
+        {
+            "name": device.name,
+            "shim": device.shim.value,
+            "initial_bytes": device.initial_bytes,
+            "stop_copy_bytes": device.stop_copy_bytes,
+            "dirty_bytes_per_s": device.dirty_bytes_per_s,
+            "options": device.options,
+        }
+        for device in (*spec.companions, *spec.in_vmm)
+    ]
     return json.dumps(
         {
             "guest": spec.guest,

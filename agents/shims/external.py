@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from agents.shims.base import DestinationShim, ShimError, SourceShim
+from agents.shims.base import DestinationShim, OptionsRefused, Refusal, ShimError, SourceShim, WrongOption
 from agents.shims.client import RemoteDestination, RemoteSource, ShimClient
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import DeviceSpec
@@ -40,10 +40,17 @@ class ExternalDevices:
         """Each program has its devices, newborn or waiting for a load. Raises ShimError; none has them then."""
         try:
             for device in self._devices:
-                client = self._clients[device.driver]
-                await client.attach(device.name, device.parameters, incoming=incoming)
+                await self._attach(device, incoming=incoming)
         except BaseException:
             await self.destroy()
+            raise
+
+    async def _attach(self, device: DeviceSpec, *, incoming: bool) -> None:
+        try:
+            await self._clients[device.driver].attach(device.name, device.options, incoming=incoming)
+        except ShimError as error:
+            if error.refusal is Refusal.WRONG:
+                raise OptionsRefused([WrongOption(device.name, "", str(error))]) from error
             raise
 
     def source_shims(self) -> dict[str, SourceShim]:
@@ -54,10 +61,10 @@ class ExternalDevices:
         """By device. For one attempt."""
         return {one.name: RemoteDestination(one.name, self._clients[one.driver]) for one in self._devices}
 
-    async def inject_late_ack(self, device: str, at: str, times: int, bytes: int) -> str:
-        """As `DeviceProcess.inject_late_ack`; programs whose devices cannot be scripted refuse."""
+    async def instruct(self, device: str, instruction: str) -> str:
+        """See `ShimClient.instruct`."""
         driver = next(one.driver for one in self._devices if one.name == device)
-        return await self._clients[driver].inject(device, at, times, bytes)
+        return await self._clients[driver].instruct(device, instruction)
 
     async def destroy(self) -> None:
         """No program holds anything of this copy. Idempotent.

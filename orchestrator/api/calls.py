@@ -31,7 +31,7 @@ class Tools:
     fleet: Fleet
     index: Index
     ledger: Ledger
-    chaos: bool = False
+    instructions: bool = False
     wall_s: Callable[[], float] = time.time
     """Only for stamps that people read."""
     ages: Ages = field(default_factory=Ages)

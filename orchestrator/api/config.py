@@ -19,8 +19,8 @@ class ApiConfig:
     zookeeper: str
     """host:port[,host:port...]"""
     chroot: str = paths.CHROOT
-    chaos: bool = False
-    """Whether devices may be made to misbehave on request."""
+    instructions: bool = False
+    """Whether devices may be instructed on request: a device that is told to misbehave does."""
     metrics_listen: str = ""
     """`host:port` to serve metrics at; empty: none are served."""
     log_level: str = "info"

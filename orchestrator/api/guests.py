@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import structlog
 
-from deploy.lab.devices.scenario import HOOKS, MAX_BYTES, MAX_TIMES
-from deploy.lab.devices.scenario_text import parse_scenario
 from orchestrator import wire
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
@@ -22,11 +20,11 @@ from orchestrator.core import handover
 from orchestrator.core.agent import RunState
 from orchestrator.core.compatibility import real_machine
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
-from orchestrator.core.guest import guest_errors, name_error, scenario_problems
+from orchestrator.core.guest import MAX_INSTRUCTION_BYTES, guest_errors, name_error
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.placement import Choice, choose, need_for
-from orchestrator.core.records import GuestSpec, HostRecord, ShimKind, WantRun
+from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, ShimKind, WantRun
 from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
 from orchestrator.ledger.births import birth_ops
@@ -283,30 +281,20 @@ class Guests:
             ops.append(Delete(path, named[1]))
         return isinstance(await write(self._tools, ops, caller), Done)
 
-    # --- chaos --------------------------------------------------------------------------------------------------------
+    # --- devices ------------------------------------------------------------------------------------------------------
 
-    async def inject_late_ack(self, request: pb.InjectLateAckRequest, caller: Caller) -> str:
-        """The scenario then in force for the device, as YAML."""
-        if not self._tools.chaos:
-            said = 'this cluster does not allow chaos: start it with "chaos" set to allow it'
-            raise DroverError(RefusalReason.CHAOS_DISABLED, said)
-        check_injection(request)
+    async def instruct(self, request: pb.InstructDeviceRequest, caller: Caller) -> str:
+        """What the device's program says to it."""
+        if not self._tools.instructions:
+            said = 'this cluster lets nobody instruct devices: "instructions" in the configuration allows it'
+            raise DroverError(RefusalReason.INSTRUCTIONS_DISABLED, said)
+        check_instruction(request)
         read = await self.read(await self.uuid_of(request.guest, field="guest"))
         decisions.need_alive(read.record)
-        device = next((each for each in read.spec.devices if each.name == request.device), None)
-        if device is None or device.shim not in _SCRIPTED:
-            known = ", ".join(each.name for each in read.spec.devices if each.shim in _SCRIPTED) or "none"
-            said = f"guest {read.record.name} has no companion or vfio device {quoted(request.device)}; it has {known}"
-            raise DroverError(RefusalReason.NOT_FOUND, said, field="device")
+        need_device(read.spec, request.device)
         agent = await self._agent(read.record.owner.host)
-        log.warning("chaos", guest=read.record.name, device=request.device, hook=request.at, times=request.times)
-        return await agent.inject_late_ack(
-            read.uuid, request.device, request.at, request.times or 1, request.bytes, caller.remaining_s(CALL_S)
-        )
-
-
-_SCRIPTED = (ShimKind.COMPANION, ShimKind.VFIO)
-"""Devices that can be told to ask for another ACK."""
+        log.warning("device instructed", guest=read.record.name, device=request.device, by=caller.by)
+        return await agent.pass_instruction(read.uuid, request.device, request.instruction, caller.remaining_s(CALL_S))
 
 
 # --- pure parts -------------------------------------------------------------------------------------------------------
@@ -326,14 +314,6 @@ def checked(request: pb.CreateGuestRequest) -> GuestSpec:
     except DroverError as error:
         raise invalid([*bad, *error.violations]) from error
     bad += [(f"spec.{field}", said) for field, said in guest_errors(spec)]
-    for index, device in enumerate(spec.devices):
-        where = f"spec.devices[{index}].scenario"
-        try:
-            scenario = parse_scenario(device.scenario, where)
-        except DroverError as error:
-            bad += error.violations
-        else:
-            bad += [(f"{where}.{field}", said) for field, said in scenario_problems(device.shim, scenario)]
     if bad:
         raise invalid(bad)
     return spec
@@ -367,16 +347,27 @@ def _not_ended(record: GuestRecord) -> DroverError:
     return DroverError(RefusalReason.GUEST_IS_MIGRATING, said, details={"ownership": record.phase})
 
 
-def check_injection(request: pb.InjectLateAckRequest) -> None:
+def check_instruction(request: pb.InstructDeviceRequest) -> None:
     """Raises INVALID_ARGUMENT with everything that is wrong with the request by itself."""
     bad: list[tuple[str, str]] = []
     if said := name_error(request.guest):
         bad.append(("guest", said))
-    if request.at not in HOOKS:
-        bad.append(("at", f"must be one of {', '.join(HOOKS)}, not {quoted(request.at)}"))
-    if not 0 <= request.times <= MAX_TIMES:
-        bad.append(("times", f"must be between 1 and {MAX_TIMES}, not {request.times}"))
-    if not 0 <= request.bytes <= MAX_BYTES:
-        bad.append(("bytes", f"must be between 0 and {MAX_BYTES}, not {request.bytes}"))
+    if not request.instruction.strip():
+        bad.append(("instruction", "is missing: say what the device is to do, in its program's words"))
+    elif (size := len(request.instruction.encode())) > MAX_INSTRUCTION_BYTES:
+        bad.append(("instruction", f"at most {MAX_INSTRUCTION_BYTES} bytes, not {size}"))
     if bad:
         raise invalid(bad)
+
+
+def need_device(spec: GuestSpec, name: str) -> DeviceSpec:
+    """The guest's device. Raises NOT_FOUND, or INSTRUCTION_REFUSED for one that no program holds."""
+    device = next((each for each in spec.devices if each.name == name), None)
+    if device is None:
+        known = ", ".join(each.name for each in spec.devices) or "none"
+        said = f"guest {spec.name} has no device {quoted(name)}; it has {known}"
+        raise DroverError(RefusalReason.NOT_FOUND, said, field="device")
+    if device.shim is ShimKind.NET:
+        said = f"device {name} of guest {spec.name} is a {device.shim.value} device: it takes no instructions"
+        raise DroverError(RefusalReason.INSTRUCTION_REFUSED, said, field="device")
+    return device

@@ -13,9 +13,8 @@ from typing import Any, cast
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from deploy.lab.devices.scenario_text import MAX_TEXT
 from orchestrator.core.errors import invalid
-from orchestrator.core.guest import MAX_DEVICES, MAX_LABELS, MAX_PARAMETERS_BYTES
+from orchestrator.core.guest import MAX_DEVICES, MAX_INSTRUCTION_BYTES, MAX_LABELS, MAX_OPTIONS, MAX_OPTIONS_BYTES
 from orchestrator.core.records import ShimKind
 
 MAX_NAME = 253
@@ -25,11 +24,12 @@ MAX_REASON = 1_024
 
 BOUNDS: dict[str, int] = {
     "CordonHostRequest.reason": MAX_REASON,
-    "DeviceSpec.scenario": MAX_TEXT,
-    "DeviceSpec.parameters": MAX_PARAMETERS_BYTES,
+    "DeviceSpec.options": MAX_OPTIONS,
+    "DeviceSpec.OptionsEntry.value": MAX_OPTIONS_BYTES,
     "GuestSpec.devices": MAX_DEVICES * len(ShimKind),
     "GuestSpec.labels": MAX_LABELS,
     "GuestSpec.LabelsEntry.value": 253,
+    "InstructDeviceRequest.instruction": MAX_INSTRUCTION_BYTES,
     "WatchEvacuationsRequest.names": MAX_WATCHED,
     "WatchGuestsRequest.names": MAX_WATCHED,
     "WatchMigrationsRequest.names": MAX_WATCHED,

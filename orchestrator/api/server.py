@@ -47,7 +47,7 @@ class ApiServer:
             fleet=Fleet(store, agents),
             index=Index(store),
             ledger=Ledger(store),
-            chaos=config.chaos,
+            instructions=config.instructions,
         )
         self.servicer = OrchestratorServicer(self.tools)
         self.metrics = ApiMetrics(registry or CollectorRegistry(), store, lambda: self.servicer.streams_open)

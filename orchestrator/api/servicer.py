@@ -198,9 +198,9 @@ class OrchestratorServicer(OrchestratorServiceServicer):
                 async for evacuation in evacuations:
                     yield pb.WatchEvacuationsResponse(evacuation=evacuation)
 
-    # --- chaos --------------------------------------------------------------------------------------------------------
+    # --- devices ------------------------------------------------------------------------------------------------------
 
-    async def InjectLateAck(self, request: pb.InjectLateAckRequest, context: Any) -> pb.InjectLateAckResponse:
+    async def InstructDevice(self, request: pb.InstructDeviceRequest, context: Any) -> pb.InstructDeviceResponse:
         with about(guest=request.guest):
-            scenario = await self._guests.inject_late_ack(request, _caller(context))
-        return pb.InjectLateAckResponse(scenario=scenario)
+            answer = await self._guests.instruct(request, _caller(context))
+        return pb.InstructDeviceResponse(answer=answer)

@@ -81,7 +81,7 @@ _HINTS = {
     RefusalReason.NO_CAPACITY: "`drover host list` shows the free memory",
     RefusalReason.ALREADY_COMMITTED: "it cannot be cancelled any more: the guest belongs to the destination",
     RefusalReason.IMAGE_NOT_FOUND: "put it into the `images` directory of that host's agent, or name another --host",
-    RefusalReason.CHAOS_DISABLED: "start the cluster with `drover up --chaos`",
+    RefusalReason.INSTRUCTIONS_DISABLED: "`instructions` in the configuration of API and agents allows them",
     RefusalReason.REQUEST_ID_REUSED: "use a new --request-id for another request",
     RefusalReason.HOST_ALIVE: "a host that lives is cordoned and evacuated; `drover host show` says how it is",
     RefusalReason.FENCER_REQUIRED: "configure one (docs/fencing.md), or see that its power is off and say --i-am-sure",

@@ -216,6 +216,10 @@ def _facts(each: Guest) -> Iterable[tuple[str, Cell]]:
     yield "labels", ", ".join(f"{key}={value}" for key, value in sorted(spec.labels.items()))
 
 
+def _options(device: DeviceSpec) -> str:
+    return ", ".join(f"{name}={' '.join(value.split())}" for name, value in sorted(device.options.items()))
+
+
 def _device_columns() -> list[Column[DeviceSpec]]:
     from orchestrator import wire
 
@@ -226,7 +230,7 @@ def _device_columns() -> list[Column[DeviceSpec]]:
         Column("INITIAL", lambda device: units.size(device.initial_bytes), right=True),
         Column("STOP-COPY", lambda device: units.size(device.stop_copy_bytes), right=True),
         Column("DIRTIES", lambda device: f"{units.size(device.dirty_bytes_per_s)}/s", right=True),
-        Column("SCENARIO", lambda device: " ".join(device.scenario.split()), elastic=True, optional=True, rank=1),
+        Column("OPTIONS", _options, elastic=True, optional=True, rank=1),
     ]
 
 
@@ -284,3 +288,22 @@ def stop(settings: Settings, guest: str) -> None:
         settings.printer.document(wire.to_json(each))
     else:
         settings.printer.show(f"{each.name or guest} has ended")
+
+
+@guest.command()
+@guest_argument
+@click.argument("device")
+@click.argument("instruction")
+@remote
+@pass_settings
+def instruct(settings: Settings, guest: str, device: str, instruction: str) -> None:
+    """Tell DEVICE of GUEST something in the words of the device's own program, where the cluster allows it.
+
+    Prints what the program says to it. A device that takes no instructions, or not now, refuses and stays as it is.
+    """
+    with settings.client() as client:
+        answer = client.instruct_device(guest, device, instruction)
+    if settings.printer.machine:
+        settings.printer.document({"guest": guest, "device": device, "answer": answer})
+    else:
+        settings.printer.show(answer.rstrip() or "done")

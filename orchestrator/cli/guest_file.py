@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, Protocol, cast, get_type_hints
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -28,12 +27,10 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from deploy.lab.devices import scenario_text
 from orchestrator.cli import marked_yaml, units
 from orchestrator.cli.exits import CliError, Exit
 from orchestrator.cli.marked_yaml import Marked, Path, YamlError
-from orchestrator.core.errors import DroverError
-from orchestrator.core.guest import guest_errors, scenario_problems
+from orchestrator.core.guest import guest_errors
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
 from orchestrator.core.record import known_fields
 from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, OnHostDeath, ShimKind
@@ -83,6 +80,16 @@ _Bytes = Annotated[int, _size(units.parse_bytes)]
 _Text = Annotated[str, Field(max_length=4096)]
 
 
+def _as_text(value: Any) -> Any:
+    """Options are text to whoever reads them: what YAML takes for a number or a truth value is written out again."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int | float) else value
+
+
+_Option = Annotated[str, BeforeValidator(_as_text)]
+
+
 class Model(BaseModel):
     """A mapping of a guest file: unknown keys and values of another kind are refused."""
 
@@ -118,13 +125,11 @@ class _Device(Model):
     stop_copy_bytes: _Bytes = 0
     dirty_bytes_per_s: _Bytes = 0
     driver: _Text = ""
-    parameters: _Text = ""
-    scenario: _Text | dict[str, Any] = ""
-    """A mapping, or the name of a file beside the guest file."""
+    options: dict[str, _Option] = Field(default_factory=dict[str, str])
 
-    def spec(self, scenario: str) -> DeviceSpec:
-        given = self.model_dump(exclude={"shim", "scenario"}, exclude_unset=True)
-        return DeviceSpec(**given, shim=ShimKind(self.shim), scenario=scenario)
+    def spec(self) -> DeviceSpec:
+        given = self.model_dump(include=set(_Device.model_fields) - {"shim"}, exclude_unset=True)
+        return DeviceSpec(**given, shim=ShimKind(self.shim))
 
 
 class _Guest(Model):
@@ -146,7 +151,7 @@ class _Guest(Model):
             raise ValueError("must be a mapping with at least a name, such as {name: web-1, memory: 64MiB}")
         return cast("dict[str, Any]", value)
 
-    def spec(self, scenarios: Sequence[str]) -> GuestSpec:
+    def spec(self) -> GuestSpec:
         given = self.model_dump(include={"name", "vcpus", "machine", "labels"}, exclude_unset=True)
         if "memory" in self.model_fields_set:
             given["memory_mib"] = self.memory
@@ -156,7 +161,7 @@ class _Guest(Model):
         return GuestSpec(
             **given,
             boot=Boot(**self.boot.model_dump(exclude_unset=True)),
-            devices=tuple(device.spec(scenario) for device, scenario in zip(self.devices, scenarios, strict=True)),
+            devices=tuple(device.spec() for device in self.devices),
             policy=MigrationPolicy(**policy),
             on_host_death=OnHostDeath(self.on_host_death),
         )
@@ -179,12 +184,28 @@ class Key(Protocol):
         ...
 
 
+class DeviceKey(Protocol):
+    """A key of a device that another package adds: an entry point of the same group, named `devices.` and the key."""
+
+    def apply(self, device: DeviceSpec, given: Any, beside: FilePath) -> tuple[DeviceSpec, Sequence[tuple[str, str]]]:
+        """The device with what the key means, as a rule an option, and what is wrong: a place in `given`, such as
+        `asks[0].at` or nothing, and a sentence.
+
+        `given` is whatever YAML made of the value; `beside`: the guest file's directory. May read files there.
+        """
+        ...
+
+
+_OF_DEVICES = "devices."
+
+
 @cache
-def added_keys() -> Mapping[str, Key]:
+def _added() -> Mapping[str, Any]:
     """Of the installed packages; a key of our own cannot be taken. Raises CliError when one cannot be loaded."""
-    found: dict[str, Key] = {}
+    found: dict[str, Any] = {}
+    ours = {*_Guest.model_fields, *(f"{_OF_DEVICES}{name}" for name in _Device.model_fields)}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
-        if entry.name in _Guest.model_fields:
+        if entry.name in ours:
             continue
         try:
             found[entry.name] = entry.load()()
@@ -197,8 +218,28 @@ def added_keys() -> Mapping[str, Key]:
 
 
 @cache
+def added_keys() -> Mapping[str, Key]:
+    """Keys of a guest that the installed packages add. Raises CliError when one cannot be loaded."""
+    return {name: key for name, key in _added().items() if not name.startswith(_OF_DEVICES)}
+
+
+@cache
+def added_device_keys() -> Mapping[str, DeviceKey]:
+    """Keys of a device that the installed packages add. Raises CliError when one cannot be loaded."""
+    return {name.removeprefix(_OF_DEVICES): key for name, key in _added().items() if name.startswith(_OF_DEVICES)}
+
+
+@cache
+def _device_model() -> type[_Device]:
+    added: dict[str, Any] = dict.fromkeys(added_device_keys(), (Any, None))
+    return create_model("Device", __base__=_Device, **added)
+
+
+@cache
 def _guest_model() -> type[_Guest]:
     added: dict[str, Any] = {name: (Annotated[Model, _as(key.model)], Model()) for name, key in added_keys().items()}
+    devices: Any = list[_device_model()]
+    added["devices"] = (devices, Field(default_factory=list[_Device]))
     return create_model("Guest", __base__=_Guest, **added)
 
 
@@ -208,7 +249,7 @@ def _guest_model() -> type[_Guest]:
 def load(files: Iterable[tuple[str, str]]) -> list[GuestSpec]:
     """Guests of several files, each given as its name and its text, in the order in which they stand there.
 
-    Scenario files are looked for beside the guest file. Raises GuestFileError with everything that is wrong.
+    What their keys name is looked for beside the guest file. Raises GuestFileError with everything that is wrong.
     """
     problems: list[Problem] = []
     specs: list[GuestSpec] = []
@@ -308,11 +349,7 @@ class _FileReader:
             for place, message in _told(error):
                 wrong(place, message)
             return []
-        scenarios = [
-            self._scenario(device, lambda below, said, index=index: wrong(("devices", index, "scenario", *below), said))
-            for index, device in enumerate(guest.devices)
-        ]
-        spec, added = self._with_added(guest, guest.spec(scenarios))
+        spec, added = self._with_added(guest, self._with_device_keys(guest, wrong))
         for field, message in (*guest_errors(spec), *added):
             place = _parsed("memory" + field[10:] if field.startswith("memory_mib") else field)
             wrong(place, message)
@@ -330,33 +367,18 @@ class _FileReader:
                 wrong += problems
         return spec, wrong
 
-    def _scenario(self, device: _Device, wrong: Callable[[Path, str], None]) -> str:
-        """Its YAML text; empty when there is none, or a wrong one."""
-        if not device.scenario:
-            return ""
-        prefix = ""
-        if isinstance(device.scenario, str):
-            path = FilePath(self.name).parent / device.scenario
-            try:
-                text = path.read_text()
-            except (OSError, ValueError) as error:
-                said = getattr(error, "strerror", None) or error
-                wrong((), f"cannot read {path}: {said}; write the name of a scenario file, or the scenario itself")
-                return ""
-            prefix = f"{path}: "
-        else:
-            text = yaml.safe_dump(device.scenario, sort_keys=False, allow_unicode=True)
-        try:
-            problems = scenario_problems(ShimKind(device.shim), scenario_text.parse_scenario(text))
-        except DroverError as error:
-            problems = error.violations or (("", error.message),)
-        for field, message in problems:
-            inside = "" if field == "scenario" else field
-            if prefix:
-                wrong((), f"{prefix}{inside}{': ' if inside else ''}{message}")
-            else:
-                wrong(_parsed(inside), message)
-        return "" if problems else text
+    def _with_device_keys(self, guest: _Guest, wrong: Callable[[Path, str], None]) -> GuestSpec:
+        """The guest with what keys of other packages make of its devices."""
+        spec = guest.spec()
+        devices = list(spec.devices)
+        for index, model in enumerate(guest.devices):
+            for name, key in added_device_keys().items():
+                if name not in model.model_fields_set:
+                    continue
+                devices[index], problems = key.apply(devices[index], getattr(model, name), FilePath(self.name).parent)
+                for field, message in problems:
+                    wrong(("devices", index, name, *_parsed(field)), message)
+        return replace(spec, devices=tuple(devices))
 
 
 def _merged(defaults: Marked, own: Marked) -> Marked:
@@ -422,8 +444,6 @@ _WANTED = {
 def _sentence(details: ErrorDetails, path: Path) -> str:
     kind, given = details["type"], details["input"]
     context = details.get("ctx", {})
-    if path[-1:] == ("scenario",):
-        return f"must be a scenario, or the name of a scenario file, not {_short(given)}"
     match kind:
         case "missing":
             return "is missing"
@@ -453,7 +473,7 @@ def _keys(path: Path) -> list[str]:
         **{(name,): key.model for name, key in added_keys().items()},
         ("boot",): _Boot,
         ("policy",): _Policy,
-        ("devices",): _Device,
+        ("devices",): _device_model(),
     }
     return list(models.get(path[:1], _guest_model()).model_fields)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from orchestrator.cli import chaos, evacuation, explain, guest, health, host, migration, repair
+from orchestrator.cli import evacuation, explain, guest, health, host, migration, repair
 from orchestrator.cli.context import api_option, dir_option
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.exits import explain as told
@@ -26,7 +26,6 @@ class _Root(OpenGroup):
     sections = (
         ("Hosts and guests", ("host", "guest", "health")),
         ("Moving guests", ("migrate", "migration", "explain", "evacuate", "evacuation")),
-        ("Trying it out", ("chaos",)),
     )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -66,7 +65,6 @@ for command in (
     evacuation.evacuation,
     repair.repair,
     health.health,
-    chaos.chaos,
 ):
     root.add_command(command)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from deploy.lab.devices.scenario import Scenario, outside_errors
 from orchestrator.core.policy import policy_errors
 from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, OnHostDeath, ShimKind
 from orchestrator.core.text import quoted
@@ -18,9 +17,13 @@ MAX_LABELS = 64
 MAX_APPEND_BYTES = 2047
 """What an x86 kernel takes of its command line."""
 MAX_DEVICE_BYTES = 1 << 30
-MAX_PARAMETERS_BYTES = 4 << 10
+MAX_OPTIONS = 32
+MAX_OPTIONS_BYTES = 16 << 10
+"""Names and values of all options of one device."""
+MAX_INSTRUCTION_BYTES = 4 << 10
 
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_OPTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_./-]{0,61}[A-Za-z0-9])?")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _PLACEHOLDER = re.compile(r"\$\{[^}]*\}?")
@@ -36,7 +39,7 @@ def name_error(name: str) -> str:
 def guest_errors(spec: GuestSpec) -> list[Problem]:
     """Everything that is wrong with a specification; empty when it is sound.
 
-    Scenario texts are not looked at (they are YAML; see `deploy.lab.devices.scenario_text`).
+    What a device's options say is not looked at: that is for the device's own program.
     """
     bad: list[Problem] = []
     if wrong := name_error(spec.name):
@@ -125,26 +128,32 @@ def _device(device: DeviceSpec) -> list[Problem]:
     bad += _range("initial_bytes", device.initial_bytes, 0, MAX_DEVICE_BYTES, "bytes")
     bad += _range("stop_copy_bytes", device.stop_copy_bytes, 0, MAX_DEVICE_BYTES, "bytes")
     bad += _range("dirty_bytes_per_s", device.dirty_bytes_per_s, 0, MAX_DEVICE_BYTES, "bytes/s")
-    if device.shim in (ShimKind.NET, ShimKind.EXTERNAL) and device.scenario:
-        bad.append(("scenario", f"only companion and vfio devices follow a scenario, not {device.shim.value}"))
+    return [*bad, *_options(device)]
+
+
+def _options(device: DeviceSpec) -> list[Problem]:
+    """Of their form and size; their meaning is judged by the device's own program."""
+    if device.shim is ShimKind.NET and device.options:
+        return [("options", "a net device has no program that options could be for")]
+    bad: list[Problem] = []
+    if len(device.options) > MAX_OPTIONS:
+        bad.append(("options", f"at most {MAX_OPTIONS} options, not {len(device.options)}"))
+    for name in device.options:
+        if not _OPTION.fullmatch(name):
+            said = "a name is 1 to 63 letters, digits, '.', '-' and '_', with a letter or digit at both ends"
+            bad.append((f"options[{quoted(name, 80)}]", said))
+    size = sum(len(f"{name}{value}".encode(errors="replace")) for name, value in device.options.items())
+    if size > MAX_OPTIONS_BYTES:
+        bad.append(("options", f"at most {MAX_OPTIONS_BYTES} bytes of names and values, not {size}"))
     return bad
 
 
 def _external(device: DeviceSpec) -> list[Problem]:
     if device.shim is not ShimKind.EXTERNAL:
-        given = [name for name in ("driver", "parameters") if getattr(device, name)]
-        return [(name, f"only external devices have it, not {device.shim.value}") for name in given]
-    bad: list[Problem] = []
+        return [("driver", f"only external devices have it, not {device.shim.value}")] if device.driver else []
     if wrong := name_error(device.driver):
-        bad.append(("driver", f"names the hosts' program for the device and {wrong}"))
-    if (size := len(device.parameters.encode())) > MAX_PARAMETERS_BYTES:
-        bad.append(("parameters", f"at most {MAX_PARAMETERS_BYTES} bytes, not {size}"))
-    return bad
-
-
-def scenario_problems(shim: ShimKind, scenario: Scenario) -> list[Problem]:
-    """What a scenario asks of a device that only another kind of device can do."""
-    return outside_errors(scenario) if shim is not ShimKind.VFIO else []
+        return [("driver", f"names the hosts' program for the device and {wrong}")]
+    return []
 
 
 def _labels(labels: dict[str, str]) -> list[Problem]:

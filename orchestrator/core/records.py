@@ -35,12 +35,10 @@ class DeviceSpec(Record):
     initial_bytes: int = 65_536
     stop_copy_bytes: int = 16_384
     dirty_bytes_per_s: int = 0
-    scenario: str = ""
-    """YAML text of the scenario (docs/scenario.md); empty: a well-behaved device."""
+    options: dict[str, str] = field(default_factory=dict[str, str])
+    """For the device's own program, which alone judges them: opaque to Drover."""
     driver: str = ""
     """Of an external device: which program holds it, by the name that hosts have for it."""
-    parameters: str = ""
-    """Of an external device: for its program, opaque to Drover."""
 
 
 @dataclass(frozen=True, slots=True)

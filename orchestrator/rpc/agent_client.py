@@ -143,12 +143,10 @@ class AgentClient:
             with contextlib.suppress(Exception):
                 stream.cancel()
 
-    async def inject_late_ack(
-        self, guest: str, device: str, at: str, times: int = 1, bytes: int = 0, timeout_s: float = CALL_S
-    ) -> str:
-        """Make a device of a guest ask for a late ACK at a hook, so often. The scenario now in force, as YAML."""
-        request = pb.InjectScenarioRequest(guest_uuid=guest, device=device, at=at, times=times, bytes=bytes)
-        return (await self._call(self._stub.InjectScenario, request, timeout_s)).scenario
+    async def pass_instruction(self, guest: str, device: str, instruction: str, timeout_s: float = CALL_S) -> str:
+        """Tell a device of a guest something in its own program's words; what the program says to it."""
+        request = pb.PassInstructionRequest(guest_uuid=guest, device=device, instruction=instruction)
+        return (await self._call(self._stub.PassInstruction, request, timeout_s)).answer
 
 
 class AgentClients:

@@ -280,14 +280,12 @@ class OrchestratorClient:
         for answer in self._watch(self._stub.WatchEvacuations, pb.WatchEvacuationsRequest(names=names)):
             yield answer.evacuation
 
-    # --- chaos --------------------------------------------------------------------------------------------------------
+    # --- devices ------------------------------------------------------------------------------------------------------
 
-    def inject_late_ack(self, guest: str, device: str, at: str, times: int = 1, bytes: int = 0) -> str:
-        """Make a device ask for late ACKs at a hook (docs/scenario.md). The scenario now in force, as YAML."""
-        _fits("times", times, 31)
-        _fits("bytes", bytes, 63)
-        request = pb.InjectLateAckRequest(guest=guest, device=device, at=at, times=times, bytes=bytes)
-        return self._call(self._stub.InjectLateAck, request).scenario
+    def instruct_device(self, guest: str, device: str, instruction: str) -> str:
+        """Tell a device something in its own program's words; what the program says to it (docs/shims.md)."""
+        request = pb.InstructDeviceRequest(guest=guest, device=device, instruction=instruction)
+        return self._call(self._stub.InstructDevice, request).answer
 
     # --- watches ------------------------------------------------------------------------------------------------------
 

@@ -128,7 +128,7 @@ def _api(config: LocalConfig, layout: Layout, places: Places, server: Server) ->
         "listen": [f"unix:{layout.api_socket_of(server)}", f"{server.address}:{places.api_port}"],
         "zookeeper": places.zookeeper,
         "chroot": paths.CHROOT,
-        "chaos": config.chaos,
+        "instructions": config.chaos,
         "metrics_listen": join_address(server.address, places.api_metrics_port),
         "log_level": config.log_level,
     }
@@ -183,7 +183,7 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "guest_image": str(image),
         "images": str(config.images.expanduser().resolve()) if config.images else None,
         "vfio_preload": str(vfio_preload(layout)[0]),
-        "chaos": config.chaos,
+        "instructions": config.chaos,
         "log_level": config.log_level,
     }
 

@@ -1,12 +1,21 @@
-"""What the lab adds to guest files: the key `workload`."""
+"""What the lab adds to guest files: the key `workload` of a guest, the key `scenario` of a device."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import yaml
+
+from deploy.lab.devices.scenario_text import OPTION, scenario_of
 from deploy.lab.workload import Workload, boot_of, workload_problems
 from orchestrator.cli.guest_file import Mib, Model, model_of
-from orchestrator.core.records import GuestSpec
+from orchestrator.core.errors import DroverError
+from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
+from orchestrator.core.text import quoted
+
+Problems = list[tuple[str, str]]
 
 
 class WorkloadKey:
@@ -15,10 +24,52 @@ class WorkloadKey:
     model: type[Model] = model_of(Workload, dirty_mib=Mib, static_mib=Mib)
 
     @staticmethod
-    def apply(spec: GuestSpec, given: Model) -> tuple[GuestSpec, list[tuple[str, str]]]:
+    def apply(spec: GuestSpec, given: Model) -> tuple[GuestSpec, Problems]:
         """The guest with a command line for the lab's image, and what is wrong, by field of the guest."""
         workload = Workload(**given.model_dump(exclude_unset=True))
         bad = [(f"workload.{key}", said) for key, said in workload_problems(workload, spec.memory_mib)]
         if spec.boot.append:
             bad.append(("workload", "writes the guest's command line, and so does boot.append: leave one of them out"))
         return replace(spec, boot=replace(spec.boot, append=boot_of(workload, spec.devices).append)), bad
+
+
+class ScenarioKey:
+    """See `orchestrator.cli.guest_file.DeviceKey`; found by the entry point `devices.scenario`."""
+
+    @staticmethod
+    def apply(device: DeviceSpec, given: Any, beside: Path) -> tuple[DeviceSpec, Problems]:
+        """The device with the scenario as its option. A scenario is a mapping, or the name of a file beside the guest
+        file."""
+        if device.shim not in (ShimKind.COMPANION, ShimKind.VFIO):
+            return device, [("", f"only companion and vfio devices follow a scenario, not {device.shim.value}")]
+        if OPTION in device.options:
+            return device, [("", f"is the option {OPTION}, and that is given below options: leave one of them out")]
+        file = ""
+        if isinstance(given, str) and given:
+            path = beside / given
+            try:
+                text = path.read_text()
+            except (OSError, ValueError) as error:
+                said = getattr(error, "strerror", None) or error
+                return device, [
+                    ("", f"cannot read {path}: {said}; write the name of a scenario file, or the scenario itself")
+                ]
+            file = f"{path}: "
+        elif isinstance(given, dict):
+            text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True) if given else ""
+        else:
+            return device, [("", f"must be a scenario, or the name of a scenario file, not {quoted(str(given))}")]
+        options = {**device.options, OPTION: text}
+        return replace(device, options=options), _problems(device, text, file)
+
+
+def _problems(device: DeviceSpec, text: str, file: str) -> Problems:
+    """By place in the scenario; what is wrong with one in a file of its own is told as a whole."""
+    try:
+        scenario_of({OPTION: text}, in_vmm=device.shim is ShimKind.VFIO)
+    except DroverError as error:
+        found = [(field.removeprefix(OPTION).removeprefix("."), said) for field, said in error.violations]
+        if not file:
+            return found
+        return [("", f"{file}{field}{': ' if field else ''}{said}") for field, said in found]
+    return []

@@ -4,7 +4,7 @@ It lives in a session of its own and outlives agent and VMM, as a DPU would. It 
 when its directory or its metadata file vanishes, so that nothing is ever left behind.
 
 It reads its description from standard input (JSON: `guest`, `inc`, `directory`, `seed`, `incoming`, `devices` with
-`name`, `shim`, sizes and `scenario`), writes `<inc>.devices.json` (pid and start time, for a later agent) and
+`name`, `shim`, sizes and `options`), writes `<inc>.devices.json` (pid and start time, for a later agent) and
 serves
 
 * `<inc>.dev`, the guest's second serial port: doorbells `R <d> <n>`, answers `A <d> <n> <answer>`
@@ -17,7 +17,7 @@ serves
 
 The serial port and the VFIO socket are there before gRPC is imported, so that a VMM can be started meanwhile. Whoever
 starts the process may name a descriptor in DROVER_READY_FD: `p` is written to it when the ports are there, `c` when the
-control socket is.
+control socket is; or `r` and every wrong option, when a device cannot be what its options say.
 """
 
 from __future__ import annotations
@@ -33,15 +33,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from deploy.lab.devices.device import Device, DeviceIdentity, DeviceSizes
-from deploy.lab.devices.scenario import scenario_from
+from deploy.lab.devices.scenario_text import scenario_of
 from deploy.lab.devices.server import DeviceServer, Hosted, log, now_s
 from deploy.lab.devices.vfio.endpoint import Endpoint, features_of
 from deploy.lab.devices.vfio.layout import FIRST_INDEX
 from deploy.lab.devices.vfio.log import Log
 from deploy.lab.devices.vfio.server import VfioServer
 from orchestrator import proc
+from orchestrator.core.errors import DroverError
+from orchestrator.core.text import clip
 
 _WATCH_S = 1.0
+_MOST_WRONG = 20
+"""Options that are told of: a pipe holds no more than 64 KiB, and a person reads less."""
 _STOP_S = 0.2
 _VFIO_BUFFER = 1 << 20
 """QEMU reads and writes up to so much at a time."""
@@ -68,8 +72,9 @@ def _numbered(description: dict[str, Any], shim: str, first: int) -> list[tuple[
 def _device(description: dict[str, Any], index: int, entry: dict[str, Any]) -> Device:
     identity = DeviceIdentity(description["guest"], entry["name"], index, description["seed"])
     sizes = DeviceSizes(entry["initial_bytes"], entry["stop_copy_bytes"], entry["dirty_bytes_per_s"])
-    scenario, incoming = scenario_from(entry["scenario"]), bool(description["incoming"])
-    if entry["shim"] == "vfio":
+    in_vmm, incoming = entry["shim"] == "vfio", bool(description["incoming"])
+    scenario = scenario_of(entry["options"], in_vmm=in_vmm)
+    if in_vmm:
         return Device(identity, sizes, scenario, incoming=incoming, features=features_of(scenario), in_vmm=True)
     return Device(identity, sizes, scenario, incoming=incoming)
 
@@ -78,6 +83,19 @@ def _ready(word: bytes) -> None:
     """Tell whoever started this process, if it wants to know and still listens."""
     with contextlib.suppress(KeyError, ValueError, OSError):
         os.write(int(os.environ["DROVER_READY_FD"]), word)
+
+
+def wrong_options(description: dict[str, Any]) -> list[dict[str, str]]:
+    """Device, option and a sentence for everything that is wrong with the devices' options."""
+    found: list[dict[str, str]] = []
+    for entry in description["devices"]:
+        try:
+            scenario_of(entry["options"], in_vmm=entry["shim"] == "vfio")
+        except DroverError as error:
+            found += [
+                {"device": entry["name"], "option": option, "message": clip(said)} for option, said in error.violations
+            ]
+    return found[:_MOST_WRONG]
 
 
 async def _serve(description: dict[str, Any]) -> None:
@@ -149,7 +167,11 @@ def _still_there(metadata: Path, inode: int) -> bool:
 
 def main() -> None:
     os.umask(0o077)
-    asyncio.run(_serve(json.load(sys.stdin)))
+    description: dict[str, Any] = json.load(sys.stdin)
+    if wrong := wrong_options(description):
+        _ready(b"r" + json.dumps(wrong).encode())
+        sys.exit("the options of its devices are wrong: " + json.dumps(wrong))
+    asyncio.run(_serve(description))
 
 
 if __name__ == "__main__":

@@ -6,19 +6,20 @@ It speaks the shim protocol (protos/drover/v1/shim.proto) and uses nothing of Dr
 the beginning of one for your device. `FlowTable` is the device; `FlowTables` answers the calls. A table is a number of
 flows that change by themselves, as a switch's do; what is moved is every flow, and again each that changed since.
 
-Parameters of a device, JSON: {"flows": 200, "changes_per_s": 50, "asks_again_at": "freeze", "asks_again": 2,
-"refuses": "validate"}: the last three for tests.
+Options of a device, all of them text: flows (200), changes_per_s (50), takes_instructions (true); and for tests
+asks_again_at (a hook), asks_again (so often) and refuses (`validate`). With a wrong one
+there is no device, and no guest. Instructions, while it is the guest's device: `add N` flows, `ask HOOK N`: demand another ACK at the hook, N times.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import signal
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 from struct import Struct
 from typing import Any
@@ -42,16 +43,72 @@ class Refused(Exception):
     """The device cannot do that in its present state."""
 
 
+class Wrong(Exception):
+    """What the device was told makes no sense."""
+
+
+MAX_FLOWS = 1_000_000
+HOOKS = ("precopy", "gate_open", "freeze", "final_query", "after_check")
+
+
+def _number(said: str, what: str, most: int) -> int:
+    if not said.isascii() or not said.isdecimal() or len(said) > 12 or int(said) > most:
+        raise Wrong(f"{what} must be a whole number from 0 to {most}, not {said[:40]!r}")
+    return int(said)
+
+
+def _one_of(said: str, what: str, known: tuple[str, ...]) -> str:
+    if said not in known:
+        raise Wrong(f"{what} must be one of {', '.join(known)}, not {said[:40]!r}")
+    return said
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the guest's specification says of a flow table."""
+
+    flows: int = 200
+    changes_per_s: int = 50
+    takes_instructions: bool = True
+    asks_again_at: str = ""
+    asks_again: int = 0
+    refuses: str = ""
+
+    @classmethod
+    def read(cls, given: Mapping[str, str]) -> Options:
+        """Raises Wrong with everything that is wrong: which option, and what is allowed."""
+        readers: dict[str, Callable[[str, str], Any]] = {
+            "flows": lambda said, name: _number(said, name, MAX_FLOWS),
+            "changes_per_s": lambda said, name: _number(said, name, MAX_FLOWS),
+            "takes_instructions": lambda said, name: _one_of(said, name, ("true", "false")) == "true",
+            "asks_again_at": lambda said, name: _one_of(said, name, HOOKS),
+            "asks_again": lambda said, name: _number(said, name, 1000),
+            "refuses": lambda said, name: _one_of(said, name, ("validate",)),
+        }
+        found: dict[str, Any] = {}
+        wrong: list[str] = []
+        for name, said in given.items():
+            try:
+                if name not in readers:
+                    raise Wrong(f"there is no option {name!r}; there are {', '.join(readers)}")
+                found[name] = readers[name](said, f"option {name}")
+            except Wrong as error:
+                wrong.append(str(error))
+        if wrong:
+            raise Wrong("; ".join(wrong))
+        return cls(**found)
+
+
 class FlowTable:
     """One copy of one device, with the states of VFIO migration v2."""
 
-    def __init__(self, parameters: str, *, incoming: bool) -> None:
-        told = json.loads(parameters or "{}")
-        self.flows = {} if incoming else {number: number * 7 + 1 for number in range(int(told.get("flows", 200)))}
-        self.changes_per_s = float(told.get("changes_per_s", 50))
-        self.asks_again_at = str(told.get("asks_again_at", ""))
-        self.asks_again = 0 if incoming else int(told.get("asks_again", 0))
-        self.refuses = str(told.get("refuses", ""))
+    def __init__(self, options: Options, *, incoming: bool) -> None:
+        self.flows = {} if incoming else {number: number * 7 + 1 for number in range(options.flows)}
+        self.changes_per_s = options.changes_per_s
+        self.takes_instructions = options.takes_instructions
+        self.asks_again_at = options.asks_again_at
+        self.asks_again = 0 if incoming else options.asks_again
+        self.refuses = options.refuses
         self.state = "STOP" if incoming else "RUNNING"
         self.live = not incoming
         self.ended = ""
@@ -111,6 +168,27 @@ class FlowTable:
         self._asked = self.generation
         self._initial.update(self._dirty)
         self._dirty.clear()
+
+    def instruct(self, instruction: str) -> str:
+        """Do as told and say what is so now. Raises Refused when it takes no instructions, or not now, Wrong when it
+        does not understand; it is as it was then."""
+        if not self.takes_instructions:
+            raise Refused("it takes no instructions: its option takes_instructions is false")
+        match instruction.split():
+            case ["add", count]:
+                more = _number(count, "the number of flows", MAX_FLOWS - len(self.flows))
+                self._must(self.live and self.state in ("RUNNING", "PRE_COPY"), "flows are added while it runs")
+                added = {number: number * 7 + 1 for number in range(len(self.flows), len(self.flows) + more)}
+                self.flows.update(added)
+                self._dirty.update(dict.fromkeys(added))
+                return f"{len(self.flows)} flows"
+            case ["ask", hook, count]:
+                hook, times = _one_of(hook, "the hook", HOOKS), _number(count, "the number of demands", 1000)
+                self._must(self.live, "it is not the guest's device")
+                self.asks_again_at, self.asks_again = hook, times
+                return f"asks again at {hook}, {times} times"
+            case _:
+                raise Wrong(f"there is no instruction {instruction[:80]!r}; there are: add N, ask HOOK N")
 
     # --- the source ---
 
@@ -256,6 +334,8 @@ class FlowTables(ShimServiceServicer):
             answer = do(table)
         except Refused as error:
             await context.abort(StatusCode.FAILED_PRECONDITION, f"{request.tag.device}: {error}")
+        except Wrong as error:
+            await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
         self._answers[request.call_id] = answer
         while len(self._answers) > _KEPT_CALLS:
             self._answers.popitem(last=False)
@@ -291,8 +371,8 @@ class FlowTables(ShimServiceServicer):
             async with self._news:
                 await self._news.wait()
 
-    async def InjectAckRequests(self, request: pb.InjectAckRequestsRequest, context: Context) -> Any:
-        await context.abort(StatusCode.UNIMPLEMENTED, "a flow table cannot be scripted")
+    async def Instruct(self, request: pb.InstructRequest, context: Context) -> pb.InstructResponse:
+        return await self._once(request, context, lambda t: pb.InstructResponse(answer=t.instruct(request.instruction)))
 
     async def LookInside(self, request: pb.LookInsideRequest, context: Context) -> Any:
         return pb.LookInsideResponse()
@@ -304,10 +384,9 @@ class FlowTables(ShimServiceServicer):
         key = (request.tag.guest_uuid, request.tag.inc, request.tag.device)
         if key not in self.tables:
             try:
-                self.tables[key] = FlowTable(request.parameters, incoming=request.incoming)
-            except (ValueError, TypeError, AttributeError) as error:
-                said = f"{request.tag.device}: its parameters are not those of a flow table: {error}"
-                await context.abort(StatusCode.INVALID_ARGUMENT, said)
+                self.tables[key] = FlowTable(Options.read(request.options), incoming=request.incoming)
+            except Wrong as error:
+                await context.abort(StatusCode.INVALID_ARGUMENT, str(error))
         return pb.AttachDeviceResponse()
 
     async def DetachDevice(self, request: pb.DetachDeviceRequest, context: Context) -> pb.DetachDeviceResponse:

@@ -1,7 +1,7 @@
 """What one device does besides behaving well: when it asks for another switchover ACK, where it is slow, what fails.
 
-The format is described in docs/scenario.md; `deploy.lab.devices.scenario_text` reads and writes it as YAML. What a scenario
-has used up is part of the device's life (`Used`): it travels with the device's state, so that "one late ACK" happens
+The format is described in docs/scenario.md; `scenario_text` reads and writes it as YAML. What a scenario has used up
+is part of the device's life (`Used`): it travels with the device's state, so that "one late ACK" happens
 once and not again on each host.
 """
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from deploy.lab.devices.scenario import Scenario, scenario_from, scenario_mapping
-from orchestrator.core.errors import invalid
+from deploy.lab.devices.scenario import Ask, Scenario, outside_errors, scenario_from, scenario_mapping
+from orchestrator.core.errors import DroverError, invalid
 
 MAX_TEXT = 65_536
+OPTION = "scenario"
+"""Of a device's specification: the only option that the lab's devices have."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,3 +60,44 @@ def format_scenario(scenario: Scenario) -> str:
     """YAML that `parse_scenario` reads back to an equal scenario; empty for a well-behaved device."""
     mapping = scenario_mapping(scenario)
     return yaml.safe_dump(mapping, sort_keys=False, default_flow_style=None) if mapping else ""
+
+
+def options_of(text: str) -> dict[str, str]:
+    """The options of a device that follows this scenario."""
+    return {OPTION: text} if text else {}
+
+
+def scenario_of(options: Mapping[str, str], *, in_vmm: bool) -> Scenario:
+    """What the lab's device of these options follows. Raises DroverError(INVALID_ARGUMENT) with every wrong option.
+
+    `in_vmm`: it is one inside the VMM, which can do more.
+    """
+    bad = [
+        (name, f"the lab's devices have no such option; {OPTION} is the only one") for name in options if name != OPTION
+    ]
+    scenario = Scenario()
+    try:
+        scenario = parse_scenario(options.get(OPTION, ""), OPTION)
+    except DroverError as error:
+        bad += error.violations
+    bad += [] if in_vmm else [(f"{OPTION}.{field}", said) for field, said in outside_errors(scenario)]
+    if bad:
+        raise invalid(bad)
+    return scenario
+
+
+def parse_instruction(text: str) -> Ask:
+    """What an instruction to a device of the lab means: a scenario with one ask and nothing else.
+
+    Raises DroverError(INVALID_ARGUMENT).
+    """
+    scenario = parse_scenario(text, "instruction")
+    if len(scenario.asks) != 1 or scenario != Scenario(asks=scenario.asks):
+        said = "must be one ask and nothing else, such as asks: [{at: freeze, times: 2}]"
+        raise invalid([("instruction", f"{said} (docs/scenario.md)")])
+    return scenario.asks[0]
+
+
+def late_ack(at: str, times: int = 1, bytes: int = 0) -> str:
+    """The instruction to ask for another ACK at a hook, with so much new initial data each time. Not checked here."""
+    return f"asks: [{{at: {at}, times: {times}, bytes: {bytes}}}]"

@@ -16,7 +16,8 @@ from typing import Any
 
 from agents.shims.inside import InVmmDevice
 from deploy.lab.devices.device import Device, DeviceError, DeviceState
-from deploy.lab.devices.scenario import Ask, Call, Hook, scenario_from, scenario_mapping
+from deploy.lab.devices.scenario import Call, Hook, scenario_mapping
+from deploy.lab.devices.scenario_text import parse_instruction
 from deploy.lab.devices.vfio.endpoint import Endpoint
 from orchestrator.core.errors import DroverError
 
@@ -35,9 +36,11 @@ Reply = tuple[dict[str, Any], bytes]
 class CallError(Exception):
     """A call was refused or failed."""
 
-    def __init__(self, message: str, *, reset: bool = False, unknown: bool = False) -> None:
+    def __init__(self, message: str, *, reset: bool = False, unknown: bool = False, wrong: bool = False) -> None:
         super().__init__(message)
         self.reset = reset
+        self.wrong = wrong
+        """What was asked for makes no sense, whatever state the device is in."""
         self.unknown = unknown
         """There is no such device."""
 
@@ -206,8 +209,8 @@ class DeviceServer:
     async def _carry_out(self, name: str, device: str, header: dict[str, Any], body: bytes) -> Reply | CallError:
         hosted = self._by_name.get(device)
         try:
-            if name == "inject":
-                return self._inject(device, header), b""
+            if name == "instruct":
+                return self._instruct(device, header), b""
             if hosted is None:
                 raise CallError(f"there is no device {device!r} here", unknown=True)
             return await _CALLS[name](self, hosted, header, body)
@@ -441,17 +444,19 @@ class DeviceServer:
         self._end(hosted, "discarded")
         return {}, b""
 
-    # --- calls: chaos -------------------------------------------------------------------------------------------------
+    # --- calls: instructions ------------------------------------------------------------------------------------------
 
-    def _inject(self, name: str, header: dict[str, Any]) -> dict[str, Any]:
+    def _instruct(self, name: str, header: dict[str, Any]) -> dict[str, Any]:
         device = self._live_device(name)
-        entry = {"at": header["at"], "times": header["times"], "bytes": header["bytes"]}
         try:
-            made: Ask = scenario_from({"asks": [entry]}).asks[0]
+            made = parse_instruction(header["instruction"])
+        except DroverError as error:
+            raise CallError("; ".join(f"{field}: {said}" for field, said in error.violations), wrong=True) from None
+        try:
             device.inject(made, now_s())
         except DroverError as error:
             raise CallError(str(error)) from None
-        log(f"{name} will ask at {header['at']}, {header['times']} times")
+        log(f"{name} was instructed: {made}")
         return {"scenario": scenario_mapping(device.scenario)}
 
     def _live_device(self, name: str) -> Device:
@@ -462,7 +467,7 @@ class DeviceServer:
                 return endpoint.device
         hosted = self._by_name.get(name)
         if hosted is None:
-            raise CallError(f"there is no device {name!r} here")
+            raise CallError(f"there is no device {name!r} here", unknown=True)
         hosted.must_be_live()
         return hosted.device
 

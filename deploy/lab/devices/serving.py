@@ -174,13 +174,11 @@ class ShimServicer(ShimServiceServicer):
         await self._call("discard", request, context)
         return pb.DiscardResponse()
 
-    # --- scripts, devices inside the VMM, the end ---------------------------------------------------------------------
+    # --- instructions, devices inside the VMM, the end ----------------------------------------------------------------
 
-    async def InjectAckRequests(
-        self, request: pb.InjectAckRequestsRequest, context: Context
-    ) -> pb.InjectAckRequestsResponse:
-        found, _ = await self._call("inject", request, context, at=request.at, times=request.times, bytes=request.bytes)
-        return pb.InjectAckRequestsResponse(scenario=format_scenario(scenario_from(found["scenario"])))
+    async def Instruct(self, request: pb.InstructRequest, context: Context) -> pb.InstructResponse:
+        found, _ = await self._call("instruct", request, context, instruction=request.instruction)
+        return pb.InstructResponse(answer=format_scenario(scenario_from(found["scenario"])))
 
     async def LookInside(self, request: pb.LookInsideRequest, context: Context) -> pb.LookInsideResponse:
         answer = pb.LookInsideResponse()
@@ -210,5 +208,7 @@ async def _refuse(context: Context, error: CallError) -> NoReturn:
         code = StatusCode.DATA_LOSS
     elif error.unknown:
         code = StatusCode.NOT_FOUND
+    elif error.wrong:
+        code = StatusCode.INVALID_ARGUMENT
     await context.abort(code, str(error))
     raise AssertionError("abort raises")

@@ -713,54 +713,48 @@ class WatchAgentResponse(_message.Message):
 Global___WatchAgentResponse: _TypeAlias = WatchAgentResponse  # noqa: Y015
 
 @_typing.final
-class InjectScenarioRequest(_message.Message):
+class PassInstructionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GUEST_UUID_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
-    AT_FIELD_NUMBER: _builtins.int
-    TIMES_FIELD_NUMBER: _builtins.int
-    BYTES_FIELD_NUMBER: _builtins.int
+    INSTRUCTION_FIELD_NUMBER: _builtins.int
     guest_uuid: _builtins.str
     device: _builtins.str
-    at: _builtins.str
-    times: _builtins.int
-    bytes: _builtins.int
+    instruction: _builtins.str
     def __init__(
         self,
         *,
         guest_uuid: _builtins.str = ...,
         device: _builtins.str = ...,
-        at: _builtins.str = ...,
-        times: _builtins.int = ...,
-        bytes: _builtins.int = ...,
+        instruction: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "bytes", b"bytes", "device", b"device", "guest_uuid", b"guest_uuid", "times", b"times"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "guest_uuid", b"guest_uuid", "instruction", b"instruction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___InjectScenarioRequest: _TypeAlias = InjectScenarioRequest  # noqa: Y015
+Global___PassInstructionRequest: _TypeAlias = PassInstructionRequest  # noqa: Y015
 
 @_typing.final
-class InjectScenarioResponse(_message.Message):
+class PassInstructionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SCENARIO_FIELD_NUMBER: _builtins.int
-    scenario: _builtins.str
+    ANSWER_FIELD_NUMBER: _builtins.int
+    answer: _builtins.str
     def __init__(
         self,
         *,
-        scenario: _builtins.str = ...,
+        answer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["scenario", b"scenario"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___InjectScenarioResponse: _TypeAlias = InjectScenarioResponse  # noqa: Y015
+Global___PassInstructionResponse: _TypeAlias = PassInstructionResponse  # noqa: Y015
 
 @_typing.final
 class AttemptTag(_message.Message):

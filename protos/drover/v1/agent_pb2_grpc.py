@@ -86,10 +86,10 @@ class AgentServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.WatchAgentRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.WatchAgentResponse.FromString,
                 _registered_method=True)
-        self.InjectScenario = channel.unary_unary(
-                '/drover.v1.AgentService/InjectScenario',
-                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.InjectScenarioRequest.SerializeToString,
-                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.InjectScenarioResponse.FromString,
+        self.PassInstruction = channel.unary_unary(
+                '/drover.v1.AgentService/PassInstruction',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionResponse.FromString,
                 _registered_method=True)
 
 
@@ -169,8 +169,9 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def InjectScenario(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+    def PassInstruction(self, request, context):
+        """For a device of a guest that runs here: see InstructDevice of OrchestratorService.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -228,10 +229,10 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.WatchAgentRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.WatchAgentResponse.SerializeToString,
             ),
-            'InjectScenario': grpc.unary_unary_rpc_method_handler(
-                    servicer.InjectScenario,
-                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.InjectScenarioRequest.FromString,
-                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.InjectScenarioResponse.SerializeToString,
+            'PassInstruction': grpc.unary_unary_rpc_method_handler(
+                    servicer.PassInstruction,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -517,7 +518,7 @@ class AgentService:
             _registered_method=True)
 
     @staticmethod
-    def InjectScenario(request,
+    def PassInstruction(request,
             target,
             options=(),
             channel_credentials=None,
@@ -530,9 +531,9 @@ class AgentService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/drover.v1.AgentService/InjectScenario',
-            protos_dot_drover_dot_v1_dot_agent__pb2.InjectScenarioRequest.SerializeToString,
-            protos_dot_drover_dot_v1_dot_agent__pb2.InjectScenarioResponse.FromString,
+            '/drover.v1.AgentService/PassInstruction',
+            protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionResponse.FromString,
             options,
             channel_credentials,
             insecure,

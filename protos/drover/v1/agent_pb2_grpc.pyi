@@ -58,7 +58,8 @@ class AgentServiceStub:
     """Samples of all attempts and guests of this host, at most four a second each, and every change at once. The first
     message names everything, later ones what is new.
     """
-    InjectScenario: _grpc.UnaryUnaryMultiCallable[_agent_pb2.InjectScenarioRequest, _agent_pb2.InjectScenarioResponse]
+    PassInstruction: _grpc.UnaryUnaryMultiCallable[_agent_pb2.PassInstructionRequest, _agent_pb2.PassInstructionResponse]
+    """For a device of a guest that runs here: see InstructDevice of OrchestratorService."""
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -90,7 +91,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """Samples of all attempts and guests of this host, at most four a second each, and every change at once. The first
     message names everything, later ones what is new.
     """
-    InjectScenario: _aio.UnaryUnaryMultiCallable[_agent_pb2.InjectScenarioRequest, _agent_pb2.InjectScenarioResponse]  # type: ignore[assignment]
+    PassInstruction: _aio.UnaryUnaryMultiCallable[_agent_pb2.PassInstructionRequest, _agent_pb2.PassInstructionResponse]  # type: ignore[assignment]
+    """For a device of a guest that runs here: see InstructDevice of OrchestratorService."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Control calls. Mutating calls carry the coordinator's epoch; a lower one than the agent has seen is refused
@@ -181,11 +183,12 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
-    def InjectScenario(
+    def PassInstruction(
         self,
-        request: _agent_pb2.InjectScenarioRequest,
+        request: _agent_pb2.PassInstructionRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_agent_pb2.InjectScenarioResponse, _abc.Awaitable[_agent_pb2.InjectScenarioResponse]]: ...
+    ) -> _typing.Union[_agent_pb2.PassInstructionResponse, _abc.Awaitable[_agent_pb2.PassInstructionResponse]]:
+        """For a device of a guest that runs here: see InstructDevice of OrchestratorService."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -1183,53 +1183,47 @@ class WatchEvacuationsResponse(_message.Message):
 Global___WatchEvacuationsResponse: _TypeAlias = WatchEvacuationsResponse  # noqa: Y015
 
 @_typing.final
-class InjectLateAckRequest(_message.Message):
+class InstructDeviceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GUEST_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
-    AT_FIELD_NUMBER: _builtins.int
-    TIMES_FIELD_NUMBER: _builtins.int
-    BYTES_FIELD_NUMBER: _builtins.int
+    INSTRUCTION_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     device: _builtins.str
-    at: _builtins.str
-    """Hook of docs/scenario.md: precopy, gate_open, freeze, final_query, after_check, after_commit."""
-    times: _builtins.int
-    bytes: _builtins.int
+    instruction: _builtins.str
+    """At most 4 KiB, opaque to Drover: the device's own program judges it."""
     def __init__(
         self,
         *,
         guest: _builtins.str = ...,
         device: _builtins.str = ...,
-        at: _builtins.str = ...,
-        times: _builtins.int = ...,
-        bytes: _builtins.int = ...,
+        instruction: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "bytes", b"bytes", "device", b"device", "guest", b"guest", "times", b"times"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "guest", b"guest", "instruction", b"instruction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___InjectLateAckRequest: _TypeAlias = InjectLateAckRequest  # noqa: Y015
+Global___InstructDeviceRequest: _TypeAlias = InstructDeviceRequest  # noqa: Y015
 
 @_typing.final
-class InjectLateAckResponse(_message.Message):
+class InstructDeviceResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SCENARIO_FIELD_NUMBER: _builtins.int
-    scenario: _builtins.str
-    """The scenario now in force for the device, as YAML."""
+    ANSWER_FIELD_NUMBER: _builtins.int
+    answer: _builtins.str
+    """What the program said to it."""
     def __init__(
         self,
         *,
-        scenario: _builtins.str = ...,
+        answer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["scenario", b"scenario"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___InjectLateAckResponse: _TypeAlias = InjectLateAckResponse  # noqa: Y015
+Global___InstructDeviceResponse: _TypeAlias = InstructDeviceResponse  # noqa: Y015

@@ -170,10 +170,10 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchEvacuationsRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchEvacuationsResponse.FromString,
                 _registered_method=True)
-        self.InjectLateAck = channel.unary_unary(
-                '/drover.v1.OrchestratorService/InjectLateAck',
-                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.InjectLateAckRequest.SerializeToString,
-                response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.InjectLateAckResponse.FromString,
+        self.InstructDevice = channel.unary_unary(
+                '/drover.v1.OrchestratorService/InstructDevice',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.InstructDeviceRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.InstructDeviceResponse.FromString,
                 _registered_method=True)
 
 
@@ -356,8 +356,9 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def InjectLateAck(self, request, context):
-        """Makes a device of a guest ask for late ACKs. Refused unless the cluster allows chaos.
+    def InstructDevice(self, request, context):
+        """Tells a device of a guest something in its own program's words. INSTRUCTIONS_DISABLED unless the cluster allows it,
+        INSTRUCTION_REFUSED by a device that takes no instructions, or not now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -501,10 +502,10 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchEvacuationsRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchEvacuationsResponse.SerializeToString,
             ),
-            'InjectLateAck': grpc.unary_unary_rpc_method_handler(
-                    servicer.InjectLateAck,
-                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.InjectLateAckRequest.FromString,
-                    response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.InjectLateAckResponse.SerializeToString,
+            'InstructDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.InstructDevice,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.InstructDeviceRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.InstructDeviceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1247,7 +1248,7 @@ class OrchestratorService:
             _registered_method=True)
 
     @staticmethod
-    def InjectLateAck(request,
+    def InstructDevice(request,
             target,
             options=(),
             channel_credentials=None,
@@ -1260,9 +1261,9 @@ class OrchestratorService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/drover.v1.OrchestratorService/InjectLateAck',
-            protos_dot_drover_dot_v1_dot_orchestrator__pb2.InjectLateAckRequest.SerializeToString,
-            protos_dot_drover_dot_v1_dot_orchestrator__pb2.InjectLateAckResponse.FromString,
+            '/drover.v1.OrchestratorService/InstructDevice',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.InstructDeviceRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.InstructDeviceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -84,8 +84,10 @@ class OrchestratorServiceStub:
     ListEvacuations: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListEvacuationsRequest, _orchestrator_pb2.ListEvacuationsResponse]
     CancelEvacuation: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CancelEvacuationRequest, _types_pb2.Evacuation]
     WatchEvacuations: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.WatchEvacuationsRequest, _orchestrator_pb2.WatchEvacuationsResponse]
-    InjectLateAck: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.InjectLateAckRequest, _orchestrator_pb2.InjectLateAckResponse]
-    """Makes a device of a guest ask for late ACKs. Refused unless the cluster allows chaos."""
+    InstructDevice: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.InstructDeviceRequest, _orchestrator_pb2.InstructDeviceResponse]
+    """Tells a device of a guest something in its own program's words. INSTRUCTIONS_DISABLED unless the cluster allows it,
+    INSTRUCTION_REFUSED by a device that takes no instructions, or not now.
+    """
 
 @_typing.type_check_only
 class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
@@ -132,8 +134,10 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     ListEvacuations: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListEvacuationsRequest, _orchestrator_pb2.ListEvacuationsResponse]  # type: ignore[assignment]
     CancelEvacuation: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CancelEvacuationRequest, _types_pb2.Evacuation]  # type: ignore[assignment]
     WatchEvacuations: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.WatchEvacuationsRequest, _orchestrator_pb2.WatchEvacuationsResponse]  # type: ignore[assignment]
-    InjectLateAck: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.InjectLateAckRequest, _orchestrator_pb2.InjectLateAckResponse]  # type: ignore[assignment]
-    """Makes a device of a guest ask for late ACKs. Refused unless the cluster allows chaos."""
+    InstructDevice: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.InstructDeviceRequest, _orchestrator_pb2.InstructDeviceResponse]  # type: ignore[assignment]
+    """Tells a device of a guest something in its own program's words. INSTRUCTIONS_DISABLED unless the cluster allows it,
+    INSTRUCTION_REFUSED by a device that takes no instructions, or not now.
+    """
 
 class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -341,11 +345,13 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.WatchEvacuationsResponse], _abc.AsyncIterator[_orchestrator_pb2.WatchEvacuationsResponse]]: ...
 
     @_abc_1.abstractmethod
-    def InjectLateAck(
+    def InstructDevice(
         self,
-        request: _orchestrator_pb2.InjectLateAckRequest,
+        request: _orchestrator_pb2.InstructDeviceRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_orchestrator_pb2.InjectLateAckResponse, _abc.Awaitable[_orchestrator_pb2.InjectLateAckResponse]]:
-        """Makes a device of a guest ask for late ACKs. Refused unless the cluster allows chaos."""
+    ) -> _typing.Union[_orchestrator_pb2.InstructDeviceResponse, _abc.Awaitable[_orchestrator_pb2.InstructDeviceResponse]]:
+        """Tells a device of a guest something in its own program's words. INSTRUCTIONS_DISABLED unless the cluster allows it,
+        INSTRUCTION_REFUSED by a device that takes no instructions, or not now.
+        """
 
 def add_OrchestratorServiceServicer_to_server(servicer: OrchestratorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

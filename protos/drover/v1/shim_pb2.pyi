@@ -213,27 +213,51 @@ Global___WatchAckRequestsResponse: _TypeAlias = WatchAckRequestsResponse  # noqa
 class AttachDeviceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class OptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TAG_FIELD_NUMBER: _builtins.int
     CALL_ID_FIELD_NUMBER: _builtins.int
     INCOMING_FIELD_NUMBER: _builtins.int
-    PARAMETERS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     incoming: _builtins.bool
-    parameters: _builtins.str
-    """What the guest's specification says of the device, for a program that wants it: opaque to Drover."""
     @_builtins.property
     def tag(self) -> Global___DeviceTag: ...
+    @_builtins.property
+    def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The device's options in the guest's specification, untouched. INVALID_ARGUMENT refuses them, with a sentence that
+        names the option and what is allowed: the guest is not created.
+        """
+
     def __init__(
         self,
         *,
         tag: Global___DeviceTag | None = ...,
         call_id: _builtins.str = ...,
         incoming: _builtins.bool = ...,
-        parameters: _builtins.str = ...,
+        options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "incoming", b"incoming", "parameters", b"parameters", "tag", b"tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "incoming", b"incoming", "options", b"options", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -862,18 +886,15 @@ class DiscardResponse(_message.Message):
 Global___DiscardResponse: _TypeAlias = DiscardResponse  # noqa: Y015
 
 @_typing.final
-class InjectAckRequestsRequest(_message.Message):
+class InstructRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TAG_FIELD_NUMBER: _builtins.int
     CALL_ID_FIELD_NUMBER: _builtins.int
-    AT_FIELD_NUMBER: _builtins.int
-    TIMES_FIELD_NUMBER: _builtins.int
-    BYTES_FIELD_NUMBER: _builtins.int
+    INSTRUCTION_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
-    at: _builtins.str
-    times: _builtins.int
-    bytes: _builtins.int
+    instruction: _builtins.str
+    """At most 4 KiB, opaque to Drover."""
     @_builtins.property
     def tag(self) -> Global___DeviceTag: ...
     def __init__(
@@ -881,37 +902,35 @@ class InjectAckRequestsRequest(_message.Message):
         *,
         tag: Global___DeviceTag | None = ...,
         call_id: _builtins.str = ...,
-        at: _builtins.str = ...,
-        times: _builtins.int = ...,
-        bytes: _builtins.int = ...,
+        instruction: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "bytes", b"bytes", "call_id", b"call_id", "tag", b"tag", "times", b"times"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "instruction", b"instruction", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___InjectAckRequestsRequest: _TypeAlias = InjectAckRequestsRequest  # noqa: Y015
+Global___InstructRequest: _TypeAlias = InstructRequest  # noqa: Y015
 
 @_typing.final
-class InjectAckRequestsResponse(_message.Message):
+class InstructResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SCENARIO_FIELD_NUMBER: _builtins.int
-    scenario: _builtins.str
-    """The scenario that is now in force (YAML)."""
+    ANSWER_FIELD_NUMBER: _builtins.int
+    answer: _builtins.str
+    """What the program has to say to it, at most 64 KiB; shown to whoever instructed."""
     def __init__(
         self,
         *,
-        scenario: _builtins.str = ...,
+        answer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["scenario", b"scenario"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___InjectAckRequestsResponse: _TypeAlias = InjectAckRequestsResponse  # noqa: Y015
+Global___InstructResponse: _TypeAlias = InstructResponse  # noqa: Y015
 
 @_typing.final
 class LookInsideRequest(_message.Message):

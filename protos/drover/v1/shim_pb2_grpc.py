@@ -123,10 +123,10 @@ class ShimServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_shim__pb2.DiscardRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_shim__pb2.DiscardResponse.FromString,
                 _registered_method=True)
-        self.InjectAckRequests = channel.unary_unary(
-                '/drover.v1.ShimService/InjectAckRequests',
-                request_serializer=protos_dot_drover_dot_v1_dot_shim__pb2.InjectAckRequestsRequest.SerializeToString,
-                response_deserializer=protos_dot_drover_dot_v1_dot_shim__pb2.InjectAckRequestsResponse.FromString,
+        self.Instruct = channel.unary_unary(
+                '/drover.v1.ShimService/Instruct',
+                request_serializer=protos_dot_drover_dot_v1_dot_shim__pb2.InstructRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_shim__pb2.InstructResponse.FromString,
                 _registered_method=True)
         self.LookInside = channel.unary_unary(
                 '/drover.v1.ShimService/LookInside',
@@ -269,10 +269,11 @@ class ShimServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def InjectAckRequests(self, request, context):
-        """--- devices that can be scripted, and those inside the VMM; others answer UNIMPLEMENTED ---
+    def Instruct(self, request, context):
+        """--- what not every program has to know; others answer UNIMPLEMENTED ---
 
-        Ask for another ACK at a hook, so many times, with so many bytes of new initial data each time.
+        Do what an operator tells this device, in the program's own words. INVALID_ARGUMENT: the words are wrong;
+        FAILED_PRECONDITION: not now. The device is as it was then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -375,10 +376,10 @@ def add_ShimServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_drover_dot_v1_dot_shim__pb2.DiscardRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_shim__pb2.DiscardResponse.SerializeToString,
             ),
-            'InjectAckRequests': grpc.unary_unary_rpc_method_handler(
-                    servicer.InjectAckRequests,
-                    request_deserializer=protos_dot_drover_dot_v1_dot_shim__pb2.InjectAckRequestsRequest.FromString,
-                    response_serializer=protos_dot_drover_dot_v1_dot_shim__pb2.InjectAckRequestsResponse.SerializeToString,
+            'Instruct': grpc.unary_unary_rpc_method_handler(
+                    servicer.Instruct,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_shim__pb2.InstructRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_shim__pb2.InstructResponse.SerializeToString,
             ),
             'LookInside': grpc.unary_unary_rpc_method_handler(
                     servicer.LookInside,
@@ -843,7 +844,7 @@ class ShimService:
             _registered_method=True)
 
     @staticmethod
-    def InjectAckRequests(request,
+    def Instruct(request,
             target,
             options=(),
             channel_credentials=None,
@@ -856,9 +857,9 @@ class ShimService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/drover.v1.ShimService/InjectAckRequests',
-            protos_dot_drover_dot_v1_dot_shim__pb2.InjectAckRequestsRequest.SerializeToString,
-            protos_dot_drover_dot_v1_dot_shim__pb2.InjectAckRequestsResponse.FromString,
+            '/drover.v1.ShimService/Instruct',
+            protos_dot_drover_dot_v1_dot_shim__pb2.InstructRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_shim__pb2.InstructResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -85,10 +85,11 @@ class ShimServiceStub:
     """STOP -> RUNNING: the guest is ours. In the blackout."""
     Discard: _grpc.UnaryUnaryMultiCallable[_shim_pb2.DiscardRequest, _shim_pb2.DiscardResponse]
     """Forget everything that was loaded."""
-    InjectAckRequests: _grpc.UnaryUnaryMultiCallable[_shim_pb2.InjectAckRequestsRequest, _shim_pb2.InjectAckRequestsResponse]
-    """--- devices that can be scripted, and those inside the VMM; others answer UNIMPLEMENTED ---
+    Instruct: _grpc.UnaryUnaryMultiCallable[_shim_pb2.InstructRequest, _shim_pb2.InstructResponse]
+    """--- what not every program has to know; others answer UNIMPLEMENTED ---
 
-    Ask for another ACK at a hook, so many times, with so many bytes of new initial data each time.
+    Do what an operator tells this device, in the program's own words. INVALID_ARGUMENT: the words are wrong;
+    FAILED_PRECONDITION: not now. The device is as it was then.
     """
     LookInside: _grpc.UnaryUnaryMultiCallable[_shim_pb2.LookInsideRequest, _shim_pb2.LookInsideResponse]
     """What the devices inside the VMM tell of themselves."""
@@ -150,10 +151,11 @@ class ShimServiceAsyncStub(ShimServiceStub):
     """STOP -> RUNNING: the guest is ours. In the blackout."""
     Discard: _aio.UnaryUnaryMultiCallable[_shim_pb2.DiscardRequest, _shim_pb2.DiscardResponse]  # type: ignore[assignment]
     """Forget everything that was loaded."""
-    InjectAckRequests: _aio.UnaryUnaryMultiCallable[_shim_pb2.InjectAckRequestsRequest, _shim_pb2.InjectAckRequestsResponse]  # type: ignore[assignment]
-    """--- devices that can be scripted, and those inside the VMM; others answer UNIMPLEMENTED ---
+    Instruct: _aio.UnaryUnaryMultiCallable[_shim_pb2.InstructRequest, _shim_pb2.InstructResponse]  # type: ignore[assignment]
+    """--- what not every program has to know; others answer UNIMPLEMENTED ---
 
-    Ask for another ACK at a hook, so many times, with so many bytes of new initial data each time.
+    Do what an operator tells this device, in the program's own words. INVALID_ARGUMENT: the words are wrong;
+    FAILED_PRECONDITION: not now. The device is as it was then.
     """
     LookInside: _aio.UnaryUnaryMultiCallable[_shim_pb2.LookInsideRequest, _shim_pb2.LookInsideResponse]  # type: ignore[assignment]
     """What the devices inside the VMM tell of themselves."""
@@ -310,14 +312,15 @@ class ShimServiceServicer(metaclass=_abc_1.ABCMeta):
         """Forget everything that was loaded."""
 
     @_abc_1.abstractmethod
-    def InjectAckRequests(
+    def Instruct(
         self,
-        request: _shim_pb2.InjectAckRequestsRequest,
+        request: _shim_pb2.InstructRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_shim_pb2.InjectAckRequestsResponse, _abc.Awaitable[_shim_pb2.InjectAckRequestsResponse]]:
-        """--- devices that can be scripted, and those inside the VMM; others answer UNIMPLEMENTED ---
+    ) -> _typing.Union[_shim_pb2.InstructResponse, _abc.Awaitable[_shim_pb2.InstructResponse]]:
+        """--- what not every program has to know; others answer UNIMPLEMENTED ---
 
-        Ask for another ACK at a hook, so many times, with so many bytes of new initial data each time.
+        Do what an operator tells this device, in the program's own words. INVALID_ARGUMENT: the words are wrong;
+        FAILED_PRECONDITION: not now. The device is as it was then.
         """
 
     @_abc_1.abstractmethod

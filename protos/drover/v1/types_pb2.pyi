@@ -678,15 +678,34 @@ Global___HostDeath: _TypeAlias = HostDeath  # noqa: Y015
 class DeviceSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class OptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     SHIM_FIELD_NUMBER: _builtins.int
     DMA_FIELD_NUMBER: _builtins.int
     INITIAL_BYTES_FIELD_NUMBER: _builtins.int
     STOP_COPY_BYTES_FIELD_NUMBER: _builtins.int
     DIRTY_BYTES_PER_S_FIELD_NUMBER: _builtins.int
-    SCENARIO_FIELD_NUMBER: _builtins.int
     DRIVER_FIELD_NUMBER: _builtins.int
-    PARAMETERS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     shim: Global___ShimKind.ValueType
     dma: _builtins.str
@@ -695,11 +714,14 @@ class DeviceSpec(_message.Message):
     """Not set: the default of docs/guest-file.md."""
     stop_copy_bytes: _builtins.int
     dirty_bytes_per_s: _builtins.int
-    scenario: _builtins.str
-    """YAML text of a scenario (docs/scenario.md)."""
     driver: _builtins.str
-    """Of an external device: which program holds it, by the name that hosts have for it; and what that program is told."""
-    parameters: _builtins.str
+    """Of an external device: which program holds it, by the name that hosts have for it."""
+    @_builtins.property
+    def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the device's own program is told, which alone judges it: opaque to Drover. At most 32 options; a name has 1 to
+        63 letters, digits, '.', '-' and '_', all names and values of a device together at most 16 KiB.
+        """
+
     def __init__(
         self,
         *,
@@ -709,13 +731,12 @@ class DeviceSpec(_message.Message):
         initial_bytes: _builtins.int | None = ...,
         stop_copy_bytes: _builtins.int | None = ...,
         dirty_bytes_per_s: _builtins.int | None = ...,
-        scenario: _builtins.str = ...,
         driver: _builtins.str = ...,
-        parameters: _builtins.str = ...,
+        options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dirty_bytes_per_s", b"_dirty_bytes_per_s", "_initial_bytes", b"_initial_bytes", "_stop_copy_bytes", b"_stop_copy_bytes", "dirty_bytes_per_s", b"dirty_bytes_per_s", "initial_bytes", b"initial_bytes", "stop_copy_bytes", b"stop_copy_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dirty_bytes_per_s", b"_dirty_bytes_per_s", "_initial_bytes", b"_initial_bytes", "_stop_copy_bytes", b"_stop_copy_bytes", "dirty_bytes_per_s", b"dirty_bytes_per_s", "dma", b"dma", "driver", b"driver", "initial_bytes", b"initial_bytes", "name", b"name", "parameters", b"parameters", "scenario", b"scenario", "shim", b"shim", "stop_copy_bytes", b"stop_copy_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dirty_bytes_per_s", b"_dirty_bytes_per_s", "_initial_bytes", b"_initial_bytes", "_stop_copy_bytes", b"_stop_copy_bytes", "dirty_bytes_per_s", b"dirty_bytes_per_s", "dma", b"dma", "driver", b"driver", "initial_bytes", b"initial_bytes", "name", b"name", "options", b"options", "shim", b"shim", "stop_copy_bytes", b"stop_copy_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dirty_bytes_per_s: _TypeAlias = _typing.Literal["dirty_bytes_per_s"]  # noqa: Y015
     _WhichOneofArgType__dirty_bytes_per_s: _TypeAlias = _typing.Literal["_dirty_bytes_per_s", b"_dirty_bytes_per_s"]  # noqa: Y015

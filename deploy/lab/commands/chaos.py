@@ -1,17 +1,25 @@
-"""`drover chaos`: make devices misbehave on purpose. Refused unless the cluster allows it (`drover up --chaos`)."""
+"""`drover chaos`: make the lab's devices misbehave on purpose (docs/scenario.md). Refused unless the cluster allows
+devices to be instructed (`drover up --chaos`)."""
 
 from __future__ import annotations
 
 import click
 
 from deploy.lab.devices.scenario import HOOKS
+from deploy.lab.devices.scenario_text import late_ack as instruction
 from orchestrator.cli.context import Settings, complete_guest, pass_settings, remote
 from orchestrator.cli.policy_options import BYTES
 
 
-@click.group()
+class ChaosGroup(click.Group):
+    """Stands with the lab's other commands in `drover --help`."""
+
+    section = "A cluster on this machine"
+
+
+@click.group(cls=ChaosGroup)
 def chaos() -> None:
-    """Make devices misbehave on purpose, where the cluster allows it."""
+    """Make emulated devices misbehave on purpose, where the cluster allows it."""
 
 
 @chaos.command("late-ack")
@@ -29,7 +37,7 @@ def late_ack(settings: Settings, guest: str, device: str, at: str, times: int, c
     scenario that the device follows now (docs/scenario.md).
     """
     with settings.client() as client:
-        scenario = client.inject_late_ack(guest, device, at, times, count)
+        scenario = client.instruct_device(guest, device, instruction(at, times, count))
     if settings.printer.machine:
         settings.printer.document({"guest": guest, "device": device, "scenario": scenario})
     else:
