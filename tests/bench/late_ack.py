@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.lab.cluster import evidence
+from deploy.lab.devices.scenario_text import late_ack
 from deploy.lab.workload import Workload, boot_of
 from orchestrator import wire
 from orchestrator.core.records import AttemptReport, DeviceSpec, GuestSpec, ShimKind
@@ -91,7 +92,7 @@ class Bench:
 
     def late(self, guest: str, names: list[str], at: str, times: int) -> None:
         for name in names:
-            self.client.inject_late_ack(guest, name, at, times, 0)
+            self.client.instruct_device(guest, name, late_ack(at, times))
 
     def move(self, guest: str, *, max_attempts: int) -> list[AttemptReport]:
         """To the other host, without a pause between attempts. The reports of all attempts."""

@@ -197,7 +197,12 @@ async def test_an_absence_of_zookeeper_is_said_and_outlived(zookeeper: ZooKeeper
 
 async def test_the_process_serves_and_ends_on_sigterm(zookeeper: ZooKeeperServer, tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/api.sock"
-    config = {"listen": [address, "127.0.0.1:0"], "zookeeper": zookeeper.hosts, "chaos": True, "log_level": "info"}
+    config = {
+        "listen": [address, "127.0.0.1:0"],
+        "zookeeper": zookeeper.hosts,
+        "instructions": True,
+        "log_level": "info",
+    }
     (tmp_path / "api.json").write_text(json.dumps(config))
     command = (sys.executable, "-m", "orchestrator.api", "--config", str(tmp_path / "api.json"))
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)

@@ -257,10 +257,10 @@ class Fake(Subject):
 
 
 @asynccontextmanager
-async def subject(kind: str, directory: Path, *, chaos: bool = True) -> AsyncIterator[Subject]:
+async def subject(kind: str, directory: Path, *, instructions: bool = True) -> AsyncIterator[Subject]:
     async with AsyncExitStack() as stack:
         if kind == "fake":
-            service = FakeOrchestrator(chaos=chaos)
+            service = FakeOrchestrator(instructions=instructions)
             address = stack.enter_context(serve(service, f"unix:{directory}/api.sock"))
             made: Subject = Fake(stack.enter_context(OrchestratorClient(address, timeout_s=5)), service)
             for name in ("h1", "h2", "h3"):
@@ -269,7 +269,7 @@ async def subject(kind: str, directory: Path, *, chaos: bool = True) -> AsyncIte
             world = World()
             world.store.tree.nodes[paths.epoch()] = Versioned(b"", 0, 0)
             stack.push_async_callback(world.close)
-            cluster = await stack.enter_async_context(api_cluster(world.store, directory, chaos=chaos))
+            cluster = await stack.enter_async_context(api_cluster(world.store, directory, instructions=instructions))
             made = Real(cluster, world)
         yield made
 
@@ -598,7 +598,7 @@ async def test_guests_that_there_are_not(
                 "-",
                 vcpus=300,
                 boot=Boot(initrd="/etc/shadow"),
-                devices=(DeviceSpec("nic", ShimKind.COMPANION, dma="all", scenario="{"),),
+                devices=(DeviceSpec("nic", ShimKind.COMPANION, dma="all", options={"-": "x"}),),
                 policy=MigrationPolicy(max_attempts=0),
             ),
             "h/1",
@@ -610,8 +610,8 @@ async def test_guests_that_there_are_not(
                 "spec.vcpus",
                 "spec.boot.initrd",
                 "spec.devices[0].dma",
+                "spec.devices[0].options['-']",
                 "spec.policy.max_attempts",
-                "spec.devices[0].scenario",
             ],
         ),
     ],
@@ -1082,27 +1082,27 @@ async def test_a_watch_of_names_that_there_are_not_is_refused(
     assert (error.reason, error.field) == (R.INVALID_ARGUMENT, "names")
 
 
-# --- chaos ------------------------------------------------------------------------------------------------------------
+# --- devices ----------------------------------------------------------------------------------------------------------
 
 
-async def test_chaos_answers_with_the_scenario_in_force(
+async def test_an_instruction_goes_untouched_to_the_device_and_its_answer_comes_back(
     api: Subject, client: OrchestratorClient, web: types.Guest
 ) -> None:
-    scenario = await api.call(client.inject_late_ack, "web", "nic", "final_query", 3, 512)
-    assert "{at: final_query, times: 3, bytes: 512}" in scenario
-    assert "times: 1" in await api.call(client.inject_late_ack, "web", "nic", "freeze", 0)
+    assert await api.call(client.instruct_device, "web", "nic", "blink: 3 \n") == "nic was told: blink: 3 \n"
 
 
 @pytest.mark.parametrize(
     ("asked", "reason", "fields"),
     [
-        (("nobody", "nic", "freeze"), R.NOT_FOUND, ["guest"]),
-        (("web", "disk", "freeze"), R.NOT_FOUND, ["device"]),
-        (("web", "eth", "freeze"), R.NOT_FOUND, ["device"]),
-        (("w/eb", "nic", "lunch", 1001, 2**40), R.INVALID_ARGUMENT, ["guest", "at", "times", "bytes"]),
+        (("nobody", "nic", "blink"), R.NOT_FOUND, ["guest"]),
+        (("web", "disk", "blink"), R.NOT_FOUND, ["device"]),
+        (("web", "eth", "blink"), R.INSTRUCTION_REFUSED, ["device"]),
+        (("w/eb", "nic", " "), R.INVALID_ARGUMENT, ["guest", "instruction"]),
+        (("web", "nic", "é" * 4096), R.INVALID_ARGUMENT, ["instruction"]),
     ],
+    ids=["no guest", "no device", "takes none", "nothing said", "too long"],
 )
-async def test_chaos_that_cannot_be(
+async def test_instructions_that_cannot_be(
     api: Subject,
     client: OrchestratorClient,
     web: types.Guest,
@@ -1110,7 +1110,7 @@ async def test_chaos_that_cannot_be(
     reason: RefusalReason,
     fields: list[str],
 ) -> None:
-    error = await api.refused(client.inject_late_ack, *asked)
+    error = await api.refused(client.instruct_device, *asked)
     assert (error.reason, [field for field, _ in error.violations]) == (reason, fields)
 
 
@@ -1127,11 +1127,11 @@ async def test_health_says_who_leads_and_what_is_quarantined(api: Subject, clien
     assert (one.since.seconds, found.quarantined_left_out) == (1_700_000_000, 3)
 
 
-async def test_chaos_is_off_unless_the_cluster_allows_it(kind: str, tmp_path: Path) -> None:
-    async with subject(kind, tmp_path, chaos=False) as calm:
+async def test_devices_are_not_instructed_unless_the_cluster_allows_it(kind: str, tmp_path: Path) -> None:
+    async with subject(kind, tmp_path, instructions=False) as calm:
         await calm.call(calm.client.create_guest, WEB, "h1")
-        error = await calm.refused(calm.client.inject_late_ack, "web", "nic", "freeze")
-    assert error.reason is R.CHAOS_DISABLED
+        error = await calm.refused(calm.client.instruct_device, "web", "nic", "blink")
+    assert error.reason is R.INSTRUCTIONS_DISABLED
 
 
 # --- deadlines --------------------------------------------------------------------------------------------------------

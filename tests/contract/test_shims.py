@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from agents.shims.base import DestinationShim, Frame, FrameKind, Load, ShimError
 from agents.shims.companion import DeviceProcess, DevicesSpec
 from agents.shims.external import ExternalDevices
 from deploy.lab.devices import PROGRAM
+from deploy.lab.devices.scenario_text import options_of
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import DeviceSpec, ShimKind
 from tests.fakes.shims import FakeDestinationShim, FakeSourceShim
@@ -59,7 +59,7 @@ class CompanionPair:
     scenario: str = ""
 
     def spec(self, inc: str) -> DevicesSpec:
-        device = DeviceSpec(DEVICE, ShimKind.COMPANION, dirty_bytes_per_s=1_000_000, scenario=self.scenario)
+        device = DeviceSpec(DEVICE, ShimKind.COMPANION, dirty_bytes_per_s=1_000_000, options=options_of(self.scenario))
         return DevicesSpec("guest-1", inc, self.directory, (device,), 77, PROGRAM)
 
     async def source(self, *, late_at: str = "", late_times: int = 0, spoil: bool = False) -> SourceShim:
@@ -91,14 +91,14 @@ class ExternalPair:
     """Both ends of one device, held by a program of each host that serves all of its guests (the lab's example)."""
 
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="de-")))
-    parameters: dict[str, object] = field(default_factory=dict[str, object])
+    options: dict[str, str] = field(default_factory=dict[str, str])
     incs: int = 0
     held: list[ExternalDevices] = field(default_factory=list[ExternalDevices])
     programs: list[subprocess.Popen[bytes]] = field(default_factory=list[subprocess.Popen[bytes]])
 
     def _devices(self, inc: str) -> ExternalDevices:
         end = "source" if inc == "s" else "destination"
-        spec = DeviceSpec(DEVICE, ShimKind.EXTERNAL, driver="flows", parameters=json.dumps(self.parameters))
+        spec = DeviceSpec(DEVICE, ShimKind.EXTERNAL, driver="flows", options=self.options)
         self.held.append(ExternalDevices("guest-1", inc, (spec,), {"flows": self.directory / end}))
         return self.held[-1]
 
@@ -109,7 +109,8 @@ class ExternalPair:
             self.programs.append(await asyncio.to_thread(subprocess.Popen, command))
 
     async def source(self, *, late_at: str = "", late_times: int = 0, spoil: bool = False) -> SourceShim:
-        self.parameters = {"asks_again_at": late_at, "asks_again": late_times, "refuses": "validate" if spoil else ""}
+        self.options = {"asks_again_at": late_at, "asks_again": str(late_times)} if late_at else {}
+        self.options |= {"refuses": "validate"} if spoil else {}
         await self._program("source")
         devices = self._devices("s")
         await devices.attach(incoming=False)

@@ -23,6 +23,7 @@ from agents.engine.qemu import vfio
 from agents.shims.companion import DeviceProcess, DevicesSpec
 from deploy.lab.devices import PROGRAM
 from deploy.lab.devices.device import DeviceState
+from deploy.lab.devices.scenario_text import options_of
 from deploy.lab.devices.vfio import layout
 from deploy.lab.devices.vfio.layout import Register
 from deploy.lab.devices.vfio.uapi import FeatureNumber, Ioctl, Operation
@@ -73,7 +74,9 @@ class Lab:
         self.process: DeviceProcess | None = None
 
     async def start(self, *names: str, incoming: bool = False, scenario: str = "") -> DeviceProcess:
-        devices = tuple(DeviceSpec(name, ShimKind.VFIO, "none", 20_000, 5_000, 0, scenario) for name in names)
+        devices = tuple(
+            DeviceSpec(name, ShimKind.VFIO, "none", 20_000, 5_000, 0, options_of(scenario)) for name in names
+        )
         self.process = await DeviceProcess.start(
             DevicesSpec("guest", "s", self.directory, devices, 7, PROGRAM), incoming=incoming
         )

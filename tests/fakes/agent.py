@@ -227,8 +227,6 @@ class FakeAgent(AgentServiceServicer):
         finally:
             self.watches.remove(queue)
 
-    async def InjectScenario(self, request: pb.InjectScenarioRequest, context: Any) -> pb.InjectScenarioResponse:
-        await self._called("InjectScenario", request.guest_uuid)
-        return pb.InjectScenarioResponse(
-            scenario=f"ask:\n- {{at: {request.at}, times: {request.times}, bytes: {request.bytes}}}\n"
-        )
+    async def PassInstruction(self, request: pb.PassInstructionRequest, context: Any) -> pb.PassInstructionResponse:
+        await self._called("PassInstruction", request.guest_uuid)
+        return pb.PassInstructionResponse(answer=f"{request.device} was told: {request.instruction}")

@@ -44,7 +44,7 @@ class ApiCluster(Calling):
 
     store: Store
     directory: Path
-    chaos: bool = False
+    instructions: bool = False
     agents: dict[str, FakeAgent] = field(default_factory=dict[str, FakeAgent])
 
     async def host(self, name: str, memory_mib: int = 1024, *, live: bool = True) -> FakeAgent:
@@ -64,7 +64,9 @@ class ApiCluster(Calling):
         return f"unix:{self.directory}/api.sock"
 
     async def start(self, hosts: int = 3) -> None:
-        self.server = ApiServer(ApiConfig((self.address, "127.0.0.1:0"), "", chaos=self.chaos), self.store)
+        self.server = ApiServer(
+            ApiConfig((self.address, "127.0.0.1:0"), "", instructions=self.instructions), self.store
+        )
         await self.server.start()
         self.client = OrchestratorClient(self.address, timeout_s=5)
         async with asyncio.timeout(10):
@@ -98,9 +100,9 @@ async def until(condition: Callable[[], bool], timeout_s: float = 8.0) -> None:
 
 @asynccontextmanager
 async def api_cluster(
-    store: Store, directory: Path, *, chaos: bool = False, hosts: int = 3
+    store: Store, directory: Path, *, instructions: bool = False, hosts: int = 3
 ) -> AsyncIterator[ApiCluster]:
-    cluster = ApiCluster(store, directory, chaos)
+    cluster = ApiCluster(store, directory, instructions)
     try:
         await cluster.start(hosts)
         yield cluster

@@ -86,7 +86,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     lost: dict[str, types.Guest] = field(default_factory=dict[str, types.Guest])
     """Guests whose records the ledger has lost, by name."""
     wish: int = pb.WISH_STATE_APPLIED
-    chaos: bool = True
+    instructions: bool = True
 
     async def _called(self, name: str, request: Any) -> None:
         self.calls.append((name, request))
@@ -512,18 +512,15 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         async for evacuation in self._watch(self.evacuations, request.names):
             yield pb.WatchEvacuationsResponse(evacuation=evacuation)
 
-    # --- chaos
+    # --- devices
 
-    async def InjectLateAck(self, request: pb.InjectLateAckRequest, context: object) -> pb.InjectLateAckResponse:
-        await self._called("InjectLateAck", request)
-        if not self.chaos:
-            raise DroverError(R.CHAOS_DISABLED, "this cluster does not allow chaos")
-        guests.check_injection(request)
-        spec = wire.guest_spec_from_proto(self._guest(request.guest, "guest").spec)
-        scripted = {each.name: each for each in spec.devices if each.shim in guests._SCRIPTED}
-        self._known(scripted, request.device, "device", "device")
-        ask = f"{{at: {request.at}, times: {request.times or 1}, bytes: {request.bytes}}}"
-        return pb.InjectLateAckResponse(scenario=f"asks:\n- {ask}\n")
+    async def InstructDevice(self, request: pb.InstructDeviceRequest, context: object) -> pb.InstructDeviceResponse:
+        await self._called("InstructDevice", request)
+        if not self.instructions:
+            raise DroverError(R.INSTRUCTIONS_DISABLED, "this cluster lets nobody instruct devices")
+        guests.check_instruction(request)
+        guests.need_device(wire.guest_spec_from_proto(self._guest(request.guest, "guest").spec), request.device)
+        return pb.InstructDeviceResponse(answer=f"{request.device} was told: {request.instruction}")
 
 
 _COMMITTED = (types.MIGRATION_PHASE_COMMITTED, types.MIGRATION_PHASE_FINALIZING, types.MIGRATION_PHASE_SUCCEEDED)

@@ -38,6 +38,7 @@ from agents.engine.qemu.engine import QemuEngine, QemuVmm
 from agents.shims.companion import DeviceProcess, DevicesSpec
 from agents.shims.inside import InVmmDevice
 from deploy.lab.devices import PROGRAM
+from deploy.lab.devices.scenario_text import options_of
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from tests.contract.test_engine import image
@@ -89,7 +90,7 @@ def preload() -> Path:
 
 def device(name: str, *, scenario: str = "", initial_bytes: int = 65_536, stop_copy_bytes: int = 16_384) -> DeviceSpec:
     """A device inside the VMM; `scenario` is YAML as in docs/scenario.md."""
-    return DeviceSpec(name, ShimKind.VFIO, "none", initial_bytes, stop_copy_bytes, 0, scenario)
+    return DeviceSpec(name, ShimKind.VFIO, "none", initial_bytes, stop_copy_bytes, 0, options_of(scenario))
 
 
 @dataclass(frozen=True)

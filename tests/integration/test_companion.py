@@ -11,17 +11,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from agents.engine.base import EngineStatus, HoldStart, OutgoingOptions, RunState, Vmm, VmmSpec, stream_of
 from agents.engine.qemu.engine import QemuEngine
-from agents.shims.base import DestinationShim, Frame, FrameKind, ShimError, SourceShim
+from agents.shims.base import DestinationShim, Frame, FrameKind, OptionsRefused, Refusal, ShimError, SourceShim
 from agents.shims.companion import DeviceProcess, DevicesSpec
 from deploy.lab.devices import PROGRAM
 from deploy.lab.devices.device import hash32
+from deploy.lab.devices.scenario_text import late_ack, options_of
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.liveness import Liveness
@@ -33,7 +34,7 @@ SEED = 0xC0FFEE11
 
 
 def device(name: str = "dpu", scenario: str = "", dirty_bytes_per_s: int = 0) -> DeviceSpec:
-    return DeviceSpec(name, ShimKind.COMPANION, scenario=scenario, dirty_bytes_per_s=dirty_bytes_per_s)
+    return DeviceSpec(name, ShimKind.COMPANION, options=options_of(scenario), dirty_bytes_per_s=dirty_bytes_per_s)
 
 
 @dataclass
@@ -380,8 +381,12 @@ async def test_calls_are_bounded_when_the_process_hangs(lab: Lab) -> None:
 
 
 async def test_a_bad_description_is_explained_and_nothing_is_left(lab: Lab) -> None:
-    with pytest.raises(ShimError, match=r"dpu.scenario.asks\[0\].at"):
+    with pytest.raises(OptionsRefused, match=r"device dpu: scenario.asks\[0\].at: must be one of precopy"):
         await lab.start("s", device(scenario="asks: [{at: teatime}]"))
+    wrong = replace(device("vgpu", scenario="lacks: [p2p]"), options={"colour": "red", "scenario": "lacks: [p2p]"})
+    with pytest.raises(OptionsRefused) as caught:
+        await lab.start("s", device(), wrong)
+    assert [(one.device, one.option) for one in caught.value.wrong] == [("vgpu", "colour"), ("vgpu", "scenario.lacks")]
     long = DevicesSpec("guest-1", "s", lab.directory / ("x" * 100), (device(),), SEED, PROGRAM)
     with pytest.raises(ShimError, match="shorter"):
         await DeviceProcess.start(long, incoming=False)
@@ -576,31 +581,44 @@ async def test_what_a_scenario_used_up_goes_with_the_device(lab: Lab) -> None:
 
 async def test_an_injected_request_happens_as_scripted_and_travels_too(lab: Lab) -> None:
     first, second, third = [await lab.start(f"h{n}", incoming=n > 0) for n in range(3)]
-    told = await first.inject_late_ack("dpu", "freeze", 2, 4096)
+    told = await first.instruct("dpu", late_ack("freeze", 2, 4096))
     assert told == "asks:\n- {at: freeze, bytes: 4096, times: 2}\n"
     requests, _ = await attempt(first, second, 1, ("freeze",))
     assert [entry.generation for entry in requests] == [1, 2]
-    told = await second.inject_late_ack("dpu", "after_check", 1, 0)
+    told = await second.instruct("dpu", late_ack("after_check"))
     assert told == "asks:\n- {at: freeze, bytes: 4096, times: 2}\n- {at: after_check}\n"
     requests, _ = await attempt(second, third, 1, ("freeze",))
     assert [entry.generation for entry in requests] == [3, 4]
 
 
 @pytest.mark.parametrize(
-    ("name", "at", "times", "bytes", "says"),
+    ("name", "instruction", "refusal", "says"),
     [
-        ("nic", "freeze", 1, 0, "nic"),
-        ("dpu", "teatime", 1, 0, "one of precopy"),
-        ("dpu", "freeze", 0, 0, "between 1"),
-        ("dpu", "freeze", 1, -1, "between 0"),
+        ("nic", late_ack("freeze"), None, "nic"),
+        ("dpu", late_ack("teatime"), Refusal.WRONG, "one of precopy"),
+        ("dpu", late_ack("freeze", 0), Refusal.WRONG, "between 1"),
+        ("dpu", late_ack("freeze", 1, -1), Refusal.WRONG, "between 0"),
+        ("dpu", "reset yourself", Refusal.WRONG, "must be a mapping"),
+        ("dpu", "faults: [{call: quiesce}]", Refusal.WRONG, "one ask and nothing else"),
+        ("dpu", "asks: [{at: freeze}, {at: precopy}]", Refusal.WRONG, "one ask and nothing else"),
     ],
 )
-async def test_injections_that_make_no_sense_are_refused(
-    lab: Lab, name: str, at: str, times: int, bytes: int, says: str
+async def test_instructions_that_make_no_sense_are_refused(
+    lab: Lab, name: str, instruction: str, refusal: Refusal | None, says: str
 ) -> None:
-    process = await lab.start("s")
-    with pytest.raises(ShimError, match=says):
-        await process.inject_late_ack(name, at, times, bytes)
+    process = await lab.start("s", device(scenario="asks: [{at: precopy}]"))
+    with pytest.raises(ShimError, match=says) as caught:
+        await process.instruct(name, instruction)
+    assert caught.value.refusal is refusal
+    told = await process.instruct("dpu", late_ack("freeze"))
+    assert told == "asks:\n- {at: precopy}\n- {at: freeze}\n", "a refused instruction left something behind"
+
+
+async def test_a_device_that_is_not_the_guests_takes_no_instruction_now(lab: Lab) -> None:
+    process = await lab.start("d", incoming=True)
+    with pytest.raises(ShimError, match="not the guest's device yet") as caught:
+        await process.instruct("dpu", late_ack("freeze"))
+    assert caught.value.refusal is Refusal.UNWILLING
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 
 from orchestrator import wire
 from orchestrator.core.errors import DroverError
+from orchestrator.core.errors import RefusalReason as R
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from orchestrator.rpc import channels
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
@@ -64,13 +64,14 @@ def site() -> Iterator[Site]:
             stack.callback(program.wait)
             stack.callback(program.kill)
         until(lambda: all((sockets / host).exists() for host in HOSTS), 20)
-        config = make_config(directory, hosts=len(HOSTS), shims={"flows": f"{sockets}/{{host}}"})
+        config = make_config(directory, hosts=len(HOSTS), shims={"flows": f"{sockets}/{{host}}"}, chaos=True)
         cluster = stack.enter_context(running_cluster(config))
         yield Site(cluster, stack.enter_context(OrchestratorClient(cluster.api)), sockets)
 
 
-def guest(name: str, **parameters: object) -> GuestSpec:
-    device = DeviceSpec("table", ShimKind.EXTERNAL, driver="flows", parameters=json.dumps(parameters))
+def guest(name: str, **options: object) -> GuestSpec:
+    told = {option: str(value) for option, value in options.items()}
+    device = DeviceSpec("table", ShimKind.EXTERNAL, driver="flows", options=told)
     return GuestSpec(name, memory_mib=32, devices=(device,))
 
 
@@ -111,8 +112,36 @@ def test_a_guest_whose_device_no_host_has_a_program_for_is_refused(site: Site) -
     assert "has no program for refused's devices of driver nobody-has-it" in str(caught.value)
 
 
-def test_a_program_that_cannot_take_the_device_is_told_of_and_nothing_is_left(site: Site) -> None:
+def test_an_option_that_the_program_does_not_take_ends_the_creation_and_nothing_is_left(site: Site) -> None:
+    held = site.held("host-1")
     with pytest.raises(DroverError) as caught:
-        site.client.create_guest(guest("odd", flows="many"), "host-1")
-    assert "its parameters are not those of a flow table" in str(caught.value)
+        site.client.create_guest(guest("odd", flows="many", colour="red"), "host-1")
+    assert (caught.value.reason, caught.value.field) == (R.INVALID_ARGUMENT, "spec.devices[0].options")
+    assert "device table: option flows must be a whole number from 0 to 1000000, not 'many'" in caught.value.message
+    assert "there is no option 'colour'; there are flows, changes_per_s" in caught.value.message
+    assert site.held("host-1") == held
     assert "odd" not in [one.spec.name for one in site.client.list_guests()]
+    site.client.create_guest(guest("odd"), "host-1")  # the name is free again
+    site.client.stop_guest("odd")
+
+
+def test_a_device_does_as_it_is_instructed_in_its_programs_own_words(site: Site) -> None:
+    site.client.create_guest(guest("told", flows=100), "host-1")
+    assert site.client.instruct_device("told", "table", "add 20") == "120 flows"
+    assert site.client.instruct_device("told", "table", "ask freeze 1") == "asks again at freeze, 1 times"
+    assert moved(site, "told", "host-2") == ["ABORTED LATE_SWITCHOVER_ACK", "COMMITTED"]
+    assert site.client.instruct_device("told", "table", "add 0") == "120 flows"
+    with pytest.raises(DroverError) as caught:
+        site.client.instruct_device("told", "table", "dance")
+    assert (caught.value.reason, caught.value.field) == (R.INVALID_ARGUMENT, "instruction")
+    assert "there is no instruction 'dance'; there are: add N, ask HOOK N" in caught.value.message
+    assert site.client.instruct_device("told", "table", "add 1") == "121 flows"
+
+
+def test_a_device_that_takes_no_instructions_says_so_and_stays_as_it_is(site: Site) -> None:
+    site.client.create_guest(guest("deaf", takes_instructions="false"), "host-1")
+    with pytest.raises(DroverError) as caught:
+        site.client.instruct_device("deaf", "table", "ask freeze 1")
+    assert caught.value.reason is R.INSTRUCTION_REFUSED
+    assert "it takes no instructions: its option takes_instructions is false" in caught.value.message
+    assert moved(site, "deaf", "host-2") == ["COMMITTED"]

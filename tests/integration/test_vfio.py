@@ -23,6 +23,7 @@ from agents.handover.destination import DestinationStage
 from agents.handover.report import report_of
 from agents.handover.source import SourceStage
 from agents.handover.words import WantRunSeen
+from deploy.lab.devices.scenario_text import options_of
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.liveness import Liveness
@@ -137,7 +138,9 @@ def stops_ms(end: End) -> list[float]:
 
 
 def companion(name: str, scenario: str = "") -> DeviceSpec:
-    return DeviceSpec(name, ShimKind.COMPANION, initial_bytes=20_000, stop_copy_bytes=4_096, scenario=scenario)
+    return DeviceSpec(
+        name, ShimKind.COMPANION, initial_bytes=20_000, stop_copy_bytes=4_096, options=options_of(scenario)
+    )
 
 
 # --- the way through --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from deploy.lab.devices.scenario_text import late_ack, options_of
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.records import DeviceSpec, ShimKind
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
@@ -28,7 +29,7 @@ LATE = AbortReason.LATE_SWITCHOVER_ACK
 
 def inside(name: str, scenario: str = "") -> DeviceSpec:
     """A device inside the VMM. `scenario` as in docs/scenario.md."""
-    return DeviceSpec(name, ShimKind.VFIO, scenario=scenario)
+    return DeviceSpec(name, ShimKind.VFIO, options=options_of(scenario))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_late_acks_inside_qemu_are_recovered(scene: Scene, times: int) -> None:
 
 def test_an_injected_late_ack_of_a_device_inside(scene: Scene) -> None:
     guest = scene.guest(inside("nic"), companion("dpu"))
-    assert "freeze" in scene.client.inject_late_ack(guest.name, "nic", "freeze", times=2)
+    assert "freeze" in scene.client.instruct_device(guest.name, "nic", late_ack("freeze", 2))
     over = scene.succeeded(scene.migrate(guest, "host-2"))
     assert late_names(over) == [("nic",)] * 2
     back = scene.succeeded(scene.migrate(guest, "host-3"))

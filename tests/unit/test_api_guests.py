@@ -55,7 +55,7 @@ def world(store: MemoryStore) -> World:
 
 @pytest.fixture
 async def api(store: MemoryStore, tmp_path: Path) -> AsyncIterator[ApiCluster]:
-    async with api_cluster(store, tmp_path, chaos=True) as cluster:
+    async with api_cluster(store, tmp_path, instructions=True) as cluster:
         yield cluster
 
 
@@ -272,10 +272,10 @@ async def test_validate_only_changes_nothing(api: ApiCluster, client: Orchestrat
         (replace(WEB, name="Web"), "", R.INVALID_ARGUMENT, "spec.name"),
         (WEB, "no/host", R.INVALID_ARGUMENT, "host"),
         (
-            replace(WEB, devices=(DeviceSpec("nic", ShimKind.COMPANION, scenario="asks: maybe"),)),
+            replace(WEB, devices=(DeviceSpec("nic", ShimKind.COMPANION, options={"a/b": "c"}),)),
             "",
             R.INVALID_ARGUMENT,
-            "spec.devices[0].scenario.asks",
+            "spec.devices[0].options['a/b']",
         ),
     ],
 )
@@ -305,7 +305,7 @@ async def test_everything_that_is_wrong_is_said_at_once(api: ApiCluster, client:
         name="-",
         vcpus=300,
         boot=Boot(initrd="/etc/shadow"),
-        devices=(DeviceSpec("nic", ShimKind.COMPANION, dma="all", scenario="{"),),
+        devices=(DeviceSpec("nic", ShimKind.COMPANION, dma="all", options={"-": "x"}),),
         policy=MigrationPolicy(max_attempts=0),
     )
     error = await api.refused(client.create_guest, spec, "h/1", request_id="a/b")
@@ -316,8 +316,8 @@ async def test_everything_that_is_wrong_is_said_at_once(api: ApiCluster, client:
         "spec.vcpus",
         "spec.boot.initrd",
         "spec.devices[0].dma",
+        "spec.devices[0].options['-']",
         "spec.policy.max_attempts",
-        "spec.devices[0].scenario",
     ]
 
 
@@ -583,43 +583,12 @@ async def test_a_guest_whose_agent_is_silent_is_not_declared_dead(
     assert read(store, guest.uuid).phase is Ownership.IDLE
 
 
-# --- chaos ------------------------------------------------------------------------------------------------------------
+# --- devices ----------------------------------------------------------------------------------------------------------
 
 
-async def test_chaos_goes_to_the_owners_agent(api: ApiCluster, client: OrchestratorClient) -> None:
+async def test_an_instruction_goes_to_the_owners_agent(api: ApiCluster, client: OrchestratorClient) -> None:
     await api.call(client.create_guest, WEB, "h2")
-    scenario = await api.call(client.inject_late_ack, "web", "nic", "final_query", 3, 512)
-    assert "{at: final_query, times: 3, bytes: 512}" in scenario
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason", "field"),
-    [
-        (("nobody", "nic", "freeze"), R.NOT_FOUND, "guest"),
-        (("web", "disk", "freeze"), R.NOT_FOUND, "device"),
-        (("web", "eth", "freeze"), R.NOT_FOUND, "device"),
-        (("web", "nic", "lunch"), R.INVALID_ARGUMENT, "at"),
-        (("web", "nic", "freeze", 1001), R.INVALID_ARGUMENT, "times"),
-        (("web", "nic", "freeze", 1, 2**40), R.INVALID_ARGUMENT, "bytes"),
-    ],
-)
-async def test_chaos_that_cannot_be(
-    api: ApiCluster,
-    client: OrchestratorClient,
-    arguments: tuple[str, str, str],
-    reason: RefusalReason,
-    field: str,
-) -> None:
-    await api.call(client.create_guest, WEB, "h2")
-    error = await api.refused(client.inject_late_ack, *arguments)
-    assert (error.reason, error.field) == (reason, field)
-
-
-async def test_chaos_is_off_unless_the_cluster_allows_it(store: MemoryStore, tmp_path: Path) -> None:
-    async with api_cluster(store, tmp_path) as calm:
-        await calm.call(calm.client.create_guest, WEB)
-        error = await calm.refused(calm.client.inject_late_ack, "web", "nic", "freeze")
-        assert error.reason is R.CHAOS_DISABLED
+    assert await api.call(client.instruct_device, "web", "nic", "blink 3") == "nic was told: blink 3"
 
 
 # --- the ledger goes away ---------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_every_list_and_text_of_every_request_is_bounded(
 
 def test_there_are_fields_to_walk() -> None:
     assert len(REQUESTS) > 20
-    assert {"CreateGuestRequest.spec.devices.scenario", "CreateGuestRequest.spec.labels"} <= set(map(label, EVERY))
+    assert {"CreateGuestRequest.spec.devices.options", "CreateGuestRequest.spec.labels"} <= set(map(label, EVERY))
     assert not [name for name in limits.BOUNDS if name not in _known()], "a bound of a field that there is not"
 
 

@@ -20,10 +20,10 @@ from orchestrator.telemetry import configure_logging
 
 def test_the_configuration_that_a_local_cluster_writes(tmp_path: Path) -> None:
     file = tmp_path / "api.json"
-    file.write_text('{"listen": ["unix:/x/api.sock", "127.0.0.1:7070"], "zookeeper": "127.0.0.1:2181", "chaos": true}')
-    assert config.load(file) == ApiConfig(
-        ("unix:/x/api.sock", "127.0.0.1:7070"), "127.0.0.1:2181", chroot=paths.CHROOT, chaos=True, log_level="info"
-    )
+    listen = ("unix:/x/api.sock", "127.0.0.1:7070")
+    file.write_text(json.dumps({"listen": listen, "zookeeper": "127.0.0.1:2181", "instructions": True}))
+    wanted = ApiConfig(listen, "127.0.0.1:2181", chroot=paths.CHROOT, instructions=True, log_level="info")
+    assert config.load(file) == wanted
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_the_configuration_that_a_local_cluster_writes(tmp_path: Path) -> None:
     [
         (None, "No such file"),
         ("{", "Invalid JSON"),
-        ('{"listen": [], "chaos": "perhaps", "zookeeper": "z"}', "chaos"),
+        ('{"listen": [], "instructions": "perhaps", "zookeeper": "z"}', "instructions"),
         ('{"listen": []}', "zookeeper"),
         ('{"listen": [], "zookeeper": "z", "log_level": "loud"}', "log level must be one of"),
     ],

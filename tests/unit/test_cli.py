@@ -20,6 +20,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from deploy.lab.cluster import commands, parts, qemu_versions
 from deploy.lab.cluster.commands import ClusterStatus, PartStatus
 from deploy.lab.cluster.config import LocalConfig
+from deploy.lab.devices.scenario_text import parse_scenario
 from orchestrator import wire
 from orchestrator.cli import main, units
 from orchestrator.cli.exits import Exit, code_of
@@ -513,11 +514,21 @@ def test_resume_and_stop(drover: Drover, service: FakeOrchestrator) -> None:
 
 def test_chaos(drover: Drover, service: FakeOrchestrator) -> None:
     ran = drover("chaos", "late-ack", "db", "flows", "--at", "freeze", "--times", "3", "--bytes", "4KiB")
-    assert ran.out == "asks:\n- {at: freeze, times: 3, bytes: 4096}\n"
-    service.chaos = False
+    assert ran.out == "flows was told: asks: [{at: freeze, times: 3, bytes: 4096}]\n"
+    (asked,) = service.requests("InstructDevice")
+    (ask,) = parse_scenario(asked.instruction).asks
+    assert (ask.at, ask.times, ask.bytes) == ("freeze", 3, 4096)
+    service.instructions = False
     ran = drover("chaos", "late-ack", "db", "flows", "--at", "freeze")
     assert ran.code == 4
-    assert "start the cluster with `drover up --chaos`" in ran.err
+    assert "`instructions` in the configuration of API and agents" in ran.err
+
+
+def test_a_device_is_instructed_in_its_programs_own_words(drover: Drover, service: FakeOrchestrator) -> None:
+    assert drover("guest", "instruct", "db", "flows", "add 3").out == "flows was told: add 3\n"
+    told = drover("guest", "instruct", "db", "flows", "add 3", "-o", "json").json
+    assert told == {"guest": "db", "device": "flows", "answer": "flows was told: add 3"}
+    assert drover("guest", "instruct", "db", "disk", "add 3").code == 3
 
 
 # --- migrations -------------------------------------------------------------------------------------------------------

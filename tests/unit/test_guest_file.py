@@ -147,14 +147,14 @@ def test_count_numbers_the_guests() -> None:
 
 def test_an_inline_scenario_becomes_the_text_that_the_device_reads() -> None:
     (spec,) = read("name: g\ndevices: [{name: d, shim: companion, scenario: {asks: [{at: freeze, times: 2}]}}]")
-    (ask,) = parse_scenario(spec.devices[0].scenario).asks
+    (ask,) = parse_scenario(spec.devices[0].options["scenario"]).asks
     assert (ask.at, ask.times) == ("freeze", 2)
 
 
 def test_a_scenario_file_is_found_beside_the_guest_file(tmp_path: Path) -> None:
     (tmp_path / "late.yaml").write_text("asks: [{at: final_query}]\n")
     text = "name: g\ndevices: [{name: d, shim: companion, scenario: late.yaml}]"
-    assert read(text, str(tmp_path / "g.yaml"))[0].devices[0].scenario == "asks: [{at: final_query}]\n"
+    assert read(text, str(tmp_path / "g.yaml"))[0].devices[0].options == {"scenario": "asks: [{at: final_query}]\n"}
 
 
 def test_files_are_read_together() -> None:

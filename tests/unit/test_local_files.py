@@ -114,7 +114,7 @@ def test_what_parts_are_told(tmp_path: Path) -> None:
     assert layout.power_cycle("host-2").read_text() == boot
 
     agent = json.loads(layout.agent_json("host-2").read_text())
-    assert (agent["host"], agent["address"], agent["bandwidth_mbps"], agent["chaos"]) == (
+    assert (agent["host"], agent["address"], agent["bandwidth_mbps"], agent["instructions"]) == (
         "host-2",
         "127.0.0.12",
         250,

@@ -399,7 +399,7 @@ async def test_a_watch_ends_by_itself_at_its_bound(plain: FakeAgent) -> None:
     await client.close()
 
 
-async def test_wishes_and_chaos(plain: FakeAgent) -> None:
+async def test_wishes_and_instructions(plain: FakeAgent) -> None:
     client = AgentClient(plain.address)
     await plain.store.ensure(paths.shard(paths.guest("g1")))
     here = GuestRecord("web", Ownership.IDLE, HostRef("h1", "boot-h1"))
@@ -407,7 +407,7 @@ async def test_wishes_and_chaos(plain: FakeAgent) -> None:
     assert isinstance(await plain.store.multi(ops), Done)
     answer = await client.apply_want_run("g1", 3)
     assert (answer.applied, answer.run_state) == (True, RunState.PAUSED)
-    assert "at: freeze" in await client.inject_late_ack("g1", "nic", "freeze", 2)
+    assert await client.pass_instruction("g1", "nic", "blink 2") == "nic was told: blink 2"
     await client.close()
 
 

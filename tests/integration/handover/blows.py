@@ -140,7 +140,7 @@ def some_rounds(scene: Scene, rounds: int, draw: Callable[[random.Random], list[
         after_s = [chance.uniform(0, WITHIN_S) for _ in range(chance.choice([1, 1, 2]))]
         blows = [chance.choice(BLOWS) for _ in after_s]
         said = [f"{blow.__name__} after {s:.3f} s" for blow, s in zip(blows, after_s, strict=True)]
-        devices = [f"{each.shim}: {each.scenario}" for each in guest.spec.devices]
+        devices = [f"{each.shim}: {each.options}" for each in guest.spec.devices]
         print(f"round {number}: {devices} {said}")
         migration = scene.migrate(guest, scene.there)
         for blow, seconds in zip(blows, after_s, strict=True):

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from deploy.lab.cluster import evidence, processes, state, teardown
 from deploy.lab.cluster.layout import Layout
 from deploy.lab.cluster.processes import Identity
+from deploy.lab.devices.scenario_text import options_of
 from deploy.lab.workload import Workload, boot_of
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -72,7 +73,7 @@ def _unless_away(call: Callable[[], T]) -> T | None:
 
 def device(name: str = "dpu", scenario: str = "", initial_bytes: int = 65_536) -> DeviceSpec:
     """A companion device. `scenario` as in docs/scenario.md."""
-    return DeviceSpec(name, ShimKind.COMPANION, initial_bytes=initial_bytes, scenario=scenario)
+    return DeviceSpec(name, ShimKind.COMPANION, initial_bytes=initial_bytes, options=options_of(scenario))
 
 
 class Observer:

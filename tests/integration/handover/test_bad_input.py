@@ -18,6 +18,7 @@ import grpc
 import pytest
 
 from deploy.lab.cluster import network
+from deploy.lab.devices.scenario_text import late_ack
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
@@ -70,7 +71,7 @@ REFUSED: dict[str, tuple[Call, RefusalReason, str]] = {
     "a scenario that is none": (
         lambda c, g: c.create_guest(replace(GOOD, devices=(device("d", "asks: [{at: never}]"),))),
         WRONG,
-        "spec.devices[0].scenario.asks[0].at",
+        "spec.devices[0].options.scenario.asks[0].at",
     ),
     "a policy without attempts": (
         lambda c, g: c.create_guest(replace(GOOD, policy=MigrationPolicy(max_attempts=0))),
@@ -104,9 +105,20 @@ REFUSED: dict[str, tuple[Call, RefusalReason, str]] = {
     "no host to empty": (lambda c, g: c.create_evacuation("host-9"), NOT_FOUND, "host"),
     "less than none at a time": (lambda c, g: c.create_evacuation("host-1", -1), WRONG, "max_concurrent"),
     "no evacuation": (lambda c, g: c.cancel_evacuation("0123456789ab"), NOT_FOUND, "name"),
-    "chaos in no device": (lambda c, g: c.inject_late_ack(g, "tpm", "freeze"), NOT_FOUND, "device"),
-    "chaos at no hook": (lambda c, g: c.inject_late_ack(g, "dpu", "lunch"), WRONG, "at"),
-    "chaos too often": (lambda c, g: c.inject_late_ack(g, "dpu", "freeze", times=10**6), WRONG, "times"),
+    "an option that is none": (
+        lambda c, g: c.create_guest(replace(GOOD, devices=(replace(device("d"), options={"colour": "red"}),))),
+        WRONG,
+        "spec.devices[0].options.colour",
+    ),
+    "an instruction to no device": (lambda c, g: c.instruct_device(g, "tpm", late_ack("freeze")), NOT_FOUND, "device"),
+    "an instruction without words": (lambda c, g: c.instruct_device(g, "dpu", " "), WRONG, "instruction"),
+    "an instruction at no hook": (lambda c, g: c.instruct_device(g, "dpu", late_ack("lunch")), WRONG, "instruction"),
+    "an instruction too often": (
+        lambda c, g: c.instruct_device(g, "dpu", late_ack("freeze", 10**6)),
+        WRONG,
+        "instruction",
+    ),
+    "an instruction of megabytes": (lambda c, g: c.instruct_device(g, "dpu", "x" * 200_000), WRONG, "instruction"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from deploy.lab.devices.scenario_text import late_ack
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import Requests
@@ -46,7 +47,7 @@ def test_several_devices_are_late_at_once(scene: Scene) -> None:
 
 def test_an_injected_late_ack(scene: Scene) -> None:
     guest = scene.guest(device())
-    assert "freeze" in scene.client.inject_late_ack(guest.name, "dpu", "freeze", times=2)
+    assert "freeze" in scene.client.instruct_device(guest.name, "dpu", late_ack("freeze", 2))
     over = scene.succeeded(scene.migrate(guest, scene.there))
     assert late_aborts(over) == [("dpu",)] * 2
 
