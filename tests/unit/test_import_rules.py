@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PURE_PACKAGES = ("orchestrator.core", "agents.handover.source")
 PURE_MODULES = (
+    "deploy.lab.devices.scenario",
     "agents.handover.pace",
     "agents.handover.table",
     "agents.handover.timers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,19 @@ def test_every_module_of_the_product_can_be_imported_without_the_lab(product: Pa
     ran = run(product, "imports", str(product))
     assert (ran.returncode, ran.stderr) == (0, "")
     assert {"agents.agent", "agents.shims.companion", "orchestrator.cli.main"} <= set(ran.stdout.split())
+
+
+@pytest.mark.parametrize("package", ["orchestrator", "agents"])
+def test_the_product_knows_nothing_of_what_the_labs_devices_can_be_told(package: str) -> None:
+    """Scenarios, late ACKs on demand and chaos are the lab's: options and instructions to the product."""
+    words = re.compile(r"scenario|chaos|inject_late|InjectLate|InjectAck", re.IGNORECASE)
+    told = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if words.search(line)
+    ]
+    assert told == []
 
 
 def test_without_the_lab_its_commands_are_not_offered_and_say_why(product: Path) -> None:
@@ -160,7 +174,17 @@ def test_our_own_commands_never_look_at_what_is_installed() -> None:
 
 def test_this_installation_knows_the_lab() -> None:
     """Fails in an environment that was installed from an older pyproject.toml: `make venv`."""
-    lab = {"up", "down", "status", "demo", "host.power-cycle", "host.power-on", "guest.console", "guest.verify"}
+    lab = {
+        "up",
+        "down",
+        "status",
+        "demo",
+        "chaos",
+        "host.power-cycle",
+        "host.power-on",
+        "guest.console",
+        "guest.verify",
+    }
     assert lab <= plugins.offered().keys()
     context = click.Context(main.root)
     for place in lab:

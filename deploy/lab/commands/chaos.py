@@ -6,7 +6,6 @@ from __future__ import annotations
 import click
 
 from deploy.lab.devices.scenario import HOOKS
-from deploy.lab.devices.scenario_text import late_ack as instruction
 from orchestrator.cli.context import Settings, complete_guest, pass_settings, remote
 from orchestrator.cli.policy_options import BYTES
 
@@ -36,6 +35,8 @@ def late_ack(settings: Settings, guest: str, device: str, at: str, times: int, c
     `freeze` and `final_query` abort the attempt: the guest runs on at its source and is tried again. Prints the
     scenario that the device follows now (docs/scenario.md).
     """
+    from deploy.lab.devices.scenario_text import late_ack as instruction  # YAML is not needed for --help
+
     with settings.client() as client:
         scenario = client.instruct_device(guest, device, instruction(at, times, count))
     if settings.printer.machine:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from deploy.lab.devices.device import Device, DeviceIdentity, DeviceSizes
-from deploy.lab.devices.scenario_text import scenario_of
+from deploy.lab.devices.scenario import Scenario
 from deploy.lab.devices.server import DeviceServer, Hosted, log, now_s
 from deploy.lab.devices.vfio.endpoint import Endpoint, features_of
 from deploy.lab.devices.vfio.layout import FIRST_INDEX
@@ -69,11 +69,20 @@ def _numbered(description: dict[str, Any], shim: str, first: int) -> list[tuple[
     return list(enumerate((entry for entry in description["devices"] if entry["shim"] == shim), first))
 
 
+def _scenario(entry: dict[str, Any]) -> Scenario:
+    """Raises DroverError(INVALID_ARGUMENT) for options that this device cannot have."""
+    if not entry["options"]:
+        return Scenario()
+    from deploy.lab.devices.scenario_text import scenario_of  # late: most devices have none, and YAML takes its time
+
+    return scenario_of(entry["options"], in_vmm=entry["shim"] == "vfio")
+
+
 def _device(description: dict[str, Any], index: int, entry: dict[str, Any]) -> Device:
     identity = DeviceIdentity(description["guest"], entry["name"], index, description["seed"])
     sizes = DeviceSizes(entry["initial_bytes"], entry["stop_copy_bytes"], entry["dirty_bytes_per_s"])
     in_vmm, incoming = entry["shim"] == "vfio", bool(description["incoming"])
-    scenario = scenario_of(entry["options"], in_vmm=in_vmm)
+    scenario = _scenario(entry)
     if in_vmm:
         return Device(identity, sizes, scenario, incoming=incoming, features=features_of(scenario), in_vmm=True)
     return Device(identity, sizes, scenario, incoming=incoming)
@@ -90,7 +99,7 @@ def wrong_options(description: dict[str, Any]) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     for entry in description["devices"]:
         try:
-            scenario_of(entry["options"], in_vmm=entry["shim"] == "vfio")
+            _scenario(entry)
         except DroverError as error:
             found += [
                 {"device": entry["name"], "option": option, "message": clip(said)} for option, said in error.violations

@@ -7,7 +7,7 @@ the beginning of one for your device. `FlowTable` is the device; `FlowTables` an
 flows that change by themselves, as a switch's do; what is moved is every flow, and again each that changed since.
 
 Options of a device, all of them text: flows (200), changes_per_s (50), takes_instructions (true); and for tests
-asks_again_at (a hook), asks_again (so often) and refuses (`validate`). With a wrong one there is no device, and no guest.
+asks_again_at (a hook), asks_again (so often) and refuses (`validate`). With a wrong one there is no device.
 Instructions, while it is the guest's device: `add N` flows, `ask HOOK N` (demand another ACK at the hook, N times).
 """
 

@@ -17,7 +17,6 @@ from typing import Any
 from agents.shims.inside import InVmmDevice
 from deploy.lab.devices.device import Device, DeviceError, DeviceState
 from deploy.lab.devices.scenario import Call, Hook, scenario_mapping
-from deploy.lab.devices.scenario_text import parse_instruction
 from deploy.lab.devices.vfio.endpoint import Endpoint
 from orchestrator.core.errors import DroverError
 
@@ -447,6 +446,8 @@ class DeviceServer:
     # --- calls: instructions ------------------------------------------------------------------------------------------
 
     def _instruct(self, name: str, header: dict[str, Any]) -> dict[str, Any]:
+        from deploy.lab.devices.scenario_text import parse_instruction  # late: the process starts without YAML
+
         device = self._live_device(name)
         try:
             made = parse_instruction(header["instruction"])
