@@ -117,8 +117,9 @@ def test_an_option_that_the_program_does_not_take_ends_the_creation_and_nothing_
     with pytest.raises(DroverError) as caught:
         site.client.create_guest(guest("odd", flows="many", colour="red"), "host-1")
     assert (caught.value.reason, caught.value.field) == (R.INVALID_ARGUMENT, "spec.devices[0].options")
-    assert "device table: option flows must be a whole number from 0 to 1000000, not 'many'" in caught.value.message
+    assert "option flows must be a whole number from 0 to 1000000, not 'many'" in caught.value.message
     assert "there is no option 'colour'; there are flows, changes_per_s" in caught.value.message
+    assert caught.value.message.startswith("device table: ")
     assert site.held("host-1") == held
     assert "odd" not in [one.spec.name for one in site.client.list_guests()]
     site.client.create_guest(guest("odd"), "host-1")  # the name is free again
