@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from orchestrator import wire
 from orchestrator.core.records import Leader, QuarantineList
+from orchestrator.core.text import clip
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.records import BadRecord, decode
 from protos.drover.v1 import orchestrator_pb2 as pb
 
+MAX_REASON = 500
 UNREADABLE = "unreadable"
 """In place of the name of a leader whose record this version cannot read. It leads all the same."""
 
@@ -17,7 +19,11 @@ async def cluster_health(ledger: Ledger) -> pb.ClusterHealth:
     """Raises StoreUnavailable, and BadRecord for a list that this version cannot read: that is no good health."""
     seat = await ledger.store.read(paths.leader())
     found = await ledger.read(QuarantineList, paths.quarantine())
-    health = pb.ClusterHealth(leader=_name(seat.data) if seat is not None else "")
+    health = pb.ClusterHealth()
+    if seat is not None:
+        health.leader, wrong = _name(seat.data)
+        if wrong:
+            health.quarantined.add(resource="leader", reason=wrong)
     if found is not None:
         for entry in found[0].entries:
             since = wire.timestamp(entry.since_s)
@@ -26,8 +32,11 @@ async def cluster_health(ledger: Ledger) -> pb.ClusterHealth:
     return health
 
 
-def _name(data: bytes) -> str:
+def _name(data: bytes) -> tuple[str, str]:
+    """Who leads, and what is wrong with the seat; empty: nothing."""
     try:
-        return decode(Leader, data, path=paths.leader()).name or UNREADABLE
-    except BadRecord:
-        return UNREADABLE
+        leader = decode(Leader, data, path=paths.leader())
+    except BadRecord as error:
+        said = f"the leader's seat cannot be read by this version; coordinators of this version wait: {error}"
+        return UNREADABLE, clip(said, MAX_REASON)
+    return leader.name or UNREADABLE, ""

@@ -45,8 +45,11 @@ def health(settings: Settings) -> None:
 
 
 def _columns(now_s: float) -> list[Column[Quarantined]]:
+    def for_s(each: Quarantined) -> str:
+        return units.seconds(max(0.0, now_s - each.since.seconds)) if each.since.seconds else ""
+
     return [
         Column("QUARANTINED", lambda each: each.resource),
-        Column("FOR", lambda each: units.seconds(max(0.0, now_s - each.since.seconds)), right=True),
+        Column("FOR", for_s, right=True),
         Column("REASON", lambda each: each.reason, elastic=True, wraps=True),
     ]

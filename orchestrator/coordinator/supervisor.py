@@ -289,6 +289,8 @@ class Supervisor:
             holder = decode(Leader, seat.data, path=paths.leader())
         except BadRecord as error:
             self.status.waiting_for = f"a seat that cannot be read: {error}"
+            # Somebody sits there, perhaps of a newer version: this one waits well, and no restart would help it.
+            self.status.progress += 1
             return False
         if holder.id == self._me.id or (holder.name == self._me.name and self._may_usurp):
             return True

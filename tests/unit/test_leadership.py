@@ -9,12 +9,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from orchestrator.api.health import cluster_health
+from orchestrator.coordinator import supervisor as supervising
 from orchestrator.coordinator.pool import WorkerLost
 from orchestrator.coordinator.quarantine import Quarantine
 from orchestrator.coordinator.supervisor import Dispatch, Supervisor
 from orchestrator.coordinator.worker import Worker
 from orchestrator.core.records import Cordon, EvacuationPhase, MigrationPhase, QuarantineList
 from orchestrator.ledger import paths
+from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Versioned
 from tests.fakes.coordination import MemoryStore, World
@@ -165,9 +168,28 @@ async def test_an_unreadable_seat_is_told_and_ends_no_campaign(world: World) -> 
     supervisor = Supervisor(world.store, Worker(world.store, world).drive, agents=world)
     waiting = asyncio.create_task(supervisor.elect())
     await until(lambda: "cannot be read" in supervisor.status.waiting_for)
+    health = await cluster_health(Ledger(world.store))
+    assert health.leader == "unreadable"
+    assert [each.resource for each in health.quarantined] == ["leader"]
+    assert "cannot be read" in health.quarantined[0].reason
     world.store.tree.nodes.pop(paths.leader())
     async with asyncio.timeout(5):
         assert await waiting == EPOCH + 1
+
+
+async def test_a_coordinator_that_waits_for_an_unreadable_seat_is_not_restarted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody of a newer version may sit there; its own watchdog took the wait for a stuck process."""
+    monkeypatch.setattr(supervising, "SEAT_TAKEN_S", 0.01)
+    world.store.tree.nodes[paths.leader()] = Versioned(b'{"name": 7}', 0, 0)
+    supervisor = Supervisor(world.store, Worker(world.store, world).drive, agents=world)
+    waiting = asyncio.create_task(supervisor.elect())
+    await until(lambda: "cannot be read" in supervisor.status.waiting_for)
+    before = supervisor.status.progress
+    await until(lambda: supervisor.status.progress > before + 2)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
 
 
 async def test_a_leader_s_look_that_always_fails_is_no_progress(world: World) -> None:

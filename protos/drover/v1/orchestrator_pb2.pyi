@@ -114,7 +114,7 @@ class Quarantined(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     SINCE_FIELD_NUMBER: _builtins.int
     resource: _builtins.str
-    """migrations/NAME or evacuations/NAME."""
+    """migrations/NAME or evacuations/NAME; "leader": the leader's seat itself cannot be read, `since` is not set."""
     reason: _builtins.str
     @_builtins.property
     def since(self) -> _timestamp_pb2.Timestamp: ...
