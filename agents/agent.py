@@ -115,6 +115,7 @@ class Agent:
 
     @property
     def here(self) -> HostRef:
+        """This host in its present power cycle."""
         return self._tools.here
 
     def _notice(self) -> None:
@@ -267,10 +268,12 @@ class Agent:
             raise DroverError(RefusalReason.NO_CAPACITY, said)
 
     async def start_guest(self, uuid: str) -> GuestStatus:
+        """See `HostedGuest.birth`. A caller that is cut off does not stop it half-way."""
         self._must_take_on()
         return await self._to_its_end(self._kept(uuid, lambda guest: guest.birth()))
 
     async def end_guest(self, uuid: str) -> None:
+        """See `HostedGuest.end`. A caller that is cut off does not stop it half-way."""
         await self._to_its_end(self._kept(uuid, lambda guest: guest.end()))
 
     async def _kept(self, uuid: str, call: Callable[[HostedGuest], Awaitable[T]]) -> T:
@@ -291,9 +294,12 @@ class Agent:
         return await self._to_its_end(self._known(uuid).restore())
 
     async def apply_want_run(self, uuid: str, sequence: int) -> WishApplied:
+        """See `HostedGuest.apply_wish`. Raises NOT_FOUND when the guest is not here."""
         return await self._known(uuid).apply_wish(sequence)
 
     async def prepare_destination(self, order: PrepareOrder) -> Prepared:
+        """See `Attempts.prepare`. Also raises NO_CAPACITY while copies hold too much memory, STALE_EPOCH for an
+        order of a former leader."""
         self._must_take_on()
         await self._epochs.heed(order.epoch)
         spec = (await self._host(order.attempt.guest)).files.spec
@@ -319,11 +325,13 @@ class Agent:
         return sum(copy.memory_mib for guest in others for copy in guest.copy_statuses())
 
     async def conduct_attempt(self, order: ConductOrder) -> None:
+        """See `Attempts.conduct`. Also raises STALE_EPOCH for an order of a former leader."""
         self.place.must_hold()
         await self._epochs.heed(order.epoch)
         await self._known(order.attempt.guest).attempts.conduct(order)
 
     def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:
+        """What is known here of an attempt; a report while it is under way is what it has come to so far."""
         for guest in self._guests.values():
             departure = guest.departure
             if departure is not None and (departure.ref.migration, departure.ref.attempt) == (migration, attempt):
@@ -332,6 +340,7 @@ class Agent:
         return AttemptSeen(known=report is not None, ended=report is not None, report=report)
 
     def nudge(self, uuid: str) -> None:
+        """Let the guest's keeper look now; nothing happens when it is not here."""
         guest = self._guests.get(uuid)
         if guest is not None:
             guest.wake()
@@ -344,6 +353,7 @@ class Agent:
         return await self._known(uuid).instruct(device, instruction)
 
     def status(self) -> AgentStatus:
+        """Everything at once: guests, attempts, copies, and which guest is not kept and why."""
         sample = self._sample()
         guests = list(self._guests.values())
         return AgentStatus(
@@ -391,12 +401,14 @@ class Agent:
     # --- PeerService (agents.serving.peer.Attempts) ------------------------------------------------------------------
 
     def departure(self, key: AttemptKey) -> Departure | None:
+        """The attempt under way with this host as its source; None: it is not, or no longer."""
         for guest in self._guests.values():
             if guest.departure is not None and guest.departure.key == key:
                 return guest.departure
         return None
 
     def arrival(self, key: AttemptKey) -> Arrival | None:
+        """The attempt under way with this host as its destination; None: it is not, or no longer."""
         for guest in self._guests.values():
             found = guest.arrivals.get(key[:2])
             if found is not None and found.key == key:

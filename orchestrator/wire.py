@@ -71,10 +71,12 @@ _SHIM_KIND_OF = {number: value for value, number in _SHIM_KIND.items()}
 
 
 def ownership_to_proto(phase: Ownership) -> types_pb2.OwnershipPhase.ValueType:
+    """What the guest's record says of its ownership."""
     return _OWNERSHIP[phase]
 
 
 def run_state_to_proto(state: RunState) -> types_pb2.RunState.ValueType:
+    """Whether the guest's vCPUs run, as its agent sees it."""
     return _RUN_STATE[state]
 
 
@@ -84,14 +86,17 @@ def run_state_from_proto(number: int) -> RunState:
 
 
 def phase_to_proto(phase: MigrationPhase) -> types_pb2.MigrationPhase.ValueType:
+    """How far a migration has come."""
     return _PHASE[phase]
 
 
 def phase_from_proto(number: int) -> MigrationPhase | None:
+    """None for a phase of a newer version."""
     return _PHASE_OF.get(cast(types_pb2.MigrationPhase.ValueType, number))
 
 
 def evacuation_phase_to_proto(phase: EvacuationPhase) -> types_pb2.EvacuationPhase.ValueType:
+    """How far an evacuation has come."""
     return _EVACUATION[phase]
 
 
@@ -184,6 +189,7 @@ _DEVICE_SIZES = ("initial_bytes", "stop_copy_bytes", "dirty_bytes_per_s")
 
 
 def device_to_proto(device: DeviceSpec) -> types_pb2.DeviceSpec:
+    """The device with all its sizes set, in bytes."""
     return types_pb2.DeviceSpec(
         name=device.name,
         shim=_SHIM_KIND[device.shim],
@@ -197,6 +203,8 @@ def device_to_proto(device: DeviceSpec) -> types_pb2.DeviceSpec:
 
 
 def device_from_proto(message: types_pb2.DeviceSpec, *, field: str = "device") -> DeviceSpec:
+    """Sizes that are not set get their defaults. Raises INVALID_ARGUMENT for a kind of shim that this version does
+    not know; `field` names the device in that error."""
     shim = _SHIM_KIND_OF.get(message.shim)
     if shim is None:
         raise _unknown_word(f"{field}.shim", message.shim or "", ShimKind)
@@ -226,6 +234,8 @@ def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
 
 
 def guest_spec_from_proto(message: types_pb2.GuestSpec, *, field: str = "spec") -> GuestSpec:
+    """What is not set gets its default. Raises INVALID_ARGUMENT, with a field below `field`, for words that this
+    version does not know."""
     boot = message.boot
     default = GuestSpec(message.name)
     devices = enumerate(message.devices)
@@ -259,14 +269,17 @@ def _is_set(message: Message, name: str) -> bool:
 
 
 def ack_to_proto(entry: AckRequest) -> types_pb2.AckRequest:
+    """One request for a switchover ACK: device and generation."""
     return types_pb2.AckRequest(device=entry.device, generation=entry.generation)
 
 
 def ack_from_proto(message: types_pb2.AckRequest) -> AckRequest:
+    """One request for a switchover ACK: device and generation."""
     return AckRequest(message.device, message.generation)
 
 
 def device_progress_to_proto(device: DeviceProgress) -> types_pb2.DeviceProgress:
+    """What one device has sent in its attempt, in bytes."""
     return types_pb2.DeviceProgress(
         name=device.name,
         initial_bytes=device.initial_bytes,
@@ -280,6 +293,7 @@ def device_progress_to_proto(device: DeviceProgress) -> types_pb2.DeviceProgress
 
 
 def device_progress_from_proto(message: types_pb2.DeviceProgress) -> DeviceProgress:
+    """What one device has sent in its attempt, in bytes."""
     return DeviceProgress(
         name=message.name,
         initial_bytes=message.initial_bytes,
@@ -293,6 +307,7 @@ def device_progress_from_proto(message: types_pb2.DeviceProgress) -> DeviceProgr
 
 
 def progress_to_proto(progress: Progress) -> types_pb2.Progress:
+    """A sample of an attempt. An expected downtime that does not fit its field is capped."""
     return types_pb2.Progress(
         transferred_bytes=progress.transferred_bytes,
         remaining_bytes=progress.remaining_bytes,
@@ -310,6 +325,7 @@ def progress_to_proto(progress: Progress) -> types_pb2.Progress:
 
 
 def progress_from_proto(message: types_pb2.Progress) -> Progress:
+    """A sample of an attempt: sizes in bytes, rates in Mbit/s, times in ms, the ETA in seconds."""
     return Progress(
         transferred_bytes=message.transferred_bytes,
         remaining_bytes=message.remaining_bytes,
@@ -327,14 +343,17 @@ def progress_from_proto(message: types_pb2.Progress) -> Progress:
 
 
 def timeline_to_proto(entry: TimelineEntry) -> types_pb2.TimelineEntry:
+    """One line of an attempt's time line."""
     return types_pb2.TimelineEntry(at_ms=entry.at_ms, where=entry.where, event=entry.event, detail=entry.detail)
 
 
 def timeline_from_proto(message: types_pb2.TimelineEntry) -> TimelineEntry:
+    """One line of an attempt's time line."""
     return TimelineEntry(message.at_ms, message.where, message.event, message.detail)
 
 
 def report_to_proto(report: AttemptReport) -> types_pb2.AttemptReport:
+    """What an attempt came to, with its time line and its devices."""
     return types_pb2.AttemptReport(
         attempt=report.attempt,
         outcome=report.outcome,
@@ -400,6 +419,7 @@ def timestamp(wall_s: float) -> Timestamp | None:
 
 
 def guest_status_to_proto(status: GuestStatus) -> agent_pb2.GuestStatus:
+    """A guest as its agent sees it."""
     return agent_pb2.GuestStatus(
         guest_uuid=status.guest,
         name=status.name,
@@ -410,12 +430,14 @@ def guest_status_to_proto(status: GuestStatus) -> agent_pb2.GuestStatus:
 
 
 def guest_status_from_proto(message: agent_pb2.GuestStatus) -> GuestStatus:
+    """A guest as its agent sees it; a run state of a newer version is UNKNOWN."""
     return GuestStatus(
         message.guest_uuid, message.name, message.inc, run_state_from_proto(message.run_state), message.pid
     )
 
 
 def attempt_status_to_proto(status: AttemptStatus) -> agent_pb2.AttemptStatus:
+    """An attempt that is under way at its source, with its last sample if there is one."""
     return agent_pb2.AttemptStatus(
         guest_uuid=status.ref.guest,
         migration=status.ref.migration,
@@ -428,6 +450,7 @@ def attempt_status_to_proto(status: AttemptStatus) -> agent_pb2.AttemptStatus:
 
 
 def attempt_status_from_proto(message: agent_pb2.AttemptStatus) -> AttemptStatus:
+    """An attempt that is under way at its source; a phase of a newer version is None."""
     return AttemptStatus(
         ref=AttemptRef(message.guest_uuid, message.migration, message.attempt),
         phase=phase_from_proto(message.phase),
@@ -438,12 +461,14 @@ def attempt_status_from_proto(message: agent_pb2.AttemptStatus) -> AttemptStatus
 
 
 def agent_sample_to_proto(sample: AgentSample) -> agent_pb2.WatchAgentResponse:
+    """What a watcher of an agent is told: guests and attempts that changed."""
     return agent_pb2.WatchAgentResponse(
         attempts=map(attempt_status_to_proto, sample.attempts), guests=map(guest_status_to_proto, sample.guests)
     )
 
 
 def agent_sample_from_proto(message: agent_pb2.WatchAgentResponse) -> AgentSample:
+    """What a watcher of an agent is told: guests and attempts that changed."""
     return AgentSample(
         guests=tuple(map(guest_status_from_proto, message.guests)),
         attempts=tuple(map(attempt_status_from_proto, message.attempts)),
@@ -451,6 +476,7 @@ def agent_sample_from_proto(message: agent_pb2.WatchAgentResponse) -> AgentSampl
 
 
 def agent_status_to_proto(status: AgentStatus) -> agent_pb2.GetAgentResponse:
+    """Everything that an agent says of its host: guests, attempts, copies, troubles."""
     return agent_pb2.GetAgentResponse(
         host=status.host.host,
         boot_id=status.host.boot_id,
@@ -502,6 +528,7 @@ def _guest_trouble_from_proto(message: agent_pb2.GuestTrouble) -> GuestTrouble:
 
 
 def agent_status_from_proto(message: agent_pb2.GetAgentResponse) -> AgentStatus:
+    """Everything that an agent says of its host: guests, attempts, copies, troubles."""
     return AgentStatus(
         host=HostRef(message.host, message.boot_id),
         epoch=message.epoch,
@@ -514,6 +541,7 @@ def agent_status_from_proto(message: agent_pb2.GetAgentResponse) -> AgentStatus:
 
 
 def endpoint_to_proto(endpoint: Endpoint) -> agent_pb2.Endpoint:
+    """An IP address and a port."""
     return agent_pb2.Endpoint(ip=endpoint.ip, port=endpoint.port)
 
 
@@ -526,6 +554,7 @@ def endpoint_from_proto(message: agent_pb2.Endpoint, *, field: str) -> Endpoint:
 
 
 def prepare_order_to_proto(order: PrepareOrder) -> agent_pb2.PrepareDestinationRequest:
+    """The coordinator's order to a destination."""
     return agent_pb2.PrepareDestinationRequest(
         guest_uuid=order.attempt.guest,
         migration=order.attempt.migration,
@@ -538,6 +567,7 @@ def prepare_order_to_proto(order: PrepareOrder) -> agent_pb2.PrepareDestinationR
 
 
 def prepare_order_from_proto(message: agent_pb2.PrepareDestinationRequest) -> PrepareOrder:
+    """The coordinator's order to a destination. Raises INVALID_ARGUMENT for what cannot be understood."""
     return PrepareOrder(
         attempt=AttemptRef(message.guest_uuid, message.migration, message.attempt),
         epoch=message.epoch,
@@ -548,6 +578,7 @@ def prepare_order_from_proto(message: agent_pb2.PrepareDestinationRequest) -> Pr
 
 
 def prepared_to_proto(prepared: Prepared) -> agent_pb2.PrepareDestinationResponse:
+    """A destination's answer: its process, and where memory and calls are to go."""
     return agent_pb2.PrepareDestinationResponse(
         inc=prepared.inc,
         stream=endpoint_to_proto(prepared.stream),
@@ -558,6 +589,7 @@ def prepared_to_proto(prepared: Prepared) -> agent_pb2.PrepareDestinationRespons
 
 
 def prepared_from_proto(message: agent_pb2.PrepareDestinationResponse | agent_pb2.ConductAttemptRequest) -> Prepared:
+    """A destination's answer: its process, and where memory and calls are to go."""
     return Prepared(
         message.inc,
         endpoint_from_proto(message.stream, field="stream"),
@@ -568,6 +600,7 @@ def prepared_from_proto(message: agent_pb2.PrepareDestinationResponse | agent_pb
 
 
 def conduct_order_to_proto(order: ConductOrder) -> agent_pb2.ConductAttemptRequest:
+    """The coordinator's order to a source."""
     return agent_pb2.ConductAttemptRequest(
         guest_uuid=order.attempt.guest,
         migration=order.attempt.migration,
@@ -586,6 +619,7 @@ def conduct_order_to_proto(order: ConductOrder) -> agent_pb2.ConductAttemptReque
 
 
 def conduct_order_from_proto(message: agent_pb2.ConductAttemptRequest) -> ConductOrder:
+    """The coordinator's order to a source. Raises INVALID_ARGUMENT for what cannot be understood."""
     return ConductOrder(
         attempt=AttemptRef(message.guest_uuid, message.migration, message.attempt),
         epoch=message.epoch,
@@ -597,20 +631,24 @@ def conduct_order_from_proto(message: agent_pb2.ConductAttemptRequest) -> Conduc
 
 
 def attempt_seen_to_proto(seen: AttemptSeen) -> agent_pb2.GetAttemptResponse:
+    """What an agent knows of one attempt, with its report once there is one."""
     report = report_to_proto(seen.report) if seen.report else None
     return agent_pb2.GetAttemptResponse(known=seen.known, ended=seen.ended, report=report)
 
 
 def attempt_seen_from_proto(message: agent_pb2.GetAttemptResponse) -> AttemptSeen:
+    """What an agent knows of one attempt, with its report once there is one."""
     report = report_from_proto(message.report) if message.HasField("report") else None
     return AttemptSeen(message.known, message.ended, report)
 
 
 def wish_applied_to_proto(wish: WishApplied) -> agent_pb2.ApplyWantRunResponse:
+    """Whether a pause or a resume has taken effect, and how the guest is now."""
     return agent_pb2.ApplyWantRunResponse(applied=wish.applied, run_state=_RUN_STATE[wish.run_state])
 
 
 def wish_applied_from_proto(message: agent_pb2.ApplyWantRunResponse) -> WishApplied:
+    """Whether a pause or a resume has taken effect, and how the guest is now."""
     return WishApplied(message.applied, run_state_from_proto(message.run_state))
 
 

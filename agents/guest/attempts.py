@@ -249,6 +249,7 @@ class Attempts:
         self._depart(self._departure(copy, state, peer, MigrationPolicy(), options, destination.host), first)
 
     async def end_as_destination(self, inc: str, record: GuestRecord) -> None:
+        """Conduct what is left of an attempt whose conductor died here; ends it, never begins anything (H7, H8)."""
         copy = self._guest.copies[inc]
         metadata = copy.vmm.metadata
         ref = AttemptRef(self._guest.uuid, metadata.migration, metadata.attempt)

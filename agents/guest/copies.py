@@ -53,10 +53,12 @@ class Copy:
 
     @property
     def inc(self) -> str:
+        """Names this process among all that the guest ever has."""
         return self.vmm.metadata.inc
 
     @property
     def incoming(self) -> bool:
+        """Made to receive the guest, and not promoted yet."""
         return self.vmm.metadata.role == "incoming"
 
     def _event(self, event: EngineEvent) -> None:
@@ -72,9 +74,11 @@ class Copy:
         self.on_change()
 
     def source_shims(self) -> list[SourceShim]:
+        """The devices outside the VMM, as the source of an attempt speaks to them."""
         return self.devices.source_shims() if self.devices else []
 
     def destination_shims(self) -> list[DestinationShim]:
+        """The devices outside the VMM, as the destination of an attempt speaks to them."""
         return self.devices.destination_shims() if self.devices else []
 
     def in_vmm(self) -> InVmmDevices | None:

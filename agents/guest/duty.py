@@ -40,6 +40,8 @@ class Copy:
 
 
 class Do(StrEnum):
+    """What may be owed to a guest; one thing at a time."""
+
     NOTHING = "nothing"
     ASK_AGAIN = "ask_again"
     """What would decide is not known: nothing is done, and everything is asked again."""
@@ -64,6 +66,8 @@ class Do(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Duty:
+    """What is owed, and to which copy if it is about one."""
+
     do: Do = Do.NOTHING
     inc: str = ""
     """Of the copy that it is about."""

@@ -159,6 +159,7 @@ class GuestFiles:
 
     @property
     def directory(self) -> Path:
+        """What must survive a power loss; holds everything of the guest on this host."""
         return guests_root(self.config.dir / "guests") / self.uuid[:16]
 
     def vmms(self) -> list[int]:
@@ -193,6 +194,7 @@ class GuestFiles:
             self.directory.rmdir()
 
     def marker(self, inc: str) -> Path:
+        """Its presence says that the copy may have run as the guest (H10)."""
         return self.config.volatile_dir / f"{self.uuid}.{inc}"
 
     @property

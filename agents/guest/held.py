@@ -75,24 +75,30 @@ class HeldGuest:
 
     @property
     def uuid(self) -> str:
+        """Names this life of the guest in the ledger and on the disk."""
         return self.files.uuid
 
     @property
     def name(self) -> str:
+        """As its users call it; another life may bear it later."""
         return self.files.spec.name
 
     def wake(self) -> None:
+        """Something changed: the keeper looks as soon as it can."""
         self.woken.set()
 
     def add(self, copy: Copy) -> None:
+        """Hold a new copy, and hear of its changes."""
         self.copies[copy.inc] = copy
         copy.on_change = self.copy_changed
 
     def copy_changed(self) -> None:
+        """Wake the keeper, and tell those who watch the agent."""
         self.wake()
         self.tools.changed()
 
     def must_keep(self) -> None:
+        """Raises Forgotten when nothing of the guest is here any more."""
         if self.forgotten:
             raise Forgotten(self.uuid)
 
@@ -149,6 +155,7 @@ class HeldGuest:
 
     @contextlib.contextmanager
     def being_made(self) -> Generator[None]:
+        """While a process is being started, the list of copies is not complete."""
         self._making += 1
         try:
             yield
@@ -161,6 +168,7 @@ class HeldGuest:
         self.copies.pop(copy.inc, None)
 
     def status(self) -> GuestStatus:
+        """The guest as this host sees it, without asking its VMM."""
         own = self.own()
         if own is None and not self.all_adopted:
             return GuestStatus(self.uuid, self.name, "", RunState.UNKNOWN)
@@ -206,9 +214,11 @@ class HeldGuest:
         return self.record is not None and self.record.owner.host == self.tools.here.host
 
     def stale(self, ref: AttemptRef, said: str) -> DroverError:
+        """STALE_ATTEMPT, to be raised, for an order that the record no longer agrees with."""
         return DroverError(
             RefusalReason.STALE_ATTEMPT, f"attempt {ref.attempt} of {ref.migration} for guest {self.name} {said}"
         )
 
     def refused(self, reason: RefusalReason, said: str) -> DroverError:
+        """A refusal about this guest, to be raised."""
         return DroverError(reason, f"guest {self.name}: {said}")

@@ -57,6 +57,7 @@ class GuestLedger:
         return (decode(GuestRecord, node.data, path=path), node.version) if node else (None, -1)
 
     async def spec(self) -> GuestSpec | None:
+        """What the guest was created with; None when the ledger does not know it."""
         path = paths.guest_spec(self.uuid)
         node = await self.store.read(path)
         return decode(GuestSpec, node.data, path=path) if node else None

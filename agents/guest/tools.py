@@ -18,9 +18,13 @@ from orchestrator.ledger.store import Store
 class PeerChannels(Protocol):
     """Connections to the other agents' PeerService, kept warm."""
 
-    def destination(self, address: str, ref: AttemptRef, inc: str) -> GrpcDestinationPeer: ...
+    def destination(self, address: str, ref: AttemptRef, inc: str) -> GrpcDestinationPeer:
+        """To the destination's agent at `address`, for one attempt and the process `inc`."""
+        ...
 
-    def source(self, address: str, ref: AttemptRef, inc: str) -> GrpcSourcePeer: ...
+    def source(self, address: str, ref: AttemptRef, inc: str) -> GrpcSourcePeer:
+        """To the source's agent at `address`, for one attempt and the process `inc`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

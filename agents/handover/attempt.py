@@ -64,10 +64,12 @@ class Attempt(ABC, Generic[_Shell]):
 
     @property
     def ref(self) -> AttemptRef:
+        """Guest, migration and number of the attempt."""
         return self.shell.state.ref
 
     @property
     def key(self) -> AttemptKey:
+        """What the other agent calls it by: migration, number, and the destination's process."""
         return self.ref.migration, self.ref.attempt, self.shell.state.inc
 
     async def conduct(self, first: Sequence[Command] | None = None) -> None:
@@ -124,12 +126,15 @@ class Departure(Attempt[SourceShell]):
     # --- what the destination says ------------------------------------------------------------------------------------
 
     def loaded(self, inc: str, loads: Sequence[Load]) -> None:
+        """LOADED: what the destination's devices have taken in."""
         self.shell.loaded(inc, loads)
 
     def destination_failed(self) -> None:
+        """The destination says, or its silence shows, that it cannot take the guest."""
         self.shell.feed(Seen.DEST_FAILED)
 
     def done(self, timeline: Sequence[TimelineEntry]) -> None:
+        """DONE, with the destination's time line for the report."""
         self.arrival_timeline[:] = timeline
         self._told.set()
         self.shell.feed(Seen.DONE_KNOWN)
@@ -172,6 +177,7 @@ class Departure(Attempt[SourceShell]):
         )
 
     def wish(self, run: bool) -> None:
+        """The operator's wish changed."""
         self.shell.feed(WantRunSeen(run))
 
     def wish_is_applied(self, run: bool) -> bool | None:
@@ -182,6 +188,7 @@ class Departure(Attempt[SourceShell]):
         return True if state.want_run == run and state.paused != run else None
 
     def status(self) -> AttemptStatus:
+        """Its phase and its last sample, for watchers."""
         stage = self.shell.state.stage
         elapsed_ms = self.shell.elapsed_ms
         return AttemptStatus(self.ref, phase_of(stage), self.progress, ended=stage.ended, elapsed_ms=elapsed_ms)
@@ -235,9 +242,11 @@ class Arrival(Attempt[DestinationShell]):
 
     @property
     def acks(self) -> asyncio.Queue[AckRequest]:
+        """ACKs that wait to be sent to the source."""
         return self.peer.acks
 
     async def frame(self, frame: Frame) -> None:
+        """A piece of a device's state has arrived. Raises ShimError when the device refuses it."""
         await self.shell.frame(frame)
 
     async def go(self, inc: str, want_run: bool) -> bool:

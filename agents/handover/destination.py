@@ -31,6 +31,8 @@ from orchestrator.core.ids import AttemptRef, HostRef
 
 
 class DestinationStage(StrEnum):
+    """How far the destination has come; the ENDED stages are final."""
+
     WAITING = "WAITING"
     """The VMM listens, paused; the stream and the shims' data arrive."""
     VALIDATING = "VALIDATING"
@@ -52,6 +54,7 @@ class DestinationStage(StrEnum):
 
     @property
     def ended(self) -> bool:
+        """Nothing follows any more, and no event is taken."""
         return self.name.startswith("ENDED")
 
 

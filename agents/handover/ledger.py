@@ -75,12 +75,14 @@ class AttemptLedger:
         return Seen.LEDGER_REFUSED
 
     async def bind(self) -> Seen:
+        """Name the destination's process in the record (H2); only then may anything move."""
         ref = self.ref
         return await self._change(
             lambda record: handover.bind(record, ref.migration, ref.attempt, self.inc, writer=self.writer), Seen.BOUND
         )
 
     async def abort(self, reason: AbortReason, devices: tuple[str, ...]) -> Seen:
+        """OPEN -> ABORTED: the first writer of COMMIT and ABORT wins (H6)."""
         ref = self.ref
         return await self._change(
             lambda record: handover.abort(record, ref.migration, ref.attempt, reason, devices, writer=self.writer),
@@ -88,6 +90,7 @@ class AttemptLedger:
         )
 
     async def done(self) -> Seen:
+        """COMMITTED -> IDLE: the destination has taken over (H9)."""
         ref = self.ref
         return await self._change(
             lambda record: handover.done(record, ref.migration, ref.attempt, self.inc, writer=self.writer),
@@ -95,6 +98,7 @@ class AttemptLedger:
         )
 
     async def roll_back(self, *, vmm_seen_dead: bool, marker: bool) -> Seen:
+        """Give the guest back to its source (H10); refused unless the copy is dead and has no marker."""
         return await self._change(
             lambda record: handover.roll_back(
                 record, by=self.here, vmm_seen_dead=vmm_seen_dead, marker=marker, writer=self.writer
@@ -174,6 +178,7 @@ class AttemptLedger:
                 self.writes += 1
 
     def watch_record(self, callback: Callable[[GuestRecord], None]) -> Callable[[], None]:
+        """Hear what the guest's record says; may be old. Returns what ends the watch."""
         path = paths.guest(self.ref.guest)
 
         def seen(node: Versioned | None) -> None:
@@ -183,6 +188,7 @@ class AttemptLedger:
         return self.store.watch(path, seen)
 
     def watch_requests(self, callback: Callable[[tuple[AckRequest, ...], int], None]) -> Callable[[], None]:
+        """Hear of requests made through the ledger; may be old. Returns what ends the watch."""
         path = paths.requests(self.ref.migration)
 
         def seen(node: Versioned | None) -> None:

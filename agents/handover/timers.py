@@ -15,6 +15,8 @@ from agents.handover.words import CancelTimer, Command, Rang, StartTimer, Timer
 
 @dataclass(frozen=True, slots=True)
 class Timers:
+    """Which timers run, each with the number of its start."""
+
     running: tuple[tuple[Timer, int], ...] = ()
     started: int = 0
 

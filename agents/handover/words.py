@@ -53,6 +53,8 @@ class Do(StrEnum):
 
 
 class Timer(StrEnum):
+    """The bounds that a machine may set; how long each is, its shell knows."""
+
     PRECOPY = "precopy"  # the guest runs and is copied
     SUSPENDED = "suspended"  # policy has stopped it, so that the rest fits
     ACK = "ack"  # an ACK is missing
@@ -73,6 +75,8 @@ class StartTimer:
 
 @dataclass(frozen=True, slots=True)
 class CancelTimer:
+    """At once. A ring that is on its way is dropped by its number."""
+
     timer: Timer
     number: int
 
@@ -227,6 +231,8 @@ class LoadedReport:
 
 @dataclass(frozen=True, slots=True)
 class WantRunSeen:
+    """The operator's wish, as a watch shows it."""
+
     run: bool
 
 

@@ -33,6 +33,8 @@ def abort(state: SourceState, reason: AbortReason, devices: tuple[str, ...] = ()
 
 
 def fails(reason: AbortReason) -> Callable[[SourceState], Step]:
+    """A handler that ends the attempt for `reason`."""
+
     def handler(state: SourceState) -> Step:
         return abort(state, reason)
 
@@ -40,6 +42,7 @@ def fails(reason: AbortReason) -> Callable[[SourceState], Step]:
 
 
 def found_late(state: SourceState, event: FoundLate) -> Step:
+    """The VMM's own verdict: a device inside it asked again after the freeze. The attempt ends for that."""
     return abort(state, AbortReason.LATE_SWITCHOVER_ACK, event.devices)
 
 
@@ -51,6 +54,7 @@ def found_late_after(state: SourceState, event: FoundLate) -> Step:
 
 
 def shims_back(state: SourceState) -> Step:
+    """The devices run here again: now the engine has to end the migration. A dead VMM is a crash instead."""
     if state.vmm_dead:
         return vmm_gone(state)
     return state, (Do.ABORT_ENGINE,)
@@ -90,10 +94,12 @@ def _restore(state: SourceState) -> Step:
 
 
 def paused_again(state: SourceState) -> Step:
+    """The guest stands still, as wished; if the wish changed meanwhile, it is restored once more."""
     return record_abort(state) if not state.want_run else _restore(state)
 
 
 def resumed_again(state: SourceState) -> Step:
+    """The guest runs again; if the wish changed meanwhile, it is restored once more."""
     return record_abort(state) if state.want_run else _restore(state)
 
 
@@ -116,6 +122,7 @@ def wish_at_the_end(state: SourceState, event: WantRunSeen) -> Step:
 
 
 def record_abort(state: SourceState) -> Step:
+    """The guest is as wished: write the ABORT, unless the ledger already says that nothing can be committed."""
     if state.refused:
         return ended(state)
     reason = state.reason or AbortReason.ENGINE_FAILED
@@ -123,6 +130,7 @@ def record_abort(state: SourceState) -> Step:
 
 
 def ended(state: SourceState) -> Step:
+    """The attempt is over and the guest stays here."""
     return replace(state, stage=SourceStage.ENDED_ABORTED), (Note("ended", str(state.reason or "")),)
 
 
@@ -133,8 +141,10 @@ def vmm_gone(state: SourceState) -> Step:
 
 
 def declare_again(state: SourceState) -> Step:
+    """A bounded pause is over: try once more to write CRASHED."""
     return state, (Do.DECLARE_CRASHED,)
 
 
 def crash_recorded(state: SourceState) -> Step:
+    """The ledger says CRASHED: the attempt is over."""
     return replace(state, stage=SourceStage.ENDED_CRASHED), ()

@@ -22,6 +22,7 @@ from orchestrator.core.ids import AckRequest
 
 
 def freeze(state: SourceState) -> Step:
+    """The guest stands: stop the devices, or go to the check at once when there are none outside the VMM."""
     state = replace(state, stage=SourceStage.FREEZING)
     if not state.has_devices:
         return check(state, Quiesced(()))
@@ -29,6 +30,7 @@ def freeze(state: SourceState) -> Step:
 
 
 def check(state: SourceState, event: Quiesced) -> Step:
+    """The one check for late ACKs (H3). It passes into the last pass, or turns the source round."""
     state = replace(state, acks=with_requests(state.acks, event.newest).freeze())
     late = late_at_check(state)
     if late:
@@ -51,10 +53,12 @@ def requests_late(state: SourceState, event: RequestsSeen) -> Step:
 
 
 def requested_too_late(state: SourceState, event: Requested) -> Step:
+    """A device's request after the check is noted and changes nothing."""
     return state, (Note("request_too_late", f"{event.entry.device}/{event.entry.generation}"),)
 
 
 def ack_noted(state: SourceState, event: Acked) -> Step:
+    """Note an ACK that comes when it can no longer open the gate."""
     return replace(state, acks=state.acks.ack(event.entry)), ()
 
 
@@ -75,6 +79,7 @@ def req_to_check(state: SourceState) -> int | None:
 
 
 def loaded(state: SourceState, event: LoadedReport) -> Step:
+    """The destination has loaded and validated. Unequal data ends the attempt; another process's report is dropped."""
     if event.inc != state.inc:
         return state, ()
     if not event.equal:
@@ -83,10 +88,12 @@ def loaded(state: SourceState, event: LoadedReport) -> Step:
 
 
 def completed(state: SourceState) -> Step:
+    """The VMM has sent everything: it is sealed, and cannot run again by itself."""
     return _advance(replace(state, sealed=True))
 
 
 def sent(state: SourceState) -> Step:
+    """The devices have sent everything."""
     return _advance(replace(state, sent=True))
 
 

@@ -21,6 +21,7 @@ from orchestrator.core.handover import GuestRecord, Ownership, Verdict
 
 
 def committed(state: SourceState) -> Step:
+    """The guest is the destination's (H5): tell it to go."""
     return replace(state, stage=SourceStage.COMMITTED), (Note("committed"), Do.GO)
 
 
@@ -30,6 +31,7 @@ def done_known(state: SourceState) -> Step:
 
 
 def discarded(state: SourceState) -> Step:
+    """Nothing of the guest is left here: the attempt is over."""
     return replace(state, stage=SourceStage.ENDED_COMMITTED), ()
 
 
@@ -51,6 +53,7 @@ def req_has_moved(state: SourceState, version: int) -> bool:
 
 
 def read_after_submit(state: SourceState, event: RecordRead) -> Step:
+    """The COMMIT's outcome was not clear: what the record says, read behind a barrier, decides (H5)."""
     moved = req_has_moved(state, event.req_version)
     ref = state.ref
     verdict = handover.verdict(event.record, state.here, ref.migration, ref.attempt, req_moved=moved)
@@ -88,6 +91,7 @@ def refused(state: SourceState) -> Step:
 
 
 def read_while_recording(state: SourceState, event: RecordRead) -> Step:
+    """An ABORT's outcome was not clear: write again only while the record still says OPEN for this attempt."""
     record, ref = event.record, state.ref
     ours = (record.migration, record.attempt) == (ref.migration, ref.attempt)
     still_open = record.phase is Ownership.OPEN and ours
@@ -95,11 +99,13 @@ def read_while_recording(state: SourceState, event: RecordRead) -> Step:
 
 
 def read_while_declaring(state: SourceState, event: RecordRead) -> Step:
+    """CRASHED was not clearly written: try again only while the record still names this host."""
     ours = event.record.owner == state.here and event.record.phase is not Ownership.CRASHED
     return (state, (Do.RETRY_LATER,)) if ours else (replace(state, stage=SourceStage.ENDED_CRASHED), ())
 
 
 def abort_again(state: SourceState) -> Step:
+    """A bounded pause is over: try once more to write the ABORT."""
     return state, (_abort_command(state),)
 
 
@@ -121,6 +127,7 @@ def news(state: SourceState, event: RecordSeen) -> Step:
 
 
 def news_after_submit(state: SourceState, event: RecordSeen | RecordRead) -> Step:
+    """A watch shows the COMMIT's outcome before its answer comes; only contents that are final count."""
     record = event.record
     if not is_final_news(state, record):
         return state, ()

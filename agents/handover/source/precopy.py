@@ -26,18 +26,22 @@ from orchestrator.core.errors import AbortReason
 
 
 def begin(state: SourceState) -> Step:
+    """Have the ledger name the destination's process before anything moves."""
     return replace(state, stage=SourceStage.BINDING), (Do.BIND,)
 
 
 def bound(state: SourceState) -> Step:
+    """The ledger names it: begin to copy."""
     return replace(state, stage=SourceStage.PRECOPY), (Note("bound", state.inc), Do.START_PRECOPY)
 
 
 def active(state: SourceState) -> Step:
+    """Every device has begun and the engine has accepted: the gate may open."""
     return _gate(replace(state, active=True))
 
 
 def requested(state: SourceState, event: Requested) -> Step:
+    """A device asks for an ACK: the gate closes until the request is durable and acknowledged."""
     entry = event.entry
     acks = state.acks.request(entry)
     if acks == state.acks:
@@ -48,6 +52,7 @@ def requested(state: SourceState, event: Requested) -> Step:
 
 
 def acked(state: SourceState, event: Acked) -> Step:
+    """The destination has loaded what the request was about: the gate may open."""
     return _gate(ack_noted(state, event)[0])
 
 
@@ -69,6 +74,7 @@ def requests_learnt(state: SourceState, event: RequestsSeen) -> Step:
 
 
 def request_not_written(state: SourceState) -> Step:
+    """A request cannot be made durable, so the gate would never open again: the attempt ends."""
     return abort(state, AbortReason.LEDGER_UNREACHABLE) if state.unwritten else (state, ())
 
 
@@ -101,6 +107,8 @@ def _gate_is_open(state: SourceState) -> bool:
 
 
 def pulse(good: bool) -> Callable[[SourceState], Step]:
+    """A handler for vital signs: the gate opens only while peer and quorum answer."""
+
     def handler(state: SourceState) -> Step:
         return _gate(replace(state, vitals=good))
 
@@ -118,6 +126,7 @@ def parked(state: SourceState) -> Step:
 
 
 def gate_stayed_closed(state: SourceState) -> Step:
+    """The engine stopped the guest and an ACK is missing. It is late if the gate had been open before."""
     reason = AbortReason.LATE_SWITCHOVER_ACK if state.opened else AbortReason.GATE_CLOSED_AT_CONVERGENCE
     return abort(state, reason, names(tuple(sorted({*state.acks.pending, *state.unwritten}))))
 
@@ -151,10 +160,12 @@ def pause_queued(state: SourceState) -> Step:
 
 
 def resumed(state: SourceState) -> Step:
+    """The guest runs again within its attempt: requests count as before."""
     return _gate(replace(state, paused=False, acks=state.acks.resume_by_wish()))
 
 
 def precopy_is_over(state: SourceState) -> Step:
+    """Pre-copy has had its time: stop the guest for the migration's sake if policy says so, else end."""
     if state.suspend_on_timeout:
         return replace(state, suspended=True), (Note("suspend"), Do.PAUSE)
     pending = names(state.acks.pending)
@@ -167,4 +178,5 @@ def suspended_in_vain(state: SourceState) -> Step:
 
 
 def ack_is_missing(state: SourceState) -> Step:
+    """The gate was closed for too long: the attempt ends and names the devices."""
     return abort(state, AbortReason.ACK_TIMEOUT, names(state.acks.pending))

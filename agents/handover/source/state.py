@@ -16,6 +16,8 @@ from orchestrator.core.switchover import AckLedger
 
 
 class SourceStage(StrEnum):
+    """How far the source has come; the ENDED stages are final."""
+
     NEW = "NEW"
     BINDING = "BINDING"
     PRECOPY = "PRECOPY"
@@ -42,6 +44,7 @@ class SourceStage(StrEnum):
 
     @property
     def ended(self) -> bool:
+        """Nothing follows any more, and no event is taken."""
         return self.name.startswith("ENDED")
 
 
@@ -126,10 +129,12 @@ def due_timers(state: SourceState) -> tuple[Timer, ...]:
 
 
 def names(entries: tuple[AckRequest, ...]) -> tuple[str, ...]:
+    """The devices of these requests, in order."""
     return tuple(entry.device for entry in entries)
 
 
 def with_requests(acks: AckLedger, entries: tuple[AckRequest, ...]) -> AckLedger:
+    """The ACK ledger with these requests noted, whoever asked."""
     for entry in entries:
         acks = acks.request(entry)
     return acks
