@@ -72,7 +72,7 @@ class Migrations:
         return await read_migration(self._tools.ledger, name)
 
     async def list(
-        self, guest: str, *, active_only: bool, page_size: int = 0, page_token: str = ""
+        self, guest: str, *, active_only: bool, page_size: int = 0, page_token: str = "", name_prefix: str = ""
     ) -> pb.ListMigrationsResponse:
         """Newest first by the ledger's own order, at most MAX_LISTED, without time lines; and where the next page
         begins, empty after the last. Those of the page that cannot be read are named."""
@@ -85,6 +85,7 @@ class Migrations:
             if (not before or line.order < before)
             and (not uuid_of or line.guest == uuid_of)
             and not (active_only and line.over)
+            and line.name.startswith(name_prefix)
         ]
         page, more = lines[:size], len(lines) > size
         unreadable = Unreadable()

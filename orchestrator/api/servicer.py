@@ -162,6 +162,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
             active_only=request.active_only,
             page_size=request.page_size,
             page_token=request.page_token,
+            name_prefix=request.name_prefix,
         )
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: Any) -> types_pb2.Migration:

@@ -159,7 +159,7 @@ def pick(wanted: str, known: Sequence[str], what: str) -> str:
 
 def find_migration(client: OrchestratorClient, wanted: str) -> Migration:
     """By id, or by a beginning of it that only one migration has."""
-    return _find(wanted, client.get_migration, lambda: client.list_migrations(limit=LOOKED_THROUGH), "migration")
+    return _find(wanted, client.get_migration, lambda: client.list_migrations(name_prefix=wanted.lower()), "migration")
 
 
 def find_evacuation(client: OrchestratorClient, wanted: str) -> Evacuation:
@@ -173,10 +173,6 @@ class _Named(Protocol):
 
 
 Named = TypeVar("Named", bound=_Named)
-
-
-LOOKED_THROUGH = 20_000
-"""The newest migrations, of which an abbreviated id may name one."""
 
 
 def _find(wanted: str, get: Callable[[str], Named], known: Callable[[], Sequence[Named]], what: str) -> Named:

@@ -214,14 +214,19 @@ class OrchestratorClient:
         *,
         active_only: bool = False,
         limit: int = 1_000,
+        name_prefix: str = "",
         unreadable: list[pb.Unreadable] | None = None,
     ) -> list[types_pb2.Migration]:
-        """Newest first, at most `limit`, without the time lines of their attempts."""
+        """Newest first, at most `limit`, without the time lines of their attempts; of those whose names begin so."""
         found: list[types_pb2.Migration] = []
         page_token = ""
         while len(found) < limit:
             request = pb.ListMigrationsRequest(
-                guest=guest, active_only=active_only, page_size=limit - len(found), page_token=page_token
+                guest=guest,
+                active_only=active_only,
+                page_size=limit - len(found),
+                page_token=page_token,
+                name_prefix=name_prefix,
             )
             answer = self._call(self._stub.ListMigrations, request)
             found += answer.migrations

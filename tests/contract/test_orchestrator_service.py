@@ -753,8 +753,8 @@ async def test_migrations_are_listed_newest_first_of_a_guest_and_while_they_last
     second = (await api.call(client.create_migration, "db")).name
     third = (await api.call(client.create_migration, "web")).name
 
-    async def names(guest: str = "", **asked: bool) -> list[str]:
-        return [each.name for each in await api.call(client.list_migrations, guest, **asked)]
+    async def names(guest: str = "", active_only: bool = False) -> list[str]:
+        return [each.name for each in await api.call(client.list_migrations, guest, active_only=active_only)]
 
     assert await names() == [third, second, first]
     assert await names("web") == [third, first]
@@ -784,6 +784,11 @@ async def test_migrations_are_listed_page_by_page(api: Subject, client: Orchestr
         pages.append(await asyncio.to_thread(page, pages[-1].next_page_token))
     assert [[each.name for each in one.migrations] for one in pages] == [made[:2:-1], made[2:0:-1], made[:1]]
     assert [each.name for each in await api.call(client.list_migrations, limit=3)] == made[:1:-1]
+    for beginning in (made[2], made[2][:8]):
+        found = await api.call(client.list_migrations, name_prefix=beginning)
+        assert made[2] in [each.name for each in found]
+        assert all(each.name.startswith(beginning) for each in found)
+    assert await api.call(client.list_migrations, name_prefix="nobody") == []
     with pytest.raises(grpc.RpcError) as caught:
         await asyncio.to_thread(page, "x")
     assert from_rpc_error(caught.value).field == "page_token"

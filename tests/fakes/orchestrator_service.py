@@ -397,6 +397,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             _without_time_lines(each)
             for each in self.migrations.values()
             if of in ("", each.guest_uuid) and not (request.active_only and _over(each))
+            if each.name.startswith(request.name_prefix)
         ]
         page = _page(sorted(found, key=_newest_first), request)
         page.unreadable.extend(self.unreadable)

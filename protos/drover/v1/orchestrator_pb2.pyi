@@ -851,12 +851,15 @@ class ListMigrationsRequest(_message.Message):
     ACTIVE_ONLY_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    NAME_PREFIX_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     active_only: _builtins.bool
     page_size: _builtins.int
     """0, or more than 1000: 1000."""
     page_token: _builtins.str
-    """Empty: from the newest on; else the next_page_token of the page before, with the same guest and active_only."""
+    """Empty: from the newest on; else the next_page_token of the page before, with the same other fields."""
+    name_prefix: _builtins.str
+    """Only those whose name begins so; how an abbreviated name is found among many."""
     def __init__(
         self,
         *,
@@ -864,10 +867,11 @@ class ListMigrationsRequest(_message.Message):
         active_only: _builtins.bool = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        name_prefix: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_only", b"active_only", "guest", b"guest", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_only", b"active_only", "guest", b"guest", "name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
