@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -21,6 +22,7 @@ from agents.guest.tools import PeerChannels, Tools
 from agents.handover.attempt import Arrival, Departure
 from agents.handover.peer import AttemptKey
 from agents.handover.shell import Mistakes
+from agents.host.concerned import Concerned
 from agents.host.epoch import EpochGate
 from agents.host.identity import Installation
 from agents.host.journal import Journal
@@ -44,7 +46,6 @@ from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.ledger import paths
-from orchestrator.ledger.gather import members
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 from orchestrator.tasks import Tasks, failures
@@ -58,6 +59,11 @@ _UUID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 RETRY_S = 0.2
 FIRST_SCAN_S = 10.0
 SCAN_S = 60.0
+"""So long a birth that nobody carries out is left alone."""
+TIDY_S = 30.0
+"""Guests that have left are taken off the host's list at most this often."""
+NET_S = 1_800.0
+"""Everything on the list is looked at this often, whatever the watch said."""
 MEMORY_S = 2.0
 """So long a destination, and a birth, wait for the copies of guests that have left to be gone."""
 SAMPLE_S = 0.25
@@ -102,6 +108,14 @@ class Agent:
         self._guests: dict[str, HostedGuest] = {}
         self._tasks = Tasks(f"agent of {here.host}")
         self._hosting = asyncio.Lock()
+        self._concerned = Concerned(here.host, self._store)
+        self._listed: set[str] = set()
+        """Guests that concern this host, as last listed."""
+        self._settled: set[str] = set()
+        """Those of them that are not here, of which nothing is owed."""
+        self._unwritten: set[str] = set()
+        """Guests that are to be listed, or not to be listed any more, and whose list is not written yet."""
+        self._tidy_at_s = 0.0
         self._all_found = False
         """Every guest that earlier agents wrote down on this disk is known."""
         metrics.gauges(
@@ -149,7 +163,7 @@ class Agent:
         self._store.on_session(self._session)
         self._tasks.keep(descriptors.look, "reserve of descriptors", again_s=descriptors.LOOK_S)
         self._tasks.keep(self._journal.write_on, "journal", again_s=RETRY_S, every_s=0.0)
-        self._tasks.keep(self._scan_now_and_then, "scan of the ledger", again_s=RETRY_S)
+        self._tasks.keep(self._look_for_guests, "scan of the ledger", again_s=RETRY_S)
 
     async def _adopt_found(self) -> None:
         """One guest that cannot be adopted is that guest's trouble. What cannot be read is read again by each scan."""
@@ -177,6 +191,7 @@ class Agent:
 
     async def stop(self) -> None:
         """Leave the ledger and let go; VMMs, devices and attempts are left to the next agent."""
+        self._concerned.close()
         await asyncio.gather(self._tasks.close(), self.place.close())
         await asyncio.gather(*(guest.stop() for guest in self._guests.values()))
 
@@ -189,50 +204,96 @@ class Agent:
 
     # --- the ledger's guests ------------------------------------------------------------------------------------------
 
-    async def _scan_now_and_then(self) -> None:
-        """Find guests that the ledger says are ours and of which nothing is on this disk, so that they are declared."""
-        starting: set[str] = set()
-        wait_s = FIRST_SCAN_S
+    async def _look_for_guests(self) -> None:
+        """Find guests that the ledger says are ours and of which nothing is on this disk, so that they are declared.
+
+        Which guests may be ours is told by a watch, so at rest nothing is read.
+        """
+        self._concerned.start()
+        loop = asyncio.get_running_loop()
+        born_after_s, net_at_s = FIRST_SCAN_S, loop.time() + NET_S
+        births: dict[str, float] = {}
         while True:
+            self._concerned.woken.clear()
             try:
-                starting = await self._scan(starting)
+                births = await self._scan(births, born_after_s)
             except (StoreUnavailable, BadRecord, DroverError) as error:
                 log.warning("scan of the ledger: trying again", error=str(error))
                 await asyncio.sleep(RETRY_S)
                 continue
-            await asyncio.sleep(wait_s)
-            wait_s = SCAN_S
+            born_after_s = SCAN_S
+            await self._until_worth_a_scan(births, net_at_s)
+            if loop.time() >= net_at_s:
+                self._settled, net_at_s = set(), loop.time() + NET_S * random.uniform(0.5, 1.5)
 
-    async def _scan(self, starting_before: set[str]) -> set[str]:
-        """Births are buried only when they were found twice: whoever wrote one may be about to call `start_guest`."""
+    async def _until_worth_a_scan(self, births: dict[str, float], net_at_s: float) -> None:
+        """Until the list has changed, guests have left, a birth is due or it is time for the net."""
+        loop = asyncio.get_running_loop()
+        while loop.time() < net_at_s:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_SCAN_S):
+                    await self._concerned.woken.wait()
+            moved = self._concerned.woken.is_set() or self._listed - self._held() - self._settled - births.keys()
+            due = any(at_s <= loop.time() for at_s in births.values())
+            untidy = self._unwritten and self._tidy_at_s <= loop.time()
+            if moved or due or untidy or not self._all_found:
+                return
+
+    def _held(self) -> set[str]:
+        return {uuid for uuid, guest in list(self._guests.items()) if not guest.forgotten}
+
+    async def _scan(self, births: dict[str, float], born_after_s: float) -> dict[str, float]:
+        """Look at listed guests that are not here, and list those that are here and missing.
+
+        `births`: guests that are about to be born here, and when they are buried: whoever wrote one may be about to
+        call `start_guest`. Returns those that remain.
+        """
         if not self._all_found:
             await self._adopt_found()
-        starting: set[str] = set()
-        for uuid in await members(self._store, paths.GUESTS):
-            if uuid in self._guests:
-                continue
+        self._listed, held = await self._concerned.listed(), self._held()
+        self._settled = (self._settled & self._listed) - held
+        now_s = asyncio.get_running_loop().time()
+        remain: dict[str, float] = {}
+        for uuid in self._listed - held - self._settled:
+            bury_at_s = births.get(uuid, now_s + born_after_s)
             try:
-                starting |= await self._scan_one(uuid, starting_before)
+                if await self._scan_one(uuid, bury=now_s >= bury_at_s):
+                    remain[uuid] = bury_at_s
+                elif uuid not in self._guests:
+                    self._settled.add(uuid)
+                    self._unwritten.add(uuid)
             except StoreUnavailable:
                 raise
             except Exception as error:  # of this guest: the others are looked at all the same
                 failures["scan of a guest"] += 1
+                self._settled.add(uuid)
                 log.error("a guest of the ledger cannot be looked after", guest=uuid, error=repr(error))
-        return starting
+        await self._tidy(held)
+        return remain
 
-    async def _scan_one(self, uuid: str, starting_before: set[str]) -> set[str]:
-        """The guest, when it is about to be born here."""
+    async def _tidy(self, held: set[str]) -> None:
+        """Seldom, so that what many migrations leave behind goes with one write."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s < self._tidy_at_s:
+            return
+        self._tidy_at_s = now_s + TIDY_S
+        dropped = await self._concerned.drop((self._unwritten & self._listed) - held)
+        self._unwritten = dropped | await self._concerned.add(held - self._listed)
+
+    async def _scan_one(self, uuid: str, *, bury: bool) -> bool:
+        """Whether the guest is about to be born here."""
         node = await self._store.read(paths.guest(uuid))
         if node is None or not node.data:
-            return set()
+            return False
         record = decode(GuestRecord, node.data, path=paths.guest(uuid))
         if record.owner.host != self.here.host or record.phase in (Ownership.CRASHED, Ownership.GONE):
-            return set()
-        if record.phase is not Ownership.STARTING or uuid in starting_before:
+            return False
+        starting = record.phase is Ownership.STARTING
+        if not starting or bury:
             guest = await self._host(uuid)
             guest.may_bury = True
             guest.wake()
-        return {uuid} if record.phase is Ownership.STARTING else set()
+        return starting and not bury
 
     async def _host(self, uuid: str) -> HostedGuest:
         """The guest's keeper here, made if there is none. Raises DroverError when the ledger knows no such guest."""

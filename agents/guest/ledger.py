@@ -11,7 +11,7 @@ from orchestrator.core import handover
 from orchestrator.core.handover import GuestRecord, Ownership, Refused
 from orchestrator.core.ids import HostRef
 from orchestrator.core.records import GuestSpec, WantRun
-from orchestrator.ledger import paths
+from orchestrator.ledger import markers, paths
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import Create, Delete, Done, Op, SetData, Store, StoreUnavailable, Versioned
 
@@ -46,6 +46,8 @@ class GuestLedger:
             Create(paths.guest_spec(self.uuid), encode(spec)),
             Create(paths.want_run(self.uuid), encode(wish)),
         ]
+        if await self.store.read(paths.host_guests(record.owner.host)) is not None:  # else all is listed again later
+            ops.append(await markers.marked(self.store, record.owner.host, self.uuid))
         if isinstance(await self.store.multi(ops), Done):
             return True
         found = await self.look()  # a lost answer: our own write is recognised by its writer

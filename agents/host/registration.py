@@ -32,7 +32,8 @@ from orchestrator.tasks import Tasks
 log = structlog.get_logger(__name__)
 
 RETRY_S = 0.2
-LOOK_S = 10.0
+LOOK_S = 600.0
+"""A net below the watches, which tell everything that can happen to the place."""
 """The place is looked at this often, whatever the watches say."""
 PATIENCE_S = 30.0
 """How long a newcomer waits for a session that is in its way: one that nobody keeps alive lapses long before."""
@@ -193,9 +194,10 @@ class Registration:
         for child, content in (
             (paths.cordon(record.name), Cordon()),
             (paths.reservations(record.name), Reservations()),
+            (paths.host_guests(record.name), None),
         ):
             if await self._store.read(child) is None:
-                ops.append(op_create(child, content))
+                ops.append(Create(child, b"") if content is None else op_create(child, content))
         if look.live is not None:
             ops.append(Delete(live, look.live.version))
         ops.append(Create(live, encode(record.identity), ephemeral=True))
@@ -228,7 +230,7 @@ class Registration:
     def hold(self) -> None:
         """Watch over the place that was taken, until `close`."""
         host = self._config.host
-        for path in (paths.host(host), paths.live(host)):
+        for path in (paths.host(host), paths.live(host), paths.fence(host, self._me.boot_id)):
             self._unwatch.append(self._store.watch(path, lambda _: self.wake()))
         self._tasks.keep(self._hold_once, "the host's place", again_s=RETRY_S, every_s=0.0)
 

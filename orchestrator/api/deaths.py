@@ -25,7 +25,7 @@ from orchestrator.core.records import (
     Reservations,
     host_ref,
 )
-from orchestrator.ledger import paths
+from orchestrator.ledger import markers, paths
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.records import decode
 from orchestrator.ledger.store import Create, Delete, Done, Op, Versioned
@@ -245,12 +245,16 @@ class Deaths:
     async def _removal(self, name: str) -> list[Op]:
         """Each node in the version that it was seen in; a session that comes back meanwhile makes it fail."""
         store = self._tools.store
-        children = [f"{paths.host(name)}/{child}" for child in await store.children(paths.host(name))]
+        children = [path for path in await self._children(name) if path != paths.host_guests(name)]
         nodes: list[tuple[str, Versioned | None]] = [
             (path, await store.read(path)) for path in (*children, paths.host(name), paths.death(name))
         ]
         silent: list[Op] = [Create(paths.live(name), b""), Delete(paths.live(name), 0)]
-        return [*silent, *(Delete(path, node.version) for path, node in nodes if node is not None)]
+        removed = [Delete(path, node.version) for path, node in nodes if node is not None]
+        return [*silent, *await markers.unmarked(store, name), *removed]
+
+    async def _children(self, name: str) -> list[str]:
+        return [f"{paths.host(name)}/{child}" for child in await self._tools.store.children(paths.host(name))]
 
 
 def _answers(found: HostDeath, wanted: HostDeath) -> bool:

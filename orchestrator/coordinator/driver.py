@@ -35,7 +35,7 @@ from orchestrator.core.records import (
     Requests,
     Reservations,
 )
-from orchestrator.ledger import active, paths
+from orchestrator.ledger import active, markers, paths
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import decode, encode, encode_attempts
 from orchestrator.ledger.snapshot import HostEntry, Snapshot
@@ -419,6 +419,7 @@ class Driver:
             _reserve(entry, spec.id, guest_spec.memory_mib),
             SetData(paths.migration_state(spec.id), encode(state), nodes.state_version),
             *await self._missing_ack_nodes(),
+            await markers.marked(self._tools.store, choice.destination.host, spec.guest),
         ]
 
     async def _missing_ack_nodes(self) -> list[Op]:

@@ -7,7 +7,7 @@ from orchestrator.core.records import GuestSpec, Reservations, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.snapshot import HostEntry
-from orchestrator.ledger.store import Check, Op
+from orchestrator.ledger.store import Check, Create, Op
 
 
 def birth_ops(uuid: str, record: GuestRecord, spec: GuestSpec, wish: WantRun, entry: HostEntry) -> list[Op]:
@@ -27,4 +27,5 @@ def birth_ops(uuid: str, record: GuestRecord, spec: GuestSpec, wish: WantRun, en
         op_create(paths.want_run(uuid), wish),
         Check(paths.cordon(host), entry.cordon_version),
         taken,
+        Create(paths.host_guest(host, uuid), b""),
     ]

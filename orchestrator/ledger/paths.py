@@ -169,8 +169,13 @@ def reservations(host_name: str) -> str:
 
 
 def host_guests(host_name: str) -> str:
-    """Markers of the guests that have to do with the host."""
+    """Above the nodes of the guests that concern the host: see `ledger.markers`."""
     return f"{HOSTS}/{host_name}/guests"
+
+
+def host_guest(host_name: str, uuid: str) -> str:
+    """There while the record of the guest names the host, and some time longer. Empty."""
+    return f"{host_guests(host_name)}/{uuid}"
 
 
 def fences(host_name: str) -> str:

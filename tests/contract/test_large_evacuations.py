@@ -88,6 +88,7 @@ def host(name: str, memory_mib: int, cordon: Cordon) -> list[Op]:
         op_create(paths.host(name), HostRecord(name, f"boot-{name}", "127.0.0.1:1", "127.0.0.1:2", memory_mib, 1000)),
         op_create(paths.cordon(name), cordon),
         op_create(paths.reservations(name), Reservations()),
+        Create(paths.host_guests(name), b""),
         Create(paths.live(name), b""),
     ]
 

@@ -54,6 +54,7 @@ class ApiCluster(Calling):
             op_create(paths.host(name), agent.record(memory_mib)),
             op_create(paths.cordon(name), Cordon()),
             op_create(paths.reservations(name), Reservations()),
+            Create(paths.host_guests(name), b""),
             *([Create(paths.live(name), b"")] if live else []),
         ]
         assert isinstance(await self.store.multi(ops), Done)

@@ -323,6 +323,7 @@ class World:
         self.put(paths.cordon(name), Cordon())
         self.put(paths.reservations(name), Reservations())
         self.put(paths.live(name), Cordon())
+        self.put(paths.host_guests(name), "")
 
     def guest(self, uuid: str, host: str, memory_mib: int = 64, policy: MigrationPolicy | None = None) -> None:
         policy = policy or MigrationPolicy(backoff_initial_ms=1, backoff_max_ms=2)

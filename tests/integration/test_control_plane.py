@@ -69,6 +69,7 @@ def test_a_record_that_cannot_be_read_stops_nobody_else(cluster: Cluster, client
         ops = [
             Create(paths.evacuation(JOB), json.dumps(job).encode()),
             Create(paths.evacuation_state(JOB), b'{"phase": "LEVITATING"}'),
+            Create(paths.active_evacuation(JOB), b'"host-3"'),
         ]
         observer.run(observer.store.ensure(paths.shard(paths.evacuation(JOB))))
         assert isinstance(observer.run(observer.store.multi(ops)), Done)

@@ -151,6 +151,7 @@ async def test_a_guest_is_born_in_one_transaction_and_then_started(
         paths.want_run(guest.uuid),
         paths.cordon("h2"),
         paths.reservations("h2"),
+        paths.host_guest("h2", guest.uuid),
     ]
     assert api.agents["h2"].calls.count(("StartGuest", guest.uuid)) == 1
     assert await api.call(client.get_guest, "web") == guest

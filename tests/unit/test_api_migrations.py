@@ -138,6 +138,7 @@ async def test_what_the_coordinator_finds(api: ApiCluster, client: OrchestratorC
         paths.migration(name),
         paths.migration_state(name),
         paths.attempts(name),
+        paths.active_migration(name),
     ]
 
 

@@ -158,11 +158,12 @@ async def test_one_unreadable_record_hides_no_other_from_the_scan(house: House) 
     for uuid, data in (("a" * 32, b"{"), ("b" * 32, None)):
         house.world.put(paths.guest(uuid), GuestRecord(uuid, Ownership.IDLE, HERE))
         house.world.put(paths.guest_spec(uuid), GuestSpec(uuid))
+        house.world.put(paths.host_guest(HERE.host, uuid), "")
         house.world.put(paths.want_run(uuid), WantRun())
         if data is not None:
             for path in (paths.guest(uuid), paths.guest_spec(uuid)):
                 house.world.store.tree.nodes[path] = Versioned(data, 0, 0)
-    await house.agent._scan(set())
+    await house.agent._scan({}, 0.0)
     await until(lambda: house.world.record("b" * 32).phase is Ownership.CRASHED)
     await house.agent.stop()
 

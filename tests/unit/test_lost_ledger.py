@@ -65,6 +65,7 @@ class House:
         self.world.put(paths.guest(G), handover.birth("web", HERE, writer="api"))
         self.world.put(paths.guest_spec(G), GuestSpec("web"))
         self.world.put(paths.want_run(G), WantRun())
+        self.world.put(paths.host_guest(HERE.host, G), "")
         await self.agent.start_guest(G)
         (vmm,) = self.mover.processes.values()
         note = vmm.spec.directory / f"{vmm.spec.inc}.json"  # as the real engine leaves it
