@@ -71,25 +71,14 @@ class ZooKeeperServer:
 
     def metrics(self) -> dict[str, str]:
         """The server's own counters. Raises ConnectionError when it does not answer."""
-        return {name: value for name, _, value in map(_cut, self._told(b"mntr"))}
+        return metrics_of(self.address, self.port)
 
     def zxid(self) -> int:
         """Of the newest transaction, counted from the first of all. Raises as `metrics`."""
-        return next(int(value, 16) & 0xFFFFFFFF for name, _, value in map(_cut, self._told(b"srvr")) if name == "Zxid:")
+        return int(_told(self.address, self.port, b"srvr")["Zxid:"], 16) & 0xFFFFFFFF
 
-    def _told(self, word: bytes) -> list[str]:
-        lines = self._ask(word, 5.0).decode().splitlines()
-        if not lines:
-            raise ConnectionError(f"no answer to {word.decode()}")
-        return lines
-
-    def _ask(self, word: bytes, timeout_s: float = 0.5) -> bytes:
-        try:
-            with socket.create_connection((self.address, self.port), timeout_s) as connection:
-                connection.sendall(word)
-                return b"".join(iter(lambda: connection.recv(65536), b""))
-        except OSError:
-            return b""
+    def _ask(self, word: bytes) -> bytes:
+        return _asked(self.address, self.port, word, 0.5)
 
     def kill(self) -> None:
         if self.process is not None:
@@ -98,6 +87,24 @@ class ZooKeeperServer:
             self.process = None
 
 
-def _cut(line: str) -> tuple[str, str, str]:
-    name, _, value = line.replace("\t", " ").partition(" ")
-    return name, "", value.strip()
+def metrics_of(address: str, port: int) -> dict[str, str]:
+    """A server's own counters, by the names it has for them. Raises ConnectionError when it does not answer."""
+    return _told(address, port, b"mntr")
+
+
+def _told(address: str, port: int, word: bytes) -> dict[str, str]:
+    lines = _asked(address, port, word, 5.0).decode().splitlines()
+    if not lines:
+        raise ConnectionError(f"ZooKeeper at {join_address(address, port)} does not answer to {word.decode()}")
+    pairs = (line.replace("\t", " ").partition(" ") for line in lines)
+    return {name: value.strip() for name, _, value in pairs}
+
+
+def _asked(address: str, port: int, word: bytes, timeout_s: float) -> bytes:
+    """Empty when there is no answer."""
+    try:
+        with socket.create_connection((address, port), timeout_s) as connection:
+            connection.sendall(word)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+    except OSError:
+        return b""

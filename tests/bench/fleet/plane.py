@@ -26,14 +26,14 @@ from typing import Any
 
 import grpc.aio
 
-from deploy.lab.cluster import processes, ray_head, teardown
+from deploy.lab.cluster import ray_head, teardown
 from deploy.lab.cluster.layout import CLUSTER_VARIABLE, PART_VARIABLE, RAY_ADDRESS, Layout, Server
 from orchestrator.ledger import paths
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.rpc import channels
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
-from tests.bench.fleet import txnlog
+from tests.bench.fleet import fill, txnlog
 from tests.bench.fleet.agents import Share
 from tests.fakes.zookeeper import ZooKeeperServer
 
@@ -99,6 +99,7 @@ class Agents:
         file.write_text(json.dumps(asdict(share)))
         command = [sys.executable, "-m", "tests.bench.fleet.agents", str(file)]
         self.process = plane.spawn(name, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.hosts = [fill.host_name(number) for number in range(share.first, share.first + share.count)]
         self._turn = asyncio.Lock()
 
     async def _line(self, timeout_s: float) -> dict[str, Any]:
@@ -289,17 +290,18 @@ class Plane:
     def cpu_s(self) -> dict[str, float]:
         """Of each part until now. The coordinator is its actors and the process outside; `ray` is Ray itself."""
         found: dict[str, float] = {}
-        for role, pid in self._roles():
+        for role, pid in self.roles():
             found[role] = found.get(role, 0.0) + cpu_of(pid)
         return found
 
     def rss_mib(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        for role, pid in self._roles():
+        for role, pid in self.roles():
             found[role] = found.get(role, 0.0) + rss_of(pid)
         return found
 
-    def _roles(self) -> Iterator[tuple[str, int]]:
+    def roles(self) -> Iterator[tuple[str, int]]:
+        """Every process of the plane: what it belongs to, and its pid."""
         for name, process in self.running.items():
             if name != "ray" and process.poll() is None:
                 yield name.partition("-")[0], process.pid
@@ -401,7 +403,3 @@ async def running(limits: Limits | None = None, heap_mib: int = 256) -> AsyncGen
         yield plane
     finally:
         await plane.close()
-
-
-def alive(pid: int) -> bool:
-    return processes.look(pid) is not None

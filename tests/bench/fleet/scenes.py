@@ -64,9 +64,9 @@ async def fleet(scale: float, take: Take) -> None:
         await take("start", lambda: start(plane, _many(1_000, scale, 20), guests))
 
 
-async def at_rest(plane: Plane, seconds: float) -> list[Figure]:
+async def at_rest(plane: Plane, seconds: float, settle_s: float = SETTLE_S) -> list[Figure]:
     """Nothing moves, and nobody looks."""
-    await asyncio.sleep(SETTLE_S)
+    await asyncio.sleep(settle_s)
     before, cpu = await plane.counted(), plane.cpu_s()
     await asyncio.sleep(seconds)
     rates, now = (await plane.counted()).since(before), plane.cpu_s()

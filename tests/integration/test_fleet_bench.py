@@ -1,0 +1,88 @@
+"""The short form of `make bench-fleet` and `make soak`: what holds at any size, on any machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.lab.cluster import teardown
+from deploy.lab.cluster.layout import Layout
+from orchestrator.core.records import GuestSpec
+from tests.bench import soak
+from tests.bench.fleet import figures, fill, scenes
+from tests.bench.fleet.figures import Figure
+from tests.bench.fleet.plane import running
+from tests.fakes.zookeeper import missing
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.zookeeper,
+    pytest.mark.timeout(420),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
+HOSTS, GUESTS = 8, 600
+"""More guests than one migration reads nodes, so that a look at all of them shows."""
+
+
+def value_of(found: Sequence[Figure], name: str) -> float:
+    value = next(one.value for one in found if name in one.name)
+    assert value is not None
+    return value
+
+
+def must_be_gone(layout: Layout) -> None:
+    assert not layout.dir.exists()
+    assert not teardown.find(layout)
+
+
+async def _measured() -> tuple[list[Figure], Layout]:
+    async with running() as plane:
+        await fill.fill_guests(plane.store, HOSTS, GUESTS)
+        await plane.start_agents(HOSTS, GUESTS)
+        await plane.start_control()
+        found = await scenes.at_rest(plane, 5.0, 0.0)
+        found += await scenes.placement(plane, GUESTS)
+        found += await scenes.start(plane, 16, GUESTS)
+        found += await scenes.lists(plane, GUESTS)
+        for count in (24, 72):
+            some = await scenes.clean_migrations(plane, count, 24)
+            found += [figures.beside(f"{one.name} of {count}", one.value or 0.0, one.unit) for one in some]
+        return found, plane.layout
+
+
+def test_a_placement_reads_no_fleet_and_each_migration_writes_alike(tmp_path: Path) -> None:
+    found, layout = asyncio.run(_measured())
+    must_be_gone(layout)
+    assert value_of(found, "full scans") == 0
+    few, many = (value_of(found, f"quorum writes, no device of {count}") for count in (24, 72))
+    assert many <= 1.2 * few
+    report = tmp_path / "bench.json"
+    figures.write(report, found, scale=0.01)
+    written = json.loads(report.read_text())
+    assert written["scale"] == 0.01
+    assert all({"name", "value", "unit", "target", "met"} <= set(one) for one in written["figures"])
+    assert {one["met"] for one in written["figures"]} <= {True, False, None}
+    assert all(one["target"] for one in written["figures"] if one["met"] is not None)
+
+
+async def _soaked() -> tuple[dict[str, Any], Layout]:
+    async with soak.light_ground(4, 24) as ground:
+        names = [fill.guest_name(number) for number in range(24)]
+        report = await soak.soak(ground, names, lambda name: GuestSpec(name, memory_mib=64), 40.0)
+        return report, ground.layout
+
+
+def test_a_cluster_at_work_whose_parts_are_restarted_loses_no_guest() -> None:
+    report, layout = asyncio.run(_soaked())
+    must_be_gone(layout)
+    counts: dict[str, int] = report["counts"]
+    assert counts["migrations SUCCEEDED"] > 0
+    assert {part for part in soak.PARTS if counts.get(f"restarts of {part}")} == set(soak.PARTS)
+    assert report["missing"] == []
+    names = {one.name for one in report["figures"]}
+    assert {"agents: RSS", "agents: descriptors", "ledger: znodes", "files: journals"} <= names
