@@ -14,7 +14,6 @@ from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest
 from orchestrator.api.migrations import policy_violations
 from orchestrator.api.reads import EvacuationRead, not_found, quarantined, read_evacuation
 from orchestrator.api.requests import Request
-from orchestrator.api.unreadable import Unreadable
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import Ownership
@@ -33,7 +32,6 @@ log = structlog.get_logger(__name__)
 
 DEFAULT_CONCURRENT = 4
 MAX_CONCURRENT = 1_000
-MAX_LISTED = 1_000
 
 
 class Evacuations:
@@ -53,24 +51,6 @@ class Evacuations:
             reason = (await quarantined(self._tools.ledger)).get(f"evacuations/{name}", "")
             shown.message = views.quarantined(shown.message, reason)
         return shown
-
-    async def list(self) -> pb.ListEvacuationsResponse:
-        """Newest first by the ledger's own order, at most MAX_LISTED; those that cannot be read are named."""
-        unreadable = Unreadable()
-        found = await unreadable.others(await self._tools.ledger.list_evacuations(), self._listed)
-        found.sort(key=lambda one: -one[0])
-        reasons = await quarantined(self._tools.ledger)
-        shown = [shown for _, shown in found[:MAX_LISTED]]
-        for one in shown:
-            if not one.end_time.seconds:
-                one.message = views.quarantined(one.message, reasons.get(f"evacuations/{one.name}", ""))
-        return pb.ListEvacuationsResponse(evacuations=shown, unreadable=unreadable.message())
-
-    async def _listed(self, name: str) -> tuple[int, types_pb2.Evacuation]:
-        read = await self.read(name)
-        shown = views.evacuation(read, self._tools.fleet)
-        shown.elapsed_ms = views.evacuation_elapsed_ms(read, self._tools.ages)
-        return read.order, shown
 
     # --- ask ----------------------------------------------------------------------------------------------------------
 

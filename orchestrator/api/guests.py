@@ -13,9 +13,8 @@ from orchestrator.api import decisions, views
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
 from orchestrator.api.decisions import StopStep
 from orchestrator.api.migrations import Migrations
-from orchestrator.api.reads import GuestRead, guest_uuid, no_place, not_found, read_guest
+from orchestrator.api.reads import GuestRead, guest_uuid, no_place, read_guest
 from orchestrator.api.requests import Request
-from orchestrator.api.unreadable import Unreadable
 from orchestrator.core import handover
 from orchestrator.core.agent import RunState
 from orchestrator.core.compatibility import real_machine
@@ -65,22 +64,6 @@ class Guests:
 
     async def get(self, name: str) -> types_pb2.Guest:
         return await self.view(await self.uuid_of(name))
-
-    async def list(self, host: str) -> pb.ListGuestsResponse:
-        """By name; guests that are gone are left out. Those that cannot be read are named: they may be on any host."""
-        snapshot = await self._tools.index.recent()
-        if host and host not in snapshot.hosts:
-            raise not_found("host", host, field="host")
-        here = [one for one in snapshot.guests.values() if not host or one.record.owner.host == host]
-        unreadable = Unreadable()
-        unreadable.add_nodes(snapshot.unreadable, paths.GUESTS)
-        found = await unreadable.others([one.uuid for one in here], self._view_or_none)
-        found.sort(key=lambda one: (one.name, one.uuid))
-        return pb.ListGuestsResponse(guests=found, unreadable=unreadable.message())
-
-    async def _view_or_none(self, uuid: str) -> types_pb2.Guest | None:
-        read = await self.read(uuid)
-        return None if read.record.phase is Ownership.GONE else views.guest(read, self._tools.fleet)
 
     # --- birth --------------------------------------------------------------------------------------------------------
 

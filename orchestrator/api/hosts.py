@@ -8,7 +8,6 @@ from orchestrator.api import decisions, views
 from orchestrator.api.asking import ask
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, pause, write
 from orchestrator.api.reads import not_found
-from orchestrator.api.unreadable import Unreadable
 from orchestrator.core.errors import invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.records import Cordon
@@ -17,7 +16,6 @@ from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.snapshot import Snapshot
 from orchestrator.ledger.store import Done
-from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
 
 log = structlog.get_logger(__name__)
@@ -26,13 +24,6 @@ log = structlog.get_logger(__name__)
 class Hosts:
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
-
-    async def list(self) -> pb.ListHostsResponse:
-        """By name; those that cannot be read are named."""
-        snapshot = await self._tools.index.recent()
-        unreadable = Unreadable()
-        unreadable.add_nodes(snapshot.unreadable, paths.HOSTS)
-        return pb.ListHostsResponse(hosts=views.hosts(snapshot), unreadable=unreadable.message())
 
     async def get(self, name: str) -> types_pb2.Host:
         _check_name(name)
@@ -78,9 +69,9 @@ class Hosts:
 
 
 def _one(snapshot: Snapshot, name: str) -> types_pb2.Host:
-    for host in views.hosts(snapshot):
-        if host.name == name:
-            return host
+    entry = snapshot.hosts.get(name)
+    if entry is not None:
+        return views.host(entry.input, snapshot.seen[name], views.guests_by_host(snapshot).get(name, 0))
     if wrong := snapshot.unreadable.get(paths.host(name)):
         raise BadRecord(wrong)
     raise not_found("host", name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,7 +14,6 @@ from orchestrator import wire
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
 from orchestrator.api.decisions import CancelStep
-from orchestrator.api.history import History
 from orchestrator.api.reads import (
     GuestRead,
     MigrationRead,
@@ -26,7 +24,6 @@ from orchestrator.api.reads import (
     read_migration,
 )
 from orchestrator.api.requests import Request
-from orchestrator.api.unreadable import Unreadable
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
@@ -34,7 +31,6 @@ from orchestrator.core.handover import GuestRecord
 from orchestrator.core.placement import GuestInput, choose, need_of
 from orchestrator.core.policy import MigrationPolicy, policy_errors
 from orchestrator.core.records import HostRecord, MigrationSpec, Reservations
-from orchestrator.core.text import quoted
 from orchestrator.ledger import active, paths
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.migrations import creation, free_of_others
@@ -44,16 +40,10 @@ from protos.drover.v1 import types_pb2
 
 log = structlog.get_logger(__name__)
 
-MAX_LISTED = 1_000
-MAX_REMEMBERED = 2 * MAX_LISTED
-"""Migrations that are over and do not change any more, kept as they are listed: those that were listed last."""
-
 
 class Migrations:
-    def __init__(self, tools: Tools, history: History) -> None:
+    def __init__(self, tools: Tools) -> None:
         self._tools = tools
-        self._history = history
-        self._over: OrderedDict[str, types_pb2.Migration] = OrderedDict()
         self._nudges: set[asyncio.Task[None]] = set()
 
     # --- look ---------------------------------------------------------------------------------------------------------
@@ -70,48 +60,6 @@ class Migrations:
 
     async def read(self, name: str) -> MigrationRead:
         return await read_migration(self._tools.ledger, name)
-
-    async def list(
-        self, guest: str, *, active_only: bool, page_size: int = 0, page_token: str = "", name_prefix: str = ""
-    ) -> pb.ListMigrationsResponse:
-        """Newest first by the ledger's own order, at most MAX_LISTED, without time lines; and where the next page
-        begins, empty after the last. Those of the page that cannot be read are named."""
-        before = page_start(page_token)
-        size = page_size if 0 < page_size <= MAX_LISTED else MAX_LISTED
-        uuid_of = await guest_uuid(self._tools.ledger, guest, field="guest") if guest else ""
-        lines = [
-            line
-            for line in await self._history.all()
-            if (not before or line.order < before)
-            and (not uuid_of or line.guest == uuid_of)
-            and not (active_only and line.over)
-            and line.name.startswith(name_prefix)
-        ]
-        page, more = lines[:size], len(lines) > size
-        unreadable = Unreadable()
-        shown = await unreadable.others([line.name for line in page], self._listed)
-        reasons = await quarantined(self._tools.ledger)
-        for one in shown:
-            if one.name not in self._over:
-                one.message = views.quarantined(one.message, reasons.get(f"migrations/{one.name}", ""))
-        return pb.ListMigrationsResponse(
-            migrations=shown,
-            next_page_token=str(page[-1].order) if more else "",
-            unreadable=unreadable.message(),
-        )
-
-    async def _listed(self, name: str) -> types_pb2.Migration:
-        if name in self._over:
-            self._over.move_to_end(name)
-            return self._over[name]
-        read = await self.read(name)
-        shown = views.migration(read, self._tools.fleet, timelines=False)
-        shown.elapsed_ms = views.migration_elapsed_ms(read, self._tools.fleet, self._tools.ages)
-        if read.standing.state.phase.terminal:
-            self._over[name] = shown
-            while len(self._over) > MAX_REMEMBERED:
-                self._over.popitem(last=False)
-        return shown
 
     # --- ask ----------------------------------------------------------------------------------------------------------
 
@@ -257,13 +205,6 @@ class Migrations:
             found = await self._tools.ledger.read(HostRecord, paths.host(host))
             if found is not None:
                 await self._tools.agents.at(found[0].control_address).nudge(guest)
-
-
-def page_start(page_token: str) -> int:
-    """Raises INVALID_ARGUMENT for what is no token of ours."""
-    if page_token and not (page_token.isascii() and page_token.isdigit()):
-        raise invalid([("page_token", f"must be the next_page_token of an earlier answer, not {quoted(page_token)}")])
-    return int(page_token or 0)
 
 
 def check(request: pb.CreateMigrationRequest) -> None:

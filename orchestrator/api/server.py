@@ -108,6 +108,8 @@ class ApiServer:
         await self._health.end()
         await self._server.stop(GRACE_S)
         await self._tasks.close()
+        await self.servicer.close()
+        await self.tools.index.close()
         await self.tools.fleet.close()
         await self.tools.agents.close()
         await self._store.close()

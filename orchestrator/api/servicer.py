@@ -16,8 +16,8 @@ from orchestrator.api.deaths import Deaths
 from orchestrator.api.evacuations import Evacuations
 from orchestrator.api.guests import Guests
 from orchestrator.api.health import cluster_health
-from orchestrator.api.history import History
 from orchestrator.api.hosts import Hosts
+from orchestrator.api.lists import Lists
 from orchestrator.api.migrations import Migrations
 from orchestrator.api.placements import Placements
 from orchestrator.api.reads import EvacuationRead, GuestRead, MigrationRead
@@ -57,18 +57,16 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
         self._streams = Streams()
-        history = History(tools.ledger)
+        self._lists = Lists(tools)
         self._hosts = Hosts(tools)
         self._deaths = Deaths(tools)
         self._repairs = Repairs(tools)
         self._placements = Placements(tools)
-        self._migrations = Migrations(tools, history)
+        self._migrations = Migrations(tools)
         self._guests = Guests(tools, self._migrations)
         self._evacuations = Evacuations(tools)
         self.guest_feed = Feed[GuestRead, types_pb2.Guest](GuestSource(tools), tools.store, tools.fleet)
-        self.migration_feed = Feed[MigrationRead, types_pb2.Migration](
-            MigrationSource(tools, history), tools.store, tools.fleet
-        )
+        self.migration_feed = Feed[MigrationRead, types_pb2.Migration](MigrationSource(tools), tools.store, tools.fleet)
         self.evacuation_feed = Feed[EvacuationRead, types_pb2.Evacuation](
             EvacuationSource(tools), tools.store, tools.fleet
         )
@@ -77,6 +75,10 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     def streams_open(self) -> int:
         """Watches under way."""
         return self._streams.total
+
+    async def close(self) -> None:
+        """End what its lists watch."""
+        await self._lists.close()
 
     async def GetClusterHealth(self, request: pb.GetClusterHealthRequest, context: Any) -> pb.ClusterHealth:
         return await cluster_health(self._tools.ledger)
@@ -89,7 +91,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         return await self._hosts.get(request.name)
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: Any) -> pb.ListHostsResponse:
-        return await self._hosts.list()
+        return await self._lists.hosts(request)
 
     async def CordonHost(self, request: pb.CordonHostRequest, context: Any) -> types_pb2.Host:
         return await self._hosts.cordon(request.name, request.reason, _caller(context))
@@ -122,7 +124,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         return await self._guests.get(request.name)
 
     async def ListGuests(self, request: pb.ListGuestsRequest, context: Any) -> pb.ListGuestsResponse:
-        return await self._guests.list(request.host)
+        return await self._lists.guests(request)
 
     async def PauseGuest(self, request: pb.PauseGuestRequest, context: Any) -> pb.ChangeRunStateResponse:
         with about(guest=request.name):
@@ -157,13 +159,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         return await self._migrations.get(request.name)
 
     async def ListMigrations(self, request: pb.ListMigrationsRequest, context: Any) -> pb.ListMigrationsResponse:
-        return await self._migrations.list(
-            request.guest,
-            active_only=request.active_only,
-            page_size=request.page_size,
-            page_token=request.page_token,
-            name_prefix=request.name_prefix,
-        )
+        return await self._lists.migrations(request)
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: Any) -> types_pb2.Migration:
         with about(migration=request.name):
@@ -186,7 +182,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         return await self._evacuations.get(request.name)
 
     async def ListEvacuations(self, request: pb.ListEvacuationsRequest, context: Any) -> pb.ListEvacuationsResponse:
-        return await self._evacuations.list()
+        return await self._lists.evacuations(request)
 
     async def CancelEvacuation(self, request: pb.CancelEvacuationRequest, context: Any) -> types_pb2.Evacuation:
         return await self._evacuations.cancel(request.name, _caller(context))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import structlog
-
 from orchestrator.api import views
 from orchestrator.api.calls import Tools
-from orchestrator.api.history import History
 from orchestrator.api.reads import (
     EvacuationRead,
     GuestRead,
@@ -20,12 +17,7 @@ from orchestrator.api.reads import (
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.ledger import paths
-from orchestrator.ledger.evacuations import read_job
-from orchestrator.ledger.gather import each
-from orchestrator.ledger.records import BadRecord
 from protos.drover.v1 import types_pb2
-
-log = structlog.get_logger(__name__)
 
 
 def _none_if_missing(error: DroverError) -> None:
@@ -72,14 +64,13 @@ class GuestSource:
 class MigrationSource:
     """Without the time lines of attempts: those are for who asks for one migration."""
 
-    root = paths.MIGRATIONS
+    root = paths.ACTIVE_MIGRATIONS
 
-    def __init__(self, tools: Tools, history: History) -> None:
+    def __init__(self, tools: Tools) -> None:
         self._tools = tools
-        self._history = history
 
     async def active(self, names: Iterable[str]) -> Iterable[str]:
-        return [line.name for line in await self._history.of(names) if not line.over]
+        return names
 
     async def read(self, name: str) -> MigrationRead | None:
         try:
@@ -108,28 +99,13 @@ class MigrationSource:
 
 
 class EvacuationSource:
-    root = paths.EVACUATIONS
+    root = paths.ACTIVE_EVACUATIONS
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
-        self._over: set[str] = set()
 
     async def active(self, names: Iterable[str]) -> Iterable[str]:
-        """Reads the head of those that are not known to be over, once each."""
-        unknown = [name for name in names if name not in self._over]
-
-        async def one(name: str) -> bool:
-            try:
-                found = await read_job(self._tools.store, name, rows=())
-            except BadRecord as error:
-                log.error("left out of watches: it cannot be read", evacuation=name, error=str(error))
-                return False
-            if found is not None and found.head.phase.terminal:
-                self._over.add(name)
-            return found is not None and name not in self._over
-
-        found = await each(unknown, one)
-        return [name for name, is_active in zip(unknown, found, strict=True) if is_active]
+        return names
 
     async def read(self, name: str) -> EvacuationRead | None:
         try:

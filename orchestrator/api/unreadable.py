@@ -6,7 +6,8 @@ trouble of that one resource. Only a ledger that does not answer ends a list as 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import structlog
@@ -41,11 +42,20 @@ class Unreadable:
         """Those of an inventory's unreadable nodes that lie in `root`."""
         for path, why in nodes.items():
             if path.startswith(f"{root}/"):
-                self.add(path.removeprefix(f"{root}/"), why)
+                self.add(path.rpartition("/")[2] if path.count("/") > 2 else path.removeprefix(f"{root}/"), why)
 
     def message(self) -> list[pb.Unreadable]:
         """By name, at most MAX_NAMED."""
         return [pb.Unreadable(name=name, reason=why) for name, why in sorted(self._why.items())[:MAX_NAMED]]
+
+    @contextmanager
+    def of(self, name: str) -> Generator[None]:
+        """What does not fit into an answer is the record's trouble, and ours to look into."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("left out of a list", name=name)
+            self.add(name, repr(error))
 
     async def others(self, names: Iterable[str], view: Callable[[str], Awaitable[T | None]]) -> list[T]:
         """`view` of each, in their order, without those that there are not and those that cannot be read, which are

@@ -54,14 +54,13 @@ def host(known: HostInput, view: HostView, guests: int) -> types_pb2.Host:
     )
 
 
-def hosts(snapshot: Snapshot) -> list[types_pb2.Host]:
-    """By name."""
-    views = {view.ref.host: view for view in snapshot.views()}
+def guests_by_host(snapshot: Snapshot) -> dict[str, int]:
+    """How many guests each host owns, those apart that died with it."""
     count: dict[str, int] = {}
     for guest in snapshot.guests.values():
         if guest.record.phase is not Ownership.CRASHED:
             count[guest.record.owner.host] = count.get(guest.record.owner.host, 0) + 1
-    return [host(snapshot.hosts[name].input, views[name], count.get(name, 0)) for name in sorted(snapshot.hosts)]
+    return count
 
 
 def host_agent(status: AgentStatus | DroverError, owners: Mapping[str, str]) -> types_pb2.HostAgent:

@@ -23,6 +23,7 @@ from google.protobuf.message import Message
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.text import quoted
 from orchestrator.fleet import Fleet
+from orchestrator.ledger import paths
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import Store, StoreUnavailable
@@ -45,7 +46,7 @@ class Source(Protocol[R, M_co]):
     """What a feed has to know about one kind of resource."""
 
     root: str
-    """One of `paths.SHARDED`: its grandchildren are the resources."""
+    """Its children are the resources; its grandchildren, if it is one of `paths.SHARDED`."""
 
     async def active(self, names: Iterable[str]) -> Iterable[str]:
         """Those of the names that may not be over. Raises StoreUnavailable."""
@@ -202,7 +203,7 @@ class Feed(Generic[R, M]):
             self._wanted.setdefault(name, set()).add(reader)
             self._follow(name)
         if not reader.names and not self._roots:
-            self._watch_root(self._source.root, shards=True)
+            self._watch_root(self._source.root, shards=self._source.root in paths.SHARDED)
         if self._task is None or self._task.done():
             self._unlisten = self._fleet.listen(self._sampled)
             self._task = self._tasks.spawn(self._run(), "feed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,16 @@ def local(command: F) -> F:
     return output_option(dir_option(command))
 
 
+def list_options(command: F) -> F:
+    """Options of every list."""
+    for option in (
+        click.option("--order-by", default="", metavar="FIELDS", help="Such as 'host, memory_mib desc'."),
+        click.option("--filter", default="", metavar="FILTER", help="Such as 'labels.tier = web AND host = host-*'."),
+    ):
+        command = option(command)
+    return command
+
+
 def request_id_option(command: F) -> F:
     return click.option(
         "--request-id",
@@ -159,12 +170,15 @@ def pick(wanted: str, known: Sequence[str], what: str) -> str:
 
 def find_migration(client: OrchestratorClient, wanted: str) -> Migration:
     """By id, or by a beginning of it that only one migration has."""
-    return _find(wanted, client.get_migration, lambda: client.list_migrations(name_prefix=wanted.lower()), "migration")
+    return _find(wanted, client.get_migration, client.list_migrations, "migration")
 
 
 def find_evacuation(client: OrchestratorClient, wanted: str) -> Evacuation:
     """By id, or by a beginning of it that only one evacuation has."""
     return _find(wanted, client.get_evacuation, client.list_evacuations, "evacuation")
+
+
+_ID = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class _Named(Protocol):
@@ -175,14 +189,21 @@ class _Named(Protocol):
 Named = TypeVar("Named", bound=_Named)
 
 
-def _find(wanted: str, get: Callable[[str], Named], known: Callable[[], Sequence[Named]], what: str) -> Named:
-    """The whole id costs one call, however many there are."""
+_SEVERAL = 5
+"""So many ids with the same beginning are asked for, to name a few of them."""
+
+
+def _find(wanted: str, get: Callable[[str], Named], known: Callable[..., Sequence[Named]], what: str) -> Named:
+    """The whole id costs one call, a beginning of it two, however many there are."""
     try:
         return get(wanted)
     except DroverError as error:
         if error.reason is not RefusalReason.NOT_FOUND:
             raise
-    return get(pick(wanted, [each.name for each in known()], what))
+    if not _ID.fullmatch(wanted):
+        raise CliError(Exit.NOT_FOUND, f"no {what} begins with {wanted!r}", hint=f"`drover {what} list` shows them")
+    found = known(filter=f'name = "{wanted.lower()}*"', limit=_SEVERAL)
+    return get(pick(wanted, [each.name for each in found], what))
 
 
 # --- completion -------------------------------------------------------------------------------------------------------
@@ -204,7 +225,9 @@ def _completer(names: _Names) -> Callable[[click.Context, click.Parameter, str],
     return complete
 
 
-complete_host = _completer(lambda client: [each.name for each in client.list_hosts()])
-complete_guest = _completer(lambda client: [each.name for each in client.list_guests()])
-complete_migration = _completer(lambda client: [each.name for each in client.list_migrations()])
-complete_evacuation = _completer(lambda client: [each.name for each in client.list_evacuations()])
+COMPLETIONS = 500
+
+complete_host = _completer(lambda client: [each.name for each in client.list_hosts(limit=COMPLETIONS)])
+complete_guest = _completer(lambda client: [each.name for each in client.list_guests(limit=COMPLETIONS)])
+complete_migration = _completer(lambda client: [each.name for each in client.list_migrations(limit=COMPLETIONS)])
+complete_evacuation = _completer(lambda client: [each.name for each in client.list_evacuations(limit=COMPLETIONS)])

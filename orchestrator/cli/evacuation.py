@@ -14,6 +14,7 @@ from orchestrator.cli.context import (
     complete_evacuation,
     complete_host,
     find_evacuation,
+    list_options,
     pass_settings,
     remote,
     request_id_option,
@@ -143,13 +144,17 @@ def _columns(short: dict[str, str], now_s: float) -> list[Column[Evacuation]]:
 
 
 @evacuation.command("list")
+@list_options
 @remote
 @pass_settings
-def list_(settings: Settings) -> None:
-    """List evacuations, the newest last."""
+def list_(settings: Settings, filter: str, order_by: str) -> None:
+    """List evacuations, the newest last, at most a thousand.
+
+    FILTER and FIELDS know name, host, phase, active, create_time, end_time and order.
+    """
     with settings.client() as client:
         unreadable: list[Unreadable] = []
-        found = client.list_evacuations(unreadable=unreadable)
+        found = client.list_evacuations(filter=filter, order_by=order_by, unreadable=unreadable)
     show_list(settings.printer, "evacuations", found, _columns)
     note_unreadable("evacuation", unreadable)
 

@@ -50,13 +50,11 @@ def explain(settings: Settings, migration: str | None, guest: str) -> None:
 
 
 def _newest(client: OrchestratorClient, guest: str) -> Migration:
-    from orchestrator.cli.jobs import wall_s
-
-    found = client.list_migrations(guest)
+    found = client.list_migrations(guest, limit=1)
     if not found:
         client.get_guest(guest)  # says so if there is no such guest
         raise CliError(Exit.NOT_FOUND, f"guest {guest} has no migrations")
-    return client.get_migration(max(found, key=lambda each: wall_s(each.create_time)).name)
+    return client.get_migration(found[0].name)
 
 
 def _document(migration: dict[str, Any], stories: list[Story]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli import units
-from orchestrator.cli.context import Settings, complete_guest, complete_host, pass_settings, remote
+from orchestrator.cli.context import Settings, complete_guest, complete_host, list_options, pass_settings, remote
 from orchestrator.cli.exits import CliError, Ended, Exit, explain
 from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled, table
 from orchestrator.cli.placement import NO_PLACE, show_verdicts
@@ -158,15 +158,20 @@ def _columns(short: dict[str, str]) -> list[Column[Guest]]:
 
 @guest.command("list")
 @click.option("--host", default="", shell_complete=complete_host, help="Only on this host.")
+@list_options
 @remote
 @pass_settings
-def list_(settings: Settings, host: str) -> None:
-    """List the guests."""
+def list_(settings: Settings, host: str, filter: str, order_by: str) -> None:
+    """List the guests.
+
+    FILTER and FIELDS know name, uuid, host, ownership, run_state, memory_mib, vcpus, machine, migration and
+    labels.KEY (in a filter only).
+    """
     from orchestrator import wire
 
     with settings.client() as client:
         unreadable: list[Unreadable] = []
-        found = sorted(client.list_guests(host, unreadable=unreadable), key=lambda each: units.natural(each.name))
+        found = client.list_guests(host, filter=filter, order_by=order_by, unreadable=unreadable)
     printer = settings.printer
     if printer.machine:
         printer.document({"guests": [wire.to_json(each) for each in found]})

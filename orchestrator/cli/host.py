@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli import units
-from orchestrator.cli.context import Settings, complete_host, pass_settings, remote
+from orchestrator.cli.context import Settings, complete_host, list_options, pass_settings, remote
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.output import Cell, Column, Printer, note_unreadable, pairs, styled
 from orchestrator.cli.plugins import open_group
@@ -116,15 +116,19 @@ def _show_agent(printer: Printer, seen: Host) -> None:
 
 
 @host.command("list")
+@list_options
 @remote
 @pass_settings
-def list_(settings: Settings) -> None:
-    """List the hosts."""
+def list_(settings: Settings, filter: str, order_by: str) -> None:
+    """List the hosts.
+
+    FILTER and FIELDS know name, live, cordoned, memory_mib, free_mib, guests and engine.
+    """
     from orchestrator import wire
 
     with settings.client() as client:
         unreadable: list[Unreadable] = []
-        hosts = sorted(client.list_hosts(unreadable=unreadable), key=lambda each: units.natural(each.name))
+        hosts = client.list_hosts(filter=filter, order_by=order_by, unreadable=unreadable)
     if settings.printer.machine:
         settings.printer.document({"hosts": [wire.to_json(each) for each in hosts]})
     else:

@@ -15,6 +15,7 @@ from orchestrator.cli.context import (
     complete_host,
     complete_migration,
     find_migration,
+    list_options,
     pass_settings,
     remote,
     request_id_option,
@@ -116,13 +117,20 @@ def _columns(short: dict[str, str], now_s: float) -> list[Column[Migration]]:
 @click.option("--guest", default="", shell_complete=complete_guest, help="Only of this guest.")
 @click.option("--active", is_flag=True, help="Only those that are not over.")
 @click.option("--last", type=click.IntRange(min=1), help="Only the newest so many.")
+@list_options
 @remote
 @pass_settings
-def list_(settings: Settings, guest: str, active: bool, last: int | None) -> None:
-    """List migrations, the newest last."""
+def list_(settings: Settings, guest: str, active: bool, last: int | None, filter: str, order_by: str) -> None:
+    """List migrations, the newest last, at most a thousand.
+
+    FILTER and FIELDS know name, guest, guest_uuid, evacuation, source, destination, phase, failure, attempts, active,
+    create_time, end_time and order.
+    """
     with settings.client() as client:
         unreadable: list[Unreadable] = []
-        found = client.list_migrations(guest, active_only=active, unreadable=unreadable)
+        found = client.list_migrations(
+            guest, active_only=active, filter=filter, order_by=order_by, limit=last or 1_000, unreadable=unreadable
+        )
     show_list(settings.printer, "migrations", found, _columns, last=last)
     note_unreadable("migration", unreadable)
 

@@ -233,7 +233,8 @@ def tame(text: Text) -> Text:
 def note_unreadable(kind: str, unreadable: Iterable[Unreadable]) -> None:
     """What a list has to leave out: one remark each."""
     for each in unreadable:
-        note(f"{kind} {each.name} cannot be read and is not listed: {each.reason}")
+        said = f"{kind} {each.name} cannot be read and is not listed: {each.reason}" if each.name else each.reason
+        note(said)
 
 
 def note(text: str) -> None:

@@ -248,6 +248,8 @@ class Index:
                 self._moved_hosts.add(name)
             elif uuid := paths.guest_of(path):
                 self._moved_guests.add(uuid)
+                if path == paths.guest_spec(uuid):
+                    self._reader.forget(uuid)  # no product writes it twice; who mends a ledger by hand may
             else:
                 return
         self._wake.set()

@@ -25,6 +25,10 @@ SLOW_S = 60.0
 WATCH_S = 600.0
 """A watch is renewed that often; each renewal begins with what is the case then."""
 _RECONNECT_S = 0.25
+PAGE = 500
+"""Rows asked for at a time."""
+EVERYTHING = 1_000_000
+_INCOMPLETE = "the API has just started and has not read all of them yet: there may be more"
 
 Answer = TypeVar("Answer")
 
@@ -74,6 +78,25 @@ class OrchestratorClient:
     def _failed(self, error: grpc.RpcError) -> DroverError:
         return from_rpc_error(error, peer=f"the API at {self.address}", unreachable=RefusalReason.API_UNREACHABLE)
 
+    def _pages(
+        self, call: Callable[..., Any], request: Any, field: str, limit: int, unreadable: list[pb.Unreadable] | None
+    ) -> list[Any]:
+        found: list[Any] = []
+        told: dict[str, pb.Unreadable] = {}
+        while len(found) < limit:
+            request.page_size = min(PAGE, limit - len(found))
+            answer = self._call(call, request)
+            found += getattr(answer, field)
+            told |= {one.name: one for one in answer.unreadable}
+            if getattr(answer, "incomplete", False):
+                told[""] = pb.Unreadable(reason=_INCOMPLETE)
+            request.page_token = answer.next_page_token
+            if not request.page_token:
+                break
+        if unreadable is not None:
+            unreadable.extend(told.values())
+        return found
+
     @property
     def _slow_s(self) -> float:
         return max(self.timeout_s, SLOW_S)
@@ -88,11 +111,18 @@ class OrchestratorClient:
         """`ask_agent`: with what its agent says is there, or that it is silent (`agent`), within a few seconds."""
         return self._call(self._stub.GetHost, pb.GetHostRequest(name=name, ask_agent=ask_agent))
 
-    def list_hosts(self, *, unreadable: list[pb.Unreadable] | None = None) -> list[types_pb2.Host]:
-        """By name. `unreadable` is given those that the API cannot read, here and in the other lists."""
-        answer = self._call(self._stub.ListHosts, pb.ListHostsRequest())
-        _tell(answer, unreadable)
-        return list(answer.hosts)
+    def list_hosts(
+        self,
+        *,
+        filter: str = "",
+        order_by: str = "",
+        limit: int = EVERYTHING,
+        unreadable: list[pb.Unreadable] | None = None,
+    ) -> list[types_pb2.Host]:
+        """By name, at most `limit`; `filter` and `order_by` as in docs/lists.md. `unreadable` is given those that the
+        API cannot read, here and in the other lists, and a nameless one with what else is to be known of the list."""
+        request = pb.ListHostsRequest(filter=filter, order_by=order_by)
+        return self._pages(self._stub.ListHosts, request, "hosts", limit, unreadable)
 
     def cordon_host(self, name: str, reason: str = "") -> types_pb2.Host:
         """New guests and migrations no longer go there. Idempotent."""
@@ -157,11 +187,18 @@ class OrchestratorClient:
     def get_guest(self, name: str) -> types_pb2.Guest:
         return self._call(self._stub.GetGuest, pb.GetGuestRequest(name=name))
 
-    def list_guests(self, host: str = "", *, unreadable: list[pb.Unreadable] | None = None) -> list[types_pb2.Guest]:
+    def list_guests(
+        self,
+        host: str = "",
+        *,
+        filter: str = "",
+        order_by: str = "",
+        limit: int = EVERYTHING,
+        unreadable: list[pb.Unreadable] | None = None,
+    ) -> list[types_pb2.Guest]:
         """By name; of one host, or of all."""
-        answer = self._call(self._stub.ListGuests, pb.ListGuestsRequest(host=host))
-        _tell(answer, unreadable)
-        return list(answer.guests)
+        request = pb.ListGuestsRequest(host=host, filter=filter, order_by=order_by)
+        return self._pages(self._stub.ListGuests, request, "guests", limit, unreadable)
 
     def pause_guest(self, name: str) -> pb.ChangeRunStateResponse:
         return self._call(self._stub.PauseGuest, pb.PauseGuestRequest(name=name))
@@ -213,28 +250,14 @@ class OrchestratorClient:
         guest: str = "",
         *,
         active_only: bool = False,
+        filter: str = "",
+        order_by: str = "",
         limit: int = 1_000,
-        name_prefix: str = "",
         unreadable: list[pb.Unreadable] | None = None,
     ) -> list[types_pb2.Migration]:
-        """Newest first, at most `limit`, without the time lines of their attempts; of those whose names begin so."""
-        found: list[types_pb2.Migration] = []
-        page_token = ""
-        while len(found) < limit:
-            request = pb.ListMigrationsRequest(
-                guest=guest,
-                active_only=active_only,
-                page_size=limit - len(found),
-                page_token=page_token,
-                name_prefix=name_prefix,
-            )
-            answer = self._call(self._stub.ListMigrations, request)
-            found += answer.migrations
-            _tell(answer, unreadable)
-            page_token = answer.next_page_token
-            if not page_token:
-                break
-        return found
+        """Newest first, at most `limit`, without the time lines of their attempts."""
+        request = pb.ListMigrationsRequest(guest=guest, active_only=active_only, filter=filter, order_by=order_by)
+        return self._pages(self._stub.ListMigrations, request, "migrations", limit, unreadable)
 
     def cancel_migration(self, name: str) -> types_pb2.Migration:
         """Returns when the migration will certainly never commit. ALREADY_COMMITTED (details: `zxid`): too late."""
@@ -270,11 +293,17 @@ class OrchestratorClient:
     def get_evacuation(self, name: str) -> types_pb2.Evacuation:
         return self._call(self._stub.GetEvacuation, pb.GetEvacuationRequest(name=name))
 
-    def list_evacuations(self, *, unreadable: list[pb.Unreadable] | None = None) -> list[types_pb2.Evacuation]:
-        """Newest first."""
-        answer = self._call(self._stub.ListEvacuations, pb.ListEvacuationsRequest())
-        _tell(answer, unreadable)
-        return list(answer.evacuations)
+    def list_evacuations(
+        self,
+        *,
+        filter: str = "",
+        order_by: str = "",
+        limit: int = 1_000,
+        unreadable: list[pb.Unreadable] | None = None,
+    ) -> list[types_pb2.Evacuation]:
+        """Newest first, at most `limit`."""
+        request = pb.ListEvacuationsRequest(filter=filter, order_by=order_by)
+        return self._pages(self._stub.ListEvacuations, request, "evacuations", limit, unreadable)
 
     def cancel_evacuation(self, name: str) -> types_pb2.Evacuation:
         """Migrations under way are cancelled; those past their commit arrive all the same. The host stays cordoned."""
@@ -319,11 +348,6 @@ class OrchestratorClient:
                 if code is not grpc.StatusCode.UNAVAILABLE or not heard or now - gone_since > self.timeout_s:
                     raise told from error
             time.sleep(_RECONNECT_S)
-
-
-def _tell(answer: Any, unreadable: list[pb.Unreadable] | None) -> None:
-    if unreadable is not None:
-        unreadable += answer.unreadable
 
 
 def _request_id(given: str | None) -> str:

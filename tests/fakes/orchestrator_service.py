@@ -24,8 +24,9 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from orchestrator import wire
-from orchestrator.api import decisions, evacuations, guests, hosts, limits, migrations, placements, views
+from orchestrator.api import decisions, evacuations, guests, hosts, limits, lists, migrations, placements, views
 from orchestrator.api.calls import digest
+from orchestrator.api.listing import Field, Kind, Listing
 from orchestrator.api.reads import no_place, not_found
 from orchestrator.core import repair
 from orchestrator.core.agent import AgentStatus
@@ -135,8 +136,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: object) -> pb.ListHostsResponse:
         await self._called("ListHosts", request)
-        hosts = sorted(self.hosts.values(), key=lambda each: each.name)
-        return pb.ListHostsResponse(hosts=hosts, unreadable=self.unreadable)
+        page = lists.page(_HOSTS, self.hosts.values(), request)
+        return pb.ListHostsResponse(hosts=page.rows, unreadable=self.unreadable, next_page_token=page.next_page_token)
 
     async def CordonHost(self, request: pb.CordonHostRequest, context: object) -> types.Host:
         await self._called("CordonHost", request)
@@ -269,8 +270,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         if request.host:
             self._known(self.hosts, request.host, "host", "host")
         found = [guest for guest in self.guests.values() if request.host in ("", guest.host)]
-        guests = sorted(found, key=lambda each: each.name)
-        return pb.ListGuestsResponse(guests=guests, unreadable=self.unreadable)
+        page = lists.page(_GUESTS, found, request)
+        return pb.ListGuestsResponse(guests=page.rows, unreadable=self.unreadable, next_page_token=page.next_page_token)
 
     async def PauseGuest(self, request: pb.PauseGuestRequest, context: object) -> pb.ChangeRunStateResponse:
         await self._called("PauseGuest", request)
@@ -397,11 +398,11 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             _without_time_lines(each)
             for each in self.migrations.values()
             if of in ("", each.guest_uuid) and not (request.active_only and _over(each))
-            if each.name.startswith(request.name_prefix)
         ]
-        page = _page(sorted(found, key=_newest_first), request)
-        page.unreadable.extend(self.unreadable)
-        return page
+        page = lists.page(_MIGRATIONS, found, request)
+        return pb.ListMigrationsResponse(
+            migrations=page.rows, unreadable=self.unreadable, next_page_token=page.next_page_token
+        )
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: object) -> types.Migration:
         await self._called("CancelMigration", request)
@@ -494,8 +495,10 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def ListEvacuations(self, request: pb.ListEvacuationsRequest, context: object) -> pb.ListEvacuationsResponse:
         await self._called("ListEvacuations", request)
-        found = sorted(self.evacuations.values(), key=_newest_first)
-        return pb.ListEvacuationsResponse(evacuations=found, unreadable=self.unreadable)
+        page = lists.page(_EVACUATIONS, self.evacuations.values(), request)
+        return pb.ListEvacuationsResponse(
+            evacuations=page.rows, unreadable=self.unreadable, next_page_token=page.next_page_token
+        )
 
     async def CancelEvacuation(self, request: pb.CancelEvacuationRequest, context: object) -> types.Evacuation:
         await self._called("CancelEvacuation", request)
@@ -531,15 +534,53 @@ def _over(resource: Message) -> bool:
     return wire.word(resource, "phase") in ("SUCCEEDED", "FAILED", "CANCELLED")
 
 
-def _newest_first(resource: types.Migration | types.Evacuation) -> tuple[int, str]:
-    return -resource.create_time.ToNanoseconds(), resource.name
+def _at(time: types.Migration | types.Evacuation) -> float:
+    return time.create_time.ToNanoseconds() / 1e9
 
 
-def _page(found: list[types.Migration], request: pb.ListMigrationsRequest) -> pb.ListMigrationsResponse:
-    """A token counts the migrations of the pages before it."""
-    start, size = migrations.page_start(request.page_token), request.page_size or migrations.MAX_LISTED
-    more = str(start + size) if len(found) > start + size else ""
-    return pb.ListMigrationsResponse(migrations=found[start : start + size], next_page_token=more)
+_HOSTS = Listing[types.Host](
+    {
+        "name": Field(Kind.TEXT, lambda row: row.name),
+        "cordoned": Field(Kind.BOOL, lambda row: row.cordoned),
+        "memory_mib": Field(Kind.NUMBER, lambda row: row.memory_mib),
+    },
+    key="name",
+    order_by="name",
+)
+_GUESTS = Listing[types.Guest](
+    {
+        "name": Field(Kind.TEXT, lambda row: row.name),
+        "uuid": Field(Kind.TEXT, lambda row: row.uuid),
+        "host": Field(Kind.TEXT, lambda row: row.host),
+        "run_state": Field(Kind.TEXT, lambda row: wire.word(row, "run_state")),
+        "memory_mib": Field(Kind.NUMBER, lambda row: row.spec.memory_mib),
+        "labels": Field(Kind.MAP, lambda row: row.spec.labels),
+    },
+    key="uuid",
+    order_by="name",
+)
+_MIGRATIONS = Listing[types.Migration](
+    {
+        "name": Field(Kind.TEXT, lambda row: row.name),
+        "guest": Field(Kind.TEXT, lambda row: row.guest),
+        "phase": Field(Kind.TEXT, lambda row: wire.word(row, "phase")),
+        "active": Field(Kind.BOOL, lambda row: not _over(row)),
+        "order": Field(Kind.NUMBER, _at),
+    },
+    key="name",
+    order_by="order desc",
+)
+_EVACUATIONS = Listing[types.Evacuation](
+    {
+        "name": Field(Kind.TEXT, lambda row: row.name),
+        "host": Field(Kind.TEXT, lambda row: row.host),
+        "phase": Field(Kind.TEXT, lambda row: wire.word(row, "phase")),
+        "active": Field(Kind.BOOL, lambda row: not _over(row)),
+        "order": Field(Kind.NUMBER, _at),
+    },
+    key="name",
+    order_by="order desc",
+)
 
 
 def _name(digit: str, number: int) -> str:

@@ -185,12 +185,29 @@ Global___GetHostRequest: _TypeAlias = GetHostRequest  # noqa: Y015
 class ListHostsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """0: 100; more than 1000: 1000."""
+    page_token: _builtins.str
+    """Empty: the first page; else the next_page_token of the page before, asked for with the same filter and order_by."""
+    filter: _builtins.str
+    """See docs/lists.md. Empty: all."""
+    order_by: _builtins.str
+    """Fields, each with or without " desc", separated by commas."""
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -202,6 +219,9 @@ class ListHostsResponse(_message.Message):
 
     HOSTS_FIELD_NUMBER: _builtins.int
     UNREADABLE_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty: this was the last page."""
     @_builtins.property
     def hosts(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Host]: ...
     @_builtins.property
@@ -213,10 +233,11 @@ class ListHostsResponse(_message.Message):
         *,
         hosts: _abc.Iterable[_types_pb2.Host] | None = ...,
         unreadable: _abc.Iterable[Global___Unreadable] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts", "unreadable", b"unreadable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts", "next_page_token", b"next_page_token", "unreadable", b"unreadable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -541,16 +562,32 @@ class ListGuestsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HOST_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     """Empty: all hosts."""
+    page_size: _builtins.int
+    """0: 100; more than 1000: 1000."""
+    page_token: _builtins.str
+    """Empty: the first page; else the next_page_token of the page before, asked for with the same filter and order_by."""
+    filter: _builtins.str
+    """See docs/lists.md. Empty: all."""
+    order_by: _builtins.str
+    """Fields, each with or without " desc", separated by commas."""
     def __init__(
         self,
         *,
         host: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "host", b"host", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -564,6 +601,9 @@ class ListGuestsResponse(_message.Message):
 
     GUESTS_FIELD_NUMBER: _builtins.int
     UNREADABLE_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty: this was the last page."""
     @_builtins.property
     def guests(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Guest]: ...
     @_builtins.property
@@ -575,10 +615,11 @@ class ListGuestsResponse(_message.Message):
         *,
         guests: _abc.Iterable[_types_pb2.Guest] | None = ...,
         unreadable: _abc.Iterable[Global___Unreadable] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guests", b"guests", "unreadable", b"unreadable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guests", b"guests", "next_page_token", b"next_page_token", "unreadable", b"unreadable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -851,15 +892,18 @@ class ListMigrationsRequest(_message.Message):
     ACTIVE_ONLY_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    NAME_PREFIX_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     active_only: _builtins.bool
     page_size: _builtins.int
-    """0, or more than 1000: 1000."""
+    """0: 100; more than 1000: 1000."""
     page_token: _builtins.str
-    """Empty: from the newest on; else the next_page_token of the page before, with the same other fields."""
-    name_prefix: _builtins.str
-    """Only those whose name begins so; how an abbreviated name is found among many."""
+    """Empty: the first page; else the next_page_token of the page before, asked for with the same filter and order_by."""
+    filter: _builtins.str
+    """See docs/lists.md. Empty: all."""
+    order_by: _builtins.str
+    """Fields, each with or without " desc", separated by commas."""
     def __init__(
         self,
         *,
@@ -867,11 +911,12 @@ class ListMigrationsRequest(_message.Message):
         active_only: _builtins.bool = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
-        name_prefix: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_only", b"active_only", "guest", b"guest", "name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_only", b"active_only", "filter", b"filter", "guest", b"guest", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -884,8 +929,11 @@ class ListMigrationsResponse(_message.Message):
     MIGRATIONS_FIELD_NUMBER: _builtins.int
     UNREADABLE_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    INCOMPLETE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty: there are no older ones."""
+    """Empty: this was the last page."""
+    incomplete: _builtins.bool
+    """The API has just started and has not read all of what is over yet: there may be more."""
     @_builtins.property
     def migrations(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Migration]:
         """Newest first, without the time lines of their attempts."""
@@ -900,10 +948,11 @@ class ListMigrationsResponse(_message.Message):
         migrations: _abc.Iterable[_types_pb2.Migration] | None = ...,
         unreadable: _abc.Iterable[Global___Unreadable] | None = ...,
         next_page_token: _builtins.str = ...,
+        incomplete: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["migrations", b"migrations", "next_page_token", b"next_page_token", "unreadable", b"unreadable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incomplete", b"incomplete", "migrations", b"migrations", "next_page_token", b"next_page_token", "unreadable", b"unreadable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1088,12 +1137,29 @@ Global___GetEvacuationRequest: _TypeAlias = GetEvacuationRequest  # noqa: Y015
 class ListEvacuationsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """0: 100; more than 1000: 1000."""
+    page_token: _builtins.str
+    """Empty: the first page; else the next_page_token of the page before, asked for with the same filter and order_by."""
+    filter: _builtins.str
+    """See docs/lists.md. Empty: all."""
+    order_by: _builtins.str
+    """Fields, each with or without " desc", separated by commas."""
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1105,6 +1171,12 @@ class ListEvacuationsResponse(_message.Message):
 
     EVACUATIONS_FIELD_NUMBER: _builtins.int
     UNREADABLE_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    INCOMPLETE_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty: this was the last page."""
+    incomplete: _builtins.bool
+    """The API has just started and has not read all of what is over yet: there may be more."""
     @_builtins.property
     def evacuations(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Evacuation]: ...
     @_builtins.property
@@ -1116,10 +1188,12 @@ class ListEvacuationsResponse(_message.Message):
         *,
         evacuations: _abc.Iterable[_types_pb2.Evacuation] | None = ...,
         unreadable: _abc.Iterable[Global___Unreadable] | None = ...,
+        next_page_token: _builtins.str = ...,
+        incomplete: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evacuations", b"evacuations", "unreadable", b"unreadable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evacuations", b"evacuations", "incomplete", b"incomplete", "next_page_token", b"next_page_token", "unreadable", b"unreadable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
