@@ -857,7 +857,7 @@ def test_shell_completion(address: str) -> None:
         return [line.partition(",")[2] for line in out.splitlines()]
 
     assert complete("drover evac") == ["evacuate", "evacuation"]
-    assert complete("drover guest show web") == ["web-10", "web-2"]
+    assert complete("drover guest show web") == ["web-2", "web-10"]
     assert complete("drover evacuate host-1") == ["host-1", "host-10"]
 
 
