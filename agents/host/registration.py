@@ -24,6 +24,7 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.identity import AgentIdentity, Answer, Doubt, Place, PlaceSeen, may_take
 from orchestrator.core.records import Certificate, Cordon, HostRecord, Proof, Reservations
 from orchestrator.ledger import paths
+from orchestrator.ledger.layout import WrongLayout
 from orchestrator.ledger.ledger import Ledger, op_create
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import Check, Create, Delete, Done, Op, SetData, Store, StoreUnavailable, Versioned
@@ -31,6 +32,7 @@ from orchestrator.tasks import Tasks
 
 log = structlog.get_logger(__name__)
 
+LAYOUT_AGAIN_S = 1.0
 RETRY_S = 0.2
 LOOK_S = 600.0
 """A net below the watches, which tell everything that can happen to the place."""
@@ -97,7 +99,8 @@ class Registration:
     async def take(self) -> None:
         """Become the host's agent in the ledger; waits for ZooKeeper, and for a predecessor's session to lapse.
 
-        Raises DroverError HOST_NAME_TAKEN when the place is, or may be, another's: nothing was changed then. Raises
+        Waits as well for the upgrade of a ledger of an older layout. Raises DroverError HOST_NAME_TAKEN when the place
+        is, or may be, another's, LEDGER_UNREACHABLE when the layout is a newer one: nothing was changed then. Raises
         EngineError when the engine cannot be asked what it can do, OSError when there is no room for this
         installation's id.
         """
@@ -111,6 +114,13 @@ class Registration:
                 await Ledger(self._store).init_tree()
                 await self._store.barrier()
                 answer = await self._try_to_take(probed)
+            except WrongLayout as wrong:
+                if wrong.newer:
+                    raise DroverError(RefusalReason.LEDGER_UNREACHABLE, str(wrong)) from wrong
+                log.warning("the host is not registered, its guests run on", why=str(wrong))
+                gives_up = None
+                await asyncio.sleep(LAYOUT_AGAIN_S)
+                continue
             except StoreUnavailable as error:
                 log.warning("the host cannot be registered: ZooKeeper does not answer, trying again", error=str(error))
                 gives_up = None

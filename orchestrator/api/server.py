@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import structlog
+from google.protobuf.message import Message
 from prometheus_client import CollectorRegistry
 
 from orchestrator import descriptors
@@ -13,8 +14,10 @@ from orchestrator.api.calls import Tools
 from orchestrator.api.config import ApiConfig
 from orchestrator.api.metrics import ApiMetrics
 from orchestrator.api.servicer import OrchestratorServicer, translate
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.fleet import Fleet
 from orchestrator.ledger.index import Index
+from orchestrator.ledger.layout import WrongLayout
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 from orchestrator.metrics import PROBE_S, serve_on
@@ -29,6 +32,7 @@ from protos.drover.v1.orchestrator_pb2_grpc import add_OrchestratorServiceServic
 log = structlog.get_logger(__name__)
 
 SERVICE: str = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
+LAYOUT_AGAIN_S = 1.0
 RETRY_S = 0.5
 GRACE_S = 1.0
 SLOW_READER_S = 30.0
@@ -57,7 +61,7 @@ class ApiServer:
                 Errors(
                     require_deadline=True,
                     translate=translate,
-                    check=limits.check,
+                    check=self._check,
                     slow_reader_s=SLOW_READER_S,
                     answered=self.metrics.answered,
                 )
@@ -67,6 +71,8 @@ class ApiServer:
         )
         self._tasks = Tasks("API")
         self._tree_is_there = False
+        self._wrong_layout = "the API has not seen the ledger yet"
+        """Why no call is served; empty: calls are."""
         self.ports: list[int] = []
         """Where it listens, in the order of `listen`; 0 for a unix socket."""
 
@@ -92,10 +98,21 @@ class ApiServer:
             except StoreUnavailable as error:
                 log.warning("ledger is not reachable, trying again", error=str(error))
                 await asyncio.sleep(RETRY_S)
+            except WrongLayout as error:
+                self._wrong_layout = str(error)
+                log.warning("no call is served", why=self._wrong_layout)
+                await asyncio.sleep(LAYOUT_AGAIN_S)
+        self._wrong_layout = ""
         self.tools.fleet.start()
         self._tree_is_there = True
         log.info("serving", listen=self._config.listen)
         await self._tell_health()
+
+    def _check(self, request: Message) -> None:
+        """Raises LEDGER_UNREACHABLE for every call while the ledger has another layout, and as `limits.check` does."""
+        if self._wrong_layout:
+            raise DroverError(RefusalReason.LEDGER_UNREACHABLE, self._wrong_layout)
+        limits.check(request)
 
     def _session_moved(self, _state: SessionState) -> None:
         self._tasks.spawn(self._tell_health(), "health")

@@ -25,12 +25,13 @@ from orchestrator.coordinator.pool import WorkerLost
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.coordinator.quarantine import Quarantine
 from orchestrator.coordinator.retention import PASS_S, Keeping
+from orchestrator.coordinator.upgrade import Upgrade
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import Leader, MigrationSpec, MigrationState
 from orchestrator.core.retention import Retention
 from orchestrator.fencing.base import Fencers
 from orchestrator.history import HistoryFile
-from orchestrator.ledger import active, paths
+from orchestrator.ledger import active, layout, paths
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import BadRecord, decode, encode
@@ -252,11 +253,23 @@ class Supervisor:
 
     async def _stand(self) -> int | None:
         self._lost.clear()
+        if wrong := await self._too_new():
+            self.status.waiting_for = wrong
+            self.status.progress += 1
+            return None
         active_set = (paths.ACTIVE_MIGRATIONS, paths.ACTIVE_EVACUATIONS, paths.ENDED_EVACUATIONS)
         for path in (paths.epoch(), paths.quarantine(), *active_set):
             await self._store.ensure(path)
         await self._store.barrier()  # H13: the first read of a session is not older than it
         return await self._campaign()
+
+    async def _too_new(self) -> str:
+        """Why a coordinator of this version may not lead; empty when it may. An older layout is upgraded."""
+        try:
+            await layout.must_be_ours(self._store)
+        except layout.WrongLayout as wrong:
+            return str(wrong) if wrong.newer else ""
+        return ""
 
     async def _campaign(self) -> int | None:
         seat = await self._store.read(paths.leader())
@@ -334,6 +347,9 @@ class Supervisor:
         self._quarantine.clear_all()
         runner = EvacuationRunner(self._store, self._index, epoch, self._nudged, self._agents)
         spawn(self._watch_lost(over))
+        upgrade = tasks.spawn(Upgrade(self._store, epoch, self._upgrading).run(), "upgrade", failed=failed)
+        if upgrade is not None:
+            await asyncio.wait({upgrade, asyncio.ensure_future(over.wait())}, return_when=asyncio.FIRST_COMPLETED)
         spawn(self._discover(epoch, runner, spawn))
         spawn(self._for_ever(lambda: self._places.tend(epoch), "places of those who wait", 0.0))
         deaths = DeathRunner(self._store, self._agents, self._index, epoch, self._fencers)
@@ -375,6 +391,10 @@ class Supervisor:
         ):
             return
         self._quarantine.changed.set()
+
+    def _upgrading(self, said: str) -> None:
+        self.status.waiting_for = said
+        self.status.progress += 1
 
     async def _watch_lost(self, over: asyncio.Event) -> None:
         await self._lost.wait()

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from orchestrator.core.handover import GuestRecord
-from orchestrator.ledger import paths
+from orchestrator.ledger import layout, paths
 from orchestrator.ledger.gather import members
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Create, SetData, Store, WriteResult
@@ -29,7 +29,9 @@ class Ledger:
         self.store = store
 
     async def init_tree(self) -> None:
-        """Create the roots where missing; may be repeated."""
+        """Create the roots where missing; may be repeated. Raises WrongLayout in a tree of another layout, which
+        is not touched."""
+        await layout.must_be_ours(self.store)
         for root in paths.ROOTS:
             await self.store.ensure(root)
 

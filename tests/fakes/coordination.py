@@ -34,6 +34,7 @@ from orchestrator.core.records import (
     Reservations,
 )
 from orchestrator.ledger import paths
+from orchestrator.ledger.layout import Layout
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import (
     Check,
@@ -301,6 +302,9 @@ class World:
     conducting: dict[tuple[str, int], asyncio.Task[None]] = field(default_factory=dict)
     misread_epoch: int | None = None
     """What agents take for the epoch, whatever the ledger says."""
+
+    def __post_init__(self) -> None:
+        self.put(paths.LAYOUT, Layout())
 
     def at(self, control_address: str) -> FakeAgent:
         return FakeAgent(self, control_address.split(":", maxsplit=1)[0])

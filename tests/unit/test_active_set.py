@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.coordinator.retention import Keeping
 from orchestrator.core.records import EvacuationPhase, MigrationPhase, MigrationState
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger
@@ -59,7 +60,13 @@ async def test_a_job_is_active_then_ended_then_forgotten_with_its_cordon(world: 
 
 
 @pytest.mark.parametrize("ended", [100, 2_000])
-async def test_a_leader_looks_at_nothing_that_is_over(ended: int) -> None:
+async def test_a_leader_looks_at_nothing_that_is_over(ended: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for retention, which has to, at its own pace."""
+
+    async def never(_keeping: Keeping) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Keeping, "run", never)
     world = World(store=Reads())
     for host in ("h1", "h2"):
         world.host(host)

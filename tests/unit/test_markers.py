@@ -142,7 +142,7 @@ async def test_guests_of_other_hosts_are_not_looked_at(house: House) -> None:
     house.world.store.read = read
     await house.agent.start()
     await asyncio.sleep(0.3)
-    assert not [path for path in looked if path.startswith(paths.GUESTS)]
+    assert not [path for path in looked if path.startswith(f"{paths.GUESTS}/")]
     await house.agent.stop()
 
 
