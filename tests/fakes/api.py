@@ -79,7 +79,7 @@ class ApiCluster(Calling):
     async def _tree_is_there(self) -> bool:
         """The API has connected and made it."""
         with suppress(StoreUnavailable):
-            return await self.store.read(paths.BARRIER) is not None
+            return await self.store.read(paths.ROOTS[-2]) is not None
         return False
 
     async def hearing(self, *hosts: str) -> None:
