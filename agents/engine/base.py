@@ -83,6 +83,8 @@ class VmmState:
 
 @dataclass(frozen=True, slots=True)
 class StatusChanged:
+    """The migration's status became `status`. `error` is what the engine said of a failure; empty: nothing."""
+
     status: EngineStatus
     error: str = ""
 
@@ -121,6 +123,10 @@ EventSink = Callable[[EngineEvent], None]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
+    """One sample of an outgoing migration of RAM. `remaining_bytes` still differ from what the destination has, and
+    grow again while the guest writes; `iteration` counts the passes over memory; `expected_downtime_ms` is the
+    engine's own estimate. All 0 when no migration has run."""
+
     transferred_bytes: int = 0
     remaining_bytes: int = 0
     total_bytes: int = 0
@@ -218,6 +224,8 @@ def _alone() -> int:
 
 @dataclass(frozen=True, slots=True)
 class OutgoingOptions:
+    """How `start_outgoing` sends the guest: where to, how fast, and how long it may stand still."""
+
     stream: Endpoint | None
     """Where the destination's VMM listens; None: nothing is to be sent, an attempt is only ended."""
     hold: HoldStart
@@ -236,7 +244,9 @@ class Vmm(Protocol):
     """One VMM process, source or destination."""
 
     @property
-    def metadata(self) -> VmmMetadata: ...
+    def metadata(self) -> VmmMetadata:
+        """The note that `adopt` would read now; it changes with `promote`."""
+        ...
 
     def subscribe(self, sink: EventSink) -> Callable[[], None]:
         """Events in order, on the event loop. Returns a function that ends it."""
@@ -246,9 +256,13 @@ class Vmm(Protocol):
         """Of the process. GONE only when that is certain; UNKNOWN decides nothing. Asks no VMM, takes no descriptor."""
         ...
 
-    async def state(self, timeout_s: float = 2.0) -> VmmState: ...
+    async def state(self, timeout_s: float = 2.0) -> VmmState:
+        """Both states, asked of the VMM now. Raises EngineTimeout after `timeout_s`."""
+        ...
 
-    async def progress(self) -> Progress: ...
+    async def progress(self) -> Progress:
+        """Asked of the VMM now. Raises EngineError."""
+        ...
 
     async def unmigratable(self) -> tuple[str, ...]:
         """Why this VMM's guest cannot move without losing something, one sentence each; none: it can.
@@ -312,6 +326,8 @@ class Vmm(Protocol):
 
 
 class MigrationEngine(Protocol):
+    """Makes VMMs, and finds those again that an earlier agent made."""
+
     async def probe(self) -> dict[str, str]:
         """`version`, `machine_types` (comma separated), `machine_aliases` (`pc=pc-i440fx-10.0,...`), `switchover_ack`
         (none, legacy, per-device), `accelerator`, `devices_inside` (empty: it cannot have devices inside the VMM)."""

@@ -199,6 +199,7 @@ class GuestFiles:
 
     @property
     def companions(self) -> tuple[DeviceSpec, ...]:
+        """Its devices that live in the device process beside the VMM."""
         return tuple(device for device in self.spec.devices if device.shim is ShimKind.COMPANION)
 
     @property
@@ -227,6 +228,7 @@ class GuestFiles:
         return DevicesSpec(self.uuid, inc, self.directory, devices, seed_of(self.uuid), self.config.device_program)
 
     def vmm_spec(self, inc: str, *, multifd_channels: int = 0) -> VmmSpec:
+        """What the copy `inc` is started from on this host, as owner or as destination. Writes nothing."""
         return VmmSpec(
             guest=self.uuid,
             inc=inc,

@@ -37,7 +37,10 @@ class DestinationPeer(Protocol):
         """The peer answers and knows the attempt."""
         ...
 
-    async def send_frame(self, frame: Frame) -> None: ...
+    async def send_frame(self, frame: Frame) -> None:
+        """Pass on a piece of a device's state, in order. Returns when the stream took it (back-pressure), not when
+        it was loaded."""
+        ...
 
     async def go(self, want_run: bool) -> bool:
         """True: answered once the guest had been started there (or left stopped, as wished)."""
@@ -47,13 +50,22 @@ class DestinationPeer(Protocol):
 class SourcePeer(Protocol):
     """What a destination says to its source."""
 
-    async def ack(self, entry: AckRequest) -> None: ...
+    async def ack(self, entry: AckRequest) -> None:
+        """A device here has loaded its initial data of that generation."""
+        ...
 
-    async def loaded(self, inc: str, loads: tuple[Load, ...]) -> None: ...
+    async def loaded(self, inc: str, loads: tuple[Load, ...]) -> None:
+        """LOADED: VMM and devices hold all of the guest, validated; `loads` says what each device received. The
+        source compares it with what it sent before it commits."""
+        ...
 
-    async def failed(self, inc: str) -> None: ...
+    async def failed(self, inc: str) -> None:
+        """FAILED: this destination cannot take the guest any more. The source aborts the attempt."""
+        ...
 
-    async def done(self, inc: str) -> None: ...
+    async def done(self, inc: str) -> None:
+        """DONE: the guest is in its wished run state here, and the source may end its copy."""
+        ...
 
 
 _CALL_S = 1.0
@@ -84,6 +96,7 @@ def _tag(ref: AttemptRef, inc: str) -> pb.AttemptTag:
 
 
 def key_of(tag: pb.AttemptTag) -> AttemptKey:
+    """The attempt that a call says it is for."""
     return tag.migration, tag.attempt, tag.inc
 
 
@@ -95,7 +108,7 @@ async def _answered(call: Any) -> Any:
         raise PeerUnavailable(str(error.code() if isinstance(error, grpc.aio.AioRpcError) else error)) from error
 
 
-class GrpcDestinationPeer:
+class GrpcDestinationPeer(DestinationPeer):
     """`DestinationPeer` over gRPC: what a source says to its destination. One device stream per attempt."""
 
     def __init__(self, channel: grpc.aio.Channel, ref: AttemptRef, inc: str) -> None:
@@ -157,7 +170,7 @@ class GrpcDestinationPeer:
             await asyncio.wait([self._acks], timeout=_CALL_S)
 
 
-class GrpcSourcePeer:
+class GrpcSourcePeer(SourcePeer):
     """`SourcePeer` over gRPC: what a destination says to its source. ACKs go back on the source's own stream."""
 
     def __init__(self, channel: grpc.aio.Channel, ref: AttemptRef, inc: str) -> None:
@@ -173,6 +186,7 @@ class GrpcSourcePeer:
             await _answered(self._stub.Ping(pb.PingRequest(tag=self._tag), timeout=_CALL_S))
 
     async def ack(self, entry: AckRequest) -> None:
+        """Put it into `acks`, from which the served device stream takes it to the source. Sends nothing itself."""
         self.acks.put_nowait(entry)
 
     async def loaded(self, inc: str, loads: tuple[Load, ...]) -> None:
@@ -213,18 +227,22 @@ class Peers:
         return len(self._lines)
 
     def destination(self, address: str, ref: AttemptRef, inc: str) -> GrpcDestinationPeer:
+        """A new peer for one attempt over the connection to `address`, which is made if there is none. Does not wait
+        for it."""
         line = self._line(address)
         peer = GrpcDestinationPeer(line.channel, ref, inc)
         line.users.add(peer)
         return peer
 
     def source(self, address: str, ref: AttemptRef, inc: str) -> GrpcSourcePeer:
+        """As `destination`, for the other direction."""
         line = self._line(address)
         peer = GrpcSourcePeer(line.channel, ref, inc)
         line.users.add(peer)
         return peer
 
     async def close(self) -> None:
+        """End all connections, also those that attempts use."""
         if self._sweeping is not None:
             self._sweeping.cancel()
         lines, self._lines = list(self._lines.values()), OrderedDict()

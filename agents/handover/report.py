@@ -42,6 +42,7 @@ def device_entries(inside: Sequence[InVmmDevice], began_s: float, where: str) ->
 
 
 def device_progress(one: InVmmDevice) -> DeviceProgress:
+    """The last look at a device inside the VMM, as the report keeps it."""
     return DeviceProgress(
         name=one.device,
         initial_bytes=one.initial_bytes,

@@ -27,19 +27,31 @@ _END_S = 5.0
 
 
 class Stage(Protocol):
+    """Where a machine stands; what this file needs to know of it."""
+
     @property
-    def ended(self) -> bool: ...
+    def ended(self) -> bool:
+        """No event is taken any more, and the shell may stop."""
+        ...
 
 
 class SessionState(Protocol):
     """What both machines' states have."""
 
     @property
-    def ref(self) -> AttemptRef: ...
+    def ref(self) -> AttemptRef:
+        """The attempt that this session is one half of."""
+        ...
+
     @property
-    def here(self) -> HostRef: ...
+    def here(self) -> HostRef:
+        """The host that this half runs on, in its present power cycle."""
+        ...
+
     @property
-    def stage(self) -> Stage: ...
+    def stage(self) -> Stage:
+        """Where the machine stands; ends the shell once it has `ended`."""
+        ...
 
 
 State = TypeVar("State")
@@ -86,16 +98,19 @@ class Clock:
         self._handles: dict[int, asyncio.TimerHandle] = {}
 
     def start(self, timer: StartTimer) -> None:
+        """Feed `Rang` once the time of this timer is over. Its number tells it from earlier ones of the same kind."""
         loop = asyncio.get_running_loop()
         after_s = self._after_ms[timer.timer] / 1000
         self._handles[timer.number] = loop.call_later(after_s, self._ring, Rang(timer.timer, timer.number))
 
     def cancel(self, timer: CancelTimer) -> None:
+        """One that has rung or was never started is no mistake; its `Rang` may still be on its way."""
         handle = self._handles.pop(timer.number, None)
         if handle is not None:
             handle.cancel()
 
     def close(self) -> None:
+        """Cancel all timers."""
         for handle in self._handles.values():
             handle.cancel()
         self._handles.clear()

@@ -40,9 +40,11 @@ class Concerned:
         self.woken = asyncio.Event()
 
     def start(self) -> None:
+        """Watch the list, on the running event loop; `woken` is set soon for the first time."""
         self._end = self._store.watch_children(paths.host_guests(self._host), lambda _names: self.woken.set())
 
     def close(self) -> None:
+        """End the watch. What was to be taken off the list stays on it for the next agent."""
         self._end()
 
     async def listed(self) -> set[str]:

@@ -66,7 +66,7 @@ class HostIdentity(Protocol):
         ...
 
 
-class KernelIdentity:
+class KernelIdentity(HostIdentity):
     """A real host. `/etc/machine-id` says nothing: it lies on the disk and is copied with it."""
 
     def read(self) -> PowerCycle:
@@ -83,7 +83,7 @@ class KernelIdentity:
             )
 
 
-class SimulatedIdentity:
+class SimulatedIdentity(HostIdentity):
     """A host of the local cluster: whoever simulates its loss of power replaces the file and empties the directory.
 
     The file's first line is the boot_id, the second one the machine; without that the machine is unknown.

@@ -150,6 +150,7 @@ class Journal:
             log.error("journal: cannot write, trying again", error=str(error), waiting=len(self._unwritten))
 
     def report(self, migration: str, attempt: int) -> AttemptReport | None:
+        """The report of an attempt that ended here; None: it is not over, not from here, or too long ago."""
         return self._reports.get((migration, attempt))
 
     def keep(self, migration: str, report: AttemptReport) -> None:

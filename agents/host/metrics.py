@@ -151,6 +151,7 @@ class Metrics:
         place_lost: Callable[[], int] = lambda: 0,
         not_kept: Callable[[], int] = lambda: 0,
     ) -> None:
+        """Where to ask for what is the case at the moment of a scrape; the calls must not block."""
         self._not_kept.set_function(not_kept)
         self._guests.set_function(guests)
         self._under_way.set_function(under_way)

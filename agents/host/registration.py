@@ -249,6 +249,7 @@ class Registration:
         self._woken.set()
 
     async def close(self) -> None:
+        """End watches and tasks. The `live` node stays until the store's session ends."""
         for end in self._unwatch:
             end()
         await self._tasks.close()

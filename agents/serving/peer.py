@@ -21,9 +21,13 @@ from protos.drover.v1 import agent_pb2_grpc as rpc
 class Attempts(Protocol):
     """Those that are under way here."""
 
-    def departure(self, key: AttemptKey) -> Departure | None: ...
+    def departure(self, key: AttemptKey) -> Departure | None:
+        """The attempt's source half, if it is conducted here."""
+        ...
 
-    def arrival(self, key: AttemptKey) -> Arrival | None: ...
+    def arrival(self, key: AttemptKey) -> Arrival | None:
+        """The attempt's destination half, if it is conducted here."""
+        ...
 
 
 class PeerServicer(rpc.PeerServiceServicer):

@@ -60,6 +60,8 @@ class OptionsRefused(ShimError):
 
 
 class FrameKind(StrEnum):
+    """What a frame carries, in the order in which a device sends them; INITIAL_SENT and END carry no data."""
+
     PRECOPY = "precopy"
     INITIAL_SENT = "initial_sent"
     """All initial bytes of `generation` were sent."""

@@ -16,7 +16,18 @@ import structlog
 from google.protobuf.message import Message
 from grpc import StatusCode, aio
 
-from agents.shims.base import FinalQuery, Frame, FrameKind, Load, Refusal, SendFrame, ShimError
+from agents.shims.base import (
+    DestinationShim,
+    FinalQuery,
+    Frame,
+    FrameKind,
+    InVmmDevices,
+    Load,
+    Refusal,
+    SendFrame,
+    ShimError,
+    SourceShim,
+)
 from agents.shims.inside import DeviceEvent, InVmmDevice
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.liveness import Liveness
@@ -90,6 +101,7 @@ class ShimClient:
         return ShimServiceStub(self._channel)
 
     def tag(self, device: str) -> pb.DeviceTag:
+        """How calls name one of the VMM's devices; with an empty name, all of them."""
         return pb.DeviceTag(guest_uuid=self._guest, inc=self._inc, device=device)
 
     async def call(self, method: Call[Answer], request: Message, *, who: str, timeout_s: float = CALL_S) -> Answer:
@@ -175,13 +187,14 @@ class ShimClient:
         listener(session, generation)
 
     async def close(self) -> None:
+        """End the connection and stop listening for requests. The program and its devices go on."""
         await self._tasks.close()
         if self._channel is not None:
             await self._channel.close()
 
 
-class RemoteSource:
-    """See `SourceShim`."""
+class RemoteSource(SourceShim):
+    """A device at the source, as its program holds it."""
 
     def __init__(self, device: str, client: ShimClient) -> None:
         self.device = device
@@ -312,8 +325,8 @@ def _new_id() -> str:
     return uuid.uuid4().hex
 
 
-class RemoteDestination:
-    """See `DestinationShim`."""
+class RemoteDestination(DestinationShim):
+    """A device at the destination, as its program holds it."""
 
     def __init__(self, device: str, client: ShimClient) -> None:
         self.device = device
@@ -360,8 +373,8 @@ class RemoteDestination:
         return self._client.tag(self.device)
 
 
-class RemoteInside:
-    """See `InVmmDevices`."""
+class RemoteInside(InVmmDevices):
+    """The devices inside a VMM, as their program tells of them."""
 
     def __init__(self, client: ShimClient) -> None:
         self._client = client

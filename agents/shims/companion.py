@@ -49,13 +49,16 @@ class DevicesSpec:
 
     @property
     def companions(self) -> tuple[DeviceSpec, ...]:
+        """Those outside the VMM, which the guest reaches by its doorbell port."""
         return tuple(device for device in self.devices if device.shim == ShimKind.COMPANION)
 
     @property
     def in_vmm(self) -> tuple[DeviceSpec, ...]:
+        """Those inside the VMM, which QEMU drives by VFIO."""
         return tuple(device for device in self.devices if device.shim == ShimKind.VFIO)
 
     def path(self, suffix: str) -> Path:
+        """`<directory>/<inc>.<suffix>`: one of the process's sockets, its note or its log."""
         return self.directory / f"{self.inc}.{suffix}"
 
 
@@ -161,6 +164,7 @@ class DeviceProcess:
 
     @property
     def pid(self) -> int:
+        """Of the process; its start time is needed as well to recognise it later."""
         return self._process.pid
 
     def liveness(self) -> Liveness:

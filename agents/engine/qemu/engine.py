@@ -76,8 +76,8 @@ class Features:
     """Commands that take what to connect to as data (`channels`) and not only as a URI; since 8.2."""
 
 
-class QemuVmm:
-    """One QEMU process. See `base.Vmm`."""
+class QemuVmm(base.Vmm):
+    """One QEMU process."""
 
     def __init__(
         self, metadata: VmmMetadata, spec: base.VmmSpec, watched: processes.Watched, features: Features
@@ -408,6 +408,8 @@ class QemuVmm:
         process.write_metadata(process.metadata_path(self._spec), self._metadata)
 
     async def set_capabilities(self, wanted: Mapping[str, bool]) -> None:
+        """Set the named migration capabilities and leave the others alone. Raises EngineError: QEMU refuses while a
+        migration runs, and for a combination that it does not support; none is changed then."""
         entries = [{"capability": name, "state": state} for name, state in wanted.items()]
         await self._execute("migrate-set-capabilities", {"capabilities": entries})
 
@@ -466,11 +468,9 @@ def _status(info: Mapping[str, Any]) -> EngineStatus:
     return _STATUSES.get(info.get("status", "none"), EngineStatus.ACTIVE)
 
 
-class QemuEngine:
+class QemuEngine(base.MigrationEngine):
     """`image` is the kernel of guests that name none, `images` the directory of those that guests may name,
     `accelerator` tcg or kvm, `vfio_preload` what gives QEMU devices without VFIO.
-
-    See `base.MigrationEngine`.
     """
 
     def __init__(

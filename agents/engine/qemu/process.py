@@ -34,22 +34,27 @@ class Launch:
 
 
 def qmp_path(spec: VmmSpec) -> Path:
+    """The socket of ordinary QMP commands and of events."""
     return spec.directory / f"{spec.inc}.qmp"
 
 
 def oob_path(spec: VmmSpec) -> Path:
+    """The socket of the second QMP connection, for commands that overtake a blocked one (`yank`)."""
     return spec.directory / f"{spec.inc}.oob"
 
 
 def log_path(spec: VmmSpec) -> Path:
+    """What QEMU writes to its standard output and error: its last words, should it not start."""
     return spec.directory / f"{spec.inc}.log"
 
 
 def metadata_path(spec: VmmSpec) -> Path:
+    """The VMM's note (`VmmMetadata`) for an agent that is started later."""
     return spec.directory / f"{spec.inc}.json"
 
 
 def console_socket(spec: VmmSpec) -> Path:
+    """The socket of COM1; `link_console` makes it known outside under `console_path`."""
     return spec.directory / f"{spec.inc}.com1"
 
 

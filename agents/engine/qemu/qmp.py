@@ -42,6 +42,8 @@ class QmpConnection:
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float = 2.0, oob: bool = False
     ) -> Any:
+        """The command's return value as JSON has it. `oob` lets it overtake commands that block (QEMU's manual,
+        "Out-of-band execution"). After an EngineTimeout it may still be carried out."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute(command, arguments, oob=oob)
@@ -53,6 +55,7 @@ class QmpConnection:
             raise EngineError(f"{command}: the connection to QEMU is lost") from error
 
     async def close(self) -> None:
+        """End the connection, within about two seconds; QEMU goes on. Idempotent, never raises."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=1.0)

@@ -99,7 +99,8 @@ class AgentServiceServicer:
     """
 
     def GetAgent(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Everything that the agent knows of its host now: guests, attempts, copies, and which guests it does not keep and why.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

@@ -36,6 +36,7 @@ class AgentServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AgentServiceAsyncStub: ...
     GetAgent: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GetAgentRequest, _agent_pb2.GetAgentResponse]
+    """Everything that the agent knows of its host now: guests, attempts, copies, and which guests it does not keep and why."""
     StartGuest: _grpc.UnaryUnaryMultiCallable[_agent_pb2.StartGuestRequest, _agent_pb2.StartGuestResponse]
     """Executes a guest whose record is STARTING on this host."""
     EndGuest: _grpc.UnaryUnaryMultiCallable[_agent_pb2.EndGuestRequest, _agent_pb2.EndGuestResponse]
@@ -69,6 +70,7 @@ class AgentServiceAsyncStub(AgentServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetAgent: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetAgentRequest, _agent_pb2.GetAgentResponse]  # type: ignore[assignment]
+    """Everything that the agent knows of its host now: guests, attempts, copies, and which guests it does not keep and why."""
     StartGuest: _aio.UnaryUnaryMultiCallable[_agent_pb2.StartGuestRequest, _agent_pb2.StartGuestResponse]  # type: ignore[assignment]
     """Executes a guest whose record is STARTING on this host."""
     EndGuest: _aio.UnaryUnaryMultiCallable[_agent_pb2.EndGuestRequest, _agent_pb2.EndGuestResponse]  # type: ignore[assignment]
@@ -104,7 +106,8 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _agent_pb2.GetAgentRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_agent_pb2.GetAgentResponse, _abc.Awaitable[_agent_pb2.GetAgentResponse]]: ...
+    ) -> _typing.Union[_agent_pb2.GetAgentResponse, _abc.Awaitable[_agent_pb2.GetAgentResponse]]:
+        """Everything that the agent knows of its host now: guests, attempts, copies, and which guests it does not keep and why."""
 
     @_abc_1.abstractmethod
     def StartGuest(

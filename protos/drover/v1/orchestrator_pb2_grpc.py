@@ -188,13 +188,15 @@ class OrchestratorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetHost(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The host as the ledger has it; with ask_agent also what its agent says of it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListHosts(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """By pages; see docs/lists.md.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -207,7 +209,8 @@ class OrchestratorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UncordonHost(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """New guests and migrations may go to the host again, whoever cordoned it. Idempotent.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -250,13 +253,15 @@ class OrchestratorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetGuest(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The guest as the ledger has it, with its run state as its agent last said.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListGuests(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """By pages; see docs/lists.md.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -269,7 +274,8 @@ class OrchestratorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResumeGuest(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Takes back the wish that PauseGuest recorded, in the same way.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -282,7 +288,8 @@ class OrchestratorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchGuests(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Each guest as it is, then again whenever it changed.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -295,19 +302,22 @@ class OrchestratorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateMigration(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Moves a guest to another host. Repeat-safe by request_id. Returns at once: the coordinator carries it out.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetMigration(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """One migration with the reports of its attempts and their time lines, also after its end.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListMigrations(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """By pages; see docs/lists.md.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -320,7 +330,8 @@ class OrchestratorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchMigrations(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Each migration as it is, then again whenever it changed or progressed.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -333,25 +344,29 @@ class OrchestratorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetEvacuation(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """One evacuation with where each of its guests stands, also after its end.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListEvacuations(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """By pages; see docs/lists.md.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelEvacuation(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """No more guests leave, and migrations that can still be cancelled are. The host stays cordoned. Idempotent.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchEvacuations(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Each evacuation as it is, then again whenever it changed or progressed.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

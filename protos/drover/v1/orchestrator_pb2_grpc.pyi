@@ -45,10 +45,13 @@ class OrchestratorServiceStub:
     GetClusterHealth: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetClusterHealthRequest, _orchestrator_pb2.ClusterHealth]
     """Whether a coordinator leads, and what it has set aside."""
     GetHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetHostRequest, _types_pb2.Host]
+    """The host as the ledger has it; with ask_agent also what its agent says of it."""
     ListHosts: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListHostsRequest, _orchestrator_pb2.ListHostsResponse]
+    """By pages; see docs/lists.md."""
     CordonHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CordonHostRequest, _types_pb2.Host]
     """New guests and migrations no longer go to the host. Idempotent."""
     UncordonHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.UncordonHostRequest, _types_pb2.Host]
+    """New guests and migrations may go to the host again, whoever cordoned it. Idempotent."""
     DeclareHostDead: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.DeclareHostDeadRequest, _types_pb2.HostDeath]
     """Without a confirmation nothing is done: the answer says what would become of which guest, and has the token. With the
     token the host is declared dead: its fencer confirms that its power is off, or, with on_operators_word, the caller
@@ -63,27 +66,39 @@ class OrchestratorServiceStub:
     CreateGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateGuestRequest, _types_pb2.Guest]
     """Creates and starts a guest. Repeat-safe by request_id."""
     GetGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetGuestRequest, _types_pb2.Guest]
+    """The guest as the ledger has it, with its run state as its agent last said."""
     ListGuests: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListGuestsRequest, _orchestrator_pb2.ListGuestsResponse]
+    """By pages; see docs/lists.md."""
     PauseGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.PauseGuestRequest, _orchestrator_pb2.ChangeRunStateResponse]
     """Records the operator's wish that the guest is paused and applies it as soon as the hand-over rules allow."""
     ResumeGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumeGuestRequest, _orchestrator_pb2.ChangeRunStateResponse]
+    """Takes back the wish that PauseGuest recorded, in the same way."""
     StopGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.StopGuestRequest, _types_pb2.Guest]
     """Ends the guest for good. A running migration is cancelled first."""
     WatchGuests: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.WatchGuestsRequest, _orchestrator_pb2.WatchGuestsResponse]
+    """Each guest as it is, then again whenever it changed."""
     RepairGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RepairGuestRequest, _orchestrator_pb2.RepairGuestResponse]
     """Asks the ledger and the agents of its hosts what is where, and says what can safely be done; with an action it does it."""
     CreateMigration: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateMigrationRequest, _types_pb2.Migration]
+    """Moves a guest to another host. Repeat-safe by request_id. Returns at once: the coordinator carries it out."""
     GetMigration: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetMigrationRequest, _types_pb2.Migration]
+    """One migration with the reports of its attempts and their time lines, also after its end."""
     ListMigrations: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListMigrationsRequest, _orchestrator_pb2.ListMigrationsResponse]
+    """By pages; see docs/lists.md."""
     CancelMigration: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CancelMigrationRequest, _types_pb2.Migration]
     """Answers only when the ledger says that this migration will never commit, or why it cannot be cancelled any more."""
     WatchMigrations: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.WatchMigrationsRequest, _orchestrator_pb2.WatchMigrationsResponse]
+    """Each migration as it is, then again whenever it changed or progressed."""
     CreateEvacuation: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateEvacuationRequest, _orchestrator_pb2.CreateEvacuationResponse]
     """Cordons a host and moves its guests away. Repeat-safe by request_id."""
     GetEvacuation: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetEvacuationRequest, _types_pb2.Evacuation]
+    """One evacuation with where each of its guests stands, also after its end."""
     ListEvacuations: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListEvacuationsRequest, _orchestrator_pb2.ListEvacuationsResponse]
+    """By pages; see docs/lists.md."""
     CancelEvacuation: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CancelEvacuationRequest, _types_pb2.Evacuation]
+    """No more guests leave, and migrations that can still be cancelled are. The host stays cordoned. Idempotent."""
     WatchEvacuations: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.WatchEvacuationsRequest, _orchestrator_pb2.WatchEvacuationsResponse]
+    """Each evacuation as it is, then again whenever it changed or progressed."""
     InstructDevice: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.InstructDeviceRequest, _orchestrator_pb2.InstructDeviceResponse]
     """Tells a device of a guest something in its own program's words. INSTRUCTIONS_DISABLED unless the cluster allows it,
     INSTRUCTION_REFUSED by a device that takes no instructions, or not now.
@@ -95,10 +110,13 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     GetClusterHealth: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetClusterHealthRequest, _orchestrator_pb2.ClusterHealth]  # type: ignore[assignment]
     """Whether a coordinator leads, and what it has set aside."""
     GetHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetHostRequest, _types_pb2.Host]  # type: ignore[assignment]
+    """The host as the ledger has it; with ask_agent also what its agent says of it."""
     ListHosts: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListHostsRequest, _orchestrator_pb2.ListHostsResponse]  # type: ignore[assignment]
+    """By pages; see docs/lists.md."""
     CordonHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CordonHostRequest, _types_pb2.Host]  # type: ignore[assignment]
     """New guests and migrations no longer go to the host. Idempotent."""
     UncordonHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.UncordonHostRequest, _types_pb2.Host]  # type: ignore[assignment]
+    """New guests and migrations may go to the host again, whoever cordoned it. Idempotent."""
     DeclareHostDead: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.DeclareHostDeadRequest, _types_pb2.HostDeath]  # type: ignore[assignment]
     """Without a confirmation nothing is done: the answer says what would become of which guest, and has the token. With the
     token the host is declared dead: its fencer confirms that its power is off, or, with on_operators_word, the caller
@@ -113,27 +131,39 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     CreateGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """Creates and starts a guest. Repeat-safe by request_id."""
     GetGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
+    """The guest as the ledger has it, with its run state as its agent last said."""
     ListGuests: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListGuestsRequest, _orchestrator_pb2.ListGuestsResponse]  # type: ignore[assignment]
+    """By pages; see docs/lists.md."""
     PauseGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.PauseGuestRequest, _orchestrator_pb2.ChangeRunStateResponse]  # type: ignore[assignment]
     """Records the operator's wish that the guest is paused and applies it as soon as the hand-over rules allow."""
     ResumeGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumeGuestRequest, _orchestrator_pb2.ChangeRunStateResponse]  # type: ignore[assignment]
+    """Takes back the wish that PauseGuest recorded, in the same way."""
     StopGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.StopGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """Ends the guest for good. A running migration is cancelled first."""
     WatchGuests: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.WatchGuestsRequest, _orchestrator_pb2.WatchGuestsResponse]  # type: ignore[assignment]
+    """Each guest as it is, then again whenever it changed."""
     RepairGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.RepairGuestRequest, _orchestrator_pb2.RepairGuestResponse]  # type: ignore[assignment]
     """Asks the ledger and the agents of its hosts what is where, and says what can safely be done; with an action it does it."""
     CreateMigration: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateMigrationRequest, _types_pb2.Migration]  # type: ignore[assignment]
+    """Moves a guest to another host. Repeat-safe by request_id. Returns at once: the coordinator carries it out."""
     GetMigration: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetMigrationRequest, _types_pb2.Migration]  # type: ignore[assignment]
+    """One migration with the reports of its attempts and their time lines, also after its end."""
     ListMigrations: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListMigrationsRequest, _orchestrator_pb2.ListMigrationsResponse]  # type: ignore[assignment]
+    """By pages; see docs/lists.md."""
     CancelMigration: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CancelMigrationRequest, _types_pb2.Migration]  # type: ignore[assignment]
     """Answers only when the ledger says that this migration will never commit, or why it cannot be cancelled any more."""
     WatchMigrations: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.WatchMigrationsRequest, _orchestrator_pb2.WatchMigrationsResponse]  # type: ignore[assignment]
+    """Each migration as it is, then again whenever it changed or progressed."""
     CreateEvacuation: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateEvacuationRequest, _orchestrator_pb2.CreateEvacuationResponse]  # type: ignore[assignment]
     """Cordons a host and moves its guests away. Repeat-safe by request_id."""
     GetEvacuation: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetEvacuationRequest, _types_pb2.Evacuation]  # type: ignore[assignment]
+    """One evacuation with where each of its guests stands, also after its end."""
     ListEvacuations: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListEvacuationsRequest, _orchestrator_pb2.ListEvacuationsResponse]  # type: ignore[assignment]
+    """By pages; see docs/lists.md."""
     CancelEvacuation: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CancelEvacuationRequest, _types_pb2.Evacuation]  # type: ignore[assignment]
+    """No more guests leave, and migrations that can still be cancelled are. The host stays cordoned. Idempotent."""
     WatchEvacuations: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.WatchEvacuationsRequest, _orchestrator_pb2.WatchEvacuationsResponse]  # type: ignore[assignment]
+    """Each evacuation as it is, then again whenever it changed or progressed."""
     InstructDevice: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.InstructDeviceRequest, _orchestrator_pb2.InstructDeviceResponse]  # type: ignore[assignment]
     """Tells a device of a guest something in its own program's words. INSTRUCTIONS_DISABLED unless the cluster allows it,
     INSTRUCTION_REFUSED by a device that takes no instructions, or not now.
@@ -153,14 +183,16 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _orchestrator_pb2.GetHostRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_types_pb2.Host, _abc.Awaitable[_types_pb2.Host]]: ...
+    ) -> _typing.Union[_types_pb2.Host, _abc.Awaitable[_types_pb2.Host]]:
+        """The host as the ledger has it; with ask_agent also what its agent says of it."""
 
     @_abc_1.abstractmethod
     def ListHosts(
         self,
         request: _orchestrator_pb2.ListHostsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_orchestrator_pb2.ListHostsResponse, _abc.Awaitable[_orchestrator_pb2.ListHostsResponse]]: ...
+    ) -> _typing.Union[_orchestrator_pb2.ListHostsResponse, _abc.Awaitable[_orchestrator_pb2.ListHostsResponse]]:
+        """By pages; see docs/lists.md."""
 
     @_abc_1.abstractmethod
     def CordonHost(
@@ -175,7 +207,8 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _orchestrator_pb2.UncordonHostRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_types_pb2.Host, _abc.Awaitable[_types_pb2.Host]]: ...
+    ) -> _typing.Union[_types_pb2.Host, _abc.Awaitable[_types_pb2.Host]]:
+        """New guests and migrations may go to the host again, whoever cordoned it. Idempotent."""
 
     @_abc_1.abstractmethod
     def DeclareHostDead(
@@ -225,14 +258,16 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _orchestrator_pb2.GetGuestRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]: ...
+    ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]:
+        """The guest as the ledger has it, with its run state as its agent last said."""
 
     @_abc_1.abstractmethod
     def ListGuests(
         self,
         request: _orchestrator_pb2.ListGuestsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_orchestrator_pb2.ListGuestsResponse, _abc.Awaitable[_orchestrator_pb2.ListGuestsResponse]]: ...
+    ) -> _typing.Union[_orchestrator_pb2.ListGuestsResponse, _abc.Awaitable[_orchestrator_pb2.ListGuestsResponse]]:
+        """By pages; see docs/lists.md."""
 
     @_abc_1.abstractmethod
     def PauseGuest(
@@ -247,7 +282,8 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _orchestrator_pb2.ResumeGuestRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_orchestrator_pb2.ChangeRunStateResponse, _abc.Awaitable[_orchestrator_pb2.ChangeRunStateResponse]]: ...
+    ) -> _typing.Union[_orchestrator_pb2.ChangeRunStateResponse, _abc.Awaitable[_orchestrator_pb2.ChangeRunStateResponse]]:
+        """Takes back the wish that PauseGuest recorded, in the same way."""
 
     @_abc_1.abstractmethod
     def StopGuest(
@@ -262,7 +298,8 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _orchestrator_pb2.WatchGuestsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.WatchGuestsResponse], _abc.AsyncIterator[_orchestrator_pb2.WatchGuestsResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.WatchGuestsResponse], _abc.AsyncIterator[_orchestrator_pb2.WatchGuestsResponse]]:
+        """Each guest as it is, then again whenever it changed."""
 
     @_abc_1.abstractmethod
     def RepairGuest(
@@ -277,21 +314,24 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _orchestrator_pb2.CreateMigrationRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_types_pb2.Migration, _abc.Awaitable[_types_pb2.Migration]]: ...
+    ) -> _typing.Union[_types_pb2.Migration, _abc.Awaitable[_types_pb2.Migration]]:
+        """Moves a guest to another host. Repeat-safe by request_id. Returns at once: the coordinator carries it out."""
 
     @_abc_1.abstractmethod
     def GetMigration(
         self,
         request: _orchestrator_pb2.GetMigrationRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_types_pb2.Migration, _abc.Awaitable[_types_pb2.Migration]]: ...
+    ) -> _typing.Union[_types_pb2.Migration, _abc.Awaitable[_types_pb2.Migration]]:
+        """One migration with the reports of its attempts and their time lines, also after its end."""
 
     @_abc_1.abstractmethod
     def ListMigrations(
         self,
         request: _orchestrator_pb2.ListMigrationsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_orchestrator_pb2.ListMigrationsResponse, _abc.Awaitable[_orchestrator_pb2.ListMigrationsResponse]]: ...
+    ) -> _typing.Union[_orchestrator_pb2.ListMigrationsResponse, _abc.Awaitable[_orchestrator_pb2.ListMigrationsResponse]]:
+        """By pages; see docs/lists.md."""
 
     @_abc_1.abstractmethod
     def CancelMigration(
@@ -306,7 +346,8 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _orchestrator_pb2.WatchMigrationsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.WatchMigrationsResponse], _abc.AsyncIterator[_orchestrator_pb2.WatchMigrationsResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.WatchMigrationsResponse], _abc.AsyncIterator[_orchestrator_pb2.WatchMigrationsResponse]]:
+        """Each migration as it is, then again whenever it changed or progressed."""
 
     @_abc_1.abstractmethod
     def CreateEvacuation(
@@ -321,28 +362,32 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _orchestrator_pb2.GetEvacuationRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_types_pb2.Evacuation, _abc.Awaitable[_types_pb2.Evacuation]]: ...
+    ) -> _typing.Union[_types_pb2.Evacuation, _abc.Awaitable[_types_pb2.Evacuation]]:
+        """One evacuation with where each of its guests stands, also after its end."""
 
     @_abc_1.abstractmethod
     def ListEvacuations(
         self,
         request: _orchestrator_pb2.ListEvacuationsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_orchestrator_pb2.ListEvacuationsResponse, _abc.Awaitable[_orchestrator_pb2.ListEvacuationsResponse]]: ...
+    ) -> _typing.Union[_orchestrator_pb2.ListEvacuationsResponse, _abc.Awaitable[_orchestrator_pb2.ListEvacuationsResponse]]:
+        """By pages; see docs/lists.md."""
 
     @_abc_1.abstractmethod
     def CancelEvacuation(
         self,
         request: _orchestrator_pb2.CancelEvacuationRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_types_pb2.Evacuation, _abc.Awaitable[_types_pb2.Evacuation]]: ...
+    ) -> _typing.Union[_types_pb2.Evacuation, _abc.Awaitable[_types_pb2.Evacuation]]:
+        """No more guests leave, and migrations that can still be cancelled are. The host stays cordoned. Idempotent."""
 
     @_abc_1.abstractmethod
     def WatchEvacuations(
         self,
         request: _orchestrator_pb2.WatchEvacuationsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.WatchEvacuationsResponse], _abc.AsyncIterator[_orchestrator_pb2.WatchEvacuationsResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.WatchEvacuationsResponse], _abc.AsyncIterator[_orchestrator_pb2.WatchEvacuationsResponse]]:
+        """Each evacuation as it is, then again whenever it changed or progressed."""
 
     @_abc_1.abstractmethod
     def InstructDevice(

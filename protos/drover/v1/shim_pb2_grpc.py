@@ -243,7 +243,8 @@ class ShimServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadState(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The next piece of the state, in order. For INITIAL_SENT the answer is the ACK, once everything before it is loaded.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

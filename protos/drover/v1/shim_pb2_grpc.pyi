@@ -79,6 +79,7 @@ class ShimServiceStub:
     -> RESUMING; forgets whatever an earlier attempt left.
     """
     LoadState: _grpc.UnaryUnaryMultiCallable[_shim_pb2.LoadStateRequest, _shim_pb2.LoadStateResponse]
+    """The next piece of the state, in order. For INITIAL_SENT the answer is the ACK, once everything before it is loaded."""
     Validate: _grpc.UnaryUnaryMultiCallable[_shim_pb2.ValidateRequest, _shim_pb2.ValidateResponse]
     """RESUMING -> STOP: everything is integrated and checked. Without side effects; nothing may fail after it. In the blackout."""
     Activate: _grpc.UnaryUnaryMultiCallable[_shim_pb2.ActivateRequest, _shim_pb2.ActivateResponse]
@@ -145,6 +146,7 @@ class ShimServiceAsyncStub(ShimServiceStub):
     -> RESUMING; forgets whatever an earlier attempt left.
     """
     LoadState: _aio.UnaryUnaryMultiCallable[_shim_pb2.LoadStateRequest, _shim_pb2.LoadStateResponse]  # type: ignore[assignment]
+    """The next piece of the state, in order. For INITIAL_SENT the answer is the ACK, once everything before it is loaded."""
     Validate: _aio.UnaryUnaryMultiCallable[_shim_pb2.ValidateRequest, _shim_pb2.ValidateResponse]  # type: ignore[assignment]
     """RESUMING -> STOP: everything is integrated and checked. Without side effects; nothing may fail after it. In the blackout."""
     Activate: _aio.UnaryUnaryMultiCallable[_shim_pb2.ActivateRequest, _shim_pb2.ActivateResponse]  # type: ignore[assignment]
@@ -285,7 +287,8 @@ class ShimServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _shim_pb2.LoadStateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_shim_pb2.LoadStateResponse, _abc.Awaitable[_shim_pb2.LoadStateResponse]]: ...
+    ) -> _typing.Union[_shim_pb2.LoadStateResponse, _abc.Awaitable[_shim_pb2.LoadStateResponse]]:
+        """The next piece of the state, in order. For INITIAL_SENT the answer is the ACK, once everything before it is loaded."""
 
     @_abc_1.abstractmethod
     def Validate(
