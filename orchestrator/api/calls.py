@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from orchestrator.api.ages import Ages
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.fleet import Fleet
+from orchestrator.history import HistoryFile
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import Conflict, Done, Op, OutcomeUnknown, Store, StoreUnavailable
@@ -32,6 +33,8 @@ class Tools:
     index: Index
     ledger: Ledger
     instructions: bool = False
+    history: HistoryFile | None = None
+    """What the ledger has forgotten; None: it is not to be had here."""
     wall_s: Callable[[], float] = time.time
     """Only for stamps that people read."""
     ages: Ages = field(default_factory=Ages)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.core.endpoint import split_address
+from orchestrator.history import HistoryConfig
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode
 
@@ -23,6 +24,8 @@ class ApiConfig:
     """Whether devices may be instructed on request: a device that is told to misbehave does."""
     metrics_listen: str = ""
     """`host:port` to serve metrics at; empty: none are served."""
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+    """The coordinator's history file, where the API can read it: what the ledger has forgotten is looked up there."""
     log_level: str = "info"
 
 

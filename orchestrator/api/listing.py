@@ -51,12 +51,16 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Field(Generic[T]):
+    """What a row is filtered and ordered by under one name, and how it is read from the row."""
+
     kind: Kind
     of: Callable[[T], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
+    """One answer's worth of rows."""
+
     rows: list[T]
     next_page_token: str
     """Empty: this was the last page."""

@@ -14,6 +14,7 @@ from orchestrator import wire
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
 from orchestrator.api.decisions import CancelStep
+from orchestrator.api.past import forgotten
 from orchestrator.api.reads import (
     GuestRead,
     MigrationRead,
@@ -49,8 +50,13 @@ class Migrations:
     # --- look ---------------------------------------------------------------------------------------------------------
 
     async def get(self, name: str) -> types_pb2.Migration:
-        """Also long after its end: the attempts' reports stay in the ledger."""
-        read = await self.read(name)
+        """Also long after its end: from the ledger, or from the history once that has forgotten it."""
+        try:
+            read = await self.read(name)
+        except DroverError as error:
+            if error.reason is not RefusalReason.NOT_FOUND or (gone := await forgotten(self._tools, name)) is None:
+                raise
+            read = gone
         shown = views.migration(read, self._tools.fleet)
         shown.elapsed_ms = views.migration_elapsed_ms(read, self._tools.fleet, self._tools.ages)
         if not shown.end_time.seconds:

@@ -16,6 +16,7 @@ from orchestrator.api.metrics import ApiMetrics
 from orchestrator.api.servicer import OrchestratorServicer, translate
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.fleet import Fleet
+from orchestrator.history import HistoryFile
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.layout import WrongLayout
 from orchestrator.ledger.ledger import Ledger
@@ -51,6 +52,7 @@ class ApiServer:
             fleet=Fleet(store, agents),
             index=Index(store),
             ledger=Ledger(store),
+            history=HistoryFile(config.history) if config.history.path else None,
             instructions=config.instructions,
         )
         self.servicer = OrchestratorServicer(self.tools)

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from orchestrator.api import past
 from orchestrator.api.calls import Caller, Tools
 from orchestrator.api.deaths import Deaths
 from orchestrator.api.evacuations import Evacuations
@@ -82,6 +83,11 @@ class OrchestratorServicer(OrchestratorServiceServicer):
 
     async def GetClusterHealth(self, request: pb.GetClusterHealthRequest, context: Any) -> pb.ClusterHealth:
         return await cluster_health(self._tools.ledger)
+
+    async def ExportHistory(self, request: pb.ExportHistoryRequest, context: Any) -> AsyncIterator[pb.HistoryEntry]:
+        async with aclosing(past.export(self._tools, request)) as entries:
+            async for entry in entries:
+                yield entry
 
     # --- hosts --------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -170,7 +172,8 @@ def pick(wanted: str, known: Sequence[str], what: str) -> str:
 
 def find_migration(client: OrchestratorClient, wanted: str) -> Migration:
     """By id, or by a beginning of it that only one migration has."""
-    return _find(wanted, client.get_migration, client.list_migrations, "migration")
+    past = partial(_forgotten, client, "migrations")
+    return _find(wanted, client.get_migration, client.list_migrations, "migration", past)
 
 
 def find_evacuation(client: OrchestratorClient, wanted: str) -> Evacuation:
@@ -193,7 +196,13 @@ _SEVERAL = 5
 """So many ids with the same beginning are asked for, to name a few of them."""
 
 
-def _find(wanted: str, get: Callable[[str], Named], known: Callable[..., Sequence[Named]], what: str) -> Named:
+def _find(
+    wanted: str,
+    get: Callable[[str], Named],
+    known: Callable[..., Sequence[Named]],
+    what: str,
+    past: Callable[[str], list[str]] = lambda _: [],
+) -> Named:
     """The whole id costs one call, a beginning of it two, however many there are."""
     try:
         return get(wanted)
@@ -202,8 +211,19 @@ def _find(wanted: str, get: Callable[[str], Named], known: Callable[..., Sequenc
             raise
     if not _ID.fullmatch(wanted):
         raise CliError(Exit.NOT_FOUND, f"no {what} begins with {wanted!r}", hint=f"`drover {what} list` shows them")
-    found = known(filter=f'name = "{wanted.lower()}*"', limit=_SEVERAL)
-    return get(pick(wanted, [each.name for each in found], what))
+    found = [each.name for each in known(filter=f'name = "{wanted.lower()}*"', limit=_SEVERAL)]
+    return get(pick(wanted, found or past(wanted.lower()), what))
+
+
+def _forgotten(client: OrchestratorClient, kind: str, wanted: str) -> list[str]:
+    """Names in the history; none where no history is kept."""
+    try:
+        found = (entry.name for entry in client.export_history(kind, wanted))
+        return list(islice(dict.fromkeys(found), _SEVERAL))
+    except DroverError as error:
+        if error.reason is not RefusalReason.NO_HISTORY:
+            raise
+        return []
 
 
 # --- completion -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from orchestrator.cli import evacuation, explain, guest, health, host, migration, repair
+from orchestrator.cli import evacuation, explain, guest, health, history, host, migration, repair
 from orchestrator.cli.context import api_option, dir_option
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.exits import explain as told
@@ -65,6 +65,7 @@ for command in (
     evacuation.evacuation,
     repair.repair,
     health.health,
+    history.history,
 ):
     root.add_command(command)
 

@@ -111,6 +111,8 @@ class RefusalReason(StrEnum):
     HOST_NOT_EMPTY = "HOST_NOT_EMPTY"
     CONFIRMATION_STALE = "CONFIRMATION_STALE"
     """What was confirmed is no longer so, or the confirmation is too old: look again."""
+    NO_HISTORY = "NO_HISTORY"
+    """No history file is configured where this is served: what the ledger has forgotten is gone."""
     NOTHING_SAFE = "NOTHING_SAFE"
     """A repair was asked for that is not safe now."""
     OUTCOME_UNKNOWN = "OUTCOME_UNKNOWN"

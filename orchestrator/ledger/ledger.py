@@ -46,9 +46,11 @@ class Ledger:
         return None if found is None else (decode(GuestRecord, found.data, path=path), found.version, found.mzxid)
 
     async def list_guests(self) -> tuple[str, ...]:
+        """Uuids of all lives, sorted, also of those that are over."""
         return await members(self.store, paths.GUESTS)
 
     async def list_hosts(self) -> tuple[str, ...]:
+        """Names of all registered hosts, sorted."""
         return await self.store.children(paths.HOSTS)
 
     async def list_evacuations(self) -> tuple[str, ...]:

@@ -468,6 +468,7 @@ class ZooKeeperStore:
     # --- watches of whole trees ---------------------------------------------------------------------------------------
 
     def watch_tree(self, roots: Sequence[str], callback: Callable[[str | None], None]) -> Callable[[], None]:
+        """As the port says. ZooKeeper keeps these watches with a connection: each new one is asked again."""
         tree = _TreeWatch(tuple(roots), callback)
         tree.connected.set()
         tree.task = asyncio.get_running_loop().create_task(self._run_tree(tree))

@@ -105,6 +105,14 @@ class OrchestratorClient:
         """Who leads, and what is quarantined."""
         return self._call(self._stub.GetClusterHealth, pb.GetClusterHealthRequest())
 
+    def export_history(self, kind: str = "", name_prefix: str = "") -> Iterator[pb.HistoryEntry]:
+        """What the ledger has forgotten, oldest first. Raises NO_HISTORY where none is kept."""
+        request = pb.ExportHistoryRequest(kind=kind, name_prefix=name_prefix)
+        try:
+            yield from self._stub.ExportHistory(request, timeout=WATCH_S)
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+
     # --- hosts --------------------------------------------------------------------------------------------------------
 
     def get_host(self, name: str, *, ask_agent: bool = False) -> types_pb2.Host:

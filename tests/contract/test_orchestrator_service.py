@@ -778,6 +778,12 @@ async def test_lists_are_filtered_ordered_and_paged(api: Subject, client: Orches
     assert [each.name for each in await api.call(partial(client.list_hosts, filter="cordoned = true"))] == ["h2"]
 
 
+async def test_without_a_history_what_is_forgotten_is_gone(api: Subject, client: OrchestratorClient) -> None:
+    assert (await api.refused(lambda: list(client.export_history()))).reason is R.NO_HISTORY
+    refusal = await api.refused(lambda: list(client.export_history("colours")))
+    assert (refusal.reason, refusal.field) == (R.INVALID_ARGUMENT, "kind")
+
+
 @pytest.mark.parametrize("what", ["list_hosts", "list_guests", "list_migrations", "list_evacuations"])
 async def test_what_a_list_cannot_do_is_refused(api: Subject, client: OrchestratorClient, what: str) -> None:
     for asked, field in (

@@ -86,6 +86,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     """What a host's agent says is there; of other hosts it answers that nothing is."""
     lost: dict[str, types.Guest] = field(default_factory=dict[str, types.Guest])
     """Guests whose records the ledger has lost, by name."""
+    history: list[pb.HistoryEntry] | None = None
+    """What is forgotten; None: no history is kept."""
     wish: int = pb.WISH_STATE_APPLIED
     instructions: bool = True
 
@@ -117,6 +119,16 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     async def GetClusterHealth(self, request: pb.GetClusterHealthRequest, context: object) -> pb.ClusterHealth:
         await self._called("GetClusterHealth", request)
         return self.health
+
+    async def ExportHistory(self, request: pb.ExportHistoryRequest, context: object) -> AsyncIterator[pb.HistoryEntry]:
+        await self._called("ExportHistory", request)
+        if request.kind not in ("", "migrations", "evacuations", "guests"):
+            raise DroverError(R.INVALID_ARGUMENT, f"there is no kind {request.kind!r}", field="kind")
+        if self.history is None:
+            raise DroverError(R.NO_HISTORY, "no history is kept")
+        for one in self.history:
+            if request.kind in ("", one.kind) and one.name.startswith(request.name_prefix):
+                yield one
 
     # --- hosts
 

@@ -40,6 +40,11 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetClusterHealthRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ClusterHealth.FromString,
                 _registered_method=True)
+        self.ExportHistory = channel.unary_stream(
+                '/drover.v1.OrchestratorService/ExportHistory',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ExportHistoryRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.HistoryEntry.FromString,
+                _registered_method=True)
         self.GetHost = channel.unary_unary(
                 '/drover.v1.OrchestratorService/GetHost',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetHostRequest.SerializeToString,
@@ -182,6 +187,13 @@ class OrchestratorServiceServicer:
 
     def GetClusterHealth(self, request, context):
         """Whether a coordinator leads, and what it has set aside.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportHistory(self, request, context):
+        """What the ledger has forgotten and the history file still has, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -387,6 +399,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetClusterHealthRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ClusterHealth.SerializeToString,
             ),
+            'ExportHistory': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportHistory,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ExportHistoryRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.HistoryEntry.SerializeToString,
+            ),
             'GetHost': grpc.unary_unary_rpc_method_handler(
                     servicer.GetHost,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetHostRequest.FromString,
@@ -550,6 +567,33 @@ class OrchestratorService:
             '/drover.v1.OrchestratorService/GetClusterHealth',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetClusterHealthRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.ClusterHealth.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/ExportHistory',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.ExportHistoryRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.HistoryEntry.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,8 @@ class OrchestratorServiceStub:
     def __new__(cls, channel: _aio.Channel) -> OrchestratorServiceAsyncStub: ...
     GetClusterHealth: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetClusterHealthRequest, _orchestrator_pb2.ClusterHealth]
     """Whether a coordinator leads, and what it has set aside."""
+    ExportHistory: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.ExportHistoryRequest, _orchestrator_pb2.HistoryEntry]
+    """What the ledger has forgotten and the history file still has, oldest first."""
     GetHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetHostRequest, _types_pb2.Host]
     """The host as the ledger has it; with ask_agent also what its agent says of it."""
     ListHosts: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListHostsRequest, _orchestrator_pb2.ListHostsResponse]
@@ -109,6 +111,8 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetClusterHealth: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetClusterHealthRequest, _orchestrator_pb2.ClusterHealth]  # type: ignore[assignment]
     """Whether a coordinator leads, and what it has set aside."""
+    ExportHistory: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.ExportHistoryRequest, _orchestrator_pb2.HistoryEntry]  # type: ignore[assignment]
+    """What the ledger has forgotten and the history file still has, oldest first."""
     GetHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetHostRequest, _types_pb2.Host]  # type: ignore[assignment]
     """The host as the ledger has it; with ask_agent also what its agent says of it."""
     ListHosts: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListHostsRequest, _orchestrator_pb2.ListHostsResponse]  # type: ignore[assignment]
@@ -177,6 +181,14 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_pb2.ClusterHealth, _abc.Awaitable[_orchestrator_pb2.ClusterHealth]]:
         """Whether a coordinator leads, and what it has set aside."""
+
+    @_abc_1.abstractmethod
+    def ExportHistory(
+        self,
+        request: _orchestrator_pb2.ExportHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.HistoryEntry], _abc.AsyncIterator[_orchestrator_pb2.HistoryEntry]]:
+        """What the ledger has forgotten and the history file still has, oldest first."""
 
     @_abc_1.abstractmethod
     def GetHost(
