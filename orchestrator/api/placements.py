@@ -61,7 +61,7 @@ def check(request: pb.CheckPlacementRequest) -> Need | None:
 
 def answer(request: pb.CheckPlacementRequest, hosts: Sequence[HostView], need: Need) -> pb.CheckPlacementResponse:
     """The choice over all hosts, and one page of the verdicts."""
-    choice = choose(hosts, need, wanted=request.host)
+    choice = choose(hosts, need, wanted=request.host, every=True)
     if choice.reason is RefusalReason.NOT_FOUND:
         raise not_found("host", request.host, field="host")
     others = [verdict for verdict in choice.verdicts if request.host or verdict.host != need.source]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop
 
 from orchestrator.core.compatibility import ack_mode, common_machine, real_machine
 from orchestrator.core.errors import RefusalReason
@@ -88,7 +89,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The destination, or None with the reason that decided and the verdict on every host."""
+    """The destination with its verdict, or None with the reason that decided and the verdict on every host."""
 
     destination: HostRef | None
     verdicts: tuple[Verdict, ...]
@@ -173,8 +174,12 @@ def choose(
     prefer: str = "",
     avoid: Iterable[str] = (),
     max_arrivals: int = 0,
+    every: bool = False,
 ) -> Choice:
     """The eligible host with most memory left, then with fewest arrivals, then by name.
+
+    Hosts are judged in that order until one will do, whose verdict alone is in the choice; `every` asks for the verdict
+    on each host all the same. Where none will do the verdict on each host is there in any case.
 
     `wanted` restricts the choice to that host; `prefer` is taken when it is eligible. Hosts in `avoid` (an earlier
     attempt failed there) are taken only when nothing else is eligible. `max_arrivals` > 0 holds back hosts that receive
@@ -184,27 +189,30 @@ def choose(
     candidates = [host for host in hosts if not wanted or host.ref.host == wanted]
     if wanted and not candidates:
         return Choice(None, (), RefusalReason.NOT_FOUND, f"there is no host {wanted}")
-    verdicts = tuple(judge(host, need, source=source) for host in sorted(candidates, key=lambda host: host.ref.host))
-    eligible = {verdict.host for verdict in verdicts if verdict.eligible}
-    fit = [host for host in candidates if host.ref.host in eligible]
-    open_for = [host for host in fit if max_arrivals <= 0 or host.arrivals < max_arrivals]
-    if fit and not open_for:
+    shunned = frozenset(avoid)
+    order = [
+        (host.ref.host in shunned, host.ref.host != prefer, -host.free_mib, host.arrivals, host.ref.host, number)
+        for number, host in enumerate(candidates)
+    ]
+    heapify(order)
+    full = False
+    while order:
+        host = candidates[heappop(order)[-1]]
+        if 0 < max_arrivals <= host.arrivals:
+            full = full or judge(host, need, source=source).eligible
+        elif (verdict := judge(host, need, source=source)).eligible:
+            verdicts = _each(candidates, need, source) if every else (verdict,)
+            return Choice(host.ref, verdicts)
+    verdicts = _each(candidates, need, source)
+    if full:
         said = f"every host that could take {need.name} receives {max_arrivals} migrations already"
         return Choice(None, verdicts, RefusalReason.NO_CAPACITY, said, transient=True, passing=True)
-    if not open_for:
-        return _nowhere(verdicts, need, wanted)
-    shunned = frozenset(avoid)
-    best = min(
-        open_for,
-        key=lambda host: (
-            host.ref.host in shunned,
-            host.ref.host != prefer,
-            -host.free_mib,
-            host.arrivals,
-            host.ref.host,
-        ),
-    )
-    return Choice(best.ref, verdicts)
+    return _nowhere(verdicts, need, wanted)
+
+
+def _each(hosts: Iterable[HostView], need: Need, source: HostView | None) -> tuple[Verdict, ...]:
+    """By name."""
+    return tuple(judge(host, need, source=source) for host in sorted(hosts, key=lambda host: host.ref.host))
 
 
 def pack(hosts: Sequence[HostView], needs: Sequence[Need]) -> dict[str, str]:
