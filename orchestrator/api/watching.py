@@ -330,7 +330,8 @@ class Feed(Generic[R, M]):
         try:
             message = self._source.view(entry.read) if entry.read is not None else None
         except Exception as error:  # of this resource: the others are told all the same
-            log.exception("left out of watches: it cannot be shown", name=name)
+            fault = None if isinstance(error, DroverError) else error
+            log.error("left out of watches: it cannot be shown", name=name, error=str(error), exc_info=fault)
             message, entry.read, entry.error = None, None, BadRecord(f"{name}: it cannot be shown: {error!r}")
         over = entry.read is not None and self._source.over(entry.read)
         if entry.revision and entry.error is None and (message, over) == (entry.message, entry.over):
