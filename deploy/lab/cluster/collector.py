@@ -71,6 +71,7 @@ class Client:
 
     @property
     def busy(self) -> bool:
+        """Its request waits for a line, or its answer is not sent yet: it may ask for nothing more now."""
         return self.waits is not None or bool(self.unsent)
 
 

@@ -74,6 +74,7 @@ class ClusterStatus:
 
     @property
     def healthy(self) -> bool:
+        """The cluster is up and each of its parts answers as it should."""
         return self.state == ClusterState.READY and all(part.health == "ok" for part in self.parts)
 
 

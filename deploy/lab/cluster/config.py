@@ -83,6 +83,7 @@ class LocalConfig(BaseModel):
 
     @property
     def layout(self) -> Layout:
+        """Where this cluster's files are. Creates nothing."""
         return Layout.of(self.dir)
 
     @property
@@ -92,6 +93,7 @@ class LocalConfig(BaseModel):
 
     @property
     def bandwidth_bps(self) -> int:
+        """Of each host's link and direction, in bits per second."""
         return rate_bps(self.bandwidth)
 
 

@@ -57,6 +57,7 @@ class LineFile:
         self._failing = False
 
     def add(self, ns: int, text: str) -> None:
+        """Keep one line for the next `flush`; `ns` is its stamp. With UNWRITTEN_MOST_BYTES unwritten, it is dropped."""
         if len(self._unwritten) < UNWRITTEN_MOST_BYTES:
             self._unwritten += f"{ns} {text}\n".encode("ascii", "backslashreplace")
 
@@ -81,6 +82,7 @@ class LineFile:
             self._failing = True
 
     def close(self) -> None:
+        """Write what can be written and let go of the file; `add` and `flush` open it again."""
         self.flush()
         if self._fd is not None:
             os.close(self._fd)
@@ -116,10 +118,12 @@ class Console:
 
     @property
     def connected(self) -> bool:
+        """There is a connection to the VMM's console now."""
         return self.connection is not None
 
     @property
     def last_ns(self) -> int:
+        """Stamp of the newest line that was heard; 0: none yet."""
         return self.recent[-1][0] if self.recent else 0
 
     def mark(self, text: str) -> None:

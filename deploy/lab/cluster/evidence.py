@@ -63,6 +63,7 @@ class Vmm:
 
     @property
     def name(self) -> str:
+        """`<host>.<guest>.<inc>`, as its socket and its log are called."""
         return f"{self.host}.{self.guest}.{self.inc}"
 
 
@@ -74,9 +75,11 @@ class Window:
     end_ns: int
 
     def holds(self, ns: int) -> bool:
+        """That instant lies in the window."""
         return self.start_ns <= ns <= self.end_ns
 
     def meets(self, other: Window) -> bool:
+        """The two have at least one instant in common."""
         return self.start_ns <= other.end_ns and other.start_ns <= self.end_ns
 
 

@@ -91,30 +91,37 @@ class Layout:
 
     @property
     def cluster_json(self) -> Path:
+        """What runs (`state.py`), written by the supervisor alone."""
         return self.dir / "cluster.json"
 
     @property
     def config_json(self) -> Path:
+        """What the operator asked for: the `LocalConfig` that the supervisor starts with."""
         return self.dir / "local.json"
 
     @property
     def supervisor_socket(self) -> Path:
+        """Where the supervisor takes commands: the power of hosts, the end of the cluster."""
         return self.dir / "supervisor.sock"
 
     @property
     def supervisor_log(self) -> Path:
+        """The supervisor's own log; each part has one beside it."""
         return self.logs / "supervisor.log"
 
     @property
     def api_socket(self) -> Path:
+        """Where the command line finds the API of this cluster without being told."""
         return api_socket(self.dir)
 
     @property
     def api_json(self) -> Path:
+        """Configuration of the API, if there is only one."""
         return self.part_json("api")
 
     @property
     def coordinator_json(self) -> Path:
+        """Configuration of the coordinator, if there is only one."""
         return self.part_json("coordinator")
 
     def part_json(self, name: str) -> Path:
@@ -127,20 +134,25 @@ class Layout:
 
     @property
     def console(self) -> Path:
+        """Directory of links to the consoles of VMMs, one for each, which agents make and the collector connects to."""
         return self.dir / "console"
 
     @property
     def serial(self) -> Path:
+        """Directory of what guests said on their consoles: the collector's files, which the evidence is drawn from."""
         return self.dir / "serial"
 
     @property
     def logs(self) -> Path:
+        """Directory of the logs of all parts, `<part>.log`."""
         return self.dir / "logs"
 
     def zookeeper(self, server: Server) -> Path:
+        """Configuration and data of that ZooKeeper server."""
         return self.dir / f"zk{server.number or ''}"
 
     def ray(self, seat: Server) -> Path:
+        """Ray's session files for the head that belongs to this coordinator's seat."""
         return self.dir / f"ray{seat.number or ''}"
 
     def ray_work(self, head: str) -> Path:
@@ -149,19 +161,24 @@ class Layout:
 
     @property
     def ray_token(self) -> Path:
+        """What a client shows to the cluster's Ray heads; only its owner may read it."""
         return self.dir / "ray-token"
 
     @property
     def hosts(self) -> Path:
+        """Directory of the hosts' own directories."""
         return self.dir / "hosts"
 
     def host(self, name: str) -> Path:
+        """All files of one host, as its disk; `volatile` in it is the exception."""
         return self.hosts / name
 
     def agent_json(self, host: str) -> Path:
+        """Configuration of the host's agent."""
         return self.host(host) / "agent.json"
 
     def volatile(self, host: str) -> Path:
+        """What the host loses with its power: emptied at a simulated loss. Markers of copies are there."""
         return self.host(host) / "volatile"
 
     def power_cycle(self, host: str) -> Path:
@@ -170,13 +187,16 @@ class Layout:
 
     @property
     def namespace_prefix(self) -> str:
+        """What the names of this cluster's network namespaces begin with, and no other cluster's."""
         return f"drv{self.id}-"
 
     @property
     def management_namespace(self) -> str:
+        """The network namespace of the lone parts of the control plane."""
         return f"{self.namespace_prefix}m"
 
     def namespace(self, number: int) -> str:
+        """The network namespace of the host with this number."""
         return f"{self.namespace_prefix}h{number}"
 
     def server_namespace(self, kind: str, number: int) -> str:
@@ -245,4 +265,5 @@ class Places:
 
     @property
     def zookeeper(self) -> str:
+        """All ZooKeeper servers as clients are told of them: `host:port,...`."""
         return ",".join(f"{server.address}:{self.zookeeper_port}" for server in self.zookeepers)

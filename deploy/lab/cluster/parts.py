@@ -382,6 +382,7 @@ _PROBE_TIMEOUT_S = 1.0
 
 
 async def always() -> str | None:
+    """The probe of a part that counts as serving as soon as it runs."""
     return None
 
 

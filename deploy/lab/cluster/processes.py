@@ -39,9 +39,11 @@ class RunningProcess:
 
     @property
     def pid(self) -> int:
+        """As long as `identity` holds; the kernel gives the number to others later."""
         return self.identity.pid
 
     def arguments(self) -> list[str]:
+        """Its command line, read now; empty for one that is gone or a zombie."""
         return [os.fsdecode(part) for part in _read(self.pid, "cmdline").split(b"\0") if part]
 
     def environment(self) -> dict[str, str]:
@@ -88,11 +90,13 @@ def look(pid: int) -> RunningProcess | None:
 
 
 def identify(pid: int) -> Identity | None:
+    """The process that has this pid now; None: there is none. Raises LivenessUnknown."""
     seen = look(pid)
     return seen.identity if seen else None
 
 
 def is_alive(identity: Identity) -> bool:
+    """This very process is there, and not just another one with its pid. Raises LivenessUnknown."""
     return identify(identity.pid) == identity
 
 

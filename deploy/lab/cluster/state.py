@@ -66,9 +66,11 @@ class StopRecord:
 
     @classmethod
     def of(cls, error: LocalClusterError) -> StopRecord:
+        """As it is written into cluster.json, for whoever asks later why."""
         return cls(error.sentence, error.reason, error.part, error.detail)
 
     def error(self) -> LocalClusterError:
+        """The error again, to be raised to an operator."""
         return LocalClusterError(self.sentence, reason=self.reason, part=self.part, detail=self.detail)
 
 

@@ -73,6 +73,7 @@ class Part:
         self.powered.set()
 
     def record(self) -> PartRecord:
+        """The part as cluster.json tells of it."""
         return PartRecord(
             name=self.spec.name,
             kind=self.spec.kind,

@@ -16,6 +16,7 @@ class LabCommand(click.Command):
     section = "A cluster on this machine"
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Raises CliError(FAILED) for a LocalClusterError."""
         try:
             return super().invoke(ctx)
         except LocalClusterError as error:

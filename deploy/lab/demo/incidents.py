@@ -41,6 +41,8 @@ class Sight:
     """First sight of the end of each attempt that was aborted."""
 
     def see(self, message: Migration, ns: int) -> None:
+        """Take note of the migration as the API told of it at `ns`; only what is seen for the first time gets a
+        stamp."""
         phase = wire.word(message, "phase")
         self.migration = message.name
         self.first_ns = self.first_ns or ns

@@ -76,6 +76,7 @@ class Attempt:
 
     @property
     def is_late(self) -> bool:
+        """It was aborted because a device asked for an ACK after the decision to switch over."""
         return self.outcome == "ABORTED" and self.reason == AbortReason.LATE_SWITCHOVER_ACK
 
 
@@ -109,6 +110,7 @@ class OperatorPause:
 
     @property
     def window(self) -> Window:
+        """From the wish to pause to the wish to resume: silence in it is intended."""
         return Window(self.asked_ns, self.resumed_ns)
 
 
@@ -148,14 +150,17 @@ class GuestReport:
 
     @property
     def late_acks(self) -> int:
+        """How many of its attempts were aborted for a late ACK."""
         return sum(attempt.is_late for attempt in self.answer.attempts)
 
     @property
     def sent_bytes(self) -> int:
+        """What all of its attempts sent, those that were aborted as well."""
         return sum(attempt.sent_bytes for attempt in self.answer.attempts)
 
     @property
     def beats_after_verify(self) -> bool:
+        """Its heart was heard after its last check of memory and devices: the guest that passed it still runs."""
         verify = self.evidence.last_verify
         return verify is not None and any(beat.ns > verify.ns for log in self.logs for beat in log.beats)
 

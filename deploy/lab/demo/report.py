@@ -120,5 +120,6 @@ def document(
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
+    """Write the report as JSON, with its directory where that is missing. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")

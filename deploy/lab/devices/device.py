@@ -244,6 +244,7 @@ class Device:
 
     @property
     def sent_bytes(self) -> int:
+        """Read from the present data session so far; 0 without one."""
         return self._session.sent_bytes if self._session else 0
 
     @property
@@ -253,10 +254,12 @@ class Device:
 
     @property
     def loaded_bytes(self) -> int:
+        """Fed into the present load so far; 0 without one."""
         return self._loading.bytes if self._loading else 0
 
     @property
     def loaded_digest(self) -> bytes:
+        """blake2b-16 of everything that was fed into the present load; empty without one."""
         return self._loading.digest() if self._loading else b""
 
     @property
@@ -524,6 +527,7 @@ class Device:
         return self._initial_left(self._session) + self._memory.dirty_bytes
 
     def initial_bytes_left(self) -> int:
+        """Initial data of the present session that is still to be read, before its marker may be sent."""
         return self._initial_left(self._session) if self._session else 0
 
     def take_marker(self) -> int | None:

@@ -175,6 +175,8 @@ def _still_there(metadata: Path, inode: int) -> bool:
 
 
 def main() -> None:
+    """Serve the devices that standard input describes until they are ended. Exits with a sentence, and tells the
+    agent, when their options are wrong."""
     os.umask(0o077)
     description: dict[str, Any] = json.load(sys.stdin)
     if wrong := wrong_options(description):

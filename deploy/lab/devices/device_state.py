@@ -61,6 +61,8 @@ class DeviceIdentity:
     seed: int
 
     def digest(self) -> bytes:
+        """16 bytes by which a load notices that the stream is another device's; a newborn's memory is made from
+        them."""
         return blake2b(f"{self.guest}/{self.name}/{self.index}/{self.seed}".encode(), digest_size=16).digest()
 
 
@@ -90,6 +92,7 @@ class Memory:
         """Digest of all blocks as they were last taken or put."""
 
     def size(self, index: int) -> int:
+        """Bytes of one block; the last of the tracked and of the untracked ones may be short."""
         start, end = self._span(index)
         return end - start
 
@@ -99,11 +102,13 @@ class Memory:
 
     @property
     def dirty_bytes(self) -> int:
+        """Bytes of the tracked blocks that have changed since they were last taken."""
         last = self.tracked - 1
         short = BLOCK_BYTES - self.size(last) if last in self.dirty else 0
         return len(self.dirty) * BLOCK_BYTES - short
 
     def peek(self, index: int) -> bytes:
+        """Present content of one block, which stays as dirty as it was."""
         start, end = self._span(index)
         return bytes(self._data[start:end])
 
@@ -177,6 +182,7 @@ class Script:
         return False
 
     def take_asks(self, hook: Hook) -> list[Ask]:
+        """What the script asks for at this hook, now that it is reached: those entries count as used."""
         found: list[Ask] = []
         for index, ask in enumerate(self.scenario.asks):
             if ask.at is hook and self.may_ask(index):
@@ -185,9 +191,11 @@ class Script:
         return found
 
     def may_ask(self, index: int) -> bool:
+        """The entry with this place among the asks is not used up, in this session and in all."""
         return self.used.may("asks", index, self.scenario.asks[index], self.sessions)
 
     def count_ask(self, index: int) -> None:
+        """Note that the entry with this place was used once more."""
         self.used = self.used.count("asks", index)
 
     def add(self, ask: Ask) -> int:
@@ -204,6 +212,7 @@ class Script:
         return place
 
     def copy(self) -> Script:
+        """As it stands now; later uses of either do not show in the other."""
         return Script(self.scenario, self.used, self.sessions)
 
 
@@ -232,6 +241,7 @@ class LoadPlan:
 
 
 def head_record(identity: DeviceIdentity, memory: Memory, plan: LoadPlan) -> bytes:
+    """HEAD: what `Incoming` compares before it loads anything, and how it is to behave while it loads."""
     content = {
         "version": _VERSION,
         "identity": identity.digest().hex(),
@@ -243,10 +253,12 @@ def head_record(identity: DeviceIdentity, memory: Memory, plan: LoadPlan) -> byt
 
 
 def blocks_record(memory: Memory, first: int, count: int) -> bytes:
+    """BLOCKS: `count` blocks from `first` on, at most RUN_BLOCKS; they are clean now (`Memory.take`)."""
     return _record(_BLOCKS, first, memory.take(first, count))
 
 
 def state_record(registers: Registers, memory: Memory) -> bytes:
+    """STATE: the registers, with the word masked by `memory.fold`. To be made after the last blocks."""
     script = registers.script
     content = {
         "word": (registers.word ^ memory.fold) & 0xFFFFFFFF,
@@ -260,6 +272,7 @@ def state_record(registers: Registers, memory: Memory) -> bytes:
 
 
 def trailer_record(digest: bytes) -> bytes:
+    """TRAILER: the digest of everything before it."""
     return _record(_TRAILER, 0, digest)
 
 
@@ -268,6 +281,7 @@ def _record(kind: int, first: int, content: bytes) -> bytes:
 
 
 def newborn_memory(identity: DeviceIdentity, tracked_bytes: int, untracked_bytes: int) -> Memory:
+    """What a device starts with: the same bytes for the same identity, so that both ends of a test know them."""
     return Memory(tracked_bytes, untracked_bytes, shake_128(identity.digest()).digest(_PATTERN_BYTES))
 
 

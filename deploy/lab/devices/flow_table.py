@@ -193,6 +193,8 @@ class FlowTable:
     # --- the source ---
 
     def begin(self, session: int, by: str) -> None:
+        """RUNNING -> PRE_COPY: a session with all flows to be sent, and its first demand for an ACK. The same
+        `session` begun again by the same caller changes nothing."""
         if (self.session, self._begun_by, self.state) == (session, by, "PRE_COPY"):
             return
         self._must(self.live and self.state in ("RUNNING", "PRE_COPY"), "roll the other session back first")
@@ -241,6 +243,7 @@ class FlowTable:
         return data
 
     def hook(self, name: str) -> None:
+        """The attempt has reached that point: demand another ACK if the options say so."""
         if not self.ended and self.session is not None and name == self.asks_again_at and self.asks_again > 0:
             self.asks_again -= 1
             self._ask()
@@ -256,6 +259,7 @@ class FlowTable:
         return left * _FLOW.size
 
     def stop_copy(self, session: int) -> None:
+        """-> STOP_COPY: nothing changes any more. A paused guest's device begins its session here. Raises Refused."""
         if self.session is None and self.state == "RUNNING_P2P":
             self._new_session(session)
             self._dirty = OrderedDict.fromkeys(self.flows)
@@ -264,11 +268,13 @@ class FlowTable:
         self.state = "STOP_COPY"
 
     def roll_back(self) -> None:
+        """Any state -> RUNNING, the session is over, all flows kept. Raises Refused if it is not the guest's device."""
         self._must(self.live, "it is not the guest's device")
         self.state = "RUNNING"
         self._new_session(None)
 
     def end(self, how: str) -> None:
+        """For good: `how` is retired or discarded. Later calls are refused; a second end changes nothing."""
         if not self.ended:
             self.ended, self.live, self.state = how, False, "STOP"
             self._new_session(None)
@@ -276,6 +282,7 @@ class FlowTable:
     # --- the destination ---
 
     def begin_load(self, session: int) -> None:
+        """-> RESUMING, empty. Also of a device that was discarded. Raises Refused if it is the guest's device."""
         if self.ended == "discarded":
             self.ended = ""
         self._must(not self.live, "it is the guest's device: nothing can be loaded into it")
@@ -299,6 +306,7 @@ class FlowTable:
         return request.kind == pb.STATE_KIND_INITIAL_SENT
 
     def validate(self, session: int) -> pb.ValidateResponse:
+        """RESUMING -> STOP: what was loaded is what END said. Answers alike when repeated. Raises Refused."""
         self._must(session == self.session, f"session {session} is over or never began")
         if self._valid is None:
             loaded = (self._received_bytes, self._received.digest())
@@ -309,6 +317,7 @@ class FlowTable:
         return self._valid
 
     def activate(self) -> None:
+        """STOP -> RUNNING: it is the guest's device from here on. Raises Refused without a validated state."""
         if self.live:
             return
         self._must(self.state == "STOP" and self._valid is not None, "it holds no validated state")

@@ -53,6 +53,8 @@ class QemuStage(StrEnum):
 
 
 class Query(StrEnum):
+    """How thoroughly QEMU asks its devices what is left to send (`state_pending_estimate`, `state_pending_exact`)."""
+
     ESTIMATE = "estimate"
     EXACT = "exact"
     FINAL = "final"
@@ -68,6 +70,7 @@ class AckSetup:
 
     @property
     def mode(self) -> AckMode:
+        """OFF without the capability; with it what the machine type says."""
         if SWITCHOVER_ACK not in self.capabilities:
             return AckMode.OFF
         return AckMode.LEGACY if self.legacy else AckMode.PER_DEVICE
@@ -310,13 +313,16 @@ class QemuSource:
 
     @property
     def mode(self) -> AckMode:
+        """How this process counts ACKs."""
         return self.setup.mode
 
     @property
     def in_progress(self) -> bool:
+        """A migration is under way: capabilities are fixed, and no other one starts."""
         return self.stage in (QemuStage.ACTIVE, QemuStage.PARKED, QemuStage.DEVICE)
 
     def device(self, name: str) -> DeviceAccount:
+        """What is known about the device of that name. Raises StopIteration if there is none."""
         return next(each for each in self.devices if each.name == name)
 
     @property

@@ -74,21 +74,25 @@ class Hosted:
 
     @property
     def name(self) -> str:
+        """Of the device, as in the guest's specification."""
         return self.device.identity.name
 
     def new_course(self, session: int | None) -> None:
+        """A session begins, or ends (None). Nothing of the one before is answered any more."""
         self.session = session
         self.course += 1
         self.seq, self.frame, self.end_sent = 0, ({"frame": ""}, b""), False
         self.expected = self.loaded = self.stop_copy_bytes = None
 
     def must_be_in(self, session: object) -> None:
+        """Raises CallError unless this is the session under way."""
         if self.ended:
             raise CallError(f"{self.name} was {self.ended}")
         if self.session is None or session != self.session:
             raise CallError(f"{self.name}: session {session} is over or never began")
 
     def must_be_live(self) -> None:
+        """Raises CallError unless it is the guest's device and was not ended."""
         if self.ended:
             raise CallError(f"{self.name} was {self.ended}")
         if not self.live:

@@ -29,6 +29,8 @@ _LOGGING = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """One call of QEMU's as the preload passes it on. `number`, `offset`: as in the header (`layout.QUESTION`)."""
+
     kind: Kind
     number: int = 0
     offset: int = 0
@@ -37,6 +39,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """What QEMU's call returns."""
+
     result: int
     """Or minus errno."""
     payload: bytes = b""
@@ -79,6 +83,7 @@ class _Session:
 
 
 def features_of(scenario: Scenario) -> Feature:
+    """What the device offers to VFIO: all that it knows, less what its scenario says it lacks."""
     found = Feature.P2P | Feature.PRE_COPY
     if Lack.P2P in scenario.lacks:
         found &= ~Feature.P2P
@@ -104,6 +109,7 @@ class Endpoint:
 
     @property
     def name(self) -> str:
+        """Of the device, as in the guest's specification."""
         return self.device.identity.name
 
     @property
@@ -112,6 +118,8 @@ class Endpoint:
         return self.device.has_content and not self.device.just_loaded
 
     def look(self, now: float) -> InVmmDevice:
+        """What the device says of itself and of its newest session, as an agent is told. Changes nothing that QEMU
+        sees."""
         device, session = self.device, self._session
         saving = device.state in _SAVING
         return InVmmDevice(
@@ -178,6 +186,8 @@ class Endpoint:
     # --- questions ----------------------------------------------------------------------------------------------------
 
     def answer(self, question: Question, now: float) -> Answer:
+        """What VFIO would answer at `now` (seconds). What the device refuses is an answer with its errno: never
+        raises."""
         try:
             return self._handle(question, now)
         except DeviceError as error:

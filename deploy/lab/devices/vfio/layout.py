@@ -27,6 +27,9 @@ MAX_PAYLOAD = 4 << 20
 
 
 class Kind(IntEnum):
+    """Which call of QEMU's a question passes on; HELLO is the first of each connection and says which device it is
+    about."""
+
     HELLO = 1
     DEVICE_IOCTL = 2
     DATA_IOCTL = 3

@@ -24,6 +24,7 @@ class VfioServer:
         self._connected = [0] * len(endpoints)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, until the VMM closes it. A device that this process does not have is answered ENODEV."""
         place: int | None = None
         try:
             first = await _read(reader)

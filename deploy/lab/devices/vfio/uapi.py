@@ -15,6 +15,9 @@ from deploy.lab.devices.vfio import layout
 
 
 class Ioctl(IntEnum):
+    """Numbers after VFIO_BASE of the calls that QEMU makes, in <linux/vfio.h> with VFIO_ or VFIO_DEVICE_ before
+    them."""
+
     GET_INFO = 107
     GET_REGION_INFO = 108
     GET_IRQ_INFO = 109
@@ -29,6 +32,8 @@ class Ioctl(IntEnum):
 
 
 class FeatureNumber(IntEnum):
+    """VFIO_DEVICE_FEATURE_*: those that concern migration."""
+
     MIGRATION = 1
     DEVICE_STATE = 2
     DMA_LOGGING_START = 6
@@ -39,12 +44,16 @@ class FeatureNumber(IntEnum):
 
 
 class Operation(IntFlag):
+    """Flags of a VFIO_DEVICE_FEATURE call; PROBE with GET or SET only asks whether that would be taken."""
+
     GET = 1 << 16
     SET = 1 << 17
     PROBE = 1 << 18
 
 
 class MigrationFlag(IntFlag):
+    """VFIO_MIGRATION_*: which states the device has, as the feature MIGRATION answers it."""
+
     STOP_COPY = 1
     P2P = 2
     PRE_COPY = 4
@@ -52,6 +61,8 @@ class MigrationFlag(IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class FeatureCall:
+    """Which feature a VFIO_DEVICE_FEATURE call is about, and what it wants of it."""
+
     number: int
     operation: Operation
 
@@ -80,6 +91,7 @@ def _packed(argument: bytes, offset: int, form: str, *values: int) -> bytes:
 
 
 def device_info(argument: bytes) -> bytes:
+    """GET_INFO filled in: a PCI device that can be reset."""
     return _packed(argument, 4, "=III", _RESET | _PCI, _REGIONS, _IRQS)
 
 
@@ -97,19 +109,23 @@ def irq_info(argument: bytes) -> bytes:
 
 
 def bound(argument: bytes) -> bytes:
+    """BIND_IOMMUFD filled in: bound, under the device id 1."""
     return _packed(argument, 12, "=I", 1)
 
 
 def feature_call(argument: bytes) -> FeatureCall:
+    """Takes the call's argument apart. Raises DeviceError(EINVAL) when it is too short."""
     flags = _unpacked("=I", argument, 4)
     return FeatureCall(flags & 0xFFFF, Operation(flags & (Operation.GET | Operation.SET | Operation.PROBE)))
 
 
 def migration_flags(argument: bytes, flags: MigrationFlag) -> bytes:
+    """The feature MIGRATION filled in: which states the device has."""
     return _packed(argument, 8, "=Q", flags)
 
 
 def wanted_state(argument: bytes) -> DeviceState:
+    """The state that SET of DEVICE_STATE asks for. Raises DeviceError(EINVAL) when there is no such state."""
     number = _unpacked("=I", argument, 8)
     try:
         return DeviceState(number)
@@ -123,8 +139,10 @@ def device_state(argument: bytes, state: DeviceState) -> bytes:
 
 
 def data_size(argument: bytes, size: int) -> bytes:
+    """The feature DATA_SIZE filled in: bytes that stop-copy would carry now."""
     return _packed(argument, 8, "=Q", size)
 
 
 def precopy_info(argument: bytes, info: PrecopyInfo) -> bytes:
+    """GET_PRECOPY_INFO filled in: initial and dirty bytes left, and whether the initial data began anew (REINIT)."""
     return _packed(argument, 4, "=IQQ", _REINIT if info.reinit else 0, info.initial_bytes, info.dirty_bytes)
