@@ -36,6 +36,7 @@ class Exposition:
         return int(self._server.sockets[0].getsockname()[1])
 
     async def close(self) -> None:
+        """Take no more connections; those that are open end by themselves within ANSWER_S."""
         if self._server is not None:
             self._server.close()
 

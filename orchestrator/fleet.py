@@ -63,9 +63,11 @@ class Fleet:
         self._stop_discovery: Callable[[], None] = lambda: None
 
     def start(self) -> None:
+        """Follow the list of hosts, and each live one's agent from then on. Does not wait for the first samples."""
         self._stop_discovery = self._store.watch_children(paths.HOSTS, self._hosts_changed)
 
     async def close(self) -> None:
+        """End all watches and calls. What was known stays readable and grows old."""
         self._stop_discovery()
         for stops in self._unwatch.values():
             for stop in stops:

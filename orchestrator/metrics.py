@@ -28,6 +28,7 @@ class OfThisProcess(Collector):
     """What the process counts by itself, wherever it happens."""
 
     def collect(self) -> Iterator[Metric]:
+        """All counters and gauges, read at this moment. Blocks on nothing."""
         tasks = CounterMetricFamily(
             "drover_task_failures", "Exceptions that ended a turn of a background task, or it", labels=("task",)
         )

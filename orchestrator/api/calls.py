@@ -55,6 +55,7 @@ class Caller:
 
     @property
     def out_of_time(self) -> bool:
+        """The caller has stopped waiting, or is about to."""
         return asyncio.get_running_loop().time() >= self.deadline_s
 
 
@@ -89,6 +90,7 @@ async def pause(caller: Caller) -> None:
 
 
 def contended() -> DroverError:
+    """To be raised when WRITE_TRIES writes in a row lost to others; none of them was applied."""
     return DroverError(RefusalReason.OUTCOME_UNKNOWN, "others kept changing what this request changes: try again")
 
 

@@ -61,6 +61,8 @@ class _Look:
 
 
 class Deaths:
+    """The calls about hosts that are gone."""
+
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
 
@@ -158,6 +160,7 @@ class Deaths:
     # --- look ---------------------------------------------------------------------------------------------------------
 
     async def get(self, name: str) -> types_pb2.HostDeath:
+        """The newest declaration of the host's death. Raises NOT_FOUND when there has been none."""
         _check_name(name)
         found = await self._tools.ledger.read(HostDeath, paths.death(name))
         if found is None:

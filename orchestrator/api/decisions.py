@@ -148,6 +148,7 @@ def cancelled_state(state: MigrationState, *, wall_s: float) -> MigrationState:
 
 
 def cancel_wished(state: MigrationState) -> MigrationState:
+    """The state that asks the coordinator to cancel the migration; the wish is never taken back."""
     return replace(state, cancel_requested=True)
 
 
@@ -266,6 +267,7 @@ _STOP = {
 
 
 def stop_step(record: GuestRecord) -> StopStep:
+    """What a call that stops the guest has to do now; it asks again after each step."""
     return _STOP[record.phase]
 
 

@@ -35,15 +35,20 @@ MAX_CONCURRENT = 1_000
 
 
 class Evacuations:
+    """The calls about evacuations."""
+
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
 
     # --- look ---------------------------------------------------------------------------------------------------------
 
     async def read(self, name: str) -> EvacuationRead:
+        """As the ledger has it now. Raises NOT_FOUND, StoreUnavailable, BadRecord."""
         return await read_evacuation(self._tools.ledger, name)
 
     async def get(self, name: str) -> types_pb2.Evacuation:
+        """One evacuation as the API shows it, with how long it has taken and what the agents say of its guests.
+        Raises NOT_FOUND."""
         read = await self.read(name)
         shown = views.evacuation(read, self._tools.fleet)
         shown.elapsed_ms = views.evacuation_elapsed_ms(read, self._tools.ages)
@@ -55,6 +60,10 @@ class Evacuations:
     # --- ask ----------------------------------------------------------------------------------------------------------
 
     async def create(self, request: pb.CreateEvacuationRequest, caller: Caller) -> pb.CreateEvacuationResponse:
+        """Cordon the host and write the job, in one transaction; the coordinator carries it out. With
+        `validate_only` nothing is written, and the answer says where each guest could go. Raises
+        INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS (another one empties the host), REQUEST_ID_REUSED,
+        OUTCOME_UNKNOWN."""
         check(request)
         asked = Request.of("" if request.validate_only else request.request_id, digest("CreateEvacuation", request))
         if earlier := await asked.earlier(self._tools):

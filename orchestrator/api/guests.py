@@ -47,6 +47,8 @@ _OWNERS = 3
 
 
 class Guests:
+    """The calls about guests."""
+
     def __init__(self, tools: Tools, migrations: Migrations) -> None:
         self._tools = tools
         self._migrations = migrations
@@ -54,15 +56,19 @@ class Guests:
     # --- look ---------------------------------------------------------------------------------------------------------
 
     async def read(self, uuid: str) -> GuestRead:
+        """One life as the ledger has it now. Raises NOT_FOUND, StoreUnavailable, BadRecord."""
         return await read_guest(self._tools.ledger, uuid)
 
     async def view(self, uuid: str) -> types_pb2.Guest:
+        """One life as the API shows it, with its run state as its agent last said. Raises NOT_FOUND."""
         return views.guest(await self.read(uuid), self._tools.fleet)
 
     async def uuid_of(self, name: str, *, field: str = "name") -> str:
+        """See `guest_uuid`; `field` is the one to blame in the request."""
         return await guest_uuid(self._tools.ledger, name, field=field)
 
     async def get(self, name: str) -> types_pb2.Guest:
+        """By name, or by the uuid of a life. Raises INVALID_ARGUMENT, NOT_FOUND."""
         return await self.view(await self.uuid_of(name))
 
     # --- birth --------------------------------------------------------------------------------------------------------

@@ -22,10 +22,13 @@ log = structlog.get_logger(__name__)
 
 
 class Hosts:
+    """The calls about hosts."""
+
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
 
     async def get(self, name: str) -> types_pb2.Host:
+        """The host as the ledger has it; its agent is not asked. Raises NOT_FOUND."""
         _check_name(name)
         return _one(await self._tools.index.recent(), name)
 

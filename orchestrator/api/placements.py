@@ -23,6 +23,8 @@ MAX_MESSAGE = 500
 
 
 class Placements:
+    """The call that only asks where a guest could go."""
+
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
 

@@ -34,6 +34,9 @@ _TRIES = 10
 
 @dataclass(frozen=True, slots=True)
 class GuestRead:
+    """One life of a guest. `version` and `mzxid` are those of the record's node, `want_version` that of the wish's
+    node, -1 where nobody has wished anything."""
+
     uuid: str
     record: GuestRecord
     version: int
@@ -45,12 +48,16 @@ class GuestRead:
 
 @dataclass(frozen=True, slots=True)
 class MigrationRead:
+    """What was asked for, and where it stands."""
+
     spec: MigrationSpec
     standing: Standing
 
 
 @dataclass(frozen=True, slots=True)
 class EvacuationRead:
+    """What was asked for, where it stands, and the cordon that belongs to it."""
+
     spec: EvacuationSpec
     state: EvacuationState
     """With its guests."""
@@ -66,6 +73,7 @@ class EvacuationRead:
 
 
 def not_found(kind: str, name: str, *, field: str = "name") -> DroverError:
+    """NOT_FOUND, to be raised for what does not exist; `field` of the request named it."""
     return DroverError(RefusalReason.NOT_FOUND, f"there is no {kind} {quoted(name)}", field=field)
 
 

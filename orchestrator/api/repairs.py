@@ -39,6 +39,8 @@ class _Look:
 
 
 class Repairs:
+    """The call that explains a guest which seems stuck, and does what is safe."""
+
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
 

@@ -23,6 +23,8 @@ class Request:
 
     @classmethod
     def of(cls, request_id: str, digest: str) -> Request:
+        """The call with its caller's id, or with one of our own where that is empty; `digest` stands for its
+        content."""
         return cls(request_id or f"api-{uuid.uuid4().hex}", digest)
 
     async def earlier(self, tools: Tools) -> str:

@@ -32,6 +32,7 @@ TROUBLE_SHOWN = 1000
 
 
 def host(known: HostInput, view: HostView, guests: int) -> types_pb2.Host:
+    """What is known of a host, with what a placement counts on it. `guests`: how many there are."""
     record = known.record
     silent = types_pb2.HOST_STATE_DEAD if known.certified_dead else types_pb2.HOST_STATE_SILENT
     return types_pb2.Host(
@@ -93,6 +94,7 @@ def host_agent(status: AgentStatus | DroverError, owners: Mapping[str, str]) -> 
 
 
 def guest(read: GuestRead, fleet: Fleet) -> types_pb2.Guest:
+    """One life, with the run state that its agent last gave."""
     record = read.record
     told = fleet.guest(record.owner.host, read.uuid)
     return types_pb2.Guest(
@@ -197,6 +199,7 @@ def _short(report: AttemptReport) -> AttemptReport:
 
 
 def evacuation(read: EvacuationRead, fleet: Fleet) -> types_pb2.Evacuation:
+    """An evacuation with its guests, each with its migration's progress. Times that go on are the caller's to add."""
     spec, state = read.spec, read.state
     policy, newer = wire.overrides_to_proto(spec.policy)
     return types_pb2.Evacuation(

@@ -46,6 +46,7 @@ class Settings:
 
     @property
     def printer(self) -> Printer:
+        """Where the command's result goes, in the form that was asked for."""
         return Printer(self.output)
 
     def client(self, timeout_s: float = 0.0) -> OrchestratorClient:
@@ -83,6 +84,7 @@ def _into(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
 
 
 def api_option(command: F) -> F:
+    """`--api`, into `Settings`."""
     return click.option(
         "--api",
         metavar="ADDRESS",
@@ -93,6 +95,7 @@ def api_option(command: F) -> F:
 
 
 def dir_option(command: F) -> F:
+    """`--dir`, into `Settings`."""
     return click.option(
         "--dir",
         "directory",
@@ -104,6 +107,7 @@ def dir_option(command: F) -> F:
 
 
 def output_option(command: F) -> F:
+    """`-o`, into `Settings`."""
     return click.option(
         "-o",
         "--output",
@@ -115,6 +119,7 @@ def output_option(command: F) -> F:
 
 
 def timeout_option(command: F) -> F:
+    """`--timeout`, into `Settings`: seconds for each call to the API, not for the command."""
     return click.option(
         "--timeout",
         "timeout_s",
@@ -147,6 +152,7 @@ def list_options(command: F) -> F:
 
 
 def request_id_option(command: F) -> F:
+    """`--request-id`, for commands that create something."""
     return click.option(
         "--request-id",
         metavar="ID",

@@ -37,6 +37,7 @@ def took(job: Migration | Evacuation) -> str:
 
 
 def phase_of(job: Migration | Evacuation) -> str:
+    """The phase in capitals, without the enum's prefix."""
     from orchestrator import wire
 
     return wire.word(job, "phase")

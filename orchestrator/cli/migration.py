@@ -146,6 +146,7 @@ def show(settings: Settings, migration: str) -> None:
 
 
 def show_migration(printer: Printer, each: Migration) -> None:
+    """Print one migration with its attempts; for programs the whole message."""
     from orchestrator import wire
 
     if printer.machine:

@@ -176,10 +176,12 @@ class Printer:
 
     @property
     def machine(self) -> bool:
+        """The result is for a program: a document, and nothing else on standard output."""
         return self.output != "table"
 
     @property
     def console(self) -> Console:
+        """Made when it is first needed, since importing rich takes longer than many commands."""
         if self._console is None:
             from rich.console import Console
 

@@ -36,6 +36,7 @@ class OpenGroup(click.Group):
     """Of the places that belong here: `host.` for `drover host`, nothing for `drover` itself."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Our own in their order, then those of other packages by name. Loads none of them."""
         added = {
             place.removeprefix(self.prefix)
             for place in offered()
@@ -45,6 +46,7 @@ class OpenGroup(click.Group):
         return [*own, *sorted(added.difference(own))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Ours, else the one that a package offers under this name, loaded now."""
         own = super().get_command(ctx, cmd_name)
         if own is not None:
             return own
@@ -54,6 +56,7 @@ class OpenGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Raises CliError(USAGE) for an unknown command, with a hint if no package adds any."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:

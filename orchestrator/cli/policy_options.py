@@ -21,6 +21,7 @@ class Quantity(click.ParamType[int]):
         self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number in the option's own unit. What cannot be read is an error of usage that says why."""
         if isinstance(value, int):
             return value
         try:

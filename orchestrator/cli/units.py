@@ -48,6 +48,7 @@ def seconds(value: float) -> str:
 
 
 def rate(mbps: float) -> str:
+    """ "941 Mbit/s", "3.2 Mbit/s"."""
     return f"{mbps:.0f} Mbit/s" if mbps >= 10 or not mbps else f"{mbps:.1f} Mbit/s"
 
 

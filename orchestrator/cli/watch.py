@@ -82,11 +82,13 @@ class Line:
 
     @property
     def waits(self) -> str:
+        """What the guest waits for, in words; empty: for nothing."""
         acks = f"waits for ACK: {', '.join(self.waits_for)}" if self.waits_for else ""
         return "; ".join(filter(None, (self.remark, acks)))
 
     @property
     def note(self) -> str:
+        """The last column: why its last attempt ended, and what it waits for."""
         return "; ".join(filter(None, (self.reason, self.waits)))
 
 
@@ -97,11 +99,13 @@ def reason_of(report: AttemptReport) -> str:
 
 
 def last_abort(attempts: Sequence[AttemptReport]) -> str:
+    """Why the newest of the aborted attempts was aborted, in words; empty: none was."""
     aborted = [report for report in attempts if report.reason]
     return reason_of(aborted[-1]) if aborted else ""
 
 
 def line_of_migration(migration: Migration) -> Line:
+    """A line of a migration that is watched by itself; its failure stands for the reason once it has failed."""
     from orchestrator import wire
 
     phase = wire.word(migration, "phase")
@@ -193,6 +197,7 @@ class Board:
         self.ended_s = now_s if over else None
 
     def elapsed_s(self, now_s: float) -> float:
+        """Seconds from when the watched work began until its end, or until `now_s`; 0: not known."""
         if self.started_s is None:
             return 0.0
         return max(0.0, (now_s if self.ended_s is None else self.ended_s) - self.started_s)

@@ -26,7 +26,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from orchestrator import descriptors
 from orchestrator.coordinator.metrics import register
-from orchestrator.coordinator.pool import Pool, WorkerLost
+from orchestrator.coordinator.pool import Pool, WorkerLost, WorkerPort
 from orchestrator.coordinator.seat import Seat
 from orchestrator.coordinator.supervisor import Status, Supervisor
 from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, history_of, make_agents, make_store
@@ -91,8 +91,8 @@ class MigrationWorker:
         return {"pid": os.getpid(), "machine": socket.gethostname(), "ready": ready, "driving": driving}
 
 
-class RayWorker:
-    """`pool.WorkerPort` over an actor."""
+class RayWorker(WorkerPort):
+    """A worker that is an actor of Ray."""
 
     def __init__(self, config: CoordinatorConfig, seat: int, before: int) -> None:
         name = f"{WORKER}{seat}-{before}"
@@ -210,6 +210,7 @@ def disconnect() -> None:
 
 
 def start_or_find(config: CoordinatorConfig) -> Any:
+    """The handle of the cluster's detached coordinator actor, which is made if there is none. Raises RayError."""
     return ray.remote(Coordinator).options(**_options(config, COORDINATOR)).remote(config)
 
 

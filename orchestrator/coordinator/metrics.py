@@ -33,6 +33,7 @@ class OfTheCoordinator(Collector):
         self._workers = workers
 
     def collect(self) -> Iterator[Metric]:
+        """All metrics of the coordinator at this moment, also while it does not lead. Blocks on nothing."""
         supervisor, workers = self._supervisor(), self._workers()
         status = supervisor.status if supervisor is not None else Status()
         yield _gauge("drover_leader", "1: this coordinator leads", int(status.leading))

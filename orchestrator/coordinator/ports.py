@@ -22,11 +22,19 @@ class AgentPort(Protocol):
         source_peer: Endpoint,
         timeout_ms: int,
         multifd_channels: int,
-    ) -> Prepared: ...
+    ) -> Prepared:
+        """Make a VMM that waits for the attempt's stream, or find the one that was made for it. The agent ends it
+        unless the attempt is bound to it within `timeout_ms`."""
+        ...
 
-    async def conduct_attempt(self, order: ConductOrder) -> None: ...
+    async def conduct_attempt(self, order: ConductOrder) -> None:
+        """Have the guest's owner conduct the attempt. Returns when it has begun; what comes of it is for the ledger
+        to say."""
+        ...
 
-    async def get_attempt(self, migration: str, attempt: int) -> AttemptSeen: ...
+    async def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:
+        """What this agent knows of an attempt: under way, its report, or nothing."""
+        ...
 
     async def get_agent(self) -> AgentStatus:
         """Everything the agent has now."""
@@ -36,12 +44,19 @@ class AgentPort(Protocol):
         """Execute a guest whose record is STARTING there. Once the agent refuses, the record is GONE."""
         ...
 
-    async def nudge(self, guest: str) -> None: ...
+    async def nudge(self, guest: str) -> None:
+        """Have the agent look again at what it owes this guest: something in the ledger has changed. Starts nothing
+        that it would not do by itself."""
+        ...
 
 
 class AgentDirectory(Protocol):
+    """All agents, by where they serve."""
+
     def at(self, control_address: str) -> AgentPort:
         """The agent that serves there; connects when it is first called."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End the connections to all of them."""
+        ...

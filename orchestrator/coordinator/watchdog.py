@@ -40,6 +40,7 @@ class Pulse:
 
 
 def start(now_s: float) -> Pulse:
+    """The pulse of an actor that was started at `now_s`, a monotonic time: it counts as well until then."""
     return Pulse(answered_s=now_s, moved_s=now_s)
 
 

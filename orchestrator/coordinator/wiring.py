@@ -71,12 +71,16 @@ def _resolve(name: str) -> object:
 
 
 def make_store(config: CoordinatorConfig) -> Store:
+    """The store that the configuration names, not started yet. Raises ImportError or AttributeError when it names
+    nothing."""
     factory = _resolve(config.store_factory)
     assert callable(factory)
     return cast(Store, factory(config.zookeeper, chroot=config.chroot))
 
 
 def make_agents(config: CoordinatorConfig) -> AgentDirectory:
+    """The agents' directory that the configuration names. Raises ImportError or AttributeError when it names
+    nothing."""
     factory = _resolve(config.agents_factory)
     assert callable(factory)
     return cast(AgentDirectory, factory())

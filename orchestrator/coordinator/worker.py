@@ -30,6 +30,7 @@ class Worker:
 
     @property
     def driving(self) -> int:
+        """How many migrations it drives now."""
         return len(self._running)
 
     async def drive(self, migration: str, epoch: int) -> str:

@@ -51,6 +51,7 @@ class Admission:
         return tuple(self._tickets.values())
 
     def running(self) -> tuple[Ticket, ...]:
+        """Tickets that hold a place now, in the order in which they were admitted."""
         return tuple(self._running.values())
 
     def add(self, ticket: Ticket) -> None:

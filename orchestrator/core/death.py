@@ -93,6 +93,8 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GuestFate:
+    """What the declaration would do to one guest, as a plan shows it before anybody confirms."""
+
     uuid: str
     name: str
     fate: Fate
@@ -207,6 +209,8 @@ class DeathFacts:
 
 @dataclass(frozen=True, slots=True)
 class DeathStep:
+    """What comes next in a declaration, and the record that says so."""
+
     next: Next
     death: HostDeath
     """To be written before the step is taken."""
@@ -236,6 +240,7 @@ def _refused(death: HostDeath, reason: RefusalReason, said: str) -> DeathStep:
 
 
 def refused(death: HostDeath, reason: RefusalReason, said: str) -> HostDeath:
+    """The declaration failed for good: `said` tells the operator why. Nothing about the host or its guests changes."""
     return replace(death, phase=DeathPhase.FAILED, failure=reason, message=said)
 
 

@@ -48,6 +48,7 @@ def parse_ip(text: str) -> IPv4Address | IPv6Address:
 
 
 def is_ip(text: str) -> bool:
+    """Whether `parse_ip` takes it: a literal address, never a name."""
     try:
         parse_ip(text)
     except ValueError:
@@ -56,6 +57,7 @@ def is_ip(text: str) -> bool:
 
 
 def is_loopback(text: str) -> bool:
+    """Nobody outside this network namespace could connect to it. False for what is no address."""
     return is_ip(text) and parse_ip(text).is_loopback
 
 

@@ -108,6 +108,9 @@ class CreateMigration:
 
 @dataclass(frozen=True, slots=True)
 class CancelMigration:
+    """Ask for the end of one of the job's migrations, as an operator would; one past its commit arrives all the
+    same."""
+
     id: str
 
 
@@ -154,6 +157,7 @@ def safe_to_power_off(host: str, facts: Facts, *, was_safe: bool = False) -> boo
 
 
 def was_safe(state: EvacuationState, facts: Facts) -> bool:
+    """The job said so under the cordon that stands now."""
     return state.safe_to_power_off and state.safe_at == facts.cordon_version
 
 

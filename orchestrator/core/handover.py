@@ -88,6 +88,7 @@ def restored(name: str, owner: HostRef, *, writer: str) -> GuestRecord:
 
 
 def started(record: GuestRecord, *, writer: str) -> GuestRecord:
+    """STARTING -> IDLE: the guest runs for the first time. Raises Refused in any other phase."""
     _need(record, Ownership.STARTING)
     return replace(record, phase=Ownership.IDLE, writer=writer)
 

@@ -93,6 +93,8 @@ class PlaceSeen:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """Whether the claimant may take the host's place, and what is in doubt where it may not yet."""
+
     place: Place
     doubt: Doubt = Doubt.NONE
 
@@ -168,6 +170,7 @@ def former_cycle_doubt(me: AgentIdentity, claims: Sequence[str], holder: AgentId
 
 
 def is_same_installation(me: AgentIdentity, holder: AgentIdentity) -> bool:
+    """Both come from one directory, or from copies of it: not yet a proof that they are one agent."""
     return me.installation == holder.installation
 
 

@@ -105,6 +105,8 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class NoPlace:
+    """No host can take the guest now; `message` says why for each. The answer to `Open`."""
+
     reason: RefusalReason
     message: str
     transient: bool = False
@@ -120,12 +122,16 @@ class SourceSilent:
 
 @dataclass(frozen=True, slots=True)
 class PrepareAnswer:
+    """The destination waits for the stream of this attempt. The answer to `Prepare`."""
+
     attempt: int
     prepared: Prepared
 
 
 @dataclass(frozen=True, slots=True)
 class ConductAnswer:
+    """The source conducts this attempt now, or has done so. The answer to `Conduct`."""
+
     attempt: int
 
 
@@ -155,7 +161,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    pass
+    """Time has passed: deadlines and pauses are looked at."""
 
 
 Event = (
@@ -195,11 +201,16 @@ class StandBack:
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
+    """Ask the destination's agent for a VMM that waits for this attempt's stream. Repeated until there is an answer."""
+
     attempt: int
 
 
 @dataclass(frozen=True, slots=True)
 class Conduct:
+    """Ask the source's agent to move the guest into the VMM that was prepared. Repeated until there is an answer.
+    `previous_reason`: why the attempt before was aborted, empty for a first one."""
+
     attempt: int
     prepared: Prepared
     previous_reason: str
@@ -218,6 +229,9 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class FetchReport:
+    """Ask the source's agent for its report of an attempt that the record says is over; `outcome` is what the record
+    says of it (COMMITTED, ABORTED)."""
+
     attempt: int
     outcome: str
 
@@ -280,6 +294,8 @@ class Course:
 
 @dataclass(frozen=True, slots=True)
 class Step:
+    """What the driver knows now, and what it has to do next, in this order."""
+
     course: Course
     commands: tuple[Command, ...] = ()
 

@@ -48,6 +48,7 @@ class HostView:
 
     @property
     def free_mib(self) -> int:
+        """What neither guests take nor migrations were promised; below 0 where a host has shrunk."""
         return self.memory_mib - self.used_mib - self.reserved_mib
 
 

@@ -16,6 +16,8 @@ from orchestrator.core.record import OpenWord, Record
 
 
 class ShimKind(StrEnum):
+    """Who holds a device of a guest, and so who moves its state."""
+
     COMPANION = "companion"
     NET = "net"
     VFIO = "vfio"
@@ -113,6 +115,8 @@ class HostRecord(Record):
 
 @dataclass(frozen=True, slots=True)
 class Cordon(Record):
+    """Whether new guests and migrations may go to a host. `why` and `by` (who set it) are empty while it is off."""
+
     on: bool = False
     why: str = ""
     by: str = ""
@@ -155,6 +159,7 @@ class DeathPhase(StrEnum):
 
     @property
     def terminal(self) -> bool:
+        """The declaration is over, one way or the other."""
         return self in (DeathPhase.DONE, DeathPhase.FAILED)
 
 
@@ -228,6 +233,7 @@ class MigrationPhase(StrEnum):
 
     @property
     def terminal(self) -> bool:
+        """The migration is over; no phase follows."""
         return self in (MigrationPhase.SUCCEEDED, MigrationPhase.CANCELLED, MigrationPhase.FAILED)
 
 
@@ -344,10 +350,15 @@ class AttemptReport(Record):
 
 @dataclass(frozen=True, slots=True)
 class Attempts(Record):
+    """The reports of a migration's attempts, the oldest first."""
+
     reports: tuple[AttemptReport, ...] = ()
 
 
 class EvacuationPhase(StrEnum):
+    """How far an evacuation got. SUCCEEDED: every guest has left; FAILED: some could not, or the host died; it stays
+    cordoned."""
+
     PENDING = "PENDING"
     RUNNING = "RUNNING"
     CANCELLING = "CANCELLING"
@@ -357,6 +368,7 @@ class EvacuationPhase(StrEnum):
 
     @property
     def terminal(self) -> bool:
+        """The evacuation is over; no phase follows."""
         return self in (EvacuationPhase.SUCCEEDED, EvacuationPhase.CANCELLED, EvacuationPhase.FAILED)
 
 
@@ -461,4 +473,5 @@ class RequestRecord(Record):
 
 
 def host_ref(record: HostRecord) -> HostRef:
+    """The host in the power cycle in which it registered last."""
     return HostRef(record.name, record.boot_id)

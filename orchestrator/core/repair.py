@@ -19,6 +19,8 @@ from orchestrator.core.text import handful
 
 
 class Action(StrEnum):
+    """What may be offered for a guest; the values are what `drover repair --action` takes."""
+
     BURY = "bury"
     """STARTING -> GONE: it never started, and its name is free."""
     ABORT = "abort"
@@ -113,6 +115,8 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
+    """One action that is safe now."""
+
     action: Action
     says: str
     """What it does, as a sentence."""
@@ -122,6 +126,8 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
+    """What is the case, in sentences, and what can be done about it."""
+
     findings: tuple[str, ...]
     offers: tuple[Offer, ...]
     otherwise: str
@@ -129,6 +135,8 @@ class Examination:
 
 
 def examine(known: Known) -> Examination:
+    """Explain a guest and offer what is safe. Something is always said: findings, offers, or why there is nothing to
+    offer."""
     offers = tuple(_offers(known))
     return Examination(tuple(_findings(known)), offers, "" if offers else _otherwise(known))
 

@@ -105,6 +105,8 @@ class AckLedger:
         return replace(self, stopped=False, while_stopped=())
 
     def freeze(self) -> AckLedger:
+        """The decision to switch over: requests that come from here on are late, until the check (docs/protocol.md,
+        5.1)."""
         return replace(self, frozen=True)
 
     @property

@@ -55,6 +55,7 @@ class Fencers:
 
     @property
     def table(self) -> FencerTable:
+        """The same as the ledger has it, for those who only want to know who serves whom."""
         return FencerTable(tuple(entry for entry, _ in self.named))
 
     def name_for(self, host: str) -> str:
@@ -62,6 +63,7 @@ class Fencers:
         return fencer_of(self.table, host)
 
     async def power_off(self, host: str) -> Fenced:
+        """Have the host's fencer do it (`Fencer.power_off`). UNKNOWN for a host that no fencer serves."""
         name = self.name_for(host)
         for entry, fencer in self.named:
             if entry.name == name:

@@ -15,6 +15,8 @@ from orchestrator.fencing.redfish import RedfishFencer
 
 
 class FencerKind(StrEnum):
+    """What stands behind a fencer: a program of the operator's, or the host's own management controller."""
+
     EXEC = "exec"
     REDFISH = "redfish"
 

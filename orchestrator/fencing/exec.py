@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 
-from orchestrator.fencing.base import Fenced, Power
+from orchestrator.fencing.base import Fenced, Fencer, Power
 
 CONTRACT = 1
 """Version of the contract, in what the program reads."""
@@ -23,7 +23,7 @@ _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "HOME", "PYTHONPATH")
 _CHUNK = 4_096
 
 
-class ExecFencer:
+class ExecFencer(Fencer):
     """Runs `command power-off HOST` and believes its exit code."""
 
     def __init__(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from orchestrator.fencing.base import Fenced, Power
+from orchestrator.fencing.base import Fenced, Fencer, Power
 
 RESET = "ComputerSystem.Reset"
 MAX_BODY = 262_144
@@ -29,7 +29,7 @@ class _Trouble(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class RedfishFencer:
+class RedfishFencer(Fencer):
     """`url` and `system` may hold `{host}`: the host's name takes its place."""
 
     url: str

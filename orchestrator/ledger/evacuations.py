@@ -59,6 +59,7 @@ class Job:
 
     @property
     def guests(self) -> tuple[EvacuationGuest, ...]:
+        """All guests of the job, each once: as its row has it, else as the head does."""
         rows = [guest for rows in self.rows for guest in rows.guests]
         known = {guest.guest for guest in rows}
         return (*rows, *(guest for guest in self.head.guests if guest.guest not in known))

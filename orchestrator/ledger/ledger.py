@@ -15,10 +15,12 @@ T = TypeVar("T")
 
 
 def op_create(path: str, record: object) -> Create:
+    """Part of a transaction: a new persistent node that holds the record."""
     return Create(path, encode(record))
 
 
 def op_set(path: str, record: object, version: int) -> SetData:
+    """Part of a transaction: replace the record of a node that still has this version."""
     return SetData(path, encode(record), version)
 
 
@@ -36,6 +38,7 @@ class Ledger:
             await self.store.ensure(root)
 
     async def read(self, kind: type[T], path: str) -> tuple[T, int] | None:
+        """The record and its node's version; None: there is no such node."""
         found = await self.store.read(path)
         return None if found is None else (decode(kind, found.data, path=path), found.version)
 
@@ -54,9 +57,11 @@ class Ledger:
         return await self.store.children(paths.HOSTS)
 
     async def list_evacuations(self) -> tuple[str, ...]:
+        """Ids of all evacuations that are not forgotten."""
         return await members(self.store, paths.EVACUATIONS)
 
     async def list_migrations(self) -> tuple[str, ...]:
+        """Ids of all migrations that are not forgotten."""
         return await members(self.store, paths.MIGRATIONS)
 
     async def list_requests(self) -> tuple[str, ...]:
@@ -64,6 +69,7 @@ class Ledger:
         return await members(self.store, paths.REQUESTS)
 
     async def cas(self, path: str, record: object, version: int) -> WriteResult:
+        """Replace one record if its node still has this version; how that ended must be looked at."""
         return await self.store.multi([op_set(path, record, version)])
 
     async def settle(self, read_again: Callable[[], Awaitable[T]]) -> T:

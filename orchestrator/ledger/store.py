@@ -31,6 +31,8 @@ class Versioned:
 
 @dataclass(frozen=True, slots=True)
 class Create:
+    """Make a node. An `ephemeral` one goes with this session. Conflicts: EXISTS, MISSING (its parent)."""
+
     path: str
     data: bytes
     ephemeral: bool = False
@@ -38,6 +40,8 @@ class Create:
 
 @dataclass(frozen=True, slots=True)
 class SetData:
+    """Replace a node's content. Conflicts: BAD_VERSION, MISSING."""
+
     path: str
     data: bytes
     version: int
@@ -46,12 +50,17 @@ class SetData:
 
 @dataclass(frozen=True, slots=True)
 class Check:
+    """Change nothing, and let the transaction fail unless the node has this version. Conflicts: BAD_VERSION,
+    MISSING."""
+
     path: str
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class Delete:
+    """Remove a node that has this version. Conflicts: BAD_VERSION, MISSING, NOT_EMPTY."""
+
     path: str
     version: int
 
@@ -68,6 +77,8 @@ class Done:
 
 
 class ConflictKind(StrEnum):
+    """Why an operation could not be applied."""
+
     BAD_VERSION = "BAD_VERSION"
     EXISTS = "EXISTS"
     MISSING = "MISSING"
@@ -95,6 +106,9 @@ WriteResult = Done | Conflict | OutcomeUnknown
 
 
 class SessionState(StrEnum):
+    """Of the connection to the store. SUSPENDED: it is gone, and the session may yet be found alive; LOST: the
+    session is over, and its ephemeral nodes go."""
+
     CONNECTED = "CONNECTED"
     SUSPENDED = "SUSPENDED"
     LOST = "LOST"
@@ -112,7 +126,9 @@ class Store(Protocol):
         ...
 
     @property
-    def session(self) -> SessionState: ...
+    def session(self) -> SessionState:
+        """As the client last heard; the server may have ended it already."""
+        ...
 
     def on_session(self, callback: Callable[[SessionState], None]) -> None:
         """Called at each change. After LOST -> CONNECTED watches are gone and ephemeral nodes must be made again."""

@@ -51,6 +51,7 @@ from orchestrator.ledger.store import (
     OutcomeUnknown,
     SessionState,
     SetData,
+    Store,
     StoreUnavailable,
     Versioned,
     WriteResult,
@@ -123,8 +124,8 @@ class _Trigger:
                 watch.changed.set()
 
 
-class ZooKeeperStore:
-    """`Store` (see `store.py` for the contract) with one kazoo client and one session.
+class ZooKeeperStore(Store):
+    """A `Store` with one kazoo client and one session.
 
     `hosts` is `host:port,...`, IPv6 addresses in brackets. Raises DroverError INVALID_ARGUMENT when it cannot be read.
     """

@@ -120,6 +120,7 @@ class AgentClient:
         await self._call(self._stub.ConductAttempt, wire.conduct_order_to_proto(order), CALL_S)
 
     async def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:
+        """What the agent knows of an attempt: under way, its report, or nothing."""
         request = pb.GetAttemptRequest(migration=migration, attempt=attempt)
         return wire.attempt_seen_from_proto(await self._call(self._stub.GetAttempt, request, CALL_S))
 

@@ -65,6 +65,7 @@ _REASONS = {
 
 
 def code_of(reason: RefusalReason) -> grpc.StatusCode:
+    """The canonical code that a refusal travels under; FAILED_PRECONDITION unless there is a better one."""
     return _CODES.get(reason, _C.FAILED_PRECONDITION)
 
 
@@ -298,6 +299,7 @@ class Errors(aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wrap the handler of every call but those of gRPC's own services (health, reflection)."""
         handler = await continuation(handler_call_details)
         method = str(handler_call_details.method)
         if handler is None or method.startswith("/grpc."):

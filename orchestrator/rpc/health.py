@@ -28,6 +28,7 @@ class HealthService:
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def set(self, serving: bool) -> None:
+        """What is answered from now on, and told to everybody who watches."""
         for service in self._services:
             await self._servicer.set(service, _SERVING if serving else _NOT_SERVING)
 

@@ -137,6 +137,7 @@ class OrchestratorClient:
         return self._call(self._stub.CordonHost, pb.CordonHostRequest(name=name, reason=reason))
 
     def uncordon_host(self, name: str) -> types_pb2.Host:
+        """New guests and migrations may go to the host again. Idempotent."""
         return self._call(self._stub.UncordonHost, pb.UncordonHostRequest(name=name))
 
     def declare_host_dead(
@@ -193,6 +194,7 @@ class OrchestratorClient:
         return self._call(self._stub.CreateGuest, request, self._slow_s)
 
     def get_guest(self, name: str) -> types_pb2.Guest:
+        """By name, or by the uuid of a life."""
         return self._call(self._stub.GetGuest, pb.GetGuestRequest(name=name))
 
     def list_guests(
@@ -209,9 +211,11 @@ class OrchestratorClient:
         return self._pages(self._stub.ListGuests, request, "guests", limit, unreadable)
 
     def pause_guest(self, name: str) -> pb.ChangeRunStateResponse:
+        """Record the wish that the guest is paused; the answer says how far it got. Idempotent."""
         return self._call(self._stub.PauseGuest, pb.PauseGuestRequest(name=name))
 
     def resume_guest(self, name: str) -> pb.ChangeRunStateResponse:
+        """Take that wish back; the answer says how far it got. Idempotent."""
         return self._call(self._stub.ResumeGuest, pb.ResumeGuestRequest(name=name))
 
     def stop_guest(self, name: str) -> types_pb2.Guest:
@@ -299,6 +303,7 @@ class OrchestratorClient:
         return self._call(self._stub.CreateEvacuation, request)
 
     def get_evacuation(self, name: str) -> types_pb2.Evacuation:
+        """One evacuation with where each of its guests stands, also after its end."""
         return self._call(self._stub.GetEvacuation, pb.GetEvacuationRequest(name=name))
 
     def list_evacuations(

@@ -46,6 +46,8 @@ class SeveralChannel(grpc.Channel):
     # --- what a stub asks for -----------------------------------------------------------------------------------------
 
     def unary_unary(self, method: str, *args: Any, **options: Any) -> Any:
+        """A callable that asks the servers in turn, as the module says. Raises grpc.RpcError, also when none is
+        there."""
         calls = [one.unary_unary(method, *args, **options) for one in self._channels]
 
         def call(request: Any, timeout: float | None = None, **how: Any) -> Any:
@@ -66,19 +68,24 @@ class SeveralChannel(grpc.Channel):
         return call
 
     def stream_unary(self, method: str, *args: Any, **options: Any) -> Any:
+        """Raises NotImplementedError: the API has no such call."""
         raise NotImplementedError(f"{method}: no call of OrchestratorService takes a stream")
 
     def stream_stream(self, method: str, *args: Any, **options: Any) -> Any:
+        """Raises NotImplementedError: the API has no such call."""
         raise NotImplementedError(f"{method}: no call of OrchestratorService takes a stream")
 
     def subscribe(self, callback: Any, try_to_connect: bool | None = False) -> None:
+        """To the connection that is used now; a change to another server is not told."""
         self._channels[self._at].subscribe(callback, bool(try_to_connect))
 
     def unsubscribe(self, callback: Any) -> None:
+        """From whichever connection it was."""
         for one in self._channels:
             one.unsubscribe(callback)
 
     def close(self) -> None:
+        """End the connections to all servers."""
         for one in self._channels:
             one.close()
 
