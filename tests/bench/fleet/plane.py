@@ -143,6 +143,7 @@ class Plane:
             "coordinator", 0, "127.0.0.1", None, ray_port=free_port(RAY_ADDRESS), ray_client_port=free_port(RAY_ADDRESS)
         )
         self.store = ZooKeeperStore(self.zookeeper.hosts)
+        self._cpu_s: dict[tuple[str, int], float] = {}
         self._keeping: asyncio.Task[None] | None = None
         self._channel: grpc.aio.Channel | None = None
 
@@ -289,9 +290,11 @@ class Plane:
 
     def cpu_s(self) -> dict[str, float]:
         """Of each part until now. The coordinator is its actors and the process outside; `ray` is Ray itself."""
-        found: dict[str, float] = {}
         for role, pid in self.roles():
-            found[role] = found.get(role, 0.0) + cpu_of(pid)
+            self._cpu_s[role, pid] = max(cpu_of(pid), self._cpu_s.get((role, pid), 0.0))
+        found: dict[str, float] = {}
+        for (role, _), spent_s in self._cpu_s.items():  # also of processes that have ended since
+            found[role] = found.get(role, 0.0) + spent_s
         return found
 
     def rss_mib(self) -> dict[str, float]:

@@ -57,16 +57,30 @@ async def fleet(scale: float, take: Take) -> None:
         await plane.start_agents(hosts, guests)
         await plane.start_control()
         print(f"  {hosts} hosts, {guests} guests: {filled_s:.0f} s to write, {time.monotonic() - begun:.0f} s to start")
-        await take("at_rest", lambda: at_rest(plane, REST_S if scale >= 0.5 else REST_S / 5))
+        await settle(plane, guests, SETTLE_S)
+        await take("at_rest", lambda: at_rest(plane, REST_S if scale >= 0.5 else REST_S / 3))
         await take("placement", lambda: placement(plane, guests))
         await take("lists", lambda: lists(plane, guests))
         await take("watches", lambda: watches(plane, _many(1_000, scale, 50)))
         await take("start", lambda: start(plane, _many(1_000, scale, 20), guests))
 
 
-async def at_rest(plane: Plane, seconds: float, settle_s: float = SETTLE_S) -> list[Figure]:
+async def settle(plane: Plane, guests: int, least_s: float) -> None:
+    """Whatever is looked at only once has been looked at: every worker has driven something, and it is quiet."""
+    await _moved(plane, range(min(12, guests)), guests)
+    await asyncio.sleep(least_s)
+    last = float("inf")
+    for _ in range(12):
+        before = await plane.counted()
+        await asyncio.sleep(5.0 if least_s else 1.0)
+        now = (await plane.counted()).since(before).per_s
+        if now > 0.8 * last:
+            return
+        last = now
+
+
+async def at_rest(plane: Plane, seconds: float) -> list[Figure]:
     """Nothing moves, and nobody looks."""
-    await asyncio.sleep(settle_s)
     before, cpu = await plane.counted(), plane.cpu_s()
     await asyncio.sleep(seconds)
     rates, now = (await plane.counted()).since(before), plane.cpu_s()
