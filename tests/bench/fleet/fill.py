@@ -183,10 +183,11 @@ def _batch(groups: Iterator[list[Create]]) -> Iterator[Create]:
 
 
 def agent_config(directory: Path, host: int, zookeeper: str, program: tuple[str, ...], memory_mib: int) -> AgentConfig:
-    """Each host has a loopback address of its own."""
+    """Each host has a loopback address of its own, below one that other benches on this machine hardly have."""
     home = directory / host_name(host)
     (home / "volatile").mkdir(parents=True, exist_ok=True)
-    address = f"127.{16 + host // 62_500}.{host % 62_500 // 250}.{1 + host % 250}"
+    bench = 16 + int(zookeeper.rpartition(":")[2]) % 224
+    address = f"127.{bench}.{host // 250}.{1 + host % 250}"
     return AgentConfig(
         host=host_name(host),
         address=address,
