@@ -143,6 +143,7 @@ class Plane:
             "coordinator", 0, "127.0.0.1", None, ray_port=free_port(RAY_ADDRESS), ray_client_port=free_port(RAY_ADDRESS)
         )
         self.store = ZooKeeperStore(self.zookeeper.hosts)
+        self.api_port = free_port("127.0.0.1")
         self._cpu_s: dict[tuple[str, int], float] = {}
         self._keeping: asyncio.Task[None] | None = None
         self._channel: grpc.aio.Channel | None = None
@@ -186,7 +187,8 @@ class Plane:
             "limits": asdict(self.limits),
         }
         self.layout.coordinator_json.write_text(json.dumps(config))
-        api = {"listen": [f"unix:{self.layout.api_socket}"], "zookeeper": self.zookeeper.hosts}
+        listen = [f"unix:{self.layout.api_socket}", f"127.0.0.1:{self.api_port}"]
+        api = {"listen": listen, "zookeeper": self.zookeeper.hosts}
         self.layout.api_json.write_text(json.dumps(api))
         self._keeping = asyncio.create_task(self._keep())
         await self.until(self.leads, START_S, "a coordinator that leads")
@@ -276,6 +278,18 @@ class Plane:
             process.wait()
             del self.running["asking"]
 
+    @contextlib.asynccontextmanager
+    async def callers(self, count: int) -> AsyncGenerator[list[Any]]:
+        """Stubs of the API, each as a caller with an address of its own: the API bounds what one of them may open."""
+        async with contextlib.AsyncExitStack() as ends:
+            stubs: list[Any] = []
+            for number in range(count):
+                relay = await ends.enter_async_context(_relay(f"127.15.0.{1 + number}", self.api_port))
+                channel = channels.aio_channel(f"127.0.0.1:{relay}", alone=True)
+                ends.push_async_callback(channel.close)
+                stubs.append(OrchestratorServiceStub(channel))
+            yield stubs
+
     # --- measuring ----------------------------------------------------------------------------------------------------
 
     async def counted(self) -> Counted:
@@ -342,6 +356,34 @@ class Plane:
         if keep := os.environ.get("DROVER_KEEP_LOGS"):
             shutil.copytree(self.layout.logs, Path(keep) / self.layout.dir.name, dirs_exist_ok=True)
         shutil.rmtree(self.layout.dir, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def _relay(source: str, port: int) -> AsyncGenerator[int]:
+    """A port whose connections go on to `port` of this machine, and come from `source` there."""
+    pumps: set[asyncio.Task[None]] = set()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
+        for one in (pump(reader, back), pump(there, writer)):
+            task = asyncio.create_task(one)
+            pumps.add(task)
+            task.add_done_callback(pumps.discard)
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield int(server.sockets[0].getsockname()[1])
+    finally:
+        server.close()
+        for task in list(pumps):
+            task.cancel()
 
 
 class Asking:

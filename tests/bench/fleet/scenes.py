@@ -18,9 +18,7 @@ from orchestrator.ledger import paths
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.zookeeper import ZooKeeperStore
-from orchestrator.rpc import channels
 from protos.drover.v1 import orchestrator_pb2 as pb
-from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
 from tests.bench.fleet import fill, moves
 from tests.bench.fleet.figures import Figure, at_most, beside, percentile
 from tests.bench.fleet.plane import Counted, Limits, Plane, running
@@ -31,8 +29,8 @@ REST_S = 75.0
 SETTLE_S = 15.0
 COMMAND_S = 120.0
 """A command of the command line that takes longer is ended."""
-WATCHES = 200
-"""Over one connection."""
+WATCHES = 150
+"""Of one caller."""
 
 
 class Take(Protocol):
@@ -184,32 +182,26 @@ async def lists(plane: Plane, guests: int) -> list[Figure]:
 
 async def watches(plane: Plane, count: int) -> list[Figure]:
     """Streams that nothing is sent on: half of them for guests, half for migrations."""
-    connections = [
-        channels.aio_channel(f"unix:{plane.layout.api_socket}", alone=True) for _ in range(1 + count // WATCHES)
-    ]
-    stubs: list[Any] = [OrchestratorServiceStub(connection) for connection in connections]
+    async with plane.callers(1 + count // WATCHES) as stubs:
 
-    async def follow(number: int) -> None:
-        stub = stubs[number % len(stubs)]
-        if number % 2:
-            call = stub.WatchGuests(pb.WatchGuestsRequest(names=[fill.guest_name(number)]), timeout=600.0)
-        else:
-            call = stub.WatchMigrations(pb.WatchMigrationsRequest(), timeout=600.0)
-        async for _ in call:
-            pass
+        async def follow(number: int) -> None:
+            stub = stubs[number % len(stubs)]
+            if number % 2:
+                call = stub.WatchGuests(pb.WatchGuestsRequest(names=[fill.guest_name(number)]), timeout=600.0)
+            else:
+                call = stub.WatchMigrations(pb.WatchMigrationsRequest(), timeout=600.0)
+            async for _ in call:
+                pass
 
-    async with asyncio.TaskGroup() as tasks:
-        following = [tasks.create_task(follow(number)) for number in range(count)]
+        following = [asyncio.create_task(follow(number)) for number in range(count)]
         await asyncio.sleep(SETTLE_S)
-        ended = sum(task.done() for task in following)
-        before = plane.cpu_s()["api"]
-        begun = time.monotonic()
+        before, begun = plane.cpu_s()["api"], time.monotonic()
         await asyncio.sleep(10.0)
         percent = (plane.cpu_s()["api"] - before) / (time.monotonic() - begun) * 100
+        ended = sum(task.done() for task in following)
         for task in following:
             task.cancel()
-    for connection in connections:
-        await connection.close()
+        await asyncio.gather(*following, return_exceptions=True)
     said = f"{ended} of them had ended" if ended else ""
     return [at_most(f"{count} watches: CPU of the API", percent, "% of a core", 5, said)]
 
