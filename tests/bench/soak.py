@@ -149,6 +149,7 @@ class Work:
     guests: list[str]
     boot: Callable[[str], GuestSpec]
     counts: Counter[str] = field(default_factory=Counter[str])
+    over: bool = False
 
     def __post_init__(self) -> None:
         self._channel = channels.aio_channel(self.ground.api)
@@ -159,7 +160,7 @@ class Work:
         await self._channel.close()
 
     async def for_ever(self, what: str, work: Callable[[], Awaitable[None]], every_s: float) -> None:
-        while True:
+        while not self.over:
             try:
                 await work()
             except (grpc.aio.AioRpcError, ConnectionError, TimeoutError) as error:
@@ -194,7 +195,9 @@ class Work:
             )
             self.counts[f"evacuations {wire.word(ended, 'phase')}"] += 1
         finally:
-            await self._api.UncordonHost(pb.UncordonHostRequest(name=host), timeout=_CALL_S, wait_for_ready=True)
+            # What it raises must not take the place of what ended the evacuation: that may be the end of the soak.
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await self._api.UncordonHost(pb.UncordonHostRequest(name=host), timeout=_CALL_S, wait_for_ready=True)
 
     async def be_born_and_end(self) -> None:
         name = f"s{uuid.uuid4().hex[:8]}"
@@ -331,6 +334,14 @@ def figures_of(watch: Watch, warm_s: float, migrations: int, seconds: float) -> 
 # --- both together ----------------------------------------------------------------------------------------------------
 
 
+def ends_well() -> None:
+    """Whoever ends the process ends all that it started."""
+    doing = asyncio.current_task()
+    assert doing is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, doing.cancel)
+
+
 async def soak(
     ground: Ground, guests: Sequence[str], boot: Callable[[str], GuestSpec], seconds: float
 ) -> dict[str, Any]:
@@ -361,9 +372,10 @@ async def soak(
         for task in done:
             task.result()
     finally:
+        work.over = True
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait(tasks, timeout=4 * _CALL_S)
     try:
         await asyncio.sleep(min(10.0, seconds / 4))
         missing = await work.missing()
@@ -392,12 +404,14 @@ async def light_ground(hosts: int, guests: int) -> AsyncGenerator[LightGround]:
 
 async def _light(seconds: float) -> dict[str, Any]:
     hosts, guests = 6, 60
+    ends_well()
     async with light_ground(hosts, guests) as ground:
         names = [fill.guest_name(number) for number in range(guests)]
         return await soak(ground, names, lambda name: GuestSpec(name, memory_mib=fill.MEMORY_MIB), seconds)
 
 
 async def _real(seconds: float) -> dict[str, Any]:
+    ends_well()
     quiet = Workload(dirty_mib=1, dirty_pages_per_s=50, heartbeat_hz=20)
     directory = short_directory()
 
@@ -425,6 +439,8 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=ROOT / "build" / "soak.json")
     asked = parser.parse_args()
     seconds = asked.minutes * 60
+    if asked.light:
+        plane.isolate()
     report = asyncio.run(_light(seconds) if asked.light else _real(seconds))
     for what, count in report["counts"].items():
         print(f"{count:8} {what}")

@@ -16,7 +16,7 @@ from orchestrator.core.records import GuestSpec
 from tests.bench import soak
 from tests.bench.fleet import figures, fill, scenes
 from tests.bench.fleet.figures import Figure
-from tests.bench.fleet.plane import running
+from tests.bench.fleet.plane import isolated, running
 from tests.fakes.zookeeper import missing
 
 pytestmark = [
@@ -57,7 +57,7 @@ async def _measured() -> tuple[list[Figure], Layout]:
 
 
 def test_a_placement_reads_no_fleet_and_each_migration_writes_alike(tmp_path: Path) -> None:
-    found, layout = asyncio.run(_measured())
+    found, layout = isolated(lambda: asyncio.run(_measured()))
     must_be_gone(layout)
     assert value_of(found, "full scans") == 0
     few, many = (value_of(found, f"quorum writes, no device of {count}") for count in (24, 72))
@@ -79,7 +79,7 @@ async def _soaked() -> tuple[dict[str, Any], Layout]:
 
 
 def test_a_cluster_at_work_whose_parts_are_restarted_loses_no_guest() -> None:
-    report, layout = asyncio.run(_soaked())
+    report, layout = isolated(lambda: asyncio.run(_soaked()))
     must_be_gone(layout)
     counts: dict[str, int] = report["counts"]
     assert counts["migrations SUCCEEDED"] > 0

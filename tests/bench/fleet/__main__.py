@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.bench.fleet import figures, scenes
+from tests.bench.fleet import figures, plane, scenes
 from tests.bench.fleet.figures import ROOT, Figure
 
 
@@ -77,6 +77,7 @@ def main() -> None:
         parser.error(f"there is no figure {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     run = Run(asked.scale, only)
     load = os.getloadavg()[0]
+    plane.isolate()
     try:
         with contextlib.suppress(asyncio.CancelledError):
             asyncio.run(_bench(run))

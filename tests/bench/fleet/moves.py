@@ -98,7 +98,8 @@ async def until(
             if len(followed.states) == len(ids) and all(map(are, followed.states.values())):
                 return followed
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{len(ids)} migrations within {timeout_s:g} s: {dict(followed.phases())}")
+                said = Counter(state.message for state in followed.states.values() if state.message).most_common(3)
+                raise TimeoutError(f"{len(ids)} within {timeout_s:g} s: {dict(followed.phases())}, {said}")
             await asyncio.sleep(every_s)
 
 
