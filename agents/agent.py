@@ -362,7 +362,7 @@ class Agent:
         """See `Attempts.prepare`. Also raises NO_CAPACITY while copies hold too much memory, STALE_EPOCH for an
         order of a former leader."""
         self._must_take_on()
-        await self._epochs.heed(order.epoch)
+        await self._epochs.heed(order.epoch, order.shard)
         spec = (await self._host(order.attempt.guest)).files.spec
         await self._must_have_memory(order.attempt.guest, spec.memory_mib)
         return await self._kept(order.attempt.guest, lambda guest: guest.attempts.prepare(order))
@@ -388,7 +388,7 @@ class Agent:
     async def conduct_attempt(self, order: ConductOrder) -> None:
         """See `Attempts.conduct`. Also raises STALE_EPOCH for an order of a former leader."""
         self.place.must_hold()
-        await self._epochs.heed(order.epoch)
+        await self._epochs.heed(order.epoch, order.shard)
         await self._known(order.attempt.guest).attempts.conduct(order)
 
     def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:
@@ -419,7 +419,7 @@ class Agent:
         guests = list(self._guests.values())
         return AgentStatus(
             self.here,
-            self._journal.epoch,
+            self._journal.epoch(),
             sample.guests,
             sample.attempts,
             copies=tuple(copy for guest in guests for copy in guest.copy_statuses()),

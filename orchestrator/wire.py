@@ -563,6 +563,7 @@ def prepare_order_to_proto(order: PrepareOrder) -> agent_pb2.PrepareDestinationR
         source_peer=endpoint_to_proto(order.source_peer),
         timeout_ms=order.timeout_ms,
         multifd_channels=order.multifd_channels,
+        shard=order.shard,
     )
 
 
@@ -574,6 +575,7 @@ def prepare_order_from_proto(message: agent_pb2.PrepareDestinationRequest) -> Pr
         source_peer=endpoint_from_proto(message.source_peer, field="source_peer"),
         timeout_ms=message.timeout_ms,
         multifd_channels=message.multifd_channels,
+        shard=message.shard,
     )
 
 
@@ -615,6 +617,7 @@ def conduct_order_to_proto(order: ConductOrder) -> agent_pb2.ConductAttemptReque
         previous_reason=order.previous_reason,
         machine=order.prepared.machine,
         switchover_ack=order.prepared.switchover_ack,
+        shard=order.shard,
     )
 
 
@@ -627,6 +630,7 @@ def conduct_order_from_proto(message: agent_pb2.ConductAttemptRequest) -> Conduc
         destination=HostRef(message.destination, message.destination_boot_id),
         policy=policy_from_proto(message.policy),
         previous_reason=message.previous_reason,
+        shard=message.shard,
     )
 
 

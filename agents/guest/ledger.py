@@ -59,9 +59,12 @@ class GuestLedger:
         return (decode(GuestRecord, node.data, path=path), node.version) if node else (None, -1)
 
     async def spec(self) -> GuestSpec | None:
-        """What the guest was created with; None when the ledger does not know it."""
+        """What the guest was created with; None: there is no such guest, and none was made before this call."""
         path = paths.guest_spec(self.uuid)
         node = await self.store.read(path)
+        if node is None:  # our server may be behind the one through which the guest was made
+            await self.store.barrier()
+            node = await self.store.read(path)
         return decode(GuestSpec, node.data, path=path) if node else None
 
     async def want_run(self, at_least: int = 0) -> WantRun:

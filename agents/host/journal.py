@@ -31,6 +31,9 @@ log = structlog.get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Epoch(Record):
     epoch: int = -1
+    """Of shard 0, the only one of a fleet that is not shared out."""
+    others: tuple[tuple[int, int], ...] = ()
+    """(shard, epoch) of the other shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Journal:
         self._writing = asyncio.Lock()
         self._reports: OrderedDict[tuple[str, int], AttemptReport] = OrderedDict()
         self._records: OrderedDict[str, KnownRecord] = OrderedDict()
-        self._epoch = -1
+        self._epochs: dict[int, int] = {}
         self._said = ""
 
     def open(self) -> None:
@@ -70,7 +73,8 @@ class Journal:
             files = []
         self._open_records()
         try:
-            self._epoch = decode(_Epoch, (self._directory / _EPOCH_FILE).read_bytes()).epoch
+            found = decode(_Epoch, (self._directory / _EPOCH_FILE).read_bytes())
+            self._epochs = {0: found.epoch, **dict(found.others)}
         except FileNotFoundError:
             pass
         except (BadRecord, OSError) as error:
@@ -109,18 +113,18 @@ class Journal:
     def _record_file(self, guest: str) -> Path:
         return self._directory / "records" / f"{guest}.json"
 
-    @property
-    def epoch(self) -> int:
-        """As it was last read in the ledger; -1 before the first time."""
-        return self._epoch
+    def epoch(self, shard: int = 0) -> int:
+        """Of a shard, as it was last read in the ledger; -1 before the first time."""
+        return self._epochs.get(shard, -1)
 
-    async def see_epoch(self, epoch: int) -> None:
+    async def see_epoch(self, epoch: int, shard: int = 0) -> None:
         """As it stands in the ledger now, which may be lower than before. Durable when this returns (H12).
 
         On a disk that takes nothing it holds for the life of this process, and is written when there is room again.
         """
-        self._epoch = epoch
-        self._unwritten[self._directory / _EPOCH_FILE] = encode(_Epoch(epoch))
+        self._epochs[shard] = epoch
+        others = tuple(sorted((other, seen) for other, seen in self._epochs.items() if other))
+        self._unwritten[self._directory / _EPOCH_FILE] = encode(_Epoch(self.epoch(), others))
         await self._write_all()
 
     async def write_on(self) -> None:

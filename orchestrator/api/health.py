@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orchestrator import wire
+from orchestrator.api.reads import fleet_shards
 from orchestrator.core.records import Leader, QuarantineList
 from orchestrator.core.text import clip
 from orchestrator.ledger import paths
@@ -17,19 +18,32 @@ UNREADABLE = "unreadable"
 
 async def cluster_health(ledger: Ledger) -> pb.ClusterHealth:
     """Raises StoreUnavailable, and BadRecord for a list that this version cannot read: that is no good health."""
-    seat = await ledger.store.read(paths.leader())
-    found = await ledger.read(QuarantineList, paths.quarantine())
+    leaders: list[str] = []
     health = pb.ClusterHealth()
-    if seat is not None:
-        health.leader, wrong = _name(seat.data)
+    for shard in range(await fleet_shards(ledger)):
+        seat = await ledger.store.read(paths.leader(shard))
+        leader, wrong = _name(seat.data) if seat is not None else ("", "")
+        leaders.append(leader)
         if wrong:
             health.quarantined.add(resource="leader", reason=wrong)
-    if found is not None:
-        for entry in found[0].entries:
-            since = wire.timestamp(entry.since_s)
-            health.quarantined.add(resource=entry.resource, reason=entry.reason, since=since)
-        health.quarantined_left_out = found[0].left_out
+        found = await ledger.read(QuarantineList, paths.quarantine(shard))
+        if found is not None:
+            for entry in found[0].entries:
+                since = wire.timestamp(entry.since_s)
+                health.quarantined.add(resource=entry.resource, reason=entry.reason, since=since)
+            health.quarantined_left_out += found[0].left_out
+    health.leader = _shown(leaders)
     return health
+
+
+def _shown(leaders: list[str]) -> str:
+    """Who leads; of a fleet that is shared out which shards, and empty only when nobody leads any."""
+    if len(leaders) == 1 or not any(leaders):
+        return leaders[0]
+    led = {name: [str(shard) for shard, one in enumerate(leaders) if one == name] for name in leaders}
+    return ", ".join(
+        f"{name or 'nobody'} (shard{'s' if len(shards) > 1 else ''} {' '.join(shards)})" for name, shards in led.items()
+    )
 
 
 def _name(data: bytes) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,8 +20,10 @@ from orchestrator.core.records import (
     MigrationSpec,
     MigrationState,
     QuarantineList,
+    Shards,
     WantRun,
 )
+from orchestrator.core.shards import MAX_SHARDS
 from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
 from orchestrator.ledger.evacuations import read_job
@@ -135,13 +138,25 @@ async def read_migration(ledger: Ledger, migration: str) -> MigrationRead:
 
 
 async def quarantined(ledger: Ledger) -> dict[str, str]:
-    """Why the leader has set resources aside, by `migrations/<id>` and `evacuations/<id>`."""
-    try:
-        node = await ledger.store.read(paths.quarantine())
-        entries = decode(QuarantineList, node.data).entries if node is not None and node.data else ()
-    except BadRecord:
-        return {}
-    return {entry.resource: entry.reason for entry in entries}
+    """Why the leaders have set resources aside, by `migrations/<id>` and `evacuations/<id>`."""
+    found: dict[str, str] = {}
+    for shard in range(await fleet_shards(ledger)):
+        try:
+            node = await ledger.store.read(paths.quarantine(shard))
+            entries = decode(QuarantineList, node.data).entries if node is not None and node.data else ()
+        except BadRecord:
+            continue
+        found |= {entry.resource: entry.reason for entry in entries}
+    return found
+
+
+async def fleet_shards(ledger: Ledger) -> int:
+    """Into how many shards the fleet is shared out among coordinators."""
+    with contextlib.suppress(BadRecord):
+        node = await ledger.store.read(paths.SHARDS)
+        if node is not None and node.data:
+            return max(1, min(MAX_SHARDS, decode(Shards, node.data, path=paths.SHARDS).count))
+    return 1
 
 
 async def read_evacuation(ledger: Ledger, job: str) -> EvacuationRead:

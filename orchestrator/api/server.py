@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import structlog
 from google.protobuf.message import Message
@@ -66,6 +67,7 @@ class ApiServer:
                     check=self._check,
                     slow_reader_s=SLOW_READER_S,
                     answered=self.metrics.answered,
+                    look_again=self._look_again if "," in config.zookeeper else None,
                 )
             ],
             max_request_bytes=MAX_REQUEST_BYTES,
@@ -118,6 +120,16 @@ class ApiServer:
 
     def _session_moved(self, _state: SessionState) -> None:
         self._tasks.spawn(self._tell_health(), "health")
+
+    async def _look_again(self, error: DroverError) -> bool:
+        """What is not there for the ZooKeeper server that this API reads from may have been made through another one, a
+        moment ago. After a barrier this server knows everything that was there before the call."""
+        if error.reason is not RefusalReason.NOT_FOUND:
+            return False
+        with contextlib.suppress(StoreUnavailable):
+            await self._store.barrier()
+            return True
+        return False
 
     async def _tell_health(self) -> None:
         await self._health.set(self._tree_is_there and self._store.session is SessionState.CONNECTED)

@@ -28,10 +28,13 @@ from orchestrator import descriptors
 from orchestrator.coordinator.metrics import register
 from orchestrator.coordinator.pool import Pool, WorkerLost, WorkerPort
 from orchestrator.coordinator.seat import Seat
+from orchestrator.coordinator.shares import Shares, share_limits, shares_of
 from orchestrator.coordinator.supervisor import Status, Supervisor
 from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, history_of, make_agents, make_store
 from orchestrator.coordinator.worker import Worker
+from orchestrator.core.shards import Share
 from orchestrator.ledger import paths
+from orchestrator.ledger.index import Index
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 from orchestrator.metrics import PROBE_S, LedgerProbe, serve_on
 from orchestrator.tasks import Tasks
@@ -43,6 +46,8 @@ COORDINATOR = "coordinator"
 WORKER = "worker-"
 CALLS = 5_000
 """Calls that an actor answers side by side: each migration under way is one call to a worker."""
+_SPREAD = {"scheduling_strategy": "SPREAD"}
+"""Workers go to different nodes of the Ray cluster, where it has several: none of them carries all migrations."""
 
 
 def _die_with(task: asyncio.Task[None]) -> None:
@@ -79,10 +84,10 @@ class MigrationWorker:
         await _connect(store)
         self._ready.set_result(Worker(store, make_agents(config), max_arrivals=config.max_arrivals))
 
-    async def drive(self, migration: str, epoch: int) -> str:
+    async def drive(self, migration: str, epoch: int, shard: int = 0) -> str:
         """The migration's terminal phase, or "DEPOSED"."""
         worker = await asyncio.shield(self._ready)
-        return await worker.drive(migration, epoch)
+        return await worker.drive(migration, epoch, shard)
 
     async def ping(self) -> dict[str, Any]:
         """`ready`: it has a ledger. `pid` and `machine` say whom to end when it does not answer any more."""
@@ -96,12 +101,12 @@ class RayWorker(WorkerPort):
 
     def __init__(self, config: CoordinatorConfig, seat: int, before: int) -> None:
         name = f"{WORKER}{seat}-{before}"
-        self._handle: Any = ray.remote(MigrationWorker).options(**_options(config, name)).remote(config)
+        self._handle: Any = ray.remote(MigrationWorker).options(**_options(config, name), **_SPREAD).remote(config)
         self._told: dict[str, Any] = {}
 
-    async def drive(self, migration: str, epoch: int) -> str:
+    async def drive(self, migration: str, epoch: int, shard: int = 0) -> str:
         try:
-            return await self._handle.drive.remote(migration, epoch)
+            return await self._handle.drive.remote(migration, epoch, shard)
         except RayActorError as error:
             raise WorkerLost(str(error)) from None
 
@@ -132,7 +137,7 @@ class Coordinator:
         configure_logging(config.log_level)
         descriptors.raise_limit()
         self._config = config
-        self._supervisor: Supervisor | None = None
+        self._shares: Shares | None = None
         self._pool: Pool | None = None
         self._tasks = Tasks("coordinator")
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -147,27 +152,43 @@ class Coordinator:
         )
         self._tasks.keep(pool.tend, "workers", again_s=1.0, every_s=0.0)
         if self._config.metrics_listen:
-            register(REGISTRY, lambda: self._supervisor, lambda: self._pool)
+            register(REGISTRY, lambda: self._shares, lambda: self._pool)
             probe = LedgerProbe(REGISTRY, lambda: store.read(paths.epoch()))
             self._tasks.keep(probe.look, "probe of the ledger", again_s=PROBE_S)
             self._tasks.spawn(serve_on(REGISTRY, self._config.metrics_listen), "metrics")
         await _connect(store)
-        self._supervisor = Supervisor(
-            store,
-            pool.dispatch,
-            agents=make_agents(self._config),
-            fencers=fencers_of(self._config),
-            name=self._config.name,
-            limits=self._config.limits,
-            retention=self._config.retention,
-            history=history_of(self._config),
-        )
+        shares = self._shares = self._share_out(store, pool)
         self._tasks.keep(Seat(store, self._config.name).tend, "this coordinator's seat", again_s=1.0, every_s=0.0)
-        await self._supervisor.run()
+        self._tasks.keep(shares.tend, "what each seat leads", again_s=1.0, every_s=0.0)
+        await shares.run()
+
+    def _share_out(self, store: Store, pool: Pool) -> Shares:
+        config = self._config
+        agents, fencers, index = make_agents(config), fencers_of(config), Index(store)
+        history = history_of(config)
+
+        def supervisor(share: Share) -> Supervisor:
+            async def dispatch(migration: str, epoch: int) -> str:
+                return await pool.dispatch(migration, epoch, share.shard)
+
+            return Supervisor(
+                store,
+                dispatch,
+                agents=agents,
+                fencers=fencers,
+                name=config.name,
+                limits=share_limits(config.limits, share.shards),
+                retention=config.retention,
+                history=history,
+                share=share,
+                index=index,
+            )
+
+        return Shares(store, config.name, [supervisor(share) for share in shares_of(config.shards)])
 
     async def ping(self) -> dict[str, Any]:
         """Status of the supervisor; `progress` stands still when it is stuck."""
-        status = asdict(self._supervisor.status if self._supervisor else Status())
+        status = asdict(self._shares.status if self._shares else Status())
         return {"pid": os.getpid(), "workers_replaced": self._pool.replaced if self._pool else 0, **status}
 
 

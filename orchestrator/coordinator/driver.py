@@ -103,6 +103,12 @@ class Tools:
     wall_s: Callable[[], float] = time.time
     """Only for stamps that people read."""
     rng: random.Random = field(default_factory=random.Random)
+    shard: int = 0
+    """Of the fleet; `epoch` is that shard's."""
+
+    async def write(self, ops: Sequence[Op]) -> bool:
+        """`epoch_write` under this epoch."""
+        return await epoch_write(self.store, self.epoch, ops, self.shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +127,13 @@ class _Nodes:
         return migration.Seen(self.record, self.state, self.reports, self.source_live)
 
 
-async def epoch_write(store: Store, epoch: int, ops: Sequence[Op]) -> bool:
-    """`multi[check epoch; ops]`. True: applied for certain. False: read again, the write is over either way.
+async def epoch_write(store: Store, epoch: int, ops: Sequence[Op], shard: int = 0) -> bool:
+    """`multi[check the shard's epoch; ops]`. True: applied for certain. False: read again, it is over either way.
 
     Raises Deposed when the epoch moved. Waits for the store as long as it takes; the caller is cancelled when its
     leadership ends.
     """
-    result = await store.multi([Check(paths.epoch(), epoch), *ops])
+    result = await store.multi([Check(paths.epoch(shard), epoch), *ops])
     match result:
         case Done():
             return True
@@ -143,13 +149,13 @@ async def epoch_write(store: Store, epoch: int, ops: Sequence[Op]) -> bool:
             return False
 
 
-async def must_lead(store: Store, epoch: int) -> None:
+async def must_lead(store: Store, epoch: int, shard: int = 0) -> None:
     """Whether `epoch` stands, asked behind a barrier: nobody else's word deposes a coordinator.
 
     Raises Deposed, StoreUnavailable.
     """
     await store.barrier()
-    node = await store.read(paths.epoch())
+    node = await store.read(paths.epoch(shard))
     if node is None or node.version != epoch:
         raise Deposed(f"epoch {epoch} is over: the ledger names {node.version if node else 'none'}")
 
@@ -300,7 +306,7 @@ class Driver:
             return
         state = replace(nodes.state, spent_ms=self._spent_ms())
         write = SetData(paths.migration_state(self._spec.id), encode(state), nodes.state_version)
-        await epoch_write(self._tools.store, self._tools.epoch, [write])
+        await self._tools.write([write])
 
     def _spawn(self, command: migration.Command) -> None:
         self._start(self._guarded(command))
@@ -363,7 +369,7 @@ class Driver:
                     continue
                 if not isinstance(ops, list):
                     return ops
-                if await epoch_write(self._tools.store, self._tools.epoch, ops):
+                if await self._tools.write(ops):
                     return migration.Finished()
             fresh = True
             await self._pause()
@@ -443,7 +449,7 @@ class Driver:
             )
             write = SetData(paths.migration_state(self._spec.id), encode(state), nodes.state_version)
             release = await self._release(nodes.state.destination) if nodes.state.destination else []
-            if await epoch_write(self._tools.store, self._tools.epoch, [write, *release]):
+            if await self._tools.write([write, *release]):
                 return migration.Told(command.stand_back)
             await self._pause()
         return migration.Finished()
@@ -462,7 +468,7 @@ class Driver:
             if command.said and nodes.state_version >= 0:
                 state = replace(nodes.state, message=command.said)
                 ops.append(SetData(paths.migration_state(self._spec.id), encode(state), nodes.state_version))
-            if await epoch_write(self._tools.store, self._tools.epoch, ops):
+            if await self._tools.write(ops):
                 self._nudge(record)
                 break
             await self._pause()
@@ -487,7 +493,7 @@ class Driver:
             if nodes.state.phase.terminal:
                 break
             ops = await self._settle_ops(command, nodes)
-            if ops is None or await epoch_write(self._tools.store, self._tools.epoch, ops):
+            if ops is None or await self._tools.write(ops):
                 break
             await self._pause()
         return migration.Finished()
@@ -564,6 +570,7 @@ class Driver:
                 source_peer=_peer(source),
                 timeout_ms=self._spec.policy.prepare_timeout_ms,
                 multifd_channels=self._spec.policy.multifd_channels,
+                shard=self._tools.shard,
             )
         except (DroverError, StoreUnavailable) as error:
             return await self._call_failed(command.attempt, error)
@@ -581,6 +588,7 @@ class Driver:
             destination=record.destination,
             policy=self._spec.policy,
             previous_reason=command.previous_reason,
+            shard=self._tools.shard,
         )
         try:
             agent, _ = await self._agent(record.owner.host)
@@ -595,7 +603,7 @@ class Driver:
         Raises Deposed.
         """
         if isinstance(error, DroverError) and error.reason is RefusalReason.STALE_EPOCH:
-            await until_available(lambda: must_lead(self._tools.store, self._tools.epoch))
+            await until_available(lambda: must_lead(self._tools.store, self._tools.epoch, self._tools.shard))
             log.error("an agent calls our epoch stale, the ledger does not", attempt=attempt, error=error.message)
         return _refused(attempt, error)
 

@@ -28,13 +28,14 @@ from orchestrator.core.records import (
     MigrationState,
     host_ref,
 )
+from orchestrator.core.shards import Share
 from orchestrator.ledger import active, paths
 from orchestrator.ledger.evacuations import Job, Rows, read_job, transactions, trimmed, written
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.migrations import creation
 from orchestrator.ledger.records import BadRecord, decode, encode
-from orchestrator.ledger.store import Delete, SetData, Store, StoreUnavailable, Versioned
+from orchestrator.ledger.store import Delete, Op, SetData, Store, StoreUnavailable, Versioned
 
 log = structlog.get_logger(__name__)
 
@@ -78,10 +79,12 @@ class EvacuationRunner:
         agents: AgentDirectory,
         wall_s: Callable[[], float] = time.time,
         clock_s: Callable[[], float] = time.monotonic,
+        share: Share = Share(),
     ) -> None:
         self._store = store
         self._index = index
         self._epoch = epoch
+        self._share = share
         self._nudged = nudged
         self._agents = agents
         self._wall_s = wall_s
@@ -144,7 +147,7 @@ class EvacuationRunner:
     async def _leave_active_set(self, spec: EvacuationSpec) -> None:
         """Of a job that was over when it was found. Whoever ended it took it out: as a rule there is nothing to do."""
         if await self._store.read(paths.active_evacuation(spec.id)) is not None:
-            await epoch_write(self._store, self._epoch, await active.job_ends(self._store, spec))
+            await self._write(await active.job_ends(self._store, spec))
 
     async def _carry_out_all(self, commands: Sequence[evacuation.Command], spec: EvacuationSpec) -> None:
         """One guest's command that fails holds none of the others up. Raises the first failure."""
@@ -173,7 +176,7 @@ class EvacuationRunner:
         if state.phase.terminal:
             batches[-1] += await active.job_ends(self._store, job.spec)
         for ops in batches:
-            if not await epoch_write(self._store, self._epoch, ops):
+            if not await self._write(ops):
                 return False
         if known is not None:
             self._rows[job.spec.id] = written(job, state).rows
@@ -263,7 +266,7 @@ class EvacuationRunner:
             return
         known = decode(Cordon, node.data, path=path) if node.data else Cordon()
         content = encode(replace(known, on=True, why=f"evacuation {spec.id}", by=spec.requested_by or "coordinator"))
-        await epoch_write(self._store, self._epoch, [SetData(path, content, node.version)])
+        await self._write([SetData(path, content, node.version)])
 
     async def _create(self, command: evacuation.CreateMigration, spec: EvacuationSpec) -> None:
         guest_spec = await self._index.spec(command.guest)
@@ -289,7 +292,7 @@ class EvacuationRunner:
                 raise
             log.info("waiting for another migration of a guest", guest=command.name, **error.details)
             return
-        await epoch_write(self._store, self._epoch, ops)
+        await self._write(ops)
 
     async def _cancel(self, migration: str) -> None:
         """The migration's own driver sees the wish and aborts; after the commit it lets the guest arrive."""
@@ -301,15 +304,19 @@ class EvacuationRunner:
         if state.cancel_requested or state.phase.terminal:
             return
         wish = SetData(path, encode(replace(state, cancel_requested=True)), node.version)
-        await epoch_write(self._store, self._epoch, [wish])
+        await self._write([wish])
 
     # --- after the end ----------------------------------------------------------------------------------------------
+
+    async def _write(self, ops: Sequence[Op]) -> bool:
+        """`epoch_write` under this leadership."""
+        return await epoch_write(self._store, self._epoch, ops, self._share.shard)
 
     async def refresh_ended(self) -> None:
         """Keep "safe to power off" true or false for jobs that are over, while their host stays cordoned. One job that
         cannot be looked at keeps none of the others from it. Raises StoreUnavailable, Deposed."""
         facts: dict[str, evacuation.Facts | None] = {}
-        names = await self._store.children(paths.ENDED_EVACUATIONS)
+        names = [job for job in await self._store.children(paths.ENDED_EVACUATIONS) if self._share.has(job)]
         for known in (self._ended, self._complaints):
             for name in known.keys() - set(names):
                 del known[name]
@@ -353,14 +360,14 @@ class EvacuationRunner:
         new = replace(new, safe_at=_safe_at(new, seen))
         write = SetData(paths.evacuation_state(name), encode(new), job.version)
         self._ended.pop(name, None)
-        if await epoch_write(self._store, self._epoch, [write]) and not new.guests:
+        if await self._write([write]) and not new.guests:
             self._ended[name] = replace(job, head=new, version=job.version + 1)
 
     async def _stop_refreshing(self, name: str) -> None:
         path = paths.ended_evacuation(name)
         node = await self._store.read(path)
         if node is not None:
-            await epoch_write(self._store, self._epoch, [Delete(path, node.version)])
+            await self._write([Delete(path, node.version)])
 
 
 def _safe_at(state: EvacuationState, facts: evacuation.Facts) -> int:

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from orchestrator.coordinator.supervisor import Status, Supervisor
+from orchestrator.coordinator.supervisor import Status
 from orchestrator.metrics import OfThisProcess
 
 
@@ -25,10 +25,21 @@ class Workers(Protocol):
         ...
 
 
+class Leading(Protocol):
+    """What is told of its leadership, of one shard of the fleet or of all."""
+
+    @property
+    def status(self) -> Status: ...
+
+    def set_aside(self) -> Counter[tuple[str, ...]]: ...
+
+    def queued(self) -> Counter[tuple[str, ...]]: ...
+
+
 class OfTheCoordinator(Collector):
     """`supervisor` and `workers` answer None before they are there."""
 
-    def __init__(self, supervisor: Callable[[], Supervisor | None], workers: Callable[[], Workers | None]) -> None:
+    def __init__(self, supervisor: Callable[[], Leading | None], workers: Callable[[], Workers | None]) -> None:
         self._supervisor = supervisor
         self._workers = workers
 
@@ -65,7 +76,7 @@ class OfTheCoordinator(Collector):
 
 
 def register(
-    registry: CollectorRegistry, supervisor: Callable[[], Supervisor | None], workers: Callable[[], Workers | None]
+    registry: CollectorRegistry, supervisor: Callable[[], Leading | None], workers: Callable[[], Workers | None]
 ) -> None:
     """All that a coordinator tells, but for its ledger (`orchestrator.metrics.LedgerProbe`)."""
     registry.register(OfThisProcess())

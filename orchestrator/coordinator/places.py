@@ -58,9 +58,11 @@ class Places:
         *,
         max_concurrent: int,
         max_per_source: int,
+        shard: int = 0,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._shard = shard
         self._admission = Admission(max_concurrent=max_concurrent, max_per_source=max_per_source)
         self._clock_s = clock_s
         self._waiting: dict[str, _Waiting] = {}
@@ -182,7 +184,7 @@ class Places:
             said, what = state.message, state.waiting_for  # it waits for something else as well, which stays true
         new = replace(state, message=said, waiting_for=what, spent_ms=spent_ms, epoch=epoch)
         waiting.told, waiting.told_at_s = said, now_s
-        return await epoch_write(self._store, epoch, [SetData(path, encode(new), node.version)])
+        return await epoch_write(self._store, epoch, [SetData(path, encode(new), node.version)], self._shard)
 
     def _look(self, waiting: _Waiting, node: Versioned | None) -> MigrationState | None:
         """None: the migration waits no longer, since somebody ended it (or its node cannot be read, which its driver

@@ -34,7 +34,7 @@ class WorkerLost(Exception):
 class WorkerPort(Protocol):
     """One worker, in a process of its own."""
 
-    async def drive(self, migration: str, epoch: int) -> str:
+    async def drive(self, migration: str, epoch: int, shard: int = 0) -> str:
         """The terminal phase, WAITING or "DEPOSED". Raises WorkerLost when its process died."""
         ...
 
@@ -91,13 +91,13 @@ class Pool:
         """How many workers answered when they were last asked, and how many there are."""
         return sum(not seat.member.silent for seat in self._seats), len(self._seats)
 
-    async def dispatch(self, migration: str, epoch: int) -> str:
+    async def dispatch(self, migration: str, epoch: int, shard: int = 0) -> str:
         """Always the same seat for a migration, so that a repeated hand-out joins the driver that runs.
 
         Ends with the migration or with its worker: nobody waits for one that is silent. Raises WorkerLost.
         """
         member = self._seats[int(migration[:8].encode().hex(), 16) % len(self._seats)].member
-        call = asyncio.ensure_future(member.worker.drive(migration, epoch))
+        call = asyncio.ensure_future(member.worker.drive(migration, epoch, shard))
         lost = asyncio.ensure_future(member.lost.wait())
         try:
             await asyncio.wait({call, lost}, return_when=asyncio.FIRST_COMPLETED)

@@ -22,6 +22,7 @@ class AgentPort(Protocol):
         source_peer: Endpoint,
         timeout_ms: int,
         multifd_channels: int,
+        shard: int = 0,
     ) -> Prepared:
         """Make a VMM that waits for the attempt's stream, or find the one that was made for it. The agent ends it
         unless the attempt is bound to it within `timeout_ms`."""

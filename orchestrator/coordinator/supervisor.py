@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,8 +28,9 @@ from orchestrator.coordinator.quarantine import Quarantine
 from orchestrator.coordinator.retention import PASS_S, Keeping
 from orchestrator.coordinator.upgrade import Upgrade
 from orchestrator.core.handover import GuestRecord
-from orchestrator.core.records import Leader, MigrationSpec, MigrationState
+from orchestrator.core.records import Leader, MigrationSpec, MigrationState, Shards
 from orchestrator.core.retention import Retention
+from orchestrator.core.shards import MAX_SHARDS, Share
 from orchestrator.fencing.base import Fencers
 from orchestrator.history import HistoryFile
 from orchestrator.ledger import active, layout, paths
@@ -36,6 +38,7 @@ from orchestrator.ledger.gather import each
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import (
+    Check,
     Conflict,
     Create,
     Delete,
@@ -55,6 +58,8 @@ log = structlog.get_logger(__name__)
 LEDGER = "the ledger"
 """`Status.waiting_for` while ZooKeeper does not answer."""
 ELECTION_POLL_S = 0.25
+YIELD_S = 3.0
+"""A shard that nobody leads is left for so long to the seat that should lead it."""
 SEAT_TAKEN_S = 1.0
 """While another leads its place is watched, and looked at this often all the same."""
 WORKER_RETRY_S = 0.3
@@ -152,7 +157,11 @@ class _News:
 
 
 class Supervisor:
-    """`name` identifies this coordinator's seat: a new process on the same seat replaces the leader that sat there."""
+    """Leads one shard of the fleet, which is all of it as a rule.
+
+    `name` identifies this coordinator's seat: a new process on the same seat replaces the leader that sat there.
+    `limits` are those of the share.
+    """
 
     def __init__(
         self,
@@ -166,6 +175,8 @@ class Supervisor:
         quarantine: Quarantine | None = None,
         retention: Retention | None = None,
         history: HistoryFile | None = None,
+        share: Share = Share(),
+        index: Index | None = None,
     ) -> None:
         self._store = store
         self._dispatch = dispatch
@@ -174,10 +185,20 @@ class Supervisor:
         self._limits = limits
         self._me = Leader(name, uuid.uuid4().hex)
         self._may_usurp = True
+        self._share = share
+        self._leader, self._epoch_path = paths.leader(share.shard), paths.epoch(share.shard)
+        self._set_aside = paths.quarantine(share.shard)
         self._bucket = TokenBucket(limits.starts_per_s, limits.burst)
-        self._places = Places(store, max_concurrent=limits.max_concurrent, max_per_source=limits.max_per_source)
+        self._places = Places(
+            store, max_concurrent=limits.max_concurrent, max_per_source=limits.max_per_source, shard=share.shard
+        )
+        self._others: set[str] = set()
+        """Nodes of the active set that belong to other shards."""
+        self.prefers_another = False
+        """Another seat that is there should lead this shard: it gets the time to."""
+        self._hand_over = asyncio.Event()
         self._lost = asyncio.Event()
-        self._index = Index(store)
+        self._index = index or Index(store)
         self._retention = retention or Retention()
         self._history = history
         self._known: set[str] = set()
@@ -204,7 +225,7 @@ class Supervisor:
         """Campaign, lead until deposed, campaign again; for ever, whatever is raised below."""
         while True:
             epoch = await self.elect()
-            log.info("leading", epoch=epoch)
+            log.info("leading", epoch=epoch, shard=self._share.shard)
             self.status.leading, self.status.epoch, self.status.waiting_for = True, epoch, ""
             try:
                 await self._lead(epoch)
@@ -212,7 +233,7 @@ class Supervisor:
                 log.exception("leadership failed", epoch=epoch)
             finally:
                 self.status.leading = False
-                self._known = set()
+                self._known, self._others = set(), set()
             log.warning("leads no longer", epoch=epoch)
             await self.step_down()
 
@@ -221,7 +242,8 @@ class Supervisor:
     async def elect(self) -> int:
         """Returns the epoch once this coordinator leads; `status.waiting_for` says what keeps it from that."""
         moved = asyncio.Event()
-        unwatch = self._store.watch(paths.leader(), lambda _seat: moved.set())
+        unwatch = self._store.watch(self._leader, lambda _seat: moved.set())
+        free_since_s: float | None = None
         try:
             while True:
                 epoch = None
@@ -229,7 +251,10 @@ class Supervisor:
                 pause_s = ELECTION_POLL_S
                 try:
                     if await self._is_taken():
-                        pause_s = SEAT_TAKEN_S
+                        pause_s, free_since_s = SEAT_TAKEN_S, None
+                    elif self._should_wait(free_since_s := free_since_s or time.monotonic()):
+                        self.status.waiting_for = "the seat that should lead"
+                        self.status.progress += 1
                     else:
                         epoch = await self._stand()
                 except StoreUnavailable:
@@ -248,17 +273,55 @@ class Supervisor:
 
     async def _is_taken(self) -> bool:
         """By another's leadership, as far as one read can tell: that is all which a coordinator does that waits."""
-        seat = await self._store.read(paths.leader())
+        seat = await self._store.read(self._leader)
         return seat is not None and not self._may_take(seat)
+
+    def _should_wait(self, free_since_s: float) -> bool:
+        """For another seat, which should lead this shard. Not for long: one that is there need not be well."""
+        return self.prefers_another and time.monotonic() - free_since_s < YIELD_S
+
+    def hand_over(self) -> None:
+        """End this leadership, for the seat that should lead the shard."""
+        self._hand_over.set()
+
+    async def _agreed(self) -> int | None:
+        """The version of the node that says into how many shards the fleet is shared out, once it says what this
+        coordinator was told. Nobody may lead while that changes, and nobody who led before may write afterwards."""
+        await self._store.ensure(paths.SHARDS)
+        node = await self._store.read(paths.SHARDS)
+        if node is None:
+            return None
+        before = decode(Shards, node.data or b"{}", path=paths.SHARDS).count
+        if before == self._share.shards:
+            return node.version
+        self.status.waiting_for = (
+            f"leaders of a fleet in {before} shards: this coordinator was told {self._share.shards} (`shards`)"
+        )
+        self.status.progress += 1
+        ops: list[Op] = [SetData(paths.SHARDS, encode(Shards(self._share.shards)), node.version)]
+        for shard in range(min(before, MAX_SHARDS)):
+            if await self._store.read(paths.leader(shard)) is not None:
+                return None
+            epoch = await self._store.read(paths.epoch(shard))
+            if epoch is not None:
+                ops += [Create(paths.leader(shard), b""), Delete(paths.leader(shard), 0)]  # nobody leads
+                ops.append(SetData(paths.epoch(shard), epoch.data, epoch.version))
+        result = await self._store.multi(ops)
+        log.warning("the fleet is shared out anew", before=before, shards=self._share.shards, result=str(result))
+        return result.versions[0] if isinstance(result, Done) else None
 
     async def _stand(self) -> int | None:
         self._lost.clear()
+<<<<<<< HEAD
         if wrong := await self._too_new():
             self.status.waiting_for = wrong
             self.status.progress += 1
             return None
+=======
+        self._hand_over.clear()
+>>>>>>> fa5110f (Share the fleet out among coordinators by shards)
         active_set = (paths.ACTIVE_MIGRATIONS, paths.ACTIVE_EVACUATIONS, paths.ENDED_EVACUATIONS)
-        for path in (paths.epoch(), paths.quarantine(), *active_set):
+        for path in (self._epoch_path, self._set_aside, *active_set):
             await self._store.ensure(path)
         await self._store.barrier()  # H13: the first read of a session is not older than it
         return await self._campaign()
@@ -272,17 +335,20 @@ class Supervisor:
         return ""
 
     async def _campaign(self) -> int | None:
-        seat = await self._store.read(paths.leader())
-        node = await self._store.read(paths.epoch())
+        agreed = await self._agreed()
+        if agreed is None:
+            return None
+        seat = await self._store.read(self._leader)
+        node = await self._store.read(self._epoch_path)
         if node is None:
             return None
         me = replace(self._me, write=uuid.uuid4().hex)
-        ops: list[Op] = [SetData(paths.epoch(), encode(me), node.version)]
+        ops: list[Op] = [SetData(self._epoch_path, encode(me), node.version)]
         if seat is not None:
             if not self._may_take(seat):
                 return None
-            ops.append(Delete(paths.leader(), seat.version))
-        ops.append(Create(paths.leader(), encode(me), ephemeral=True))
+            ops.append(Delete(self._leader, seat.version))
+        ops += [Create(self._leader, encode(me), ephemeral=True), Check(paths.SHARDS, agreed)]
         result = await self._store.multi(ops)
         match result:
             case Done():
@@ -299,7 +365,7 @@ class Supervisor:
     def _may_take(self, seat: Versioned) -> bool:
         """Its own seat, from a leadership that it gave up while its session lived; or, once, a predecessor's."""
         try:
-            holder = decode(Leader, seat.data, path=paths.leader())
+            holder = decode(Leader, seat.data, path=self._leader)
         except BadRecord as error:
             self.status.waiting_for = f"a seat that cannot be read: {error}"
             # Somebody sits there, perhaps of a newer version: this one waits well, and no restart would help it.
@@ -313,8 +379,8 @@ class Supervisor:
 
     async def _was_elected(self, me: Leader) -> int | None:
         await self._store.barrier()
-        seat = await self._store.read(paths.leader())
-        node = await self._store.read(paths.epoch())
+        seat = await self._store.read(self._leader)
+        node = await self._store.read(self._epoch_path)
         mine = encode(me)
         return node.version if seat and node and seat.data == mine and node.data == mine else None
 
@@ -323,9 +389,9 @@ class Supervisor:
         with the session, and this coordinator's next campaign takes it from itself."""
         try:
             await self._store.barrier()
-            seat = await self._store.read(paths.leader())
-            if seat is not None and decode(Leader, seat.data, path=paths.leader()).id == self._me.id:
-                await self._store.multi([Delete(paths.leader(), seat.version)])
+            seat = await self._store.read(self._leader)
+            if seat is not None and decode(Leader, seat.data, path=self._leader).id == self._me.id:
+                await self._store.multi([Delete(self._leader, seat.version)])
         except (StoreUnavailable, BadRecord) as error:
             log.warning("the seat is not freed", error=str(error))
 
@@ -345,18 +411,25 @@ class Supervisor:
             tasks.spawn(work, work.__name__, failed=failed)
 
         self._quarantine.clear_all()
+<<<<<<< HEAD
         runner = EvacuationRunner(self._store, self._index, epoch, self._nudged, self._agents)
         spawn(self._watch_lost(over))
         upgrade = tasks.spawn(Upgrade(self._store, epoch, self._upgrading).run(), "upgrade", failed=failed)
         if upgrade is not None:
             await asyncio.wait({upgrade, asyncio.ensure_future(over.wait())}, return_when=asyncio.FIRST_COMPLETED)
+=======
+        runner = EvacuationRunner(self._store, self._index, epoch, self._nudged, self._agents, share=self._share)
+        spawn(self._until_set(self._lost, over))
+        spawn(self._until_set(self._hand_over, over))
+>>>>>>> fa5110f (Share the fleet out among coordinators by shards)
         spawn(self._discover(epoch, runner, spawn))
         spawn(self._for_ever(lambda: self._places.tend(epoch), "places of those who wait", 0.0))
-        deaths = DeathRunner(self._store, self._agents, self._index, epoch, self._fencers)
-        spawn(self._for_ever(deaths.run, "deaths of hosts", 1.0))
-        spawn(self._for_ever(runner.refresh_ended, "refresh of evacuations that ended", POWER_S))
         keeping = Keeping(self._store, self._index, epoch, self._retention, self._history)
-        spawn(self._for_ever(keeping.run, "retention", PASS_S))
+        if self._share.shard == 0:  # what concerns hosts, or the ledger, as a whole
+            deaths = DeathRunner(self._store, self._agents, self._index, epoch, self._fencers)
+            spawn(self._for_ever(deaths.run, "deaths of hosts", 1.0))
+            spawn(self._for_ever(keeping.run, "retention", PASS_S))
+        spawn(self._for_ever(runner.refresh_ended, "refresh of evacuations that ended", POWER_S))
         spawn(self._for_ever(lambda: self._tell_quarantine(epoch), "list of what is set aside", TELL_S))
         try:
             await over.wait()
@@ -383,21 +456,26 @@ class Supervisor:
         self._quarantine.changed.clear()
         told = self._quarantine.list()
         self.status.quarantined = len(self._quarantine)
-        node = await self._store.read(paths.quarantine())
+        node = await self._store.read(self._set_aside)
         if node is None:
-            await self._store.ensure(paths.quarantine())
-        elif node.data == encode(told) or await epoch_write(
-            self._store, epoch, [SetData(paths.quarantine(), encode(told), node.version)]
+            await self._store.ensure(self._set_aside)
+        elif node.data == encode(told) or await self._write(
+            epoch, [SetData(self._set_aside, encode(told), node.version)]
         ):
             return
         self._quarantine.changed.set()
 
+<<<<<<< HEAD
     def _upgrading(self, said: str) -> None:
         self.status.waiting_for = said
         self.status.progress += 1
 
     async def _watch_lost(self, over: asyncio.Event) -> None:
         await self._lost.wait()
+=======
+    async def _until_set(self, end: asyncio.Event, over: asyncio.Event) -> None:
+        await end.wait()
+>>>>>>> fa5110f (Share the fleet out among coordinators by shards)
         over.set()
 
     async def _discover(self, epoch: int, runner: EvacuationRunner, spawn: Spawn) -> None:
@@ -431,15 +509,39 @@ class Supervisor:
         """Nodes of the active set that are not known yet. Reads something in any case: a leader to whom the ledger does
         not answer makes no progress. On StoreUnavailable what was announced is looked at the next time."""
         roots = (paths.ACTIVE_MIGRATIONS, paths.ACTIVE_EVACUATIONS)
-        if news.everything or time.monotonic() >= news.net_at_s:
-            found = [f"{root}/{name}" for root in roots for name in await self._store.children(root)]
+        announced, news.moved = news.moved, set()
+        whole = news.everything or time.monotonic() >= news.net_at_s
+        try:
+            if whole:
+                found = [f"{root}/{name}" for root in roots for name in await self._store.children(root)]
+                self._others.intersection_update(found)
+            else:
+                await self._store.children(paths.ACTIVE)
+                found = [path for path in announced if path not in roots]
+            found = [path for path in found if path not in self._known and path not in self._others]
+            if not whole or self._share.shards > 1:
+                nodes = zip(found, await each(found, self._store.read), strict=True)
+                found = [path for path, node in nodes if node is not None and self._is_mine(path, node)]
+        except BaseException:
+            news.moved |= announced
+            raise
+        if whole:
             news.everything, news.net_at_s = False, time.monotonic() + NET_S
-            return [path for path in found if path not in self._known]
-        await self._store.children(paths.ACTIVE)
-        moved = [path for path in news.moved if path not in self._known and path not in roots]
-        nodes = await each(moved, self._store.read)
-        news.moved.difference_update(moved, self._known, roots)
-        return [path for path, node in zip(moved, nodes, strict=True) if node is not None]
+        return found
+
+    def _is_mine(self, path: str, node: Versioned) -> bool:
+        """Whether a migration's guest, or a job, belongs to this shard. A node that cannot be read is shard 0's to set
+        aside."""
+        root, _, name = path.rpartition("/")
+        if root == paths.ACTIVE_MIGRATIONS and self._share.shards > 1:
+            try:
+                name = str(json.loads(node.data))
+            except ValueError:
+                return self._share.shard == 0
+        mine = self._share.has(name)
+        if not mine:
+            self._others.add(path)
+        return mine
 
     async def _guarded(self, resource: str, work: Callable[[], Awaitable[None]]) -> None:
         """See one migration or job to its end. Whatever it raises sets it aside, and nothing else; it is tried again.
@@ -508,7 +610,10 @@ class Supervisor:
     async def _leave_active_set(self, migration: str, epoch: int) -> None:
         """Whoever ended it took it out, so there is nothing to do as a rule."""
         if leave := await active.migration_ends(self._store, migration):
-            await epoch_write(self._store, epoch, leave)
+            await self._write(epoch, leave)
+
+    async def _write(self, epoch: int, ops: Sequence[Op]) -> bool:
+        return await epoch_write(self._store, epoch, ops, self._share.shard)
 
     async def _source_of(self, spec: MigrationSpec) -> str:
         node = await self._store.read(paths.guest(spec.guest))
@@ -551,7 +656,7 @@ class Supervisor:
                     await asyncio.sleep(WORKER_RETRY_S)
                     continue
                 if phase == "DEPOSED":
-                    await must_lead(self._store, epoch)
+                    await must_lead(self._store, epoch, self._share.shard)
                     raise WorkerLost(f"its worker believes that epoch {epoch} is over, the ledger does not")
                 if phase == WAITING:
                     return phase

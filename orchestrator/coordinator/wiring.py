@@ -12,11 +12,12 @@ from orchestrator.coordinator.supervisor import Limits
 from orchestrator.core.endpoint import split_address
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.retention import Retention
+from orchestrator.core.shards import MAX_SHARDS
 from orchestrator.fencing.base import Fencers
 from orchestrator.fencing.config import FencerConfig, make_fencers
 from orchestrator.history import HistoryConfig, HistoryFile
 from orchestrator.ledger import paths
-from orchestrator.ledger.records import decode
+from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Store
 
 
@@ -28,6 +29,9 @@ class CoordinatorConfig:
     """host:port[,host:port...]"""
     ray_address: str
     """host:port of the head's GCS."""
+    shards: int = 1
+    """Into so many parts the fleet is shared out, each led by one coordinator (docs/operations.md). The same for every
+    seat."""
     name: str = "coordinator"
     """Of this seat: a coordinator that starts anew takes over what its predecessor of that name led. Of several seats
     each needs a name of its own."""
@@ -62,6 +66,8 @@ def load(path: Path) -> CoordinatorConfig:
     config = decode(CoordinatorConfig, path.read_bytes(), path=str(path))
     if config.metrics_listen:
         split_address(config.metrics_listen)
+    if not 1 <= config.shards <= MAX_SHARDS:
+        raise BadRecord(f"{path}: shards: must be from 1 to {MAX_SHARDS}")
     return config
 
 

@@ -25,24 +25,28 @@ class Worker:
         self._agents = agents
         self._max_arrivals = max_arrivals
         self._index = Index(store)
-        self._tools: Tools | None = None
-        self._running: dict[str, asyncio.Task[str]] = {}
+        self._tools: dict[int, Tools] = {}
+        """By shard of the fleet."""
+        self._running: dict[tuple[int, str], asyncio.Task[str]] = {}
+        """By shard and migration."""
+        self._placing = asyncio.Lock()
 
     @property
     def driving(self) -> int:
         """How many migrations it drives now."""
         return len(self._running)
 
-    async def drive(self, migration: str, epoch: int) -> str:
-        """Returns the terminal phase; "DEPOSED" when `epoch` is over. Raises BadRecord for an unreadable node."""
-        tools = await self._tools_of(epoch)
+    async def drive(self, migration: str, epoch: int, shard: int = 0) -> str:
+        """Returns the terminal phase; "DEPOSED" when `epoch`, of that shard of the fleet, is over. Raises BadRecord for
+        an unreadable node."""
+        tools = await self._tools_of(epoch, shard)
         if tools is None:
             return "DEPOSED"
-        task = self._running.get(migration)
+        task = self._running.get((shard, migration))
         if task is None:
             task = asyncio.create_task(self._drive(migration, tools))
-            self._running[migration] = task
-            task.add_done_callback(lambda _done: self._running.pop(migration, None))
+            self._running[shard, migration] = task
+            task.add_done_callback(lambda done: self._over(shard, migration, done))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -50,17 +54,31 @@ class Worker:
                 return "DEPOSED"
             raise
 
-    async def _tools_of(self, epoch: int) -> Tools | None:
+    def _over(self, shard: int, migration: str, done: asyncio.Task[str]) -> None:
+        if self._running.get((shard, migration)) is done:
+            del self._running[shard, migration]
+
+    async def _tools_of(self, epoch: int, shard: int) -> Tools | None:
         """None: `epoch` is over. A lower one than before may be the newest all the same, after a restore."""
-        if self._tools is not None and epoch < self._tools.epoch:
+        tools = self._tools.get(shard)
+        if tools is not None and epoch < tools.epoch:
             try:
-                await until_available(lambda: must_lead(self._store, epoch))
+                await until_available(lambda: must_lead(self._store, epoch, shard))
             except Deposed:
                 return None
-        if self._tools is None or epoch != self._tools.epoch:
-            self.stop()
-            self._tools = Tools(self._store, self._agents, self._index, epoch, max_arrivals=self._max_arrivals)
-        return self._tools
+        tools = self._tools.get(shard)
+        if tools is None or epoch != tools.epoch:
+            self.stop(shard)
+            tools = self._tools[shard] = Tools(
+                self._store,
+                self._agents,
+                self._index,
+                epoch,
+                placing=self._placing,
+                max_arrivals=self._max_arrivals,
+                shard=shard,
+            )
+        return tools
 
     async def _drive(self, migration: str, tools: Tools) -> str:
         try:
@@ -78,8 +96,7 @@ class Worker:
                 continue
             return decode(MigrationSpec, node.data if node else b"", path=path)
 
-    def stop(self) -> None:
-        """Let go of every migration where it stands; the records say where that is."""
-        for task in self._running.values():
-            task.cancel()
-        self._running = {}
+    def stop(self, shard: int | None = None) -> None:
+        """Let go of every migration of a shard, or of all, where it stands; the records say where that is."""
+        for key in [key for key in self._running if shard in (None, key[0])]:
+            self._running.pop(key).cancel()

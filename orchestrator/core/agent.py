@@ -133,7 +133,7 @@ class AgentStatus:
 
     host: HostRef
     epoch: int
-    """Highest coordinator epoch it has seen."""
+    """Of the coordinator that it obeys, for shard 0."""
     guests: tuple[GuestStatus, ...] = ()
     """Guests that this host owns, as far as is known."""
     attempts: tuple[AttemptStatus, ...] = ()
@@ -164,6 +164,8 @@ class ConductOrder:
     destination: HostRef
     policy: MigrationPolicy
     previous_reason: str = ""
+    shard: int = 0
+    """Of the fleet; `epoch` is that shard's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,7 @@ class PrepareOrder:
     """Of the source's PeerService."""
     timeout_ms: int
     multifd_channels: int = 0
+    shard: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -431,7 +431,7 @@ class EvacuationGuests(Record):
 
 @dataclass(frozen=True, slots=True)
 class Leader(Record):
-    """`/coord/0/leader` and `/coord/0/epoch`."""
+    """`/coord/<shard>/leader` and `/coord/<shard>/epoch`; also `/coord/seats/<name>`."""
 
     name: str
     """The seat."""
@@ -439,6 +439,13 @@ class Leader(Record):
     """The process."""
     write: str = ""
     """The campaign: how a winner whose answer was lost recognises its own write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shards(Record):
+    """`/coord/shards`"""
+
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,9 @@ HOSTS = "/hosts"
 FENCE = "/fence"
 DEATHS = "/deaths"
 FENCERS = "/fencers"
+COORDINATORS = "/coord"
+SHARDS = "/coord/shards"
+"""Into how many shards the fleet is shared out among coordinators (`core.shards`); empty or missing: it is one."""
 COORDINATOR = "/coord/0"
 SEATS = "/coord/seats"
 BARRIER = "/barrier"
@@ -195,14 +198,14 @@ def death(host_name: str) -> str:
     return f"{DEATHS}/{host_name}"
 
 
-def epoch() -> str:
-    """Its version is the coordinator's epoch."""
-    return f"{COORDINATOR}/epoch"
+def epoch(fleet_shard: int = 0) -> str:
+    """Its version is the epoch of the coordinator that leads this shard of the fleet, or led it last."""
+    return f"{COORDINATORS}/{fleet_shard}/epoch"
 
 
-def leader() -> str:
-    """Ephemeral: the seat of the coordinator that leads."""
-    return f"{COORDINATOR}/leader"
+def leader(fleet_shard: int = 0) -> str:
+    """Ephemeral: the seat of the coordinator that leads this shard of the fleet."""
+    return f"{COORDINATORS}/{fleet_shard}/leader"
 
 
 def seat(name: str) -> str:
@@ -210,9 +213,9 @@ def seat(name: str) -> str:
     return f"{SEATS}/{name}"
 
 
-def quarantine() -> str:
-    """What the leader has set aside, and why."""
-    return f"{COORDINATOR}/quarantine"
+def quarantine(fleet_shard: int = 0) -> str:
+    """What the leader of this shard of the fleet has set aside, and why."""
+    return f"{COORDINATORS}/{fleet_shard}/quarantine"
 
 
 _OF_A_GUEST = ("", "spec", "want_run")

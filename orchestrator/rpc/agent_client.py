@@ -108,9 +108,10 @@ class AgentClient:
         source_peer: Endpoint,
         timeout_ms: int,
         multifd_channels: int,
+        shard: int = 0,
     ) -> Prepared:
         """A paused VMM that waits for the stream of this attempt. The same attempt gets the same answer."""
-        order = PrepareOrder(attempt, epoch, source_peer, timeout_ms, multifd_channels)
+        order = PrepareOrder(attempt, epoch, source_peer, timeout_ms, multifd_channels, shard)
         timeout_s = timeout_ms / 1000 + PREPARE_MARGIN_S
         request = wire.prepare_order_to_proto(order)
         return wire.prepared_from_proto(await self._call(self._stub.PrepareDestination, request, timeout_s))

@@ -265,6 +265,14 @@ Translate = Callable[[Exception], DroverError | None]
 """What an exception means that a handler let through; None: it was not foreseen."""
 
 
+LookAgain = Callable[[DroverError], Awaitable[bool]]
+
+
+async def _answer(behaviour: Callable[..., Any], request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+    answer = behaviour(request, context)
+    return await answer if inspect.isawaitable(answer) else answer
+
+
 class Errors(aio.ServerInterceptor):
     """Ends calls whose handler raised DroverError with its status; anything unforeseen with INTERNAL and a log line.
 
@@ -281,10 +289,13 @@ class Errors(aio.ServerInterceptor):
         check: Callable[[Message], None] = lambda _request: None,
         slow_reader_s: float = 0.0,
         answered: Callable[[str, str], None] = lambda _method, _code: None,
+        look_again: LookAgain | None = None,
     ) -> None:
         """`check` judges each request of a call that takes one, before its handler sees it; raises DroverError.
 
         `answered` is told the method and the status code of every call that ends and was not cancelled.
+
+        `look_again` says after an error whether the handler, which has answered nothing, is to be asked once more.
 
         `slow_reader_s` > 0: a stream whose reader takes in nothing for so long is ended with SLOW_READER.
         """
@@ -293,6 +304,7 @@ class Errors(aio.ServerInterceptor):
         self._translate = translate
         self._check = check
         self._answered = answered
+        self._look_again = look_again
 
     async def intercept_service(
         self,
@@ -322,12 +334,19 @@ class Errors(aio.ServerInterceptor):
             )
         return grpc.stream_stream_rpc_method_handler(self._stream(handler.stream_stream, method), **parts)
 
+    async def _ask(self, behaviour: Callable[..., Any], request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await _answer(behaviour, request, context)
+        except DroverError as error:
+            if self._look_again is None or not await self._look_again(error):
+                raise
+            return await _answer(behaviour, request, context)
+
     def _unary(self, behaviour: Callable[..., Any], method: str) -> Any:
         async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
             try:
                 self._check_deadline(context)
-                answer = behaviour(self._checked(request), context)
-                answer = await answer if inspect.isawaitable(answer) else answer
+                answer = await self._ask(behaviour, self._checked(request), context)
                 self._answered(method, "OK")
                 return answer
             except Exception as error:
@@ -340,9 +359,19 @@ class Errors(aio.ServerInterceptor):
             answers: Any = None
             try:
                 self._check_deadline(context)
-                answers = behaviour(self._checked(request), context)
-                async for answer in answers:
-                    yield answer
+                checked = self._checked(request)
+                heard = False
+                answers = behaviour(checked, context)
+                try:
+                    async for answer in answers:
+                        heard = True
+                        yield answer
+                except DroverError as error:
+                    if heard or self._look_again is None or not await self._look_again(error):
+                        raise
+                    answers = behaviour(checked, context)
+                    async for answer in answers:
+                        yield answer
                 self._answered(method, "OK")
             except Exception as error:
                 await self._end(context, error, method)

@@ -54,6 +54,8 @@ class LocalConfig(BaseModel):
     """Servers of the ensemble; three bear the loss of one."""
     coordinators: Annotated[int, Field(ge=1, le=4)] = 1
     """Seats, each with a Ray head of its own."""
+    shards: Annotated[int, Field(ge=1, le=64)] = 1
+    """Into so many the fleet is shared out among the coordinators."""
     apis: Annotated[int, Field(ge=1, le=4)] = 1
     ray_cpus: Annotated[int, Field(ge=1)] = 2
     workers: Annotated[int, Field(ge=1, le=16)] = 2

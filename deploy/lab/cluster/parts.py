@@ -137,6 +137,7 @@ def _api(config: LocalConfig, layout: Layout, places: Places, server: Server) ->
 def _coordinator(config: LocalConfig, layout: Layout, places: Places, seat: Server) -> dict[str, Any]:
     return {
         "name": seat.name,
+        "shards": config.shards,
         "zookeeper": places.zookeeper,
         "chroot": paths.CHROOT,
         "ray_address": f"{RAY_ADDRESS}:{seat.ray_port}",
@@ -290,7 +291,7 @@ class _Maker:
         return self.part(
             "coordinator",
             [sys.executable, "-m", "orchestrator.coordinator", "--config", str(self._layout.part_json(seat.name))],
-            self.registered("coordinator", paths.seat(seat.name), paths.leader()),
+            self.registered("coordinator", paths.seat(seat.name), *map(paths.leader, range(self._config.shards))),
             server=seat,
             environment=ray_head.client_environment(self._layout),
             health=_carries_all(apis),

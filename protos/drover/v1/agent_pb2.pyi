@@ -77,6 +77,7 @@ class GetAgentResponse(_message.Message):
     host: _builtins.str
     boot_id: _builtins.str
     epoch: _builtins.int
+    """Of shard 0."""
     complete: _builtins.bool
     """`copies` names everything that is there. False (also: an older agent): nothing follows from what is missing."""
     @_builtins.property
@@ -447,12 +448,15 @@ class PrepareDestinationRequest(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     MULTIFD_CHANNELS_FIELD_NUMBER: _builtins.int
     SOURCE_PEER_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
     guest_uuid: _builtins.str
     migration: _builtins.str
     attempt: _builtins.int
     epoch: _builtins.int
     timeout_ms: _builtins.int
     multifd_channels: _builtins.int
+    shard: _builtins.int
+    """Of the fleet, whose coordinator this is: `epoch` is that shard's."""
     @_builtins.property
     def source_peer(self) -> Global___Endpoint:
         """Of the source's PeerService: what the source has registered."""
@@ -467,10 +471,11 @@ class PrepareDestinationRequest(_message.Message):
         timeout_ms: _builtins.int = ...,
         multifd_channels: _builtins.int = ...,
         source_peer: Global___Endpoint | None = ...,
+        shard: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source_peer", b"source_peer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "migration", b"migration", "multifd_channels", b"multifd_channels", "source_peer", b"source_peer", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "migration", b"migration", "multifd_channels", b"multifd_channels", "shard", b"shard", "source_peer", b"source_peer", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -531,6 +536,7 @@ class ConductAttemptRequest(_message.Message):
     SWITCHOVER_ACK_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     PEER_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
     guest_uuid: _builtins.str
     migration: _builtins.str
     attempt: _builtins.int
@@ -543,6 +549,8 @@ class ConductAttemptRequest(_message.Message):
     machine: _builtins.str
     """Of the destination's VMM, as it said."""
     switchover_ack: _builtins.str
+    shard: _builtins.int
+    """As in PrepareDestinationRequest."""
     @_builtins.property
     def policy(self) -> _types_pb2.MigrationPolicy: ...
     @_builtins.property
@@ -567,10 +575,11 @@ class ConductAttemptRequest(_message.Message):
         switchover_ack: _builtins.str = ...,
         stream: Global___Endpoint | None = ...,
         peer: Global___Endpoint | None = ...,
+        shard: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "policy", b"policy", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "destination", b"destination", "destination_boot_id", b"destination_boot_id", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "inc", b"inc", "machine", b"machine", "migration", b"migration", "peer", b"peer", "policy", b"policy", "previous_reason", b"previous_reason", "stream", b"stream", "switchover_ack", b"switchover_ack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "destination", b"destination", "destination_boot_id", b"destination_boot_id", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "inc", b"inc", "machine", b"machine", "migration", b"migration", "peer", b"peer", "policy", b"policy", "previous_reason", b"previous_reason", "shard", b"shard", "stream", b"stream", "switchover_ack", b"switchover_ack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
