@@ -167,7 +167,7 @@ def crowd(request: pytest.FixtureRequest) -> Iterator[Crowd]:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         if request.param == "loopback":
             patch.setenv(network.NO_NAMESPACES_VARIABLE, "1")
-        config = make_config(directory, hosts=3, zookeeper=3, coordinators=2, apis=2, max_per_source=8)
+        config = make_config(directory, hosts=3, zookeeper=3, coordinators=2, apis=2, shards=1, max_per_source=8)
         cluster = stack.enter_context(running_cluster(config))
         if request.param == "namespaces" and cluster.places.management_namespace is None:
             pytest.skip("no network namespaces here")
