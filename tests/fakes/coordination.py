@@ -247,15 +247,22 @@ class FakeAgent:
     host: str
 
     async def prepare_destination(
-        self, attempt: AttemptRef, *, epoch: int, source_peer: Endpoint, timeout_ms: int, multifd_channels: int
+        self,
+        attempt: AttemptRef,
+        *,
+        epoch: int,
+        source_peer: Endpoint,
+        timeout_ms: int,
+        multifd_channels: int,
+        shard: int = 0,
     ) -> Prepared:
-        self.world.call("prepare", self.host, attempt.attempt, epoch)
+        self.world.call("prepare", self.host, attempt.attempt, epoch, shard)
         inc = f"inc-{attempt.migration}-{attempt.attempt}"
         self.world.must_be_open(attempt, inc)
         return Prepared(inc, Endpoint("127.0.0.1", 1), Endpoint("127.0.0.1", 2))
 
     async def conduct_attempt(self, order: ConductOrder) -> None:
-        self.world.call("conduct", self.host, order.attempt.attempt, order.epoch)
+        self.world.call("conduct", self.host, order.attempt.attempt, order.epoch, order.shard)
         self.world.conduct(order)
 
     async def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:
@@ -346,9 +353,9 @@ class World:
         self.put(paths.evacuation_state(job), EvacuationState())
         self.put(paths.active_evacuation(job), host)
 
-    def call(self, what: str, host: str, attempt: int, epoch: int) -> None:
+    def call(self, what: str, host: str, attempt: int, epoch: int, shard: int = 0) -> None:
         self.calls.append((what, host, attempt))
-        node = self.store.tree.nodes.get(paths.epoch())
+        node = self.store.tree.nodes.get(paths.epoch(shard))
         current = self.misread_epoch if self.misread_epoch is not None else node.version if node else -1
         if epoch != current:
             raise DroverError(RefusalReason.STALE_EPOCH, f"epoch {epoch} is over: {host} reads {current}")

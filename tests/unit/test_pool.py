@@ -25,7 +25,7 @@ class FakeWorker:
         self.killed = False
         self.driving: list[str] = []
 
-    async def drive(self, migration: str, epoch: int) -> str:
+    async def drive(self, migration: str, epoch: int, shard: int = 0) -> str:
         self.driving.append(migration)
         await asyncio.Event().wait()
         return "SUCCEEDED"
