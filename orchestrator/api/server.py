@@ -36,6 +36,10 @@ log = structlog.get_logger(__name__)
 SERVICE: str = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
 LAYOUT_AGAIN_S = 1.0
 RETRY_S = 0.5
+RECONNECT_S = 4.0
+"""A read waits for so long, and at most for half of its caller's time, for a ledger that is away."""
+RECONNECT_LOOK_S = 0.05
+_READS = ("Get", "List", "Watch")
 GRACE_S = 1.0
 SLOW_READER_S = 30.0
 
@@ -121,14 +125,22 @@ class ApiServer:
     def _session_moved(self, _state: SessionState) -> None:
         self._tasks.spawn(self._tell_health(), "health")
 
-    async def _look_again(self, error: DroverError) -> bool:
-        """What is not there for the ZooKeeper server that this API reads from may have been made through another one, a
-        moment ago. After a barrier this server knows everything that was there before the call."""
-        if error.reason is not RefusalReason.NOT_FOUND:
-            return False
-        with contextlib.suppress(StoreUnavailable):
-            await self._store.barrier()
-            return True
+    async def _look_again(self, error: Exception, method: str, left_s: float) -> bool:
+        """Whether a call is to be carried out once more, since an ensemble of several servers shows two more things.
+
+        What is not there for the server that this API reads from may have been made through another one, a moment ago:
+        after a barrier this server knows everything that was there before the call. And whoever is connected to a
+        server that goes is without a ledger until it has found another: reads wait for that.
+        """
+        with contextlib.suppress(StoreUnavailable, TimeoutError):
+            if isinstance(error, DroverError) and error.reason is RefusalReason.NOT_FOUND:
+                await self._store.barrier()
+                return True
+            if isinstance(error, StoreUnavailable) and method.startswith(_READS):
+                async with asyncio.timeout(min(RECONNECT_S, left_s / 2)):
+                    while self._store.session is not SessionState.CONNECTED:  # noqa: ASYNC110 - bounded above
+                        await asyncio.sleep(RECONNECT_LOOK_S)
+                return True
         return False
 
     async def _tell_health(self) -> None:

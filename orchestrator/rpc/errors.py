@@ -265,7 +265,8 @@ Translate = Callable[[Exception], DroverError | None]
 """What an exception means that a handler let through; None: it was not foreseen."""
 
 
-LookAgain = Callable[[DroverError], Awaitable[bool]]
+LookAgain = Callable[[Exception, str, float], Awaitable[bool]]
+"""(error, name of the call, seconds that its caller still waits) -> ask the handler once more."""
 
 
 async def _answer(behaviour: Callable[..., Any], request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
@@ -334,19 +335,27 @@ class Errors(aio.ServerInterceptor):
             )
         return grpc.stream_stream_rpc_method_handler(self._stream(handler.stream_stream, method), **parts)
 
-    async def _ask(self, behaviour: Callable[..., Any], request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+    async def _ask(
+        self, behaviour: Callable[..., Any], request: Any, context: aio.ServicerContext[Any, Any], method: str
+    ) -> Any:
         try:
             return await _answer(behaviour, request, context)
-        except DroverError as error:
-            if self._look_again is None or not await self._look_again(error):
+        except Exception as error:
+            if not await self._is_to_look_again(error, context, method):
                 raise
             return await _answer(behaviour, request, context)
+
+    async def _is_to_look_again(self, error: Exception, context: aio.ServicerContext[Any, Any], method: str) -> bool:
+        if self._look_again is None or isinstance(error, aio.AbortError):
+            return False
+        left_s = cast(float | None, context.time_remaining())
+        return await self._look_again(error, method.rpartition("/")[2], left_s or 0.0)
 
     def _unary(self, behaviour: Callable[..., Any], method: str) -> Any:
         async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
             try:
                 self._check_deadline(context)
-                answer = await self._ask(behaviour, self._checked(request), context)
+                answer = await self._ask(behaviour, self._checked(request), context, method)
                 self._answered(method, "OK")
                 return answer
             except Exception as error:
@@ -366,8 +375,8 @@ class Errors(aio.ServerInterceptor):
                     async for answer in answers:
                         heard = True
                         yield answer
-                except DroverError as error:
-                    if heard or self._look_again is None or not await self._look_again(error):
+                except Exception as error:
+                    if heard or not await self._is_to_look_again(error, context, method):
                         raise
                     answers = behaviour(checked, context)
                     async for answer in answers:

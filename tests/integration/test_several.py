@@ -118,7 +118,7 @@ class Crowd:
         begun = time.monotonic()
         blow()
         until(lambda: all(self.ended(name) for name in made), OVER_S, "the end of the migrations")
-        until(lambda: bool(self.client.get_evacuation(job).end_time.seconds), OVER_S, "the end of the evacuation")
+        until(lambda: self.job_ended(job), OVER_S, "the end of the evacuation")
         print(f"all was over {time.monotonic() - begun:.1f} s after the blow")
         assert [wire.word(self.client.get_migration(name), "phase") for name in made] == ["SUCCEEDED"] * len(made)
         over = self.client.get_evacuation(job)
@@ -137,6 +137,9 @@ class Crowd:
 
     def ended(self, name: str) -> bool:
         return bool(self.client.get_migration(name).end_time.seconds)
+
+    def job_ended(self, name: str) -> bool:
+        return bool(self.client.get_evacuation(name).end_time.seconds)
 
     def cli(self) -> float:
         """One call of the command line, in a process of its own; seconds."""

@@ -113,10 +113,10 @@ def find_host(layout: Layout, host: str) -> set[Identity]:
 def find_ray(layout: Layout, head: str = RAY, noted: Collection[Identity] | None = None) -> set[Identity]:
     """Every living process of a Ray head, actors and workers included; `ray` is the only head, or all of them.
 
-    `noted`: descendants of that head, by the supervisor's list; without it what cluster.json has of all heads.
+    `noted`: descendants of that head, by the supervisor's list. What cluster.json has is of all heads together.
     """
     marks = _Marks(layout)
-    known = marks.ray if noted is None else noted
+    known = noted if noted is not None else marks.ray if head == RAY else ()
     found: set[Identity] = set()
     for seen in processes.scan():
         environment = seen.environment()
