@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -32,8 +32,8 @@ log = structlog.get_logger(__name__)
 class _Epoch(Record):
     epoch: int = -1
     """Of shard 0, the only one of a fleet that is not shared out."""
-    others: tuple[tuple[int, int], ...] = ()
-    """(shard, epoch) of the other shards."""
+    others: dict[str, int] = field(default_factory=dict[str, int])
+    """Of the other shards, by their numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +74,10 @@ class Journal:
         self._open_records()
         try:
             found = decode(_Epoch, (self._directory / _EPOCH_FILE).read_bytes())
-            self._epochs = {0: found.epoch, **dict(found.others)}
+            self._epochs = {0: found.epoch, **{int(shard): epoch for shard, epoch in found.others.items()}}
         except FileNotFoundError:
             pass
-        except (BadRecord, OSError) as error:
+        except (BadRecord, OSError, ValueError) as error:
             log.warning("journal: epoch is unreadable", error=str(error))
         for path in files:
             migration, _, attempt = path.stem.rpartition("-")
@@ -123,7 +123,7 @@ class Journal:
         On a disk that takes nothing it holds for the life of this process, and is written when there is room again.
         """
         self._epochs[shard] = epoch
-        others = tuple(sorted((other, seen) for other, seen in self._epochs.items() if other))
+        others = {str(other): seen for other, seen in sorted(self._epochs.items()) if other}
         self._unwritten[self._directory / _EPOCH_FILE] = encode(_Epoch(self.epoch(), others))
         await self._write_all()
 

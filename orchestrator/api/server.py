@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 SERVICE: str = orchestrator_pb2.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
 LAYOUT_AGAIN_S = 1.0
 RETRY_S = 0.5
-RECONNECT_S = 4.0
+RECONNECT_S = 8.0
 """A read waits for so long, and at most for half of its caller's time, for a ledger that is away."""
 RECONNECT_LOOK_S = 0.05
 _READS = ("Get", "List", "Watch")

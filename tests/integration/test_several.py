@@ -22,12 +22,13 @@ from deploy.lab.cluster import network, processes, teardown, zookeeper
 from deploy.lab.cluster.layout import Server
 from deploy.lab.cluster.processes import Identity
 from orchestrator import wire
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import Leader
 from orchestrator.ledger import paths
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from tests.fakes.cluster import Cluster, make_config, missing, running_cluster, short_directory, until
 from tests.integration.handover.judge import judge
-from tests.integration.handover.scene import Born, Observer, Scene
+from tests.integration.handover.scene import Born, Observer, Scene, reach
 
 pytestmark = [
     pytest.mark.integration,
@@ -128,18 +129,29 @@ class Crowd:
 
     def gather(self, source: str, away: str) -> None:
         """All on one host again, which is the next source."""
-        self.client.uncordon_host(source)
+        reach(lambda: self.client.uncordon_host(source).name, "an uncordon")
         strays = [guest for guest in self.guests if self.scene.record(guest).owner.host != away]
-        made = [self.client.create_migration(guest.name, away).name for guest in strays]
+        made = [
+            reach(lambda guest=guest: self.client.create_migration(guest.name, away).name, "a way") for guest in strays
+        ]
         until(lambda: all(self.ended(name) for name in made), OVER_S, "all of them on one host")
         third = self.scene.third
         self.scene.here, self.scene.there, self.scene.third = away, third, source
 
     def ended(self, name: str) -> bool:
-        return bool(self.client.get_migration(name).end_time.seconds)
+        return self.looked(lambda: bool(self.client.get_migration(name).end_time.seconds))
 
     def job_ended(self, name: str) -> bool:
-        return bool(self.client.get_evacuation(name).end_time.seconds)
+        return self.looked(lambda: bool(self.client.get_evacuation(name).end_time.seconds))
+
+    @staticmethod
+    def looked(look: Callable[[], bool]) -> bool:
+        """As the command line's watches do: an ensemble without a leader has no answer for some seconds."""
+        try:
+            return look()
+        except DroverError as error:
+            assert error.reason is RefusalReason.LEDGER_UNREACHABLE, error
+            return False
 
     def cli(self) -> float:
         """One call of the command line, in a process of its own; seconds."""

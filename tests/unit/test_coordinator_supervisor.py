@@ -294,9 +294,9 @@ async def test_an_agent_that_read_a_newer_epoch_is_right(world: World) -> None:
     """Our call was under way while another coordinator was elected."""
     real = world.call
 
-    def call(what: str, host: str, attempt: int, epoch: int) -> None:
+    def call(what: str, host: str, attempt: int, epoch: int, shard: int = 0) -> None:
         world.store.tree.nodes[paths.epoch()] = Versioned(b"", EPOCH + 1, 0)
-        real(what, host, attempt, epoch)
+        real(what, host, attempt, epoch, shard)
 
     world.call = call
     assert await drive(world) == "DEPOSED"
