@@ -138,6 +138,9 @@ class Crowd:
         third = self.scene.third
         self.scene.here, self.scene.there, self.scene.third = away, third, source
 
+    def move(self, guest: Born, away: str) -> str:
+        return reach(lambda: self.client.create_migration(guest.name, away).name, "a migration")
+
     def ended(self, name: str) -> bool:
         return self.looked(lambda: bool(self.client.get_migration(name).end_time.seconds))
 
