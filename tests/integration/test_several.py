@@ -153,7 +153,8 @@ class Crowd:
         try:
             return look()
         except DroverError as error:
-            assert error.reason is RefusalReason.LEDGER_UNREACHABLE, error
+            if error.reason is not RefusalReason.LEDGER_UNREACHABLE:
+                raise
             return False
 
     def cli(self) -> float:
