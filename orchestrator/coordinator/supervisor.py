@@ -312,14 +312,11 @@ class Supervisor:
 
     async def _stand(self) -> int | None:
         self._lost.clear()
-<<<<<<< HEAD
         if wrong := await self._too_new():
             self.status.waiting_for = wrong
             self.status.progress += 1
             return None
-=======
         self._hand_over.clear()
->>>>>>> fa5110f (Share the fleet out among coordinators by shards)
         active_set = (paths.ACTIVE_MIGRATIONS, paths.ACTIVE_EVACUATIONS, paths.ENDED_EVACUATIONS)
         for path in (self._epoch_path, self._set_aside, *active_set):
             await self._store.ensure(path)
@@ -327,11 +324,12 @@ class Supervisor:
         return await self._campaign()
 
     async def _too_new(self) -> str:
-        """Why a coordinator of this version may not lead; empty when it may. An older layout is upgraded."""
+        """Why a coordinator of this version may not lead; empty when it may. An older layout is upgraded by the leader
+        of shard 0, and the others wait for that."""
         try:
             await layout.must_be_ours(self._store)
         except layout.WrongLayout as wrong:
-            return str(wrong) if wrong.newer else ""
+            return str(wrong) if wrong.newer or self._share.shard else ""
         return ""
 
     async def _campaign(self) -> int | None:
@@ -411,17 +409,13 @@ class Supervisor:
             tasks.spawn(work, work.__name__, failed=failed)
 
         self._quarantine.clear_all()
-<<<<<<< HEAD
-        runner = EvacuationRunner(self._store, self._index, epoch, self._nudged, self._agents)
-        spawn(self._watch_lost(over))
-        upgrade = tasks.spawn(Upgrade(self._store, epoch, self._upgrading).run(), "upgrade", failed=failed)
-        if upgrade is not None:
-            await asyncio.wait({upgrade, asyncio.ensure_future(over.wait())}, return_when=asyncio.FIRST_COMPLETED)
-=======
         runner = EvacuationRunner(self._store, self._index, epoch, self._nudged, self._agents, share=self._share)
         spawn(self._until_set(self._lost, over))
         spawn(self._until_set(self._hand_over, over))
->>>>>>> fa5110f (Share the fleet out among coordinators by shards)
+        if self._share.shard == 0:
+            upgrade = tasks.spawn(Upgrade(self._store, epoch, self._upgrading).run(), "upgrade", failed=failed)
+            if upgrade is not None:
+                await asyncio.wait({upgrade, asyncio.ensure_future(over.wait())}, return_when=asyncio.FIRST_COMPLETED)
         spawn(self._discover(epoch, runner, spawn))
         spawn(self._for_ever(lambda: self._places.tend(epoch), "places of those who wait", 0.0))
         keeping = Keeping(self._store, self._index, epoch, self._retention, self._history)
@@ -465,17 +459,12 @@ class Supervisor:
             return
         self._quarantine.changed.set()
 
-<<<<<<< HEAD
     def _upgrading(self, said: str) -> None:
         self.status.waiting_for = said
         self.status.progress += 1
 
-    async def _watch_lost(self, over: asyncio.Event) -> None:
-        await self._lost.wait()
-=======
     async def _until_set(self, end: asyncio.Event, over: asyncio.Event) -> None:
         await end.wait()
->>>>>>> fa5110f (Share the fleet out among coordinators by shards)
         over.set()
 
     async def _discover(self, epoch: int, runner: EvacuationRunner, spawn: Spawn) -> None:
