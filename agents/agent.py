@@ -59,13 +59,13 @@ _UUID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 RETRY_S = 0.2
 FIRST_SCAN_S = 10.0
 SCAN_S = 60.0
-"""So long a birth that nobody carries out is left alone."""
+"""How long a birth that nobody carries out is left alone."""
 TIDY_S = 30.0
 """Guests that have left are taken off the host's list at most this often."""
 NET_S = 1_800.0
 """Everything on the list is looked at this often, whatever the watch said."""
 MEMORY_S = 2.0
-"""So long a destination, and a birth, wait for the copies of guests that have left to be gone."""
+"""How long a destination, and a birth, wait for the copies of guests that have left to be gone."""
 SAMPLE_S = 0.25
 """Watchers are told at most this often."""
 

@@ -18,11 +18,11 @@ log = structlog.get_logger(__name__)
 MAX_CONNECTIONS = 1024
 """Of one server: more than a cluster has agents, coordinators and API replicas."""
 FEW = 4096
-"""With fewer than so many, a host of some hundred guests runs out of them."""
+"""With fewer than this, a host of some hundred guests runs out of them."""
 RESERVE = 32
 """Enough to look at processes, write notes, and reach the ledger and some peers again."""
 SPARE = 8
-"""The reserve is let go of when fewer than so many are free."""
+"""The reserve is let go of when fewer than this are free."""
 LOOK_S = 0.5
 
 

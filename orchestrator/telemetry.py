@@ -36,7 +36,7 @@ FOLD_S = 60.0
 """A line that repeats itself is written so often."""
 MAX_FOLDED = 256
 FLUSH_S = 1.0
-"""So long a process waits at its end for its last lines."""
+"""How long a process waits at its end for its last lines."""
 _RETRY_S = (0.1, 1.0)
 """First and longest wait after a line could not be written."""
 
@@ -168,7 +168,7 @@ atexit.register(flush)
 
 
 def configure_logging(level: str = "info") -> None:
-    """Once, at the start of a process. Raises ValueError for a level that there is not."""
+    """Once, at the start of a process. Raises ValueError for an unknown level."""
     if level.lower() not in LEVELS:
         raise ValueError(f"log level must be one of {', '.join(LEVELS)}, not {level!r}")
     number = getattr(logging, level.upper())

@@ -149,7 +149,7 @@ def overrides_to_proto(given: Mapping[str, object]) -> tuple[types_pb2.Migration
 def policy_patch(given: Mapping[str, object] | None) -> types_pb2.MigrationPolicy | None:
     """A part of a policy, by the field names of `MigrationPolicy`; what is not given stays unset. None stays None.
 
-    Raises DroverError INVALID_ARGUMENT for a field that there is not, or a value of the wrong kind.
+    Raises DroverError INVALID_ARGUMENT for an unknown field, or a value of the wrong kind.
     """
     if given is None:
         return None

@@ -53,7 +53,7 @@ RETRY_S = 0.3
 SAID_AGAIN_S = 60.0
 """The same trouble of a guest is logged so often."""
 WISH_S = 2.0
-"""So long the answer to a pause or resume waits for its effect."""
+"""How long the answer to a pause or resume waits for its effect."""
 
 
 def _said(error: Exception) -> str:
@@ -110,7 +110,7 @@ class HostedGuest(HeldGuest):
         await asyncio.gather(*(copy.detach() for copy in self.copies.values()), return_exceptions=True)
 
     def _record_seen(self, record: GuestRecord | None) -> None:
-        if record is not None:  # a record that vanished is no news of the guest
+        if record is not None:  # a record that vanished says nothing about the guest
             self.record = record
         self.wake()
 

@@ -35,7 +35,7 @@ from orchestrator.tasks import Tasks, failures
 log = structlog.get_logger(__name__)
 
 FAILED_S = 0.3
-"""An attempt whose shell failed is left alone for so long; then the keeper ends it as a restarted agent would."""
+"""How long an attempt whose shell failed is left alone; then the keeper ends it as a restarted agent would."""
 NEEDS_OPERATOR_S = 5.0
 """A guest that could not be started again is tried again this often; it is started nowhere else."""
 
@@ -43,7 +43,7 @@ _SAMPLED = frozenset({SourceStage.BINDING, SourceStage.PRECOPY})
 """No questions to the VMM in the blackout."""
 _SAMPLE_S = 0.25
 _TOLD_S = 1.0
-"""So long a report waits for the destination's half of it: the ledger may tell of DONE before the destination does."""
+"""How long a report waits for the destination's half of it: the ledger may tell of DONE before the destination does."""
 _WARM_S = 2.0
 _STARTED_S = 0.7
 

@@ -43,7 +43,7 @@ class DestinationShell(Shell[DestinationState]):
     want_run: Callable[[], Awaitable[bool]]
     """The operator's wish, read from the ledger when the guest is about to start and no GO has brought it."""
     unclaimed_ms: float = _UNCLAIMED_MS
-    """So long the VMM waits for somebody to conduct its attempt (PrepareOrder.timeout_ms)."""
+    """How long the VMM waits for somebody to conduct its attempt (PrepareOrder.timeout_ms)."""
     in_vmm: InVmmDevices | None = None
     timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
     started: asyncio.Event = field(default_factory=asyncio.Event)

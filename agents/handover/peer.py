@@ -71,7 +71,7 @@ class SourcePeer(Protocol):
 _CALL_S = 1.0
 _PING_S = 0.8
 _FRAME_S = 10.0
-"""A destination device that takes no data for so long has failed the attempt."""
+"""A destination device that takes no data for this long has failed the attempt."""
 
 MAX_FRAME_BYTES = 2 << 20
 """Of device state in one frame; device processes give half of it at a time."""

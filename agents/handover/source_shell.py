@@ -47,10 +47,10 @@ _VITALS_S = 0.25
 _FRESH_S = 1.0
 _HOOK_S = 2.0
 _NAMES_S = 0.5
-"""So long an abort waits to learn which devices inside the VMM it is about."""
+"""How long an abort waits to learn which devices inside the VMM it is about."""
 
 _ROLL_BACK_S = 2.0
-"""So long a guest that stands still waits for a device's way back, and runs on without it then."""
+"""How long a guest that stands still waits for a device's way back; then it runs on without it."""
 _CUT_SHORT: frozenset[Command] = frozenset({Do.QUIESCE, Do.PROCEED})
 
 

@@ -76,7 +76,7 @@ class Concerned:
             mark, node = await self._store.read(path), await self._concerning(uuid)
             if mark is None or (node is not None and node.concerns):
                 return []
-            if node is None:  # its life was over for long, or the ledger lost it: who writes it again lists it again
+            if node is None:  # its life ended long ago, or the ledger lost it; whoever writes it again lists it again
                 return [Delete(path, mark.version)]
             return [Check(paths.guest(uuid), node.version), Delete(path, mark.version)]
 

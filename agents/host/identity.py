@@ -51,7 +51,7 @@ class PowerCycle:
 
     boot_id: str
     machine: str
-    """Bound to the hardware, never to a disk; empty when the hardware has nothing of its own to say."""
+    """Bound to the hardware, never to a disk; empty when nothing in the hardware is unique."""
 
 
 class HostIdentity(Protocol):

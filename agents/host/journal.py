@@ -168,7 +168,7 @@ class Journal:
         self._bound()
 
     def _bound(self) -> None:
-        while len(self._unwritten) > KEPT_REPORTS + KEPT_RECORDS:  # on a disk that takes nothing for long
+        while len(self._unwritten) > KEPT_REPORTS + KEPT_RECORDS:  # on a disk that takes nothing for a long time
             self._unwritten.pop(next(iter(self._unwritten)))
         self._dirty.set()
 

@@ -20,7 +20,7 @@ from orchestrator.core.records import DeviceSpec
 log = structlog.get_logger(__name__)
 
 _DETACH_S = 2.0
-"""Calls are repeated for so long while the program does not answer."""
+"""How long calls are repeated while the program does not answer."""
 
 
 class ExternalDevices:

@@ -35,7 +35,7 @@ from protos.drover.v1 import types_pb2
 log = structlog.get_logger(__name__)
 
 CONFIRMATION_S = 600
-"""A confirmation is good for so long."""
+"""How long a confirmation is good."""
 MAX_NAMED = 100
 """Guests of a plan that are named; the others are counted."""
 _SOME = 5

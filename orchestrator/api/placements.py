@@ -29,8 +29,8 @@ class Placements:
         self._tools = tools
 
     async def check(self, request: pb.CheckPlacementRequest) -> pb.CheckPlacementResponse:
-        """Raises INVALID_ARGUMENT, and NOT_FOUND for a guest or a host that there is not; a guest that has no place is
-        an answer like any other."""
+        """Raises INVALID_ARGUMENT, and NOT_FOUND for an unknown guest or host; that a guest has no
+        place is an answer like any other."""
         need = check(request)
         if need is None:
             uuid = await guest_uuid(self._tools.ledger, request.guest, field="guest")

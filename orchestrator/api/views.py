@@ -164,7 +164,7 @@ def _with_newer(message: str, fields: Sequence[str]) -> str:
 
 
 def migration_elapsed_ms(read: MigrationRead, fleet: Fleet, ages: Ages) -> int:
-    """How long it has taken; a change of this alone is no news of the migration."""
+    """How long it has taken; a change in this alone is not worth telling."""
     state, reports = read.standing.state, read.standing.reports
     spent_ms = max(state.spent_ms, sum(report.duration_ms for report in reports))  # older versions wrote no `spent_ms`
     if state.phase.terminal:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 SHORTEST_ID = 8
-"""Long ids are shown with at least so many characters, and with as many as tell them apart."""
+"""Long ids are shown with at least this many characters, and with as many as tell them apart."""
 
 LONG_ID = 24
 """From this length on an id is abbreviated; a shorter one was made for people."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 PATIENCE_S = 30.0
-"""So long a watch goes on without an answer from the API, which may be restarting."""
+"""How long a watch goes on without an answer from the API, which may be restarting."""
 RETRY_S = 0.5
 REFRESH_HZ = 4
 WIDE = 100
@@ -69,7 +69,7 @@ class Line:
     attempt: int = 0
     memory_mib: int = 0
     fraction: float = 0.0
-    """Of its memory that needs not be sent any more, 0..1."""
+    """The share of its memory that no longer has to be sent, 0..1."""
     rate_mbps: float = 0.0
     eta_s: float = 0.0
     """0: not known."""
@@ -191,7 +191,7 @@ class Board:
     """What went wrong with the watch itself."""
 
     def took(self, elapsed_ms: float, now_s: float, *, over: bool) -> None:
-        """What is watched had been under way for so long when that was said, now."""
+        """Take in how long the watched work has been under way, as just said by the API."""
         began_s = now_s - elapsed_ms / 1000
         self.started_s = began_s if self.started_s is None or over else min(self.started_s, began_s)
         self.ended_s = now_s if over else None

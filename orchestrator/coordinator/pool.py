@@ -39,7 +39,7 @@ class WorkerPort(Protocol):
         ...
 
     async def ping(self) -> bool:
-        """Answers: it has a ledger and can drive. Raises WorkerLost; may also not return at all."""
+        """Whether it has a ledger and can drive. Raises WorkerLost, or never returns: the caller bounds it."""
         ...
 
     def kill(self) -> None:

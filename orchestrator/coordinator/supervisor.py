@@ -67,7 +67,7 @@ ROOM_AGAIN_S = 1.0
 ROOM_AGAIN_MAX_S = 10.0
 """A migration that waits for room looks for it at first this often, and in the end this seldom."""
 WORKERS_LOST = 3
-"""A migration that lost so many workers in a row is set aside: it may be what ends them."""
+"""A migration that lost this many workers in a row is set aside: it may be what ends them."""
 LOOK_RETRY_S = 0.5
 LOOK_S = 1.0
 """While nothing moves, the leader makes sure this often that the ledger answers."""
@@ -78,7 +78,7 @@ POWER_S = 2.0
 TELL_S = 0.2
 """The list of what is set aside is written at most so often."""
 HEALTHY_S = 30.0
-"""What has worked for so long after it was set aside is no longer set aside."""
+"""What has worked for this long after it was set aside is no longer set aside."""
 
 
 Dispatch = Callable[[str, int], Awaitable[str]]

@@ -13,9 +13,9 @@ from typing import Any
 from orchestrator.coordinator.supervisor import LEDGER
 
 SILENT_S = 20.0
-"""An actor that answers nothing, or turns no round, for so long is restarted; twice so long silent: Ray is gone."""
+"""An actor that answers nothing, or turns no round, for this long is restarted; silent twice as long: Ray is gone."""
 LEDGER_SILENT_S = 600.0
-"""An actor that answers, and says that it waits for the ledger, is restarted after so long: its client may be stuck,
+"""An actor that answers, and says that it waits for the ledger, is restarted after this: its client may be stuck,
 but a restart brings no ledger back, and costs a start of Python and the list of what was set aside."""
 
 
@@ -33,7 +33,7 @@ class Pulse:
 
     answered_s: float
     moved_s: float
-    """When it last turned a round, or said that it cannot for want of the ledger."""
+    """When it last turned a round, or said that it cannot because it has no ledger."""
     progress: int = -1
     waits_since_s: float | None = None
     """Since when each answer has said that it waits for the ledger."""

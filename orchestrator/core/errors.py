@@ -87,7 +87,7 @@ class RefusalReason(StrEnum):
     """An earlier attempt is still being ended there: repeat the call in a moment."""
     TOO_MANY_WATCHES = "TOO_MANY_WATCHES"
     SLOW_READER = "SLOW_READER"
-    """What a watch told was not taken in for so long that the watch was ended. Begin anew: it starts with what is."""
+    """The watch was ended because its reader did not keep up. Begin another one: it starts with the present state."""
     INSTRUCTIONS_DISABLED = "INSTRUCTIONS_DISABLED"
     """This cluster allows nobody to instruct devices."""
     INSTRUCTION_REFUSED = "INSTRUCTION_REFUSED"

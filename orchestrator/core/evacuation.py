@@ -31,7 +31,7 @@ MAX_TRIES = 2
 """Migrations per guest and job; each has its own attempts inside."""
 
 SILENT_MS = SOURCE_PATIENCE_MS + 2_000.0
-"""A job ends when its host's agent has been silent for so long: a little later than its migrations do."""
+"""A job ends when its host's agent has been silent for this long: a little later than its migrations do."""
 STALLED_MS = 60_000.0
 """A job waits no longer than this for a guest that is starting, for one whose destination does not finish what was
 committed, or for what is left of guests that have moved, while nothing else in it changes."""

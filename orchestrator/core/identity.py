@@ -88,7 +88,7 @@ class PlaceSeen:
     declared_dead: bool = False
     """The claimant's own power cycle is."""
     holder_gone: bool = False
-    """The claimant's own kernel says that the holder's process has ended. That it cannot tell is no such word."""
+    """The claimant's own kernel says that the holder's process has ended. That it cannot tell does not count."""
 
 
 @dataclass(frozen=True, slots=True)

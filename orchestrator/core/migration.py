@@ -25,7 +25,7 @@ from orchestrator.core.records import AttemptReport, MigrationPhase, MigrationSp
 REPEAT_MS = 1_000.0
 """Pause before an idempotent call is repeated."""
 UNREACHABLE_REPEAT_MS = 200.0
-"""The same after a call of which nobody knows what came; it doubles with each that follows, up to REPEAT_MS. All of
+"""The same after a call whose outcome is unknown; it doubles with each that follows, up to REPEAT_MS. All of
 them belong to one attempt, which `prepare_timeout_ms` ends."""
 PLACEMENT_PATIENCE_MS = 20_000.0
 """How long a migration waits for a host that is silent or busy before it gives up placing."""
@@ -287,7 +287,7 @@ class Course:
     unanswered: bool = False
     """The last call to the source had no answer."""
     in_vain: int = 0
-    """Calls in a row of which nobody knows what came."""
+    """Calls in a row whose outcome is unknown."""
     told: str = ""
     """What the migration last said that it waits for."""
 

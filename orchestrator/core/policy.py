@@ -58,7 +58,7 @@ PolicyOverrides = Mapping[str, int | bool | str]
 def override(policy: MigrationPolicy, given: PolicyOverrides) -> MigrationPolicy:
     """The policy with `given` in place of its own fields. Fields that only a newer version knows are kept as such.
 
-    Raises ValueError for an `on_timeout` that there is not.
+    Raises ValueError for an unknown `on_timeout`.
     """
     known = {each.name for each in known_fields(MigrationPolicy)}
     changed: dict[str, Any] = {name: value for name, value in given.items() if name in known}

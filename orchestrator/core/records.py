@@ -465,7 +465,7 @@ class QuarantineList(Record):
 
     entries: tuple[Quarantined, ...] = ()
     left_out: int = 0
-    """Set aside as well, for want of room not listed."""
+    """Set aside as well, but not listed for lack of room."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ def examine(known: Known) -> Examination:
 
 def examine_lost(lost: Lost) -> Examination:
     """The record may be written again only where the guest can run nowhere else: one host has it and says itself that
-    the record is lost, and every other host says that it has nothing of it. Silence is no such word."""
+    the record is lost, and every other host says that it has nothing of it. Silence does not count."""
     holders = [host for host in lost.hosts if host.no_record and _may_be_the_guest(host)]
     others = [host for host in lost.hosts if host not in holders]
     running = [host.host for host in others if any(copy.pid or copy.devices_pid for copy in host.copies)]

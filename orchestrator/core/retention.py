@@ -82,7 +82,7 @@ class Ended:
     order: int
     """When it ended, in the ledger's own order; larger is later."""
     age_h: float
-    """At least so long ago."""
+    """At least this long ago."""
 
 
 def surplus(ended: Iterable[Ended], bound: Bound, *, needed: Collection[str] = ()) -> list[str]:

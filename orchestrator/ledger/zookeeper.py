@@ -71,7 +71,7 @@ _TURN_S = 20.0
 _PATIENT_S = 2.0
 _SILENT = 0.5
 """A connection is cut for an operation that timed out when nothing else was answered for so much of its time-out: one
-that is merely slow would be slower still for being made anew."""
+that is merely slow would only get slower by being replaced."""
 _DISARM_S = 5.0
 """After its last watch ended a node's trigger is taken from kazoo: later than the answer to any read of that watch."""
 _STATES = {

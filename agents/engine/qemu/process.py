@@ -59,7 +59,7 @@ def console_socket(spec: VmmSpec) -> Path:
 
 
 def link_console(spec: VmmSpec) -> None:
-    """Idempotent. To be made when the socket is there: who looks for consoles would try too early. Raises OSError."""
+    """Idempotent. Call it when the socket is there, or whoever looks for consoles tries too early. Raises OSError."""
     if spec.console_path.is_symlink() and spec.console_path.readlink() == console_socket(spec).absolute():
         return
     spec.console_path.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deploy.lab.cluster.config import LocalConfig
 
 STOP_TIMEOUT_S = 20.0
-"""So long the supervisor has to end everything itself; then it is killed and `down` does it."""
+"""How long the supervisor may take to end everything itself; then it is killed and `down` does it."""
 BUILD_TIMEOUT_S = 60.0
 READY_GRACE_S = 60.0
 """Beyond the time that the supervisor gives itself for the start."""

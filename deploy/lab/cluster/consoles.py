@@ -310,7 +310,7 @@ class Consoles:
     # --- writing
 
     def flush(self, lag_ms: int = 0) -> None:
-        """Write down what was heard. `lag_ms`: so long the collector stood still, which is noted where it matters."""
+        """Write down what was heard. `lag_ms`: how long the collector stood still, which is noted where it matters."""
         for console in self.known.values():
             if lag_ms and console.connected:
                 console.mark(f"LAG {lag_ms}")

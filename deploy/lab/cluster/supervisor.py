@@ -32,7 +32,7 @@ FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 5.0
 """A part that ended is started again after these; doubled from the first to the longest while it keeps ending."""
 STEADY_S = 10.0
-"""Having lived so long, a part is not crash-looping."""
+"""A part that has lived this long is not crash-looping."""
 FALSE_STARTS = 4
 """A part that ended so often before the cluster was ever ready will not come up at all."""
 PROBE_S, PROBE_MOST_S = 0.03, 0.3

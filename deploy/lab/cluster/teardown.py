@@ -21,7 +21,7 @@ from deploy.lab.cluster.processes import Identity, RunningProcess
 _COLLECTOR = "collector"
 _COLLECTOR_GRACE_S = 2.0
 _PATIENCE_S = 10.0
-"""A process that SIGKILL does not end in so long hangs in the kernel."""
+"""A process that SIGKILL does not end within this time hangs in the kernel."""
 _RAY_TITLE = "ray::"
 _DEVICES_NOTE = ".devices.json"
 

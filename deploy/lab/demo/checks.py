@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from orchestrator.rpc.orchestrator_client import OrchestratorClient
 
 SILENCE_S = 0.5
-"""A paused guest is listened to for so long."""
+"""How long a paused guest is listened to."""
 VERIFY_S = 60.0
 VERIFY_AT_A_TIME = 2
 BEATS_S = 5.0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.rpc.messages import Migration
 
 AFTERMATH_NS = 200_000_000
-"""A guest counts as left alone again so long after its arrival was seen."""
+"""How long after its arrival was seen a guest counts as left alone again."""
 LAST_NEWS_S = 5.0
 _TERMINAL = frozenset({"SUCCEEDED", "CANCELLED", "FAILED"})
 _ABORTED = frozenset({"ABORTING", "RETRY_WAIT", "CANCELLED", "FAILED"})

@@ -18,7 +18,7 @@ OPERATOR, POLICY = "operator", "policy"
 _LATE_ACKS, _STOPPED_BY = "late-acks", "stopped-by"
 _NEVER_NS = (1 << 63) - 1
 SETTLE_NS = 100_000_000
-"""A guest that was paused: so long its last lines may still be on their way to the collector's stamp."""
+"""How long the last lines of a guest that was paused may still be on their way to the collector's stamp."""
 
 
 class RoleError(Exception):

@@ -98,7 +98,7 @@ class Ask:
     times: int | None = 1
     """Over the device's whole life; None: always."""
     sessions: int | None = None
-    """Only in the first so many sessions of the device's life."""
+    """Only in this many sessions, the first of the device's life."""
 
 
 @dataclass(frozen=True, slots=True)

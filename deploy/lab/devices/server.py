@@ -22,7 +22,7 @@ from orchestrator.core.errors import DroverError
 
 _FRAME_BYTES = 256 << 10
 _DIRTY_PAUSE_S = 0.05
-"""Dirty data is collected for so long before it is sent, unless there is much of it."""
+"""How long dirty data is collected before it is sent, unless there is much of it."""
 _DIRTY_AT_ONCE_BYTES = 64 << 10
 _MAX_WAIT_S = 5.0
 _KEPT_CALLS = 512

@@ -46,7 +46,7 @@ class Answer:
     payload: bytes = b""
     opens_session: bool = False
     hold_ms: int = 0
-    """So long it is held back; NEVER: until the VMM is gone."""
+    """How long it is held back; NEVER: until the VMM is gone."""
 
 
 @dataclass(frozen=True, slots=True)
