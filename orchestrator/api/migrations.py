@@ -43,6 +43,8 @@ log = structlog.get_logger(__name__)
 
 
 class Migrations:
+    """The calls about migrations."""
+
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
         self._nudges: set[asyncio.Task[None]] = set()
@@ -65,11 +67,16 @@ class Migrations:
         return shown
 
     async def read(self, name: str) -> MigrationRead:
+        """As the ledger has it now. Raises NOT_FOUND, StoreUnavailable, BadRecord."""
         return await read_migration(self._tools.ledger, name)
 
     # --- ask ----------------------------------------------------------------------------------------------------------
 
     async def create(self, request: pb.CreateMigrationRequest, caller: Caller) -> types_pb2.Migration:
+        """Write the migration down and return; the coordinator carries it out. A `destination` that is asked for
+        must have room now, or may have later under `wait_for_capacity`. With `validate_only` nothing is written,
+        and the answer is what would be. Raises INVALID_ARGUMENT, NOT_FOUND, REQUEST_ID_REUSED,
+        GUEST_IS_MIGRATING, OUTCOME_UNKNOWN, and what `no_place` gives."""
         check(request)
         asked = Request.of("" if request.validate_only else request.request_id, digest("CreateMigration", request))
         if earlier := await asked.earlier(self._tools):
