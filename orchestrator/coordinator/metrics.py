@@ -29,11 +29,17 @@ class Leading(Protocol):
     """What is told of its leadership, of one shard of the fleet or of all."""
 
     @property
-    def status(self) -> Status: ...
+    def status(self) -> Status:
+        """Where it stands now; of several shards together."""
+        ...
 
-    def set_aside(self) -> Counter[tuple[str, ...]]: ...
+    def set_aside(self) -> Counter[tuple[str, ...]]:
+        """How many are quarantined, by the labels of `drover_quarantined`."""
+        ...
 
-    def queued(self) -> Counter[tuple[str, ...]]: ...
+    def queued(self) -> Counter[tuple[str, ...]]:
+        """How many wait for their turn, by the labels of `drover_migrations_waiting`."""
+        ...
 
 
 class OfTheCoordinator(Collector):

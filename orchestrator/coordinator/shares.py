@@ -24,11 +24,12 @@ log = structlog.get_logger(__name__)
 
 LOOK_S = 2.0
 HAND_OVER_S = 10.0
-"""So long another seat must have been there before it gets what it should lead; doubled each time that it came back."""
+"""How long another seat must have been there before it gets what it should lead; doubled each time it came back."""
 HAND_OVER_MAX_S = 1_280.0
 
 
 def shares_of(shards: int) -> list[Share]:
+    """Every part of a fleet that is divided into so many shards."""
     return [Share(shard, shards) for shard in range(shards)]
 
 
