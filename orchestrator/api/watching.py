@@ -4,8 +4,9 @@ All streams of one kind share a `Feed`, which follows the ledger and the agents 
 once, and numbers the changes. A stream remembers only the number up to which it has told; a slow reader gets the newest
 state and never a backlog, and one that does not read at all is dropped by the server (`rpc.errors.Errors`).
 
-Changes are announced by watches on the ledger and by samples from the agents; both are hints. What is sent is read anew
-for a change in the ledger, and put together from memory for a sample.
+Changes are announced by one watch on the trees of the ledger in which the resources lie, and by samples from the
+agents; both are hints. What is sent is read anew for a change in the ledger, and put together from memory for a sample.
+While nothing moves nothing is done, however many resources are watched.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
@@ -23,7 +25,6 @@ from google.protobuf.message import Message
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.text import quoted
 from orchestrator.fleet import Fleet
-from orchestrator.ledger import paths
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import Store, StoreUnavailable
@@ -35,6 +36,8 @@ MERGE_S = 0.1
 """A resource is told at most so often."""
 AGE_S = 1.0
 RETRY_S = 0.25
+SLICE = 512
+"""Resources looked at in one turn: a first look at thousands holds up no news for longer."""
 
 Unfollow = Callable[[], None]
 R = TypeVar("R")
@@ -45,11 +48,28 @@ M_co = TypeVar("M_co", bound=Message, covariant=True)
 class Source(Protocol[R, M_co]):
     """What a feed has to know about one kind of resource."""
 
-    root: str
-    """Its children are the resources; its grandchildren, if it is one of `paths.SHARDED`."""
+    trees: tuple[str, ...]
+    """Roots of all nodes that show in a resource."""
 
-    async def active(self, names: Iterable[str]) -> Iterable[str]:
-        """Those of the names that may not be over. Raises StoreUnavailable."""
+    async def names(self) -> Iterable[str]:
+        """All that are not over. Raises StoreUnavailable."""
+        ...
+
+    def name_of(self, path: str) -> str:
+        """Whose own node stands at `path`; empty: it is of no resource, or of another kind."""
+        ...
+
+    def begins(self, path: str) -> bool:
+        """Whether a resource that is not over may have been created with the node at `path`, one of its own."""
+        ...
+
+    def is_shared(self, path: str) -> bool:
+        """Whether the node at `path` shows in many resources, see `refresh`."""
+        ...
+
+    async def refresh(self) -> Iterable[str]:
+        """Read the shared nodes. Returns the names of those in which they show otherwise than before. Raises
+        StoreUnavailable."""
         ...
 
     async def read(self, name: str) -> R | None:
@@ -67,7 +87,7 @@ class Source(Protocol[R, M_co]):
         ...
 
     def paths(self, read: R) -> Iterable[str]:
-        """The nodes whose change changes the resource."""
+        """The nodes, apart from its own, whose change changes the resource."""
         ...
 
     def keys(self, read: R) -> Iterable[str]:
@@ -91,7 +111,7 @@ class _Entry(Generic[R]):
     over: bool = False
     ever_active: bool = False
     """It was seen before it was over."""
-    stops: list[Unfollow] = field(default_factory=list[Unfollow])
+    paths: frozenset[str] = frozenset()
     keys: frozenset[str] = frozenset()
 
 
@@ -118,18 +138,26 @@ class Feed(Generic[R, M]):
         """Names that were looked at, by revision."""
         self._revision = 0
         self._readers: set[_Reader] = set()
+        self._of_all: set[_Reader] = set()
+        """Those that name nothing."""
         self._wanted: dict[str, set[_Reader]] = {}
         """Who names it."""
         self._by_key: dict[str, set[str]] = {}
+        self._by_path: dict[str, set[str]] = {}
         self._moved: dict[str, bool] = {}
         """What to look at in the next turn; True: read it anew."""
-        self._listed: dict[str, frozenset[str]] = {}
-        """Names below each root, as they were announced."""
-        self._candidates: set[str] = set()
-        """Listed, and not looked at yet."""
-        self._roots: dict[str, Unfollow] = {}
+        self._backlog: dict[str, None] = {}
+        """What to read anew once nothing else is to be looked at."""
+        self._stands = False
+        """Whatever moves from now on is announced."""
+        self._around = False
+        """The names of all, and the shared nodes, are to be looked at."""
+        self._meanwhile: set[str] | None = None
+        """Where something moved during this turn; None: none is under way."""
+        self._done: set[str] = set()
+        """Names that are over, or gone, and may not have been told to all yet."""
         self._wake = asyncio.Event()
-        self._unlisten: Unfollow = lambda: None
+        self._ends: list[Unfollow] = []
         self._task: asyncio.Task[None] | None = None
         self._tasks = Tasks("watches")
 
@@ -201,54 +229,61 @@ class Feed(Generic[R, M]):
         self._readers.add(reader)
         for name in reader.names:
             self._wanted.setdefault(name, set()).add(reader)
-            self._follow(name)
-        if not reader.names and not self._roots:
-            self._watch_root(self._source.root, shards=self._source.root in paths.SHARDED)
+            if name not in self._entries:
+                self._follow(name, self._moved)
+        if not reader.names:
+            self._around |= not self._of_all
+            self._of_all.add(reader)
         if self._task is None or self._task.done():
-            self._unlisten = self._fleet.listen(self._sampled)
+            self._ends = [
+                self._store.watch_tree(self._source.trees, self._announced),
+                self._fleet.listen(self._sampled),
+            ]
             self._task = self._tasks.spawn(self._run(), "feed")
         self._wake.set()
 
     def _leave(self, reader: _Reader) -> None:
         self._readers.discard(reader)
+        self._of_all.discard(reader)
         for name in reader.names:
             self._wanted[name].discard(reader)
             if not self._wanted[name]:
                 del self._wanted[name]
-        if not any(not other.names for other in self._readers):
-            self._unwatch_roots()
-        self._prune()
+        self._prune(reader.names if reader.names or self._of_all else self._entries)
         if not self._readers and self._task is not None:
             self._task.cancel()
-            self._task = None
-            self._unlisten()
+            self._task, self._stands, self._around = None, False, False
+            for end in self._ends:
+                end()
+            self._ends = []
+            self._moved, self._backlog = {}, {}
 
     # --- hints --------------------------------------------------------------------------------------------------------
 
-    def _watch_root(self, path: str, *, shards: bool) -> None:
-        def listed(names: tuple[str, ...]) -> None:
-            if path not in self._roots:
-                return
-            if shards:
-                for name in names:
-                    if f"{path}/{name}" not in self._roots:
-                        self._watch_root(f"{path}/{name}", shards=False)
-                return
-            self._candidates.update(frozenset(names) - self._listed.get(path, frozenset()))
-            self._listed[path] = frozenset(names)
+    def _announced(self, path: str | None) -> None:
+        """Something moved at `path`; None: everything may have moved."""
+        if path is None:
+            self._stands = self._around = True
+            self._backlog.update((name, None) for name, entry in self._entries.items() if not entry.over)
             self._wake.set()
-
-        self._roots[path] = lambda: None
-        self._roots[path] = self._store.watch_children(path, listed)
-
-    def _unwatch_roots(self) -> None:
-        for stop in self._roots.values():
-            stop()
-        self._roots, self._listed, self._candidates = {}, {}, set()
+            return
+        if self._meanwhile is not None:
+            self._meanwhile.add(path)
+        if self._source.is_shared(path):
+            self._around = True
+            self._wake.set()
+        for name in self._by_path.get(path, ()):
+            self._touch(name)
+        if name := self._source.name_of(path):
+            if name in self._entries:
+                self._touch(name)
+            elif self._of_all and self._source.begins(path):
+                self._follow(name, self._moved)
 
     def _touch(self, name: str) -> None:
-        self._moved[name] = True
-        self._wake.set()
+        if not self._entries[name].over:
+            self._moved[name] = True
+            self._wake.set()
 
     def _sampled(self, key: str) -> None:
         for name in self._by_key.get(key, ()):
@@ -259,44 +294,74 @@ class Feed(Generic[R, M]):
 
     async def _run(self) -> None:
         while True:
+            await self._wake.wait()
             self._wake.clear()
+            if not self._stands:
+                continue  # woken again once it does
             try:
-                await self._turn()
+                whole = await self._turn()
             except Exception:
                 log.exception("a watch's look failed")
-                await self._later()
-            await self._wake.wait()
+                whole = False
+            if not whole:
+                await asyncio.sleep(RETRY_S)
+            if not whole or self._moved or self._backlog:
+                self._wake.set()
             await asyncio.sleep(MERGE_S)
 
-    async def _turn(self) -> None:
-        """Look at what moved since the last turn. What the ledger does not tell now is looked at in the next."""
-        found, self._candidates = self._candidates, set()
+    async def _turn(self) -> bool:
+        """Look at what moved since the last turn, or at a slice of it. False: the ledger did not tell all; what is
+        missing is looked at in the next."""
+        self._meanwhile = set()
         try:
-            for name in await self._source.active(found):
-                self._follow(name)
-        except StoreUnavailable:
-            self._candidates |= found
-            await self._later()
-        moved, self._moved = self._moved, {}
-        stale = [name for name, anew in moved.items() if anew and name in self._entries]
-        if not all(await each(stale, self._refresh)):
-            await self._later()
+            whole = await self._look_around()
+            moved = self._take()
+            whole &= all(await each([name for name, anew in moved.items() if anew], self._refresh))
+        finally:
+            self._meanwhile = None
         changed = [name for name in moved if name in self._entries and self._render(name)]
-        readers = {reader for reader in self._readers if not reader.names} if changed else set[_Reader]()
+        readers = set(self._of_all) if changed else set[_Reader]()
         for name in changed:
             readers |= self._wanted.get(name, set())
         for reader in readers:
             reader.news.set()
-        self._prune()
+        self._prune(())
+        return whole
 
-    async def _later(self) -> None:
-        await asyncio.sleep(RETRY_S)
+    async def _look_around(self) -> bool:
+        """At what there is, and at what shows in many. False: the ledger did not answer."""
+        if not self._around:
+            return True
+        self._around = False
+        try:
+            for name in await self._source.refresh():
+                if name in self._entries:
+                    self._moved.setdefault(name, False)
+            if self._of_all:
+                found = await self._source.names()
+                for name in found if self._of_all else ():
+                    if name not in self._entries:
+                        self._follow(name, self._backlog)
+        except StoreUnavailable:
+            self._around = True
+            return False
+        except BaseException:
+            self._around = True
+            raise
+        return True
+
+    def _take(self) -> dict[str, bool]:
+        """What this turn looks at: news first."""
+        todo = {name: self._moved.pop(name) for name in list(islice(self._moved, SLICE))}
+        for name in list(islice(self._backlog, SLICE - len(todo))):
+            del self._backlog[name]
+            todo[name] = True
+        return {name: anew for name, anew in todo.items() if name in self._entries}
+
+    def _follow(self, name: str, when: dict[str, Any]) -> None:
+        self._entries[name] = _Entry()
+        when[name] = True
         self._wake.set()
-
-    def _follow(self, name: str) -> None:
-        if name not in self._entries:
-            self._entries[name] = _Entry()
-            self._moved[name] = True
 
     async def _refresh(self, name: str) -> bool:
         """Read it anew. False: the ledger did not answer, it stays to be looked at."""
@@ -315,13 +380,16 @@ class Feed(Generic[R, M]):
         except BadRecord as error:
             log.error("left out of watches: it cannot be read", name=name, error=str(error))
             entry.read, entry.error = None, error
-        if self._entries.get(name) is entry:
-            self._index(
-                name, entry, frozenset(self._source.keys(entry.read)) if entry.read is not None else frozenset()
-            )
-            if entry.read is not None and not entry.stops and not self._source.over(entry.read):
-                paths = self._source.paths(entry.read)
-                entry.stops = [self._store.watch(path, lambda _content: self._touch(name)) for path in paths]
+            return True
+        if self._entries.get(name) is not entry:
+            return True
+        known, read = entry.paths, entry.read
+        if read is None:
+            self._index(name, entry)
+        else:
+            self._index(name, entry, frozenset(self._source.paths(read)), frozenset(self._source.keys(read)))
+        if self._meanwhile and not self._meanwhile.isdisjoint(entry.paths - known):
+            self._moved[name] = True  # its node moved before it was known to be one of its nodes
         return True
 
     def _render(self, name: str) -> bool:
@@ -334,6 +402,8 @@ class Feed(Generic[R, M]):
             log.error("left out of watches: it cannot be shown", name=name, error=str(error), exc_info=fault)
             message, entry.read, entry.error = None, None, BadRecord(f"{name}: it cannot be shown: {error!r}")
         over = entry.read is not None and self._source.over(entry.read)
+        if over or entry.read is None:
+            self._done.add(name)
         if entry.revision and entry.error is None and (message, over) == (entry.message, entry.over):
             return False
         self._revision += 1
@@ -343,34 +413,38 @@ class Feed(Generic[R, M]):
         self._order[name] = None
         self._order.move_to_end(name)
         if over:
-            self._unfollow(name, entry)
+            self._index(name, entry)
         return True
 
-    def _index(self, name: str, entry: _Entry[R], keys: frozenset[str]) -> None:
-        for key in entry.keys - keys:
-            self._by_key[key].discard(name)
-            if not self._by_key[key]:
-                del self._by_key[key]
-        for key in keys - entry.keys:
-            self._by_key.setdefault(key, set()).add(name)
-        entry.keys = keys
+    def _index(
+        self, name: str, entry: _Entry[R], paths: frozenset[str] = frozenset(), keys: frozenset[str] = frozenset()
+    ) -> None:
+        """By what it is found when something moves."""
+        for index, old, new in ((self._by_path, entry.paths, paths), (self._by_key, entry.keys, keys)):
+            for key in old - new:
+                index[key].discard(name)
+                if not index[key]:
+                    del index[key]
+            for key in new - old:
+                index.setdefault(key, set()).add(name)
+        entry.paths, entry.keys = paths, keys
 
-    def _unfollow(self, name: str, entry: _Entry[R]) -> None:
-        self._index(name, entry, frozenset())
-        for stop in entry.stops:
-            stop()
-        entry.stops = []
-
-    def _prune(self) -> None:
-        """Forget what nobody waits for any more: what is over and told, or everything once nobody watches all."""
-        behind = [reader.told for reader in self._readers if not reader.names]
-        for name, entry in list(self._entries.items()):
-            told = not behind or (entry.revision > 0 and entry.revision <= min(behind))
-            done = entry.over or (entry.revision > 0 and entry.read is None)
-            if name not in self._wanted and (not behind or (done and told)):
-                self._unfollow(name, entry)
+    def _prune(self, left: Iterable[str]) -> None:
+        """Forget what nobody waits for any more: what is over and told, and what of `left` nobody watches."""
+        told = min((reader.told for reader in self._of_all), default=self._revision)
+        for name in [*left, *self._done]:
+            entry = self._entries.get(name)
+            if entry is None:
+                self._done.discard(name)
+                continue
+            done = name in self._done and (entry.over or entry.read is None)
+            if name not in self._wanted and (not self._of_all or (done and 0 < entry.revision <= told)):
+                self._index(name, entry)
                 del self._entries[name]
                 self._order.pop(name, None)
+                self._done.discard(name)
+            elif not done:
+                self._done.discard(name)
 
 
 # --- bounds -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 CHROOT = "/drover/v1"
 NAMES = "/names"
@@ -24,6 +25,7 @@ FENCE = "/fence"
 DEATHS = "/deaths"
 FENCERS = "/fencers"
 COORDINATORS = "/coord"
+"""Above everything that coordinators write of themselves."""
 SHARDS = "/coord/shards"
 """Into how many shards the fleet is shared out among coordinators (`core.shards`); empty or missing: it is one."""
 COORDINATOR = "/coord/0"
@@ -235,3 +237,23 @@ def host_of(path: str) -> str:
     root, _, rest = path[1:].partition("/")
     name, _, child = rest.partition("/")
     return name if f"/{root}" == FENCE or (f"/{root}" == HOSTS and child in _OF_A_HOST) else ""
+
+
+def active_of(path: str, root: str) -> str:
+    """The migration or job whose node of the active set stands at `path`; empty for any other node. `root` is the part
+    of the set that is meant."""
+    name = path[len(root) + 1 :] if path.startswith(f"{root}/") else ""
+    return "" if "/" in name else name
+
+
+def is_quarantine(path: str) -> bool:
+    """Whether a list of what a leader has set aside stands at `path`."""
+    return path.startswith(f"{COORDINATORS}/") and path.endswith("/quarantine")
+
+
+def member(path: str, root: str, children: Sequence[str] | None = None) -> str:
+    """Of a sharded root, the member whose node, or one of whose `children` (None: whichever), stands at `path`; empty
+    for any other node."""
+    _, first, *rest = path.split("/")
+    name, child = (rest[1] if len(rest) > 1 else ""), "/".join(rest[2:])
+    return name if f"/{first}" == root and (children is None or child in children) else ""

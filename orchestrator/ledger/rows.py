@@ -115,7 +115,7 @@ def migrations(store: Store, *, pace_s: float = 0.0) -> Table[MigrationRow]:
         store,
         paths.MIGRATIONS,
         names=ledger.list_migrations,
-        name_of=lambda path: _member(path, paths.MIGRATIONS, ("", "state")),
+        name_of=lambda path: paths.member(path, paths.MIGRATIONS, ("", "state")),
         read=read,
         pace_s=pace_s,
     )
@@ -152,7 +152,7 @@ def evacuations(store: Store, *, pace_s: float = 0.0) -> Table[EvacuationRow]:
         store,
         paths.EVACUATIONS,
         names=ledger.list_evacuations,
-        name_of=lambda path: _member(path, paths.EVACUATIONS, ("", "state")),
+        name_of=lambda path: paths.member(path, paths.EVACUATIONS, ("", "state")),
         read=read,
         pace_s=pace_s,
     )
@@ -170,14 +170,7 @@ def requests(store: Store, *, pace_s: float = 0.0) -> Table[RequestRow]:
         store,
         paths.REQUESTS,
         names=ledger.list_requests,
-        name_of=lambda path: _member(path, paths.REQUESTS, ("",)),
+        name_of=lambda path: paths.member(path, paths.REQUESTS, ("",)),
         read=read,
         pace_s=pace_s,
     )
-
-
-def _member(path: str, root: str, children: tuple[str, ...]) -> str:
-    """The name of the member of a sharded root whose node, or one of whose `children`, stands at `path`."""
-    _, first, *rest = path.split("/")
-    name, child = (rest[1] if len(rest) > 1 else ""), "/".join(rest[2:])
-    return name if f"/{first}" == root and child in children else ""

@@ -229,8 +229,9 @@ class MemoryStore:
     def watch_tree(self, roots: Sequence[str], callback: Callable[[str | None], None]) -> Callable[[], None]:
         entry = (tuple(roots), callback)
         self.tree.nodes.trees.append(entry)
-        asyncio.get_running_loop().call_soon(callback, None)
-        return lambda: self.tree.nodes.trees.remove(entry) if entry in self.tree.nodes.trees else None
+        trees = self.tree.nodes.trees
+        asyncio.get_running_loop().call_soon(lambda: callback(None) if entry in trees else None)
+        return lambda: trees.remove(entry) if entry in trees else None
 
     def _watch(self, entry: tuple[str, bool, Callable[..., None]], first: Callable[[], None]) -> Callable[[], None]:
         self.tree.watches.append(entry)

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from orchestrator import wire
 from orchestrator.api import lists, watching
 from orchestrator.api.watching import Feed
+from orchestrator.core import handover
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.ids import HostRef
 from orchestrator.core.records import EvacuationSpec, GuestSpec, MigrationPhase, MigrationSpec, MigrationState
 from orchestrator.ledger import active, paths
 from orchestrator.ledger.ledger import op_create
@@ -66,6 +69,10 @@ def feed_of(api: ApiCluster) -> Feed[Any, types_pb2.Migration]:
     return api.server.servicer.migration_feed
 
 
+def _listening(feed: Feed[Any, Any], store: MemoryStore) -> tuple[int, int, int]:
+    return len(store.tree.watches), len(store.tree.nodes.trees), len(feed._fleet._listeners)
+
+
 async def seed(store: MemoryStore, number: int, phase: MigrationPhase, guest: str = "g") -> str:
     """A migration as the ledger keeps it."""
     name = f"{number:012x}"[::-1]
@@ -90,7 +97,7 @@ async def test_a_new_migration_is_read_and_rendered_once_for_all_streams(api: Ap
     feed = feed_of(api)
     told: list[list[types_pb2.Migration]] = [[] for _ in range(100)]
     tasks = [asyncio.create_task(collect(feed.stream(()), into)) for into in told]
-    await until(lambda: bool(feed._listed) and not feed._candidates, 20)
+    await until(lambda: feed._stands and not (feed._around or feed._moved or feed._backlog), 20)
     quiet = -1
     while quiet != len(store.reads):  # until the first look is over
         quiet = len(store.reads)
@@ -111,7 +118,7 @@ async def test_a_new_migration_is_read_and_rendered_once_for_all_streams(api: Ap
 async def test_streams_that_come_and_go_leave_nothing(api: ApiCluster, store: Counting) -> None:
     name = (await api.call(api.client.create_migration, "web")).name
     feed = feed_of(api)
-    before = len(store.tree.watches), len(feed._fleet._listeners)
+    before = _listening(feed, store)
     for _ in range(200):
         for names in ((), (name,)):
             stream = feed.stream(names)
@@ -122,8 +129,62 @@ async def test_streams_that_come_and_go_leave_nothing(api: ApiCluster, store: Co
     assert not feed._order
     assert not feed._wanted
     assert not feed._by_key
-    assert not feed._roots
-    assert (len(store.tree.watches), len(feed._fleet._listeners)) == before
+    assert not feed._by_path
+    assert not feed._done
+    assert not feed._moved
+    assert not feed._backlog
+    assert _listening(feed, store) == before
+
+
+async def test_what_moves_while_a_resource_is_read_for_the_first_time_is_not_missed(
+    api: ApiCluster, world: World, store: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the guest's record is part of a migration is known only once the migration has been read."""
+    made = await api.call(api.client.create_migration, "web")
+    record = world.record(made.guest_uuid)
+    read_again = asyncio.Event()
+
+    async def read(path: str, timeout_s: float = 2.0) -> Versioned | None:
+        found = await Counting.read(store, path, timeout_s)
+        if path == paths.attempts(made.name) and not read_again.is_set():
+            read_again.set()
+            opened = handover.open_attempt(record, made.name, 1, HostRef("h2", "b"), epoch=0, writer="c")
+            await _write(store, paths.guest(made.guest_uuid), encode(opened))
+        return found
+
+    feed = feed_of(api)
+    assert await feed._source.read(made.name) is not None
+    stream = feed.stream([made.name])
+    async with asyncio.timeout(10), aclosing(stream):
+        feed._is_missing = lambda _name: asyncio.sleep(0, False)  # type: ignore[method-assign]
+        monkeypatch.setattr(store, "read", read)
+        phases = [wire.word(await anext(stream), "phase")]
+        assert read_again.is_set()
+        while phases[-1] != "PREPARING":
+            phases.append(wire.word(await anext(stream), "phase"))
+
+
+async def test_everything_that_is_watched_is_read_again_after_a_gap_and_nothing_else(
+    api: ApiCluster, world: World, store: Counting
+) -> None:
+    name = (await api.call(api.client.create_migration, "web")).name
+    feed = feed_of(api)
+    stream = feed.stream(())
+    async with asyncio.timeout(10), aclosing(stream):
+        assert (await anext(stream)).name == name
+        trees = list(store.tree.nodes.trees)
+        store.tree.nodes.trees.clear()  # nothing is announced
+        world.edit_state(name, lambda state: replace(state, message="moved in the gap"))
+        new = await seed(store, 9, MigrationPhase.PENDING)
+        store.tree.nodes.trees.extend(trees)
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        store.reads.clear()
+        feed._announced(None)
+        told = {each.name: each.message for each in (await waiting, await anext(stream))}
+        assert told == {name: "moved in the gap", new: ""}
+        assert len(store.reads) < 20
 
 
 async def test_what_is_over_is_told_to_those_who_saw_it_and_then_forgotten(

@@ -18,7 +18,7 @@ from orchestrator.core import handover
 from orchestrator.core.agent import AgentSample, AttemptStatus, GuestStatus, Progress, RunState
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.ids import AttemptRef, HostRef
-from orchestrator.core.records import EvacuationPhase, GuestSpec, MigrationPhase
+from orchestrator.core.records import EvacuationPhase, GuestSpec, MigrationPhase, Quarantined, QuarantineList
 from orchestrator.ledger import paths
 from orchestrator.ledger.gather import members
 from orchestrator.ledger.records import encode
@@ -278,23 +278,53 @@ async def test_a_client_whose_api_never_answered_is_told_so_at_once(tmp_path: Pa
         assert caught.value.reason is R.API_UNREACHABLE
 
 
+async def test_what_leaders_set_aside_is_told_of_the_resource_and_of_no_other(api: ApiCluster, world: World) -> None:
+    await api.call(api.client.create_guest, GuestSpec("db"), "h2")
+    stuck = (await api.call(api.client.create_migration, "web")).name
+    other = (await api.call(api.client.create_migration, "db")).name
+    job = (await api.call(api.client.create_evacuation, "h3")).evacuation.name
+    await world.store.ensure(paths.quarantine())
+    with (
+        watching(api, lambda client: client.watch_migrations()) as everything,
+        watching(api, lambda client: client.watch_migrations([stuck])) as one,
+        watching(api, lambda client: client.watch_evacuations([job])) as of_job,
+    ):
+        assert {(await everything.next()).name for _ in range(2)} == {stuck, other}
+        assert ((await one.next()).message, (await of_job.next()).message) == ("", "")
+        entries = tuple(Quarantined(name, "7 is no host") for name in (f"migrations/{stuck}", f"evacuations/{job}"))
+        await put(world, paths.quarantine(), QuarantineList(entries))
+        for watch in (everything, one, of_job):
+            assert (await watch.next()).message == "quarantined: 7 is no host"
+        await put(world, paths.quarantine(), QuarantineList())
+        for watch in (everything, one, of_job):
+            assert (await watch.next()).message == ""
+        assert everything.is_silent(), "the other one is no news"
+        await put(world, paths.quarantine(), QuarantineList(entries))
+        with watching(api, lambda client: client.watch_migrations([stuck])) as late:
+            said = (await api.call(api.client.get_migration, stuck)).message
+            assert (await late.until(lambda each: bool(each.message))).message == said
+
+
 async def test_who_leaves_leaves_nothing_behind(api: ApiCluster, store: MemoryStore) -> None:
-    before = len(store.tree.watches)
+    await api.call(api.client.list_guests)  # the index has a watch of its own
+    before = len(store.tree.watches), len(store.tree.nodes.trees)
     for _ in range(3):
         with watching(api, lambda client: client.watch_guests()) as watch:
             await watch.next()
-            assert len(store.tree.watches) > before
+            assert len(store.tree.nodes.trees) > before[1]
     with watching(api, lambda client: client.watch_guests(["web"])) as named:
         await named.next()
-    await until(lambda: len(store.tree.watches) == before)
+    await until(lambda: (len(store.tree.watches), len(store.tree.nodes.trees)) == before)
 
 
-async def test_many_streams_share_one_watch_per_node(api: ApiCluster, store: MemoryStore) -> None:
+async def test_many_streams_of_many_guests_share_one_watch(api: ApiCluster, store: MemoryStore) -> None:
+    await api.call(api.client.list_guests)
+    before = len(store.tree.watches), len(store.tree.nodes.trees)
+    await api.call(api.client.create_guest, GuestSpec("db"), "h2")
     with watching(api, lambda client: client.watch_guests()) as first:
-        await first.next()
-        watches = len(store.tree.watches)
+        assert {(await first.next()).name for _ in range(2)} == {"web", "db"}
         with watching(api, lambda client: client.watch_guests()) as second:
             await second.next()
-            assert len(store.tree.watches) == watches
+            assert (len(store.tree.watches), len(store.tree.nodes.trees)) == (before[0], before[1] + 1)
         await api.call(api.client.pause_guest, "web")
         await first.until(lambda guest: not guest.want_run)
