@@ -221,7 +221,7 @@ def test_each_part_in_turn(crowd: Crowd) -> None:
     def zookeeper_leader_frozen() -> None:
         crowd.freeze(crowd.part(crowd.server("leader")))
 
-    def api_killed_and_the_other_frozen() -> None:
+    def api_killed() -> None:
         crowd.kill(crowd.part("api-1"))
         print(f"the command line with api-1 killed: {crowd.cli():.1f} s")
 
@@ -247,7 +247,7 @@ def test_each_part_in_turn(crowd: Crowd) -> None:
     blows = (
         leader_s_ray_killed,
         zookeeper_leader_killed,
-        api_killed_and_the_other_frozen,
+        api_killed,
         leader_s_ray_frozen,
         zookeeper_leader_frozen,
         api_frozen,
