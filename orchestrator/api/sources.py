@@ -15,6 +15,7 @@ from orchestrator.api.reads import (
     read_guest,
     read_migration,
 )
+from orchestrator.api.watching import Source
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.ledger import paths
@@ -47,7 +48,7 @@ class _SetAside:
         return views.quarantined(message, self._reasons.get(name, ""))
 
 
-class GuestSource:
+class GuestSource(Source[GuestRead, types_pb2.Guest]):
     """By uuid: one life."""
 
     trees: tuple[str, ...] = (paths.GUESTS,)
@@ -96,7 +97,7 @@ _SHOWN = ("", "state", "attempts")
 """What of a migration's nodes shows in it."""
 
 
-class MigrationSource:
+class MigrationSource(Source[MigrationRead, types_pb2.Migration]):
     """Without the time lines of attempts: those are for who asks for one migration."""
 
     trees: tuple[str, ...] = (paths.ACTIVE_MIGRATIONS, paths.MIGRATIONS, paths.GUESTS, paths.COORDINATORS)
@@ -148,7 +149,9 @@ class MigrationSource:
         return [read.spec.id]
 
 
-class EvacuationSource:
+class EvacuationSource(Source[EvacuationRead, types_pb2.Evacuation]):
+    """With its guests, and whether its host is cordoned now."""
+
     trees: tuple[str, ...] = (paths.ACTIVE_EVACUATIONS, paths.EVACUATIONS, paths.HOSTS, paths.COORDINATORS)
 
     def __init__(self, tools: Tools) -> None:

@@ -76,7 +76,9 @@ class Source(Protocol[R, M_co]):
         """None: it does not exist. Raises StoreUnavailable, BadRecord."""
         ...
 
-    def view(self, read: R) -> M_co: ...
+    def view(self, read: R) -> M_co:
+        """The message, with what the agents say of it now, and without an age."""
+        ...
 
     def aged(self, read: R, message: Any) -> M_co:
         """What is told: the message of `view` with how long the resource has taken by now, which is no news."""
