@@ -53,8 +53,9 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["rules"] = session.config.stash[_proofs].marks
+    handed_over = getattr(session.config, "workeroutput", None)
+    if handed_over is not None:
+        handed_over["rules"] = session.config.stash[_proofs].marks
         return
     passed = session.exitstatus == pytest.ExitCode.OK
     if passed and _is_whole(session.config) and session.config.stash[_proofs].unproved():

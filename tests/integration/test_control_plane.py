@@ -17,6 +17,7 @@ from orchestrator.core.records import GuestSpec
 from orchestrator.ledger import paths
 from orchestrator.ledger.store import Create, Delete, Done
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
+from protos.drover.v1 import orchestrator_pb2 as pb
 from tests.fakes.cluster import Cluster, make_config, missing, running_cluster, short_directory, until
 from tests.integration.handover.scene import Observer
 
@@ -73,7 +74,10 @@ def test_a_record_that_cannot_be_read_stops_nobody_else(cluster: Cluster, client
         ]
         observer.run(observer.store.ensure(paths.shard(paths.evacuation(JOB))))
         assert isinstance(observer.run(observer.store.multi(ops)), Done)
-        until(lambda: "quarantined" in next(e for e in client.list_evacuations() if e.name == JOB).message, 20)
+        until(lambda: [e.resource for e in client.get_cluster_health().quarantined] == [f"evacuations/{JOB}"], 20)
+        left: list[pb.Unreadable] = []
+        assert not client.list_evacuations(unreadable=left)
+        assert [(each.name, "LEVITATING" in each.reason or "phase" in each.reason) for each in left] == [(JOB, True)]
         health = next(part.health for part in cluster.status().parts if part.name == "coordinator")
         assert f"1 quarantined (`drover health`), evacuations/{JOB}" in health
         assert not cluster.status().healthy

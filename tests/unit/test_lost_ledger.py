@@ -81,7 +81,8 @@ class House:
 
     def emptied(self) -> None:
         nodes = self.world.store.tree.nodes
-        self.world.store.tree.nodes = {p: node for p, node in nodes.items() if G not in p and not p.endswith("/web")}
+        for path in [path for path in nodes if G in path or path.endswith("/web")]:
+            del nodes[path]
 
     def older(self, record: GuestRecord) -> None:
         """What a backup brought back: written before anything that is there now."""
