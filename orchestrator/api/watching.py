@@ -464,6 +464,7 @@ class Streams:
 
     @property
     def total(self) -> int:
+        """Of all callers together."""
         return self._count.total()
 
     @contextmanager
