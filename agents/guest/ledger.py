@@ -14,6 +14,7 @@ from orchestrator.core.records import GuestSpec, WantRun
 from orchestrator.ledger import markers, paths
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.ledger.store import Create, Delete, Done, Op, SetData, Store, StoreUnavailable, Versioned
+from orchestrator.ledger.tries import Tries
 
 _TRIES = 5
 
@@ -100,7 +101,10 @@ class GuestLedger:
 
     async def _change(self, change: Callable[[GuestRecord], GuestRecord], *, free_name: bool = False) -> bool:
         """A compare-and-set until it is certain. Raises StoreUnavailable while it is not."""
-        for _ in range(_TRIES):
+        said = f"guest {self.uuid} could not be written in {_TRIES} tries"
+        tries = Tries(lambda: StoreUnavailable(said), at_most=_TRIES)
+        while True:
+            await tries.another()
             record, version = await self._read()
             if record is None:
                 return False
@@ -117,7 +121,6 @@ class GuestLedger:
             record, _ = await self._read()
             if record is not None and record.writer == self.writer and record.phase is wanted.phase:
                 return True
-        raise StoreUnavailable(f"guest {self.uuid} could not be written in {_TRIES} tries")
 
     def watch(
         self, on_record: Callable[[GuestRecord | None], None], on_wish: Callable[[WantRun], None]

@@ -17,9 +17,10 @@ from orchestrator.history import HistoryFile
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import Conflict, Done, Op, OutcomeUnknown, Store, StoreUnavailable
+from orchestrator.ledger.tries import TRIES, Tries
 from orchestrator.rpc.agent_client import AgentClients
 
-WRITE_TRIES = 20
+WRITE_TRIES = TRIES
 RETRY_S = 0.05
 
 
@@ -80,6 +81,12 @@ async def write(tools: Tools, ops: Sequence[Op], caller: Caller) -> Done | Confl
                     f"it is not known whether the request was written ({error}): look again, or repeat it as it is",
                 ) from error
             await asyncio.sleep(RETRY_S)
+
+
+def tries(caller: Caller) -> Tries:
+    """For a loop of looks and writes. It ends with OUTCOME_UNKNOWN when others are always faster, or the caller's time
+    is over."""
+    return Tries(contended, pause=lambda: pause(caller))
 
 
 async def pause(caller: Caller) -> None:

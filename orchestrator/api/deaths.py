@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import structlog
 
 from orchestrator import wire
-from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, pause, write
+from orchestrator.api.calls import Caller, Tools, tries, write
 from orchestrator.api.reads import not_found
 from orchestrator.core import death
 from orchestrator.core.death import Fate, GuestFate
@@ -123,7 +123,9 @@ class Deaths:
             fencer="" if request.on_operators_word else look.fencer,
             request_time_s=self._tools.wall_s(),
         )
-        for _ in range(WRITE_TRIES):
+        contest = tries(caller)
+        while True:
+            await contest.another()
             found = await self._tools.ledger.read(HostDeath, path)
             if found is not None and _answers(found[0], wanted):
                 return
@@ -131,8 +133,6 @@ class Deaths:
             if isinstance(await write(self._tools, [op], caller), Done):
                 log.warning("host is to be declared dead", host=look.ref.host, on_word=wanted.on_word, by=caller.by)
                 return
-            await pause(caller)
-        raise contended()
 
     async def _outcome(self, look: _Look, caller: Caller) -> types_pb2.HostDeath:
         moved = asyncio.Event()
@@ -210,7 +210,9 @@ class Deaths:
         Raises NOT_FOUND, HOST_ALIVE, and HOST_NOT_EMPTY with what is in the way. The ends of its power cycles stay.
         """
         _check_name(name)
-        for _ in range(WRITE_TRIES):
+        contest = tries(caller)
+        while True:
+            await contest.another()
             found = await self._tools.ledger.read(HostRecord, paths.host(name))
             if found is None:
                 raise not_found("host", name)
@@ -219,8 +221,6 @@ class Deaths:
             if isinstance(await write(self._tools, ops, caller), Done):
                 log.warning("host removed", host=name, by=caller.by)
                 return
-            await pause(caller)
-        raise contended()
 
     async def _must_be_removable(self, name: str, ref: HostRef) -> None:
         store = self._tools.store

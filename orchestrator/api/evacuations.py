@@ -10,7 +10,7 @@ import structlog
 
 from orchestrator import wire
 from orchestrator.api import decisions, views
-from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
+from orchestrator.api.calls import Caller, Tools, digest, tries, write
 from orchestrator.api.migrations import policy_violations
 from orchestrator.api.reads import EvacuationRead, not_found, quarantined, read_evacuation
 from orchestrator.api.requests import Request
@@ -68,7 +68,9 @@ class Evacuations:
         asked = Request.of("" if request.validate_only else request.request_id, digest("CreateEvacuation", request))
         if earlier := await asked.earlier(self._tools):
             return await self._answer(earlier)
-        for _ in range(WRITE_TRIES):
+        contest = tries(caller)
+        while True:
+            await contest.another()
             snapshot = await self._tools.index.recent()
             if request.host not in snapshot.hosts:
                 raise not_found("host", request.host, field="host")
@@ -96,8 +98,6 @@ class Evacuations:
                 if known == spec.id:
                     log.info("evacuation asked for", evacuation=known, host=request.host, by=caller.by)
                 return _response(await self.get(known), verdicts)
-            await pause(caller)
-        raise contended()
 
     async def _answer(self, operation: str) -> pb.CreateEvacuationResponse:
         """Of a request that was carried out before: the job as it is, and verdicts on who is still there."""
@@ -124,7 +124,9 @@ class Evacuations:
 
     async def cancel(self, name: str, caller: Caller) -> types_pb2.Evacuation:
         """The wish is durable when this returns. Migrations past their commit arrive all the same."""
-        for _ in range(WRITE_TRIES):
+        contest = tries(caller)
+        while True:
+            await contest.another()
             read = await self.read(name)
             state = read.state
             if state.cancel_requested or state.phase is EvacuationPhase.CANCELLED:
@@ -136,8 +138,6 @@ class Evacuations:
             if isinstance(await write(self._tools, [wished], caller), Done):
                 log.info("evacuation cancelled", evacuation=name, host=read.spec.host, by=caller.by)
                 return await self.get(name)
-            await pause(caller)
-        raise contended()
 
 
 # --- pure parts -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import structlog
 
 from orchestrator import wire
 from orchestrator.api import decisions, views
-from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
+from orchestrator.api.calls import Caller, Tools, digest, tries, write
 from orchestrator.api.decisions import StopStep
 from orchestrator.api.migrations import Migrations
 from orchestrator.api.reads import GuestRead, guest_uuid, no_place, read_guest
@@ -88,7 +88,9 @@ class Guests:
 
     async def _record(self, spec: GuestSpec, wanted: str, asked: Request, caller: Caller) -> str:
         """Write the birth of a guest; its uuid, or that of an earlier call with the same request id."""
-        for _ in range(WRITE_TRIES):
+        contest = tries(caller)
+        while True:
+            await contest.another()
             born = str(uuid.uuid4())
             async with self._tools.placing:
                 host, entry = await self._place(spec, wanted)
@@ -102,8 +104,6 @@ class Guests:
                 return known
             if earlier := await self._name_taken(spec, asked):
                 return earlier
-            await pause(caller)
-        raise contended()
 
     async def _name_taken(self, spec: GuestSpec, asked: Request) -> str:
         """Empty while the name is free; the guest's uuid when this very request took it just now. Else raises
@@ -166,7 +166,9 @@ class Guests:
     async def _wish(self, uuid: str, run: bool, caller: Caller) -> int:
         """Write the wish if it does not stand there; its sequence number."""
         path = paths.want_run(uuid)
-        for _ in range(WRITE_TRIES):
+        contest = tries(caller)
+        while True:
+            await contest.another()
             found = await self._tools.ledger.read(WantRun, path)
             wanted = decisions.wish(found[0] if found else None, run, caller.by)
             if wanted is None:
@@ -175,8 +177,6 @@ class Guests:
             if isinstance(await write(self._tools, [op], caller), Done):
                 log.info("wish", uuid=uuid, run=run, sequence=wanted.sequence, by=caller.by)
                 return wanted.sequence
-            await pause(caller)
-        raise contended()
 
     async def _tell(self, uuid: str, sequence: int, caller: Caller) -> tuple[pb.WishState.ValueType, RunState | None]:
         """The owner applies or queues it. One that is silent, or is just losing the guest, follows by its watch."""

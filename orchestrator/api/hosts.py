@@ -6,7 +6,7 @@ import structlog
 
 from orchestrator.api import decisions, views
 from orchestrator.api.asking import ask
-from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, pause, write
+from orchestrator.api.calls import Caller, Tools, tries, write
 from orchestrator.api.reads import not_found
 from orchestrator.core.errors import invalid
 from orchestrator.core.guest import name_error
@@ -56,7 +56,9 @@ class Hosts:
     async def _change(self, name: str, on: bool, why: str, caller: Caller) -> None:
         _check_name(name)
         path = paths.cordon(name)
-        for _ in range(WRITE_TRIES):
+        contest = tries(caller)
+        while True:
+            await contest.another()
             node = await self._tools.store.read(path)
             if node is None:
                 raise not_found("host", name)
@@ -67,8 +69,6 @@ class Hosts:
             if isinstance(await write(self._tools, [op_set(path, wanted, node.version)], caller), Done):
                 log.info("cordon", host=name, on=on, why=why, by=caller.by)
                 return
-            await pause(caller)
-        raise contended()
 
 
 def _one(snapshot: Snapshot, name: str) -> types_pb2.Host:

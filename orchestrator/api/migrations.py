@@ -12,7 +12,7 @@ import structlog
 
 from orchestrator import wire
 from orchestrator.api import decisions, views
-from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, write
+from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, tries, write
 from orchestrator.api.decisions import CancelStep
 from orchestrator.api.past import forgotten
 from orchestrator.api.reads import (
@@ -86,7 +86,9 @@ class Migrations:
             spec, read = await self._judged(request, guest, caller)
             await free_of_others(self._tools.store, guest, spec.guest_name)
             return await self._validated(spec, read)
-        for _ in range(WRITE_TRIES):
+        contest = tries(caller)
+        while True:
+            await contest.another()
             try:
                 spec, read = await self._judged(request, guest, caller)
                 ops = [Check(paths.guest(guest), read.version), *await creation(self._tools.store, spec)]
@@ -101,8 +103,6 @@ class Migrations:
                 if name == spec.id:
                     log.info("migration asked for", migration=name, guest=spec.guest_name, by=caller.by)
                 return await self.get(name)
-            await pause(caller)
-        raise contended()
 
     async def _judged(
         self, request: pb.CreateMigrationRequest, guest: str, caller: Caller

@@ -29,6 +29,7 @@ from orchestrator.ledger import paths
 from orchestrator.ledger.evacuations import read_job
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.records import BadRecord, decode
+from orchestrator.ledger.tries import Tries
 
 T = TypeVar("T")
 
@@ -123,7 +124,10 @@ async def read_migration(ledger: Ledger, migration: str) -> MigrationRead:
         raise not_found("migration", migration)
     path = paths.migration_state(migration)
     before = await ledger.read(MigrationState, path)
-    for _ in range(_TRIES):
+    said = f"migration {migration} keeps moving: look again"
+    looks = Tries(lambda: DroverError(RefusalReason.OUTCOME_UNKNOWN, said), at_most=_TRIES)
+    while True:
+        await looks.another()
         found = await ledger.read_guest(spec[0].guest)
         attempts = await ledger.read(Attempts, paths.attempts(migration))
         after = await ledger.read(MigrationState, path)
@@ -134,7 +138,6 @@ async def read_migration(ledger: Ledger, migration: str) -> MigrationRead:
             reports = attempts[0].reports if attempts else ()
             return MigrationRead(spec[0], Standing(record, version, mzxid, *after, reports))
         before = after
-    raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"migration {migration} keeps moving: look again")
 
 
 async def quarantined(ledger: Ledger) -> dict[str, str]:
