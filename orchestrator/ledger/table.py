@@ -91,8 +91,10 @@ class Table(Generic[R]):
         return self._listed and not self._backlog
 
     async def completed(self, timeout_s: float = LOOK_S) -> bool:
-        """Wait so long for it to be complete."""
+        """Wait so long for it to be complete. Raises StoreUnavailable at once while there is no connection."""
         self._start()
+        if self._store.session is not SessionState.CONNECTED:
+            raise StoreUnavailable("not connected to ZooKeeper")
         try:
             async with asyncio.timeout(timeout_s):
                 while not self.complete:  # noqa: ASYNC110 - a slice takes about as long
