@@ -142,7 +142,7 @@ class Index:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._ledger = Ledger(store)
-        self._reader = Reader(store)
+        self._reader = Reader(store, remembers=True)
         self._view = View()
         self._gone: dict[str, int] = {}
         """Guests whose life is over while their nodes stand, with the zxid of that: never looked at again."""
@@ -194,7 +194,7 @@ class Index:
 
     async def host(self, name: str) -> HostEntry | None:
         """Read anew. Raises StoreUnavailable, BadRecord."""
-        return await self._reader.host(name)
+        return await Reader(self._store).host(name)
 
     async def flush(self, timeout_s: float = LOOK_S) -> None:
         """Until everything that was announced so far has been read. Raises StoreUnavailable."""
@@ -243,7 +243,9 @@ class Index:
     def _announced(self, path: str | None) -> None:
         if path is None:
             self._everything, self._gap = True, False
+            self._reader.forget_all()
         else:
+            self._reader.moved(path)
             if name := paths.host_of(path):
                 self._moved_hosts.add(name)
             elif uuid := paths.guest_of(path):
