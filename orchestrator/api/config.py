@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.core.endpoint import split_address
 from orchestrator.history import HistoryConfig
 from orchestrator.ledger import paths
-from orchestrator.ledger.records import decode
+from orchestrator.ledger.records import BadRecord, decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,4 +34,6 @@ def load(path: Path) -> ApiConfig:
     config = decode(ApiConfig, path.read_bytes(), path=str(path))
     if config.metrics_listen:
         split_address(config.metrics_listen)
+    if problems := config.history.problems():
+        raise BadRecord("; ".join(problems))
     return config

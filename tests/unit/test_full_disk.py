@@ -131,7 +131,7 @@ async def test_the_journal_goes_on_when_there_is_room_again(disk: Path, monkeypa
     journal.keep("abcdef012345", report)
     await journal.see_epoch(7)
     await asyncio.sleep(0.3)
-    assert (journal.report("abcdef012345", 1), journal.epoch) == (report, 7)
+    assert (journal.report("abcdef012345", 1), journal.epoch()) == (report, 7)
     assert Journal(disk / "journal").report("abcdef012345", 1) is None
     empty(disk)
     async with asyncio.timeout(20):
