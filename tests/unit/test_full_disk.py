@@ -135,7 +135,7 @@ async def test_the_journal_goes_on_when_there_is_room_again(disk: Path, monkeypa
     assert Journal(disk / "journal").report("abcdef012345", 1) is None
     empty(disk)
     async with asyncio.timeout(20):
-        while (found := _opened(disk)).epoch != 7 or found.report("abcdef012345", 1) is None:  # noqa: ASYNC110
+        while (found := _opened(disk)).epoch() != 7 or found.report("abcdef012345", 1) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     assert not writing.done()
     writing.cancel()
