@@ -86,7 +86,7 @@ def test_a_coordinator_tells_what_it_leads_what_is_set_aside_and_who_waits_for_w
     registry = CollectorRegistry()
     failures["a test"] += 1
     supervisor = FakeSupervisor(quarantine, admission)
-    register(registry, lambda: supervisor, FakeWorkers)  # type: ignore[arg-type,return-value]
+    register(registry, lambda: supervisor, FakeWorkers)
     seen = told(registry)
     assert (seen["drover_leader"], seen["drover_leader_epoch"], seen["drover_migrations_driven"]) == (1, 7, 3)
     assert seen['drover_quarantined{error="BadRecord",kind="migrations"}'] == 2
