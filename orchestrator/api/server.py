@@ -79,7 +79,7 @@ class ApiServer:
         )
         self._tasks = Tasks("API")
         self._tree_is_there = False
-        self._wrong_layout = "the API has not seen the ledger yet"
+        self.refusal = "the API has not seen the ledger yet"
         """Why no call is served; empty: calls are."""
         self.ports: list[int] = []
         """Where it listens, in the order of `listen`; 0 for a unix socket."""
@@ -107,10 +107,10 @@ class ApiServer:
                 log.warning("ledger is not reachable, trying again", error=str(error))
                 await asyncio.sleep(RETRY_S)
             except WrongLayout as error:
-                self._wrong_layout = str(error)
-                log.warning("no call is served", why=self._wrong_layout)
+                self.refusal = str(error)
+                log.warning("no call is served", why=self.refusal)
                 await asyncio.sleep(LAYOUT_AGAIN_S)
-        self._wrong_layout = ""
+        self.refusal = ""
         self.tools.fleet.start()
         self._tree_is_there = True
         log.info("serving", listen=self._config.listen)
@@ -118,8 +118,8 @@ class ApiServer:
 
     def _check(self, request: Message) -> None:
         """Raises LEDGER_UNREACHABLE for every call while the ledger has another layout, and as `limits.check` does."""
-        if self._wrong_layout:
-            raise DroverError(RefusalReason.LEDGER_UNREACHABLE, self._wrong_layout)
+        if self.refusal:
+            raise DroverError(RefusalReason.LEDGER_UNREACHABLE, self.refusal)
         limits.check(request)
 
     def _session_moved(self, _state: SessionState) -> None:

@@ -77,9 +77,9 @@ class ApiCluster(Calling):
             await self.host(f"h{number}")
 
     async def _tree_is_there(self) -> bool:
-        """The API has connected and made it."""
+        """The API has connected, made it, and serves."""
         with suppress(StoreUnavailable):
-            return await self.store.read(paths.ROOTS[-2]) is not None
+            return not self.server.refusal and await self.store.read(paths.ROOTS[-2]) is not None
         return False
 
     async def hearing(self, *hosts: str) -> None:

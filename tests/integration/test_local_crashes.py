@@ -60,6 +60,7 @@ def start_up(config: LocalConfig, *options: str) -> subprocess.Popen[str]:
     program = (
         # A shell that runs the tests in the background must not make them deaf.
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from deploy.lab.cluster import commands, config\n"
         "c = config.LocalConfig.model_validate_json(sys.argv[1])\n"
         "try: commands.up(c, foreground='--foreground' in sys.argv)\n"

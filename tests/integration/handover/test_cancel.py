@@ -28,12 +28,16 @@ def cancel(scene: Scene, migration: str) -> str:
 
     def one(_: int) -> str:
         with OrchestratorClient(scene.cluster.api) as client:
-            try:
-                client.cancel_migration(migration)
-            except DroverError as error:
-                print(error)
-                return f"{error.reason} {error.details.get('zxid', '')}".strip()
-            return CANCELLED
+            while True:
+                try:
+                    client.cancel_migration(migration)
+                except DroverError as error:
+                    print(error)
+                    if error.reason is RefusalReason.LEDGER_UNREACHABLE:  # nothing was written: asked again
+                        scene.hold_on(0.1)
+                        continue
+                    return f"{error.reason} {error.details.get('zxid', '')}".strip()
+                return CANCELLED
 
     with ThreadPoolExecutor(2) as callers:
         told = set(callers.map(one, range(2)))
