@@ -34,7 +34,7 @@ CERTIFICATES_S = 6 * 3600.0
 """Certificates are few, and nobody watches them: all of them are listed this often."""
 BATCH = 20
 """Lines that go to the history file at once, and nodes' worth of work that a crash may repeat."""
-SLICE_PACE_S = 0.1
+SLICE_PACE_S = 0.5
 """Between two slices of the rows that a new leader learns: it has migrations to adopt first."""
 
 
