@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,10 @@ def test_the_vmms_of_a_guest_are_found_from_a_moved_directory(
         words = ["qemu-stand-in", "-c", "import time; time.sleep(60)", f"unix:{qmp},server=on"]
         running = subprocess.Popen(words, executable=sys.executable)
         try:
-            assert files.vmms() == [running.pid]
+            deadline = time.monotonic() + 10
+            while files.vmms() != [running.pid]:  # until it is what it was started as
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
             config.dir.rename(tmp_path / "moved")
             moved = config.model_copy(update={"dir": tmp_path / "moved"})
             note_roots(moved)
