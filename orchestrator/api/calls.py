@@ -36,6 +36,9 @@ class Tools:
     instructions: bool = False
     history: HistoryFile | None = None
     """What the ledger has forgotten; None: it is not to be had here."""
+    looking_back: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One look through the history at a time: it is long, and callers who ask for what never was must not take all
+    threads of the process."""
     wall_s: Callable[[], float] = time.time
     """Only for stamps that people read."""
     ages: Ages = field(default_factory=Ages)

@@ -9,7 +9,7 @@ from itertools import islice
 import structlog
 
 from orchestrator.api.calls import Tools
-from orchestrator.api.decisions import Standing
+from orchestrator.api.decisions import Standing, is_id
 from orchestrator.api.reads import MigrationRead
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import Attempts, MigrationSpec, MigrationState
@@ -27,10 +27,11 @@ _KINDS = (Kept.MIGRATIONS, Kept.EVACUATIONS, Kept.GUESTS)
 
 async def forgotten(tools: Tools, migration: str) -> MigrationRead | None:
     """A migration that the ledger no longer has. None: the history does not have it either, or cannot be read."""
-    if tools.history is None:
+    if tools.history is None or not is_id(migration):
         return None
     try:
-        entry = await asyncio.to_thread(tools.history.find, Kept.MIGRATIONS, migration)
+        async with tools.looking_back:
+            entry = await asyncio.to_thread(tools.history.find, Kept.MIGRATIONS, migration)
         return None if entry is None else _read(entry)
     except (OSError, BadRecord) as error:
         log.error("the history cannot be read", migration=migration, error=str(error))

@@ -403,19 +403,7 @@ class Driver:
             )
         except handover.Refused:
             return migration.Finished()  # the record moved: look again
-        state = replace(
-            nodes.state,
-            phase=MigrationPhase.PREPARING,
-            attempt=command.attempt,
-            source=source,
-            destination=choice.destination.host,
-            message="",
-            waiting_for=None,
-            retry_wait_ms=0,
-            spent_ms=self._spent_ms(),
-            opened_spent_ms=self._spent_ms(),
-            epoch=self._tools.epoch,
-        )
+        state = self._preparing(nodes.state, command.attempt, source, choice.destination.host)
         entry = snapshot.hosts[choice.destination.host]
         moved = nodes.state.destination not in ("", choice.destination.host)
         return [
@@ -427,6 +415,22 @@ class Driver:
             *await self._missing_ack_nodes(),
             await markers.marked(self._tools.store, choice.destination.host, spec.guest),
         ]
+
+    def _preparing(self, state: MigrationState, attempt: int, source: str, destination: str) -> MigrationState:
+        """The migration's state as an attempt is opened."""
+        return replace(
+            state,
+            phase=MigrationPhase.PREPARING,
+            attempt=attempt,
+            source=source,
+            destination=destination,
+            message="",
+            waiting_for=None,
+            retry_wait_ms=0,
+            spent_ms=self._spent_ms(),
+            opened_spent_ms=self._spent_ms(),
+            epoch=self._tools.epoch,
+        )
 
     async def _missing_ack_nodes(self) -> list[Op]:
         missing: list[Op] = []
