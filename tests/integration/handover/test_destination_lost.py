@@ -160,15 +160,14 @@ def test_vmm_after_the_commit_and_the_marker(scene: Scene) -> None:
 
 def test_vmm_after_the_commit_before_the_marker(scene: Scene) -> None:
     """With the agent killed as well: its successor proves that nothing had an effect there, and gives it back."""
-    guest = scene.guest(device("dpu", "delays: [{call: validate, ms: 1500, times: 1}]"))
-    migration = scene.migrate(guest, scene.there)
+    guest = scene.guest(device("dpu", "delays: [{call: validate, ms: 3000, times: 1}]"))
+    migration = scene.migrate(guest, scene.there, switchover_timeout_ms=15_000)
     scene.reach_device(guest, scene.here, "STOP_COPY")
-    zookeeper, agent = scene.part("zookeeper"), scene.agent(scene.there)
-    scene.freeze(zookeeper)
-    scene.reach_device(guest, scene.there, "STOP")
-    scene.hold_on(1.0)  # for LOADED to go out and the COMMIT to leave
-    scene.freeze(agent)
-    scene.thaw(zookeeper)
+    scene.hold_on(1.0)  # for all of the guest to be sent: validating begins then
+    with scene.frozen(scene.agent(scene.here)):  # LOADED waits at its door
+        scene.reach_device(guest, scene.there, "STOP")
+        scene.hold_on(0.5)  # for LOADED to go out
+        scene.freeze(scene.agent(scene.there))  # which never hears of the COMMIT
     scene.reach(lambda: scene.record(guest).phase is Ownership.COMMITTED, "COMMITTED")
     scene.kill(scene.incoming(guest))
     scene.kill_agent(scene.there)
