@@ -17,6 +17,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 IMAGE  := deploy/lab/guest_image
 VFIO   := deploy/lab/devices/vfio
+LINUX  := deploy/lab/linux_guest
 export PYTHON VENV
 
 PYTEST := $(PY) -m pytest --durations=10
@@ -27,7 +28,7 @@ demo: setup $(if $(filter 11%,$(QEMU)),qemu-11)  ## empty a host of twelve real 
 	@$(VENV)/bin/drover demo $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
 
 .PHONY: setup
-setup: system venv guest vfio  ## system packages, Python environment, guest image, what gives QEMU devices
+setup: system venv guest vfio linux-guest  ## system packages, Python environment, guest images, what gives QEMU devices
 
 .PHONY: qemu-11
 qemu-11:  ## QEMU 11.1 in build/qemu-11.1, for devices inside the VMM (`drover up --qemu 11.1`)
@@ -138,6 +139,11 @@ build/guest.elf: $(wildcard $(IMAGE)/*)
 
 .PHONY: vfio
 vfio: build/vfio-preload.so
+
+# Where its kernel cannot be had (status 69) the script says so, and demo and tests do without that guest.
+.PHONY: linux-guest
+linux-guest:
+	@$(LINUX)/build.sh build/linux || [ $$? -eq 69 ]
 
 build/vfio-preload.so: $(VFIO)/preload.c $(VFIO)/build.sh
 	$(VFIO)/build.sh $@

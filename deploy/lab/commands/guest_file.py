@@ -1,4 +1,4 @@
-"""What the lab adds to guest files: the key `workload` of a guest, the key `scenario` of a device."""
+"""What the lab adds to guest files: the keys `workload` and `linux` of a guest, the key `scenario` of a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from deploy.lab.devices.scenario_text import OPTION, scenario_of
-from deploy.lab.workload import Workload, boot_of, workload_problems
+from deploy.lab.workload import LinuxWorkload, Workload, boot_of, linux_boot_of, linux_problems, workload_problems
 from orchestrator.cli.guest_file import Mib, Model, model_of
 from orchestrator.core.errors import DroverError
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
@@ -31,6 +31,25 @@ class WorkloadKey:
         if spec.boot.append:
             bad.append(("workload", "writes the guest's command line, and so does boot.append: leave one of them out"))
         return replace(spec, boot=replace(spec.boot, append=boot_of(workload, spec.devices).append)), bad
+
+
+class LinuxKey:
+    """The same, for guests that boot the lab's Linux (deploy/lab/linux_guest)."""
+
+    model: type[Model] = model_of(LinuxWorkload, load_mib=Mib, mem_mib=Mib)
+
+    @staticmethod
+    def apply(spec: GuestSpec, given: Model) -> tuple[GuestSpec, Problems]:
+        """The guest with kernel, initrd and command line, and what is wrong, by field of the guest."""
+        workload = LinuxWorkload(**given.model_dump(exclude_unset=True))
+        disks = sum(not disk.read_only for disk in getattr(spec, "disks", ()))
+        found = linux_problems(workload, spec.memory_mib, disks)
+        bad = [(f"linux.{key}" if key else "linux", said) for key, said in found]
+        boot = spec.boot
+        if boot.kernel or boot.initrd or boot.append:
+            bad.append(("linux", "says what the guest boots, as workload and boot do: leave all but one out"))
+        ours = linux_boot_of(workload, disks)
+        return replace(spec, boot=replace(boot, kernel=ours.kernel, initrd=ours.initrd, append=ours.append)), bad
 
 
 class ScenarioKey:

@@ -11,6 +11,7 @@ from deploy.lab.cluster.evidence import ConsoleLog, Vmm, parse_log, period_ns
 from deploy.lab.cluster.layout import Layout
 
 _BOOT = re.compile(r"BOOT .*\bhz=([0-9a-f]{8}) hb=([0-9a-f]{8})\b")
+_BOOT_LINUX = re.compile(r"BOOT linux period_us=([0-9]+) ")
 
 
 @dataclass
@@ -49,4 +50,6 @@ def read(words: Path) -> dict[str, Words]:
         said.files.append(path)
         if boot := _BOOT.search(text):
             said.period_ns = period_ns(int(boot[1], 16), int(boot[2], 16))
+        elif boot := _BOOT_LINUX.search(text):
+            said.period_ns = int(boot[1]) * 1e3
     return found
