@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kazoo.client import KazooClient
-from kazoo.handlers.threading import SequentialThreadingHandler
 from kazoo.protocol.serialization import write_string
+
+from orchestrator.ledger.kazoo_connection import Connection, Handler
 
 _PERSISTENT_RECURSIVE = 1
 CONNECT_S = 1.5
@@ -60,7 +61,7 @@ class _Watchers(defaultdict[str, set[Any]]):
         return super().pop(path, *default)
 
 
-class _Handler(SequentialThreadingHandler):
+class _Handler(Handler):
     """Connects within CONNECT_S, and knows which server was tried last.
 
     By itself kazoo gives a server that does not even answer the connection the whole time of the session, which is
@@ -83,6 +84,8 @@ class TreeClient(KazooClient):
         self._tree_listeners: list[tuple[str, TreeListener]] = []
         self._connecting = _Handler()
         super().__init__(*args, handler=self._connecting, **kwargs)
+        retry: Any = self._conn_retry
+        self._connection = Connection(self, retry.copy(), logger=self.logger)
         expand = self._connection._expand_client_hosts
 
         def others_first() -> list[tuple[str, str, int]]:

@@ -1,6 +1,7 @@
-"""The coordination store on ZooKeeper. With `kazoo_client.py` the only file that imports kazoo.
+"""The coordination store on ZooKeeper. With `kazoo_client.py` and `kazoo_connection.py` the only file that imports
+kazoo.
 
-kazoo runs threads of its own; every completion is handed to the event loop with `call_soon_threadsafe`. What it would
+kazoo runs a thread of its own; every completion is handed to the event loop (`_Post`). What it would
 do by itself and we must not have: it queues writes while disconnected (we refuse to enqueue), it retries under a new
 session (we never use `client.retry`), a transaction's result is a list that may hold exceptions (one wrapper reads it),
 and a half-open connection with steady traffic goes unnoticed (an operation without an answer in time cuts the socket,
@@ -20,6 +21,7 @@ import math
 import random
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +89,29 @@ _CONFLICTS: dict[type[Exception], ConflictKind] = {
 }
 
 
+class _Post:
+    """Hands calls from kazoo's thread to an event loop, in their order. What comes together wakes the loop once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._calls = deque[tuple[Callable[..., object], tuple[Any, ...]]]()
+        self._woken = False
+
+    def __call__(self, call: Callable[..., object], *args: Any) -> None:
+        """On any thread. A loop that is closed is told nothing any more."""
+        self._calls.append((call, args))
+        if not self._woken:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        self._woken = False  # first: what is put from here on wakes the loop again
+        while self._calls:
+            call, args = self._calls.popleft()
+            self._loop.call_soon(call, *args)
+
+
 @dataclass(eq=False)
 class _Watch:
     path: str
@@ -110,13 +135,12 @@ class _Trigger:
     """What kazoo calls when a node moved: one object per node, however often it is read and whoever watches it. kazoo
     keeps what it is given in a set until the node moves, and most nodes never do."""
 
-    loop: asyncio.AbstractEventLoop
+    post: _Post
     watches: list[_Watch] = field(default_factory=list[_Watch])
 
     def __call__(self, _event: Any) -> None:
         """On a thread of kazoo's."""
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.fire)
+        self.post(self.fire)
 
     def fire(self) -> None:
         for watch in self.watches:
@@ -137,7 +161,7 @@ class ZooKeeperStore(Store):
             raise DroverError(RefusalReason.INVALID_ARGUMENT, str(error), field="zookeeper") from error
         self._chroot, self._session_timeout_s = chroot, session_timeout_s
         self._client: Any = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._post: _Post | None = None
         self._state = SessionState.LOST
         self._listeners: list[Callable[[SessionState], None]] = []
         self._watches: list[_Watch] = []
@@ -156,7 +180,7 @@ class ZooKeeperStore(Store):
     async def start(self, timeout_s: float = 10.0) -> None:
         if self._client is not None and self._client.connected:
             return
-        self._loop = asyncio.get_running_loop()
+        self._post = _Post(asyncio.get_running_loop())
         self._client = client = self._new_client(self._hosts + self._chroot)
         client.add_listener(self._on_kazoo_state)
         await self._connect(client, timeout_s)
@@ -214,8 +238,13 @@ class ZooKeeperStore(Store):
 
     def _on_kazoo_state(self, state: str) -> None:
         """On kazoo's connection thread."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._session_changed, _STATES[state])
+        self._here()(self._session_changed, _STATES[state])
+
+    def _here(self) -> _Post:
+        """The way to the event loop that this store lives on: that of `start`."""
+        if self._post is None:
+            self._post = _Post(asyncio.get_running_loop())
+        return self._post
 
     def _session_changed(self, state: SessionState) -> None:
         if self._client is None:
@@ -252,8 +281,8 @@ class ZooKeeperStore(Store):
         """Await a kazoo result on our loop. Raises its exception, or TimeoutError after cutting a connection on which
         nothing is answered. `of_s`: the whole time-out, of which some was spent waiting for a turn."""
         sent_at = time.monotonic()
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        post = self._here()
 
         def here() -> None:
             self._answered_at = time.monotonic()
@@ -261,8 +290,7 @@ class ZooKeeperStore(Store):
                 future.set_result(None)
 
         def arrived(_: Any) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(here)
+            post(here)
 
         result.rawlink(arrived)
         try:
@@ -393,7 +421,7 @@ class ZooKeeperStore(Store):
         watch.changed = asyncio.Event()
         loop = asyncio.get_running_loop()
         key = (watch.path, watch.of_children)
-        trigger = self._triggers.setdefault(key, _Trigger(loop))
+        trigger = self._triggers.setdefault(key, _Trigger(self._here()))
         trigger.watches.append(watch)
         watch.task = loop.create_task(self._run_watch(watch, trigger))
         self._watches.append(watch)
@@ -485,13 +513,12 @@ class ZooKeeperStore(Store):
 
     async def _run_tree(self, tree: _TreeWatch) -> None:
         """Ask each new connection for the events, and say when they are certain to come."""
-        loop = asyncio.get_running_loop()
+        post = self._here()
         client, ends = None, list[Callable[[], None]]()
 
         def moved(path: str) -> None:
             """On kazoo's connection thread."""
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._tell_tree, tree, path)
+            post(self._tell_tree, tree, path)
 
         try:
             while True:
