@@ -7,15 +7,17 @@ pages make nobody else appear twice or not at all. It holds for the filter and o
 from __future__ import annotations
 
 import base64
+import bisect
 import datetime
 import hashlib
 import heapq
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import total_ordering
+from functools import lru_cache
+from itertools import islice
 from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
@@ -75,9 +77,17 @@ class Listing(Generic[T]):
         self._order_by = order_by
 
     def page(
-        self, rows: Iterable[T], *, filter: str = "", order_by: str = "", page_size: int = 0, page_token: str = ""
+        self,
+        rows: Iterable[T] | Standing[T],
+        *,
+        where: Callable[[T], bool] | None = None,
+        filter: str = "",
+        order_by: str = "",
+        page_size: int = 0,
+        page_token: str = "",
     ) -> Page[T]:
-        """At most `page_size` rows (0: DEFAULT_PAGE; more than MAX_PAGE: MAX_PAGE) after `page_token`.
+        """At most `page_size` rows (0: DEFAULT_PAGE; more than MAX_PAGE: MAX_PAGE) after `page_token`, of those that
+        `where` lets pass. Standing rows in their own order cost what the page costs, others a look at each of them.
 
         Raises BadList.
         """
@@ -89,15 +99,23 @@ class Listing(Generic[T]):
         asked = hashlib.sha256(f"{filter}\0{order_by or self._order_by}".encode()).hexdigest()[:16]
         after = self._after(page_token, asked, order)
 
-        def place(row: T) -> tuple[_Place, ...]:
-            return tuple(_Place(_rank(one.kind, one.of(row)), falls) for one, falls in order)
+        def passes(row: T) -> bool:
+            return (where is None or where(row)) and accepts(row)
 
-        keyed = ((place(row), row) for row in rows if accepts(row))
-        wanted = ((where, row) for where, row in keyed if after is None or where > after)
-        found = heapq.nsmallest(size + 1, wanted, key=lambda each: each[0])
-        shown = [row for _, row in found[:size]]
+        if isinstance(rows, Standing) and order == self._order(""):
+            found = list(islice((row for row in rows.after(after) if passes(row)), size + 1))
+        else:
+            order_of = _order_of(order)
+            keyed = ((order_of(row), number, row) for number, row in enumerate(rows) if passes(row))
+            wanted = keyed if after is None else (each for each in keyed if each[0] > after)
+            found = [row for _, _, row in heapq.nsmallest(size + 1, wanted)]
+        shown = found[:size]
         more = len(found) > size
         return Page(shown, self._token(shown[-1], asked, order) if more else "")
+
+    def standing(self) -> Standing[T]:
+        """For rows that are to stand in the list's own order from one look to the next."""
+        return Standing(_order_of(self._order("")))
 
     def accepts(self, filter: str) -> Callable[[T], bool]:
         """Whether a row passes a filter; an empty one lets everything pass. Raises BadList."""
@@ -120,7 +138,7 @@ class Listing(Generic[T]):
         told = [asked, *(one.of(last) for one, _ in order)]
         return base64.urlsafe_b64encode(json.dumps(told, separators=(",", ":")).encode()).decode().rstrip("=")
 
-    def _after(self, token: str, asked: str, order: list[tuple[Field[T], bool]]) -> tuple[_Place, ...] | None:
+    def _after(self, token: str, asked: str, order: list[tuple[Field[T], bool]]) -> tuple[Any, ...] | None:
         if not token:
             return None
         try:
@@ -128,9 +146,7 @@ class Listing(Generic[T]):
             first, *values = cast(list[Any], told)
             if first != asked or len(values) != len(order):
                 raise BadList("page_token", "page_token belongs to another filter or order: begin without one")
-            return tuple(
-                _Place(_rank(one.kind, value), falls) for (one, falls), value in zip(order, values, strict=True)
-            )
+            return tuple(_place(one.kind, falls)(value) for (one, falls), value in zip(order, values, strict=True))
         except BadList:
             raise
         except (ValueError, TypeError, AttributeError) as error:
@@ -141,24 +157,87 @@ class Listing(Generic[T]):
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-@total_ordering
+_KNOWN_TEXTS = 65_536
+"""Texts whose place in the order is remembered: as many as a large fleet has names."""
+
+
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a row stands by one field."""
+class _Falling:
+    """A place in an order that falls."""
 
-    rank: Any
-    falls: bool
+    rank: tuple[Any, ...]
 
-    def __lt__(self, other: _Place) -> bool:
-        return bool(other.rank < self.rank) if self.falls else bool(self.rank < other.rank)
+    def __lt__(self, other: _Falling) -> bool:
+        return other.rank < self.rank
 
 
-def _rank(kind: Kind, value: Any) -> Any:
-    """Text in the order that people expect of numbers in names: web-2 before web-10."""
+@lru_cache(maxsize=_KNOWN_TEXTS)
+def _rank(text: str) -> tuple[Any, ...]:
+    """In the order that people expect of numbers in names: web-2 before web-10."""
+    parts = re.split(r"(\d+)", text)
+    return tuple((int(part), part) if part.isdecimal() else (-1, part) for part in parts if part)
+
+
+def _place(kind: Kind, falls: bool) -> Callable[[Any], Any]:
+    """From what a field holds to what is compared. Plain numbers and tuples, since every row of a list passes here."""
     if kind is Kind.TEXT:
-        parts = re.split(r"(\d+)", value)
-        return [(int(part), part) if part.isdecimal() else (-1, part) for part in parts if part]
-    return float(value)
+        return (lambda value: _Falling(_rank(value))) if falls else _rank
+    return (lambda value: -float(value)) if falls else float
+
+
+def _order_of(order: list[tuple[Field[T], bool]]) -> Callable[[T], tuple[Any, ...]]:
+    """Where a row stands."""
+    steps = [(one.of, _place(one.kind, falls)) for one, falls in order]
+    return lambda row: tuple([place(of(row)) for of, place in steps])
+
+
+class Standing(Generic[T]):
+    """Rows kept in the order that a list has when nobody asks for another, so that a page does not sort them all.
+
+    Whoever holds the rows tells which of them `moved`, and calls `sync` before each look.
+    """
+
+    def __init__(self, order_of: Callable[[T], tuple[Any, ...]]) -> None:
+        self._order_of = order_of
+        self._places: list[tuple[Any, ...]] = []
+        """Sorted; one for each row, since the field that ends every order names it."""
+        self._rows: dict[tuple[Any, ...], T] = {}
+        self._place_of: dict[str, tuple[Any, ...]] = {}
+        self._moved: set[str] = set()
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self._rows.__getitem__, self._places)
+
+    def moved(self, name: str) -> None:
+        """The row of this name is new, another one, or gone."""
+        self._moved.add(name)
+
+    def sync(self, rows: Mapping[str, T]) -> None:
+        """These are the rows, by name. Those that moved are taken in; should others have come or gone, all are."""
+        for name in self._moved:
+            self._remove(name)
+            if name in rows:
+                self._add(name, rows[name])
+        self._moved.clear()
+        if len(self._place_of) != len(rows):
+            self._place_of = {name: self._order_of(row) for name, row in rows.items()}
+            self._rows = {self._place_of[name]: row for name, row in rows.items()}
+            self._places = sorted(self._rows)
+
+    def after(self, place: tuple[Any, ...] | None) -> Iterator[T]:
+        """Those that stand behind a place; None: all."""
+        begin = 0 if place is None else bisect.bisect_right(self._places, place)
+        return (self._rows[self._places[number]] for number in range(begin, len(self._places)))
+
+    def _add(self, name: str, row: T) -> None:
+        place = self._order_of(row)
+        bisect.insort(self._places, place)
+        self._rows[place], self._place_of[name] = row, place
+
+    def _remove(self, name: str) -> None:
+        place = self._place_of.pop(name, None)
+        if place is not None:
+            del self._rows[place], self._places[bisect.bisect_left(self._places, place)]
 
 
 # --- filters ----------------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ Rows are in memory (`ledger.index`, `ledger.table`); the ledger is read only for
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import Tools
-from orchestrator.api.listing import MAX_PAGE, BadList, Field, Kind, Listing, Page
+from orchestrator.api.listing import MAX_PAGE, BadList, Field, Kind, Listing, Page, Standing
 from orchestrator.api.reads import (
     EvacuationRead,
     GuestRead,
@@ -129,11 +130,14 @@ def guests_listing(fleet: Fleet) -> Listing[GuestEntry]:
     )
 
 
-def page(listing: Listing[T], found: Any, asked: _Asked) -> Page[T]:
+def page(
+    listing: Listing[T], found: Iterable[T] | Standing[T], asked: _Asked, where: Callable[[T], bool] | None = None
+) -> Page[T]:
     """Raises INVALID_ARGUMENT with the field that is wrong."""
     try:
         return listing.page(
             found,
+            where=where,
             filter=asked.filter,
             order_by=asked.order_by,
             page_size=asked.page_size,
@@ -151,6 +155,10 @@ class Lists:
         self._guests = guests_listing(tools.fleet)
         self._migrations = rows.migrations(tools.store)
         self._evacuations = rows.evacuations(tools.store)
+        self._guests_stand = self._guests.standing()
+        self._migrations_stand = MIGRATIONS.standing()
+        self._evacuations_stand = EVACUATIONS.standing()
+        self._attending = False
         self._over: OrderedDict[str, types_pb2.Migration] = OrderedDict()
         """As they were shown; they do not change any more."""
 
@@ -158,6 +166,18 @@ class Lists:
         """End the watches."""
         await self._migrations.close()
         await self._evacuations.close()
+
+    def _attend(self) -> None:
+        """From the first list on, hear of what moves."""
+        if not self._attending:
+            self._attending = True
+            self._tools.index.listen(self._guest_moved)
+            self._migrations.listen(self._migrations_stand.moved)
+            self._evacuations.listen(self._evacuations_stand.moved)
+
+    def _guest_moved(self, path: str) -> None:
+        if uuid := paths.guest_of(path):
+            self._guests_stand.moved(uuid)
 
     async def hosts(self, asked: pb.ListHostsRequest) -> pb.ListHostsResponse:
         """By name; those that cannot be read are named."""
@@ -172,12 +192,17 @@ class Lists:
 
     async def guests(self, asked: pb.ListGuestsRequest) -> pb.ListGuestsResponse:
         """By name; guests that are gone are left out. Those that cannot be read are named: they may be on any host."""
+        self._attend()
         entries = await self._tools.index.guests()
         snapshot = await self._tools.index.recent()
         if asked.host and asked.host not in snapshot.hosts:
             raise not_found("host", asked.host, field="host")
-        here = (one for one in entries.values() if not asked.host or one.input.record.owner.host == asked.host)
-        found = page(self._guests, here, asked)
+        self._guests_stand.sync(entries)
+
+        def wanted(entry: GuestEntry) -> bool:
+            return not asked.host or entry.input.record.owner.host == asked.host
+
+        found = page(self._guests, self._guests_stand, asked, wanted)
         unreadable = Unreadable()
         unreadable.add_nodes(snapshot.unreadable, paths.GUESTS)
         fits: list[types_pb2.Guest] = []
@@ -190,13 +215,15 @@ class Lists:
     async def migrations(self, asked: pb.ListMigrationsRequest) -> pb.ListMigrationsResponse:
         """Newest first by the ledger's own order, without time lines; those of the page that cannot be read are
         named."""
+        self._attend()
         uuid = await guest_uuid(self._tools.ledger, asked.guest, field="guest") if asked.guest else ""
         complete = asked.active_only or await self._migrations.completed()
-        known = await self._migrations.rows()
-        wanted = (
-            row for row in known.values() if (not uuid or row.guest == uuid) and not (asked.active_only and row.over)
-        )
-        found = page(MIGRATIONS, wanted, asked)
+        self._migrations_stand.sync(await self._migrations.rows())
+
+        def wanted(row: MigrationRow) -> bool:
+            return (not uuid or row.guest == uuid) and not (asked.active_only and row.over)
+
+        found = page(MIGRATIONS, self._migrations_stand, asked, wanted)
         unreadable = Unreadable()
         shown = await unreadable.others([row.name for row in found.rows], self._migration)
         reasons = await quarantined(self._tools.ledger)
@@ -225,8 +252,10 @@ class Lists:
 
     async def evacuations(self, asked: pb.ListEvacuationsRequest) -> pb.ListEvacuationsResponse:
         """Newest first by the ledger's own order; those of the page that cannot be read are named."""
+        self._attend()
         complete = await self._evacuations.completed()
-        found = page(EVACUATIONS, (await self._evacuations.rows()).values(), asked)
+        self._evacuations_stand.sync(await self._evacuations.rows())
+        found = page(EVACUATIONS, self._evacuations_stand, asked)
         unreadable = Unreadable()
         shown = await unreadable.others([row.name for row in found.rows], self._evacuation)
         reasons = await quarantined(self._tools.ledger)

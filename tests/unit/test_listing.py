@@ -160,3 +160,60 @@ def test_pages_hold_every_row_that_stays_exactly_once(
             break
     assert len(told) == len(set(told))
     assert {row.name for row in stays.values()} <= set(told)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(-1, 3), st.booleans()), max_size=40),
+    st.sampled_from(["", "size = 2", "state = s1"]),
+    st.booleans(),
+)
+def test_standing_rows_give_the_pages_of_rows_that_are_sorted_each_time(
+    moves: list[tuple[int, int, bool]], filter: str, falls: bool
+) -> None:
+    """Whatever comes, changes and goes, told or not; `size` -1 is the end of a row."""
+    fields = {
+        "name": Field(Kind.TEXT, lambda row: row.name),
+        "state": Field(Kind.TEXT, lambda row: row.state),
+        "size": Field(Kind.NUMBER, lambda row: row.size),
+    }
+    listing = Listing[Row](fields, key="name", order_by="size desc, state" if falls else "size, state desc")
+    there: dict[str, Row] = {}
+    standing = listing.standing()
+    for number, size, told in moves:
+        name = f"r{number}"
+        before = len(there)
+        if size < 0:
+            there.pop(name, None)
+        else:
+            there[name] = Row(name, f"s{number % 2}", size)
+        if told or len(there) == before:  # a row that is another one now is always told, one that came or went need not
+            standing.moved(name)
+        standing.sync(there)
+        token = ""
+        while True:
+            asked = {"filter": filter, "page_size": 3, "page_token": token}
+            expected = listing.page(there.values(), **asked)
+            assert listing.page(standing, **asked) == expected
+            other = {"filter": filter, "order_by": "name", "page_size": 5}
+            assert listing.page(standing, **other) == listing.page(there.values(), **other)
+            if not (token := expected.next_page_token):
+                break
+
+
+def test_standing_rows_cost_what_the_page_costs() -> None:
+    looked: list[str] = []
+
+    def name_of(row: Row) -> str:
+        looked.append(row.name)
+        return row.name
+
+    listing = Listing[Row]({"name": Field(Kind.TEXT, name_of)}, key="name", order_by="name")
+    there = {f"r{number}": Row(f"r{number}") for number in range(5_000)}
+    standing = listing.standing()
+    standing.sync(there)
+    looked.clear()
+    there["r77"] = Row("r77", "PAUSED")
+    standing.moved("r77")
+    standing.sync(there)
+    listing.page(standing, page_size=20, page_token=listing.page(standing, page_size=50).next_page_token)
+    assert len(looked) < 10
