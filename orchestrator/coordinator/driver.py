@@ -123,6 +123,12 @@ class _Nodes:
     reports: tuple[AttemptReport, ...]
     source_live: bool = True
 
+    def untouched(self, mig: str) -> bool:
+        """As it was created: no driver has opened an attempt, or spent any of its time."""
+        state, record = self.state, self.record
+        begun = state.attempt > 0 or state.spent_ms > 0 or bool(self.reports) or state.phase.terminal
+        return not begun and self.state_version >= 0 and record is not None and record.migration != mig
+
     def seen(self) -> migration.Seen:
         return migration.Seen(self.record, self.state, self.reports, self.source_live)
 
@@ -259,12 +265,28 @@ class Driver:
                 await asyncio.sleep(STORE_RETRY_S)
 
     async def _read(self) -> _Nodes:
+        """H13: what another driver has done with the migration, through another server of the ledger, is not missed.
+
+        Until this driver has written, that takes a barrier; but none where the migration looks untouched, for then the
+        driver's own first write is a compare-and-set that fails if anything was missed.
+        """
+        nodes = await self._read_as_shown()
+        if not self._fresh and not nodes.untouched(self._spec.id):
+            await self._tools.store.barrier()
+            self._fresh = True
+            nodes = await self._read_as_shown()
+        return nodes
+
+    async def _write(self, ops: Sequence[Op]) -> bool:
+        """As `Tools.write`. One that was applied stands before everything that is read from here on."""
+        written = await self._tools.write(ops)
+        self._fresh = self._fresh or written
+        return written
+
+    async def _read_as_shown(self) -> _Nodes:
         """State, guest, state again: when the state did not move, the record belongs to it. Whatever opens or settles
         an attempt moves both, so a half of such a write is never seen."""
         store, spec = self._tools.store, self._spec
-        if not self._fresh:
-            await store.barrier()  # H13: the server may lag behind what the coordinator has seen
-            self._fresh = True
         state = await store.read(paths.migration_state(spec.id))
         while True:
             before = state
@@ -306,7 +328,7 @@ class Driver:
             return
         state = replace(nodes.state, spent_ms=self._spent_ms())
         write = SetData(paths.migration_state(self._spec.id), encode(state), nodes.state_version)
-        await self._tools.write([write])
+        await self._write([write])
 
     def _spawn(self, command: migration.Command) -> None:
         self._start(self._guarded(command))
@@ -369,9 +391,9 @@ class Driver:
                     continue
                 if not isinstance(ops, list):
                     return ops
-                if await self._tools.write(ops):
+                if await self._write(ops):
                     return migration.Finished()
-            fresh = True
+            fresh = False  # a conflict is an answer of the quorum: what made it is known here now
             await self._pause()
         return migration.Finished()
 
@@ -453,7 +475,7 @@ class Driver:
             )
             write = SetData(paths.migration_state(self._spec.id), encode(state), nodes.state_version)
             release = await self._release(nodes.state.destination) if nodes.state.destination else []
-            if await self._tools.write([write, *release]):
+            if await self._write([write, *release]):
                 return migration.Told(command.stand_back)
             await self._pause()
         return migration.Finished()
@@ -472,7 +494,7 @@ class Driver:
             if command.said and nodes.state_version >= 0:
                 state = replace(nodes.state, message=command.said)
                 ops.append(SetData(paths.migration_state(self._spec.id), encode(state), nodes.state_version))
-            if await self._tools.write(ops):
+            if await self._write(ops):
                 self._nudge(record)
                 break
             await self._pause()
@@ -497,7 +519,7 @@ class Driver:
             if nodes.state.phase.terminal:
                 break
             ops = await self._settle_ops(command, nodes)
-            if ops is None or await self._tools.write(ops):
+            if ops is None or await self._write(ops):
                 break
             await self._pause()
         return migration.Finished()

@@ -91,6 +91,9 @@ class Worker:
         while True:
             try:
                 node = await self._store.read(path)
+                if node is None:  # our server may be behind the one through which it was made
+                    await self._store.barrier()
+                    node = await self._store.read(path)
             except StoreUnavailable:
                 await asyncio.sleep(STORE_RETRY_S)
                 continue

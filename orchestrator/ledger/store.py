@@ -152,7 +152,11 @@ class Store(Protocol):
         ...
 
     async def multi(self, ops: Sequence[Op], timeout_s: float = 2.0) -> WriteResult:
-        """All or nothing, in order. Parents must exist (see `ensure`). Never raises for store trouble."""
+        """All or nothing, in order. Parents must exist (see `ensure`). Never raises for store trouble.
+
+        `Done` and `Conflict` are answers of the quorum, and as good as a barrier: what is read, and what watches have
+        told, once one was given is not older than it.
+        """
         ...
 
     async def ensure(self, path: str, timeout_s: float = 2.0) -> None:

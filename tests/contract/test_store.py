@@ -225,6 +225,24 @@ async def test_what_moved_is_announced_before_any_answer_that_shows_it(connect: 
     await other.close()
 
 
+async def test_a_conflict_is_as_good_as_a_barrier(connect: Connect, store: Store) -> None:
+    """Who loses a race knows by that answer what made it lose, and needs no write to be sure."""
+    other, seen = connect(), list[str | None]()
+    await other.start()
+    await done(other, Create("/a/x", b""), Create("/a/y", b""))
+    store.watch_tree(["/a"], seen.append)
+    await wait_for(lambda: bool(seen))
+    for turn in range(50):
+        told = seen.count("/a/y")
+        await done(other, SetData("/a/x", b"", turn), SetData("/a/y", b"", turn))
+        assert await store.multi([SetData("/a/x", b"", turn)]) == Conflict(0, ConflictKind.BAD_VERSION)
+        assert seen.count("/a/y") == told + 1
+        node = await store.read("/a/y")
+        assert node is not None
+        assert node.version == turn + 1
+    await other.close()
+
+
 @pytest.mark.zookeeper
 async def test_a_tree_is_told_as_a_whole_after_each_reconnect(server: ZooKeeperServer) -> None:
     store = ZooKeeperStore(server.hosts, chroot="/trees", session_timeout_s=4)

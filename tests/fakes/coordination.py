@@ -1,13 +1,14 @@
 """A small ledger and agents in memory for the coordinator's tests.
 
 `MemoryStore` keeps one tree; `session()` gives stores that share it, so that several coordinators can compete. Its
-writes are linear; `fail_next` makes the next ones end as OutcomeUnknown, applied or not.
+writes are linear; `fail_next` makes the next ones end as OutcomeUnknown, applied or not; `lag` lets one session fall
+behind, as the clients of a ZooKeeper server that follows do.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,6 +82,11 @@ class _Nodes(dict[str, Versioned]):
         return super().pop(path, *default)
 
 
+def children_of(nodes: Iterable[str], path: str) -> tuple[str, ...]:
+    head = path.rstrip("/") + "/"
+    return tuple(sorted(p[len(head) :] for p in nodes if p.startswith(head) and "/" not in p[len(head) :]))
+
+
 @dataclass
 class Tree:
     nodes: _Nodes = field(default_factory=_Nodes)
@@ -89,8 +95,7 @@ class Tree:
     watches: list[tuple[str, bool, Callable[..., None]]] = field(default_factory=list)
 
     def children(self, path: str) -> tuple[str, ...]:
-        head = path.rstrip("/") + "/"
-        return tuple(sorted(p[len(head) :] for p in self.nodes if p.startswith(head) and "/" not in p[len(head) :]))
+        return children_of(self.nodes, path)
 
     def notify(self, path: str) -> None:
         loop = asyncio.get_running_loop()
@@ -110,6 +115,10 @@ class MemoryStore:
         self.fail_next: list[bool] = []
         """Per coming write: lost answer, True if applied all the same."""
         self.writes: list[tuple[Op, ...]] = []
+        self.barriers = 0
+        """How many were asked for: each is a write."""
+        self._old: dict[str, Versioned] | None = None
+        self._late: list[Callable[[], None]] = []
         self._callbacks: list[Callable[[SessionState], None]] = []
 
     async def start(self, timeout_s: float = 10.0) -> None: ...
@@ -142,19 +151,37 @@ class MemoryStore:
         if self.down:
             raise StoreUnavailable("down")
 
+    @property
+    def _shown(self) -> dict[str, Versioned]:
+        return self.tree.nodes if self._old is None else self._old
+
+    def lag(self) -> None:
+        """From now on this session sees, and is told, nothing new: until a write of its own was answered, or
+        `catch_up`."""
+        if self._old is None:
+            self._old = dict(self.tree.nodes)
+
+    def catch_up(self) -> None:
+        """Be told what was missed."""
+        self._old, late, self._late = None, self._late, []
+        for tell in late:
+            tell()
+
     async def barrier(self, timeout_s: float = 2.0) -> None:
         await asyncio.sleep(0)
         self._need_connection()
+        self.barriers += 1
+        self.catch_up()
 
     async def read(self, path: str, timeout_s: float = 2.0) -> Versioned | None:
         await asyncio.sleep(0)
         self._need_connection()
-        return self.tree.nodes.get(path)
+        return self._shown.get(path)
 
     async def children(self, path: str, timeout_s: float = 2.0) -> tuple[str, ...]:
         await asyncio.sleep(0)
         self._need_connection()
-        return self.tree.children(path)
+        return children_of(self._shown, path)
 
     async def ensure(self, path: str, timeout_s: float = 2.0) -> None:
         self._need_connection()
@@ -175,6 +202,7 @@ class MemoryStore:
             if self.fail_next.pop(0):
                 self._apply(ops)
             return OutcomeUnknown()
+        self.catch_up()
         return self._apply(ops)
 
     def _apply(self, ops: Sequence[Op]) -> WriteResult:
@@ -221,21 +249,36 @@ class MemoryStore:
         return version
 
     def watch(self, path: str, callback: Callable[[Versioned | None], None]) -> Callable[[], None]:
-        return self._watch((path, False, callback), lambda: callback(self.tree.nodes.get(path)))
+        def moved(node: Versioned | None) -> None:
+            self._tell(lambda: callback(self._shown.get(path)), now=lambda: callback(node))
+
+        return self._watch((path, False, moved), lambda: callback(self._shown.get(path)))
 
     def watch_children(self, path: str, callback: Callable[[tuple[str, ...]], None]) -> Callable[[], None]:
-        return self._watch((path, True, callback), lambda: callback(self.tree.children(path)))
+        def moved(names: tuple[str, ...]) -> None:
+            self._tell(lambda: callback(children_of(self._shown, path)), now=lambda: callback(names))
+
+        return self._watch((path, True, moved), lambda: callback(children_of(self._shown, path)))
 
     def watch_tree(self, roots: Sequence[str], callback: Callable[[str | None], None]) -> Callable[[], None]:
-        entry = (tuple(roots), callback)
+        entry = (tuple(roots), lambda path: self._tell(lambda: callback(path), now=lambda: callback(path)))
         self.tree.nodes.trees.append(entry)
         trees = self.tree.nodes.trees
         asyncio.get_running_loop().call_soon(lambda: callback(None) if entry in trees else None)
         return lambda: trees.remove(entry) if entry in trees else None
 
+    def _tell(self, later: Callable[[], None], *, now: Callable[[], None]) -> None:
+        """Of a change, to whoever watches; once this session is told of it."""
+        if self._old is None:
+            now()
+        else:
+            self._late.append(later)
+
     def _watch(self, entry: tuple[str, bool, Callable[..., None]], first: Callable[[], None]) -> Callable[[], None]:
         self.tree.watches.append(entry)
         asyncio.get_running_loop().call_soon(first)
+        if self._old is not None:
+            self._late.append(first)
         return lambda: self.tree.watches.remove(entry) if entry in self.tree.watches else None
 
 

@@ -747,3 +747,44 @@ async def test_a_record_from_before_open_is_never_taken_for_an_arrival(world: Wo
     assert await drive(world) == "SUCCEEDED"
     assert world.record("g1").owner.host == "h2"
     assert [report.outcome for report in world.attempts("m1")] == ["COMMITTED"]
+
+
+@pytest.mark.rule("H13")
+async def test_a_migration_that_nobody_has_begun_costs_no_barrier(world: World) -> None:
+    """What its driver does first is a compare-and-set, which proves that nothing had been missed."""
+    assert await drive(world) == "SUCCEEDED"
+    assert world.store.barriers == 0
+
+
+@pytest.mark.rule("H13")
+async def test_a_driver_that_sees_nothing_of_its_predecessor_goes_on_where_that_one_was(world: World) -> None:
+    """Its server lags behind the one through which the first attempt was opened."""
+    taken_over = World(MemoryStore(world.store.tree), hold=asyncio.Event())
+    predecessor = asyncio.create_task(worker(taken_over).drive("m1", EPOCH))
+    world.store.lag()
+    await until(lambda: bool(world.record("g1").inc))
+    predecessor.cancel()
+    successor = asyncio.create_task(drive(world))
+    await until(lambda: world.store._old is None)
+    taken_over.hold.set()
+    assert await successor == "SUCCEEDED"
+    assert [(report.attempt, report.outcome) for report in world.attempts("m1")] == [(1, "COMMITTED")]
+    assert not world.calls, "the attempt was conducted already"
+
+
+async def test_who_loses_a_race_for_room_looks_again_without_a_barrier(world: World) -> None:
+    """The conflict was an answer of the quorum: what moved was told before it."""
+    real, lost = world.store.multi, False
+
+    async def multi(ops, timeout_s: float = 2.0):
+        nonlocal lost
+        if not lost and any(op.path == paths.reservations("h2") for op in ops):
+            lost = True
+            node = world.store.tree.nodes[paths.reservations("h2")]
+            world.store.tree.nodes[paths.reservations("h2")] = replace(node, version=node.version + 1)
+        return await real(ops, timeout_s)
+
+    world.store.multi = multi
+    assert await drive(world) == "SUCCEEDED"
+    assert lost
+    assert world.store.barriers == 0
