@@ -9,6 +9,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from orchestrator.core.endpoint import zookeeper_servers
 from orchestrator.core.guest import name_error
+from orchestrator.core.hardware import MAX_MTU, MIN_MTU, extra_arg_error
+from orchestrator.core.records import NetworkKind, PoolFence, PoolKind
 
 
 class ConfigError(Exception):
@@ -29,6 +31,59 @@ class IdentityConfig(BaseModel):
 
     kind: Literal["kernel", "simulated"] = "kernel"
     file: Path | None = None
+
+
+_Name = Annotated[str, AfterValidator(_host_name)]
+
+
+def _extra_arg(argument: str) -> str:
+    if wrong := extra_arg_error(argument):
+        raise ValueError(wrong)
+    return argument
+
+
+class PoolConfig(BaseModel):
+    """A directory of disk images (or of block devices) that guests' disks may be in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path
+    kind: PoolKind
+    fence: PoolFence = PoolFence.NONE
+    """Of a block pool: what keeps other hosts from writing to a volume that is in use here."""
+    locks: Literal["required", "none"] = "required"
+    """`none`: the operator accepts that nothing but the ledger keeps two hosts off one image."""
+    grace_s: Annotated[int, Field(ge=0)] = 3600
+    """How long the image of a disk that has moved away is kept, under another name."""
+
+
+class NetworkConfig(BaseModel):
+    """A bridge of this host that guests' network cards may be in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bridge: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,14}$")]
+    kind: NetworkKind = NetworkKind.BRIDGE
+    mtu: Annotated[int, Field(ge=MIN_MTU, le=MAX_MTU)] = 1500
+
+
+class FirmwareConfig(BaseModel):
+    """Files of firmware. None: guests that need it do not run here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uefi_code: Path | None = None
+    """Code of a UEFI build with its variables apart (OVMF_CODE_4M.fd)."""
+    uefi_vars: Path | None = None
+    """What a new guest's variables begin with (OVMF_VARS_4M.fd)."""
+    bios: Path | None = None
+    """None: what QEMU itself comes with."""
+
+    @model_validator(mode="after")
+    def _uefi_is_whole(self) -> FirmwareConfig:
+        if (self.uefi_code is None) != (self.uefi_vars is None):
+            raise ValueError("uefi_code and uefi_vars belong together: name both, or none")
+        return self
 
 
 class AgentConfig(BaseModel):
@@ -73,6 +128,13 @@ class AgentConfig(BaseModel):
     """The command that holds the devices of one VMM (docs/shims.md); empty: no guest with devices runs here."""
     shims: dict[str, Path] = {}
     """Programs of this host that hold external devices: the name that guests use (`driver`) -> unix socket."""
+    pools: dict[_Name, PoolConfig] = {}
+    """Where disks of guests may be, by the name that guests use."""
+    networks: dict[_Name, NetworkConfig] = {}
+    """Bridges that network cards of guests may be in, by the name that guests use."""
+    firmware: FirmwareConfig = FirmwareConfig()
+    extra_args_allowed: tuple[Annotated[str, AfterValidator(_extra_arg)], ...] = ()
+    """Options of QEMU that guests may ask for, each with its value, word for word. The same on every host."""
     instructions: bool = False
     """Whether devices may be instructed on request: a device that is told to misbehave does."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

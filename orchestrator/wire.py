@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from enum import StrEnum
+from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -41,14 +42,27 @@ from orchestrator.core.record import known_fields
 from orchestrator.core.records import (
     AttemptReport,
     Boot,
+    CloudInit,
+    Cpu,
     DeviceProgress,
     DeviceSpec,
+    DiskCache,
+    DiskFormat,
+    DiskSpec,
     EvacuationPhase,
+    Firmware,
     GuestSpec,
     MigrationPhase,
+    Network,
+    NetworkKind,
+    NicSpec,
     OnHostDeath,
+    Pool,
+    PoolFence,
+    PoolKind,
     ShimKind,
     TimelineEntry,
+    Tpm,
 )
 from orchestrator.core.text import quoted
 from protos.drover.v1 import agent_pb2, types_pb2
@@ -58,6 +72,12 @@ from protos.drover.v1 import agent_pb2, types_pb2
 _ON_TIMEOUT = {value: types_pb2.OnTimeout.Value(f"ON_TIMEOUT_{value.name}") for value in OnTimeout}
 _ON_HOST_DEATH = {value: types_pb2.OnHostDeath.Value(f"ON_HOST_DEATH_{value.name}") for value in OnHostDeath}
 _SHIM_KIND = {value: types_pb2.ShimKind.Value(f"SHIM_KIND_{value.name}") for value in ShimKind}
+_FIRMWARE = {value: types_pb2.Firmware.Value(f"FIRMWARE_{value.name}") for value in Firmware}
+_DISK_FORMAT = {value: types_pb2.DiskFormat.Value(f"DISK_FORMAT_{value.name}") for value in DiskFormat}
+_DISK_CACHE = {value: types_pb2.DiskCache.Value(f"DISK_CACHE_{value.name}") for value in DiskCache}
+_POOL_KIND = {value: types_pb2.PoolKind.Value(f"POOL_KIND_{value.name}") for value in PoolKind}
+_POOL_FENCE = {value: types_pb2.PoolFence.Value(f"POOL_FENCE_{value.name}") for value in PoolFence}
+_NETWORK_KIND = {value: types_pb2.NetworkKind.Value(f"NETWORK_KIND_{value.name}") for value in NetworkKind}
 _OWNERSHIP = {value: types_pb2.OwnershipPhase.Value(f"OWNERSHIP_PHASE_{value.name}") for value in Ownership}
 _RUN_STATE = {value: types_pb2.RunState.Value(f"RUN_STATE_{value.name}") for value in RunState}
 _PHASE = {value: types_pb2.MigrationPhase.Value(f"MIGRATION_PHASE_{value.name}") for value in MigrationPhase}
@@ -215,6 +235,86 @@ def device_from_proto(message: types_pb2.DeviceSpec, *, field: str = "device") -
     return DeviceSpec(name=message.name, shim=shim, **given)
 
 
+def disk_to_proto(disk: DiskSpec) -> types_pb2.DiskSpec:
+    """One disk of a guest, its size in bytes."""
+    return types_pb2.DiskSpec(
+        name=disk.name,
+        pool=disk.pool,
+        image=disk.image,
+        format=_DISK_FORMAT[disk.format],
+        size_bytes=disk.size_bytes,
+        cache=_DISK_CACHE[disk.cache],
+        read_only=disk.read_only,
+        boot=disk.boot,
+    )
+
+
+def disk_from_proto(message: types_pb2.DiskSpec, *, field: str = "disk") -> DiskSpec:
+    """Raises INVALID_ARGUMENT for words that this version does not know; `field` names the disk in that error."""
+    return DiskSpec(
+        name=message.name,
+        pool=message.pool,
+        image=message.image,
+        format=_meant(_DISK_FORMAT, message.format, DiskFormat.QCOW2, f"{field}.format"),
+        size_bytes=message.size_bytes,
+        cache=_meant(_DISK_CACHE, message.cache, DiskCache.NONE, f"{field}.cache"),
+        read_only=message.read_only,
+        boot=message.boot,
+    )
+
+
+_T = TypeVar("_T", bound=StrEnum)
+
+
+def _meant(words: Mapping[_T, int], number: int, unset: _T, field: str) -> _T:
+    """Of an enumeration in a request: 0 is its default, a number that is not known is refused."""
+    if not number:
+        return unset
+    for word, known in words.items():
+        if known == number:
+            return word
+    raise _unknown_word(field, number, words)
+
+
+def nic_to_proto(nic: NicSpec) -> types_pb2.NicSpec:
+    """One network card of a guest."""
+    return types_pb2.NicSpec(name=nic.name, network=nic.network, mac=nic.mac, queues=nic.queues, mtu=nic.mtu)
+
+
+def nic_from_proto(message: types_pb2.NicSpec) -> NicSpec:
+    """A number of queues that is not set is 1."""
+    return NicSpec(message.name, message.network, message.mac, message.queues or 1, message.mtu)
+
+
+def boot_to_proto(boot: Boot) -> types_pb2.Boot:
+    """What a guest boots."""
+    firmware = _FIRMWARE[boot.firmware]
+    return types_pb2.Boot(kernel=boot.kernel, initrd=boot.initrd, append=boot.append, firmware=firmware)
+
+
+def boot_from_proto(message: types_pb2.Boot, *, field: str = "boot") -> Boot:
+    """Raises INVALID_ARGUMENT for a firmware that this version does not know."""
+    firmware = _meant(_FIRMWARE, message.firmware, Firmware.DIRECT, f"{field}.firmware")
+    return Boot(message.kernel, message.initrd, message.append, firmware)
+
+
+def pool_to_proto(pool: Pool, free_bytes: int | None = None) -> types_pb2.Pool:
+    """A pool of a host's; `free_bytes`: a newer figure than the one in the host's record."""
+    return types_pb2.Pool(
+        name=pool.name,
+        kind=_POOL_KIND[pool.kind],
+        fence=_POOL_FENCE[pool.fence],
+        accepts_no_locks=pool.accepts_no_locks,
+        size_bytes=pool.size_bytes,
+        free_bytes=pool.free_bytes if free_bytes is None else free_bytes,
+    )
+
+
+def network_to_proto(network: Network) -> types_pb2.Network:
+    """A network of a host's."""
+    return types_pb2.Network(name=network.name, kind=_NETWORK_KIND[network.kind], mtu=network.mtu)
+
+
 def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
     """Raises INVALID_ARGUMENT when a number does not fit its field."""
     try:
@@ -223,32 +323,53 @@ def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
             memory_mib=spec.memory_mib,
             vcpus=spec.vcpus,
             machine=spec.machine,
-            boot=types_pb2.Boot(kernel=spec.boot.kernel, initrd=spec.boot.initrd, append=spec.boot.append),
+            boot=boot_to_proto(spec.boot),
             devices=[device_to_proto(device) for device in spec.devices],
             labels=spec.labels,
             policy=policy_to_proto(spec.policy),
             on_host_death=_ON_HOST_DEATH[spec.on_host_death],
+            cpu=types_pb2.Cpu(model=spec.cpu.model),
+            disks=map(disk_to_proto, spec.disks),
+            nics=map(nic_to_proto, spec.nics),
+            tpm=types_pb2.Tpm(version=spec.tpm.version) if spec.tpm else None,
+            cloud_init=_cloud_init_to_proto(spec.cloud_init) if spec.cloud_init else None,
+            extra_args=spec.extra_args,
         )
     except (ValueError, OverflowError) as error:
         raise _wrong("spec", f"a number is too large: {error}") from error
 
 
+def _cloud_init_to_proto(files: CloudInit) -> types_pb2.CloudInit:
+    return types_pb2.CloudInit(
+        user_data=files.user_data, meta_data=files.meta_data, network_config=files.network_config
+    )
+
+
+def _cloud_init_from_proto(message: types_pb2.CloudInit) -> CloudInit:
+    return CloudInit(message.user_data, message.meta_data, message.network_config)
+
+
 def guest_spec_from_proto(message: types_pb2.GuestSpec, *, field: str = "spec") -> GuestSpec:
     """What is not set gets its default. Raises INVALID_ARGUMENT, with a field below `field`, for words that this
     version does not know."""
-    boot = message.boot
     default = GuestSpec(message.name)
-    devices = enumerate(message.devices)
+    devices, disks = enumerate(message.devices), enumerate(message.disks)
     return GuestSpec(
         name=message.name,
         memory_mib=message.memory_mib or default.memory_mib,
         vcpus=message.vcpus or default.vcpus,
         machine=message.machine or default.machine,
-        boot=Boot(kernel=boot.kernel, initrd=boot.initrd, append=boot.append),
+        boot=boot_from_proto(message.boot, field=f"{field}.boot"),
         devices=tuple(device_from_proto(device, field=f"{field}.devices[{index}]") for index, device in devices),
         labels=dict(message.labels),
         policy=policy_from_proto(message.policy, field=f"{field}.policy"),
         on_host_death=_on_host_death(message, field=field),
+        cpu=Cpu(message.cpu.model),
+        disks=tuple(disk_from_proto(disk, field=f"{field}.disks[{index}]") for index, disk in disks),
+        nics=tuple(map(nic_from_proto, message.nics)),
+        tpm=Tpm(message.tpm.version or "2.0") if message.HasField("tpm") else None,
+        cloud_init=_cloud_init_from_proto(message.cloud_init) if message.HasField("cloud_init") else None,
+        extra_args=tuple(message.extra_args),
     )
 
 

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness
-from orchestrator.core.records import GuestSpec
+from orchestrator.core.records import DiskCache, DiskFormat, GuestSpec, LiveMachine, PoolKind
 
 
 class EngineError(Exception):
@@ -155,6 +155,50 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskFile:
+    """A disk of the guest as this host has it."""
+
+    name: str
+    """In the guest's specification."""
+    path: Path
+    format: DiskFormat
+    cache: DiskCache
+    read_only: bool
+    kind: PoolKind
+    size_bytes: int = 0
+    """As the guest sees it; 0: what the image says."""
+
+    @property
+    def node(self) -> str:
+        """The engine's name for what the guest's device writes to; the file below it is `<node>-file`."""
+        return f"disk-{self.name}"
+
+    @property
+    def shared(self) -> bool:
+        """Other hosts of the pool open the same image; otherwise the disk's content travels with the guest."""
+        return self.kind is not PoolKind.LOCAL
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """What carries a network card's frames on this host: an interface that is there already."""
+
+    nic: str
+    """In the guest's specification."""
+    ifname: str
+
+
+@dataclass(frozen=True, slots=True)
+class FirmwareFiles:
+    """What the VMM runs first; all None: its own choice."""
+
+    bios: Path | None = None
+    uefi_code: Path | None = None
+    nvram: Path | None = None
+    """The guest's own variables on this host. Of the right size, even where what is in it comes with the stream."""
+
+
+@dataclass(frozen=True, slots=True)
 class VmmSpec:
     """Everything a VMM process is made of. `directory` is the guest's own below the agent's; it exists."""
 
@@ -177,6 +221,17 @@ class VmmSpec:
     nics: tuple[Nic, ...] = ()
     segment: Segment | None = None
     """None: the cards are there and lead nowhere."""
+    machine: LiveMachine | None = None
+    """The guest's machine as it was put together at its birth, the same at every host. None: a guest without
+    `hardware`, whose few devices follow from its specification."""
+    disks: tuple[DiskFile, ...] = ()
+    taps: tuple[Tap, ...] = ()
+    """One per network card; for a card without one frames lead nowhere."""
+    firmware: FirmwareFiles = FirmwareFiles()
+    tpm_path: Path | None = None
+    """Unix socket of the program that emulates the TPM."""
+    seed_path: Path | None = None
+    """Image of the NoCloud data source."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from agents.host.identity import Installation, has_ended
 from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.identity import AgentIdentity, Answer, Doubt, Place, PlaceSeen, may_take
-from orchestrator.core.records import Certificate, Cordon, HostRecord, Proof, Reservations
+from orchestrator.core.records import Certificate, Cordon, HostRecord, Network, Proof, Reservations
 from orchestrator.ledger import paths
 from orchestrator.ledger.layout import WrongLayout
 from orchestrator.ledger.ledger import Ledger, op_create
@@ -229,6 +229,8 @@ class Registration:
             switchover_ack=probed["switchover_ack"],
             identity=me,
             shims=tuple(sorted(config.shims)),
+            networks=tuple(Network(name, each.kind, each.mtu) for name, each in sorted(config.networks.items())),
+            extra_args=config.extra_args_allowed,
         )
 
     def _refusal(self, doubt: Doubt) -> DroverError:

@@ -33,11 +33,27 @@ from orchestrator.cli.marked_yaml import Marked, Path, YamlError
 from orchestrator.core.guest import guest_errors
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
 from orchestrator.core.record import known_fields
-from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, OnHostDeath, ShimKind
+from orchestrator.core.records import (
+    Boot,
+    CloudInit,
+    Cpu,
+    DeviceSpec,
+    DiskCache,
+    DiskFormat,
+    DiskSpec,
+    Firmware,
+    GuestSpec,
+    NicSpec,
+    OnHostDeath,
+    ShimKind,
+    Tpm,
+)
 
 ENTRY_POINTS = "drover.guest_file"
 MAX_COUNT = 1000
-_MERGED = ("boot", "labels", "policy")
+MAX_FILE_BYTES = 256 << 10
+"""Of a file that a guest file names; what may be in it is less."""
+_MERGED = ("boot", "cloud_init", "cpu", "labels", "policy")
 """Defaults and a guest's own values are put together key by key here, and below keys that other packages add; elsewhere
 the guest's own take their place."""
 
@@ -113,7 +129,9 @@ def model_of(record: type[Any], **types: Any) -> type[Model]:
     return create_model(record.__name__, __base__=Model, **definitions)
 
 
-_Boot = model_of(Boot)
+_Boot = model_of(Boot, firmware=Literal["direct", "bios", "uefi"])
+_Cpu = model_of(Cpu)
+_Tpm = model_of(Tpm, version=_Option)
 _Policy = model_of(MigrationPolicy, on_timeout=Literal["abort", "suspend"])
 
 
@@ -132,13 +150,63 @@ class _Device(Model):
         return DeviceSpec(**given, shim=ShimKind(self.shim))
 
 
+class _Disk(Model):
+    name: _Text
+    pool: _Text
+    image: _Text = ""
+    format: Literal["raw", "qcow2"] = "qcow2"
+    size: _Bytes = 0
+    cache: Literal["none", "writeback"] = "none"
+    read_only: bool = False
+    boot: bool = False
+
+    def spec(self) -> DiskSpec:
+        """An image without a name gets one that no other guest has; `${name}` in it is the guest's."""
+        return DiskSpec(
+            name=self.name,
+            pool=self.pool,
+            image=self.image or f"{_OWN_NAME}-{self.name}.{self.format}",
+            format=DiskFormat(self.format),
+            size_bytes=self.size,
+            cache=DiskCache(self.cache),
+            read_only=self.read_only,
+            boot=self.boot,
+        )
+
+
+class _Nic(Model):
+    name: _Text
+    network: _Text
+    mac: _Text = ""
+    queues: int = 1
+    mtu: int = 0
+
+    def spec(self) -> NicSpec:
+        return NicSpec(self.name, self.network, self.mac.lower(), self.queues, self.mtu)
+
+
+class _CloudInit(Model):
+    user_data: str = ""
+    meta_data: str = ""
+    network_config: str = ""
+
+
+_OWN_NAME = "${name}"
+
+
 class _Guest(Model):
     name: _Text
     count: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     memory: Mib = 0
     vcpus: int = 0
     machine: _Text = ""
+    cpu: Annotated[Model, _as(_Cpu)] = Model()
     boot: Annotated[Model, _as(_Boot)] = Model()
+    disks: list[_Disk] = Field(default_factory=list[_Disk])
+    nics: list[_Nic] = Field(default_factory=list[_Nic])
+    tpm: Annotated[Model, _as(_Tpm)] | None = None
+    cloud_init: _CloudInit | None = None
+    extra_args: list[_Text] = Field(default_factory=list[str])
     devices: list[_Device] = Field(default_factory=list[_Device])
     labels: dict[str, _Text] = Field(default_factory=dict[str, str])
     policy: Annotated[Model, _as(_Policy)] = Model()
@@ -158,9 +226,17 @@ class _Guest(Model):
         policy = self.policy.model_dump(exclude_unset=True)
         if "on_timeout" in policy:
             policy["on_timeout"] = OnTimeout(policy["on_timeout"])
+        boot = self.boot.model_dump(exclude_unset=True)
+        if "firmware" in boot:
+            boot["firmware"] = Firmware(boot["firmware"])
         return GuestSpec(
             **given,
-            boot=Boot(**self.boot.model_dump(exclude_unset=True)),
+            boot=Boot(**boot),
+            cpu=Cpu(**self.cpu.model_dump(exclude_unset=True)),
+            disks=tuple(disk.spec() for disk in self.disks),
+            nics=tuple(nic.spec() for nic in self.nics),
+            tpm=Tpm(**self.tpm.model_dump(exclude_unset=True)) if self.tpm is not None else None,
+            extra_args=tuple(self.extra_args),
             devices=tuple(device.spec() for device in self.devices),
             policy=MigrationPolicy(**policy),
             on_host_death=OnHostDeath(self.on_host_death),
@@ -350,12 +426,32 @@ class _FileReader:
                 wrong(place, message)
             return []
         spec, added = self._with_added(guest, self._with_device_keys(guest, wrong))
-        for field, message in (*guest_errors(spec), *added):
-            place = _parsed("memory" + field[10:] if field.startswith("memory_mib") else field)
-            wrong(place, message)
+        spec = self._with_cloud_init(guest, spec, wrong)
+        for field, message in (*guest_errors(_named(spec, guest.name)), *added):
+            wrong(_parsed(_in_file(field)), message)
+        if guest.count is not None:
+            for index, disk in enumerate(spec.disks):
+                if _OWN_NAME not in disk.image and not disk.read_only:
+                    said = f"would be the image of {guest.count} guests, and has one writer: write {_OWN_NAME} into it"
+                    wrong(("disks", index, "image"), said)
         if len(self.problems) > before:
             return []
-        return [replace(spec, name=name) for name in _numbered(guest.name, guest.count)]
+        return [_named(spec, name) for name in _numbered(guest.name, guest.count)]
+
+    def _with_cloud_init(self, guest: _Guest, spec: GuestSpec, wrong: Callable[[Path, str], None]) -> GuestSpec:
+        """The guest with the files of its NoCloud data source: each is given as text, or as the name of a file beside
+        the guest file."""
+        if guest.cloud_init is None:
+            return spec
+        texts: dict[str, str] = {}
+        for field, given in guest.cloud_init.model_dump().items():
+            try:
+                texts[field] = _text_of(given, FilePath(self.name).parent)
+            except ValueError as error:
+                wrong(("cloud_init", field), str(error))
+                texts[field] = "unreadable"
+        files = CloudInit(texts["user_data"], texts["meta_data"], texts["network_config"])
+        return replace(spec, cloud_init=files)
 
     @staticmethod
     def _with_added(guest: _Guest, spec: GuestSpec) -> tuple[GuestSpec, list[tuple[str, str]]]:
@@ -379,6 +475,36 @@ class _FileReader:
                 for field, message in problems:
                     wrong(("devices", index, name, *_parsed(field)), message)
         return replace(spec, devices=tuple(devices))
+
+
+def _text_of(given: str, beside: FilePath) -> str:
+    """Raises ValueError with what is wrong with the file."""
+    if not given or "\n" in given or given.startswith("#"):
+        return given
+    path = beside / given
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        text = data.decode()
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read {path}: {said}; write the name of a file, or the text itself (| ...)") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has more than {MAX_FILE_BYTES} bytes")
+    return text
+
+
+def _named(spec: GuestSpec, name: str) -> GuestSpec:
+    """The guest under this name, its images as well."""
+    disks = tuple(replace(disk, image=disk.image.replace(_OWN_NAME, name)) for disk in spec.disks)
+    return replace(spec, name=name, disks=disks)
+
+
+def _in_file(field: str) -> str:
+    """The key of a guest file for a field of the specification."""
+    if field.startswith("memory_mib"):
+        return "memory" + field[10:]
+    return field.removesuffix("_bytes") if field.startswith("disks[") else field
 
 
 def _merged(defaults: Marked, own: Marked) -> Marked:
@@ -472,6 +598,11 @@ def _keys(path: Path) -> list[str]:
     models: dict[Path, type[Model]] = {
         **{(name,): key.model for name, key in added_keys().items()},
         ("boot",): _Boot,
+        ("cpu",): _Cpu,
+        ("disks",): _Disk,
+        ("nics",): _Nic,
+        ("tpm",): _Tpm,
+        ("cloud_init",): _CloudInit,
         ("policy",): _Policy,
         ("devices",): _device_model(),
     }

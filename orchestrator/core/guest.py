@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 
+from orchestrator.core.hardware import Problem, hardware_errors
+from orchestrator.core.naming import file_error, name_error
 from orchestrator.core.policy import policy_errors
 from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, OnHostDeath, ShimKind
 from orchestrator.core.text import quoted
-
-Problem = tuple[str, str]
-"""Field, relative to the specification, and a sentence."""
 
 MAX_DEVICES = 8
 """Of each kind: companions, devices inside the VMM, network cards."""
@@ -22,18 +21,10 @@ MAX_OPTIONS_BYTES = 16 << 10
 """Names and values of all options of one device."""
 MAX_INSTRUCTION_BYTES = 4 << 10
 
-_DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _OPTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_./-]{0,61}[A-Za-z0-9])?")
-_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _PLACEHOLDER = re.compile(r"\$\{[^}]*\}?")
 _MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_WORDS = "must be lower-case letters, digits and hyphens, 1 to 63 of them, with a letter or digit at both ends"
-
-
-def name_error(name: str) -> str:
-    """What is wrong with the name of a guest, host or device; empty when nothing is."""
-    return "" if _DNS_LABEL.fullmatch(name) else f"{_WORDS}, not {quoted(name)}"
 
 
 def guest_errors(spec: GuestSpec) -> list[Problem]:
@@ -49,6 +40,7 @@ def guest_errors(spec: GuestSpec) -> list[Problem]:
     if not _MACHINE.fullmatch(spec.machine):
         bad.append(("machine", f"must be the name of a machine type such as pc or q35, not {quoted(spec.machine)}"))
     bad += [(f"boot.{field}", said) for field, said in boot_errors(spec.boot)]
+    bad += hardware_errors(spec)
     bad += _devices(spec.devices)
     bad += _labels(spec.labels)
     bad += [(f"policy.{field}", said) for field, said in policy_errors(spec.policy)]
@@ -58,7 +50,12 @@ def guest_errors(spec: GuestSpec) -> list[Problem]:
 
 
 def local_state(spec: GuestSpec) -> str:
-    """What of a guest exists on its host only, as a clause; empty: nothing, a new life needs nothing of the old one."""
+    """What of a guest exists on its host only, as a clause; empty: nothing, a new life needs nothing of the old one.
+
+    Its disks are not looked at: which pools are one host's own, the host says.
+    """
+    if spec.tpm is not None:
+        return "its TPM keeps its state on its host"
     names = [device.name for device in spec.devices if device.shim is not ShimKind.NET]
     if not names:
         return ""
@@ -77,10 +74,8 @@ def boot_errors(boot: Boot) -> list[Problem]:
     """Everything that is wrong with what a guest boots, apart from what only its host knows: which images there are."""
     bad: list[Problem] = []
     for field, name in (("kernel", boot.kernel), ("initrd", boot.initrd)):
-        if name and not _IMAGE.fullmatch(name):
-            said = "must be the name, not a path, of a file in the hosts' directory of images: 1 to 128 letters,"
-            more = "digits and '.', '_', '+', '-', the first a letter or digit"
-            bad.append((field, f"{said} {more}; not {quoted(name)}"))
+        if name and (wrong := file_error(name, "the hosts' directory of images")):
+            bad.append((field, wrong))
     size = len(boot.append.encode(errors="replace"))
     if size > MAX_APPEND_BYTES:
         bad.append(("append", f"must have at most {MAX_APPEND_BYTES} bytes, not {size}"))

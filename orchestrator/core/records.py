@@ -43,6 +43,16 @@ class DeviceSpec(Record):
     """Of an external device: which program holds it, by the name that hosts have for it."""
 
 
+class Firmware(StrEnum):
+    """What a VMM runs first."""
+
+    DIRECT = "direct"
+    """The guest's kernel itself, which the VMM loads (`kernel`, `initrd`, `append`)."""
+    BIOS = "bios"
+    UEFI = "uefi"
+    """With variables (NVRAM) of the guest's own, which travel with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Boot(Record):
     """What the VMM starts. Images are named, never given as paths: each host has a directory of them (ADR 0018)."""
@@ -53,6 +63,78 @@ class Boot(Record):
     """Name of an image; empty: none."""
     append: str = ""
     """The kernel's command line. `${name}` and `${uuid}` in it are the guest's."""
+    firmware: Firmware = Firmware.DIRECT
+    """Anything but `direct` boots from a disk or the network, and takes no kernel, initrd or command line."""
+
+
+class DiskFormat(StrEnum):
+    """How a disk's image is laid out."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+class DiskCache(StrEnum):
+    """Whether the host's page cache stands between a guest and its disk."""
+
+    NONE = "none"
+    """It does not: what the guest was promised is where every host of a shared pool sees it."""
+    WRITEBACK = "writeback"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpec(Record):
+    """One disk of a guest: an image in a pool. Which directory a pool is, each host's configuration says."""
+
+    name: str
+    pool: str
+    image: str
+    """Name of a file (or of a volume) inside the pool, never a path."""
+    format: DiskFormat = DiskFormat.QCOW2
+    size_bytes: int = 0
+    """Of the disk as the guest sees it. An image that is not there is made with it; 0: the image must be there."""
+    cache: DiskCache = DiskCache.NONE
+    read_only: bool = False
+    boot: bool = False
+    """The firmware looks here first."""
+
+
+@dataclass(frozen=True, slots=True)
+class NicSpec(Record):
+    """A network card in a network of the hosts. Which bridge a network is, each host's configuration says."""
+
+    name: str
+    network: str
+    mac: str = ""
+    """Empty: one that follows from the guest's uuid and this name, the same at every host."""
+    queues: int = 1
+    mtu: int = 0
+    """What the card tells the guest; 0: nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu(Record):
+    """The CPU that the guest sees. Always enforced: a host that cannot give all of it does not start the guest."""
+
+    model: str = ""
+    """Empty: `qemu64` under tcg, `x86-64-v2` under kvm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tpm(Record):
+    """A TPM of the guest's own. Its state is its host's and travels with the guest."""
+
+    version: str = "2.0"
+
+
+@dataclass(frozen=True, slots=True)
+class CloudInit(Record):
+    """Files of a NoCloud data source, as text. The same bytes at every host."""
+
+    user_data: str
+    meta_data: str = ""
+    """Empty: instance id and host name, which are the guest's uuid and name."""
+    network_config: str = ""
 
 
 class OnHostDeath(StrEnum):
@@ -77,6 +159,109 @@ class GuestSpec(Record):
     labels: dict[str, str] = field(default_factory=dict[str, str])
     policy: MigrationPolicy = MigrationPolicy()
     on_host_death: OnHostDeath = OnHostDeath.LEAVE
+    cpu: Cpu = Cpu()
+    disks: tuple[DiskSpec, ...] = ()
+    nics: tuple[NicSpec, ...] = ()
+    tpm: Tpm | None = None
+    cloud_init: CloudInit | None = None
+    extra_args: tuple[str, ...] = ()
+    """Options of the VMM, each as one text with its value (`-device virtio-rng-pci`). Only what a host's
+    configuration allows, word for word."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveDevice(Record):
+    """One device as it is in a guest's machine, by what the guest sees of it. Fixed when it is added."""
+
+    id: str
+    """Of the device; unique in the machine."""
+    driver: str
+    """The VMM's name for its kind."""
+    bus: str = ""
+    """Id of the bus it is on; empty: the machine's own choice."""
+    address: str = ""
+    """Its place on the bus."""
+    properties: dict[str, str] = field(default_factory=dict[str, str])
+    """Everything else that makes it what it is, the same at every host."""
+    backend: str = ""
+    """What stands behind it on its host: `disk:<name>`, `nic:<name>`, `seed`, `tpm`; empty: nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveMachine(Record):
+    """A guest's machine as it is now: both ends of a migration build it from this, never from the specification."""
+
+    type: str
+    """Versioned machine type."""
+    cpu: str
+    """Model."""
+    memory_mib: int
+    vcpus: int
+    firmware: Firmware = Firmware.DIRECT
+    firmware_sha256: dict[str, str] = field(default_factory=dict[str, str])
+    """Role -> content of the firmware's files that the guest was started with."""
+    devices: tuple[LiveDevice, ...] = ()
+    """In the order in which they are added to the machine."""
+
+
+class PoolKind(StrEnum):
+    """What a pool of disk images is to the hosts."""
+
+    SHARED_FILE = "shared-file"
+    """One directory that all of its hosts see (NFS, a cluster file system)."""
+    LOCAL = "local"
+    """A directory of this host alone: disks in it travel with their guests."""
+    BLOCK = "block"
+    """Volumes that all of its hosts see as block devices."""
+
+
+class PoolFence(StrEnum):
+    """What keeps a second host from writing to a block volume, whose file locks end at each host."""
+
+    NONE = "none"
+    PR = "pr"
+    """Persistent reservations of SCSI or NVMe."""
+    LVMLOCKD = "lvmlockd"
+
+
+@dataclass(frozen=True, slots=True)
+class Pool(Record):
+    """One pool as its host publishes it."""
+
+    name: str
+    kind: PoolKind
+    fence: PoolFence = PoolFence.NONE
+    accepts_no_locks: bool = False
+    """The operator lives without the second defence: nothing but the ledger keeps two hosts off one image."""
+    size_bytes: int = 0
+    free_bytes: int = 0
+    """As of the agent's start; `HostSpace` has what moved since."""
+
+
+class NetworkKind(StrEnum):
+    """What carries the frames of a network on its host."""
+
+    BRIDGE = "bridge"
+    OVS = "ovs"
+    """A bridge of Open vSwitch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network(Record):
+    """One network as its host publishes it."""
+
+    name: str
+    kind: NetworkKind = NetworkKind.BRIDGE
+    mtu: int = 1500
+
+
+class HostFeature(StrEnum):
+    """What a host can give a guest besides disks and networks. A host of an older version names none."""
+
+    HARDWARE = "HARDWARE"
+    """It knows disks, network cards and CPU models of a guest at all."""
+    TPM = "TPM"
+    CLOUD_INIT = "CLOUD_INIT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +296,24 @@ class HostRecord(Record):
     """Of the agent that registered it; None: one of a version that did not say."""
     shims: tuple[str, ...] = ()
     """Drivers of external devices that the host has a program for."""
+    pools: tuple[Pool, ...] = ()
+    networks: tuple[Network, ...] = ()
+    cpu_models: tuple[str, ...] = ()
+    """That its VMM can give in full under its accelerator."""
+    firmware: dict[str, str] = field(default_factory=dict[str, str])
+    """Role of a file (`bios`, `uefi_code`, `uefi_vars`) -> its SHA-256. Firmware is part of the machine: equal at both
+    ends of a migration, or the guest does not move."""
+    extra_args: tuple[str, ...] = ()
+    """Options of the VMM that guests may ask for here."""
+    features: tuple[str, ...] = ()
+    """`HostFeature`s, and perhaps words of a newer version."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpace(Record):
+    """`/hosts/<h>/space`: free bytes by pool. A node of its own, so that the host's record stays as it is."""
+
+    free_bytes: dict[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +406,12 @@ class FencerTable(Record):
 
 @dataclass(frozen=True, slots=True)
 class Reservations(Record):
-    """`/hosts/<h>/resv`: memory promised to migrations on their way here, by migration id."""
+    """`/hosts/<h>/resv`: memory, and room in local pools, promised to migrations on their way here."""
 
     memory_mib: dict[str, int] = field(default_factory=dict[str, int])
+    """By migration id."""
+    disk_bytes: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    """By migration id and pool."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,6 +175,11 @@ def reservations(host_name: str) -> str:
     return f"{HOSTS}/{host_name}/resv"
 
 
+def space(host_name: str) -> str:
+    """Free bytes of the host's pools. May be missing: the host's record says how much there was."""
+    return f"{HOSTS}/{host_name}/space"
+
+
 def host_guests(host_name: str) -> str:
     """Above the nodes of the guests that concern the host: see `ledger.markers`."""
     return f"{HOSTS}/{host_name}/guests"

@@ -108,3 +108,35 @@ def test_zookeeper_is_read_in_one_way_only(tmp_path: Path) -> None:
     assert settled_of(tmp_path, zookeeper="[::1]:2181,zk2").zookeeper == "[::1]:2181,zk2:2181"
     assert "zookeeper: " in loaded(tmp_path, zookeeper="::1:2181")
     assert "nothing listens at port 0" in loaded(tmp_path, zookeeper="zk1,zk2:0")
+
+
+POOL = {"path": "/p", "kind": "local"}
+BRIDGE = {"bridge": "br0"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"pools": {"Fast": POOL}}, "pools.Fast"),
+        ({"pools": {"fast": POOL | {"kind": "nfs"}}}, "pools.fast.kind"),
+        ({"pools": {"fast": POOL | {"size": 1}}}, "pools.fast.size"),
+        ({"pools": {"fast": POOL | {"locks": "no"}}}, "pools.fast.locks"),
+        ({"networks": {"prod": {"bridge": "br0;reboot"}}}, "networks.prod.bridge"),
+        ({"networks": {"prod": {"bridge": "b" * 16}}}, "networks.prod.bridge"),
+        ({"networks": {"prod": BRIDGE | {"mtu": 99}}}, "networks.prod.mtu"),
+        ({"firmware": {"uefi_code": "/c"}}, "firmware"),
+        ({"extra_args_allowed": ["-device a b"]}, "extra_args_allowed.0"),
+    ],
+)
+def test_what_guests_may_have_is_refused_by_its_key(tmp_path: Path, changes: dict[str, object], field: str) -> None:
+    assert f"{field}" in loaded(tmp_path, **changes)
+
+
+def test_what_guests_may_have(tmp_path: Path) -> None:
+    changes: dict[str, object] = {
+        "pools": {"fast": POOL, "vg0": {"path": "/dev/vg0", "kind": "block", "fence": "pr", "locks": "none"}},
+        "networks": {"prod": BRIDGE, "dmz": BRIDGE | {"kind": "ovs", "mtu": 9000}},
+        "firmware": {"uefi_code": "/c", "uefi_vars": "/v", "bios": "/b"},
+        "extra_args_allowed": ["-device virtio-rng-pci"],
+    }
+    assert loaded(tmp_path, **changes) == ""

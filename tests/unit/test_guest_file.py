@@ -15,7 +15,20 @@ from orchestrator.cli import guest_file
 from orchestrator.cli.guest_file import GuestFileError, load
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
 from orchestrator.core.record import known_fields
-from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind
+from orchestrator.core.records import (
+    Boot,
+    CloudInit,
+    Cpu,
+    DeviceSpec,
+    DiskCache,
+    DiskFormat,
+    DiskSpec,
+    Firmware,
+    GuestSpec,
+    NicSpec,
+    ShimKind,
+    Tpm,
+)
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "guest-file.md"
 
@@ -65,6 +78,87 @@ policy: {max_attempts: 9, on_timeout: suspend, auto_converge: true}
         labels={"tier": "gpu"},
         policy=MigrationPolicy(max_attempts=9, on_timeout=OnTimeout.SUSPEND, auto_converge=True),
     )
+
+
+def test_every_key_of_hardware_arrives(tmp_path: Path) -> None:
+    (tmp_path / "user.yaml").write_text("#cloud-config\npackages: [nginx]\n")
+    (spec,) = read(
+        """
+name: shop-db
+cpu: {model: Nehalem}
+boot: {firmware: uefi}
+disks:
+  - {name: root, pool: fast, size: 20GiB, boot: true}
+  - {name: data, pool: shared, image: "${name}.raw", format: raw, cache: writeback}
+  - {name: seed, pool: iso, image: seed.iso, format: raw, read_only: true}
+nics:
+  - {name: eth0, network: prod, mac: "52:54:00:AB:34:56", queues: 2, mtu: 9000}
+tpm: {version: 2.0}
+cloud_init: {user_data: user.yaml, meta_data: "#x"}
+extra_args: ["-device virtio-rng-pci"]
+""",
+        str(tmp_path / "g.yaml"),
+    )
+    assert spec == GuestSpec(
+        name="shop-db",
+        cpu=Cpu("Nehalem"),
+        boot=Boot(firmware=Firmware.UEFI),
+        disks=(
+            DiskSpec("root", "fast", "shop-db-root.qcow2", size_bytes=20 << 30, boot=True),
+            DiskSpec("data", "shared", "shop-db.raw", DiskFormat.RAW, cache=DiskCache.WRITEBACK),
+            DiskSpec("seed", "iso", "seed.iso", DiskFormat.RAW, read_only=True),
+        ),
+        nics=(NicSpec("eth0", "prod", "52:54:00:ab:34:56", 2, 9000),),
+        tpm=Tpm(),
+        cloud_init=CloudInit("#cloud-config\npackages: [nginx]\n", "#x"),
+        extra_args=("-device virtio-rng-pci",),
+    )
+
+
+def test_guests_of_one_entry_have_images_of_their_own() -> None:
+    text = "{{name: w, count: 2, disks: [{{name: root, pool: fast, size: 1GiB{}}}]}}"
+    assert [spec.disks[0].image for spec in read(text.format(""))] == ["w-1-root.qcow2", "w-2-root.qcow2"]
+    (said,) = problems(text.format(", image: one.qcow2"))
+    assert "disks[0].image: would be the image of 2 guests" in said
+
+
+def test_mistakes_in_hardware_stand_where_they_were_made() -> None:
+    assert problems(
+        """
+name: a
+cpu: {modell: x}
+boot: {firmware: efi}
+disks:
+  - {name: root, pool: fast, sizes: 1GiB}
+  - {name: root}
+nics: [{name: eth0, network: prod, que: 1}]
+tpm: {versions: 1}
+cloud_init: {users_data: x}
+"""
+    ) == [
+        "guests.yaml:3: cpu.modell: there is no such key; did you mean model?",
+        "guests.yaml:4: boot.firmware: must be 'direct', 'bios' or 'uefi', not 'efi'",
+        "guests.yaml:6: disks[0].sizes: there is no such key; did you mean size?",
+        "guests.yaml:7: disks[1].pool: is missing",
+        "guests.yaml:8: nics[0].que: there is no such key; did you mean queues?",
+        "guests.yaml:9: tpm.versions: there is no such key; did you mean version?",
+        "guests.yaml:10: cloud_init.users_data: there is no such key; did you mean user_data?",
+    ]
+    *others, unread = problems(
+        """
+name: a
+workload: {}
+disks:
+  - {name: root, pool: fast, size: 1000}
+cloud_init:
+  user_data: nowhere.yaml
+"""
+    )
+    assert others == [
+        "guests.yaml:3: workload: is for the lab's own image, which has no disks and is booted directly",
+        "guests.yaml:5: disks[0].size: must be between 1 MiB and 64 TiB, not 1000 bytes",
+    ]
+    assert unread.startswith("guests.yaml:7: cloud_init.user_data: cannot read nowhere.yaml: No such file or directory")
 
 
 @pytest.mark.parametrize(("record", "path"), [(Boot, "boot"), (MigrationPolicy, "policy")])
@@ -322,5 +416,9 @@ def test_the_documentation_names_every_key_with_its_default() -> None:
                 continue  # stands in the row of the initial one
             told, default = rows[field.name], getattr(record(), field.name)
             assert told.strip(" `").split(",")[0] == str(getattr(default, "value", default)).lower(), field.name
-    names = [*guest_file._Guest.model_fields, *guest_file._Device.model_fields]
+    names = [
+        name
+        for model in (guest_file._Guest, guest_file._Device, guest_file._Disk, guest_file._Nic, guest_file._CloudInit)
+        for name in model.model_fields
+    ]
     assert not set(names) - set(rows)

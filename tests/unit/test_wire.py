@@ -32,12 +32,20 @@ from orchestrator.core.record import known_fields
 from orchestrator.core.records import (
     AttemptReport,
     Boot,
+    CloudInit,
+    Cpu,
     DeviceSpec,
+    DiskCache,
+    DiskFormat,
+    DiskSpec,
     EvacuationPhase,
+    Firmware,
     GuestSpec,
     MigrationPhase,
+    NicSpec,
     ShimKind,
     TimelineEntry,
+    Tpm,
 )
 from protos.drover.v1 import agent_pb2, orchestrator_pb2, types_pb2
 
@@ -64,12 +72,20 @@ DEVICES = records(
     stop_copy_bytes=INT64,
     dirty_bytes_per_s=INT64,
 )
+DISKS = records(DiskSpec, format=st.sampled_from(DiskFormat), size_bytes=INT64, cache=st.sampled_from(DiskCache))
+NICS = records(NicSpec, queues=st.integers(1, 2**31 - 1))
 GUESTS = records(
     GuestSpec,
     memory_mib=st.integers(1, 2**31 - 1),
     vcpus=st.integers(1, 2**31 - 1),
     machine=st.text(min_size=1, max_size=5),
-    boot=records(Boot),
+    boot=records(Boot, firmware=st.sampled_from(Firmware)),
+    cpu=records(Cpu),
+    disks=st.lists(DISKS, max_size=3).map(tuple),
+    nics=st.lists(NICS, max_size=3).map(tuple),
+    tpm=st.none() | records(Tpm, version=st.text(min_size=1, max_size=5)),
+    cloud_init=st.none() | records(CloudInit),
+    extra_args=st.lists(TEXT, max_size=3).map(tuple),
     devices=st.lists(DEVICES, max_size=3).map(tuple),
     labels=st.dictionaries(TEXT, TEXT, max_size=3),
     policy=POLICIES,

@@ -12,7 +12,7 @@ from deploy.lab.devices.scenario_text import OPTION, scenario_of
 from deploy.lab.workload import LinuxWorkload, Workload, boot_of, linux_boot_of, linux_problems, workload_problems
 from orchestrator.cli.guest_file import Mib, Model, model_of
 from orchestrator.core.errors import DroverError
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
+from orchestrator.core.records import DeviceSpec, Firmware, GuestSpec, ShimKind
 from orchestrator.core.text import quoted
 
 Problems = list[tuple[str, str]]
@@ -28,6 +28,8 @@ class WorkloadKey:
         """The guest with a command line for the lab's image, and what is wrong, by field of the guest."""
         workload = Workload(**given.model_dump(exclude_unset=True))
         bad = [(f"workload.{key}", said) for key, said in workload_problems(workload, spec.memory_mib)]
+        if spec.disks or spec.boot.firmware is not Firmware.DIRECT:
+            bad.append(("workload", "is for the lab's own image, which has no disks and is booted directly"))
         if spec.boot.append:
             bad.append(("workload", "writes the guest's command line, and so does boot.append: leave one of them out"))
         return replace(spec, boot=replace(spec.boot, append=boot_of(workload, spec.devices).append)), bad

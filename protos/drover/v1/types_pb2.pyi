@@ -61,6 +61,72 @@ HOST_STATE_DEAD: HostState.ValueType  # 3
 """Its power cycle is certified to be over."""
 Global___HostState: _TypeAlias = HostState  # noqa: Y015
 
+class _PoolKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PoolKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOL_KIND_UNSPECIFIED: _PoolKind.ValueType  # 0
+    POOL_KIND_SHARED_FILE: _PoolKind.ValueType  # 1
+    """One directory that all of its hosts see."""
+    POOL_KIND_LOCAL: _PoolKind.ValueType  # 2
+    """A directory of this host alone: disks in it travel with their guests."""
+    POOL_KIND_BLOCK: _PoolKind.ValueType  # 3
+    """Volumes that all of its hosts see as block devices."""
+
+class PoolKind(_PoolKind, metaclass=_PoolKindEnumTypeWrapper): ...
+
+POOL_KIND_UNSPECIFIED: PoolKind.ValueType  # 0
+POOL_KIND_SHARED_FILE: PoolKind.ValueType  # 1
+"""One directory that all of its hosts see."""
+POOL_KIND_LOCAL: PoolKind.ValueType  # 2
+"""A directory of this host alone: disks in it travel with their guests."""
+POOL_KIND_BLOCK: PoolKind.ValueType  # 3
+"""Volumes that all of its hosts see as block devices."""
+Global___PoolKind: _TypeAlias = PoolKind  # noqa: Y015
+
+class _PoolFence:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolFenceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PoolFence.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOL_FENCE_UNSPECIFIED: _PoolFence.ValueType  # 0
+    POOL_FENCE_NONE: _PoolFence.ValueType  # 1
+    POOL_FENCE_PR: _PoolFence.ValueType  # 2
+    """Persistent reservations of SCSI or NVMe."""
+    POOL_FENCE_LVMLOCKD: _PoolFence.ValueType  # 3
+
+class PoolFence(_PoolFence, metaclass=_PoolFenceEnumTypeWrapper):
+    """What keeps a second host from writing to a block volume."""
+
+POOL_FENCE_UNSPECIFIED: PoolFence.ValueType  # 0
+POOL_FENCE_NONE: PoolFence.ValueType  # 1
+POOL_FENCE_PR: PoolFence.ValueType  # 2
+"""Persistent reservations of SCSI or NVMe."""
+POOL_FENCE_LVMLOCKD: PoolFence.ValueType  # 3
+Global___PoolFence: _TypeAlias = PoolFence  # noqa: Y015
+
+class _NetworkKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NetworkKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NetworkKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NETWORK_KIND_UNSPECIFIED: _NetworkKind.ValueType  # 0
+    NETWORK_KIND_BRIDGE: _NetworkKind.ValueType  # 1
+    NETWORK_KIND_OVS: _NetworkKind.ValueType  # 2
+    """A bridge of Open vSwitch."""
+
+class NetworkKind(_NetworkKind, metaclass=_NetworkKindEnumTypeWrapper): ...
+
+NETWORK_KIND_UNSPECIFIED: NetworkKind.ValueType  # 0
+NETWORK_KIND_BRIDGE: NetworkKind.ValueType  # 1
+NETWORK_KIND_OVS: NetworkKind.ValueType  # 2
+"""A bridge of Open vSwitch."""
+Global___NetworkKind: _TypeAlias = NetworkKind  # noqa: Y015
+
 class _HostDeathPhase:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -118,6 +184,65 @@ SHIM_KIND_VFIO: ShimKind.ValueType  # 3
 SHIM_KIND_EXTERNAL: ShimKind.ValueType  # 4
 """A device that a program of the host holds (docs/shims.md)."""
 Global___ShimKind: _TypeAlias = ShimKind  # noqa: Y015
+
+class _Firmware:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FirmwareEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Firmware.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FIRMWARE_UNSPECIFIED: _Firmware.ValueType  # 0
+    FIRMWARE_DIRECT: _Firmware.ValueType  # 1
+    """The guest's kernel itself."""
+    FIRMWARE_BIOS: _Firmware.ValueType  # 2
+    FIRMWARE_UEFI: _Firmware.ValueType  # 3
+    """With variables of the guest's own, which travel with it."""
+
+class Firmware(_Firmware, metaclass=_FirmwareEnumTypeWrapper):
+    """What the VMM runs first. Not set: DIRECT."""
+
+FIRMWARE_UNSPECIFIED: Firmware.ValueType  # 0
+FIRMWARE_DIRECT: Firmware.ValueType  # 1
+"""The guest's kernel itself."""
+FIRMWARE_BIOS: Firmware.ValueType  # 2
+FIRMWARE_UEFI: Firmware.ValueType  # 3
+"""With variables of the guest's own, which travel with it."""
+Global___Firmware: _TypeAlias = Firmware  # noqa: Y015
+
+class _DiskFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DiskFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DiskFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DISK_FORMAT_UNSPECIFIED: _DiskFormat.ValueType  # 0
+    DISK_FORMAT_RAW: _DiskFormat.ValueType  # 1
+    DISK_FORMAT_QCOW2: _DiskFormat.ValueType  # 2
+
+class DiskFormat(_DiskFormat, metaclass=_DiskFormatEnumTypeWrapper): ...
+
+DISK_FORMAT_UNSPECIFIED: DiskFormat.ValueType  # 0
+DISK_FORMAT_RAW: DiskFormat.ValueType  # 1
+DISK_FORMAT_QCOW2: DiskFormat.ValueType  # 2
+Global___DiskFormat: _TypeAlias = DiskFormat  # noqa: Y015
+
+class _DiskCache:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DiskCacheEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DiskCache.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DISK_CACHE_UNSPECIFIED: _DiskCache.ValueType  # 0
+    DISK_CACHE_NONE: _DiskCache.ValueType  # 1
+    DISK_CACHE_WRITEBACK: _DiskCache.ValueType  # 2
+
+class DiskCache(_DiskCache, metaclass=_DiskCacheEnumTypeWrapper):
+    """Whether the host's page cache stands between a guest and its disk."""
+
+DISK_CACHE_UNSPECIFIED: DiskCache.ValueType  # 0
+DISK_CACHE_NONE: DiskCache.ValueType  # 1
+DISK_CACHE_WRITEBACK: DiskCache.ValueType  # 2
+Global___DiskCache: _TypeAlias = DiskCache  # noqa: Y015
 
 class _OnHostDeath:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -384,6 +509,26 @@ class Host(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class FirmwareEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     BOOT_ID_FIELD_NUMBER: _builtins.int
@@ -401,6 +546,12 @@ class Host(_message.Message):
     ACCELERATOR_FIELD_NUMBER: _builtins.int
     SWITCHOVER_ACK_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
+    POOLS_FIELD_NUMBER: _builtins.int
+    NETWORKS_FIELD_NUMBER: _builtins.int
+    CPU_MODELS_FIELD_NUMBER: _builtins.int
+    FIRMWARE_FIELD_NUMBER: _builtins.int
+    EXTRA_ARGS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___HostState.ValueType
     boot_id: _builtins.str
@@ -423,6 +574,26 @@ class Host(_message.Message):
     def agent(self) -> Global___HostAgent:
         """Only where it was asked for."""
 
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pool]: ...
+    @_builtins.property
+    def networks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Network]: ...
+    @_builtins.property
+    def cpu_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """That its VMM can give in full under its accelerator."""
+
+    @_builtins.property
+    def firmware(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Role of a file (bios, uefi_code, uefi_vars) -> its SHA-256."""
+
+    @_builtins.property
+    def extra_args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Options of the VMM that guests may ask for here."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """HARDWARE (disks, nics and CPU models), TPM, CLOUD_INIT"""
+
     def __init__(
         self,
         *,
@@ -443,14 +614,84 @@ class Host(_message.Message):
         accelerator: _builtins.str = ...,
         switchover_ack: _builtins.str = ...,
         agent: Global___HostAgent | None = ...,
+        pools: _abc.Iterable[Global___Pool] | None = ...,
+        networks: _abc.Iterable[Global___Network] | None = ...,
+        cpu_models: _abc.Iterable[_builtins.str] | None = ...,
+        firmware: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        extra_args: _abc.Iterable[_builtins.str] | None = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "agent", b"agent", "bandwidth_mbps", b"bandwidth_mbps", "boot_id", b"boot_id", "control_address", b"control_address", "cordon_reason", b"cordon_reason", "cordoned", b"cordoned", "engine", b"engine", "guests", b"guests", "machine_types", b"machine_types", "memory_mib", b"memory_mib", "memory_reserved_mib", b"memory_reserved_mib", "memory_used_mib", b"memory_used_mib", "name", b"name", "peer_address", b"peer_address", "state", b"state", "switchover_ack", b"switchover_ack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "agent", b"agent", "bandwidth_mbps", b"bandwidth_mbps", "boot_id", b"boot_id", "control_address", b"control_address", "cordon_reason", b"cordon_reason", "cordoned", b"cordoned", "cpu_models", b"cpu_models", "engine", b"engine", "extra_args", b"extra_args", "features", b"features", "firmware", b"firmware", "guests", b"guests", "machine_types", b"machine_types", "memory_mib", b"memory_mib", "memory_reserved_mib", b"memory_reserved_mib", "memory_used_mib", b"memory_used_mib", "name", b"name", "networks", b"networks", "peer_address", b"peer_address", "pools", b"pools", "state", b"state", "switchover_ack", b"switchover_ack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Host: _TypeAlias = Host  # noqa: Y015
+
+@_typing.final
+class Pool(_message.Message):
+    """A pool of disk images on one host."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    FENCE_FIELD_NUMBER: _builtins.int
+    ACCEPTS_NO_LOCKS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    kind: Global___PoolKind.ValueType
+    fence: Global___PoolFence.ValueType
+    accepts_no_locks: _builtins.bool
+    """The operator lives without locks that other hosts see."""
+    size_bytes: _builtins.int
+    free_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: Global___PoolKind.ValueType = ...,
+        fence: Global___PoolFence.ValueType = ...,
+        accepts_no_locks: _builtins.bool = ...,
+        size_bytes: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_no_locks", b"accepts_no_locks", "fence", b"fence", "free_bytes", b"free_bytes", "kind", b"kind", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pool: _TypeAlias = Pool  # noqa: Y015
+
+@_typing.final
+class Network(_message.Message):
+    """A network of guests on one host."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MTU_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    kind: Global___NetworkKind.ValueType
+    mtu: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: Global___NetworkKind.ValueType = ...,
+        mtu: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "mtu", b"mtu", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Network: _TypeAlias = Network  # noqa: Y015
 
 @_typing.final
 class HostAgent(_message.Message):
@@ -762,26 +1003,183 @@ class Boot(_message.Message):
     KERNEL_FIELD_NUMBER: _builtins.int
     INITRD_FIELD_NUMBER: _builtins.int
     APPEND_FIELD_NUMBER: _builtins.int
+    FIRMWARE_FIELD_NUMBER: _builtins.int
     kernel: _builtins.str
     """Empty: the host's default."""
     initrd: _builtins.str
     """Empty: none."""
     append: _builtins.str
     """The kernel's command line, at most 2047 bytes. ${name} and ${uuid} in it are the guest's."""
+    firmware: Global___Firmware.ValueType
+    """Anything but DIRECT excludes kernel, initrd and append."""
     def __init__(
         self,
         *,
         kernel: _builtins.str = ...,
         initrd: _builtins.str = ...,
         append: _builtins.str = ...,
+        firmware: Global___Firmware.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "initrd", b"initrd", "kernel", b"kernel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "firmware", b"firmware", "initrd", b"initrd", "kernel", b"kernel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Boot: _TypeAlias = Boot  # noqa: Y015
+
+@_typing.final
+class DiskSpec(_message.Message):
+    """A disk: an image in a pool of the host's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    READ_ONLY_FIELD_NUMBER: _builtins.int
+    BOOT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    pool: _builtins.str
+    image: _builtins.str
+    """Name of a file or volume inside the pool, never a path."""
+    format: Global___DiskFormat.ValueType
+    """Not set: QCOW2."""
+    size_bytes: _builtins.int
+    """As the guest sees it. An image that is not there is made with it; 0: the image must be there."""
+    cache: Global___DiskCache.ValueType
+    """Not set: NONE."""
+    read_only: _builtins.bool
+    boot: _builtins.bool
+    """The firmware looks here first."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        image: _builtins.str = ...,
+        format: Global___DiskFormat.ValueType = ...,
+        size_bytes: _builtins.int = ...,
+        cache: Global___DiskCache.ValueType = ...,
+        read_only: _builtins.bool = ...,
+        boot: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cache", b"cache", "format", b"format", "image", b"image", "name", b"name", "pool", b"pool", "read_only", b"read_only", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskSpec: _TypeAlias = DiskSpec  # noqa: Y015
+
+@_typing.final
+class NicSpec(_message.Message):
+    """A network card in a network of the host's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
+    MAC_FIELD_NUMBER: _builtins.int
+    QUEUES_FIELD_NUMBER: _builtins.int
+    MTU_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    network: _builtins.str
+    mac: _builtins.str
+    """Empty: one that follows from the guest's uuid and this name, the same at every host."""
+    queues: _builtins.int
+    """0: 1."""
+    mtu: _builtins.int
+    """What the card tells the guest; 0: nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        network: _builtins.str = ...,
+        mac: _builtins.str = ...,
+        queues: _builtins.int = ...,
+        mtu: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mac", b"mac", "mtu", b"mtu", "name", b"name", "network", b"network", "queues", b"queues"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NicSpec: _TypeAlias = NicSpec  # noqa: Y015
+
+@_typing.final
+class Cpu(_message.Message):
+    """The CPU that the guest sees, always enforced."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Empty: qemu64 under tcg, x86-64-v2 under kvm."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cpu: _TypeAlias = Cpu  # noqa: Y015
+
+@_typing.final
+class Tpm(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """Empty: 2.0."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tpm: _TypeAlias = Tpm  # noqa: Y015
+
+@_typing.final
+class CloudInit(_message.Message):
+    """Files of a NoCloud data source, as text; at most 64 KiB in all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_DATA_FIELD_NUMBER: _builtins.int
+    META_DATA_FIELD_NUMBER: _builtins.int
+    NETWORK_CONFIG_FIELD_NUMBER: _builtins.int
+    user_data: _builtins.str
+    meta_data: _builtins.str
+    """Empty: instance id and host name, which are the guest's uuid and name."""
+    network_config: _builtins.str
+    def __init__(
+        self,
+        *,
+        user_data: _builtins.str = ...,
+        meta_data: _builtins.str = ...,
+        network_config: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["meta_data", b"meta_data", "network_config", b"network_config", "user_data", b"user_data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloudInit: _TypeAlias = CloudInit  # noqa: Y015
 
 @_typing.final
 class GuestSpec(_message.Message):
@@ -818,6 +1216,12 @@ class GuestSpec(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     BOOT_FIELD_NUMBER: _builtins.int
     ON_HOST_DEATH_FIELD_NUMBER: _builtins.int
+    CPU_FIELD_NUMBER: _builtins.int
+    DISKS_FIELD_NUMBER: _builtins.int
+    NICS_FIELD_NUMBER: _builtins.int
+    TPM_FIELD_NUMBER: _builtins.int
+    CLOUD_INIT_FIELD_NUMBER: _builtins.int
+    EXTRA_ARGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     memory_mib: _builtins.int
     vcpus: _builtins.int
@@ -831,6 +1235,20 @@ class GuestSpec(_message.Message):
     def policy(self) -> Global___MigrationPolicy: ...
     @_builtins.property
     def boot(self) -> Global___Boot: ...
+    @_builtins.property
+    def cpu(self) -> Global___Cpu: ...
+    @_builtins.property
+    def disks(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiskSpec]: ...
+    @_builtins.property
+    def nics(self) -> _containers.RepeatedCompositeFieldContainer[Global___NicSpec]: ...
+    @_builtins.property
+    def tpm(self) -> Global___Tpm: ...
+    @_builtins.property
+    def cloud_init(self) -> Global___CloudInit: ...
+    @_builtins.property
+    def extra_args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Options of the VMM, each as one text with its value. Only what a host's configuration allows, word for word."""
+
     def __init__(
         self,
         *,
@@ -843,10 +1261,16 @@ class GuestSpec(_message.Message):
         policy: Global___MigrationPolicy | None = ...,
         boot: Global___Boot | None = ...,
         on_host_death: Global___OnHostDeath.ValueType = ...,
+        cpu: Global___Cpu | None = ...,
+        disks: _abc.Iterable[Global___DiskSpec] | None = ...,
+        nics: _abc.Iterable[Global___NicSpec] | None = ...,
+        tpm: Global___Tpm | None = ...,
+        cloud_init: Global___CloudInit | None = ...,
+        extra_args: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "policy", b"policy", "tpm", b"tpm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "devices", b"devices", "labels", b"labels", "machine", b"machine", "memory_mib", b"memory_mib", "name", b"name", "on_host_death", b"on_host_death", "policy", b"policy", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "devices", b"devices", "disks", b"disks", "extra_args", b"extra_args", "labels", b"labels", "machine", b"machine", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_host_death", b"on_host_death", "policy", b"policy", "tpm", b"tpm", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

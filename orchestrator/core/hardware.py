@@ -1,0 +1,174 @@
+"""PURE. Whether a guest's disks, network cards, CPU and firmware can be what its specification says.
+
+What only a host knows (whether there is such a pool, how large it is) is for placement and the host's agent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from orchestrator.core.naming import file_error, name_error
+from orchestrator.core.records import CloudInit, DiskSpec, Firmware, GuestSpec, NicSpec, ShimKind
+from orchestrator.core.text import quoted
+
+Problem = tuple[str, str]
+"""Field, relative to the specification, and a sentence."""
+
+MAX_DISKS = 16
+MAX_NICS = 8
+MAX_QUEUES = 16
+MIN_DISK_BYTES, MAX_DISK_BYTES = 1 << 20, 64 << 40
+SECTOR_BYTES = 512
+MIN_MTU, MAX_MTU = 576, 9216
+MAX_CLOUD_INIT_BYTES = 64 << 10
+"""All files of a data source together."""
+MAX_EXTRA_ARGS = 16
+MAX_EXTRA_ARG_BYTES = 512
+
+_CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+
+
+def has_hardware(spec: GuestSpec) -> bool:
+    """The guest asks for more than the memory, kernel and shim devices that hosts of every version give."""
+    firmware = spec.boot.firmware is not Firmware.DIRECT
+    return bool(spec.disks or spec.nics or spec.tpm or spec.cloud_init or spec.extra_args or spec.cpu.model or firmware)
+
+
+def hardware_errors(spec: GuestSpec) -> list[Problem]:
+    """Everything that is wrong with a guest's hardware; empty when it is sound."""
+    bad = _boot(spec)
+    if spec.cpu.model and not _CPU.fullmatch(spec.cpu.model):
+        said = "must be the name of a CPU model such as Nehalem or x86-64-v2, without features"
+        bad.append(("cpu.model", f"{said}, not {quoted(spec.cpu.model)}"))
+    bad += _disks(spec.disks)
+    bad += _nics(spec.nics)
+    if spec.nics and any(device.shim is ShimKind.NET for device in spec.devices):
+        bad.append(("nics", "a guest has cards in networks (nics) or devices of shim net, not both"))
+    if spec.tpm is not None and spec.tpm.version != "2.0":
+        bad.append(("tpm.version", f"must be 2.0, not {quoted(spec.tpm.version)}"))
+    if spec.cloud_init is not None:
+        bad += [(f"cloud_init.{field}", said) for field, said in _cloud_init(spec.cloud_init)]
+    return bad + _extra_args(spec.extra_args)
+
+
+def _boot(spec: GuestSpec) -> list[Problem]:
+    boot = spec.boot
+    first = [index for index, disk in enumerate(spec.disks) if disk.boot]
+    bad = [(f"disks[{index}].boot", "another disk is the first to boot from already") for index in first[1:]]
+    if boot.firmware is Firmware.DIRECT:
+        said = "the guest's kernel is started directly: leave it out, or say boot.firmware: bios or uefi"
+        return bad + [(f"disks[{index}].boot", said) for index in first[:1]]
+    for field in ("kernel", "initrd", "append"):
+        if getattr(boot, field):
+            said = f"must be left out with boot.firmware {boot.firmware.value}, which finds its own kernel on a disk"
+            bad.append((f"boot.{field}", said))
+    return bad
+
+
+def _disks(disks: Sequence[DiskSpec]) -> list[Problem]:
+    bad = _how_many("disks", len(disks), MAX_DISKS)
+    bad += _same_names("disks", "disk", (disk.name for disk in disks))
+    first: dict[tuple[str, str], int] = {}
+    for index, disk in enumerate(disks):
+        bad += [(f"disks[{index}].{field}", said) for field, said in _disk(disk)]
+        before = first.setdefault((disk.pool, disk.image), index)
+        if before != index and not (disk.read_only and disks[before].read_only):
+            said = f"is the image of disk {quoted(disks[before].name)} as well: an image has one writer"
+            bad.append((f"disks[{index}].image", said))
+    return bad
+
+
+def _disk(disk: DiskSpec) -> list[Problem]:
+    bad: list[Problem] = []
+    if wrong := name_error(disk.name):
+        bad.append(("name", wrong))
+    if wrong := name_error(disk.pool):
+        bad.append(("pool", f"names a pool of the hosts' and {wrong}"))
+    if wrong := file_error(disk.image, "the pool"):
+        bad.append(("image", wrong))
+    if not disk.size_bytes:
+        return bad
+    if disk.read_only:
+        bad.append(("size_bytes", "must be left out of a read-only disk: its image must be there"))
+    elif not MIN_DISK_BYTES <= disk.size_bytes <= MAX_DISK_BYTES:
+        bad.append(("size_bytes", f"must be between 1 MiB and 64 TiB, not {disk.size_bytes} bytes"))
+    elif disk.size_bytes % SECTOR_BYTES:
+        bad.append(("size_bytes", f"must be a multiple of {SECTOR_BYTES} bytes, not {disk.size_bytes}"))
+    return bad
+
+
+def _nics(nics: Sequence[NicSpec]) -> list[Problem]:
+    bad = _how_many("nics", len(nics), MAX_NICS)
+    bad += _same_names("nics", "network card", (nic.name for nic in nics))
+    macs: set[str] = set()
+    for index, nic in enumerate(nics):
+        where = f"nics[{index}]"
+        if wrong := name_error(nic.name):
+            bad.append((f"{where}.name", wrong))
+        if wrong := name_error(nic.network):
+            bad.append((f"{where}.network", f"names a network of the hosts' and {wrong}"))
+        if nic.mac and (wrong := _mac(nic.mac)):
+            bad.append((f"{where}.mac", wrong))
+        elif nic.mac and nic.mac in macs:
+            bad.append((f"{where}.mac", "another card of the guest has this address"))
+        macs.add(nic.mac)
+        if not 1 <= nic.queues <= MAX_QUEUES:
+            bad.append((f"{where}.queues", f"must be between 1 and {MAX_QUEUES}, not {nic.queues}"))
+        if nic.mtu and not MIN_MTU <= nic.mtu <= MAX_MTU:
+            bad.append((f"{where}.mtu", f"must be between {MIN_MTU} and {MAX_MTU}, or left out, not {nic.mtu}"))
+    return bad
+
+
+def _mac(mac: str) -> str:
+    if not _MAC.fullmatch(mac):
+        return f"must be an address such as 52:54:00:12:34:56, in lower case, not {quoted(mac)}"
+    if int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
+        return f"must be the address of one card, not of a group or of none ({mac})"
+    return ""
+
+
+def _cloud_init(files: CloudInit) -> list[Problem]:
+    bad: list[Problem] = []
+    texts = {"user_data": files.user_data, "meta_data": files.meta_data, "network_config": files.network_config}
+    if not files.user_data.strip():
+        bad.append(("user_data", "must say something, such as a line #cloud-config"))
+    size = sum(len(text.encode(errors="replace")) for text in texts.values())
+    if size > MAX_CLOUD_INIT_BYTES:
+        bad.append(("user_data", f"all files together have at most {MAX_CLOUD_INIT_BYTES} bytes, not {size}"))
+    return bad + [(field, "must be text, without NUL") for field, text in texts.items() if "\0" in text]
+
+
+def _extra_args(arguments: Sequence[str]) -> list[Problem]:
+    bad = _how_many("extra_args", len(arguments), MAX_EXTRA_ARGS)
+    for index, argument in enumerate(arguments):
+        where = f"extra_args[{index}]"
+        if wrong := extra_arg_error(argument):
+            bad.append((where, wrong))
+    return bad
+
+
+def extra_arg_error(argument: str) -> str:
+    """What is wrong with an additional option of the VMM; empty when nothing is. Whether it is allowed is another
+    question."""
+    words = argument.split(" ")
+    if not argument.startswith("-") or len(words) > 2 or not all(words) or not argument.isprintable():
+        return f"must be one option with at most one value, such as -device virtio-rng-pci, not {quoted(argument)}"
+    if len(argument.encode(errors="replace")) > MAX_EXTRA_ARG_BYTES:
+        return f"must have at most {MAX_EXTRA_ARG_BYTES} bytes"
+    return ""
+
+
+def _how_many(field: str, count: int, most: int) -> list[Problem]:
+    return [(field, f"at most {most} per guest, not {count}")] if count > most else []
+
+
+def _same_names(field: str, what: str, names: Iterable[str]) -> list[Problem]:
+    seen: set[str] = set()
+    bad: list[Problem] = []
+    for index, name in enumerate(names):
+        if name in seen:
+            bad.append((f"{field}[{index}].name", f"there is another {what} {quoted(name)}: names must differ"))
+        seen.add(name)
+    return bad
