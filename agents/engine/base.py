@@ -339,7 +339,10 @@ class Vmm(Protocol):
         ...
 
     async def start_outgoing(self, options: OutgoingOptions) -> None:
-        """Begin pre-copy. Returns when the engine accepted; failure of the stream comes as StatusChanged(FAILED)."""
+        """Begin pre-copy. Returns when the engine accepted; what fails later comes as StatusChanged(FAILED).
+
+        Raises EngineError when nobody takes the stream; no migration runs then, and another destination may be tried.
+        """
         ...
 
     async def hold(self) -> None:

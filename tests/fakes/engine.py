@@ -110,12 +110,14 @@ class FakeVmm:
         self._called("start_outgoing")
         if options.stream is None:
             raise EngineError("there is no destination to send to")
+        self.peer = self.engine.listening.get(str(options.stream))
+        if self.peer is None or not self.peer.alive():
+            raise EngineError(f"the destination does not take the stream at {options.stream}: Connection refused")
         self.error, self._late = "", 0
         self._set_status(EngineStatus.SETUP)
-        self.peer = self.engine.listening.get(str(options.stream))
         why, self.engine.script.fail_outgoing = self.engine.script.fail_outgoing, ""
-        if why or self.peer is None or not self.peer.alive():
-            self._fail(why or "connection refused")
+        if why:
+            self._fail(why)
             return
         if self.peer.spec.spec.memory_mib != self.spec.spec.memory_mib:
             self.peer.error = "size mismatch of RAM"

@@ -25,11 +25,11 @@ from agents.engine.base import (
     VmmMetadata,
     VmmState,
 )
-from agents.engine.qemu import process, verdict
+from agents.engine.qemu import process, stream, verdict
 from agents.engine.qemu.images import Images
 from agents.engine.qemu.qmp import QmpConnection
 from agents.host import processes
-from orchestrator.core.endpoint import join_address, parse_ip
+from orchestrator.core.endpoint import Endpoint, join_address, parse_ip
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 
 log = structlog.get_logger(__name__)
@@ -41,6 +41,10 @@ _NO_LIMIT_MS, _NO_LIMIT_BYTES_PER_S = 2_000_000, 1 << 40
 _POLL_S = 0.003
 _CONNECT_S = 8.0
 _CANCEL_S = 1.0
+_STREAM_S = 5.0
+"""How long the destination may take to accept the stream: two lost packets, and an attempt that ends soon otherwise."""
+_STREAM = "stream"
+"""What a QEMU calls the stream that was opened for it."""
 _OVER = (EngineStatus.NONE, EngineStatus.COMPLETED, EngineStatus.FAILED, EngineStatus.CANCELLED)
 _RUN_STATES = {
     "running": RunState.RUNNING,
@@ -221,9 +225,24 @@ class QemuVmm(base.Vmm):
     def _where(self, ip: str, port: int, command: str) -> dict[str, object]:
         """What QEMU connects to or listens at: always a TCP socket. A URI could be a command (`exec:`) or a file."""
         if command in self._features.channels:
-            address = {"transport": "socket", "type": "inet", "host": ip, "port": str(port)}
-            return {"channels": [{"channel-type": "main", "addr": address}]}
+            return _channel({"type": "inet", "host": ip, "port": str(port)})
         return {"uri": f"tcp:{join_address(ip, port)}"}
+
+    async def _migrate(self, destination: Endpoint, channels: int) -> None:
+        """Several channels QEMU connects by itself: it takes no descriptors for them, and turns Nagle's algorithm off
+        in all but the first, which has nothing to wait for then. A single one is opened here."""
+        if channels > 1:
+            await self._execute("migrate", self._where(destination.ip, destination.port, "migrate"))
+            return
+        with contextlib.closing(await stream.opened(destination, _STREAM_S)) as connection:
+            await self._main.pass_descriptor(_STREAM, connection.fileno())
+        named = _channel({"type": "fd", "str": _STREAM})
+        try:
+            await self._execute("migrate", named if "migrate" in self._features.channels else {"uri": f"fd:{_STREAM}"})
+        except EngineError:
+            with contextlib.suppress(EngineError):  # refused before QEMU took it: the destination waits for its end
+                await self._execute("closefd", {"fdname": _STREAM}, timeout_s=0.5)
+            raise
 
     async def start_outgoing(self, options: base.OutgoingOptions) -> None:
         if options.stream is None:
@@ -239,7 +258,7 @@ class QemuVmm(base.Vmm):
         if options.multifd_channels > 1:
             await self._execute("migrate-set-parameters", {"multifd-channels": options.multifd_channels})
         await self._set_rate(full=options.hold is not HoldStart.TRICKLE, open_gate=self._released)
-        await self._execute("migrate", self._where(options.stream.ip, options.stream.port, "migrate"))
+        await self._migrate(options.stream, options.multifd_channels)
         if options.hold is HoldStart.TAIL:
             self._tail = asyncio.create_task(self._watch_tail(options.tail_bytes))
 
@@ -462,6 +481,10 @@ async def _bounded(what: str, timeout_s: float) -> AsyncGenerator[None, None]:
             yield
     except TimeoutError as error:
         raise EngineTimeout(f"{what}: not over after {timeout_s:g} s") from error
+
+
+def _channel(socket: Mapping[str, str]) -> dict[str, object]:
+    return {"channels": [{"channel-type": "main", "addr": {"transport": "socket", **socket}}]}
 
 
 def _status(info: Mapping[str, Any]) -> EngineStatus:

@@ -54,6 +54,15 @@ class QmpConnection:
         except (QMPError, OSError, EOFError) as error:
             raise EngineError(f"{command}: the connection to QEMU is lost") from error
 
+    async def pass_descriptor(self, name: str, descriptor: int, *, timeout_s: float = 2.0) -> None:
+        """QEMU gets a copy of an open descriptor and knows it by `name`, in place of one that it knew so before. The
+        command that names it takes it over; the caller still closes its own. Raises as `execute` does."""
+        try:
+            self._client.send_fd_scm(descriptor)
+        except (QMPError, OSError) as error:
+            raise EngineError(f"getfd: a descriptor cannot be passed to QEMU: {error}") from error
+        await self.execute("getfd", {"fdname": name}, timeout_s=timeout_s)
+
     async def close(self) -> None:
         """End the connection, within about two seconds; QEMU goes on. Idempotent, never raises."""
         if self._task is not None:

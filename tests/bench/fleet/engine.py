@@ -101,14 +101,13 @@ class LightVmm(FakeVmm):
         self._called("start_outgoing")
         if options.stream is None:
             raise EngineError("there is no destination to send to")
-        self.error, self._late = "", 0
-        self._set_status(EngineStatus.SETUP)
         try:
             async with asyncio.timeout(_CONNECT_S):
                 reader, writer = await asyncio.open_connection(options.stream.ip, options.stream.port)
         except (OSError, TimeoutError) as error:
-            self._fail(f"cannot connect: {error!r}")
-            return
+            raise EngineError(f"the destination does not take the stream at {options.stream}: {error!r}") from error
+        self.error, self._late = "", 0
+        self._set_status(EngineStatus.SETUP)
         self._stream = reader, writer
         writer.write(f"{self.spec.spec.memory_mib}\n".encode())
         self._talk = asyncio.create_task(self._until_loaded(reader))
