@@ -1,4 +1,5 @@
-"""The network of a local cluster: a namespace per host, a bridge in a management namespace, a bandwidth limit per host.
+"""The network of a local cluster: a namespace per host, a bridge in a management namespace, a bandwidth limit per host,
+and beside it a network for guests: a bridge in each host, joined by one in the management namespace.
 
 The root namespace is never touched: each veth pair is made with both ends inside the cluster's own namespaces. Where
 namespaces cannot be made, hosts are loopback addresses and `Places.notes` says why in one line.
@@ -31,6 +32,12 @@ LOOPBACK_SERVERS = {"zookeeper": "127.0.1", "api": "127.0.2", "coordinator": "12
 
 TCP_RETRIES = 3
 """Retransmissions until a connection to a vanished peer fails: 3 means about 3 s, the kernel's 15 many minutes."""
+
+GUEST_BRIDGE = "lab0"
+"""In each host's namespace, and in the management namespace, where a peer is outside of all hosts."""
+GUEST_UPLINK = "up0"
+GUEST_PEER = "10.78.0.1"
+GUEST_MTU = 1500
 
 _CLONE_NEWNET = 0x40000000
 _LISTEN = "0A"
@@ -82,8 +89,9 @@ def enter(namespace: str) -> None:
 
 def set_link(namespace: str, *, up: bool) -> None:
     """Plug a host's cable in or out. Pulled out, nothing the host's kernel still sends reaches anybody."""
+    state = "up" if up else "down"
     try:
-        _run("ip", "-n", namespace, "link", "set", "eth0", "up" if up else "down")
+        _batch("ip", namespace, [f"link set {cable} {state}" for cable in ("eth0", GUEST_UPLINK)])
     except _CommandFailed as error:
         raise OSError(str(error)) from error
 
@@ -144,6 +152,7 @@ def _create_namespaces(layout: Layout, hosts: int, rate_bps: int | None, counts:
     _batch("ip", management, bridge + [f"link set {port} master br0 up" for port in ports.values()])
     for name, address in cabled.items():
         _batch("ip", name, ["link set lo up", f"addr add {address}/24 dev eth0", "link set eth0 up"])
+    _join_guests(management, {place.namespace or "": f"g{n}" for n, place in enumerate(places, start=1)})
     shaped = {place.namespace or "": ports[place.namespace or ""] for place in places}
     notes = _tune(namespaces) + (_shape(management, shaped, rate_bps) if rate_bps else ())
     return Places(
@@ -155,6 +164,23 @@ def _create_namespaces(layout: Layout, hosts: int, rate_bps: int | None, counts:
         apis=servers["api"],
         seats=servers["coordinator"],
     )
+
+
+def _join_guests(management: str, hosts: Mapping[str, str]) -> None:
+    """The network of the guests' cards. Its bridges have no address of their own, but for the peer's. `hosts`: the name
+    of the joining bridge's end of each host's cable, by namespace."""
+    bridge = [f"link add {GUEST_BRIDGE} type bridge mcast_snooping 0", f"link set {GUEST_BRIDGE} addrgenmode none up"]
+    _batch("ip", None, [
+        f"link add {GUEST_UPLINK} netns {name} type veth peer name {port} netns {management}"
+        for name, port in hosts.items()
+    ])  # fmt: skip
+    _batch("ip", management, [
+        *bridge,
+        f"addr add {GUEST_PEER}/16 dev {GUEST_BRIDGE}",
+        *(f"link set {port} addrgenmode none master {GUEST_BRIDGE} up" for port in hosts.values()),
+    ])  # fmt: skip
+    for name in hosts:
+        _batch("ip", name, [*bridge, f"link set {GUEST_UPLINK} addrgenmode none master {GUEST_BRIDGE} up"])
 
 
 def _servers(layout: Layout, kind: str, count: int) -> tuple[Server, ...]:
