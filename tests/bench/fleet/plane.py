@@ -29,8 +29,10 @@ from typing import Any, TypeVar
 import grpc.aio
 
 from deploy.lab.cluster import ray_head, teardown
-from deploy.lab.cluster.layout import CLUSTER_VARIABLE, PART_VARIABLE, RAY_ADDRESS, Layout, Server
+from deploy.lab.cluster.layout import CLUSTER_VARIABLE, PART_VARIABLE, RAY, RAY_ADDRESS, Layout, Server, numbered
+from orchestrator.core.records import Leader
 from orchestrator.ledger import paths
+from orchestrator.ledger.records import decode
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.rpc import channels
 from protos.drover.v1 import orchestrator_pb2 as pb
@@ -111,6 +113,11 @@ def isolated(work: Callable[[], T]) -> T:
         return threads.submit(run).result()
 
 
+def _seat(number: int) -> Server:
+    ray_port, client_port = free_port(RAY_ADDRESS), free_port(RAY_ADDRESS)
+    return Server(numbered("coordinator", number), number, "127.0.0.1", None, ray_port, client_port)
+
+
 def free_port(address: str) -> int:
     with socket.socket() as probe:
         probe.bind((address, 0))
@@ -165,9 +172,9 @@ class Plane:
         self.layout.check()
         self.layout.logs.mkdir()
         self.zookeeper = ZooKeeperServer(self.layout.dir / "zk", heap_mib=self.heap_mib)
-        self.seat = Server(
-            "coordinator", 0, "127.0.0.1", None, ray_port=free_port(RAY_ADDRESS), ray_client_port=free_port(RAY_ADDRESS)
-        )
+        self.seats: list[Server] = []
+        self.down: set[str] = set()
+        """Heads of Ray that nobody starts again for the time being."""
         self.store = ZooKeeperStore(self.zookeeper.hosts)
         self.api_port = free_port("127.0.0.1")
         self._cpu_s: dict[tuple[str, int], float] = {}
@@ -180,7 +187,8 @@ class Plane:
         self, name: str, command: list[str], environment: dict[str, str] | None = None, **more: Any
     ) -> subprocess.Popen[bytes]:
         """A part; its words go to `logs/<name>.log`."""
-        marks = {CLUSTER_VARIABLE: str(self.layout.dir), PART_VARIABLE: name.partition("-")[0]}
+        part = name if name.startswith(f"{RAY}-") else name.partition("-")[0]
+        marks = {CLUSTER_VARIABLE: str(self.layout.dir), PART_VARIABLE: part}
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": None, "cwd": None, **more}
         with (self.layout.logs / f"{name}.log").open("ab") as sink:
             process: subprocess.Popen[bytes] = subprocess.Popen(
@@ -203,22 +211,27 @@ class Plane:
             del os.environ[CLUSTER_VARIABLE]
         await self.store.start()
 
-    async def start_control(self) -> None:
-        """Ray, coordinator, API; started again whenever they end, as the lab's supervisor does."""
+    async def start_control(self, seats: int = 1) -> None:
+        """API, and for each seat Ray and a coordinator; started again when they end, as the lab's supervisor does."""
         ray_head.token(self.layout)
-        config = {
-            "zookeeper": self.zookeeper.hosts,
-            "ray_address": f"{RAY_ADDRESS}:{self.seat.ray_port}",
-            "ray_token_file": str(self.layout.ray_token),
-            "limits": asdict(self.limits),
-        }
-        self.layout.coordinator_json.write_text(json.dumps(config))
+        self.seats = [_seat(number) for number in (range(1, seats + 1) if seats > 1 else [0])]
+        for seat in self.seats:
+            self.layout.ray_work(seat.ray_head).mkdir(exist_ok=True)
+            config = {
+                "name": seat.name,
+                "zookeeper": self.zookeeper.hosts,
+                "ray_address": f"{RAY_ADDRESS}:{seat.ray_port}",
+                "ray_token_file": str(self.layout.ray_token),
+                "limits": asdict(self.limits),
+            }
+            self.layout.part_json(seat.name).write_text(json.dumps(config))
         listen = [f"unix:{self.layout.api_socket}", f"127.0.0.1:{self.api_port}"]
         api = {"listen": listen, "zookeeper": self.zookeeper.hosts}
         self.layout.api_json.write_text(json.dumps(api))
         self._keeping = asyncio.create_task(self._keep())
         await self.until(self.leads, START_S, "a coordinator that leads")
         await self.until(self._api_answers, START_S, "an API that answers")
+        await self.all_seated()
 
     async def _keep(self) -> None:
         while True:
@@ -226,25 +239,46 @@ class Plane:
             await asyncio.sleep(_LOOK_S)
 
     def _start_missing(self) -> None:
-        if self._ended("ray"):
-            teardown.kill_ray(self.layout)
-            ray_head.prepare(self.layout, self.seat)
-            command = ray_head.command(self.layout, self.seat, 2)
-            # Actors give themselves titles: that they are of this bench is known by where the head was started.
-            self.spawn("ray", command, ray_head.environment(self.layout), cwd=self.layout.logs)
         if self._ended("api"):
             self.spawn("api", [sys.executable, "-m", "orchestrator.api", "--config", str(self.layout.api_json)])
-        if self._ended("coordinator") and self._ray_listens():
-            command = [sys.executable, "-m", "orchestrator.coordinator", "--config", str(self.layout.coordinator_json)]
-            self.spawn("coordinator", command, ray_head.client_environment(self.layout))
+        for seat in self.seats:
+            head, work = seat.ray_head, self.layout.ray_work(seat.ray_head)
+            if self._ended(head) and head not in self.down:
+                teardown.kill_ray(self.layout, head)
+                ray_head.prepare(self.layout, seat)
+                command = ray_head.command(self.layout, seat, 2)
+                # Actors give themselves titles: that they are of this bench is known by where the head was started.
+                self.spawn(head, command, ray_head.environment(self.layout), cwd=work)
+            if self._ended(seat.name) and self._ray_listens(seat):
+                config = str(self.layout.part_json(seat.name))
+                command = [sys.executable, "-m", "orchestrator.coordinator", "--config", config]
+                self.spawn(seat.name, command, ray_head.client_environment(self.layout))
 
     def _ended(self, name: str) -> bool:
         return name not in self.running or self.running[name].poll() is not None
 
-    def _ray_listens(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection((RAY_ADDRESS, self.seat.ray_port), 0.2):
+    @staticmethod
+    def _ray_listens(seat: Server) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((RAY_ADDRESS, seat.ray_port), 0.2):
             return True
         return False
+
+    async def all_seated(self) -> None:
+        """Wait for a coordinator in each seat. Raises TimeoutError."""
+
+        async def seated() -> bool:
+            return set(await self.store.children(paths.SEATS)) >= {seat.name for seat in self.seats}
+
+        await self.until(seated, START_S, "a coordinator in each seat")
+
+    async def leading(self) -> Server:
+        """The seat that leads. Raises RuntimeError when none does."""
+        node = await self.store.read(paths.leader())
+        name = decode(Leader, node.data, path=paths.leader()).name if node is not None else ""
+        for seat in self.seats:
+            if seat.name == name:
+                return seat
+        raise RuntimeError("no coordinator leads")
 
     async def leads(self) -> bool:
         return await self.store.read(paths.leader()) is not None
@@ -280,9 +314,9 @@ class Plane:
         """Let the pre-copies end that are held, so many per second in all."""
         await self.tell_agents(f"go {per_s / len(self.agents)}")
 
-    async def kill_ray(self) -> None:
-        """SIGKILL for all of it: head, coordinator, workers."""
-        await asyncio.to_thread(teardown.kill_ray, self.layout)
+    async def kill_ray(self, seat: Server | None = None) -> None:
+        """SIGKILL for all of it: head, coordinator, workers. None: of all seats."""
+        await asyncio.to_thread(teardown.kill_ray, self.layout, seat.ray_head if seat else RAY)
 
     async def epoch(self) -> int:
         """Of whoever leads, or did; -1 before the first."""
@@ -290,9 +324,9 @@ class Plane:
         return node.version if node is not None else -1
 
     @contextlib.asynccontextmanager
-    async def asking(self) -> AsyncGenerator[Asking]:
-        """Whoever asks the workers, ready to connect."""
-        command = [sys.executable, "-m", "tests.bench.fleet.asking", str(self.layout.coordinator_json)]
+    async def asking(self, seat: Server) -> AsyncGenerator[Asking]:
+        """Whoever asks the workers of a seat, ready to connect."""
+        command = [sys.executable, "-m", "tests.bench.fleet.asking", str(self.layout.part_json(seat.name))]
         process = self.spawn(
             "asking", command, ray_head.client_environment(self.layout), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -346,7 +380,7 @@ class Plane:
     def roles(self) -> Iterator[tuple[str, int]]:
         """Every process of the plane: what it belongs to, and its pid."""
         for name, process in self.running.items():
-            if name != "ray" and process.poll() is None:
+            if not name.startswith(RAY) and process.poll() is None:
                 yield name.partition("-")[0], process.pid
         if self.zookeeper.process is not None:
             yield "zookeeper", self.zookeeper.process.pid
