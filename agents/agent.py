@@ -28,6 +28,7 @@ from agents.host.identity import Installation
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.host.registration import Registration
+from agents.nets import taps
 from agents.shims import external
 from orchestrator import descriptors
 from orchestrator.core.agent import (
@@ -45,6 +46,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
+from orchestrator.core.records import NetworkKind
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
@@ -159,6 +161,7 @@ class Agent:
             log.warning("where guests of this agent are is not noted down", error=str(error))
         await self._adopt_found()
         await self._forget_strays()
+        await self._sweep_taps()
         self.place.hold()
         self._store.on_session(self._session)
         self._tasks.keep(descriptors.look, "reserve of descriptors", again_s=descriptors.LOOK_S)
@@ -173,14 +176,30 @@ class Agent:
 
     async def _forget_strays(self) -> None:
         """Before anything can be prepared here: whatever programs hold for no copy of ours is nobody's."""
+        if (known := self._noted()) is not None:
+            await external.forget_strays(self._config.shims, known)
+
+    def _noted(self) -> set[tuple[str, str]] | None:
+        """Uuid and `inc` of every copy that earlier agents noted down. None: some note cannot be read at the moment, so
+        nothing that is found can be said to be nobody's."""
         if not self._all_found:
-            return  # some device may belong to a guest whose note cannot be read at the moment
+            return None
         try:
-            known = {(uuid, one.inc) for uuid, guest in self._guests.items() for one in guest.files.processes()}
+            return {(uuid, one.inc) for uuid, guest in self._guests.items() for one in guest.files.processes()}
         except (BadRecord, OSError) as error:
-            log.error("external devices are not looked through", error=str(error))
+            log.error("what belongs to no copy is not looked for", error=str(error))
+            return None
+
+    async def _sweep_taps(self) -> None:
+        """Those that an agent left which was killed between a tap and its VMM, or with a VMM."""
+        known = self._noted() if self._config.networks else None
+        if known is None:
             return
-        await external.forget_strays(self._config.shims, known)
+        ovs = any(network.kind is NetworkKind.OVS for network in self._config.networks.values())
+        try:
+            await taps.sweep(taps.root_of(self._config.dir), {inc for _, inc in known}, ovs=ovs)
+        except OSError as error:  # they carry nothing; the next agent looks again
+            log.error("taps are not looked through", error=str(error))
 
     async def _adopt(self, files: GuestFiles) -> None:
         guest = HostedGuest(self._tools, files)

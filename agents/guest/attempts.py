@@ -22,6 +22,7 @@ from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer
 from agents.handover.source import SourceState, restarted_source
 from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command
+from agents.nets.taps import NetworkNotFound
 from agents.shims.base import OptionsRefused, ShimError
 from orchestrator.core.agent import (
     ConductOrder,
@@ -70,6 +71,7 @@ class Attempts:
             preflight.must_have_room(self._files)
             source = await self._guest.registered(record.owner.host)
             preflight.must_be_registered(record.owner, source, order.source_peer)
+            preflight.must_have_networks(self._files, source)
             await preflight.must_fit(self._tools.engine, self._tools.config, self._files)
             arrival, prepared, first = await self._make_arrival(order)
             self._receive(arrival, first)
@@ -122,6 +124,7 @@ class Attempts:
             want_run,
             in_vmm=copy.in_vmm(),
             unclaimed_ms=unclaimed_ms,
+            bind=copy.taps.bind,
         )
 
     def _receive(self, arrival: Arrival, first: tuple[Command, ...]) -> None:
@@ -273,4 +276,6 @@ def reason_of(error: Exception) -> RefusalReason:
     """Of a copy that could not be made."""
     if isinstance(error, OptionsRefused):  # the program of its source took them, this host's does not
         return RefusalReason.DEVICE_NOT_MIGRATABLE
+    if isinstance(error, NetworkNotFound):
+        return RefusalReason.NETWORK_NOT_FOUND
     return RefusalReason.IMAGE_NOT_FOUND if isinstance(error, engine.ImageNotFound) else RefusalReason.INTERNAL

@@ -1,9 +1,11 @@
-"""One VMM process of a guest with the process that holds its devices: made, adopted and ended together."""
+"""One VMM process of a guest with the process that holds its devices and the taps of its network cards: made, adopted
+and ended together."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +24,7 @@ from agents.guest import devices as holding
 from agents.guest import duty as keeping
 from agents.guest.devices import Devices
 from agents.guest.files import GuestFiles
+from agents.nets.taps import NetsError, Taps
 from agents.shims.base import DestinationShim, InVmmDevices, SourceShim
 from orchestrator.core.liveness import Liveness
 
@@ -44,6 +47,7 @@ class Copy:
         self.files = files
         self.vmm = vmm
         self.devices = devices
+        self.taps = files.taps(vmm.metadata.inc)
         self.running = running
         self.ended = ""
         """How the guest ended by itself; empty while it did not."""
@@ -122,13 +126,14 @@ class Copy:
         return self.vmm.liveness() is Liveness.GONE
 
     async def destroy(self) -> None:
-        """VMM and devices are gone and their files removed. Idempotent.
+        """VMM, devices and taps are gone and their files removed. Idempotent.
 
         Raises EngineError, ShimError and OSError when something is left; to be repeated then.
         """
         await self.vmm.destroy()
         if self.devices is not None:
             await self.devices.destroy()
+        await self.taps.remove()
         self.files.drop_marker(self.inc)
 
     async def detach(self) -> None:
@@ -155,11 +160,26 @@ async def _with_devices(devices: Devices | None, starting: Coroutine[Any, Any, V
         raise
 
 
+@contextlib.asynccontextmanager
+async def _plugged(taps: Taps) -> AsyncGenerator[Taps]:
+    """Taps that are there before the VMM, which opens them; nothing of them is left when it does not come up."""
+    await taps.make()
+    try:
+        yield taps
+    except BaseException:
+        with contextlib.suppress(NetsError):  # then the next agent finds them
+            await taps.remove()
+        raise
+
+
 async def start(engine: MigrationEngine, files: GuestFiles, inc: str) -> Copy:
-    """A new guest, running. Raises EngineError or ShimError; nothing is left behind then."""
+    """A new guest, running. Raises EngineError, ShimError and OSError; nothing is left behind then."""
     files.make()
-    devices = await holding.launch(files, inc, incoming=False)
-    vmm = await _with_devices(devices, engine.start(files.vmm_spec(inc)))
+    async with _plugged(files.taps(inc)) as taps:
+        devices = await holding.launch(files, inc, incoming=False)
+        vmm = await _with_devices(devices, engine.start(files.vmm_spec(inc)))
+    with contextlib.suppress(NetsError):  # whoever controls the bridge may be away: the guest is kept all the same
+        await taps.bind()
     return Copy(files, vmm, devices, running=True)
 
 
@@ -172,9 +192,10 @@ async def prepare(
     """
     files.make()
     files.reserve_marker(inc)
-    devices = await holding.launch(files, inc, incoming=True)
-    spec = files.vmm_spec(inc, multifd_channels=multifd_channels)
-    vmm = await _with_devices(devices, engine.prepare_incoming(spec, migration, attempt))
+    async with _plugged(files.taps(inc)):
+        devices = await holding.launch(files, inc, incoming=True)
+        spec = files.vmm_spec(inc, multifd_channels=multifd_channels)
+        vmm = await _with_devices(devices, engine.prepare_incoming(spec, migration, attempt))
     return Copy(files, vmm, devices, running=False)
 
 
@@ -194,6 +215,7 @@ async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadat
             return copy
         if devices is not None:
             await devices.destroy()
+        await files.taps(metadata.inc).remove()
     except BaseException:
         for held in filter(None, (vmm, devices)):
             await held.detach()

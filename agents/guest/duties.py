@@ -92,10 +92,13 @@ class Duties:
 
     async def _run(self, duty: Duty, record: GuestRecord) -> None:
         """A guest that arrived paused is announced now: QEMU sends nothing while the vCPUs stand."""
-        vmm = self._guest.copies[duty.inc].vmm
-        await vmm.resume()
-        if any(device.shim is ShimKind.NET for device in self._files.spec.devices):
-            await vmm.announce()
+        copy = self._guest.copies[duty.inc]
+        await copy.vmm.resume()
+        spec = self._files.spec
+        if spec.nics:
+            await copy.taps.bind()
+        if spec.nics or any(device.shim is ShimKind.NET for device in spec.devices):
+            await copy.vmm.announce()
 
     async def _stop(self, duty: Duty, record: GuestRecord) -> None:
         await self._guest.copies[duty.inc].vmm.pause()

@@ -25,12 +25,14 @@ from pathlib import Path
 import structlog
 
 from agents.config import AgentConfig
-from agents.engine.base import VmmMetadata, VmmSpec
+from agents.engine.base import Tap, VmmMetadata, VmmSpec
+from agents.nets.ports import Owner, Port, tap_name
+from agents.nets.taps import Taps, root_of
 from agents.shims import net
 from agents.shims.companion import DevicesSpec
 from orchestrator.core.liveness import LivenessUnknown
 from orchestrator.core.record import Record
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
+from orchestrator.core.records import DeviceSpec, GuestSpec, NetworkKind, NicSpec, ShimKind
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.proc import vmms_below
 
@@ -227,6 +229,27 @@ class GuestFiles:
         devices = (*self.companions, *self.in_vmm)
         return DevicesSpec(self.uuid, inc, self.directory, devices, seed_of(self.uuid), self.config.device_program)
 
+    def taps(self, inc: str) -> Taps:
+        """Of the copy `inc`: its network cards' ends on this host. Makes none."""
+        return Taps(Owner(root_of(self.config.dir), self.uuid, inc), self._ports(inc))
+
+    def _ports(self, inc: str) -> list[Port]:
+        return [self._port(inc, number, nic) for number, nic in enumerate(self.spec.nics)]
+
+    def _port(self, inc: str, number: int, nic: NicSpec) -> Port:
+        here = self.config.networks.get(nic.network)
+        return Port(
+            nic.name,
+            tap_name(inc, number),
+            here.bridge if here else "",
+            nic.mac or net.mac_address(self.uuid, nic.name),
+            here.mtu if here else 0,
+            nic.queues,
+            here is not None and here.kind is NetworkKind.OVS,
+            nic.network,
+            nic.mtu,
+        )
+
     def vmm_spec(self, inc: str, *, multifd_channels: int = 0) -> VmmSpec:
         """What the copy `inc` is started from on this host, as owner or as destination. Writes nothing."""
         return VmmSpec(
@@ -241,6 +264,7 @@ class GuestFiles:
             vfio_path=self.directory / f"{inc}.vfio" if self.in_vmm else None,
             nics=net.nics(self.uuid, self.spec.devices),
             segment=net.segment_of(f"{self.config.zookeeper}{self.config.chroot}", self.config.address),
+            taps=tuple(Tap(port.nic, port.ifname) for port in self._ports(inc)),
         )
 
     def reserve_marker(self, inc: str) -> None:

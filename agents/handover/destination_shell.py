@@ -45,6 +45,8 @@ class DestinationShell(Shell[DestinationState]):
     unclaimed_ms: float = _UNCLAIMED_MS
     """How long the VMM waits for somebody to conduct its attempt (PrepareOrder.timeout_ms)."""
     in_vmm: InVmmDevices | None = None
+    bind: Callable[[], Awaitable[None]] | None = None
+    """Says to whoever controls the host's bridges that the guest is here. Raises OSError."""
     timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """The guest was started here, or left stopped as wished."""
@@ -187,6 +189,12 @@ class DestinationShell(Shell[DestinationState]):
                 self._note(DEVICES_LOST, lost)
 
     async def _announce(self) -> Event | None:
+        """The guest runs: its ports are bound now, and then it is announced, since frames of before may be lost."""
+        if self.bind is not None:
+            try:
+                await self.bind()
+            except OSError as error:
+                self._note("bind_failed", str(error))
         with contextlib.suppress(engine.EngineError):
             await self.vmm.announce()
         return None

@@ -74,6 +74,21 @@ def must_have_room(files: GuestFiles) -> None:
             raise DroverError(RefusalReason.HOST_DISK_FULL, f"{said}; {wanted}")
 
 
+def must_have_networks(files: GuestFiles, source: HostRecord | None) -> None:
+    """At the destination: a frame that the guest could send at its source must fit here, or connections hang after the
+    move without a word. Raises NETWORK_NOT_FOUND."""
+    config = files.config
+    there = {network.name: network.mtu for network in source.networks} if source is not None else {}
+    for nic in files.spec.nics:
+        here = config.networks.get(nic.network)
+        said = f"{config.host}: network card {nic.name} of guest {files.spec.name} is in the network {nic.network}"
+        if here is None:
+            raise DroverError(RefusalReason.NETWORK_NOT_FOUND, f"{said}, which this host does not have")
+        if there.get(nic.network, here.mtu) != here.mtu:
+            mtus = f"with an MTU of {here.mtu} here and {there[nic.network]} at its source"
+            raise DroverError(RefusalReason.NETWORK_NOT_FOUND, f"{said}, {mtus}: they must be equal")
+
+
 def no_room(error: Exception, host: str, directory: Path) -> DroverError | None:
     """The refusal for a start that failed because the disk was full after all; None for any other failure."""
     cause: BaseException | None = error

@@ -52,12 +52,18 @@ class Port:
     """In the guest's specification."""
     ifname: str
     bridge: str
+    """Empty: this host has no such network."""
     mac: str
     """The guest's; the tap has another one."""
     mtu: int
+    """Of the network on this host."""
     queues: int = 1
     ovs: bool = False
     """The bridge is one of Open vSwitch."""
+    network: str = ""
+    """As hosts call it."""
+    card_mtu: int = 0
+    """What the card tells the guest; 0: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +156,19 @@ def obstacle(ports: Sequence[Port], links: Sequence[Link]) -> str:
     """Why these ports cannot be made here, as a clause; empty: nothing is known to be in the way."""
     known = {link.name: link for link in links}
     for port in ports:
+        card = f"network card {port.nic}"
+        if not port.bridge:
+            return f"{card} is in the network {port.network}, which the configuration of this host does not have"
+        if port.card_mtu > port.mtu:
+            said = f"{card} tells the guest an MTU of {port.card_mtu}"
+            return f"{said}, and the network {port.network} has {port.mtu} on this host"
         if port.ovs:
             continue  # a bridge with a datapath of its own need not be an interface
         bridge = known.get(port.bridge)
         if bridge is None:
-            return f"network card {port.nic} is to be in the bridge {port.bridge}, and there is none on this host"
+            return f"{card} is to be in the bridge {port.bridge}, and there is none on this host"
         if bridge.mtu < port.mtu:
-            said = f"network card {port.nic} needs an MTU of {port.mtu}"
-            return f"{said}, and the bridge {port.bridge} of this host has {bridge.mtu}"
+            return f"{card} needs an MTU of {port.mtu}, and the bridge {port.bridge} of this host has {bridge.mtu}"
     return ""
 
 

@@ -25,8 +25,12 @@ _OVS_WAIT_S = "4"
 """Of `ovs-vsctl` itself, so that it ends by its own word before it is killed."""
 
 
-class NetsError(Exception):
+class NetsError(OSError):
     """A tap could not be made, or not removed; the text says what and why."""
+
+
+class NetworkNotFound(NetsError):
+    """This host has no such network, or one whose MTU is too small. Nothing was made."""
 
 
 def root_of(directory: Path) -> str:
@@ -83,8 +87,10 @@ class Taps:
 
     async def make(self) -> None:
         """They are there, up and in their bridges. Raises NetsError, and then none of them is."""
+        if not self._ports:
+            return
         if wrong := ports.obstacle(self._ports, await links()):
-            raise NetsError(wrong)
+            raise NetworkNotFound(wrong)
         try:
             await _run("ip", "-batch", "-", text="\n".join(ports.make_lines(self._ports, self._owner)) + "\n")
             for port in self._in_ovs:

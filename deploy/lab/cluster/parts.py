@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 RAY_NAMESPACE = "drover"
 GUEST_IMAGE_VARIABLE = "DROVER_GUEST_IMAGE"
+NETWORK = "lab"
+"""The network of the guests, as guest files call it."""
 
 Probe = Callable[[], Awaitable[str | None]]
 """None: it serves; otherwise what is wrong, in a few words."""
@@ -94,6 +96,11 @@ def vfio_preload(layout: Layout) -> tuple[Path, Path]:
     return _build_directory(
         layout
     ) / "vfio-preload.so", package_root() / "deploy" / "lab" / "devices" / "vfio" / "build.sh"
+
+
+def linux_guest(layout: Layout) -> tuple[Path, Path]:
+    """The directory of the Linux guest's images, and the script that makes them, which needs the network."""
+    return _build_directory(layout) / "linux", package_root() / "deploy" / "lab" / "linux_guest" / "build.sh"
 
 
 def _build_directory(layout: Layout) -> Path:
@@ -182,11 +189,21 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "shims": {name: socket.format(host=place.name) for name, socket in config.shims.items()},
         "qemu": config.qemu_on.get(place.name, config.qemu),
         "guest_image": str(image),
-        "images": str(config.images.expanduser().resolve()) if config.images else None,
+        "images": str(_images(config, layout)),
+        "networks": {NETWORK: _guest_network()} if place.namespace else {},
         "vfio_preload": str(vfio_preload(layout)[0]),
         "instructions": config.chaos,
         "log_level": config.log_level,
     }
+
+
+def _images(config: LocalConfig, layout: Layout) -> Path:
+    """What guests may name: the operator's images, else those of the Linux guest, which may not have been made."""
+    return config.images.expanduser().resolve() if config.images else linux_guest(layout)[0]
+
+
+def _guest_network() -> dict[str, Any]:
+    return {"bridge": network.GUEST_BRIDGE, "kind": "bridge", "mtu": network.GUEST_MTU}
 
 
 def new_power_cycle(layout: Layout, host: str) -> None:

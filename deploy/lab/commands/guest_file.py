@@ -44,7 +44,7 @@ class LinuxKey:
     def apply(spec: GuestSpec, given: Model) -> tuple[GuestSpec, Problems]:
         """The guest with kernel, initrd and command line, and what is wrong, by field of the guest."""
         workload = LinuxWorkload(**given.model_dump(exclude_unset=True))
-        disks = sum(not disk.read_only for disk in getattr(spec, "disks", ()))
+        disks = sum(not disk.read_only for disk in spec.disks)
         found = linux_problems(workload, spec.memory_mib, disks)
         bad = [(f"linux.{key}" if key else "linux", said) for key, said in found]
         boot = spec.boot
