@@ -11,13 +11,21 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from agents.config import NetworkConfig
+from agents.engine.base import EngineError, Tap, VmmSpec
+from agents.guest import copies
+from agents.guest.files import GuestFiles
 from agents.nets import taps
 from agents.nets.ports import Owner, Port, tap_name
-from agents.nets.taps import NetsError, Taps
+from agents.nets.taps import NetsError, NetworkNotFound, Taps
 from deploy.lab.cluster import network
+from orchestrator.core.records import GuestSpec, NicSpec
+from tests.fakes.config import agent_config
+from tests.fakes.engine import FakeEngine, FakeVmm
 
 GUEST = "1f2e3d4c-0000-4000-8000-000000000000"
 ROOT = "0a1b2c3d4e5f"
@@ -156,3 +164,53 @@ async def test_a_program_that_hangs_is_not_waited_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(taps, "COMMAND_S", 0.2)
     with pytest.raises(NetsError, match=r"sleep did not end within 0\.2 s"):
         await taps._run("sleep", "60")
+
+
+# --- with a copy's VMM ------------------------------------------------------------------------------------------------
+
+
+def files_of(directory: Path, network_name: str = "lab") -> GuestFiles:
+    networks = {"lab": NetworkConfig(bridge="br0", mtu=1450)}
+    spec = GuestSpec("g", nics=(NicSpec("eth0", network_name),))
+    return GuestFiles(agent_config(directory).model_copy(update={"networks": networks}), GUEST, spec)
+
+
+async def test_a_copy_has_its_tap_for_as_long_as_its_vmm(namespace: str, tmp_path: Path) -> None:
+    engine, files = FakeEngine(), files_of(tmp_path)
+    source = await copies.start(engine, files, "00112233445566aa")
+    arriving = await copies.prepare(engine, files, "f0112233445566aa", "m", 1, 0)
+    names = [tap_name(copy.inc, 0) for copy in (source, arriving)]
+    links = [seen(namespace, name) for name in names]
+    assert all(link is not None and (link["master"], link["mtu"]) == ("br0", 1450) for link in links)
+    assert files.vmm_spec(source.inc).taps == (Tap("eth0", names[0]),)
+    await source.destroy()
+    await source.destroy()
+    assert [seen(namespace, name) is None for name in names] == [True, False]
+    await arriving.destroy()
+    assert seen(namespace, names[1]) is None
+
+
+async def test_a_vmm_that_does_not_start_leaves_no_tap(namespace: str, tmp_path: Path) -> None:
+    class Broken(FakeEngine):
+        async def start(self, spec: VmmSpec) -> FakeVmm:
+            assert seen(namespace, spec.taps[0].ifname) is not None  # there before it
+            raise EngineError("no such machine")
+
+    with pytest.raises(EngineError):
+        await copies.start(Broken(), files_of(tmp_path), "00112233445566aa")
+    assert seen(namespace, tap_name("00112233445566aa", 0)) is None
+
+
+async def test_a_network_that_the_host_does_not_have_is_said_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(NetworkNotFound, match="is in the network prod, which the configuration of this host"):
+        await copies.start(FakeEngine(), files_of(tmp_path, "prod"), "00112233445566aa")
+
+
+async def test_the_tap_of_a_vmm_that_died_between_two_agents_goes_with_it(namespace: str, tmp_path: Path) -> None:
+    engine, files = FakeEngine(), files_of(tmp_path)
+    copy = await copies.start(engine, files, "00112233445566aa")
+    metadata = copy.vmm.metadata
+    await copy.vmm.destroy()
+    assert seen(namespace, tap_name(copy.inc, 0)) is not None
+    assert await copies.adopt(engine, files, metadata) is None
+    assert seen(namespace, tap_name(copy.inc, 0)) is None
