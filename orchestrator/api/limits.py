@@ -14,7 +14,21 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from orchestrator.core.errors import invalid
-from orchestrator.core.guest import MAX_DEVICES, MAX_INSTRUCTION_BYTES, MAX_LABELS, MAX_OPTIONS, MAX_OPTIONS_BYTES
+from orchestrator.core.guest import (
+    MAX_APPEND_BYTES,
+    MAX_DEVICES,
+    MAX_INSTRUCTION_BYTES,
+    MAX_LABELS,
+    MAX_OPTIONS,
+    MAX_OPTIONS_BYTES,
+)
+from orchestrator.core.hardware import (
+    MAX_CLOUD_INIT_BYTES,
+    MAX_DISKS,
+    MAX_EXTRA_ARG_BYTES,
+    MAX_EXTRA_ARGS,
+    MAX_NICS,
+)
 from orchestrator.core.records import ShimKind
 
 MAX_NAME = 253
@@ -23,19 +37,27 @@ MAX_WATCHED = 1_000
 MAX_REASON = 1_024
 
 BOUNDS: dict[str, int] = {
+    "Boot.append": MAX_APPEND_BYTES,
+    "CloudInit.meta_data": MAX_CLOUD_INIT_BYTES,
+    "CloudInit.network_config": MAX_CLOUD_INIT_BYTES,
+    "CloudInit.user_data": MAX_CLOUD_INIT_BYTES,
     "CordonHostRequest.reason": MAX_REASON,
     "DeviceSpec.options": MAX_OPTIONS,
     "DeviceSpec.OptionsEntry.value": MAX_OPTIONS_BYTES,
     "GuestSpec.devices": MAX_DEVICES * len(ShimKind),
+    "GuestSpec.disks": MAX_DISKS,
+    "GuestSpec.extra_args": MAX_EXTRA_ARGS,
     "GuestSpec.labels": MAX_LABELS,
     "GuestSpec.LabelsEntry.value": 253,
+    "GuestSpec.nics": MAX_NICS,
     "InstructDeviceRequest.instruction": MAX_INSTRUCTION_BYTES,
     "WatchEvacuationsRequest.names": MAX_WATCHED,
     "WatchGuestsRequest.names": MAX_WATCHED,
     "WatchMigrationsRequest.names": MAX_WATCHED,
 }
-"""Characters of a text, entries of a list, by message and field. A text that is not here has MAX_NAME, as has each text
-of a list of texts."""
+"""Characters of a text, entries of a list, by message and field. A text that is not here has MAX_NAME."""
+ENTRIES: dict[str, int] = {"GuestSpec.extra_args": MAX_EXTRA_ARG_BYTES}
+"""Characters of each text of a list of texts; MAX_NAME for one that is not here."""
 _TEXTS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
 
@@ -76,8 +98,9 @@ def _list(field: FieldDescriptor, value: Any, path: str) -> Iterator[tuple[str, 
         for index, each in enumerate(value):
             yield from _too_large(each, f"{path}[{index}].")
     elif field.type in _TEXTS:
+        each_most = ENTRIES.get(field.full_name.removeprefix("drover.v1."), MAX_NAME)
         for index, each in enumerate(value):
-            yield from _text(len(each), MAX_NAME, f"{path}[{index}]")
+            yield from _text(len(each), each_most, f"{path}[{index}]")
 
 
 def _text(size: int, most: int, path: str) -> Iterator[tuple[str, str]]:
