@@ -281,6 +281,7 @@ class Driver:
         if not self._fresh and not nodes.untouched(self._spec.id):
             await self._tools.store.barrier()
             self._fresh = True
+            self._doubt()
             nodes = await self._read_as_shown()
         return nodes
 
@@ -294,7 +295,8 @@ class Driver:
         """State, guest, state again: when the state did not move, the record belongs to it. Whatever opens or settles
         an attempt moves both, so a half of such a write is never seen."""
         spec = self._spec
-        self._doubt()
+        if self._tools.clock_s() >= self._anew_at_s:
+            self._doubt()
         read = self._tools.index.nodes.read
         state = await read(paths.migration_state(spec.id))
         while True:
@@ -319,11 +321,10 @@ class Driver:
         )
 
     def _doubt(self) -> None:
-        """Now and then, of whatever is known of the nodes."""
-        if self._tools.clock_s() >= self._anew_at_s:
-            self._anew_at_s = self._tools.clock_s() + ANEW_S
-            for path in self._mine:
-                self._tools.index.nodes.doubt(path)
+        """Ask the ledger the next time, whatever is known of the nodes."""
+        self._anew_at_s = self._tools.clock_s() + ANEW_S
+        for path in self._mine:
+            self._tools.index.nodes.doubt(path)
 
     def _decode(self, kind: type[T], node: Versioned, path: str) -> T:
         """Once for as long as the node stands still."""
