@@ -365,8 +365,8 @@ MUTANTS = (
         "start_what_arrived_ended", "GUEST_ENDED", start_what_arrived_ended, replace(_OFF, faults=0), dead_ends=True
     ),
     Mutant("undrained", "H15", undrained, replace(_DISK, faults=0)),
-    Mutant("image_discarded_at_commit", "H16", image_discarded_at_commit, _DISK),
-    Mutant("increment_on_other_image", "H16", increment_on_other_image, replace(_DISK, drained_before=True)),
+    Mutant("image_discarded_at_commit", "H16", image_discarded_at_commit, replace(_DISK, writes=0)),
+    Mutant("increment_on_other_image", "H16", increment_on_other_image, replace(_DISK, writes=0, drained_before=True)),
     Mutant("bitmap_after_resume", "H16", bitmap_after_resume, replace(_DISK, faults=0, drained_before=True)),
     Mutant("any_ring", "time", any_ring),
     Mutant("ack_timer_runs_on", "time", ack_timer_runs_on, _REQUEST),
