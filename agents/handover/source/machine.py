@@ -93,16 +93,16 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     (Seen.ACTIVE, (*STANDING, _ROLLING_BACK, _DECLARING), ignored),
     # --- the gate: requests, ACKs, vital signs
     # A device asks for an ACK while it may still be granted, or found late.
-    (Requested, (_PRECOPY, _GATE_WAIT, _FREEZING), precopy.requested),
+    (Requested, (_SYNCING, _PRECOPY, _GATE_WAIT, _FREEZING), precopy.requested),
     # After the check a device's own request is served in stop-copy (R30), after the end it is nobody's.
     (Requested, (_DRAINING, _LAST_PASS, *GIVEN, *ENDING), blackout.requested_too_late),
     # It may open the gate, or end the wait for it.
-    (Acked, (_PRECOPY, _GATE_WAIT), precopy.acked),
+    (Acked, (_SYNCING, _PRECOPY, _GATE_WAIT), precopy.acked),
     # Late: it opens no gate any more, but the check and the report know of it.
     (Acked, (_FREEZING, _DRAINING, _LAST_PASS, *GIVEN, *ENDING), blackout.ack_noted),
     # Our request is durable, so it no longer keeps the gate closed; what others asked for is learnt with it. After the
     # freeze a version that has moved is a late request.
-    (RequestsWritten, (_PRECOPY, *STANDING), precopy.requests_written),
+    (RequestsWritten, (_SYNCING, _PRECOPY, *STANDING), precopy.requests_written),
     # Requests are written in a lane of their own, whose answers wait for nobody.
     (RequestsWritten, (*GIVEN, *ENDING), ignored),
     # Somebody asked through the ledger; a request of the attempt before may be seen before this one is bound.
@@ -178,8 +178,8 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     (Seen.LEDGER_REFUSED, (_BINDING,), back.fails(AbortReason.LEDGER_UNREACHABLE)),
     (Seen.LEDGER_UNKNOWN, (_BINDING,), back.fails(AbortReason.LEDGER_UNREACHABLE)),
     # A request that cannot be made durable: the gate would stay closed for good.
-    (Seen.LEDGER_REFUSED, (_PRECOPY,), precopy.request_not_written),
-    (Seen.LEDGER_UNKNOWN, (_PRECOPY,), precopy.request_not_written),
+    (Seen.LEDGER_REFUSED, (_SYNCING, _PRECOPY), precopy.request_not_written),
+    (Seen.LEDGER_UNKNOWN, (_SYNCING, _PRECOPY), precopy.request_not_written),
     # COMMIT, ABORT or CRASHED without a clear answer.
     (Seen.LEDGER_REFUSED, (_SUBMITTED, _RECORDING, _DECLARING), outcome.read_then_decide),
     (Seen.LEDGER_UNKNOWN, (_SUBMITTED, _RECORDING, _DECLARING), outcome.read_then_decide),
