@@ -46,7 +46,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
-from orchestrator.core.records import NetworkKind
+from orchestrator.core.records import LiveMachine, NetworkKind
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
@@ -486,6 +486,17 @@ class Agent:
             if guest.departure is not None and guest.departure.key == key:
                 return guest.departure
         return None
+
+    def machine(self, uuid: str) -> LiveMachine:
+        """Of a guest that is here, as its VMM has it. Raises NOT_FOUND, and FEATURE_NOT_AVAILABLE when it is not known
+        any more."""
+        own = self._known(uuid).own()
+        if own is None or own.hardware is None:
+            raise DroverError(RefusalReason.NOT_FOUND, f"guest {uuid} has no hardware on {self.here.host}")
+        if own.hardware.machine is None:
+            said = f"the note of the machine of guest {own.files.spec.name} is lost on {self.here.host}"
+            raise DroverError(RefusalReason.FEATURE_NOT_AVAILABLE, f"{said}: it can move after its next start")
+        return own.hardware.machine
 
     def arrival(self, key: AttemptKey) -> Arrival | None:
         """The attempt under way with this host as its destination; None: it is not, or no longer."""

@@ -52,6 +52,8 @@ from orchestrator.core.records import (
     EvacuationPhase,
     Firmware,
     GuestSpec,
+    LiveDevice,
+    LiveMachine,
     MigrationPhase,
     Network,
     NetworkKind,
@@ -296,6 +298,45 @@ def boot_from_proto(message: types_pb2.Boot, *, field: str = "boot") -> Boot:
     """Raises INVALID_ARGUMENT for a firmware that this version does not know."""
     firmware = _meant(_FIRMWARE, message.firmware, Firmware.DIRECT, f"{field}.firmware")
     return Boot(message.kernel, message.initrd, message.append, firmware)
+
+
+def machine_to_proto(machine: LiveMachine) -> agent_pb2.LiveMachine:
+    """A guest's machine, for the agent of the host that it moves to."""
+    return agent_pb2.LiveMachine(
+        type=machine.type,
+        cpu=machine.cpu,
+        memory_mib=machine.memory_mib,
+        vcpus=machine.vcpus,
+        firmware=_FIRMWARE[machine.firmware],
+        firmware_sha256=machine.firmware_sha256,
+        devices=[
+            agent_pb2.LiveDevice(
+                id=device.id,
+                driver=device.driver,
+                bus=device.bus,
+                address=device.address,
+                properties=device.properties,
+                backend=device.backend,
+            )
+            for device in machine.devices
+        ],
+    )
+
+
+def machine_from_proto(message: agent_pb2.LiveMachine) -> LiveMachine:
+    """Raises INVALID_ARGUMENT for a firmware that this version does not know: it could not build the machine."""
+    return LiveMachine(
+        message.type,
+        message.cpu,
+        message.memory_mib,
+        message.vcpus,
+        _meant(_FIRMWARE, message.firmware, Firmware.DIRECT, "machine.firmware"),
+        dict(message.firmware_sha256),
+        tuple(
+            LiveDevice(each.id, each.driver, each.bus, each.address, dict(each.properties), each.backend)
+            for each in message.devices
+        ),
+    )
 
 
 def pool_to_proto(pool: Pool, free_bytes: int | None = None) -> types_pb2.Pool:

@@ -31,6 +31,10 @@ class ImageNotFound(EngineError):
     """This host has no such image to boot. Nothing was started."""
 
 
+class DiskLocked(EngineError):
+    """Somebody else holds the lock of a disk's image. The guest is as it was; it may be tried again."""
+
+
 class EngineTimeout(EngineError):
     """No answer in time: the command may have been carried out."""
 

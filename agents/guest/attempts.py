@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from agents.engine import base as engine
 from agents.guest import copies as making
+from agents.guest import hardware
 from agents.guest.copies import Copy
 from agents.guest.held import HeldGuest
 from agents.handover import preflight
@@ -18,7 +19,7 @@ from agents.handover.attempt import Arrival, Departure
 from agents.handover.destination import DestinationState, prepared_destination, restarted_destination
 from agents.handover.destination_shell import DestinationShell
 from agents.handover.ledger import AttemptLedger
-from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer
+from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer, PeerUnavailable
 from agents.handover.source import SourceState, restarted_source
 from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command
@@ -31,9 +32,11 @@ from orchestrator.core.agent import (
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.hardware import has_hardware
 from orchestrator.core.ids import AttemptRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
+from orchestrator.core.records import LiveMachine
 from orchestrator.core.switchover import AckLedger
 from orchestrator.tasks import Tasks
 
@@ -73,17 +76,33 @@ class Attempts:
             preflight.must_be_registered(record.owner, source, order.source_peer)
             preflight.must_have_networks(self._files, source)
             await preflight.must_fit(self._tools.engine, self._tools.config, self._files)
-            arrival, prepared, first = await self._make_arrival(order)
+            machine = await self._machine_at(order)
+            arrival, prepared, first = await self._make_arrival(order, machine)
             self._receive(arrival, first)
         self._tools.changed()
         return prepared
 
-    async def _make_arrival(self, order: PrepareOrder) -> tuple[Arrival, Prepared, tuple[Command, ...]]:
+    async def _machine_at(self, order: PrepareOrder) -> LiveMachine | None:
+        """The guest's machine as its source has it; None: a guest that asks for no hardware. Raises DroverError."""
+        if not has_hardware(self._files.spec):
+            return None
+        peer = self._tools.peers.source(str(order.source_peer), order.attempt, "")
+        try:
+            machine = await peer.machine()
+        except PeerUnavailable as error:
+            said = f"its source does not say what its machine is: {error}"
+            raise self._guest.refused(RefusalReason.AGENT_UNREACHABLE, said) from error
+        await asyncio.to_thread(hardware.must_agree, self._tools.config, machine, self._guest.name)
+        return machine
+
+    async def _make_arrival(
+        self, order: PrepareOrder, machine: LiveMachine | None
+    ) -> tuple[Arrival, Prepared, tuple[Command, ...]]:
         ref, inc = order.attempt, secrets.token_hex(8)
         try:
             with self._guest.being_made():
                 copy = await making.prepare(
-                    self._tools.engine, self._files, inc, ref.migration, ref.attempt, order.multifd_channels
+                    self._tools.engine, self._files, inc, ref.migration, ref.attempt, order.multifd_channels, machine
                 )
                 self._guest.add(copy)
         except (engine.EngineError, ShimError, OSError) as error:
@@ -274,6 +293,8 @@ class Attempts:
 
 def reason_of(error: Exception) -> RefusalReason:
     """Of a copy that could not be made."""
+    if isinstance(error, engine.DiskLocked):
+        return RefusalReason.DISK_LOCKED
     if isinstance(error, OptionsRefused):  # the program of its source took them, this host's does not
         return RefusalReason.DEVICE_NOT_MIGRATABLE
     if isinstance(error, NetworkNotFound):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from agents.engine.base import (
+    EngineError,
     EngineEvent,
     EngineStatus,
     GuestEnded,
@@ -19,14 +20,19 @@ from agents.engine.base import (
     Vmm,
     VmmDied,
     VmmMetadata,
+    VmmSpec,
 )
 from agents.guest import devices as holding
 from agents.guest import duty as keeping
+from agents.guest import hardware as standing
 from agents.guest.devices import Devices
 from agents.guest.files import GuestFiles
+from agents.guest.hardware import Hardware
 from agents.nets.taps import NetsError, Taps
 from agents.shims.base import DestinationShim, InVmmDevices, SourceShim
+from orchestrator.core.hardware import has_hardware
 from orchestrator.core.liveness import Liveness
+from orchestrator.core.records import LiveMachine
 
 MIGRATING = frozenset(
     {
@@ -43,10 +49,20 @@ MIGRATING = frozenset(
 class Copy:
     """A VMM process that is, was or may become the guest. Knows by events whether the vCPUs run."""
 
-    def __init__(self, files: GuestFiles, vmm: Vmm, devices: Devices | None, *, running: bool) -> None:
+    def __init__(
+        self,
+        files: GuestFiles,
+        vmm: Vmm,
+        devices: Devices | None,
+        hardware: Hardware | None = None,
+        *,
+        running: bool,
+    ) -> None:
         self.files = files
         self.vmm = vmm
         self.devices = devices
+        self.hardware = hardware
+        """What its machine stands on; None: a guest that asks for no hardware."""
         self.taps = files.taps(vmm.metadata.inc)
         self.running = running
         self.ended = ""
@@ -126,21 +142,25 @@ class Copy:
         return self.vmm.liveness() is Liveness.GONE
 
     async def destroy(self) -> None:
-        """VMM, devices and taps are gone and their files removed. Idempotent.
+        """VMM, devices, hardware and taps are gone and their files removed. Idempotent.
 
         Raises EngineError, ShimError and OSError when something is left; to be repeated then.
         """
         await self.vmm.destroy()
         if self.devices is not None:
             await self.devices.destroy()
+        if self.hardware is not None:
+            await self.hardware.remove()
         await self.taps.remove()
         self.files.drop_marker(self.inc)
 
     async def detach(self) -> None:
-        """Leave both processes to a later agent."""
+        """Leave its processes to a later agent."""
         await self.vmm.detach()
         if self.devices is not None:
             await self.devices.detach()
+        if self.hardware is not None:
+            self.hardware.detach()
 
 
 async def _with_devices(devices: Devices | None, starting: Coroutine[Any, Any, Vmm]) -> Vmm:
@@ -172,31 +192,56 @@ async def _plugged(taps: Taps) -> AsyncGenerator[Taps]:
         raise
 
 
+@contextlib.asynccontextmanager
+async def _on(hardware: Hardware | None) -> AsyncGenerator[None]:
+    """Nothing of the hardware is left when its VMM does not come up."""
+    try:
+        yield
+    except BaseException:
+        if hardware is not None:
+            with contextlib.suppress(EngineError, OSError):
+                await hardware.remove()
+        raise
+
+
 async def start(engine: MigrationEngine, files: GuestFiles, inc: str) -> Copy:
-    """A new guest, running. Raises EngineError, ShimError and OSError; nothing is left behind then."""
+    """A new guest, running. Raises DroverError, EngineError, ShimError and OSError; nothing is left behind then."""
     files.make()
-    async with _plugged(files.taps(inc)) as taps:
+    hardware = await standing.born(files, inc, await engine.probe()) if has_hardware(files.spec) else None
+    async with _on(hardware), _plugged(files.taps(inc)) as taps:
         devices = await holding.launch(files, inc, incoming=False)
-        vmm = await _with_devices(devices, engine.start(files.vmm_spec(inc)))
+        vmm = await _with_devices(devices, engine.start(_vmm_spec(files, inc, hardware)))
     with contextlib.suppress(NetsError):  # whoever controls the bridge may be away: the guest is kept all the same
         await taps.bind()
-    return Copy(files, vmm, devices, running=True)
+    return Copy(files, vmm, devices, hardware, running=True)
 
 
 async def prepare(
-    engine: MigrationEngine, files: GuestFiles, inc: str, migration: str, attempt: int, multifd_channels: int
+    engine: MigrationEngine,
+    files: GuestFiles,
+    inc: str,
+    migration: str,
+    attempt: int,
+    multifd_channels: int,
+    machine: LiveMachine | None = None,
 ) -> Copy:
     """A paused copy that waits for the stream of one attempt. Raises as `start` does.
 
-    What it writes when it becomes the guest has its room from here on.
+    What it writes when it becomes the guest has its room from here on. `machine`: as the guest has it at its source.
     """
     files.make()
     files.reserve_marker(inc)
-    async with _plugged(files.taps(inc)):
+    hardware = await standing.make(files, inc, machine) if machine is not None else None
+    async with _on(hardware), _plugged(files.taps(inc)):
         devices = await holding.launch(files, inc, incoming=True)
-        spec = files.vmm_spec(inc, multifd_channels=multifd_channels)
+        spec = _vmm_spec(files, inc, hardware, multifd_channels=multifd_channels)
         vmm = await _with_devices(devices, engine.prepare_incoming(spec, migration, attempt))
-    return Copy(files, vmm, devices, running=False)
+    return Copy(files, vmm, devices, hardware, running=False)
+
+
+def _vmm_spec(files: GuestFiles, inc: str, hardware: Hardware | None, *, multifd_channels: int = 0) -> VmmSpec:
+    spec = files.vmm_spec(inc, multifd_channels=multifd_channels)
+    return spec if hardware is None else hardware.into(spec)
 
 
 async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadata) -> Copy | None:
@@ -204,17 +249,20 @@ async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadat
 
     Raises EngineError or ShimError when a process lives and does not answer: it is left as it is, to be asked again.
     """
-    spec = files.vmm_spec(metadata.inc)
+    hardware = standing.adopt(files, metadata.inc)
+    spec = _vmm_spec(files, metadata.inc, hardware)
     devices = await holding.adopt(files, metadata.inc)
     vmm: Vmm | None = None
     try:
         vmm = await engine.adopt(metadata, spec)
         if vmm is not None:
-            copy = Copy(files, vmm, devices, running=False)
+            copy = Copy(files, vmm, devices, hardware, running=False)
             copy.found((await vmm.state()).run_state)
             return copy
         if devices is not None:
             await devices.destroy()
+        if hardware is not None:
+            await hardware.remove()
         await files.taps(metadata.inc).remove()
     except BaseException:
         for held in filter(None, (vmm, devices)):

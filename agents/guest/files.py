@@ -3,6 +3,8 @@
 <dir>/roots.json                                where guests of this installation are and were
 <dir>/guests/<16 of the uuid>/guest.json        uuid and spec
                               <inc>.json        one VMM process (VmmMetadata)
+                              <inc>.machine.json its machine (LiveMachine), of a guest with hardware
+                              <inc>.nvram .seed .tpm*   its UEFI variables, its cloud-init disk, its TPM
                               <inc>.owner       the same, as it will be once an incoming one is the guest
                               <inc>.qmp .oob .com1 .dev .ctl .vfio   sockets
 <volatile>/<uuid>.<inc>                         marker: something here may have had an effect on the guest
@@ -38,6 +40,8 @@ from orchestrator.proc import vmms_below
 
 log = structlog.get_logger(__name__)
 
+
+_OTHER_NOTES = (".devices.json", ".machine.json")
 
 _LONGEST_ROOT = 107 - len("/0123456789abcdef/0123456789abcdef.vfio")
 """In bytes. Below it lie sockets, whose paths the kernel bounds."""
@@ -301,7 +305,7 @@ class GuestFiles:
         """The VMM processes that were noted down; any may be dead by now. Raises BadRecord: and that one alive."""
         found: list[VmmMetadata] = []
         for path in self._listed():
-            if path.suffix != ".json" or path.name == "guest.json" or path.name.endswith(".devices.json"):
+            if path.suffix != ".json" or path.name == "guest.json" or path.name.endswith(_OTHER_NOTES):
                 continue
             try:
                 found.append(VmmMetadata(**json.loads(path.read_bytes())))

@@ -141,6 +141,7 @@ class HostedGuest(HeldGuest):
     async def _execute(self) -> None:
         try:
             await self.tools.must_have_memory(self.uuid, self.files.spec.memory_mib)
+            await preflight.must_suit(self.tools.engine, self.tools.config, self.files)
             with self.being_made():
                 self.add(await making.start(self.tools.engine, self.files, secrets.token_hex(8)))
         except (DroverError, engine.EngineError, ShimError, OSError) as error:

@@ -19,7 +19,7 @@ import grpc.aio
 from agents.shims.base import Frame, FrameKind, Load
 from orchestrator import wire
 from orchestrator.core.ids import AckRequest, AttemptRef
-from orchestrator.core.records import TimelineEntry
+from orchestrator.core.records import LiveMachine, TimelineEntry
 from orchestrator.rpc import channels
 from orchestrator.tasks import Tasks
 from protos.drover.v1 import agent_pb2 as pb
@@ -50,6 +50,10 @@ class DestinationPeer(Protocol):
 class SourcePeer(Protocol):
     """What a destination says to its source."""
 
+    async def machine(self) -> LiveMachine:
+        """The guest's machine as the source has it now. Raises DroverError when the source has none to tell."""
+        ...
+
     async def ack(self, entry: AckRequest) -> None:
         """A device here has loaded its initial data of that generation."""
         ...
@@ -70,6 +74,8 @@ class SourcePeer(Protocol):
 
 _CALL_S = 1.0
 _PING_S = 0.8
+_MACHINE_S = 3.0
+"""Not in a blackout: the source may be busy with its other guests."""
 _FRAME_S = 10.0
 """A destination device that takes no data for this long has failed the attempt."""
 
@@ -184,6 +190,11 @@ class GrpcSourcePeer(SourcePeer):
         """Connect before the blackout; a failure is the source's to notice."""
         with contextlib.suppress(PeerUnavailable):
             await _answered(self._stub.Ping(pb.PingRequest(tag=self._tag), timeout=_CALL_S))
+
+    async def machine(self) -> LiveMachine:
+        request = pb.DescribeMachineRequest(guest_uuid=self._tag.guest_uuid)
+        reply = await _answered(self._stub.DescribeMachine(request, timeout=_MACHINE_S))
+        return wire.machine_from_proto(reply.machine)
 
     async def ack(self, entry: AckRequest) -> None:
         """Put it into `acks`, from which the served device stream takes it to the source. Sends nothing itself."""

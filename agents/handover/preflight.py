@@ -5,6 +5,7 @@ Refusals are typed and leave all as it was. What an outgoing migration is told o
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Callable
@@ -13,17 +14,21 @@ from pathlib import Path
 from agents.config import AgentConfig
 from agents.engine.base import EngineError, HoldStart, MigrationEngine, OutgoingOptions
 from agents.engine.qemu.hold import choose_hold
+from agents.guest import hardware
 from agents.guest.copies import Copy
 from agents.guest.files import GuestFiles
 from orchestrator.core.agent import ConductOrder
 from orchestrator.core.compatibility import ack_mode
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
+from orchestrator.core.hardware import has_hardware
 from orchestrator.core.ids import HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.records import HostRecord
 
 ROOM_BYTES, ROOM_FILES = 512 << 10, 32
+HARDWARE_BYTES = 8 << 20
+"""More, for a guest with hardware: UEFI variables, a TPM's state, a cloud-init disk."""
 """In each of the agent's directories, for one more copy: notes, sockets, the logs of VMM and devices, a marker."""
 
 
@@ -36,7 +41,7 @@ async def probed(engine: MigrationEngine, host: str) -> dict[str, str]:
 
 
 async def must_fit(engine: MigrationEngine, config: AgentConfig, files: GuestFiles) -> None:
-    """At the destination. Raises DEVICE_NOT_MIGRATABLE and MACHINE_TYPE_MISMATCH."""
+    """Where a guest is to be. Raises DEVICE_NOT_MIGRATABLE, MACHINE_TYPE_MISMATCH, and what `hardware` does."""
     for device in files.spec.devices:
         if device.shim in ("companion", "external") and device.dma != "none":
             said = f"device {device.name} writes guest memory (dma: {device.dma}), which QEMU cannot be told of"
@@ -46,6 +51,7 @@ async def must_fit(engine: MigrationEngine, config: AgentConfig, files: GuestFil
         raise DroverError(
             RefusalReason.MACHINE_TYPE_MISMATCH, f"{config.host} has no machine type {files.spec.machine}"
         )
+    await must_suit(engine, config, files)
     if files.in_vmm and not (config.vfio_preload and can["devices_inside"]):
         inside = f"the devices that guest {files.spec.name} has inside its VMM"
         raise DroverError(
@@ -53,12 +59,21 @@ async def must_fit(engine: MigrationEngine, config: AgentConfig, files: GuestFil
         )
 
 
+async def must_suit(engine: MigrationEngine, config: AgentConfig, files: GuestFiles) -> None:
+    """Where a guest is to be born: this host has what its hardware asks for. Raises what `hardware` does."""
+    if not has_hardware(files.spec):
+        return
+    can = await probed(engine, config.host)
+    models = tuple(filter(None, can.get("cpu_models", "").split(",")))
+    await asyncio.to_thread(hardware.must_be_possible, config, files.spec, models)
+
+
 def must_have_room(files: GuestFiles) -> None:
     """For the files of one more copy, in both directories. Raises HOST_DISK_FULL.
 
     From there on the copy needs no more: what it writes when it becomes the guest is reserved (`copies.prepare`).
     """
-    config = files.config
+    config, wanted_bytes = files.config, ROOM_BYTES + (HARDWARE_BYTES if has_hardware(files.spec) else 0)
     for directory in (config.dir / "guests", config.volatile_dir):
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -66,11 +81,11 @@ def must_have_room(files: GuestFiles) -> None:
         except OSError as error:
             raise DroverError(RefusalReason.HOST_DISK_FULL, f"{config.host}: {error}") from error
         # A file system that counts no blocks or no files (0 of 0) has no such bound.
-        free = found.f_bavail * found.f_frsize if found.f_blocks else ROOM_BYTES
+        free = found.f_bavail * found.f_frsize if found.f_blocks else wanted_bytes
         files_free = found.f_favail if found.f_files else ROOM_FILES
-        if free < ROOM_BYTES or files_free < ROOM_FILES:
+        if free < wanted_bytes or files_free < ROOM_FILES:
             said = f"{config.host} has {free >> 10} KiB and room for {files_free} files left in {directory}"
-            wanted = f"a guest needs {ROOM_BYTES >> 10} KiB and {ROOM_FILES} files: make room, or choose another host"
+            wanted = f"a guest needs {wanted_bytes >> 10} KiB and {ROOM_FILES} files: make room, or choose another host"
             raise DroverError(RefusalReason.HOST_DISK_FULL, f"{said}; {wanted}")
 
 

@@ -14,6 +14,7 @@ from agents.handover.peer import FROM_KIND, MAX_DIGEST_BYTES, MAX_FRAME_BYTES, A
 from agents.shims.base import Frame, Load
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.records import LiveMachine
 from protos.drover.v1 import agent_pb2 as pb
 from protos.drover.v1 import agent_pb2_grpc as rpc
 
@@ -29,6 +30,10 @@ class Attempts(Protocol):
         """The attempt's destination half, if it is conducted here."""
         ...
 
+    def machine(self, uuid: str) -> LiveMachine:
+        """Of a guest that is here. Raises DroverError."""
+        ...
+
 
 class PeerServicer(rpc.PeerServiceServicer):
     """Serves the other agents. Handlers only pass on."""
@@ -40,6 +45,10 @@ class PeerServicer(rpc.PeerServiceServicer):
         key = key_of(request.tag)
         known = self._attempts.arrival(key) is not None or self._attempts.departure(key) is not None
         return pb.PingResponse(known=known)
+
+    async def DescribeMachine(self, request: pb.DescribeMachineRequest, context: Any) -> pb.DescribeMachineResponse:
+        machine = self._attempts.machine(request.guest_uuid)
+        return pb.DescribeMachineResponse(machine=wire.machine_to_proto(machine))
 
     async def TransferDevices(
         self, request_iterator: AsyncIterator[pb.TransferDevicesRequest], context: Any

@@ -24,7 +24,7 @@ MIN_MTU, MAX_MTU = 576, 9216
 MAX_CLOUD_INIT_BYTES = 64 << 10
 """All files of a data source together."""
 MAX_EXTRA_ARGS = 16
-MAX_EXTRA_ARG_BYTES = 512
+MAX_EXTRA_ARG_BYTES = 253
 
 _CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
@@ -40,7 +40,7 @@ def hardware_errors(spec: GuestSpec) -> list[Problem]:
     """Everything that is wrong with a guest's hardware; empty when it is sound."""
     bad = _boot(spec)
     if spec.cpu.model and not _CPU.fullmatch(spec.cpu.model):
-        said = "must be the name of a CPU model such as Nehalem or x86-64-v2, without features"
+        said = "must be the name of a CPU model such as Nehalem or EPYC, without features"
         bad.append(("cpu.model", f"{said}, not {quoted(spec.cpu.model)}"))
     bad += _disks(spec.disks)
     bad += _nics(spec.nics)

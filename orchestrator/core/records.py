@@ -117,7 +117,7 @@ class Cpu(Record):
     """The CPU that the guest sees. Always enforced: a host that cannot give all of it does not start the guest."""
 
     model: str = ""
-    """Empty: `qemu64` under tcg, `x86-64-v2` under kvm."""
+    """Empty: `qemu64` under tcg, `Nehalem` under kvm."""
 
 
 @dataclass(frozen=True, slots=True)

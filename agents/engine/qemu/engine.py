@@ -25,7 +25,7 @@ from agents.engine.base import (
     VmmMetadata,
     VmmState,
 )
-from agents.engine.qemu import process, stream, verdict
+from agents.engine.qemu import arguments, process, stream, verdict
 from agents.engine.qemu.images import Images
 from agents.engine.qemu.qmp import QmpConnection
 from agents.host import processes
@@ -136,7 +136,8 @@ class QemuVmm(base.Vmm):
                 await connection.close()
                 if self.liveness() is Liveness.GONE:
                     words = processes.tail_of(process.log_path(self._spec))
-                    raise EngineError(f"QEMU ended at its start: {words}") from None
+                    ended = EngineError(f"QEMU ended at its start: {words}")
+                    raise _locked(ended) or ended from None
                 await asyncio.sleep(0.01)
 
     async def state(self, timeout_s: float = 2.0) -> VmmState:
@@ -170,8 +171,18 @@ class QemuVmm(base.Vmm):
                 kind = str(entry["type"]).removeprefix("child<").removesuffix(">")
                 if kind in _SILENT_LOSSES:
                     found.append(f"device {entry['name']} is a {kind}: {_SILENT_LOSSES[kind]}")
+        found += await self._strangers()
         found += (await self._execute("query-migrate")).get("blocked-reasons", [])
         return tuple(found)
+
+    async def _strangers(self) -> list[str]:
+        """What of the machine is not as it was noted down: the other end would be built from the note."""
+        if self._spec.machine is None:
+            return []
+        entries = await self._execute("qom-list", {"path": "/machine/peripheral"})
+        kinds = {str(each["name"]): str(each["type"]) for each in entries}
+        found = {name: kind.removeprefix("child<").removesuffix(">") for name, kind in kinds.items() if "<" in kind}
+        return arguments.strangers(self._spec.machine, found)
 
     async def pause(self) -> None:
         await self._execute("stop")
@@ -190,7 +201,7 @@ class QemuVmm(base.Vmm):
             # Asked only now: in the blackout nothing is asked that a guest which is well does not need.
             if (await self.state()).run_state is RunState.ENDED:
                 raise GuestHasEnded(f"the guest has shut down: {error}") from error
-            raise
+            raise _locked(error) or error from error
 
     async def _now_stands(self, stands: bool) -> None:
         """Of a migration under way this changes the limit; that it cannot be told must not undo a stop or a start."""
@@ -472,6 +483,12 @@ class QemuVmm(base.Vmm):
             error = str(info.get("error-desc", "")) if _status(info) is EngineStatus.FAILED else ""
         late = verdict.late_devices(error)
         self._emit(base.StatusChanged(EngineStatus.FAILED, error) if late is None else base.SwitchoverAckLate(late))
+
+
+def _locked(error: EngineError) -> base.DiskLocked | None:
+    """The same error as the word for an image that somebody else has open; None: it is about something else."""
+    said = str(error)
+    return base.DiskLocked(said) if 'Failed to get "' in said and '" lock' in said else None
 
 
 @contextlib.asynccontextmanager

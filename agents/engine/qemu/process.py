@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import IO
 
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
-from agents.engine.qemu import vfio
+from agents.engine.qemu import arguments, vfio
 from agents.engine.qemu.images import Images
 from orchestrator.core.guest import command_line_of
-from orchestrator.core.records import ShimKind
+from orchestrator.core.records import Firmware, ShimKind
 
 _MAX_SOCKET_PATH = 107
 
@@ -102,43 +102,53 @@ def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     if spec.device_path is not None:
         delay = "reconnect-ms=100" if launch.reconnect_ms else "reconnect=1"
         device = f"socket,id=device,path={_escaped(spec.device_path)},{delay}"
-    command = [launch.binary, "-name", f"guest={_escaped(spec.spec.name)}", "-M", spec.spec.machine]
-    command += ["-accel", launch.accelerator, "-m", str(spec.spec.memory_mib), "-smp", str(spec.spec.vcpus)]
+    command = [launch.binary, "-name", f"guest={_escaped(spec.spec.name)}", "-accel", launch.accelerator]
+    command += _machine(spec)
     # -no-shutdown: a guest that shuts down must not look like a VMM that died.
     command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-shutdown"]
     for path in (qmp_path(spec), oob_path(spec)):
         command += ["-qmp", f"unix:{_escaped(path)},server=on,wait=off"]
     command += ["-chardev", f"socket,id=console,path={_escaped(console_socket(spec))},server=on,wait=off"]
     command += ["-serial", "chardev:console", "-chardev", device, "-serial", "chardev:device"]
+    if spec.machine is not None:
+        command += arguments.backend_arguments(spec) + arguments.device_arguments(spec.machine)
     command += _network(spec)
     if spec.vfio_path is not None:
         command += vfio.arguments(in_vmm(spec))
-    command += _boot(launch.images, spec)
+    if spec.machine is None or spec.machine.firmware is Firmware.DIRECT:
+        command += _boot(launch.images, spec)
+    command += arguments.extra_arguments(spec)
     # No vCPU runs before the process is noted down: one that nobody knows of must not be a guest.
     command.append("-S")
     return [*command, "-incoming", "defer"] if incoming else command
 
 
+def _machine(spec: VmmSpec) -> list[str]:
+    if spec.machine is not None:
+        return arguments.machine_arguments(spec, spec.machine)
+    return ["-M", spec.spec.machine, "-m", str(spec.spec.memory_mib), "-smp", str(spec.spec.vcpus)]
+
+
 def _boot(images: Images, spec: VmmSpec) -> list[str]:
     boot = spec.spec.boot
-    arguments = ["-kernel", str(images.kernel(boot))]
+    words = ["-kernel", str(images.kernel(boot))]
     initrd = images.initrd(boot)
     if initrd is not None:
-        arguments += ["-initrd", _escaped(initrd)]
-    return [*arguments, "-append", command_line_of(boot, name=spec.spec.name, uuid=spec.guest)]
+        words += ["-initrd", _escaped(initrd)]
+    return [*words, "-append", command_line_of(boot, name=spec.spec.name, uuid=spec.guest)]
 
 
 def _network(spec: VmmSpec) -> list[str]:
     """All cards are on one segment. Without option ROMs: nobody boots from them, and each costs time."""
-    arguments: list[str] = []
+    words: list[str] = []
     for number, nic in enumerate(spec.nics):
         net, segment = f"net{number}", spec.segment
         backend = f"hubport,id={net},hubid=0"
         if segment is not None:
             backend = f"socket,id={net},mcast={segment.group}:{segment.port},localaddr={segment.host_address}"
         device = f"virtio-net-pci,id=nic{number},netdev={net},mac={nic.mac},romfile="
-        arguments += ["-netdev", backend, "-device", device]
-    return arguments
+        words += ["-netdev", backend, "-device", device]
+    return words
 
 
 def _escaped(value: object) -> str:

@@ -181,6 +181,15 @@ class Layout:
         """What the host loses with its power: emptied at a simulated loss. Markers of copies are there."""
         return self.host(host) / "volatile"
 
+    @property
+    def shared_pool(self) -> Path:
+        """Disk images that every host sees."""
+        return self.dir / "pools" / "shared"
+
+    def local_pool(self, host: str) -> Path:
+        """Disk images of one host; they outlive a loss of its power."""
+        return self.host(host) / "pools" / "fast"
+
     def power_cycle(self, host: str) -> Path:
         """Holds the id of the host's current power cycle: its boot_id."""
         return self.host(host) / "power_cycle"

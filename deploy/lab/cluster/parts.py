@@ -38,6 +38,8 @@ RAY_NAMESPACE = "drover"
 GUEST_IMAGE_VARIABLE = "DROVER_GUEST_IMAGE"
 NETWORK = "lab"
 """The network of the guests, as guest files call it."""
+SHARED_POOL, LOCAL_POOL = "shared", "fast"
+"""The pools of the simulated hosts, as guest files call them."""
 
 Probe = Callable[[], Awaitable[str | None]]
 """None: it serves; otherwise what is wrong, in a few words."""
@@ -190,6 +192,8 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "qemu": config.qemu_on.get(place.name, config.qemu),
         "guest_image": str(image),
         "images": str(_images(config, layout)),
+        "pools": _pools(layout, place.name),
+        "firmware": _firmware(),
         "networks": {NETWORK: _guest_network()} if place.namespace else {},
         "vfio_preload": str(vfio_preload(layout)[0]),
         "instructions": config.chaos,
@@ -200,6 +204,23 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
 def _images(config: LocalConfig, layout: Layout) -> Path:
     """What guests may name: the operator's images, else those of the Linux guest, which may not have been made."""
     return config.images.expanduser().resolve() if config.images else linux_guest(layout)[0]
+
+
+def _pools(layout: Layout, host: str) -> dict[str, Any]:
+    """One directory that all hosts see, and one that is the host's own."""
+    pools = {SHARED_POOL: (layout.shared_pool, "shared-file"), LOCAL_POOL: (layout.local_pool(host), "local")}
+    for path, _ in pools.values():
+        path.mkdir(parents=True, exist_ok=True)
+    return {name: {"path": str(path), "kind": kind} for name, (path, kind) in pools.items()}
+
+
+_UEFI = Path("/usr/share/OVMF")
+
+
+def _firmware() -> dict[str, Any]:
+    """UEFI, where this machine has it."""
+    code, variables = _UEFI / "OVMF_CODE_4M.fd", _UEFI / "OVMF_VARS_4M.fd"
+    return {"uefi_code": str(code), "uefi_vars": str(variables)} if code.is_file() and variables.is_file() else {}
 
 
 def _guest_network() -> dict[str, Any]:

@@ -582,6 +582,11 @@ class PeerServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReportFailedRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReportFailedResponse.FromString,
                 _registered_method=True)
+        self.DescribeMachine = channel.unary_unary(
+                '/drover.v1.PeerService/DescribeMachine',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineResponse.FromString,
+                _registered_method=True)
         self.Ping = channel.unary_unary(
                 '/drover.v1.PeerService/Ping',
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.PingRequest.SerializeToString,
@@ -629,6 +634,13 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeMachine(self, request, context):
+        """Destination to source, before anything is prepared: the guest's machine as it is there now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Ping(self, request, context):
         """Keeps the channel warm before the blackout and tells whether the peer still knows the attempt.
         """
@@ -663,6 +675,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.ReportFailed,
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReportFailedRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReportFailedResponse.SerializeToString,
+            ),
+            'DescribeMachine': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeMachine,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineResponse.SerializeToString,
             ),
             'Ping': grpc.unary_unary_rpc_method_handler(
                     servicer.Ping,
@@ -807,6 +824,33 @@ class PeerService:
             '/drover.v1.PeerService/ReportFailed',
             protos_dot_drover_dot_v1_dot_agent__pb2.ReportFailedRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_agent__pb2.ReportFailedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeMachine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.PeerService/DescribeMachine',
+            protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -214,6 +214,8 @@ class PeerServiceStub:
     """Destination to source: the guest is the destination's, discard your copy."""
     ReportFailed: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ReportFailedRequest, _agent_pb2.ReportFailedResponse]
     """Destination to source: this attempt cannot load any more (VMM died, device refused)."""
+    DescribeMachine: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DescribeMachineRequest, _agent_pb2.DescribeMachineResponse]
+    """Destination to source, before anything is prepared: the guest's machine as it is there now."""
     Ping: _grpc.UnaryUnaryMultiCallable[_agent_pb2.PingRequest, _agent_pb2.PingResponse]
     """Keeps the channel warm before the blackout and tells whether the peer still knows the attempt."""
 
@@ -234,6 +236,8 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """Destination to source: the guest is the destination's, discard your copy."""
     ReportFailed: _aio.UnaryUnaryMultiCallable[_agent_pb2.ReportFailedRequest, _agent_pb2.ReportFailedResponse]  # type: ignore[assignment]
     """Destination to source: this attempt cannot load any more (VMM died, device refused)."""
+    DescribeMachine: _aio.UnaryUnaryMultiCallable[_agent_pb2.DescribeMachineRequest, _agent_pb2.DescribeMachineResponse]  # type: ignore[assignment]
+    """Destination to source, before anything is prepared: the guest's machine as it is there now."""
     Ping: _aio.UnaryUnaryMultiCallable[_agent_pb2.PingRequest, _agent_pb2.PingResponse]  # type: ignore[assignment]
     """Keeps the channel warm before the blackout and tells whether the peer still knows the attempt."""
 
@@ -281,6 +285,14 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.ReportFailedResponse, _abc.Awaitable[_agent_pb2.ReportFailedResponse]]:
         """Destination to source: this attempt cannot load any more (VMM died, device refused)."""
+
+    @_abc_1.abstractmethod
+    def DescribeMachine(
+        self,
+        request: _agent_pb2.DescribeMachineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.DescribeMachineResponse, _abc.Awaitable[_agent_pb2.DescribeMachineResponse]]:
+        """Destination to source, before anything is prepared: the guest's machine as it is there now."""
 
     @_abc_1.abstractmethod
     def Ping(

@@ -1119,7 +1119,7 @@ class Cpu(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Empty: qemu64 under tcg, x86-64-v2 under kvm."""
+    """Empty: qemu64 under tcg, Nehalem under kvm."""
     def __init__(
         self,
         *,

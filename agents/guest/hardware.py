@@ -1,0 +1,320 @@
+"""What a copy's machine stands on at this host: images, firmware, a TPM, the cloud-init disk.
+
+Made before its VMM and removed after it. Only guests that ask for hardware have any of it (`core.hardware`). The
+machine is a list of live devices (`machine.py`), which is noted down here, and which the next destination asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from agents.config import AgentConfig
+from agents.engine.base import DiskFile, EngineError, FirmwareFiles, VmmSpec
+from agents.guest import machine as machines
+from agents.guest import seed
+from agents.guest.files import GuestFiles
+from agents.guest.tpm import Tpm, available
+from agents.host import pools
+from agents.shims.net import mac_address
+from orchestrator.core.compatibility import real_machine
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.hardware import has_hardware
+from orchestrator.core.naming import file_error
+from orchestrator.core.records import (
+    DiskCache,
+    DiskFormat,
+    DiskSpec,
+    Firmware,
+    GuestSpec,
+    LiveMachine,
+    PoolFence,
+    PoolKind,
+)
+from orchestrator.ledger.records import BadRecord, decode, encode
+
+IMAGE_TOOL = "qemu-img"
+_IMAGE_S = 60.0
+"""For making an image, which is sparse: nothing is written but its tables."""
+
+
+_NO_FIRMWARE = FirmwareFiles()
+
+
+@dataclass
+class Hardware:
+    """Of one copy. Made by `make` or `adopt`."""
+
+    machine: LiveMachine | None
+    """None: its note is lost. The copy is kept, and cannot move."""
+    disks: tuple[DiskFile, ...] = ()
+    firmware: FirmwareFiles = _NO_FIRMWARE
+    tpm: Tpm | None = None
+    seed_path: Path | None = None
+    files: tuple[Path, ...] = field(default_factory=tuple[Path, ...])
+    """To be removed with the copy."""
+
+    def into(self, spec: VmmSpec) -> VmmSpec:
+        """The VMM's description with all of this in it."""
+        return replace(
+            spec,
+            machine=self.machine,
+            disks=self.disks,
+            firmware=self.firmware,
+            tpm_path=self.tpm.socket if self.tpm is not None else None,
+            seed_path=self.seed_path,
+        )
+
+    async def remove(self) -> None:
+        """Nothing of it is left but the images of its disks, which are nobody's to remove here. Idempotent.
+
+        Raises EngineError and OSError when something is left; to be repeated then.
+        """
+        if self.tpm is not None:
+            await self.tpm.destroy()
+        for path in self.files:
+            path.unlink(missing_ok=True)
+
+    def detach(self) -> None:
+        """Leave it to a later agent."""
+        if self.tpm is not None:
+            self.tpm.detach()
+
+
+def note_path(files: GuestFiles, inc: str) -> Path:
+    """The note of a copy's machine."""
+    return files.directory / f"{inc}.machine.json"
+
+
+async def born(files: GuestFiles, inc: str, probed: Mapping[str, str]) -> Hardware | None:
+    """Of a new guest; images that are to be made are made. None: the guest asks for none.
+
+    Raises DroverError with the reason, EngineError and OSError; nothing is left then, images that were made included.
+    """
+    if not has_hardware(files.spec):
+        return None
+    config, spec = files.config, files.spec
+    hashes = await asyncio.to_thread(pools.firmware_hashes, config)
+    try:
+        machine = machines.born(
+            spec,
+            machines.Facts(
+                machine_type=real_machine(spec.machine, _aliases(probed)),
+                accelerator=probed["accelerator"],
+                firmware_sha256={role: hashes[role] for role in _roles(spec.boot.firmware) if role in hashes},
+                mac_of=lambda name: mac_address(files.uuid, name),
+            ),
+        )
+    except machines.MachineError as error:
+        raise DroverError(RefusalReason.MACHINE_TYPE_MISMATCH, str(error), field="spec.machine") from error
+    made: list[Path] = []
+    try:
+        for disk in spec.disks:
+            if (path := await _image(config, disk)) is not None:
+                made.append(path)
+        return await make(files, inc, machine)
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
+
+
+async def make(files: GuestFiles, inc: str, machine: LiveMachine) -> Hardware:
+    """What the machine needs here, for a VMM that is about to be started. Raises as `born` does."""
+    config, directory = files.config, files.directory
+    note = note_path(files, inc)
+    made = Hardware(machine, disk_files(config, files.spec), files=(note,))
+    try:
+        temporary = note.with_suffix(".tmp")
+        temporary.write_bytes(encode(machine))
+        temporary.replace(note)
+        made.firmware = await asyncio.to_thread(_firmware, config, machine, directory / f"{inc}.nvram")
+        if files.spec.cloud_init is not None:
+            made.seed_path = directory / f"{inc}.seed"
+            made.seed_path.write_bytes(seed.seed(files.spec.cloud_init, uuid=files.uuid, name=files.spec.name))
+        made.files = tuple(filter(None, (made.firmware.nvram, made.seed_path, note)))
+        if files.spec.tpm is not None:
+            made.tpm = await Tpm.launch(directory, inc)
+    except BaseException:
+        with contextlib.suppress(EngineError, OSError):
+            await made.remove()
+        raise
+    return made
+
+
+def adopt(files: GuestFiles, inc: str) -> Hardware | None:
+    """What an earlier agent made. None: the guest has none. Raises EngineError when it cannot be told what lives."""
+    if not has_hardware(files.spec):
+        return None
+    note = note_path(files, inc)
+    try:
+        machine = decode(LiveMachine, note.read_bytes(), path=str(note))
+    except (OSError, BadRecord):
+        machine = None
+    nvram, seed_path = files.directory / f"{inc}.nvram", files.directory / f"{inc}.seed"
+    try:
+        disks = disk_files(files.config, files.spec)
+    except DroverError:  # a pool that was taken out of the configuration: the VMM has its images open all the same
+        disks = ()
+    return Hardware(
+        machine,
+        disks,
+        firmware=FirmwareFiles(nvram=nvram) if files.spec.boot.firmware is Firmware.UEFI else FirmwareFiles(),
+        tpm=Tpm.adopt(files.directory, inc) if files.spec.tpm is not None else None,
+        seed_path=seed_path if files.spec.cloud_init is not None else None,
+        files=(nvram, seed_path, note),
+    )
+
+
+def _aliases(probed: Mapping[str, str]) -> dict[str, str]:
+    pairs = (each.partition("=") for each in probed.get("machine_aliases", "").split(",") if each)
+    return {alias: name for alias, _, name in pairs}
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+def disk_files(config: AgentConfig, spec: GuestSpec) -> tuple[DiskFile, ...]:
+    """The disks as this host has them. Raises POOL_NOT_FOUND."""
+    return tuple(_disk_file(config, disk) for disk in spec.disks)
+
+
+def _disk_file(config: AgentConfig, disk: DiskSpec) -> DiskFile:
+    pool = config.pools.get(disk.pool)
+    if pool is None:
+        raise DroverError(
+            RefusalReason.POOL_NOT_FOUND, f"{config.host} has no pool {disk.pool}, which disk {disk.name} is in"
+        )
+    if wrong := file_error(disk.image, f"pool {disk.pool}"):  # what stands between a record and the files of the host
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, f"the image of disk {disk.name} {wrong}")
+    return DiskFile(
+        disk.name, pool.path / disk.image, disk.format, disk.cache, disk.read_only, pool.kind, disk.size_bytes
+    )
+
+
+async def _image(config: AgentConfig, disk: DiskSpec) -> Path | None:
+    """Make the image unless it is there; its path if it was made. Raises DISK_NOT_FOUND, and EngineError."""
+    file = _disk_file(config, disk)
+    if await asyncio.to_thread(file.path.exists):
+        return None
+    if not disk.size_bytes or file.kind is PoolKind.BLOCK:
+        said = f"there is no image {disk.image} in pool {disk.pool} of {config.host}, which disk {disk.name} names"
+        hint = "give the disk a size to have one made, or put the image there"
+        raise DroverError(RefusalReason.DISK_NOT_FOUND, f"{said}: {hint}", field="spec.disks")
+    # Under another name first, and never over one that is there: somebody else may make the same image.
+    fresh = file.path.with_name(f".{disk.image}.{config.host}.new")
+    kind = "raw" if disk.format is DiskFormat.RAW else "qcow2"
+    try:
+        await _run(IMAGE_TOOL, "create", "-q", "-f", kind, str(fresh), str(disk.size_bytes))
+        await asyncio.to_thread(file.path.hardlink_to, fresh)
+    except FileExistsError:
+        return None
+    except OSError as error:
+        raise EngineError(f"the image {disk.image} cannot be made in pool {disk.pool}: {error}") from error
+    finally:
+        fresh.unlink(missing_ok=True)
+    return file.path
+
+
+async def _run(*command: str) -> None:
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+    except OSError as error:
+        raise EngineError(f"cannot run {command[0]}: {error.strerror}; images are made with it") from error
+    try:
+        async with asyncio.timeout(_IMAGE_S):
+            said, _ = await child.communicate()
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
+        if isinstance(error, TimeoutError):
+            raise EngineError(f"{command[0]} did not end within {_IMAGE_S:g} s") from None
+        raise
+    if child.returncode:
+        raise EngineError(said.decode(errors="replace").strip()[-400:] or f"{command[0]} failed")
+
+
+# --- firmware ---------------------------------------------------------------------------------------------------------
+
+
+def _roles(firmware: Firmware) -> tuple[str, ...]:
+    """Files of firmware that are part of a machine. The variables a guest begins with are its own from then on."""
+    return {Firmware.UEFI: ("uefi_code",), Firmware.BIOS: ("bios",)}.get(firmware, ())
+
+
+def _firmware(config: AgentConfig, machine: LiveMachine, nvram: Path) -> FirmwareFiles:
+    """Blocking. Raises OSError when there is no room for the guest's variables."""
+    match machine.firmware:
+        case Firmware.UEFI:
+            template = config.firmware.uefi_vars
+            if template is None or config.firmware.uefi_code is None:
+                raise _no_firmware(config, machine)
+            # At a destination what is in it comes with the stream; the right size is what counts there.
+            shutil.copyfile(template, nvram)
+            return FirmwareFiles(uefi_code=config.firmware.uefi_code, nvram=nvram)
+        case Firmware.BIOS:
+            return FirmwareFiles(bios=config.firmware.bios)
+        case _:
+            return FirmwareFiles()
+
+
+def _no_firmware(config: AgentConfig, machine: LiveMachine) -> DroverError:
+    said = f"{config.host} has no firmware of kind {machine.firmware.value}: set `firmware` in its configuration"
+    return DroverError(RefusalReason.FIRMWARE_NOT_AVAILABLE, said)
+
+
+# --- what stands against it -------------------------------------------------------------------------------------------
+
+
+def must_be_possible(config: AgentConfig, spec: GuestSpec, cpu_models: tuple[str, ...]) -> None:
+    """Everything that a guest asks of this host's hardware, in one look. Blocking.
+
+    Raises DroverError with the first obstacle: POOL_NOT_FOUND, POOL_NOT_FENCED, CPU_NOT_AVAILABLE,
+    FIRMWARE_NOT_AVAILABLE, TPM_NOT_AVAILABLE, EXTRA_ARGS_NOT_ALLOWED.
+    """
+    host = config.host
+    for disk in spec.disks:
+        _disk_file(config, disk)
+        _pool_must_fit(config, disk)
+    if spec.cpu.model and cpu_models and spec.cpu.model not in cpu_models:
+        said = f"{host} cannot give all of the CPU model {spec.cpu.model} that guest {spec.name} is to see"
+        raise DroverError(RefusalReason.CPU_NOT_AVAILABLE, said)
+    if spec.boot.firmware is Firmware.UEFI and "uefi_code" not in pools.firmware_hashes(config):
+        said = f"{host} has no UEFI firmware: set `firmware` in its configuration to files that are there"
+        raise DroverError(RefusalReason.FIRMWARE_NOT_AVAILABLE, said)
+    if spec.tpm is not None and not available():
+        raise DroverError(RefusalReason.TPM_NOT_AVAILABLE, f"{host} has no program that emulates a TPM (swtpm)")
+    for argument in spec.extra_args:
+        if argument not in config.extra_args_allowed:
+            said = f"{host} does not allow {argument!r}: `extra_args_allowed` in its configuration says what it does"
+            raise DroverError(RefusalReason.EXTRA_ARGS_NOT_ALLOWED, said)
+
+
+def _pool_must_fit(config: AgentConfig, disk: DiskSpec) -> None:
+    pool = config.pools[disk.pool]
+    shared = pool.kind is not PoolKind.LOCAL
+    if pool.kind is PoolKind.BLOCK and pool.fence is PoolFence.NONE and pool.locks == "required" and not disk.read_only:
+        said = f"nothing keeps a second host from writing to volumes of pool {disk.pool} of {config.host}"
+        hint = "declare its `fence` (pr, lvmlockd), or accept that with `locks: none`"
+        raise DroverError(RefusalReason.POOL_NOT_FENCED, f"{said}: {hint}")
+    if shared and disk.cache is not DiskCache.NONE and not disk.read_only:
+        said = f"disk {disk.name} is in the shared pool {disk.pool}, and must have cache: none"
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="spec.disks")
+
+
+def must_agree(config: AgentConfig, machine: LiveMachine, name: str) -> None:
+    """The machine as it is at its source can be built here. Blocking. Raises FIRMWARE_NOT_AVAILABLE."""
+    here = pools.firmware_hashes(config)
+    for role, digest in machine.firmware_sha256.items():
+        if here.get(role) != digest:
+            have = f"another build ({here[role][:12]})" if role in here else "none"
+            said = f"guest {name} was started with {role} {digest[:12]}, and {config.host} has {have}"
+            raise DroverError(RefusalReason.FIRMWARE_NOT_AVAILABLE, f"{said}: install the same on both")

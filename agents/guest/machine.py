@@ -1,0 +1,115 @@
+"""PURE. A guest's machine as one list of live devices: put together once, at the guest's birth, and kept from then on.
+
+Both ends of a migration build the machine from the list and never from the specification: what a device is and where it
+sits is decided once, by the version of Drover that the guest was born under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.core.records import DiskSpec, Firmware, GuestSpec, LiveDevice, LiveMachine, NicSpec
+
+SPARE_PORTS = 4
+"""Root ports of a q35 machine that are kept free for what is added while the guest runs."""
+MAX_DISK_QUEUES = 4
+_FIRST_PORT_SLOT, _FUNCTIONS = 2, 8
+_FIRST_SLOT, _SLOTS = 2, 32
+_DISK, _NIC, SEED, TPM = "disk", "nic", "seed", "tpm"
+
+
+class MachineError(Exception):
+    """The machine cannot be put together; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the host of its birth adds to a guest's specification."""
+
+    machine_type: str
+    """Versioned."""
+    accelerator: str
+    firmware_sha256: Mapping[str, str]
+    """Of the files that the guest is started with, by role."""
+    mac_of: Callable[[str], str]
+    """The address of a network card that has none of its own, by the card's name."""
+
+
+def born(spec: GuestSpec, facts: Facts) -> LiveMachine:
+    """The machine of a new guest. Raises MachineError."""
+    machine = LiveMachine(
+        type=facts.machine_type,
+        cpu=spec.cpu.model or ("Nehalem" if facts.accelerator == "kvm" else "qemu64"),
+        memory_mib=spec.memory_mib,
+        vcpus=spec.vcpus,
+        firmware=spec.boot.firmware,
+        firmware_sha256=dict(facts.firmware_sha256) if spec.boot.firmware is not Firmware.DIRECT else {},
+    )
+    wanted = [_disk(disk, spec) for disk in spec.disks]
+    wanted += [_nic(nic, facts.mac_of) for nic in spec.nics]
+    if spec.cloud_init is not None:
+        wanted.append(LiveDevice(SEED, "virtio-blk-pci", properties={"num-queues": "1"}, backend=SEED))
+    places = _ports(wanted) if is_q35(machine.type) else _slots(wanted, machine.type)
+    if spec.tpm is not None:
+        places.append(LiveDevice(TPM, "tpm-crb", backend=TPM))
+    return replace(machine, devices=tuple(places))
+
+
+def is_q35(machine_type: str) -> bool:
+    """Its devices sit behind root ports of a PCI Express bus."""
+    return "q35" in machine_type
+
+
+def _disk(disk: DiskSpec, spec: GuestSpec) -> LiveDevice:
+    properties = {"num-queues": str(min(spec.vcpus, MAX_DISK_QUEUES))}
+    if spec.boot.firmware is not Firmware.DIRECT:
+        others = [each for each in spec.disks if not each.boot]
+        properties["bootindex"] = "1" if disk.boot else str(2 + others.index(disk))
+    return LiveDevice(f"{_DISK}-{disk.name}", "virtio-blk-pci", properties=properties, backend=f"{_DISK}:{disk.name}")
+
+
+def _nic(nic: NicSpec, mac_of: Callable[[str], str]) -> LiveDevice:
+    # No option ROM: its size is part of the machine, and another build of it at the other end fails the load.
+    properties = {"mac": nic.mac or mac_of(nic.name), "romfile": ""}
+    if nic.queues > 1:
+        properties |= {"mq": "on", "vectors": str(2 * nic.queues + 2)}
+    if nic.mtu:
+        properties["host_mtu"] = str(nic.mtu)
+    return LiveDevice(f"{_NIC}-{nic.name}", "virtio-net-pci", properties=properties, backend=f"{_NIC}:{nic.name}")
+
+
+def _ports(wanted: Sequence[LiveDevice]) -> list[LiveDevice]:
+    """A root port for each device, and some to spare; all ports first, so that every bus is there."""
+    ports: list[LiveDevice] = []
+    for number in range(len(wanted) + SPARE_PORTS):
+        slot, function = _FIRST_PORT_SLOT + number // _FUNCTIONS, number % _FUNCTIONS
+        properties = {"chassis": str(number + 1), "port": str(number)}
+        if function == 0:
+            properties["multifunction"] = "on"
+        address = f"0x{slot:x}.0x{function:x}"
+        ports.append(LiveDevice(f"port{number}", "pcie-root-port", "pcie.0", address, properties))
+    return ports + [replace(device, bus=f"port{number}", address="0x0") for number, device in enumerate(wanted)]
+
+
+def _slots(wanted: Sequence[LiveDevice], machine_type: str) -> list[LiveDevice]:
+    if wanted and not machine_type.startswith("pc"):
+        raise MachineError(f"a machine of type {machine_type} cannot be given disks and cards: choose pc or q35")
+    if len(wanted) > _SLOTS - _FIRST_SLOT:
+        raise MachineError(f"a machine of type {machine_type} has room for {_SLOTS - _FIRST_SLOT} devices: choose q35")
+    return [replace(device, bus="pci.0", address=f"0x{_FIRST_SLOT + n:x}") for n, device in enumerate(wanted)]
+
+
+def disk_of(device: LiveDevice) -> str:
+    """Name of the disk that stands behind a device; empty: none does."""
+    return _behind(device, _DISK)
+
+
+def nic_of(device: LiveDevice) -> str:
+    """Name of the network card that a device is; empty: it is none."""
+    return _behind(device, _NIC)
+
+
+def _behind(device: LiveDevice, kind: str) -> str:
+    found, _, name = device.backend.partition(":")
+    return name if found == kind else ""

@@ -1,0 +1,155 @@
+"""A guest's machine and the command line that builds it are one to one, whatever hardware the guest has."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agents.engine.base import DiskFile, FirmwareFiles, Tap, VmmSpec
+from agents.engine.qemu import arguments
+from agents.engine.qemu.images import Images
+from agents.engine.qemu.process import Launch, command_line
+from agents.guest import machine
+from agents.guest.machine import Facts
+from orchestrator.core.guest import guest_errors
+from orchestrator.core.records import (
+    Boot,
+    CloudInit,
+    DiskCache,
+    DiskFormat,
+    DiskSpec,
+    Firmware,
+    GuestSpec,
+    LiveDevice,
+    NicSpec,
+    PoolKind,
+    Tpm,
+)
+from orchestrator.ledger.records import decode, encode
+
+NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,6}[a-z0-9])?", fullmatch=True)
+TYPES = ("pc-q35-10.0", "pc-i440fx-10.0")
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> GuestSpec:
+    """Guests that are sound, of every kind of hardware."""
+    firmware = draw(st.sampled_from(Firmware))
+    disks = tuple(
+        DiskSpec(
+            name,
+            draw(NAMES),
+            f"{name}.img",
+            draw(st.sampled_from(DiskFormat)),
+            cache=draw(st.sampled_from(DiskCache)),
+            read_only=draw(st.booleans()),
+            boot=number == 0 and firmware is not Firmware.DIRECT,
+        )
+        for number, name in enumerate(draw(st.lists(NAMES, max_size=16, unique=True)))
+    )
+    nics = tuple(
+        NicSpec(name, draw(NAMES), "", draw(st.integers(1, 16)), draw(st.sampled_from([0, 576, 9216])))
+        for name in draw(st.lists(NAMES, max_size=8, unique=True))
+    )
+    return GuestSpec(
+        "g",
+        vcpus=draw(st.integers(1, 255)),
+        boot=Boot(firmware=firmware),
+        disks=disks,
+        nics=nics,
+        tpm=draw(st.none() | st.just(Tpm())),
+        cloud_init=draw(st.none() | st.just(CloudInit("#cloud-config"))),
+    )
+
+
+def facts(machine_type: str, accelerator: str = "tcg") -> Facts:
+    return Facts(machine_type, accelerator, {}, lambda name: f"02:00:00:00:00:{len(name):02x}")
+
+
+def vmm(spec: GuestSpec, machine_type: str, here: str) -> VmmSpec:
+    """As the host `here` has it."""
+    files = tuple(
+        DiskFile(disk.name, Path(f"/{here},1/{disk.image}"), disk.format, disk.cache, disk.read_only, PoolKind.LOCAL)
+        for disk in spec.disks
+    )
+    return VmmSpec(
+        "u",
+        "i",
+        spec,
+        Path(f"/{here}"),
+        Path("/c"),
+        None,
+        machine=machine.born(spec, facts(machine_type)),
+        disks=files,
+        taps=tuple(Tap(nic.name, f"tap-{here}-{n}") for n, nic in enumerate(spec.nics)),
+        firmware=FirmwareFiles(None, Path("/code"), Path(f"/{here}/nvram")),
+        tpm_path=Path(f"/{here}/tpm") if spec.tpm else None,
+        seed_path=Path(f"/{here}/seed") if spec.cloud_init else None,
+    )
+
+
+def started(spec: VmmSpec, *, incoming: bool) -> list[str]:
+    return command_line(Launch("q", Images(Path(__file__)), "tcg", reconnect_ms=True), spec, incoming=incoming)
+
+
+@settings(deadline=None)
+@given(specs(), st.sampled_from(TYPES))
+def test_the_list_is_read_back_from_the_command_line(spec: GuestSpec, machine_type: str) -> None:
+    assert guest_errors(spec) == []
+    listed = machine.born(spec, facts(machine_type))
+    assert arguments.devices_of(arguments.device_arguments(listed)) == listed.devices
+
+
+@settings(deadline=None)
+@given(specs(), st.sampled_from(TYPES))
+def test_the_two_ends_differ_in_what_stands_behind_the_devices_and_in_nothing_else(
+    spec: GuestSpec, machine_type: str
+) -> None:
+    guest_sees = ("-M", "-m", "-smp", "-cpu", "-device")
+
+    def seen(words: list[str]) -> list[tuple[str, str]]:
+        return [(word, value) for word, value in pairwise(words) if word in guest_sees]
+
+    source = started(vmm(spec, machine_type, "a"), incoming=False)
+    assert seen(source) == seen(started(vmm(spec, machine_type, "b"), incoming=True))
+
+
+@settings(deadline=None)
+@given(specs(), st.sampled_from(TYPES))
+def test_every_device_has_a_place_of_its_own_and_something_behind_it(spec: GuestSpec, machine_type: str) -> None:
+    listed = machine.born(spec, facts(machine_type)).devices
+    assert len({device.id for device in listed}) == len(listed)
+    places = [(device.bus, device.address) for device in listed if device.bus]
+    assert len(set(places)) == len(places)
+    buses = {"pcie.0", "pci.0", *(device.id for device in listed)}
+    assert {device.bus for device in listed if device.bus} <= buses
+    assert {machine.disk_of(device) for device in listed} - {""} == {disk.name for disk in spec.disks}
+    assert {machine.nic_of(device) for device in listed} - {""} == {nic.name for nic in spec.nics}
+
+
+@settings(deadline=None)
+@given(specs(), st.sampled_from(TYPES))
+def test_the_machine_is_kept_as_it_is(spec: GuestSpec, machine_type: str) -> None:
+    listed = machine.born(spec, facts(machine_type))
+    assert decode(type(listed), encode(listed)) == listed
+
+
+@settings(deadline=None)
+@given(specs(), st.sampled_from(TYPES), st.data())
+def test_what_was_added_or_taken_away_is_noticed(spec: GuestSpec, machine_type: str, data: st.DataObject) -> None:
+    listed = machine.born(spec, facts(machine_type))
+    found = {device.id: device.driver for device in listed.devices}
+    assert arguments.strangers(listed, found) == []
+    assert arguments.strangers(listed, {**found, "mine": "virtio-rng-pci"}) != []
+    if found:
+        gone = data.draw(st.sampled_from(sorted(found)))
+        assert arguments.strangers(listed, {name: kind for name, kind in found.items() if name != gone}) != []
+        assert arguments.strangers(listed, {**found, gone: "e1000"}) != []
+
+
+def test_a_comma_in_a_value_is_one_value() -> None:
+    odd = LiveDevice("a", "d", "b", "0x1", {"p": "x,y,,z", "q": ""}, "disk:r")
+    assert arguments.devices_of(["-device", arguments.device_argument(odd)]) == (odd,)
