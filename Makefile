@@ -81,6 +81,10 @@ bench-late-ack: setup qemu-11  ## what a late ACK costs, on real guests (about 5
 bench-fleet: setup  ## what a large fleet costs the control plane (about 20 minutes; ARGS="--only at_rest --scale 0.1")
 	$(PY) -m tests.bench.fleet $(ARGS)
 
+.PHONY: bench-guests
+bench-guests: setup  ## what moving real guests costs (about 10 minutes; ARGS="--only floor --scale 0.1")
+	$(PY) -m tests.bench.guests $(ARGS)
+
 .PHONY: soak
 MINUTES ?= 20
 soak: setup  ## a cluster at work, every part restarted in turn, and what grew (MINUTES=20, ARGS=--light without QEMU)

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from agents.engine.base import EngineStatus, HoldStart, OutgoingOptions, RunState, Segment, Vmm, VmmSpec, stream_of
 from agents.engine.qemu.engine import QemuEngine
 from agents.shims.net import mac_address, nics, segment_of
+from deploy.lab.cluster.network import enter
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from tests.contract.test_engine import image, no_qemu, until
@@ -154,8 +156,21 @@ async def announced(heard: asyncio.StreamReader, mac: str, timeout_s: float = 5.
                 return sender
 
 
-async def moved(source: Vmm, destination: Vmm) -> None:
-    await source.start_outgoing(OutgoingOptions(stream_of(destination.metadata), HoldStart.OPEN, 0, 1 << 30, 300))
+@contextmanager
+def agent_on(host: Host) -> Iterator[None]:
+    """This thread is where the agent of that host would be, beside its VMMs: the stream is opened from there."""
+    own = os.open("/proc/self/ns/net", os.O_RDONLY)
+    try:
+        enter(f"/proc/{host.keeper.pid}/ns/net")
+        yield
+    finally:
+        enter(f"/proc/self/fd/{own}")
+        os.close(own)
+
+
+async def moved(source: Vmm, destination: Vmm, host: Host | None = None) -> None:
+    with agent_on(host) if host is not None else nullcontext():
+        await source.start_outgoing(OutgoingOptions(stream_of(destination.metadata), HoldStart.OPEN, 0, 1 << 30, 300))
     await until(source, lambda now: now.status is EngineStatus.PARKED)
     await source.proceed()
     await until(source, lambda now: now.run_state is RunState.SEALED)
@@ -185,7 +200,7 @@ async def test_the_segment_hears_of_the_guest_from_its_new_host(lab: Lab) -> Non
 
     destination = await lab.engine(second).prepare_incoming(lab.spec("d", second.address), "m", 1)
     lab.vmms.append(destination)
-    await moved(source, destination)
+    await moved(source, destination, first)
     async with asyncio.timeout(5):
         while await announced(at_first, mac) != second.address:  # those from before may still be queued
             pass
