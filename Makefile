@@ -24,7 +24,7 @@ PYTEST := $(PY) -m pytest --durations=10
 
 ##@ Use
 .PHONY: demo
-demo: setup $(if $(filter 11%,$(QEMU)),qemu-11)  ## empty a host of twelve real guests (QEMU=11.1: with that QEMU)
+demo: setup $(if $(filter 11%,$(QEMU)),qemu-11)  ## empty a host of real guests (QEMU=11.1: with that QEMU)
 	@$(VENV)/bin/drover demo $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
 
 .PHONY: setup

@@ -26,6 +26,7 @@ from deploy.lab.demo.judge import (
     report_on,
     role_of,
 )
+from deploy.lab.peer.outage import Outage
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from protos.drover.v1 import types_pb2
 
@@ -106,7 +107,18 @@ def suspended() -> Story:
     return replace(Story(), role=Role("busy", 96, ("vgpu",), stopped_by="policy")).answered(attempts=(attempt,))
 
 
-CLEAN: dict[str, Callable[[], Story]] = {"plain": Story, "late": late, "paused": paused, "suspended": suspended}
+def linux(outage: Outage | None = Outage(31.0, 204.0)) -> Story:  # noqa: B008 - frozen
+    """Its promised records stand where others have their devices' answers."""
+    return Story(role=Role("linux", 128, linux=True), seen=Sightings(consoles=(THERE,), outage=outage))
+
+
+CLEAN: dict[str, Callable[[], Story]] = {
+    "plain": Story,
+    "late": late,
+    "paused": paused,
+    "suspended": suspended,
+    "linux": linux,
+}
 
 
 @pytest.mark.parametrize("story", CLEAN.values(), ids=CLEAN)
@@ -121,6 +133,23 @@ def with_pause(story: Story, **changes: object) -> Story:
 
 
 BROKEN: dict[str, tuple[Callable[[], Story], str]] = {
+    "no answer after the move": (
+        lambda: linux(Outage(31.0, None)),
+        "linux: it did not answer its peer outside again after its move",
+    ),
+    "nobody talked with it": (lambda: linux(None), "linux: it did not answer its peer outside again after its move"),
+    "connection broke": (
+        lambda: linux(Outage(31.0, 204.0, breaks=1)),
+        "linux: its TCP connection to its peer outside broke 1 time",
+    ),
+    "wrong answer": (
+        lambda: linux(Outage(31.0, 204.0, wrong=2)),
+        "linux: 2 of its answers to its peer outside were not what had been sent",
+    ),
+    "wrong record": (
+        lambda: replace(linux(), destination=arrival(device_errors=3)),
+        "linux: 3 pieces of its disks were wrong or could not be written",
+    ),
     "migration failed": (
         lambda: Story().answered(phase="FAILED", why="ATTEMPTS_EXHAUSTED"),
         "web: its migration ended FAILED (ATTEMPTS_EXHAUSTED)",
@@ -366,3 +395,10 @@ def test_a_guest_is_left_alone_before_it_moves_and_after():
         Window(5200 * MS, 9000 * MS),
     )
     assert Sight(first_ns=3000 * MS).left_alone(1000 * MS, 9000 * MS) == (Window(1000 * MS, 3000 * MS),)
+
+
+def test_the_report_has_the_outage_beside_the_downtime() -> None:
+    told = guest_document(linux().report(), [])
+    assert told["outage_ms"] == {"udp": 31.0, "tcp": 204.0}
+    assert (told["promised_records"], told["device_answers"]) == (100, 0)
+    assert guest_document(Story().report(), [])["outage_ms"] is None
