@@ -39,7 +39,7 @@ FAILED_S = 0.3
 NEEDS_OPERATOR_S = 5.0
 """A guest that could not be started again is tried again this often; it is started nowhere else."""
 
-_SAMPLED = frozenset({SourceStage.BINDING, SourceStage.PRECOPY})
+_SAMPLED = frozenset({SourceStage.BINDING, SourceStage.SYNCING, SourceStage.PRECOPY})
 """No questions to the VMM in the blackout."""
 _SAMPLE_S = 0.25
 _TOLD_S = 1.0
@@ -183,7 +183,7 @@ class Departure(Attempt[SourceShell]):
     def wish_is_applied(self, run: bool) -> bool | None:
         """None: not yet, ask again; False: queued until the hand-over ends."""
         state = self.shell.state
-        if state.stage not in (SourceStage.NEW, SourceStage.BINDING, SourceStage.PRECOPY):
+        if state.stage not in (SourceStage.NEW, SourceStage.BINDING, SourceStage.SYNCING, SourceStage.PRECOPY):
             return False if not state.stage.ended else None
         return True if state.want_run == run and state.paused != run else None
 

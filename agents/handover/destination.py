@@ -66,9 +66,12 @@ class DestinationState:
     here: HostRef
     inc: str
     has_devices: bool = True
+    has_disks: bool = False
+    """Local disks come with the guest."""
     stage: DestinationStage = DestinationStage.WAITING
     vmm_loaded: bool = False
     shims_loaded: bool = False
+    disks_released: bool = False
     vmm_dead: bool = False
     marker: bool = False
     """Written in this power cycle: something here may have had an effect on the guest."""
@@ -107,9 +110,11 @@ def destination_step(state: DestinationState, event: Event) -> DestinationStep:
     return _timed(*(handler(state) if isinstance(event, Seen | Rang) else handler(state, event)))
 
 
-def prepared_destination(ref: AttemptRef, here: HostRef, inc: str, *, has_devices: bool) -> DestinationStep:
+def prepared_destination(
+    ref: AttemptRef, here: HostRef, inc: str, *, has_devices: bool, has_disks: bool = False
+) -> DestinationStep:
     """A VMM that listens for an attempt, and waits only so long for somebody to conduct it."""
-    return _timed(DestinationState(ref, here, inc, has_devices=has_devices), ())
+    return _timed(DestinationState(ref, here, inc, has_devices=has_devices, has_disks=has_disks), ())
 
 
 def due_timers(state: DestinationState) -> tuple[Timer, ...]:
@@ -127,8 +132,10 @@ def _timed(state: DestinationState, commands: tuple[Command, ...]) -> Destinatio
 
 
 def _arrived(state: DestinationState) -> DestinationStep:
-    """VMM and shims have everything. Validate before LOADED: after COMMIT a refusal would lose the guest."""
+    """VMM and shims have everything, and nobody else uses the images (H16). Validate before LOADED: after COMMIT a
+    refusal would lose the guest."""
     complete = state.vmm_loaded and (state.shims_loaded or not state.has_devices)
+    complete = complete and (state.disks_released or not state.has_disks)
     if not complete:
         return state, ()
     return replace(state, stage=DestinationStage.VALIDATING), (Do.VALIDATE,)
@@ -140,6 +147,10 @@ def _vmm_loaded(state: DestinationState) -> DestinationStep:
 
 def _shims_loaded(state: DestinationState) -> DestinationStep:
     return _arrived(replace(state, shims_loaded=True))
+
+
+def _disks_released(state: DestinationState) -> DestinationStep:
+    return _arrived(replace(state, disks_released=True))
 
 
 def _validated(state: DestinationState) -> DestinationStep:
@@ -370,6 +381,8 @@ _DISCARDING = DestinationStage.DISCARDING
 _OURS = (_MARKING, _ACTIVATING, _STARTING, _RECORDING_DONE)
 """Committed to us, and on the way to DONE."""
 
+_NOT_WAITING = tuple(stage for stage in DestinationStage if stage is not _WAITING and not stage.ended)
+
 _ROWS: tuple[Row[DestinationStage], ...] = (
     # --- loading
     # Memory and devices come by two ways, in any order; with both here they are validated.
@@ -378,6 +391,11 @@ _ROWS: tuple[Row[DestinationStage], ...] = (
     # Given up or ended while the rest was on its way; a status change may come twice.
     (Seen.COMPLETED, (_VALIDATING, _LOADED, _GIVING_UP, _DISCARDING), ignored),
     (Seen.SHIMS_LOADED, (_GIVING_UP, _DISCARDING), ignored),
+    # Local disks are complete, and ours alone. The source repeats it until it has heard LOADED.
+    (Seen.DISKS_RELEASED, (_WAITING,), _disks_released),
+    (Seen.DISKS_RELEASED, _NOT_WAITING, ignored),
+    (Seen.DISKS_FAILED, (_WAITING,), _give_up),
+    (Seen.DISKS_FAILED, _NOT_WAITING, ignored),
     # Everything is here and fits: only the ledger's word is missing.
     (Seen.VALIDATED, (_VALIDATING,), _validated),
     # Given up or ended while it was validated.

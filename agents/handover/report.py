@@ -15,9 +15,11 @@ DEVICES_LOST = "devices_lost"
 _PHASES = {
     SourceStage.NEW: MigrationPhase.PREPARING,
     SourceStage.BINDING: MigrationPhase.PREPARING,
+    SourceStage.SYNCING: MigrationPhase.PRECOPY,
     SourceStage.PRECOPY: MigrationPhase.PRECOPY,
     SourceStage.GATE_WAIT: MigrationPhase.SWITCHOVER,
     SourceStage.FREEZING: MigrationPhase.SWITCHOVER,
+    SourceStage.DRAINING: MigrationPhase.SWITCHOVER,
     SourceStage.LAST_PASS: MigrationPhase.SWITCHOVER,
     SourceStage.SUBMITTED: MigrationPhase.SWITCHOVER,
     SourceStage.COMMITTED: MigrationPhase.COMMITTED,

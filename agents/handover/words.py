@@ -4,7 +4,7 @@
 The shell carries the commands out, in order, and feeds back what came of them as events. Deadlines are timers that the
 shell keeps: commands start and cancel them (`timers.py`), a ring is an event. Everything that decides whether the guest
 may run somewhere is in these machines or in `orchestrator.core`, so that the exploration (tests/exploration) drives the
-very code that runs in production. Rules H1-H14 are those of docs/protocol.md.
+very code that runs in production. Rules H1-H16 are those of docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from orchestrator.core.disks import SyncPoint
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.ids import AckRequest
@@ -23,17 +24,21 @@ class Do(StrEnum):
     """Effects without arguments. The event that answers each stands behind it."""
 
     BIND = "bind"  # Bound / LedgerRefused
+    SYNC_DISKS = "sync_disks"  # beside all others: local disks are copied; DISKS_READY / DiskFailed
     START_PRECOPY = "start_precopy"  # engine under hold, shims RUNNING -> PRE_COPY; StatusSeen, ShimFailed
     HOLD = "hold"
     RELEASE = "release"
     PAUSE = "pause"  # Paused
     RESUME = "resume"  # Resumed
     QUIESCE = "quiesce"  # all shims PRE_COPY -> P2P, final query of each, then all STOP_COPY; Quiesced
+    DRAIN_DISKS = "drain_disks"  # end every mirror, note writes from here on; Drained / DiskFailed
+    RELEASE_DISKS = "release_disks"  # the destination lets go of its images; repeated by the shell until LOADED
     PROCEED = "proceed"  # migrate-continue, stop-copy streams beside it; StatusSeen, ShimsSent
     ROLL_BACK_SHIMS = "roll_back_shims"  # ShimsBack
     ABORT_ENGINE = "abort_engine"  # EngineOver
     READ = "read"  # barrier, then record and req; RecordRead
     GO = "go"  # repeated by the shell until DONE is known
+    RETIRE_DISKS = "retire_disks"  # the local images here are out of use; not answered
     DISCARD_SOURCE = "discard_source"  # VMM destroyed, shims retired; Discarded
     WRITE_ACKS = "write_acks"  # informative, not answered
     DECLARE_CRASHED = "declare_crashed"  # CrashRecorded
@@ -55,6 +60,7 @@ class Do(StrEnum):
 class Timer(StrEnum):
     """The bounds that a machine may set; how long each is, its shell knows."""
 
+    DISKS = "disks"  # local disks are copied before the memory
     PRECOPY = "precopy"  # the guest runs and is copied
     SUSPENDED = "suspended"  # policy has stopped it, so that the rest fits
     ACK = "ack"  # an ACK is missing
@@ -131,6 +137,7 @@ class Seen(StrEnum):
     PAUSE_QUEUED = "pause_queued"  # parked before the pause could take effect
     RESUMED = "resumed"
     RESUME_FAILED = "resume_failed"
+    DISKS_READY = "disks_ready"  # every local disk is copied, but for what is being written
     SHIMS_SENT = "shims_sent"
     SHIM_FAILED = "shim_failed"
     SHIMS_BACK = "shims_back"
@@ -150,6 +157,8 @@ class Seen(StrEnum):
     VITALS_BAD = "vitals_bad"
     # destination
     SHIMS_LOADED = "shims_loaded"  # END of every device arrived
+    DISKS_RELEASED = "disks_released"  # nobody but our VMM uses the local images any more
+    DISKS_FAILED = "disks_failed"  # they cannot be released
     VALIDATED = "validated"
     MARKER_WRITTEN = "marker_written"
     MARKER_FAILED = "marker_failed"
@@ -207,6 +216,20 @@ class Quiesced:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskFailed:
+    """Copying a local disk has ended, or cannot begin: the destination is full, lost, or does not answer."""
+
+    disk: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """The guest stands still, every mirror has ended without an error, and what is written from here on is noted."""
+
+    points: tuple[SyncPoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FoundLate:
     """The VMM's own verdict on the devices inside it: they asked for another ACK after it had stopped the guest."""
 
@@ -227,6 +250,8 @@ class LoadedReport:
 
     inc: str
     equal: bool
+    images: tuple[SyncPoint, ...] = ()
+    """The local disks' images that it holds, each with the point at which it was released."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +291,8 @@ Event = (
     | RequestsWritten
     | RequestsSeen
     | Quiesced
+    | DiskFailed
+    | Drained
     | FoundLate
     | DevicesLost
     | LoadedReport

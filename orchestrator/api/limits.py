@@ -22,7 +22,13 @@ from orchestrator.core.guest import (
     MAX_OPTIONS,
     MAX_OPTIONS_BYTES,
 )
-from orchestrator.core.hardware import MAX_CLOUD_INIT_BYTES, MAX_DISKS, MAX_EXTRA_ARGS, MAX_NICS
+from orchestrator.core.hardware import (
+    MAX_CLOUD_INIT_BYTES,
+    MAX_DISKS,
+    MAX_EXTRA_ARG_BYTES,
+    MAX_EXTRA_ARGS,
+    MAX_NICS,
+)
 from orchestrator.core.records import ShimKind
 
 MAX_NAME = 253
@@ -49,8 +55,9 @@ BOUNDS: dict[str, int] = {
     "WatchGuestsRequest.names": MAX_WATCHED,
     "WatchMigrationsRequest.names": MAX_WATCHED,
 }
-"""Characters of a text, entries of a list, by message and field. A text that is not here has MAX_NAME, as has each text
-of a list of texts."""
+"""Characters of a text, entries of a list, by message and field. A text that is not here has MAX_NAME."""
+ENTRIES: dict[str, int] = {"GuestSpec.extra_args": MAX_EXTRA_ARG_BYTES}
+"""Characters of each text of a list of texts; MAX_NAME for one that is not here."""
 _TEXTS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
 
@@ -91,8 +98,9 @@ def _list(field: FieldDescriptor, value: Any, path: str) -> Iterator[tuple[str, 
         for index, each in enumerate(value):
             yield from _too_large(each, f"{path}[{index}].")
     elif field.type in _TEXTS:
+        each_most = ENTRIES.get(field.full_name.removeprefix("drover.v1."), MAX_NAME)
         for index, each in enumerate(value):
-            yield from _text(len(each), MAX_NAME, f"{path}[{index}]")
+            yield from _text(len(each), each_most, f"{path}[{index}]")
 
 
 def _text(size: int, most: int, path: str) -> Iterator[tuple[str, str]]:

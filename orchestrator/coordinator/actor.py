@@ -31,7 +31,7 @@ from orchestrator.coordinator.seat import Seat
 from orchestrator.coordinator.shares import Shares, share_limits, shares_of
 from orchestrator.coordinator.supervisor import Status, Supervisor
 from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, history_of, make_agents, make_store
-from orchestrator.coordinator.worker import Worker
+from orchestrator.coordinator.worker import LINGER_S, Worker
 from orchestrator.core.shards import Share
 from orchestrator.ledger import paths
 from orchestrator.ledger.index import Index
@@ -164,7 +164,7 @@ class Coordinator:
 
     def _share_out(self, store: Store, pool: Pool) -> Shares:
         config = self._config
-        agents, fencers, index = make_agents(config), fencers_of(config), Index(store)
+        agents, fencers, index = make_agents(config), fencers_of(config), Index(store, linger_s=LINGER_S)
         history = history_of(config)
 
         def supervisor(share: Share) -> Supervisor:

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import structlog
 
@@ -55,7 +55,9 @@ from orchestrator.ledger.store import (
 log = structlog.get_logger(__name__)
 
 RESYNC_S = 5.0
-"""The records are read at least this often, should a watch be lost."""
+"""The records are looked at this often, whatever was announced."""
+ANEW_S = 60.0
+"""And read from the ledger, whatever is known of them, about this often."""
 STORE_RETRY_S = 0.2
 REPORT_WAIT_S = 3.0
 REPORT_POLL_S = 0.1
@@ -186,21 +188,23 @@ class Driver:
         self._tasks: set[asyncio.Task[None]] = set()
         self._course: migration.Course | None = None
         self._fresh = False
+        self._stale = False
+        """A change was announced, and is in the queue of events."""
+        self._anew_at_s = tools.clock_s() + ANEW_S * tools.rng.uniform(0.5, 1.0)
+        self._mine = (paths.guest(spec.guest), paths.migration_state(spec.id), paths.attempts(spec.id))
+        self._decoded: dict[str, tuple[Versioned, object]] = {}
 
     async def run(self) -> str:
         """Returns the terminal phase, or WAITING. Raises Deposed, or BadRecord when a node cannot be read.
 
         Cancelling it is a crash as far as the protocol is concerned: safe at any instant.
         """
-        store = self._tools.store
-        unwatch = [
-            store.watch(paths.guest(self._spec.guest), self._changed),
-            store.watch(paths.migration_state(self._spec.id), self._changed),
-        ]
+        follow = self._tools.index.follow
+        unwatch = [follow(path, self._changed) for path in self._mine]
         try:
             nodes = await self._look()
             if nodes.record is not None and nodes.record.phase in _AT_SOURCE:
-                unwatch.append(store.watch(paths.live(nodes.record.owner.host), self._changed))
+                unwatch.append(follow(paths.live(nodes.record.owner.host), self._changed))
             self._start(self._keep_spent())
             return await self._loop(nodes)
         finally:
@@ -210,8 +214,10 @@ class Driver:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _changed(self, _content: Versioned | None) -> None:
-        self._events.put_nowait(None)
+    def _changed(self) -> None:
+        if not self._stale:  # one look sees whatever changed before it
+            self._stale = True
+            self._events.put_nowait(None)
 
     async def _loop(self, nodes: _Nodes) -> str:
         course = migration.start(
@@ -246,6 +252,7 @@ class Driver:
             raise got
         if got is not None:
             return got
+        self._stale = False
         return (await self._look()).seen()
 
     def _now_ms(self) -> float:
@@ -274,6 +281,7 @@ class Driver:
         if not self._fresh and not nodes.untouched(self._spec.id):
             await self._tools.store.barrier()
             self._fresh = True
+            self._doubt()
             nodes = await self._read_as_shown()
         return nodes
 
@@ -286,26 +294,44 @@ class Driver:
     async def _read_as_shown(self) -> _Nodes:
         """State, guest, state again: when the state did not move, the record belongs to it. Whatever opens or settles
         an attempt moves both, so a half of such a write is never seen."""
-        store, spec = self._tools.store, self._spec
-        state = await store.read(paths.migration_state(spec.id))
+        spec = self._spec
+        if self._tools.clock_s() >= self._anew_at_s:
+            self._doubt()
+        read = self._tools.index.nodes.read
+        state = await read(paths.migration_state(spec.id))
         while True:
             before = state
-            guest = await store.read(paths.guest(spec.guest))
-            attempts = await store.read(paths.attempts(spec.id))
-            state = await store.read(paths.migration_state(spec.id))
+            guest = await read(paths.guest(spec.guest))
+            attempts = await read(paths.attempts(spec.id))
+            state = await read(paths.migration_state(spec.id))
             if (before and before.version) == (state and state.version):
                 break
-        record = decode(GuestRecord, guest.data, path=paths.guest(spec.guest)) if guest else None
+        record = self._decode(GuestRecord, guest, paths.guest(spec.guest)) if guest else None
         source = record.owner.host if record is not None and record.phase in _AT_SOURCE else ""
+        known = self._decode(MigrationState, state, paths.migration_state(spec.id)) if state and state.data else None
+        told = self._decode(Attempts, attempts, paths.attempts(spec.id)) if attempts and attempts.data else None
         return _Nodes(
             guest=guest,
             record=record,
-            source_live=not source or await store.read(paths.live(source)) is not None,
+            source_live=not source or await read(paths.live(source)) is not None,
             state_version=state.version if state else -1,
-            state=_decode_or(MigrationState, state, MigrationState()),
+            state=known or MigrationState(),
             attempts=attempts,
-            reports=_decode_or(Attempts, attempts, Attempts()).reports,
+            reports=told.reports if told is not None else (),
         )
+
+    def _doubt(self) -> None:
+        """Ask the ledger the next time, whatever is known of the nodes."""
+        self._anew_at_s = self._tools.clock_s() + ANEW_S
+        for path in self._mine:
+            self._tools.index.nodes.doubt(path)
+
+    def _decode(self, kind: type[T], node: Versioned, path: str) -> T:
+        """Once for as long as the node stands still."""
+        found = self._decoded.get(path)
+        if found is None or found[0] != node:
+            found = self._decoded[path] = node, decode(kind, node.data, path=path)
+        return cast(T, found[1])
 
     # --- effects ------------------------------------------------------------------------------------------------------
 
@@ -385,7 +411,7 @@ class Driver:
             async with self._tools.placing:
                 snapshot = await (self._tools.index.snapshot() if fresh else self._tools.index.recent())
                 nodes = await self._read()
-                ops = await self._open_ops(command, snapshot, nodes)
+                ops = await self._open_ops(command, snapshot, nodes, fresh=fresh)
                 if isinstance(ops, (migration.NoPlace, migration.SourceSilent)) and not fresh:
                     fresh = True  # there may be a place that this process has not been told of yet
                     continue
@@ -397,7 +423,9 @@ class Driver:
             await self._pause()
         return migration.Finished()
 
-    async def _open_ops(self, command: migration.Open, snapshot: Snapshot, nodes: _Nodes) -> list[Op] | migration.Event:
+    async def _open_ops(
+        self, command: migration.Open, snapshot: Snapshot, nodes: _Nodes, *, fresh: bool
+    ) -> list[Op] | migration.Event:
         spec, record = self._spec, nodes.record
         guest_spec = await self._tools.index.spec(spec.guest)
         if record is None or nodes.guest is None or guest_spec is None:
@@ -434,7 +462,7 @@ class Driver:
             SetData(paths.guest(spec.guest), encode(opened), nodes.guest.version),
             _reserve(entry, spec.id, guest_spec.memory_mib),
             SetData(paths.migration_state(spec.id), encode(state), nodes.state_version),
-            *await self._missing_ack_nodes(),
+            *await self._missing_ack_nodes(likely=not fresh and nodes.state.attempt == 0),
             await markers.marked(self._tools.store, choice.destination.host, spec.guest),
         ]
 
@@ -454,10 +482,11 @@ class Driver:
             epoch=self._tools.epoch,
         )
 
-    async def _missing_ack_nodes(self) -> list[Op]:
+    async def _missing_ack_nodes(self, *, likely: bool) -> list[Op]:
+        """`likely`: they are missing, as far as one may guess; the write will say."""
         missing: list[Op] = []
         for path in (paths.requests(self._spec.id), paths.acks(self._spec.id)):
-            if await self._tools.store.read(path) is None:
+            if likely or await self._tools.store.read(path) is None:
                 missing.append(Create(path, encode(Requests())))
         return missing
 
@@ -514,17 +543,17 @@ class Driver:
             await agent.nudge(self._spec.guest)
 
     async def _settle(self, command: migration.Settle) -> migration.Event:
-        for _ in range(WRITE_TRIES):
+        for number in range(WRITE_TRIES):
             nodes = await self._read()
             if nodes.state.phase.terminal:
                 break
-            ops = await self._settle_ops(command, nodes)
+            ops = await self._settle_ops(command, nodes, again=number > 0)
             if ops is None or await self._write(ops):
                 break
             await self._pause()
         return migration.Finished()
 
-    async def _settle_ops(self, command: migration.Settle, nodes: _Nodes) -> list[Op] | None:
+    async def _settle_ops(self, command: migration.Settle, nodes: _Nodes, *, again: bool) -> list[Op] | None:
         """One transaction: report, reservation, guest record, state. None: the record moved, look again."""
         spec = self._spec
         ops: list[Op] = []
@@ -555,11 +584,14 @@ class Driver:
         )
         ops.append(SetData(paths.migration_state(spec.id), encode(state), nodes.state_version))
         if command.phase.terminal:
-            ops += await active.migration_ends(self._tools.store, spec.id)
+            if again:
+                ops += await active.migration_ends(self._tools.store, spec.id)
+            else:
+                ops.append(active.migration_leaves(spec.id))
         return ops
 
     async def _release(self, host: str) -> list[Op]:
-        node = await self._tools.store.read(paths.reservations(host))
+        node = await self._tools.index.nodes.read(paths.reservations(host))
         known = _decode_or(Reservations, node, Reservations())
         if node is None or self._spec.id not in known.memory_mib:
             return []
@@ -570,7 +602,7 @@ class Driver:
 
     async def _agent(self, host: str) -> tuple[AgentPort, HostRecord]:
         """Raises AGENT_UNREACHABLE when the host is not registered, StoreUnavailable."""
-        node = await self._tools.store.read(paths.host(host))
+        node = await self._tools.index.nodes.read(paths.host(host), keep=True)
         if node is None or not node.data:
             raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} has not registered an agent")
         record = decode(HostRecord, node.data, path=paths.host(host))

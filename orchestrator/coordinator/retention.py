@@ -37,6 +37,9 @@ BATCH = 20
 SLICE_PACE_S = 0.5
 """Between two slices of the rows that a new leader learns: it has migrations to adopt first."""
 
+LINGER_S = 5.0
+"""What moved is read this late, unless a pass begins: it may move again within that, and no burst of reads follows."""
+
 
 @dataclass(slots=True)
 class Counts:
@@ -68,9 +71,9 @@ class Keeping:
         self._retention = retention
         self._history = history
         self._clock = LedgerClock(store)
-        self._migrations = rows.migrations(store, pace_s=SLICE_PACE_S)
-        self._evacuations = rows.evacuations(store, pace_s=SLICE_PACE_S)
-        self._requests = rows.requests(store, pace_s=SLICE_PACE_S)
+        self._migrations = rows.migrations(store, pace_s=SLICE_PACE_S, linger_s=LINGER_S)
+        self._evacuations = rows.evacuations(store, pace_s=SLICE_PACE_S, linger_s=LINGER_S)
+        self._requests = rows.requests(store, pace_s=SLICE_PACE_S, linger_s=LINGER_S)
         self._certificates_at_s = float("-inf")
         self.counts = Counts()
 

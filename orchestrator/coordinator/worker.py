@@ -12,6 +12,9 @@ from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import decode
 from orchestrator.ledger.store import Store, StoreUnavailable
 
+LINGER_S = 1.0
+"""While nobody looks for a place, what moved in the fleet is read this late: most of it moves again within that."""
+
 
 class Worker:
     """Many migrations as coroutines over one store session and one set of channels.
@@ -24,7 +27,7 @@ class Worker:
         self._store = store
         self._agents = agents
         self._max_arrivals = max_arrivals
-        self._index = Index(store)
+        self._index = Index(store, also=(paths.MIGRATIONS,), linger_s=LINGER_S)
         self._tools: dict[int, Tools] = {}
         """By shard of the fleet."""
         self._running: dict[tuple[int, str], asyncio.Task[str]] = {}

@@ -357,6 +357,7 @@ _DESTINATION_AT_FAULT = frozenset(
         AbortReason.PREPARE_TIMEOUT,
         AbortReason.DESTINATION_LOST,
         AbortReason.DESTINATION_RESTARTED,
+        AbortReason.DISK_MIRROR_FAILED,
     }
 )
 

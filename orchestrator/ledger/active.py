@@ -32,6 +32,12 @@ async def migration_ends(store: Store, migration: str) -> list[Op]:
     return await _without(store, paths.active_migration(migration))
 
 
+def migration_leaves(migration: str) -> Delete:
+    """As `migration_ends`, without a look: nobody writes such a node twice, so it has its first version, or is missing,
+    and then the transaction conflicts."""
+    return Delete(paths.active_migration(migration), 0)
+
+
 async def job_ends(store: Store, spec: EvacuationSpec) -> list[Op]:
     """As `migration_ends`; the job counts as ended from now on."""
     path = paths.ended_evacuation(spec.id)

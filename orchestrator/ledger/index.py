@@ -13,7 +13,8 @@ moved before it has been announced (`Store.watch_tree`), and is read before the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
@@ -24,6 +25,7 @@ from orchestrator.core.records import GuestSpec
 from orchestrator.ledger import paths
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.nodes import Nodes
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.snapshot import GuestEntry, HostEntry, Reader, Snapshot, UnreadableGuest, with_room
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
@@ -139,10 +141,16 @@ class View:
 class Index:
     """One per process. Starts with the first look anybody takes; `close` ends it."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, also: Sequence[str] = (), linger_s: float = 0.0) -> None:
+        """`also`: further trees whose nodes may be read from `nodes`. What moved is read when somebody asks, and
+        otherwise within `linger_s`: one who reads late reads once what moved several times."""
         self._store = store
         self._ledger = Ledger(store)
-        self._reader = Reader(store, remembers=True)
+        self._trees = (paths.HOSTS, paths.GUESTS, paths.FENCE, *also)
+        self._linger_s = linger_s
+        self.nodes = Nodes(store)
+        """Single nodes, which cost no read while they stand still. Of other trees they are not to be read here."""
+        self._reader = Reader(store, self.nodes)
         self._view = View()
         self._gone: dict[str, int] = {}
         """Guests whose life is over while their nodes stand, with the zxid of that: never looked at again."""
@@ -154,6 +162,10 @@ class Index:
         may not be put beside what was read before."""
         self._asked: list[asyncio.Future[None]] = []
         self._wake = asyncio.Event()
+        self._hurry = asyncio.Event()
+        """Somebody asks."""
+        self._wanted = False
+        """Somebody has asked."""
         self._busy = False
         """A round is under way."""
         self._listeners: list[Listener] = []
@@ -205,7 +217,9 @@ class Index:
             return
         asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked.append(asked)
+        self._wanted = True
         self._wake.set()
+        self._hurry.set()
         try:
             async with asyncio.timeout(timeout_s):
                 await asked
@@ -222,7 +236,14 @@ class Index:
         if self._end is not None:
             self._end()
             self._end = None
+            self.nodes.lost()
         await self._tasks.close()
+
+    def follow(self, path: str, follower: Callable[[], None]) -> Callable[[], None]:
+        """Call back whenever a node of the trees moved, or may have; it is remembered meanwhile. Returns a function
+        that ends it."""
+        self._start()
+        return self.nodes.follow(path, follower)
 
     # --- what moves ---------------------------------------------------------------------------------------------------
 
@@ -232,20 +253,21 @@ class Index:
         self._tasks = Tasks("index")
         self._gap = True
         self._busy = False
-        self._end = self._store.watch_tree((paths.HOSTS, paths.GUESTS, paths.FENCE), self._announced)
+        self._end = self._store.watch_tree(self._trees, self._announced)
         self._store.on_session(self._session)
         self._tasks.spawn(self._run(), "index")
 
     def _session(self, state: SessionState) -> None:
         if state is not SessionState.CONNECTED:
             self._gap = True
+            self.nodes.lost()
 
     def _announced(self, path: str | None) -> None:
         if path is None:
             self._everything, self._gap = True, False
-            self._reader.forget_all()
+            self.nodes.everything()
         else:
-            self._reader.moved(path)
+            self.nodes.moved(path)
             if name := paths.host_of(path):
                 self._moved_hosts.add(name)
             elif uuid := paths.guest_of(path):
@@ -261,6 +283,10 @@ class Index:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            if not self._wanted:
+                continue  # single nodes are followed, and nobody has asked for the whole
+            if self._linger_s and not self._asked:
+                await self._linger()
             if self._gap:
                 continue  # woken again once everything is announced
             asked, self._asked = self._asked, []
@@ -282,6 +308,14 @@ class Index:
             for path in news:
                 for listener in list(self._listeners):
                     listener(path)
+
+    async def _linger(self) -> None:
+        """Until somebody asks, or long enough."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._linger_s):
+                while not self._asked:
+                    await self._hurry.wait()
+                    self._hurry.clear()
 
     async def _round(self) -> list[str]:
         """Read what moved: hosts first, taken in last (see above). Returns what was taken in; on StoreUnavailable

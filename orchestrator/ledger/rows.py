@@ -78,7 +78,7 @@ class RequestRow:
         return True
 
 
-def migrations(store: Store, *, pace_s: float = 0.0) -> Table[MigrationRow]:
+def migrations(store: Store, *, pace_s: float = 0.0, linger_s: float = 0.0) -> Table[MigrationRow]:
     """All that the ledger holds, those under way first."""
     ledger = Ledger(store)
 
@@ -118,10 +118,11 @@ def migrations(store: Store, *, pace_s: float = 0.0) -> Table[MigrationRow]:
         name_of=lambda path: paths.member(path, paths.MIGRATIONS, ("", "state")),
         read=read,
         pace_s=pace_s,
+        linger_s=linger_s,
     )
 
 
-def evacuations(store: Store, *, pace_s: float = 0.0) -> Table[EvacuationRow]:
+def evacuations(store: Store, *, pace_s: float = 0.0, linger_s: float = 0.0) -> Table[EvacuationRow]:
     """All that the ledger holds."""
     ledger = Ledger(store)
 
@@ -155,10 +156,11 @@ def evacuations(store: Store, *, pace_s: float = 0.0) -> Table[EvacuationRow]:
         name_of=lambda path: paths.member(path, paths.EVACUATIONS, ("", "state")),
         read=read,
         pace_s=pace_s,
+        linger_s=linger_s,
     )
 
 
-def requests(store: Store, *, pace_s: float = 0.0) -> Table[RequestRow]:
+def requests(store: Store, *, pace_s: float = 0.0, linger_s: float = 0.0) -> Table[RequestRow]:
     """All that the ledger holds."""
     ledger = Ledger(store)
 
@@ -173,4 +175,5 @@ def requests(store: Store, *, pace_s: float = 0.0) -> Table[RequestRow]:
         name_of=lambda path: paths.member(path, paths.REQUESTS, ("",)),
         read=read,
         pace_s=pace_s,
+        linger_s=linger_s,
     )

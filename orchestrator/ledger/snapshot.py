@@ -18,6 +18,7 @@ from orchestrator.core.placement import GuestInput, HostInput, HostView, host_vi
 from orchestrator.core.record import Record
 from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations, WantRun
 from orchestrator.ledger import paths
+from orchestrator.ledger.nodes import Nodes
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Store, Versioned
 
@@ -97,40 +98,19 @@ class UnreadableGuest:
 class Reader:
     """Reads one host or one guest. Every call raises StoreUnavailable, and BadRecord for what it cannot read.
 
-    Of a host, and of a guest's wish, only what has `moved` is read again: one that is told of every move reads one node
-    where it would read four.
+    With `nodes` only what has moved of a host, and of a guest's wish, is read again: one node where it would be four.
     """
 
-    def __init__(self, store: Store, *, remembers: bool = False) -> None:
-        """`remembers`: its owner calls `moved` for every node that moves, before the answer that shows it."""
+    def __init__(self, store: Store, nodes: Nodes | None = None) -> None:
+        """`nodes` are told of every node that moves, before the answer that shows it."""
         self._store = store
+        self._nodes = nodes
         self._specs: dict[str, GuestSpec] = {}
-        self._remembers = remembers
-        self._nodes: dict[str, Versioned | None] = {}
-        self._reading: dict[str, object] = {}
-        """What is being read. An answer that a move has overtaken is not remembered."""
 
-    def moved(self, path: str) -> None:
-        """The node is not what it was."""
-        self._nodes.pop(path, None)
-        self._reading.pop(path, None)
-
-    def forget_all(self) -> None:
-        """Any node may have moved."""
-        self._nodes.clear()
-        self._reading.clear()
-
-    async def _node(self, path: str) -> Versioned | None:
-        if not self._remembers:
+    async def _node(self, path: str, *, keep: bool = True) -> Versioned | None:
+        if self._nodes is None:
             return await self._store.read(path)
-        if path not in self._nodes:
-            mine = self._reading[path] = object()
-            node = await self._store.read(path)
-            if self._reading.get(path) is not mine:
-                return node
-            del self._reading[path]
-            self._nodes[path] = node
-        return self._nodes[path]
+        return await self._nodes.read(path, keep=keep)
 
     async def host(self, name: str) -> HostEntry | None:
         """None when the host is not registered, or not completely yet. Raises StoreUnavailable, BadRecord."""
@@ -175,7 +155,7 @@ class Reader:
 
     async def guest(self, uuid: str) -> GuestEntry | None:
         """None: there is no such guest."""
-        node = await self._store.read(paths.guest(uuid))
+        node = await self._node(paths.guest(uuid), keep=False)
         if node is None:
             return None
         record = decode(GuestRecord, node.data, path=paths.guest(uuid))
@@ -201,7 +181,8 @@ class Reader:
     def forget(self, uuid: str) -> None:
         """Its life is over, or it is gone."""
         self._specs.pop(uuid, None)
-        self.moved(paths.want_run(uuid))
+        if self._nodes is not None:
+            self._nodes.forget(paths.want_run(uuid))
 
 
 def with_room(entry: HostEntry, hidden: Iterable[UnreadableGuest]) -> HostEntry:

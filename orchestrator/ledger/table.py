@@ -9,6 +9,7 @@ never read again, and a row whose nodes are gone is forgotten: memory is bounded
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Generic, Protocol, TypeVar
 
@@ -54,15 +55,19 @@ class Table(Generic[R]):
         read: Callable[[str], Awaitable[R | None]],
         first: Callable[[], Awaitable[Iterable[str]]] | None = None,
         pace_s: float = 0.0,
+        linger_s: float = 0.0,
     ) -> None:
         """`names` lists all there are, `first` those worth reading before the others; `name_of` tells whose node stands
         at a path, empty for a node that no row is made of; `read` returns None for what is not there. All of them may
-        raise StoreUnavailable. `pace_s` is a pause after each slice of what was there before."""
+        raise StoreUnavailable. `pace_s` is a pause after each slice of what was there before. What moved is read when
+        somebody asks for rows, and otherwise within `linger_s`."""
         self._store = store
         self._root = root
         self._names = names
         self._first = first
         self._pace_s = pace_s
+        self._linger_s = linger_s
+        self._hurry = asyncio.Event()
         self._name_of = name_of
         self._read = read
         self._rows: dict[str, R] = {}
@@ -131,6 +136,7 @@ class Table(Generic[R]):
         asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._asked.append(asked)
         self._wake.set()
+        self._hurry.set()
         try:
             async with asyncio.timeout(LOOK_S):
                 await asked
@@ -150,6 +156,8 @@ class Table(Generic[R]):
         while True:
             await self._wake.wait()
             self._wake.clear()
+            if self._linger_s and self._listed and not self._asked and not self._backlog:
+                await self._linger()
             asked, self._asked = self._asked, []
             self._busy = True
             try:
@@ -176,6 +184,14 @@ class Table(Generic[R]):
                 if not self._moved:
                     await asyncio.sleep(self._pace_s)
                 self._wake.set()
+
+    async def _linger(self) -> None:
+        """Until somebody asks, or long enough."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._linger_s):
+                while not self._asked:
+                    await self._hurry.wait()
+                    self._hurry.clear()
 
     async def _round(self) -> list[str]:
         """What moved, else a slice of what was there before. On a failure all of it is read again."""

@@ -18,7 +18,7 @@ from agents.handover.source import SourceStage, SourceState, back, blackout, mac
 from agents.handover.source.state import UNILATERAL
 from agents.handover.table import ignored
 from agents.handover.words import Commit, DevicesLost, Do, Seen, Timer
-from orchestrator.core import death, handover
+from orchestrator.core import death, disks, handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.liveness import Liveness
@@ -281,6 +281,46 @@ def waits_unclaimed() -> list[Patch]:
     return [(destination_session, "due_timers", lambda state: ())]
 
 
+def undrained() -> list[Patch]:
+    """The engine does not ask whether a mirror still runs: nothing but our order keeps it from going on."""
+    return [(blackout, "must_drain", lambda state: False)]
+
+
+def image_discarded_at_commit() -> list[Patch]:
+    """The guest may come back as long as its destination has not said DONE."""
+
+    def committed(state: SourceState) -> Any:
+        after, commands = outcome.committed(state)
+        return after, (Do.RETIRE_DISKS, *commands)
+
+    return [
+        (
+            machine,
+            "TABLE",
+            {**machine.TABLE, (SourceStage.SUBMITTED, Seen.COMMITTED): committed},
+        )
+    ]
+
+
+def increment_on_other_image() -> list[Patch]:
+    """What was noted since an earlier drain goes into whatever image the destination has now."""
+
+    def copying(source: Any, destination: Any) -> Any:
+        return disks.Copying.INCREMENT if source.since and not source.mirrors_to else COPYING(source, destination)
+
+    return [(disks, "copying", copying)]
+
+
+def bitmap_after_resume() -> list[Patch]:
+    """What the guest wrote between its resume and the note is in neither."""
+
+    def noted(disk: Any, attempt: int) -> Any:
+        return disk._replace(noted=attempt, base=99)
+
+    return [(world_module, "noted", noted)]
+
+
+COPYING = disks.copying
 DUE_AT_SOURCE = machine.due_timers
 
 _REQUEST = Bounds(requests=1, cancels=0, faults=0)
@@ -288,6 +328,7 @@ _CANCEL = Bounds(requests=0, cancels=1, faults=0)
 _STOP = Bounds(requests=0, cancels=0, faults=0, wishes=1)
 _INSIDE = Bounds(requests=0, cancels=0, faults=0, devices=False, inside=True)
 _TIME = Bounds(requests=0, cancels=0, faults=0, time=True)
+_DISK = Bounds(requests=0, cancels=0, faults=1, devices=False, disk=True, writes=1)
 _OFF = Bounds(requests=0, cancels=0, faults=1, off=True)
 
 MUTANTS = (
@@ -323,6 +364,10 @@ MUTANTS = (
     Mutant(
         "start_what_arrived_ended", "GUEST_ENDED", start_what_arrived_ended, replace(_OFF, faults=0), dead_ends=True
     ),
+    Mutant("undrained", "H15", undrained, replace(_DISK, faults=0)),
+    Mutant("image_discarded_at_commit", "H16", image_discarded_at_commit, replace(_DISK, writes=0)),
+    Mutant("increment_on_other_image", "H16", increment_on_other_image, replace(_DISK, writes=0, drained_before=True)),
+    Mutant("bitmap_after_resume", "H16", bitmap_after_resume, replace(_DISK, faults=0, drained_before=True)),
     Mutant("any_ring", "time", any_ring),
     Mutant("ack_timer_runs_on", "time", ack_timer_runs_on, _REQUEST),
     Mutant("precopy_bound_is_lost", "time", precopy_bound_is_lost, _TIME),

@@ -25,6 +25,9 @@ QUICK = (
     Bounds(requests=0, cancels=0, faults=0, wishes=2, devices=False, inside=True),
     Bounds(requests=0, cancels=0, faults=1, off=True),
     Bounds(requests=0, cancels=0, faults=0, time=True),
+    Bounds(requests=0, cancels=0, faults=0, disk=True),
+    Bounds(requests=0, cancels=0, faults=0, disk=True, writes=1, drained_before=True),
+    Bounds(requests=0, cancels=0, faults=1, devices=False, disk=True, writes=0, drained_before=True),
 )
 WIDE = (
     Bounds(requests=2, cancels=0, faults=0),
@@ -42,6 +45,12 @@ WIDE = (
     Bounds(requests=1, cancels=0, faults=1, off=True, devices=False, inside=True),
     Bounds(requests=1, cancels=0, faults=0, time=True),
     Bounds(requests=0, cancels=0, faults=1, time=True),
+    Bounds(requests=0, cancels=0, faults=0, devices=False, disk=True, attempts=2),
+    Bounds(requests=0, cancels=0, faults=1, devices=False, disk=True, writes=1),
+    Bounds(requests=0, cancels=0, faults=0, wishes=1, disk=True, writes=1, drained_before=True),
+    Bounds(requests=0, cancels=0, faults=1, devices=False, disk=True, writes=1, attempts=2),
+    Bounds(requests=0, cancels=0, faults=2, devices=False, disk=True),
+    Bounds(requests=1, cancels=1, faults=0, disk=True, writes=1, attempts=2),
 )
 
 

@@ -41,7 +41,8 @@ from agents.handover.words import (
     WriteAbort,
     WriteRequests,
 )
-from orchestrator.core import death, handover
+from orchestrator.core import death, disks, handover
+from orchestrator.core.disks import SyncPoint
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
@@ -76,12 +77,41 @@ class Bounds:
     """The policy allows to wait for an ACK after the engine stopped the guest."""
     inside: bool = False
     """Devices inside the VMM: the engine has a verdict of its own, and can reset them."""
+    disk: bool = False
+    """It has a local disk, and writes to it while it runs."""
+    writes: int = 2
+    drained_before: bool = False
+    """An attempt of an earlier migration to the same host was drained and then ended. Its image is still there; or, as
+    a fault, another one is."""
     off: bool = False
     """The guest may power itself off while it runs at the source, or so late that its stop for the switchover is first:
     nobody is told of that, and it arrives ended."""
     time: bool = False
     """Pre-copy and a missing ACK reach their bounds, and a prepared destination waits in vain. The bounds of a guest
     that stands still may always be reached."""
+
+
+class Disk(NamedTuple):
+    """A local disk: how many writes the guest was promised, and how many of them each image has, without a gap."""
+
+    promised: int = 0
+    here: bool = True
+    """The source has its image, which has all of them."""
+    present: int = 0
+    """In the destination's image."""
+    image: int = 1
+    """Which one that is: it is made anew if its writer dies, or if another one is found there."""
+    since: int = 0
+    """The attempt in which it was released; 0: never."""
+    written_by_daemon: bool = False
+    """It is being copied into and was not released since: worth nothing if its writer dies."""
+    mirror: int = 0
+    """The image that a mirror runs into; 0: none runs."""
+    noted: int = 0
+    """The attempt since whose drain the source notes what is written; 0: it does not."""
+    base: int = 0
+    """The writes that it does not have to send again."""
+    writes_left: int = 0
 
 
 class World(NamedTuple):
@@ -133,18 +163,31 @@ class World(NamedTuple):
     """Power cycles of which a certificate says that they are over; both hosts have booted before."""
     restarted: bool = False
     """The leader has started another life of the guest on a third host, because its host is certified dead."""
+    disk: Disk | None = None
 
 
 def start(bounds: Bounds) -> World:
     return World(
         BORN, 0, None, (), None, (), True, True, RUN, False, False, NONE, 0, False, 0, 0, frozenset(), frozenset(),
         False, False, False, True, bounds.faults, bounds.requests, bounds.wishes, bounds.cancels, 0, False, "", False,
-        False,
+        False, disk=_first_disk(bounds) if bounds.disk else None,
     )  # fmt: skip
 
 
+def _first_disk(bounds: Bounds) -> Disk:
+    disk = Disk(writes_left=bounds.writes)
+    return noted(disk._replace(promised=1, present=1, since=9), 9) if bounds.drained_before else disk
+
+
 BEFORE_SUBMIT = frozenset(
-    {SourceStage.PRECOPY, SourceStage.GATE_WAIT, SourceStage.FREEZING, SourceStage.LAST_PASS},
+    {
+        SourceStage.SYNCING,
+        SourceStage.PRECOPY,
+        SourceStage.GATE_WAIT,
+        SourceStage.FREEZING,
+        SourceStage.DRAINING,
+        SourceStage.LAST_PASS,
+    },
 )
 
 Move = tuple[str, bool, World]
@@ -192,7 +235,13 @@ NUMBERS = {timer: number for number, timer in enumerate(Timer, 1)}
 
 INERT = frozenset({Do.HOLD, Do.RELEASE, Do.WRITE_ACKS, Do.ANNOUNCE, Do.START_PRECOPY})
 """Carried out at once: they neither branch nor send anything that could be lost in a way that matters."""
-MESSAGES = {Do.GO: "go", Do.SEND_LOADED: "loaded", Do.SEND_FAILED: "failed", Do.SEND_DONE: "done"}
+MESSAGES = {
+    Do.GO: "go",
+    Do.RELEASE_DISKS: "release",
+    Do.SEND_LOADED: "loaded",
+    Do.SEND_FAILED: "failed",
+    Do.SEND_DONE: "done",
+}
 """Sent at once; they arrive whenever, again and again, or never."""
 
 
@@ -244,6 +293,8 @@ def _queued(todo: tuple[Command, ...], commands: tuple[Command, ...], *, anew: b
     """A retry is one at a time, and for the stage that asked (`anew`: it is over); see `agents/handover/shell.py`."""
     before = tuple(command for command in todo if not (anew and command is Do.RETRY_LATER))
     asked = waiting(commands)
+    if Do.ROLL_BACK_SHIMS in asked:  # what the guest may not wait for is given up
+        before = tuple(command for command in before if command is not Do.SYNC_DISKS)
     if Do.RETRY_LATER in before:
         asked = tuple(command for command in asked if command is not Do.RETRY_LATER)
     return before + asked
@@ -254,10 +305,13 @@ def _lanes(todo: tuple[Command, ...]) -> Iterator[tuple[Command, tuple[Command, 
     nothing but its time, everything else likewise."""
     seen: set[str] = set()
     for index, command in enumerate(todo):
-        lane = "requests" if isinstance(command, WriteRequests) else "retry" if command is Do.RETRY_LATER else "main"
+        lane = "requests" if isinstance(command, WriteRequests) else ASIDE.get(command, "main")
         if lane not in seen:
             seen.add(lane)
             yield command, todo[:index] + todo[index + 1 :]
+
+
+ASIDE: dict[object, str] = {Do.RETRY_LATER: "retry", Do.SYNC_DISKS: "disks"}
 
 
 def feed_destination(world: World, event: Event) -> World:
@@ -334,6 +388,8 @@ def cancel_by_api(world: World) -> World | None:
 def start_at_destination(world: World) -> World:
     """DONE is due once the guest runs, or once responsibility for a stopped or ended one is taken (H9)."""
     ended = world.off and world.want
+    if world.disk is not None and world.disk.present < world.disk.promised:
+        world = world._replace(flaw="A PROMISED WRITE IS LOST")
     return feed_destination(world._replace(copy=OWN, ran_there=True), Seen.GUEST_ENDED if ended else Seen.STARTED)
 
 
@@ -413,18 +469,15 @@ def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Mo
         case Do.QUIESCE:
             yield from _quiesce(world)
         case Do.PROCEED:
-            if world.vmm == PARKED:
-                counts = bool(world.pending) and conducts_record(world) and not world.wished_stop
-                late = world.late or counts
-                yield "", True, feed_source(world._replace(vmm=DEVICE, late=late), Seen.SHIMS_SENT)
-            else:
-                yield "not parked", True, world
+            yield from _proceed(world)
         case Do.ROLL_BACK_SHIMS:
             yield "", True, feed_source(world, Seen.SHIMS_BACK)
         case Do.ABORT_ENGINE:
             yield from _engine_aborts(world, state)
         case Do.READ:
             yield "", True, feed_source(world, words.RecordRead(read_record(world), world.req))
+        case Do.SYNC_DISKS | Do.DRAIN_DISKS | Do.RETIRE_DISKS:
+            yield from _disk_effect(world, state, command)
         case Do.DISCARD_SOURCE:
             yield "", True, feed_source(world._replace(vmm=DEAD, engine=False), Seen.DISCARDED)
         case Do.DECLARE_CRASHED:
@@ -437,11 +490,71 @@ def _source_effect(world: World, state: SourceState, command: Do) -> Iterator[Mo
             yield "", True, world
 
 
+def _proceed(world: World) -> Iterator[Move]:
+    if world.disk is not None and world.disk.mirror:
+        yield "", True, world._replace(flaw="LAST PASS UNDER A RUNNING MIRROR")
+    elif world.vmm == PARKED:
+        counts = bool(world.pending) and conducts_record(world) and not world.wished_stop
+        late = world.late or counts
+        yield "", True, feed_source(world._replace(vmm=DEVICE, late=late), Seen.SHIMS_SENT)
+    else:
+        yield "not parked", True, world
+
+
 def _quiesce(world: World) -> Iterator[Move]:
     yield "", True, feed_source(world, words.Quiesced(()))
     if world.requests:
         asked, entry = _device_asks(world)
         yield "asks", False, feed_source(asked, words.Quiesced((entry,)))
+
+
+def _disk_effect(world: World, state: SourceState, command: Do) -> Iterator[Move]:
+    disk = world.disk
+    assert disk is not None
+    if command is Do.RETIRE_DISKS:
+        yield "", True, world._replace(disk=disk._replace(here=False))
+        return
+    if command is Do.SYNC_DISKS:
+        yield "", True, feed_source(world._replace(disk=_synced(disk)), Seen.DISKS_READY)
+    else:
+        drained = noted(_caught_up(disk)._replace(mirror=0), state.ref.attempt)
+        point = SyncPoint("d", state.inc, 1)
+        yield "", True, feed_source(world._replace(disk=drained), words.Drained((point,)))
+    if world.faults:
+        failed = world._replace(faults=world.faults - 1, disk=disk._replace(mirror=0, noted=0))
+        yield "fails", False, feed_source(failed, words.DiskFailed("d"))
+
+
+def noted(disk: Disk, attempt: int) -> Disk:
+    """The guest stands still: what is written from here on is noted."""
+    return disk._replace(noted=attempt, base=disk.promised)
+
+
+def _synced(disk: Disk) -> Disk:
+    """What was promised up to now is copied, in the way that the production code chooses."""
+    here = disks.SourceSide(str(disk.mirror or ""), str(disk.noted or ""))
+    there = disks.DestinationSide(str(disk.image), str(disk.since or ""))
+    match disks.copying(here, there):
+        case disks.Copying.GOES_ON:
+            return disk
+        case disks.Copying.INCREMENT:
+            return _caught_up(disk)._replace(written_by_daemon=True)
+        case disks.Copying.FULL:
+            return Disk(disk.promised, disk.here, disk.promised, 3 - disk.image, 0, True, 3 - disk.image)._replace(
+                writes_left=disk.writes_left
+            )
+
+
+def _caught_up(disk: Disk) -> Disk:
+    """By a mirror, or by what was noted: that is of use only to an image that has everything before it."""
+    if disk.mirror:
+        return disk._replace(present=disk.promised if disk.mirror == disk.image else disk.present)
+    return disk._replace(present=disk.promised if disk.present >= disk.base else disk.present, base=disk.promised)
+
+
+def _image_lost(disk: Disk) -> Disk:
+    """Whoever wrote it was killed in the middle: what it had in memory is gone, so it is made anew."""
+    return disk._replace(present=0, image=3 - disk.image, since=0, written_by_daemon=False, mirror=0)
 
 
 def _pause(world: World) -> World:
@@ -654,7 +767,7 @@ def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
         return
     k = record.attempt
     if world.destination_up and world.destination is None and world.prepared < k and world.power in (0, 3):
-        state, _ = prepared_destination(ref(k), D1, f"i{k}", has_devices=bounds.devices)
+        state, _ = prepared_destination(ref(k), D1, f"i{k}", has_devices=bounds.devices, has_disks=bounds.disk)
         state = replace(state, claimed=not bounds.time, timers=_numbered(state.timers) if bounds.time else NO_TIMERS)
         yield "D prepares", True, world._replace(destination=state, copy=WAIT, copy_inc=k, prepared=k, marker=False)
     ready = world.prepared == k and world.copy == WAIT and world.copy_inc == k
@@ -666,6 +779,7 @@ def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
             f"i{k}",
             has_devices=bounds.devices,
             inside=bounds.inside,
+            disks=("d",) if bounds.disk else (),
             gate_wait=bounds.gate_wait,
             want_run=world.want,
             paused=world.wished_stop,
@@ -684,7 +798,10 @@ def message_moves(world: World) -> Iterator[Move]:
         inc = f"i{number}"
         match kind:
             case "loaded" if world.source is not None and world.source.inc == inc:
-                yield "LOADED", True, feed_source(world, words.LoadedReport(inc, True))
+                yield "LOADED", True, feed_source(world, words.LoadedReport(inc, True, _images(world, number)))
+            case "release" if world.destination is not None and world.destination.inc == inc:
+                assert world.disk is not None
+                yield "release", True, _release(world, world.disk, number)
             case "failed" if world.source is not None and world.source.inc == inc:
                 yield "FAILED", True, feed_source(world, Seen.DEST_FAILED)
             case "go" if world.destination is not None and world.destination.inc == inc:
@@ -702,6 +819,19 @@ def message_moves(world: World) -> Iterator[Move]:
     yield "S old watch", True, feed_source(world, words.RecordSeen(BORN))
     yield "D old watch", True, feed_destination(world, words.RecordSeen(BORN))
     yield from _request_moves(world)
+
+
+def _release(world: World, disk: Disk, number: int) -> World:
+    """Only what its writer closes itself, or has closed for this attempt before, is whole."""
+    if not disk.written_by_daemon and disk.since != number:
+        return feed_destination(world, Seen.DISKS_FAILED)
+    released = disk._replace(since=number, written_by_daemon=False)
+    return feed_destination(world._replace(disk=released), Seen.DISKS_RELEASED)
+
+
+def _images(world: World, number: int) -> tuple[SyncPoint, ...]:
+    disk = world.disk
+    return (SyncPoint("d", f"i{number}", 1),) if disk is not None and disk.since == number else ()
 
 
 def _request_moves(world: World) -> Iterator[Move]:
@@ -747,6 +877,27 @@ def wish_moves(world: World) -> Iterator[Move]:
         number = state.timers.number(Timer.PRECOPY)
         if number is not None:
             yield "policy suspends", False, feed_source(suspending, Rang(Timer.PRECOPY, number))
+
+
+def disk_moves(world: World) -> Iterator[Move]:
+    """The guest writes, and is promised that it will be found; a mirror may be behind until it is drained."""
+    disk = world.disk
+    if disk is None:
+        return
+    if disk.writes_left and world.vmm == RUN:
+        promised = disk._replace(promised=disk.promised + 1, writes_left=disk.writes_left - 1)
+        yield "guest writes", False, world._replace(disk=promised)
+    if world.faults and disk.since == 9 and world.copy == NONE:
+        yield "another image is there", False, world._replace(faults=world.faults - 1, disk=_image_lost(disk))
+    if world.faults and disk.written_by_daemon:
+        lost = world._replace(faults=world.faults - 1, disk=_image_lost(disk))
+        heard = feed_source(lost, words.DiskFailed("d")) if disk.mirror and _is_copying(world) else lost
+        yield "D daemon dies", False, heard
+
+
+def _is_copying(world: World) -> bool:
+    """Who conducts an attempt hears of its mirror, from the moment that it has one."""
+    return world.source is not None and world.source.stage in BEFORE_SUBMIT and Do.SYNC_DISKS not in world.todo_source
 
 
 def time_moves(world: World, bounds: Bounds) -> Iterator[Move]:
@@ -948,6 +1099,7 @@ def successors(world: World, bounds: Bounds) -> Iterator[Move]:
     yield from coordinator_moves(world, bounds)
     yield from message_moves(world)
     yield from wish_moves(world)
+    yield from disk_moves(world)
     yield from time_moves(world, bounds)
     yield from fault_moves(world, bounds)
     yield from recovery_moves(world)
@@ -960,6 +1112,8 @@ def flaw(world: World) -> str:
     if world.flaw:
         return world.flaw
     runs_here, runs_there = world.vmm == RUN, world.copy == OWN
+    if runs_here and world.disk is not None and not world.disk.here:
+        return "RUNS WITHOUT ITS IMAGE"
     if runs_here and runs_there:
         return "SPLIT BRAIN"
     if world.restarted and (runs_here or runs_there):

@@ -13,7 +13,8 @@ from google.protobuf.message_factory import GetMessageClass
 
 from orchestrator.api import limits
 from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.core.guest import guest_errors
+from orchestrator.core.guest import MAX_APPEND_BYTES, guest_errors
+from orchestrator.core.hardware import MAX_CLOUD_INIT_BYTES, MAX_DISKS, MAX_EXTRA_ARG_BYTES, MAX_NICS
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from orchestrator.rpc.channels import MAX_REQUEST_BYTES
 from protos.drover.v1 import orchestrator_pb2 as pb
@@ -96,6 +97,21 @@ def test_there_are_fields_to_walk() -> None:
 
 def _known() -> set[str]:
     return {path[-1].full_name.removeprefix("drover.v1.") for _, path in EVERY}
+
+
+def test_what_the_core_takes_is_not_too_large_for_the_api() -> None:
+    hardware = types.GuestSpec(
+        boot=types.Boot(append="x" * MAX_APPEND_BYTES),
+        nics=[types.NicSpec(name="n")] * MAX_NICS,
+        disks=[types.DiskSpec(name="d")] * MAX_DISKS,
+        extra_args=["x" * MAX_EXTRA_ARG_BYTES],
+        cloud_init=types.CloudInit(user_data="x" * MAX_CLOUD_INIT_BYTES),
+    )
+    assert told(pb.CreateGuestRequest(spec=hardware)) == ()
+    hardware.extra_args[0] += "x"
+    assert told(pb.CreateGuestRequest(spec=hardware)) == (
+        ("spec.extra_args[0]", f"at most {MAX_EXTRA_ARG_BYTES} characters, not {MAX_EXTRA_ARG_BYTES + 1}"),
+    )
 
 
 def test_each_entry_of_a_list_of_names_is_bounded() -> None:

@@ -759,14 +759,15 @@ async def test_a_migration_that_nobody_has_begun_costs_no_barrier(world: World) 
 @pytest.mark.rule("H13")
 async def test_a_driver_that_sees_nothing_of_its_predecessor_goes_on_where_that_one_was(world: World) -> None:
     """Its server lags behind the one through which the first attempt was opened."""
-    taken_over = World(MemoryStore(world.store.tree), hold=asyncio.Event())
+    over = asyncio.Event()
+    taken_over = World(MemoryStore(world.store.tree), hold=over)
     predecessor = asyncio.create_task(worker(taken_over).drive("m1", EPOCH))
     world.store.lag()
     await until(lambda: bool(world.record("g1").inc))
     predecessor.cancel()
     successor = asyncio.create_task(drive(world))
     await until(lambda: world.store._old is None)
-    taken_over.hold.set()
+    over.set()
     assert await successor == "SUCCEEDED"
     assert [(report.attempt, report.outcome) for report in world.attempts("m1")] == [(1, "COMMITTED")]
     assert not world.calls, "the attempt was conducted already"

@@ -171,7 +171,7 @@ def test_standing_rows_give_the_pages_of_rows_that_are_sorted_each_time(
     moves: list[tuple[int, int, bool]], filter: str, falls: bool
 ) -> None:
     """Whatever comes, changes and goes, told or not; `size` -1 is the end of a row."""
-    fields = {
+    fields: dict[str, Field[Row]] = {
         "name": Field(Kind.TEXT, lambda row: row.name),
         "state": Field(Kind.TEXT, lambda row: row.state),
         "size": Field(Kind.NUMBER, lambda row: row.size),

@@ -11,6 +11,7 @@ from dataclasses import replace
 from agents.handover.source.state import SourceStage, SourceState, Step
 from agents.handover.words import (
     DevicesLost,
+    DiskFailed,
     Do,
     FoundLate,
     Note,
@@ -39,6 +40,12 @@ def fails(reason: AbortReason) -> Callable[[SourceState], Step]:
         return abort(state, reason)
 
     return handler
+
+
+def disk_failed(state: SourceState, event: DiskFailed) -> Step:
+    """H15. Before the drain the guest has noticed nothing; in it, it has stood still for nothing."""
+    draining = state.stage in (SourceStage.DRAINING, SourceStage.LAST_PASS)
+    return abort(state, AbortReason.DISK_DRAIN if draining else AbortReason.DISK_MIRROR_FAILED, (event.disk,))
 
 
 def found_late(state: SourceState, event: FoundLate) -> Step:

@@ -11,12 +11,14 @@ from agents.handover.words import (
     Acked,
     Commit,
     Do,
+    Drained,
     LoadedReport,
     Note,
     Quiesced,
     Requested,
     RequestsSeen,
 )
+from orchestrator.core import disks
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.ids import AckRequest
 
@@ -35,8 +37,28 @@ def check(state: SourceState, event: Quiesced) -> Step:
     late = late_at_check(state)
     if late:
         return abort(state, AbortReason.LATE_SWITCHOVER_ACK, names(late))
-    state = replace(state, stage=SourceStage.LAST_PASS, acks=state.acks.pass_check(), sent=not state.has_devices)
-    return state, (Note("check_passed"), Do.PROCEED)
+    state = replace(state, acks=state.acks.pass_check(), sent=not state.has_devices)
+    if not must_drain(state):
+        return replace(state, stage=SourceStage.LAST_PASS), (Note("check_passed"), Do.PROCEED)
+    return replace(state, stage=SourceStage.DRAINING), (Note("check_passed"), Do.DRAIN_DISKS)
+
+
+def must_drain(state: SourceState) -> bool:
+    """H15: the engine goes on only when no write to a local disk is on its way any more. It does not ask itself."""
+    return bool(state.disks)
+
+
+def drained(state: SourceState, event: Drained) -> Step:
+    """Every local disk is at the destination, to the last write. It lets go of the images beside the last pass."""
+    state = replace(state, stage=SourceStage.LAST_PASS, drained=event.points)
+    return state, (Note("drained"), Do.RELEASE_DISKS, Do.PROCEED)
+
+
+def stands_too_long(state: SourceState) -> Step:
+    """The guest has stood still for as long as policy allows: it runs on here."""
+    if state.stage is SourceStage.DRAINING:
+        return abort(state, AbortReason.DISK_DRAIN, state.disks)
+    return abort(state, AbortReason.SWITCHOVER_TIMEOUT)
 
 
 def late_at_check(state: SourceState) -> tuple[AckRequest, ...]:
@@ -84,6 +106,8 @@ def loaded(state: SourceState, event: LoadedReport) -> Step:
         return state, ()
     if not event.equal:
         return abort(state, AbortReason.SHIM_FAILED)
+    if not disks.has_every_write(state.drained, event.images):
+        return abort(state, AbortReason.DISK_DRAIN, state.disks)
     return _advance(replace(state, loaded=True))
 
 

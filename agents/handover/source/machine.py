@@ -13,7 +13,9 @@ from agents.handover.words import (
     Acked,
     Command,
     DevicesLost,
+    DiskFailed,
     Do,
+    Drained,
     Event,
     FoundLate,
     LoadedReport,
@@ -68,7 +70,8 @@ def restarted_source(ref: AttemptRef, here: HostRef, inc: str, *, want_run: bool
 
 # --- which stage takes which event ------------------------------------------------------------------------------------
 
-_NEW, _BINDING, _PRECOPY = SourceStage.NEW, SourceStage.BINDING, SourceStage.PRECOPY
+_NEW, _BINDING = SourceStage.NEW, SourceStage.BINDING
+_SYNCING, _PRECOPY, _DRAINING = SourceStage.SYNCING, SourceStage.PRECOPY, SourceStage.DRAINING
 _GATE_WAIT, _FREEZING, _LAST_PASS = SourceStage.GATE_WAIT, SourceStage.FREEZING, SourceStage.LAST_PASS
 _SUBMITTED, _COMMITTED, _DISCARDING = SourceStage.SUBMITTED, SourceStage.COMMITTED, SourceStage.DISCARDING
 _ROLLING_BACK, _RESUMING = SourceStage.ROLLING_BACK, SourceStage.RESUMING
@@ -81,33 +84,36 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     (Seen.BOUND, (_BINDING,), precopy.bound),
     # The attempt was ended while the bind was under way; what ends it stands behind it in the queue.
     (Seen.BOUND, (_RECORDING, _DECLARING), ignored),
+    # Local disks are up to date: now the memory. Or the attempt was ended just before.
+    (Seen.DISKS_READY, (_SYNCING,), precopy.disks_ready),
+    (Seen.DISKS_READY, (_ROLLING_BACK, _RESUMING, _RECORDING, _DECLARING), ignored),
     # Every device has begun and the engine has accepted: from now on the gate may open.
     (Seen.ACTIVE, (_PRECOPY,), precopy.active),
     # The engine had parked, or the attempt was ended, before its acceptance was taken in. Only the gate asks for it.
-    (Seen.ACTIVE, (_GATE_WAIT, _FREEZING, _LAST_PASS, _ROLLING_BACK, _DECLARING), ignored),
+    (Seen.ACTIVE, (*STANDING, _ROLLING_BACK, _DECLARING), ignored),
     # --- the gate: requests, ACKs, vital signs
     # A device asks for an ACK while it may still be granted, or found late.
-    (Requested, (_PRECOPY, _GATE_WAIT, _FREEZING), precopy.requested),
+    (Requested, (_SYNCING, _PRECOPY, _GATE_WAIT, _FREEZING), precopy.requested),
     # After the check a device's own request is served in stop-copy (R30), after the end it is nobody's.
-    (Requested, (_LAST_PASS, *GIVEN, *ENDING), blackout.requested_too_late),
+    (Requested, (_DRAINING, _LAST_PASS, *GIVEN, *ENDING), blackout.requested_too_late),
     # It may open the gate, or end the wait for it.
-    (Acked, (_PRECOPY, _GATE_WAIT), precopy.acked),
+    (Acked, (_SYNCING, _PRECOPY, _GATE_WAIT), precopy.acked),
     # Late: it opens no gate any more, but the check and the report know of it.
-    (Acked, (_FREEZING, _LAST_PASS, *GIVEN, *ENDING), blackout.ack_noted),
+    (Acked, (_FREEZING, _DRAINING, _LAST_PASS, *GIVEN, *ENDING), blackout.ack_noted),
     # Our request is durable, so it no longer keeps the gate closed; what others asked for is learnt with it. After the
     # freeze a version that has moved is a late request.
-    (RequestsWritten, (_PRECOPY, _GATE_WAIT, _FREEZING, _LAST_PASS), precopy.requests_written),
+    (RequestsWritten, (_SYNCING, _PRECOPY, *STANDING), precopy.requests_written),
     # Requests are written in a lane of their own, whose answers wait for nobody.
     (RequestsWritten, (*GIVEN, *ENDING), ignored),
     # Somebody asked through the ledger; a request of the attempt before may be seen before this one is bound.
-    (RequestsSeen, (_NEW, _BINDING, _PRECOPY, _GATE_WAIT), precopy.requests_learnt),
+    (RequestsSeen, (_NEW, _BINDING, _SYNCING, _PRECOPY, _GATE_WAIT), precopy.requests_learnt),
     # The guest stands: H14.
-    (RequestsSeen, (_FREEZING, _LAST_PASS), blackout.requests_late),
+    (RequestsSeen, (_FREEZING, _DRAINING, _LAST_PASS), blackout.requests_late),
     # The COMMIT's own check decides, or the attempt is ended anyway; the reason may have to name who asked.
     (RequestsSeen, (*GIVEN, *ENDING), outcome.requests_noted),
     # The gate opens only while peer and quorum answer.
-    (Seen.VITALS_GOOD, (_NEW, _BINDING, _PRECOPY), precopy.pulse(True)),
-    (Seen.VITALS_BAD, (_NEW, _BINDING, _PRECOPY), precopy.pulse(False)),
+    (Seen.VITALS_GOOD, (_NEW, _BINDING, _SYNCING, _PRECOPY), precopy.pulse(True)),
+    (Seen.VITALS_BAD, (_NEW, _BINDING, _SYNCING, _PRECOPY), precopy.pulse(False)),
     # The pulse is felt to the session's end; only the gate asks for it.
     (Seen.VITALS_GOOD, (*STANDING, *GIVEN, *ENDING), ignored),
     (Seen.VITALS_BAD, (*STANDING, *GIVEN, *ENDING), ignored),
@@ -120,6 +126,10 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     (Quiesced, (_FREEZING,), blackout.check),
     # The attempt was ended while the devices were being stopped; the roll-back stands behind that in the queue.
     (Quiesced, (_ROLLING_BACK, _DECLARING), ignored),
+    # The rest of the local disks has arrived: the last pass.
+    (Drained, (_DRAINING,), blackout.drained),
+    # The attempt was ended meanwhile. The point is noted all the same, for the next one.
+    (Drained, (_ROLLING_BACK, _DECLARING), ignored),
     # Two of the three things that a COMMIT needs.
     (Seen.COMPLETED, (_LAST_PASS,), blackout.completed),
     (Seen.SHIMS_SENT, (_LAST_PASS,), blackout.sent),
@@ -152,7 +162,7 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     # Nothing can be newer than DONE.
     (RecordRead, (_DISCARDING,), ignored),
     # Cancelled, or ended by the destination or the coordinator.
-    (RecordSeen, (_NEW, _BINDING, _PRECOPY, *STANDING), outcome.news),
+    (RecordSeen, (_NEW, _BINDING, _SYNCING, _PRECOPY, *STANDING), outcome.news),
     # The outcome of a COMMIT whose answer is late or lost; DONE; a roll-back by the destination.
     (RecordSeen, (_SUBMITTED, _COMMITTED), outcome.news_after_submit),
     (RecordSeen, (_ROLLING_BACK, _RESUMING, _RECORDING), outcome.news_at_the_end),
@@ -168,8 +178,8 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     (Seen.LEDGER_REFUSED, (_BINDING,), back.fails(AbortReason.LEDGER_UNREACHABLE)),
     (Seen.LEDGER_UNKNOWN, (_BINDING,), back.fails(AbortReason.LEDGER_UNREACHABLE)),
     # A request that cannot be made durable: the gate would stay closed for good.
-    (Seen.LEDGER_REFUSED, (_PRECOPY,), precopy.request_not_written),
-    (Seen.LEDGER_UNKNOWN, (_PRECOPY,), precopy.request_not_written),
+    (Seen.LEDGER_REFUSED, (_SYNCING, _PRECOPY), precopy.request_not_written),
+    (Seen.LEDGER_UNKNOWN, (_SYNCING, _PRECOPY), precopy.request_not_written),
     # COMMIT, ABORT or CRASHED without a clear answer.
     (Seen.LEDGER_REFUSED, (_SUBMITTED, _RECORDING, _DECLARING), outcome.read_then_decide),
     (Seen.LEDGER_UNKNOWN, (_SUBMITTED, _RECORDING, _DECLARING), outcome.read_then_decide),
@@ -203,23 +213,23 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     # The reason is being written already.
     (FoundLate, (_RESUMING, _RECORDING, _DECLARING), ignored),
     # --- stopped and started on purpose
-    (WantRunSeen, (_NEW, _BINDING, _PRECOPY), precopy.want_run),
+    (WantRunSeen, (_NEW, _BINDING, _SYNCING, _PRECOPY), precopy.want_run),
     (WantRunSeen, (*STANDING, *GIVEN, _ROLLING_BACK, _RESUMING, _DECLARING), outcome.wish_noted),
     (WantRunSeen, (_RECORDING,), back.wish_at_the_end),
     # The operator's or policy's stop took effect before the freeze.
-    (Seen.PAUSED, (_BINDING, _PRECOPY), precopy.paused),
+    (Seen.PAUSED, (_BINDING, _SYNCING, _PRECOPY), precopy.paused),
     # As wished, at the end of the attempt.
     (Seen.PAUSED, (_RESUMING,), back.paused_again),
     # The engine parked between the stop and its answer: it counts as a wish then. Or the attempt was ended, and what
     # ends it looks at the wish once more.
     (Seen.PAUSED, (*STANDING, _ROLLING_BACK, _RECORDING, _DECLARING), ignored),
     # The engine was faster, or the VMM refused: the wish is applied at the end.
-    (Seen.PAUSE_QUEUED, (_BINDING, _PRECOPY, *STANDING, _ROLLING_BACK, _RECORDING), precopy.pause_queued),
+    (Seen.PAUSE_QUEUED, (_BINDING, _SYNCING, _PRECOPY, *STANDING, _ROLLING_BACK, _RECORDING), precopy.pause_queued),
     # It cannot be stopped now. The attempt is over all the same, and who keeps the guest applies the wish.
     (Seen.PAUSE_QUEUED, (_RESUMING,), back.record_abort),
     (Seen.PAUSE_QUEUED, (_DECLARING,), ignored),
     # Within its attempt: the gate is judged anew.
-    (Seen.RESUMED, (_BINDING, _PRECOPY), precopy.resumed),
+    (Seen.RESUMED, (_BINDING, _SYNCING, _PRECOPY), precopy.resumed),
     (Seen.RESUMED, (_RESUMING,), back.resumed_again),
     # It ran again for a moment before the engine stopped it: what counted for a stopped guest is no longer true.
     (Seen.RESUMED, STANDING, back.fails(AbortReason.GUEST_RESUMED)),
@@ -227,8 +237,10 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     (Seen.RESUMED, (_ROLLING_BACK, _RECORDING, _DECLARING), ignored),
     (Seen.RESUME_FAILED, (_RESUMING,), back.resume_failed),
     # The engine had parked, or refuses for now: the wish is applied by whoever ends as owner.
-    (Seen.RESUME_FAILED, (_BINDING, _PRECOPY, *STANDING, _ROLLING_BACK, _RECORDING, _DECLARING), ignored),
+    (Seen.RESUME_FAILED, (_BINDING, _SYNCING, _PRECOPY, *STANDING, _ROLLING_BACK, _RECORDING, _DECLARING), ignored),
     # --- time: a timer runs only where `due_timers` says so, and a ring that comes later is dropped by its number
+    # Local disks are copied for as long as their size lets expect.
+    (Timer.DISKS, (_SYNCING,), precopy.disks_take_too_long),
     # It does not converge: end the attempt, or stop the guest for its sake.
     (Timer.PRECOPY, (_PRECOPY,), precopy.precopy_is_over),
     (Timer.SUSPENDED, (_PRECOPY,), precopy.suspended_in_vain),
@@ -237,10 +249,14 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     # As long as policy lets a guest that the engine stopped wait for an ACK.
     (Timer.GATE_WAIT, (_GATE_WAIT,), precopy.gate_stayed_closed),
     # From the moment the engine stopped the guest, whatever is being done since: it runs on here.
-    (Timer.SWITCHOVER, STANDING, back.fails(AbortReason.SWITCHOVER_TIMEOUT)),
+    (Timer.SWITCHOVER, STANDING, blackout.stands_too_long),
     # --- faults
     (Seen.ENGINE_FAILED, tuple(UNILATERAL), back.fails(AbortReason.ENGINE_FAILED)),
     (Seen.SHIM_FAILED, tuple(UNILATERAL), back.fails(AbortReason.SHIM_FAILED)),
+    # H15: no mirror, no last pass.
+    (DiskFailed, tuple(UNILATERAL), back.disk_failed),
+    # Our own abort ends mirrors too; after the COMMIT has left, the ledger alone decides (H5).
+    (DiskFailed, (*GIVEN, *ENDING), ignored),
     (Seen.DEST_FAILED, (_NEW, _BINDING, *UNILATERAL), back.fails(AbortReason.DESTINATION_LOST)),
     # The same failure is told by a call and by an event, or by several devices; our own abort breaks streams too. After
     # the COMMIT has left, the ledger alone decides (H5).
@@ -255,7 +271,7 @@ _ROWS: tuple[Row[SourceStage], ...] = (
     # A crash of the owner's VMM.
     (
         Seen.VMM_DIED,
-        (_NEW, _BINDING, _PRECOPY, _GATE_WAIT, _FREEZING, _ROLLING_BACK, _RESUMING, _RECORDING),
+        (_NEW, _BINDING, *(UNILATERAL - {_LAST_PASS}), _ROLLING_BACK, _RESUMING, _RECORDING),
         back.vmm_gone,
     ),
     (Seen.VMM_DIED, (_LAST_PASS,), blackout.vmm_died_in_last_pass),

@@ -27,7 +27,8 @@ def committed(state: SourceState) -> Step:
 
 def done_known(state: SourceState) -> Step:
     """H9: DONE, from the peer or the ledger."""
-    return replace(state, stage=SourceStage.DISCARDING), (Note("done"), Do.DISCARD_SOURCE)
+    retire = (Do.RETIRE_DISKS,) if state.disks else ()
+    return replace(state, stage=SourceStage.DISCARDING), (Note("done"), *retire, Do.DISCARD_SOURCE)
 
 
 def discarded(state: SourceState) -> Step:

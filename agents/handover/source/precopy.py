@@ -31,8 +31,20 @@ def begin(state: SourceState) -> Step:
 
 
 def bound(state: SourceState) -> Step:
-    """The ledger names it: begin to copy."""
+    """The ledger names it: begin to copy, local disks first. Memory is small against them and soon out of date."""
+    if state.disks:
+        return replace(state, stage=SourceStage.SYNCING), (Note("bound", state.inc), Do.SYNC_DISKS)
     return replace(state, stage=SourceStage.PRECOPY), (Note("bound", state.inc), Do.START_PRECOPY)
+
+
+def disks_ready(state: SourceState) -> Step:
+    """Every local disk is up to date but for what is being written: now the memory."""
+    return replace(state, stage=SourceStage.PRECOPY), (Note("disks_ready"), Do.START_PRECOPY)
+
+
+def disks_take_too_long(state: SourceState) -> Step:
+    """They have had their time."""
+    return abort(state, AbortReason.DISK_MIRROR_FAILED, state.disks)
 
 
 def active(state: SourceState) -> Step:

@@ -10,6 +10,7 @@ from agents.handover.words import (
     Command,
     Timer,
 )
+from orchestrator.core.disks import SyncPoint
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.switchover import AckLedger
@@ -20,11 +21,15 @@ class SourceStage(StrEnum):
 
     NEW = "NEW"
     BINDING = "BINDING"
+    SYNCING = "SYNCING"
+    """Local disks are copied and the guest runs; its memory follows once they are up to date."""
     PRECOPY = "PRECOPY"
     GATE_WAIT = "GATE_WAIT"
     """The engine stopped the guest under a closed gate, and policy allows a bounded wait for the ACK."""
     FREEZING = "FREEZING"
     """The engine has stopped the guest; shims are quiesced; the check comes."""
+    DRAINING = "DRAINING"
+    """The check has passed; the rest of the local disks is on its way, and no engine has been told to go on."""
     LAST_PASS = "LAST_PASS"
     SUBMITTED = "SUBMITTED"
     """A COMMIT has left and its outcome is not known: nothing resumes here (H5)."""
@@ -58,6 +63,8 @@ class SourceState:
     suspend_on_timeout: bool = False
     has_devices: bool = True
     """Devices of ours outside the VMM take part."""
+    disks: tuple[str, ...] = ()
+    """Local disks that move with the guest."""
     inside: bool = False
     """There are devices inside the VMM: it asks for their ACKs itself, and a stopped one cannot go back to pre-copy."""
     gate_wait: bool = False
@@ -78,6 +85,8 @@ class SourceState:
     """Policy stopped the guest; the wish is still that it runs."""
     paused: bool = False
     """The guest was stopped on purpose before the freeze."""
+    drained: tuple[SyncPoint, ...] = ()
+    """What the destination's images must have, since the guest stands still."""
     sealed: bool = False
     sent: bool = False
     loaded: bool = False
@@ -97,14 +106,16 @@ class SourceState:
 Step = tuple[SourceState, tuple[Command, ...]]
 """The state after an event, and what the shell has to carry out, in order."""
 
-BEFORE_FREEZE = frozenset({SourceStage.NEW, SourceStage.BINDING, SourceStage.PRECOPY, SourceStage.GATE_WAIT})
+BEFORE_FREEZE = frozenset(
+    {SourceStage.NEW, SourceStage.BINDING, SourceStage.SYNCING, SourceStage.PRECOPY, SourceStage.GATE_WAIT}
+)
 """The engine has not stopped the guest, or a bounded wait for an ACK may still end in its favour."""
 
-UNILATERAL = frozenset({SourceStage.PRECOPY, SourceStage.GATE_WAIT, SourceStage.FREEZING, SourceStage.LAST_PASS})
-"""The guest is ours and no COMMIT has left: the source ends the attempt alone (H4)."""
-
-STANDING = (SourceStage.GATE_WAIT, SourceStage.FREEZING, SourceStage.LAST_PASS)
+STANDING = (SourceStage.GATE_WAIT, SourceStage.FREEZING, SourceStage.DRAINING, SourceStage.LAST_PASS)
 """The engine has stopped the guest, and no COMMIT has left."""
+
+UNILATERAL = frozenset({SourceStage.SYNCING, SourceStage.PRECOPY, *STANDING})
+"""The guest is ours and no COMMIT has left: the source ends the attempt alone (H4)."""
 
 GIVEN = (SourceStage.SUBMITTED, SourceStage.COMMITTED, SourceStage.DISCARDING)
 """A COMMIT has left: the guest may be the destination's."""
@@ -118,6 +129,8 @@ def due_timers(state: SourceState) -> tuple[Timer, ...]:
     again when it runs again."""
     if state.stage in STANDING:
         return (Timer.SWITCHOVER, *((Timer.GATE_WAIT,) if state.stage is SourceStage.GATE_WAIT else ()))
+    if state.stage is SourceStage.SYNCING:
+        return (Timer.DISKS,)
     if state.stage is not SourceStage.PRECOPY:
         return ()
     if state.suspended:

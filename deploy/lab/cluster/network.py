@@ -111,7 +111,7 @@ def create(layout: Layout, hosts: int, rate_bps: int | None, servers: Mapping[st
     each direction; None: no limit. On any failure nothing is left of what was made.
     Processes must not live in namespaces of an earlier run (see teardown).
     """
-    reason = _obstacle()
+    reason = obstacle()
     if reason is None:
         remove(layout)
         try:
@@ -122,7 +122,8 @@ def create(layout: Layout, hosts: int, rate_bps: int | None, servers: Mapping[st
     return _loopback(hosts, reason, servers)
 
 
-def _obstacle() -> str | None:
+def obstacle() -> str | None:
+    """Why namespaces cannot be made here, as far as it can be told beforehand; None: nothing is known."""
     if os.environ.get(NO_NAMESPACES_VARIABLE, "0") not in {"", "0"}:
         return f"{NO_NAMESPACES_VARIABLE} is set"
     if os.geteuid() != 0:

@@ -15,6 +15,8 @@ from deploy.lab.cluster.evidence import Beat
 from deploy.lab.demo.incidents import Incidents
 from deploy.lab.demo.judge import Answer, Attempt, Role
 from deploy.lab.demo.staging import beats, client_of
+from deploy.lab.peer.client import Peer, PeerError
+from deploy.lab.peer.outage import Outage
 from orchestrator import wire
 from orchestrator.cli.jobs import took_s
 from orchestrator.core.agent import RunState
@@ -28,19 +30,24 @@ SILENCE_S = 0.5
 VERIFY_S = 60.0
 VERIFY_AT_A_TIME = 2
 BEATS_S = 5.0
+BEFORE_NS = 200_000_000
+"""How long before its migration was heard of a guest may have been stopped already."""
 _LOOK_S = 0.05
 
 
 class Checks:
     """`run` asks for everything once; what it found is in the attributes."""
 
-    def __init__(self, directory: Path, roles: Sequence[Role], incidents: Incidents) -> None:
+    def __init__(self, directory: Path, roles: Sequence[Role], incidents: Incidents, peer: Peer) -> None:
         self._directory = directory
         self._roles = roles
         self._incidents = incidents
+        self._peer = peer
         self.answers: dict[str, Answer] = {}
         self.consoles: dict[str, tuple[str, ...]] = {}
         """Hosts where a VMM of the guest has its console open, by guest."""
+        self.outages: dict[str, Outage] = {}
+        """By the peer, of the guests that it talks with."""
         self.evacuation_phase = ""
         self.safe_to_power_off = False
         self.mishaps: list[str] = []
@@ -51,6 +58,7 @@ class Checks:
             for role in self._roles:
                 self.answers[role.name] = self._arrived(client, role.name)
             self._resume_paused()
+            self._ask_peer()
             self._verify()
             self._await_life()
             for role in self._roles:
@@ -98,11 +106,25 @@ class Checks:
             self._incidents.resume(name)
         self._until(lambda: self._incidents.pauses.keys() <= beats(self._directory).keys())
 
+    def _ask_peer(self) -> None:
+        """Before anything else is asked of them: from the moment their migration was heard of until now."""
+        for role in self._roles:
+            sight = self._incidents.sights.get(role.name)
+            if not role.linux or sight is None:
+                continue
+            try:
+                began_ns = sight.first_ns - BEFORE_NS
+                self.outages[role.name] = self._peer.outage(role.name, began_ns, time.monotonic_ns())
+            except PeerError as error:
+                self.mishaps.append(f"its peer outside could not be asked about {role.name}: {error}")
+
     def _verify(self) -> None:
         def verify(name: str) -> None:
             try:
                 console_client.verify_sync(self._directory, name, timeout_s=VERIFY_S)
             except ConsoleError as error:
+                if self._verified_over_network(name):
+                    return
                 self.mishaps.append(f"{name} could not be asked to check its memory: {error}")
 
         pool = ThreadPoolExecutor(VERIFY_AT_A_TIME)
@@ -110,6 +132,16 @@ class Checks:
             list(pool.map(verify, (role.name for role in self._roles)))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _verified_over_network(self, name: str) -> bool:
+        """Linux takes the same letter from its network, and answers on its console."""
+        if not any(role.name == name and role.linux for role in self._roles):
+            return False
+        try:
+            self._peer.ask(name, "v")
+        except PeerError:
+            return False
+        return True
 
     def _await_life(self) -> None:
         """Until each has beaten after its check, and had an answer of a device. The judge finds out who did not.

@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from deploy.lab.demo.incidents import Incidents
     from deploy.lab.demo.judge import GuestReport, Role, Run
     from deploy.lab.demo.serial import Words
+    from deploy.lab.peer.client import Peer
 
 SOURCE = "host-1"
 WIDTH = 110
+PEER_EVERY_MS = 5.0
+PEER_S = 30.0
+"""Until a guest that beats has answered its peer."""
 PATIENCE = "90s"
 """Total time of each migration, so that the evacuation ends, well or badly."""
 _EXPLAINED = r"^attempt|stood still"
@@ -58,7 +62,7 @@ class _Stopped(BaseException):
     "guest_files",
     type=click.Path(dir_okay=False, path_type=Path),
     multiple=True,
-    help="Other guests.  [default: deploy/lab/demo/guests.yaml, with QEMU 11 also guests-11.yaml]",
+    help="Other guests.  [default: those of deploy/lab/demo]",
 )
 @click.option("--qemu", default="", metavar="BINARY|VERSION", help="As of `drover up`.")
 def demo(directory: Path | None, report: Path, guest_files: tuple[Path, ...], qemu: str) -> None:
@@ -72,7 +76,9 @@ def demo(directory: Path | None, report: Path, guest_files: tuple[Path, ...], qe
 
     directory = directory or Path.home() / ".drover-demo"
     staging.refuse_running(directory)
-    Demo(directory, report.resolve(), guest_files or staging.guest_files(qemu), qemu).perform()
+    if not guest_files and (why := staging.without_linux(directory)):
+        note(f"drover: without the Linux guests: {why}")
+    Demo(directory, report.resolve(), guest_files or staging.guest_files(qemu, directory), qemu).perform()
 
 
 class Demo:
@@ -110,12 +116,12 @@ class Demo:
 
         self._report.unlink(missing_ok=True)
         roles = self._stage()
-        with Incidents(self._directory, roles) as incidents:
+        with self._peer_of(roles) as peer, Incidents(self._directory, roles) as incidents:
             with self._step("evacuation"):
                 self._evacuate()
                 incidents.await_last_news()
             quiet_until_ns = time.monotonic_ns()
-            checks = Checks(self._directory, roles, incidents)
+            checks = Checks(self._directory, roles, incidents, peer)
             with self._step("checks"):
                 checks.run(SOURCE)
             self._tell_incidents(incidents, len(roles))
@@ -166,6 +172,26 @@ class Demo:
         for role in roles:
             if story := _story(role):
                 self._printer.show(f"  {role.name:<12} {story}")
+
+    @contextlib.contextmanager
+    def _peer_of(self, roles: Sequence[Role]) -> Generator[Peer]:
+        """Outside of all hosts, in the guests' network, and talking with those that have a card in it."""
+        from deploy.lab.cluster.layout import CLUSTER_VARIABLE, Layout
+        from deploy.lab.demo import staging
+        from deploy.lab.peer.client import Peer, PeerError
+
+        layout = Layout.of(self._directory)
+        watched = [role.name for role in roles if role.linux]
+        place = layout.management_namespace if watched else None
+        with Peer(place, {CLUSTER_VARIABLE: str(layout.dir)}) as peer:
+            try:
+                for name, address in staging.addresses(self._directory, watched).items():
+                    peer.watch(name, address, PEER_EVERY_MS)
+                for name in watched:
+                    peer.await_answers(name, PEER_S)
+            except PeerError as error:
+                raise CliError(Exit.FAILED, str(error)) from None
+            yield peer
 
     # --- evacuation ---------------------------------------------------------------------------------------------------
 
@@ -296,7 +322,12 @@ def _reports(
             unheard.append(f"nothing was ever heard of {role.name}")
             continue
         sight = incidents.sights.get(role.name, Sight())
-        seen = Sightings(tuple(sight.aborts_ns), incidents.pauses.get(role.name), checks.consoles.get(role.name, ()))
+        seen = Sightings(
+            tuple(sight.aborts_ns),
+            incidents.pauses.get(role.name),
+            checks.consoles.get(role.name, ()),
+            checks.outages.get(role.name),
+        )
         answer = checks.answers.get(role.name, Answer())
         found.append(report_on(role, SOURCE, answer, seen, said.logs, said.period_ns))
     return found, unheard
@@ -328,6 +359,8 @@ def _story(role: Role) -> str:
         return f"the operator will pause it in pre-copy, while the ACK of {device} is pending"
     if role.stopped_by == POLICY:
         return f"does not converge: policy will suspend it, while the ACK of {device} is pending"
+    if role.linux:
+        return "Linux: a peer outside talks with it over UDP and one TCP connection"
     return ""
 
 

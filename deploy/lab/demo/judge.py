@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.lab.cluster.evidence import ConsoleLog, GuestEvidence, NoiseFloor, Window, examine, largest_pause
+from deploy.lab.peer.outage import Outage
+from deploy.lab.workload import is_linux
+from orchestrator.cli import units
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.records import GuestSpec, ShimKind
 
@@ -40,6 +43,8 @@ class Role:
     """So many attempts are to end with LATE_SWITCHOVER_ACK."""
     stopped_by: str = ""
     """`operator`: paused in pre-copy; `policy`: suspended at the pre-copy timeout; both while an ACK is pending."""
+    linux: bool = False
+    """It boots the lab's Linux, and has a card in the lab's network: a peer outside talks with it."""
 
 
 def role_of(spec: GuestSpec) -> Role:
@@ -52,7 +57,7 @@ def role_of(spec: GuestSpec) -> Role:
     devices = tuple(device.name for device in spec.devices if device.shim in _ASKING)
     if (late != "0" or stopped_by) and not devices:
         raise RoleError(f"{spec.name}: without a device nobody asks for an ACK")
-    return Role(spec.name, spec.memory_mib, devices, int(late), stopped_by)
+    return Role(spec.name, spec.memory_mib, devices, int(late), stopped_by, is_linux(spec.boot) and bool(spec.nics))
 
 
 # --- what is known of a guest -----------------------------------------------------------------------------------------
@@ -123,6 +128,8 @@ class Sightings:
     pause: OperatorPause | None = None
     consoles: tuple[str, ...] = ()
     """Hosts where at the end a VMM of the guest has its console open."""
+    outage: Outage | None = None
+    """By the peer outside, from before its migration until it had answered again; None: nobody talked with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,12 +329,28 @@ def _memory(guest: GuestReport) -> list[str]:
 
 def _devices(guest: GuestReport) -> list[str]:
     evidence = guest.evidence
+    if evidence.device_errors and guest.role.linux:
+        return [f"{evidence.device_errors} pieces of its disks were wrong or could not be written"]
     if evidence.device_errors:
         return [f"{evidence.device_errors} answers of its devices were wrong"]
     if not guest.role.devices or not evidence.hand_overs:
         return []
     at_arrival = evidence.hand_overs[-1].first_destination.device_rings
     return [] if evidence.device_rings > at_arrival else ["its devices answered nothing after its arrival"]
+
+
+def _network(guest: GuestReport) -> list[str]:
+    if not guest.role.linux:
+        return []
+    outage = guest.seen.outage
+    if outage is None or outage.udp_ms is None or outage.tcp_ms is None:
+        return ["it did not answer its peer outside again after its move"]
+    told: list[str] = []
+    if outage.wrong:
+        told.append(f"{outage.wrong} of its answers to its peer outside were not what had been sent")
+    if outage.breaks:
+        told.append(f"its TCP connection to its peer outside broke {units.count(outage.breaks, 'time')}")
+    return told
 
 
 def _runs(guest: GuestReport) -> list[str]:
@@ -355,6 +378,7 @@ _PROMISES: tuple[Callable[[GuestReport], list[str]], ...] = (
     _never_twice,
     _memory,
     _devices,
+    _network,
     _runs,
     _downtime_is_known,
 )
@@ -388,10 +412,12 @@ def guest_document(guest: GuestReport, serial_logs: Sequence[str]) -> dict[str, 
         "took_s": round(guest.answer.took_s, 3),
         "sent_bytes": guest.sent_bytes,
         "downtime_ms": _rounded(guest.downtime_ms),
+        "outage_ms": _outage(guest.seen.outage),
         "memory_verified": evidence.memory_verified,
         "verified_pages": evidence.last_verify.pages if evidence.last_verify else 0,
         "page_errors": evidence.page_errors,
-        "device_answers": evidence.device_rings,
+        "device_answers": 0 if guest.role.linux else evidence.device_rings,
+        "promised_records": evidence.device_rings if guest.role.linux else 0,
         "device_errors": evidence.device_errors,
         "overlapping_copies": evidence.overlap.copies,
         "stopped_by": guest.role.stopped_by,
@@ -404,6 +430,10 @@ def guest_document(guest: GuestReport, serial_logs: Sequence[str]) -> dict[str, 
         "complaints": list(evidence.complaints),
         "serial_logs": list(serial_logs),
     }
+
+
+def _outage(outage: Outage | None) -> dict[str, float | None] | None:
+    return None if outage is None else {"udp": _rounded(outage.udp_ms), "tcp": _rounded(outage.tcp_ms)}
 
 
 def _rounded(ms: float | None) -> float | None:

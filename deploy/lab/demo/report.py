@@ -30,6 +30,7 @@ def show(printer: Printer, run: Run, guests: Sequence[GuestReport]) -> None:
     printer.show(
         "DOWNTIME  by the guest's own heartbeats, which stop with it; ± is the noise floor of this run: the same",
         f"          measure on guests that nobody moved just then ({spread})",
+        "OUTAGE    how long a peer outside had no answer over UDP and over TCP; 5 ms are between two of its messages",
         "OWNER     by the guest's record in ZooKeeper; HEARD on the host where its heart beats",
         "PAGES     all of its memory, and ANSWERS of its devices, checked by the guest itself",
         "COPIES    heartbeats that prove a second running copy, or a step back in time",
@@ -55,6 +56,10 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
             return ""
         return (f"{wrong} wrong", "bold red") if wrong else f"{guest.evidence.device_rings} ok"
 
+    def outage(guest: GuestReport) -> Cell:
+        seen = guest.seen.outage
+        return f"{_whole(seen.udp_ms)}/{_whole(seen.tcp_ms)} ms" if seen else ""
+
     def copies(guest: GuestReport) -> Cell:
         number = guest.evidence.overlap.copies
         return (str(number), "bold red") if number else "0"
@@ -67,12 +72,17 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
         Column("TOOK", lambda guest: units.seconds(guest.answer.took_s), right=True),
         Column("SENT", lambda guest: f"{guest.sent_bytes / (1 << 20):.0f} MiB", right=True),
         Column("DOWNTIME", downtime, right=True),
+        Column("OUTAGE", outage, right=True),
         Column("PAGES", pages, right=True),
         Column("ANSWERS", answers, right=True),
         Column("COPIES", copies, right=True),
         Column("ARRIVED", lambda guest: styled(guest.answer.state_on_arrival)),
         Column("TRIES", _tries, elastic=True, least=10, wraps=True),
     ]
+
+
+def _whole(ms: float | None) -> str:
+    return "?" if ms is None else f"{ms:.0f}"
 
 
 def _tries(guest: GuestReport) -> str:

@@ -404,8 +404,8 @@ async def ended(scale: float, take: Take) -> None:
             if what in if_few
         ]
 
-    await take("ended", few, 240.0)
-    await take("ended", compared, 600.0)
+    await take("ended", few, 480.0)
+    await take("ended", compared, 1_200.0)
 
 
 async def _with_ended(count: int) -> dict[str, float]:
