@@ -423,7 +423,7 @@ class Agent:
         """Let the guest's keeper look now; nothing happens when it is not here."""
         guest = self._guests.get(uuid)
         if guest is not None:
-            guest.wake()
+            guest.nudge()
 
     async def instruct(self, uuid: str, device: str, instruction: str) -> str:
         """See `HostedGuest.instruct`. Raises INSTRUCTIONS_DISABLED as well."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 
 from agents.engine import base as engine
@@ -23,6 +24,7 @@ from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer, PeerUnavai
 from agents.handover.source import SourceState, restarted_source
 from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command
+from agents.host.journal import KnownRecord
 from agents.nets.taps import NetworkNotFound
 from agents.shims.base import OptionsRefused, ShimError
 from orchestrator.core.agent import (
@@ -33,10 +35,10 @@ from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.hardware import has_hardware
-from orchestrator.core.ids import AttemptRef
+from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
-from orchestrator.core.records import LiveMachine
+from orchestrator.core.records import HostRecord, LiveMachine
 from orchestrator.core.switchover import AckLedger
 from orchestrator.tasks import Tasks
 
@@ -67,14 +69,9 @@ class Attempts:
                 raise self._guest.stale(ref, "is being ended: this agent was restarted")
             if known is not None and known.prepared is not None:
                 return known.prepared
-            record = await self._guest.fresh(anew=True)
-            self._must_be_open(record, ref)
-            if record.destination != self._tools.here or record.inc:
-                raise self._guest.stale(ref, "is not to arrive here")
+            record = await self._record_to_arrive_by(ref)
             preflight.must_have_room(self._files)
-            source = await self._guest.registered(record.owner.host)
-            preflight.must_be_registered(record.owner, source, order.source_peer)
-            preflight.must_have_networks(self._files, source)
+            await self._judged(record.owner, lambda source: self._may_come(record, order, source))
             await preflight.must_fit(self._tools.engine, self._tools.config, self._files)
             machine = await self._machine_at(order)
             arrival, prepared, first = await self._make_arrival(order, machine)
@@ -94,6 +91,34 @@ class Attempts:
             raise self._guest.refused(RefusalReason.AGENT_UNREACHABLE, said) from error
         await asyncio.to_thread(hardware.must_agree, self._tools.config, machine, self._guest.name)
         return machine
+
+    async def _record_to_arrive_by(self, ref: AttemptRef) -> GuestRecord:
+        """One that leads here and is not bound. An old one will do (H13): a copy that waits in vain is given up once
+        that is seen, and none becomes the guest without the ledger's word."""
+        shown = await self._guest.shown()
+        if shown is not None and self._leads_here(shown.record, ref):
+            return shown.record
+        record = (await self._guest.fresh(anew=True)).record
+        if not self._leads_here(record, ref):
+            self._must_be_open(record, ref)
+            raise self._guest.stale(ref, "is not to arrive here")
+        return record
+
+    def _leads_here(self, record: GuestRecord, ref: AttemptRef) -> bool:
+        return _is_open(record, ref) and record.destination == self._tools.here and not record.inc
+
+    def _may_come(self, record: GuestRecord, order: PrepareOrder, source: HostRecord | None) -> None:
+        preflight.must_be_registered(record.owner, source, order.source_peer)
+        preflight.must_have_networks(self._files, source)
+
+    async def _judged(self, host: HostRef, judge: Callable[[HostRecord | None], None]) -> None:
+        """Raises what `judge` raises of what the host has registered; but nobody is refused for what our server of the
+        ledger has not heard yet."""
+        try:
+            judge(await self._guest.registered(host.host))
+        except DroverError:
+            await self._tools.store.barrier()
+            judge(await self._guest.registered(host.host))
 
     async def _make_arrival(
         self, order: PrepareOrder, machine: LiveMachine | None
@@ -155,7 +180,7 @@ class Attempts:
                 await arrival.conduct(first)
             finally:
                 self._guest.arrivals.pop((ref.migration, ref.attempt), None)
-                self._guest.copy_changed()
+                self._over(arrival)
 
         self._tasks.spawn(until_over(), "arrival")
 
@@ -171,27 +196,42 @@ class Attempts:
                 )
             if self._tools.journal.report(ref.migration, ref.attempt) is not None:
                 return
-            record = await self._guest.fresh()
-            self._must_be_open(record, ref)
+            judged = await self._guest.shown()
+            if judged is None or self._not_to_be_conducted(judged.record, order) is not None:
+                judged = await self._guest.fresh()  # nobody is refused for what is old
+            if (refusal := self._not_to_be_conducted(judged.record, order)) is not None:
+                raise refusal
             own = self._guest.own()
-            if record.owner != self._tools.here or own is None or record.inc:
-                # Bound without a session of ours: its conductor died, and a restarted agent conducts nothing (H7).
+            if own is None:
                 raise self._guest.stale(ref, "cannot be conducted here")
-            if record.destination != order.destination:
-                raise self._guest.stale(ref, f"is not to go to {order.destination.host}")
-            destination = await self._guest.registered(order.destination.host)
-            preflight.must_be_registered(order.destination, destination, order.prepared.peer, order.prepared.stream)
-            departure = await self._make_departure(order, own)
+            there, prepared = order.destination, order.prepared
+            await self._judged(
+                there, lambda host: preflight.must_be_registered(there, host, prepared.peer, prepared.stream)
+            )
+            departure = await self._make_departure(order, own, judged)
             self._depart(departure)
 
-    async def _make_departure(self, order: ConductOrder, own: Copy) -> Departure:
+    def _not_to_be_conducted(self, record: GuestRecord, order: ConductOrder) -> DroverError | None:
+        """Why not, by that record. An old one that has nothing against it will do (H13): the attempt begins with a
+        compare-and-set on the very version that was judged."""
+        ref = order.attempt
+        if not _is_open(record, ref):
+            return self._not_open(record, ref)
+        if record.owner != self._tools.here or record.inc:
+            # Bound without a session of ours: its conductor died, and a restarted agent conducts nothing (H7).
+            return self._guest.stale(ref, "cannot be conducted here")
+        if record.destination != order.destination:
+            return self._guest.stale(ref, f"is not to go to {order.destination.host}")
+        return None
+
+    async def _make_departure(self, order: ConductOrder, own: Copy, judged: KnownRecord) -> Departure:
         try:
             state = await own.vmm.state()
         except engine.EngineError as error:
             raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"guest {self._guest.name}: {error}") from error
         if own.in_session or state.status in making.MIGRATING:
             raise self._guest.refused(RefusalReason.BUSY, "an earlier attempt is still being ended")
-        wish = await self._guest.ledger.want_run()
+        wish = max(await self._guest.ledger.want_run(), self._guest.wish, key=lambda one: one.sequence)
         if state.run_state is engine.RunState.SEALED:
             if wish.run:
                 raise self._guest.refused(RefusalReason.BUSY, "it is about to run again after its last attempt")
@@ -216,7 +256,9 @@ class Attempts:
         )
         peer = self._tools.peers.destination(str(order.prepared.peer), order.attempt, order.prepared.inc)
         options = preflight.outgoing(order, tools.config, self._files, tools.departures, paused=paused)
-        return self._departure(own, session, peer, order.policy, options, order.destination.host)
+        departure = self._departure(own, session, peer, order.policy, options, order.destination.host)
+        departure.shell.ledger.judged = (judged.record, judged.version)
+        return departure
 
     def _departure(
         self,
@@ -250,10 +292,17 @@ class Attempts:
             finally:
                 self._guest.departure = None
                 self._tools.link_shared()
-                self._guest.copy_changed()
+                self._over(departure)
 
         self._tasks.spawn(until_over(), "departure")
         self._tools.link_shared()
+
+    def _over(self, attempt: Departure | Arrival) -> None:
+        """Its keeper speaks for the guest again, and knows what the attempt wrote."""
+        if attempt.copy.removed:
+            self._guest.copies.pop(attempt.copy.inc, None)
+        self._guest.wrote(attempt.shell.ledger.wrote)
+        self._guest.copy_changed()
 
     async def end_as_source(self, inc: str, record: GuestRecord) -> None:
         """H7: an attempt whose conductor died."""
@@ -287,8 +336,16 @@ class Attempts:
         return record.peer_address if record is not None else "127.0.0.1:1"
 
     def _must_be_open(self, record: GuestRecord, ref: AttemptRef) -> None:
-        if record.phase is not Ownership.OPEN or (record.migration, record.attempt) != (ref.migration, ref.attempt):
-            raise self._guest.stale(ref, f"is not open: the record says {record.phase}, attempt {record.attempt}")
+        if not _is_open(record, ref):
+            raise self._not_open(record, ref)
+
+    def _not_open(self, record: GuestRecord, ref: AttemptRef) -> DroverError:
+        said = f"is not open: the record says {record.phase}, attempt {record.attempt}"
+        return self._guest.stale(ref, said)
+
+
+def _is_open(record: GuestRecord, ref: AttemptRef) -> bool:
+    return record.phase is Ownership.OPEN and (record.migration, record.attempt) == (ref.migration, ref.attempt)
 
 
 def reason_of(error: Exception) -> RefusalReason:

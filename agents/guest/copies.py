@@ -68,6 +68,8 @@ class Copy:
         self.ended = ""
         """How the guest ended by itself; empty while it did not."""
         self.in_session = False
+        self.removed = False
+        """It was destroyed, and nothing of it is left."""
         self.on_change: Callable[[], None] = lambda: None
         vmm.subscribe(self._event)
 
@@ -153,6 +155,7 @@ class Copy:
             await self.hardware.remove()
         await self.taps.remove()
         self.files.drop_marker(self.inc)
+        self.removed = True
 
     async def detach(self) -> None:
         """Leave its processes to a later agent."""

@@ -19,6 +19,7 @@ from agents.guest.files import GuestFiles
 from agents.guest.ledger import GuestLedger
 from agents.guest.tools import Tools
 from agents.handover.attempt import Arrival, Departure
+from agents.host.journal import KnownRecord
 from agents.shims.base import ShimError
 from orchestrator.core.agent import (
     CopyStatus,
@@ -62,6 +63,8 @@ class HeldGuest:
         self.arrivals: dict[tuple[str, int], Arrival] = {}
         self.record: GuestRecord | None = None
         """As last seen; a hint."""
+        self.told: KnownRecord | None = None
+        """The record as watches, and this host's own writes, last told; may be old. None: there is none to go by."""
         self.wish = WantRun()
         """The operator's, as last seen."""
         self.woken = asyncio.Event()
@@ -119,8 +122,9 @@ class HeldGuest:
                 self.add(copy)
         self.all_adopted = True
 
-    async def fresh(self, *, anew: bool = False) -> GuestRecord:
-        """The record, once all processes are known. Raises Untrusted, StoreUnavailable and BadRecord as well.
+    async def fresh(self, *, anew: bool = False) -> KnownRecord:
+        """The record, not older than this call, once all processes are known. Raises Untrusted, StoreUnavailable and
+        BadRecord as well.
 
         `anew`: a life or an attempt begins here by this record, whatever was known before.
         """
@@ -130,19 +134,43 @@ class HeldGuest:
             said = "the ledger has lost its record. What runs here is left as it is; `drover repair` can write it again"
             raise Untrusted(Trouble.NO_RECORD, f"guest {self.name}: {said}")
         known = self.tools.journal.known_record(self.uuid)
-        if known is not None and found.mzxid < known.mzxid and found.record != known.record and not anew:
+        if known is not None and self.is_older(found) and not anew:
             said = (
                 f"the ledger's record ({found.record.phase}, owner {found.record.owner.host}) is older than the one "
                 f"that was read before ({known.record.phase}, owner {known.record.owner.host}): was it restored from "
                 "a backup? What runs here is left as it is"
             )
             raise Untrusted(Trouble.OLD_RECORD, f"guest {self.name}: {said}")
+        self.saw(found)
+        return found
+
+    async def shown(self) -> KnownRecord | None:
+        """The record as our server of the ledger has it, once all processes are known; may be old. None: nothing that
+        could be trusted. Raises StoreUnavailable and BadRecord."""
+        await self.adopt_left()
+        found = await self.ledger.shown()
+        if found is None or self.is_older(found):
+            return None
+        self.saw(found)
+        return found
+
+    def wrote(self, known: KnownRecord | None) -> None:
+        """An attempt of this host wrote the record; its answer may be faster than the watch."""
+        if known is not None and (self.told is None or known.mzxid > self.told.mzxid):
+            self.told = known
+
+    def is_older(self, found: KnownRecord) -> bool:
+        """Than what this host has read before."""
+        known = self.tools.journal.known_record(self.uuid)
+        return known is not None and found.mzxid < known.mzxid and found.record != known.record
+
+    def saw(self, found: KnownRecord) -> None:
+        """Remember it, also for later agents of this host."""
         self.tools.journal.saw_record(self.uuid, found)
         self.record = found.record
-        return found.record
 
     async def registered(self, host: str) -> HostRecord | None:
-        """What the host has registered; as fresh as the last barrier. Raises StoreUnavailable and BadRecord."""
+        """What the host has registered, as our server of the ledger has it. Raises StoreUnavailable and BadRecord."""
         node = await self.tools.store.read(paths.host(host))
         return decode(HostRecord, node.data, path=paths.host(host)) if node and node.data else None
 

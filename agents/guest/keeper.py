@@ -25,6 +25,7 @@ from agents.guest.files import GuestFiles
 from agents.guest.held import HeldGuest, Untrusted
 from agents.guest.tools import Tools
 from agents.handover import preflight
+from agents.host.journal import KnownRecord
 from agents.shims.base import OptionsRefused, Refusal, ShimError
 from orchestrator.core import handover
 from orchestrator.core.agent import (
@@ -39,6 +40,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.liveness import LivenessUnknown
 from orchestrator.core.records import WantRun
+from orchestrator.ledger import markers
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import StoreUnavailable
 from orchestrator.tasks import Tasks, failures
@@ -85,6 +87,8 @@ class HostedGuest(HeldGuest):
         """When its trouble was last logged, by the loop's clock."""
         self._told: tuple[Duty, Ownership, HostRef] | None = None
         """The duty that was found last, and of which record."""
+        self._thorough = False
+        """The next look is to be behind a barrier, whatever watches have told."""
 
     # --- life of this object ------------------------------------------------------------------------------------------
 
@@ -109,9 +113,15 @@ class HostedGuest(HeldGuest):
         await self._tasks.close()
         await asyncio.gather(*(copy.detach() for copy in self.copies.values()), return_exceptions=True)
 
-    def _record_seen(self, record: GuestRecord | None) -> None:
-        if record is not None:  # a record that vanished says nothing about the guest
-            self.record = record
+    def nudge(self) -> None:
+        """Somebody says that the record has moved: look behind a barrier, no watch may have told of it yet."""
+        self._thorough = True
+        self.wake()
+
+    def _record_seen(self, known: KnownRecord | None) -> None:
+        self.told = known
+        if known is not None:  # a record that vanished says nothing about the guest
+            self.record = known.record
         self.wake()
 
     def _wish_seen(self, wish: WantRun) -> None:
@@ -127,7 +137,7 @@ class HostedGuest(HeldGuest):
         """Execute a guest whose record says STARTING here."""
         async with self._turn:
             self.must_keep()
-            record = await self.fresh()
+            record = (await self.fresh()).record
             if record.owner != self.tools.here or record.phase in (Ownership.GONE, Ownership.CRASHED):
                 raise self.refused(RefusalReason.GUEST_NOT_RUNNING, f"{record.phase}, owner {record.owner.host}")
             if record.phase is Ownership.STARTING and not self.copies:
@@ -161,7 +171,7 @@ class HostedGuest(HeldGuest):
         """Stop the guest for good. It is stopped before its name is free, so that no two lives overlap."""
         async with self._turn:
             self.must_keep()
-            record = await self.fresh()
+            record = (await self.fresh()).record
             if record.phase is Ownership.GONE:
                 return
             if record.owner.host != self.tools.here.host or record.phase not in (Ownership.IDLE, Ownership.CRASHED):
@@ -178,8 +188,7 @@ class HostedGuest(HeldGuest):
         for copy in list(self.copies.values()):
             await copy.destroy()
             self.copies.pop(copy.inc, None)
-        self.files.remove()
-        self.forgotten = True
+        self._forget()
 
     # --- the operator's wish ------------------------------------------------------------------------------------------
 
@@ -208,10 +217,6 @@ class HostedGuest(HeldGuest):
         async with self._turn:
             own = self.own()
             return own is not None and own.running == run and not own.in_session
-
-    # --- destination --------------------------------------------------------------------------------------------------
-
-    # --- source -------------------------------------------------------------------------------------------------------
 
     # --- devices ------------------------------------------------------------------------------------------------------
 
@@ -264,7 +269,8 @@ class HostedGuest(HeldGuest):
             async with asyncio.timeout(RESYNC_S):
                 await self.woken.wait()
         except TimeoutError:
-            return self._suspicious()
+            self._thorough = self._suspicious()
+            return self._thorough
         return True
 
     def _kept(self) -> None:
@@ -306,12 +312,13 @@ class HostedGuest(HeldGuest):
         return self.departure is not None or conducted
 
     async def _keep_once(self) -> None:
+        thorough, self._thorough = self._thorough or self.trouble is not None, False
         while not self._spoken_for() and not self.forgotten:
+            if not thorough and await self._nothing_is_owed():
+                return
             record, doubt = await self._record_for_duty()
             wish = self.wish = await self.ledger.want_run() if record is not None else self.wish
-            seen = [await copy.look() for copy in self.copies.values()]
-            marker = record is not None and bool(record.inc) and self.files.has_marker(record.inc)
-            duty = keeping.duty(record, self.tools.here, seen, marker=marker, want_run=wish.run)
+            duty, seen = await self._duty(record, wish)
             if record is None:
                 raise doubt or self.refused(RefusalReason.OLD_RECORD, "it has no record")
             if duty.do is Do.ASK_AGAIN:
@@ -325,6 +332,32 @@ class HostedGuest(HeldGuest):
                 return
             await self._duties.carry_out(duty, record)
 
+    async def _duty(self, record: GuestRecord | None, wish: WantRun) -> tuple[Duty, list[keeping.Copy]]:
+        """What is owed by that record, and the copies as they are."""
+        seen = [await copy.look() for copy in self.copies.values()]
+        marker = record is not None and bool(record.inc) and self.files.has_marker(record.inc)
+        return keeping.duty(record, self.tools.here, seen, marker=marker, want_run=wish.run), seen
+
+    async def _nothing_is_owed(self) -> bool:
+        """By what watches have told, without a question to the ledger (H13).
+
+        That may be old, so nothing is done on its strength. Nothing needs to be: what is newer wakes the keeper. False:
+        look behind a barrier, something may have to be done.
+        """
+        told = self.told
+        if told is None or not self.all_adopted or self.is_older(told):
+            return False
+        duty, _ = await self._duty(told.record, self.wish)
+        if duty.do is not Do.NOTHING or told is not self.told:
+            return False
+        if self._is_left(told.record):
+            return await self._forget_what_left()
+        if any(copy.is_gone for copy in self.copies.values()):
+            return False
+        self._tell(duty, told.record)
+        self.saw(told)
+        return True
+
     def _tell(self, duty: Duty, record: GuestRecord) -> None:
         """Once for each: what cannot be done yet is tried again and again."""
         told = (duty, record.phase, record.owner)
@@ -335,19 +368,37 @@ class HostedGuest(HeldGuest):
     async def _record_for_duty(self) -> tuple[GuestRecord | None, Untrusted | None]:
         """None: there is no record that could be trusted, and why."""
         try:
-            return await self.fresh(), None
+            return (await self.fresh()).record, None
         except Untrusted as doubt:
             return None, doubt
 
     async def _tidy(self, record: GuestRecord) -> None:
-        """Remove what is left of dead processes; forget a guest of which nothing is here."""
+        """Remove what is left of dead processes; forget a guest of which nothing is here. The record was read behind a
+        barrier: with a copy goes the marker that says whether it ran (H10)."""
         for copy in list(self.copies.values()):
             if not copy.in_session and copy.is_gone:
                 await self.destroyed(copy)
-        elsewhere = record.owner.host != self.tools.here.host or record.phase is Ownership.GONE
-        if elsewhere and not self.copies and not self.arrivals and self.departure is None:
-            self.files.remove()
-            self.forgotten = True
+        if self._is_left(record):
+            self._forget()
+
+    def _is_left(self, record: GuestRecord) -> bool:
+        """Nothing of the guest is here, and by that record nothing leads here."""
+        nothing_here = not self.copies and not self.arrivals and self.departure is None
+        return nothing_here and not markers.concerns(record, self.tools.here.host)
+
+    async def _forget_what_left(self) -> bool:
+        """Take it off the host's list, which proves that the record gives it to others, and forget it. False: nothing
+        was proven."""
+        proven = await self.ledger.struck_off(self.tools.here.host)
+        if proven is None or self.is_older(proven):
+            return False
+        self.saw(proven)
+        self._forget()
+        return True
+
+    def _forget(self) -> None:
+        self.files.remove()
+        self.forgotten = True
 
     # --- what others see ----------------------------------------------------------------------------------------------
 

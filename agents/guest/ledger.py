@@ -13,7 +13,7 @@ from orchestrator.core.ids import HostRef
 from orchestrator.core.records import GuestSpec, WantRun
 from orchestrator.ledger import markers, paths
 from orchestrator.ledger.records import BadRecord, decode, encode
-from orchestrator.ledger.store import Create, Delete, Done, Op, SetData, Store, StoreUnavailable, Versioned
+from orchestrator.ledger.store import Check, Create, Delete, Done, Op, SetData, Store, StoreUnavailable, Versioned
 from orchestrator.ledger.tries import Tries
 
 _TRIES = 5
@@ -30,9 +30,24 @@ class GuestLedger:
     async def look(self) -> KnownRecord | None:
         """The record, not older than this call (H13); None: the ledger has none."""
         await self.store.barrier()
+        return await self.shown()
+
+    async def shown(self) -> KnownRecord | None:
+        """The record as our server of the ledger has it, which may be behind others: for what decides nothing, or ends
+        in a compare-and-set on the version that was read. None: it has none."""
         path = paths.guest(self.uuid)
         node = await self.store.read(path)
-        return KnownRecord(decode(GuestRecord, node.data, path=path), node.version, node.mzxid) if node else None
+        return _known(path, node) if node else None
+
+    async def struck_off(self, host: str) -> KnownRecord | None:
+        """Take the guest off the list of a host, in a transaction that proves that its record gives it to others: that
+        record. None: nothing was proven. It is not on the list, or its record names the host, or has just moved."""
+        path = paths.host_guest(host, self.uuid)
+        mark, known = await self.store.read(path), await self.shown()
+        if mark is None or known is None or markers.concerns(known.record, host):
+            return None
+        left = [Check(paths.guest(self.uuid), known.version), Delete(path, mark.version)]
+        return known if isinstance(await self.store.multi(left), Done) else None
 
     async def restored(self, record: GuestRecord, spec: GuestSpec, wish: WantRun) -> bool:
         """Write a guest's nodes again where the ledger has lost them. False: its name, or the guest, is there."""
@@ -123,13 +138,18 @@ class GuestLedger:
                 return True
 
     def watch(
-        self, on_record: Callable[[GuestRecord | None], None], on_wish: Callable[[WantRun], None]
+        self, on_record: Callable[[KnownRecord | None], None], on_wish: Callable[[WantRun], None]
     ) -> Callable[[], None]:
-        """Hints; may be old. Returns a function that ends both watches."""
+        """Hints; may be old. None: there is no record, or none that can be read. Returns a function that ends both
+        watches."""
+        path = paths.guest(self.uuid)
 
         def record_seen(node: Versioned | None) -> None:
-            with contextlib.suppress(BadRecord):  # only a hint: whoever reads it in earnest says so
-                on_record(decode(GuestRecord, node.data) if node and node.data else None)
+            try:
+                known = _known(path, node) if node and node.data else None
+            except BadRecord:  # only a hint: whoever reads it in earnest says so
+                known = None
+            on_record(known)
 
         def wish_seen(node: Versioned | None) -> None:
             with contextlib.suppress(BadRecord):
@@ -137,7 +157,7 @@ class GuestLedger:
                     on_wish(decode(WantRun, node.data))
 
         ends = (
-            self.store.watch(paths.guest(self.uuid), record_seen),
+            self.store.watch(path, record_seen),
             self.store.watch(paths.want_run(self.uuid), wish_seen),
         )
 
@@ -146,3 +166,8 @@ class GuestLedger:
                 one()
 
         return end
+
+
+def _known(path: str, node: Versioned) -> KnownRecord:
+    """Raises BadRecord."""
+    return KnownRecord(decode(GuestRecord, node.data, path=path), node.version, node.mzxid)

@@ -7,9 +7,10 @@ event for the session: the truth, "refused" (somebody else was first, or a copy 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from agents.handover.words import RequestsWritten, Seen
+from agents.host.journal import KnownRecord
 from orchestrator.core import handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership, Refused
@@ -38,8 +39,12 @@ class AttemptLedger:
     writer: str
     zxid: int = 0
     writes: int = 0
-    bound: tuple[GuestRecord, int] | None = field(default=None)
-    """Record and version after `bind`: what the COMMIT is prepared from, so that nothing is read in the blackout."""
+    judged: tuple[GuestRecord, int] | None = None
+    """Record and version by which the attempt was accepted: what `bind` writes over, and nothing else, is proven by
+    that to have stood all the time."""
+    wrote: KnownRecord | None = None
+    """What this attempt wrote last. After `bind` the COMMIT is prepared from it, so that nothing is read in the
+    blackout."""
 
     async def read(self, timeout_s: float = 2.0) -> tuple[GuestRecord, int]:
         """Raises StoreUnavailable."""
@@ -57,9 +62,11 @@ class AttemptLedger:
         return record, req.version if req else 0
 
     async def _change(self, change: Callable[[GuestRecord], GuestRecord], good: Seen) -> Seen:
+        """A conflict is as good as a barrier, so what is read after it is what made it."""
         for _ in range(_TRIES):
             try:
-                record, version = await self.read()
+                record, version = self.judged or await self.read()
+                self.judged = None
                 wanted = change(record)
             except StoreUnavailable:
                 return Seen.LEDGER_UNKNOWN
@@ -67,12 +74,15 @@ class AttemptLedger:
                 return Seen.LEDGER_REFUSED
             result = await self.store.multi([SetData(paths.guest(self.ref.guest), encode(wanted), version)])
             if isinstance(result, Done):
-                self.zxid, self.writes = result.zxid, self.writes + 1
-                self.bound = (wanted, result.versions[0])
+                self._written(wanted, result.versions[0], result.zxid)
                 return good
             if isinstance(result, OutcomeUnknown):
                 return Seen.LEDGER_UNKNOWN
         return Seen.LEDGER_REFUSED
+
+    def _written(self, record: GuestRecord, version: int, zxid: int) -> None:
+        self.zxid, self.writes = zxid, self.writes + 1
+        self.wrote = KnownRecord(record, version, zxid)
 
     async def bind(self) -> Seen:
         """Name the destination's process in the record (H2); only then may anything move."""
@@ -120,15 +130,14 @@ class AttemptLedger:
 
     async def commit(self, req_version: int | None) -> Seen:
         """The one write of the blackout, from what `bind` left: no read before it."""
-        if self.bound is None:
+        if self.wrote is None:
             return Seen.LEDGER_REFUSED
-        record, version = self.bound
-        wanted = handover.commit(record, self.ref.migration, self.ref.attempt, self.inc, writer=self.writer)
-        give = SetData(paths.guest(self.ref.guest), encode(wanted), version)
+        wanted = handover.commit(self.wrote.record, self.ref.migration, self.ref.attempt, self.inc, writer=self.writer)
+        give = SetData(paths.guest(self.ref.guest), encode(wanted), self.wrote.version)
         check = () if req_version is None else (Check(paths.requests(self.ref.migration), req_version),)
         result = await self.store.multi([*check, give], COMMIT_S)
         if isinstance(result, Done):
-            self.zxid, self.writes = result.zxid, self.writes + 1
+            self._written(wanted, result.versions[-1], result.zxid)
             return Seen.COMMITTED
         return Seen.LEDGER_UNKNOWN if isinstance(result, OutcomeUnknown) else Seen.LEDGER_REFUSED
 
@@ -136,29 +145,35 @@ class AttemptLedger:
         """`req` once it names `entries`, with all that it names; None: the attempt is over, or there is no store.
 
         Idempotent: entries that are there already are not written again, so that a repetition never moves the version.
+        The write proves what was read before it. Only where nothing is to be written a barrier has to (H13).
         """
         path = paths.requests(self.ref.migration)
+        certain = False
         for _ in range(_TRIES):
             try:
-                await self.store.barrier()
+                if certain:
+                    await self.store.barrier()
                 record, guest_version = await self.read()
                 node = await self.store.read(path)
             except StoreUnavailable:
                 return None
-            if node is None or record.phase is not Ownership.OPEN or record.attempt != self.ref.attempt:
-                return None
-            stored = decode(Requests, node.data, path=path)
+            over = record.phase is not Ownership.OPEN or record.attempt != self.ref.attempt
+            stored = Requests() if node is None else decode(Requests, node.data, path=path)
             known = {entry.device: entry for entry in self._of_this_attempt(stored)}
-            if all(known.get(e.device, AckRequest("", 0)).generation >= e.generation for e in entries):
-                return RequestsWritten(entries, tuple(sorted(known.values())), node.version)
+            if node is None or over or _has(known, entries):
+                if certain:
+                    return None if node is None or over else RequestsWritten(entries, _sorted(known), node.version)
+                certain = True
+                continue
             known |= {entry.device: entry for entry in entries}
-            data = encode(replace(stored, entries=tuple(sorted(known.values())), attempt=self.ref.attempt))
+            data = encode(replace(stored, entries=_sorted(known), attempt=self.ref.attempt))
             result = await self.store.multi(
                 [Check(paths.guest(self.ref.guest), guest_version), SetData(path, data, node.version)]
             )
             if isinstance(result, Done):
                 self.writes += 1
-                return RequestsWritten(entries, tuple(sorted(known.values())), result.versions[1])
+                return RequestsWritten(entries, _sorted(known), result.versions[1])
+            certain = isinstance(result, OutcomeUnknown)  # a conflict is as good as a barrier
         return None
 
     def _of_this_attempt(self, stored: Requests) -> tuple[AckRequest, ...]:
@@ -196,3 +211,11 @@ class AttemptLedger:
                 callback(self._of_this_attempt(decode(Requests, node.data, path=path)), node.version)
 
         return self.store.watch(path, seen)
+
+
+def _sorted(known: dict[str, AckRequest]) -> tuple[AckRequest, ...]:
+    return tuple(sorted(known.values()))
+
+
+def _has(known: dict[str, AckRequest], entries: tuple[AckRequest, ...]) -> bool:
+    return all(entry.device in known and known[entry.device].generation >= entry.generation for entry in entries)

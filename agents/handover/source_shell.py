@@ -20,7 +20,7 @@ from agents.handover.pace import Pace
 from agents.handover.peer import DestinationPeer, PeerUnavailable
 from agents.handover.report import device_entries
 from agents.handover.shell import RETRY_S, Shell
-from agents.handover.source import SourceState, source_step
+from agents.handover.source import SourceStage, SourceState, source_step
 from agents.handover.words import (
     CancelTimer,
     Command,
@@ -89,6 +89,8 @@ class SourceShell(Shell[SourceState]):
     _busy: asyncio.Task[Event | None] | None = None
     """What the guest, which stands still, waits for just now, and may not wait for any longer than policy says."""
     _stood: bool = False
+    _bound: asyncio.Event = field(default_factory=asyncio.Event)
+    """The ledger has answered to the bind."""
     _unpaced: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -189,7 +191,10 @@ class SourceShell(Shell[SourceState]):
             self.feed(await self.ledger.write_requests(command.entries) or Seen.LEDGER_UNKNOWN)
 
     async def _bind(self) -> Event | None:
-        return await self.ledger.bind()
+        try:
+            return await self.ledger.bind()
+        finally:
+            self._bound.set()
 
     async def _start_precopy(self) -> Event | None:
         try:
@@ -461,14 +466,20 @@ class SourceShell(Shell[SourceState]):
                 self.feed(Seen.VMM_DIED)
 
     async def _vitals(self) -> None:
-        """The gate opens only while the peer answers and a quorum was seen, both less than a second ago."""
+        """The gate opens only while the peer answers and a quorum was seen, both less than a second ago.
+
+        The bind is the first proof of a quorum. Later ones cost a write each, and are asked for while the gate is shut.
+        """
+        await self._bound.wait()
         while True:
             good = False
             with contextlib.suppress(PeerUnavailable, StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(_FRESH_S):
                     good = await self.peer.ping()
-                    if self.ledger.store.quorum_age_s > _FRESH_S / 2:
+                    shut = self.state.stage is SourceStage.PRECOPY and not self.state.released
+                    if shut and self.ledger.store.quorum_age_s > _FRESH_S / 2:
                         await self.ledger.store.barrier(_FRESH_S)
+            good = good and self.ledger.store.quorum_age_s <= _FRESH_S
             self.feed(Seen.VITALS_GOOD if good else Seen.VITALS_BAD)
             await asyncio.sleep(_VITALS_S)
 

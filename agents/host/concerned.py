@@ -1,7 +1,7 @@
 """The guests that concern this host, as the ledger lists them below the host (`ledger/markers.py`).
 
-Told by a watch: at rest nothing is read. What does not concern the host any more is taken off the list later, many at a
-time, so that no migration waits for it and few writes are spent on it.
+Told by a watch: at rest nothing is read. A guest that leaves is taken off the list by its keeper, as it is forgotten;
+what else does not concern the host any more goes later, many at a time, so that few writes are spent on it.
 """
 
 from __future__ import annotations

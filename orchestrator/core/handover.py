@@ -132,10 +132,11 @@ def open_attempt(
 
 
 def bind(record: GuestRecord, migration: str, attempt: int, inc: str, *, writer: str) -> GuestRecord:
-    """Step 2: one destination process per attempt, bound once."""
+    """Step 2: one destination process per attempt, bound once, by whoever conducts it. One that is bound already is
+    conducted by somebody else, or was by an agent that died (H7)."""
     _need(record, Ownership.OPEN)
     _need_attempt(record, migration, attempt)
-    if record.inc and record.inc != inc:
+    if record.inc:
         raise Refused(f"attempt {attempt} is bound to destination process {record.inc}")
     return replace(record, inc=inc, writer=writer)
 

@@ -177,6 +177,10 @@ def stale_read() -> list[Patch]:
     return [(world_module, "read_record", lambda world: BORN)]
 
 
+def forget_by_old_record() -> list[Patch]:
+    return [(world_module, "record_to_forget_by", lambda world: BORN)]
+
+
 def no_req_check() -> list[Patch]:
     return [(blackout, "req_to_check", lambda state: None)]
 
@@ -352,6 +356,7 @@ MUTANTS = (
     Mutant("certificate_other_boot", "H11", certificate_other_boot, Bounds(requests=0, cancels=0, faults=0)),
     Mutant("restart_without_certificate", "H11", restart_without_certificate, Bounds(requests=0, cancels=0, faults=0)),
     Mutant("stale_read", "H13", stale_read, Bounds(requests=0, cancels=0, faults=2)),
+    Mutant("forget_by_old_record", "H13", forget_by_old_record, Bounds(requests=0, cancels=0, faults=2)),
     Mutant("no_req_check", "H14", no_req_check, _REQUEST),
     Mutant("late_when_stopped", "H14", late_when_stopped, Bounds(requests=1, cancels=0, faults=0, wishes=1)),
     Mutant("forget_pause", "5.2", forget_pause, _STOP),

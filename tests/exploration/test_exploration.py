@@ -28,6 +28,8 @@ QUICK = (
     Bounds(requests=0, cancels=0, faults=0, disk=True),
     Bounds(requests=0, cancels=0, faults=0, disk=True, writes=1, drained_before=True),
     Bounds(requests=0, cancels=0, faults=1, devices=False, disk=True, writes=0, drained_before=True),
+    Bounds(requests=0, cancels=0, faults=1, old=True),
+    Bounds(requests=0, cancels=1, faults=0, attempts=2, old=True),
 )
 WIDE = (
     Bounds(requests=2, cancels=0, faults=0),
@@ -51,6 +53,8 @@ WIDE = (
     Bounds(requests=0, cancels=0, faults=1, devices=False, disk=True, writes=1, attempts=2),
     Bounds(requests=0, cancels=0, faults=2, devices=False, disk=True),
     Bounds(requests=1, cancels=1, faults=0, disk=True, writes=1, attempts=2),
+    Bounds(requests=1, cancels=1, faults=1, old=True),
+    Bounds(requests=0, cancels=0, faults=1, attempts=2, old=True),
 )
 
 

@@ -86,6 +86,8 @@ class Bounds:
     off: bool = False
     """The guest may power itself off while it runs at the source, or so late that its stop for the switchover is first:
     nobody is told of that, and it arrives ended."""
+    old: bool = False
+    """Agents may begin on the strength of an old record: prepare, or accept, an attempt that is over or bound."""
     time: bool = False
     """Pre-copy and a missing ACK reach their bounds, and a prepared destination waits in vain. The bounds of a guest
     that stands still may always be reached."""
@@ -373,6 +375,11 @@ def commit_arrives(world: World, attempt: int, version: int, inc: str) -> World 
 
 def read_record(world: World) -> GuestRecord:
     """A read behind a barrier: never older than its beginning (H13)."""
+    return world.record
+
+
+def record_to_forget_by(world: World) -> GuestRecord:
+    """A guest's files go, with the marker of what ran, in a transaction on its record, or behind a barrier (H13)."""
     return world.record
 
 
@@ -763,16 +770,29 @@ def _certificates_count(world: World) -> Iterator[Move]:
 
 def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
     record = world.record
-    if record.phase is not Ownership.OPEN:
-        return
-    k = record.attempt
+    is_open = record.phase is Ownership.OPEN
+    if is_open:
+        yield from _prepare(world, bounds, record.attempt, "D prepares")
+        if not record.inc:
+            yield from _conduct(world, bounds, record.attempt, "S conducts")
+    if bounds.old and record.attempt:
+        for attempt in {record.attempt - 1, record.attempt} - ({record.attempt} if is_open else set()) - {0}:
+            yield from _prepare(world, bounds, attempt, "D prepares by an old record")
+        yield from _conduct(world, bounds, world.prepared, "S conducts by an old record")
+
+
+def _prepare(world: World, bounds: Bounds, k: int, name: str) -> Iterator[Move]:
     if world.destination_up and world.destination is None and world.prepared < k and world.power in (0, 3):
         state, _ = prepared_destination(ref(k), D1, f"i{k}", has_devices=bounds.devices, has_disks=bounds.disk)
         state = replace(state, claimed=not bounds.time, timers=_numbered(state.timers) if bounds.time else NO_TIMERS)
-        yield "D prepares", True, world._replace(destination=state, copy=WAIT, copy_inc=k, prepared=k, marker=False)
+        yield name, True, world._replace(destination=state, copy=WAIT, copy_inc=k, prepared=k, marker=False)
+
+
+def _conduct(world: World, bounds: Bounds, k: int, name: str) -> Iterator[Move]:
+    """The attempt begins with a compare-and-set on the record that was judged: see Do.BIND."""
     ready = world.prepared == k and world.copy == WAIT and world.copy_inc == k
     alive = world.source_up and world.vmm in (RUN, STOPPED) and not world.engine and not world.off
-    if ready and alive and world.source is None and world.power in (0, 4) and not record.inc:
+    if ready and alive and world.source is None and world.power in (0, 4):
         state = SourceState(
             ref(k),
             S1,
@@ -788,7 +808,7 @@ def _prepare_and_conduct(world: World, bounds: Bounds) -> Iterator[Move]:
             state = replace(state, acks=state.acks.stop_by_wish())
         begun = world._replace(source=state, conducting=k, stopped_at_park=False, lost=False)
         begun = feed_source(begun, Seen.BEGIN)
-        yield "S conducts", True, feed_source(begun, Seen.VITALS_GOOD)
+        yield name, True, feed_source(begun, Seen.VITALS_GOOD)
 
 
 def message_moves(world: World) -> Iterator[Move]:
@@ -1065,6 +1085,7 @@ def _destination_duty(world: World, record: GuestRecord | None, told: Liveness |
         ended=own and world.off,
     )
     known = () if world.copy == NONE else (copy,)
+    yield from _forgotten(world, here, known)
     found = keeping.duty(record, here, known, marker=world.marker, want_run=world.want)
     if found.do in (keeping.Do.NOTHING, keeping.Do.ASK_AGAIN):
         return
@@ -1088,6 +1109,14 @@ def _destination_duty(world: World, record: GuestRecord | None, told: Liveness |
             yield "D keeper ends it", True, world._replace(destination=state, todo_destination=waiting(commands))
         case _:
             pass
+
+
+def _forgotten(world: World, here: HostRef, known: tuple[keeping.Copy, ...]) -> Iterator[Move]:
+    """Nothing is left of the guest at the destination, and its record leads nowhere there: its files go."""
+    record = record_to_forget_by(world)
+    nothing = keeping.duty(record, here, known, marker=world.marker, want_run=world.want).do is keeping.Do.NOTHING
+    if nothing and world.marker and world.copy in (NONE, DEAD) and here.host not in death.hosts_of(record):
+        yield "D keeper forgets", True, world._replace(marker=False)
 
 
 def successors(world: World, bounds: Bounds) -> Iterator[Move]:

@@ -50,6 +50,8 @@ async def _measured() -> tuple[list[Figure], Layout]:
         found += await scenes.placement(plane, GUESTS)
         found += await scenes.start(plane, 16, GUESTS)
         found += await scenes.lists(plane, GUESTS)
+        alone = await scenes.clean_migrations(plane, 3, 1)
+        found += [figures.beside(f"{one.name}, alone", one.value or 0.0, one.unit) for one in alone]
         for count in (24, 72):
             some = await scenes.clean_migrations(plane, count, 24)
             found += [figures.beside(f"{one.name} of {count}", one.value or 0.0, one.unit) for one in some]
@@ -60,6 +62,7 @@ def test_a_placement_reads_no_fleet_and_each_migration_writes_alike(tmp_path: Pa
     found, layout = isolated(lambda: asyncio.run(_measured()))
     must_be_gone(layout)
     assert value_of(found, "full scans") == 0
+    assert value_of(found, "quorum writes, no device, alone") <= 8
     few, many = (value_of(found, f"quorum writes, no device of {count}") for count in (24, 72))
     assert many <= 1.2 * few
     report = tmp_path / "bench.json"

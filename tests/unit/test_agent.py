@@ -119,8 +119,15 @@ async def test_nothing_is_taken_on_while_descriptors_have_run_out(
 async def test_a_destination_is_never_prepared_by_a_keeper_that_has_just_ended(agent: Agent, world: World) -> None:
     """The guest left this host and comes back at once: its old keeper forgets it while the call waits for its turn.
     The copy would have nobody, and the next scan would declare a running guest crashed."""
-    on_its_way_here(world)
+    world.put(paths.guest(G), GuestRecord("web", Ownership.IDLE, THERE))
     old = await agent._host(G)
+    forget = old._forget
+
+    def then_it_comes_back() -> None:
+        forget()
+        on_its_way_here(world)
+
+    old._forget = then_it_comes_back
     async with old._turn:
         old.wake()
         await asyncio.sleep(0.01)

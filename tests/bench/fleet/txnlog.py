@@ -24,16 +24,22 @@ _ID = re.compile(
 class Write:
     zxid: int
     parts: tuple[tuple[str, str], ...]
-    """Operation and path, of each part; empty for one that was refused as a whole."""
+    """Operation and path, of each part."""
     what: str = ""
     """Of one without parts."""
+    refused: bool = False
+    """An operation of it conflicted, so nothing of it was applied; it went through the quorum all the same."""
 
     @property
     def kind(self) -> str:
-        """What it moved, without ids; barriers and checks are left out where there is anything else."""
+        """What it moved, or was to move, without ids; barriers and checks are left out where there is anything else.
+        Of one that was refused ZooKeeper writes down what stands before the operation that conflicted."""
         moved = [(op, shape_of(path)) for op, path in self.parts if op != "check" and "/barrier" not in path]
         if moved:
-            return ", ".join(dict.fromkeys(f"{op} {shape}" for op, shape in moved))
+            said = ", ".join(dict.fromkeys(f"{op} {shape}" for op, shape in moved))
+            return f"refused: {said}" if self.refused else said
+        if self.refused:
+            return "refused"
         return "barrier alone" if self.parts else self.what
 
 
@@ -63,7 +69,8 @@ def _write(record: bytes) -> Write:
     *_, zxid, _, kind = _HEADER.unpack_from(record)
     body = record[_HEADER.size :]
     if kind == _MULTI:
-        return Write(zxid, tuple(_parts(body)), "refused")
+        parts = tuple(_parts(body))
+        return Write(zxid, tuple(part for part in parts if part[0]), refused=any(not op for op, _ in parts))
     if kind in _NAMES:
         return Write(zxid, ((_NAMES[kind], _path(body)),))
     return Write(zxid, (), _SESSIONS.get(kind, "refused" if kind == _ERROR else f"of type {kind}"))
@@ -76,6 +83,8 @@ def _parts(body: bytes) -> Iterator[tuple[str, str]]:
         kind, length = struct.unpack_from(">ii", body, at)
         if kind in _NAMES:
             yield _NAMES[kind], _path(body[at + 8 :])
+        elif kind == _ERROR:
+            yield "", ""
         at += 8 + length
 
 
