@@ -137,12 +137,15 @@ class _Trigger:
 
     post: _Post
     watches: list[_Watch] = field(default_factory=list[_Watch])
+    look: asyncio.Task[Any] | None = None
+    """The read that is under way, if nothing has moved since it began: one read for all who watch the node."""
 
     def __call__(self, _event: Any) -> None:
         """On a thread of kazoo's."""
         self.post(self.fire)
 
     def fire(self) -> None:
+        self.look = None
         for watch in self.watches:
             if watch.changed is not None:
                 watch.changed.set()
@@ -253,9 +256,8 @@ class ZooKeeperStore(Store):
         if state is SessionState.LOST:
             self._barrier_made = False  # it went with the session
         if state is SessionState.CONNECTED:
-            for watch in self._watches:
-                if watch.changed is not None:
-                    watch.changed.set()
+            for trigger in self._triggers.values():
+                trigger.fire()
             for tree in self._trees:
                 tree.connected.set()
         for listener in list(self._listeners):
@@ -481,18 +483,27 @@ class ZooKeeperStore(Store):
             log.error("what was seen at %s is not taken in: %s", watch.path, error)
 
     async def _look(self, watch: _Watch, trigger: _Trigger) -> Any:
-        """Read and arm. A missing node is watched for its creation."""
-        if watch.of_children:
-            names = await self._read(lambda: self._client.get_children_async(watch.path, watch=trigger), 2.0)
+        """Read and arm, for every watch of the node that would."""
+        if trigger.look is None or trigger.look.done():
+            trigger.look = asyncio.ensure_future(self._look_at(watch.path, watch.of_children, trigger))
+            trigger.look.add_done_callback(
+                lambda done: done.cancelled() or done.exception()
+            )  # the watch may have ended
+        return await asyncio.shield(trigger.look)
+
+    async def _look_at(self, path: str, of_children: bool, trigger: _Trigger) -> Any:
+        """A missing node is watched for its creation."""
+        if of_children:
+            names = await self._read(lambda: self._client.get_children_async(path, watch=trigger), 2.0)
             if names is not None:
                 return tuple(sorted(names))
         else:
-            answer = await self._read(lambda: self._client.get_async(watch.path, watch=trigger), 2.0)
+            answer = await self._read(lambda: self._client.get_async(path, watch=trigger), 2.0)
             if answer is not None:
                 return Versioned(answer[0], answer[1].version, answer[1].mzxid)
-        if await self._read(lambda: self._client.exists_async(watch.path, watch=trigger), 2.0) is not None:
+        if await self._read(lambda: self._client.exists_async(path, watch=trigger), 2.0) is not None:
             trigger.fire()  # made between the two looks
-        return () if watch.of_children else None
+        return () if of_children else None
 
     # --- watches of whole trees ---------------------------------------------------------------------------------------
 

@@ -87,3 +87,26 @@ async def test_ten_thousand_reads_at_once_do_not_cut_the_session(store: ZooKeepe
     found = await asyncio.gather(*(store.read("/a") for _ in range(10_000)), return_exceptions=True)
     assert not [each for each in found if isinstance(each, StoreUnavailable)]
     assert not lost
+
+
+async def test_all_who_watch_a_node_see_a_change_by_one_read(
+    store: ZooKeeperStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zookeeper, "REREAD_S", 1_000.0)
+    real, reads = store._client.get_async, list[str]()
+
+    def counted(path: str, watch: object = None) -> object:
+        reads.append(path)
+        return real(path, watch=watch)
+
+    store._client.get_async = counted
+    seen: list[list[bytes]] = [[] for _ in range(5)]
+    ends = [store.watch("/a", lambda node, told=told: told.append(node.data)) for told in seen]
+    await until(lambda: all(len(told) == 1 for told in seen), 10)
+    assert len(reads) == 1
+    for number in range(1, 20):
+        assert isinstance(await store.multi([SetData("/a", b"%d" % number, number - 1)]), Done)
+        await until(lambda number=number: all(told[-1] == b"%d" % number for told in seen), 10)
+    assert len(reads) <= 20, "one read for each change"
+    for end in ends:
+        end()

@@ -65,7 +65,7 @@ async def test_a_watch_ends_also_when_its_node_changes_at_that_moment(
 ) -> None:
     store = ZooKeeperStore("nowhere:1")
 
-    async def look(_: object) -> None:
+    async def look(*_: object) -> None:
         return None
 
     monkeypatch.setattr(store, "_look", look)
