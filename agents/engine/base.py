@@ -12,12 +12,13 @@ The contract, for every engine (`tests/contract/test_engine.py`):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from orchestrator.core.disks import SourceSide
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import DiskCache, DiskFormat, GuestSpec, LiveMachine, PoolKind
@@ -121,7 +122,22 @@ class VmmDied:
     """The process is gone."""
 
 
-EngineEvent = StatusChanged | SwitchoverAckLate | RunStateChanged | GuestEnded | VmmDied
+@dataclass(frozen=True, slots=True)
+class DiskReady:
+    """The destination's image of this local disk has all but what is being written: its mirror follows the guest."""
+
+    disk: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFailed:
+    """The mirror of this local disk has ended by itself. The guest has noticed nothing."""
+
+    disk: str
+    error: str
+
+
+EngineEvent = StatusChanged | SwitchoverAckLate | RunStateChanged | GuestEnded | VmmDied | DiskReady | DiskFailed
 EventSink = Callable[[EngineEvent], None]
 
 
@@ -299,8 +315,60 @@ class OutgoingOptions:
     is left of the guest must fit into the downtime limit at that share of the rate."""
 
 
+@dataclass(frozen=True, slots=True)
+class DiskTarget:
+    """Where a copy of a local disk goes: the export of the very image `image`, which it is called by."""
+
+    disk: str
+    image: str
+    endpoint: Endpoint
+
+
+class DiskCopies(Protocol):
+    """The local disks of a VMM on their way to a destination. A target that is full, lost or frozen never stops the
+    guest for longer than a second or two: it is cut off, and its copy has failed (DiskFailed)."""
+
+    async def known(self) -> Mapping[str, SourceSide]:
+        """What there is of earlier copies, by disk; of all local disks that are written to. Asked of the VMM now."""
+        ...
+
+    async def connect_disk(self, target: DiskTarget) -> None:
+        """In place of whatever this disk was connected to; a mirror that runs into that very image stays. Raises
+        EngineError; the disk is connected to nothing then."""
+        ...
+
+    async def start_mirror(self, disk: str) -> None:
+        """Copy everything, then follow the guest: DiskReady, or DiskFailed. One that runs is told of again."""
+        ...
+
+    async def increment(self, disk: str, since: str) -> None:
+        """Send what was written since `mark(since)`, and from then on until the drain; returns when this pass is over.
+
+        Raises EngineError when it failed: what is still to be sent is known as before.
+        """
+        ...
+
+    async def drain(self, bound_s: float) -> None:
+        """The guest stands still: send the rest of all disks and end the copying. Raises EngineError, and
+        EngineTimeout when `bound_s` is over; then the targets are cut off, and the images are worth nothing."""
+        ...
+
+    async def mark(self, sync: str) -> None:
+        """The guest stands still, drained: note all writes from here on under `sync`, in place of earlier notes."""
+        ...
+
+    async def forget(self) -> None:
+        """End all copying, and note writes no longer. Idempotent."""
+        ...
+
+
 class Vmm(Protocol):
     """One VMM process, source or destination."""
+
+    @property
+    def disks(self) -> DiskCopies:
+        """Of this VMM; empty where it has no local disks."""
+        ...
 
     @property
     def metadata(self) -> VmmMetadata:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from agents.engine import base
@@ -16,6 +16,7 @@ from agents.engine.base import (
     VmmMetadata,
     VmmState,
 )
+from orchestrator.core.disks import SourceSide
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness
 
@@ -37,6 +38,55 @@ class Script:
     """Of no process can be told whether it lives."""
 
 
+class FakeDisks:
+    """See `base.DiskCopies`. Copies nothing, and knows what it would have copied."""
+
+    def __init__(self, names: Sequence[str], emit: base.EventSink) -> None:
+        self._known = {name: SourceSide() for name in names}
+        self._connected: dict[str, str] = {}
+        self._emit = emit
+        self.calls: list[str] = []
+        self.fail_drain = ""
+
+    async def known(self) -> Mapping[str, SourceSide]:
+        return dict(self._known)
+
+    async def connect_disk(self, target: base.DiskTarget) -> None:
+        self.calls.append("connect")
+        self._connected[target.disk] = target.image
+
+    async def start_mirror(self, disk: str) -> None:
+        self.calls.append("mirror")
+        self._known[disk] = SourceSide(self._connected[disk])
+        self._emit(base.DiskReady(disk))
+
+    async def increment(self, disk: str, since: str) -> None:
+        self.calls.append("increment")
+        if self._known[disk].since != since:
+            raise EngineError(f"nothing is noted since {since}")
+
+    async def drain(self, bound_s: float) -> None:
+        self.calls.append("drain")
+        if self.fail_drain:
+            self._known = {disk: SourceSide() for disk in self._known}
+            raise EngineError(self.fail_drain)
+        self._known = {disk: SourceSide("", each.since) for disk, each in self._known.items()}
+        self._connected.clear()
+
+    async def mark(self, sync: str) -> None:
+        self.calls.append("mark")
+        self._known = {disk: SourceSide("", sync) for disk in self._known}
+
+    async def forget(self) -> None:
+        self._known = {disk: SourceSide() for disk in self._known}
+        self._connected.clear()
+
+    def fail(self, disk: str) -> None:
+        """Its target is lost."""
+        self._known[disk] = SourceSide()
+        self._emit(base.DiskFailed(disk, "lost"))
+
+
 class FakeVmm:
     """See `base.Vmm`. `calls` has the names of the calls in order."""
 
@@ -50,11 +100,16 @@ class FakeVmm:
         self.calls: list[str] = []
         self.peer: FakeVmm | None = None
         self._sinks: list[base.EventSink] = []
+        self._disks = FakeDisks([disk.name for disk in spec.disks if not disk.shared], self._emit)
         self._before = run
         self._dead = False
         self._late = 0
         self.ends_unheard = False
         """The guest powers itself off at the very moment of its stop: no event tells it here, and it arrives ended."""
+
+    @property
+    def disks(self) -> FakeDisks:
+        return self._disks
 
     @property
     def metadata(self) -> VmmMetadata:

@@ -26,6 +26,7 @@ from agents.engine.base import (
     VmmState,
 )
 from agents.engine.qemu import arguments, process, stream, verdict
+from agents.engine.qemu.block import QemuDisks
 from agents.engine.qemu.images import Images
 from agents.engine.qemu.qmp import QmpConnection
 from agents.host import processes
@@ -41,6 +42,8 @@ _NO_LIMIT_MS, _NO_LIMIT_BYTES_PER_S = 2_000_000, 1 << 40
 _POLL_S = 0.003
 _CONNECT_S = 8.0
 _CANCEL_S = 1.0
+_FREE_S = 0.3
+"""How long a guest that may stand still waits for a QEMU that a lost disk target may have stopped."""
 _STREAM_S = 5.0
 """How long the destination may take to accept the stream: two lost packets, and an attempt that ends soon otherwise."""
 _STREAM = "stream"
@@ -102,7 +105,12 @@ class QemuVmm(base.Vmm):
         """The guest was stopped on purpose."""
         self._arrived = False
         """This QEMU told that it has loaded the guest, and has not been asked to send it since."""
+        self._disks = QemuDisks(spec.disks, self._execute, self._urgently, self._emit)
         watched.on_death = lambda: self._emit(base.VmmDied())
+
+    @property
+    def disks(self) -> QemuDisks:
+        return self._disks
 
     @property
     def metadata(self) -> VmmMetadata:
@@ -319,6 +327,7 @@ class QemuVmm(base.Vmm):
     async def abort(self, timeout_s: float = 5.0) -> VmmState:
         async with _bounded("abort", timeout_s):
             over = False
+            await self._disks.free(_FREE_S)
             with contextlib.suppress(EngineTimeout):
                 # Not asked first whether there is anything to cancel: the guest may stand still, and QEMU takes this
                 # for nothing when there is not.
@@ -388,6 +397,7 @@ class QemuVmm(base.Vmm):
         await self._execute("announce-self", timing)
 
     async def detach(self) -> None:
+        self._disks.close()
         for task in (self._tail, self._telling):
             if task is not None:
                 task.cancel()
@@ -450,6 +460,9 @@ class QemuVmm(base.Vmm):
             raise EngineError(f"{command}: the QEMU process is gone; {self._with_words('')}")
         return await self._main.execute(command, arguments, timeout_s=timeout_s)
 
+    async def _urgently(self, command: str, arguments: Mapping[str, object], **how: Any) -> Any:
+        return await self._oob.execute(command, arguments, **how)
+
     def _with_words(self, error: str) -> str:
         """A refused stream is explained in the destination's log only."""
         if self._metadata.role != "incoming" and error:
@@ -470,6 +483,8 @@ class QemuVmm(base.Vmm):
                 self._telling = asyncio.create_task(self._tell_failure())
             else:
                 self._emit(base.StatusChanged(status))
+        elif name.startswith("BLOCK_JOB_"):
+            self._disks.on_event(name, data)
         elif name in ("STOP", "RESUME"):
             self._emit(base.RunStateChanged(name == "RESUME", at_s))
         elif name == "GUEST_PANICKED" or (name == "SHUTDOWN" and data.get("guest")):
@@ -571,6 +586,7 @@ class QemuEngine(base.MigrationEngine):
             raise
         with contextlib.suppress(EngineError):
             await vmm.set_capabilities({"events": True})
+            await vmm.disks.known()
         return vmm
 
     async def _spawn(self, spec: base.VmmSpec, role: str, migration: str, attempt: int) -> QemuVmm:

@@ -1,0 +1,200 @@
+"""The process that writes a guest's local images at its destination: qemu-storage-daemon, one per guest and host.
+
+It outlives attempts, VMMs and the agent, as a device process does: an abort replaces the waiting VMM, and the source's
+mirrors go on. It ends when the guest runs here, or goes elsewhere. Its NBD server takes one connection for each disk,
+and each export has the id of its image as its name; see docs/storage.md for what that does not protect from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+from agents.disks.images import DiskError
+from agents.engine.base import DiskFile, EngineError
+from agents.engine.qemu.qmp import QmpConnection
+from agents.host.processes import Watched, spawned, tail_of
+from orchestrator.core.endpoint import Endpoint
+from orchestrator.core.liveness import Liveness, LivenessUnknown
+from orchestrator.core.records import DiskCache
+
+_PROGRAM = "qemu-storage-daemon"
+_START_S = 8.0
+_END_S = 5.0
+_RELEASE_S = 5.0
+_MAX_SOCKET_PATH = 107
+
+
+class DiskDaemon:
+    """Handle to the process; see the module. Every call is bounded and raises DiskError."""
+
+    def __init__(self, directory: Path, watched: Watched, endpoint: Endpoint) -> None:
+        self._directory = directory
+        self._process = watched
+        self._qmp = QmpConnection("disks", None)
+        self.endpoint = endpoint
+        """Where its NBD server listens."""
+
+    @classmethod
+    async def start(cls, directory: Path, ip: str, disks: int) -> DiskDaemon:
+        """One that listens at `ip` and exports nothing yet. Raises DiskError; no process is left then."""
+        if len(os.fsencode(_path(directory, "qmp"))) > _MAX_SOCKET_PATH:
+            raise DiskError(f"{_path(directory, 'qmp')}: too long for a socket, use a shorter state directory")
+        family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+        try:
+            with socket.create_server((ip, 0), family=family, backlog=disks + 1) as listening:
+                port = int(listening.getsockname()[1])
+                child = await spawned(lambda: _spawn(directory, listening.fileno(), disks))
+        except OSError as error:
+            raise DiskError(f"cannot listen at {ip} for disks: {error}") from error
+        try:
+            watched, start_time = await Watched.adopt_child(child)
+        except LivenessUnknown as error:
+            raise DiskError(f"{_PROGRAM} cannot be watched, and was ended: {error}") from error
+        started = cls(directory, watched, Endpoint(ip, port))
+        try:
+            note = {"pid": child.pid, "start_time": start_time, "ip": ip, "port": port}
+            _path(directory, "json").write_text(json.dumps(note))
+            await started._connected(_START_S)
+        except (OSError, DiskError) as error:
+            words = tail_of(_path(directory, "log"))
+            await started.destroy()
+            raise DiskError(f"{_PROGRAM} did not start: {error} {words}".strip()) from error
+        return started
+
+    @classmethod
+    async def adopt(cls, directory: Path) -> DiskDaemon | None:
+        """The one that an earlier agent started here. None: there is none, or it is gone."""
+        try:
+            note = json.loads(_path(directory, "json").read_text())
+            watched = Watched.find(int(note["pid"]), int(note["start_time"]))
+            endpoint = Endpoint(note["ip"], int(note["port"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, LivenessUnknown) as error:
+            raise DiskError(f"{_path(directory, 'json')}: the note of a storage daemon: {error}") from error
+        if watched is None:
+            return None
+        found = cls(directory, watched, endpoint)
+        try:
+            await found._connected(_START_S / 2)
+        except DiskError:
+            gone = found.liveness() is Liveness.GONE
+            await found.detach()
+            if gone:
+                return None
+            raise
+        return found
+
+    def liveness(self) -> Liveness:
+        """Of the process."""
+        return self._process.liveness()
+
+    async def exported(self) -> frozenset[str]:
+        """Ids of the images that can be written to now."""
+        with _as_disk_error("exports"):
+            return frozenset(str(each["id"]) for each in await self._qmp.execute("query-block-exports"))
+
+    async def export(self, disk: DiskFile, image: str) -> None:
+        """Open the disk's image and let one connection write to it, under the name `image`. Raises DiskError."""
+        direct = disk.cache is DiskCache.NONE
+        cache = {"direct": direct, "no-flush": False}
+        file = {"driver": "file", "filename": str(disk.path), "cache": cache, "discard": "unmap"}
+        node = {"driver": disk.format.value, "node-name": f"n-{disk.name}", "cache": cache, "discard": "unmap"}
+        export = {"type": "nbd", "id": image, "node-name": f"n-{disk.name}", "name": image, "writable": True}
+        with _as_disk_error(f"disk {disk.name}"):
+            await self._qmp.execute("blockdev-add", {**node, "file": file})
+            await self._qmp.execute("block-export-add", export)
+
+    async def release(self, disk: str, image: str) -> None:
+        """Nobody writes to it any more, everything is in the file, and it is open to others. Raises DiskError."""
+        with _as_disk_error(f"disk {disk}"):
+            if image in await self.exported():
+                await self._qmp.execute("block-export-del", {"id": image, "mode": "hard"})
+            async with asyncio.timeout(_RELEASE_S):
+                while image in await self.exported():  # noqa: ASYNC110 - the event tells no more
+                    await asyncio.sleep(0.002)
+            nodes = {node["node-name"] for node in await self._qmp.execute("query-named-block-nodes", {"flat": True})}
+            if f"n-{disk}" in nodes:
+                await self._qmp.execute("blockdev-del", {"node-name": f"n-{disk}"}, timeout_s=_RELEASE_S)
+
+    async def destroy(self) -> None:
+        """It has ended, and so has what it wrote. Idempotent. Raises DiskError when it does not end."""
+        if self.liveness() is not Liveness.GONE:
+            with contextlib.suppress(EngineError):
+                await self._qmp.execute("quit", timeout_s=1.0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._process.dead.wait()
+        self._process.kill()
+        if self.liveness() is not Liveness.GONE:
+            try:
+                async with asyncio.timeout(_END_S):
+                    await self._process.dead.wait()
+            except TimeoutError:
+                raise DiskError(f"{_PROGRAM} {self._process.pid} was killed and has not ended") from None
+        await self.detach()
+        for suffix in ("qmp", "log", "json"):
+            _path(self._directory, suffix).unlink(missing_ok=True)
+
+    async def detach(self) -> None:
+        """Leave it to a later agent."""
+        await self._qmp.close()
+        self._process.close()
+
+    async def _connected(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    with contextlib.suppress(EngineError):
+                        await self._qmp.connect(_path(self._directory, "qmp"), 2.0)
+                        return
+                    if self.liveness() is Liveness.GONE:
+                        raise DiskError(tail_of(_path(self._directory, "log")) or "it has ended")
+                    await self._qmp.close()
+                    self._qmp = QmpConnection("disks", None)
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            raise DiskError(f"no answer in {timeout_s:g} s") from None
+
+
+async def open_daemon(directory: Path, ip: str, disks: Sequence[DiskFile]) -> DiskDaemon:
+    """The daemon that runs for this guest, or a new one. Raises DiskError."""
+    return await DiskDaemon.adopt(directory) or await DiskDaemon.start(directory, ip, len(disks))
+
+
+def _path(directory: Path, suffix: str) -> Path:
+    return directory / f"storage.{suffix}"
+
+
+@contextlib.contextmanager
+def _as_disk_error(what: str) -> Generator[None]:
+    try:
+        yield
+    except (EngineError, TimeoutError) as error:
+        raise DiskError(f"{what}: {error or 'no end in time'}") from error
+
+
+def _spawn(directory: Path, descriptor: int, disks: int) -> subprocess.Popen[bytes]:
+    """Blocking. The session of its own lets it outlive this process."""
+    monitor = f"socket,id=qmp,path={str(_path(directory, 'qmp')).replace(',', ',,')},server=on,wait=off"
+    server = f"addr.type=fd,addr.str={descriptor},max-connections={disks}"
+    command = [_PROGRAM, "--chardev", monitor, "--monitor", "chardev=qmp", "--nbd-server", server]
+    with _path(directory, "log").open("ab") as log:
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(descriptor,),
+            )
+        except OSError as error:
+            raise DiskError(f"cannot run {_PROGRAM}: {error}; install qemu-system-common") from error

@@ -1,0 +1,152 @@
+"""The images of a guest's local disks on this host: made for a copy that comes, taken out of use when it has gone.
+
+What is known of them stands in a note in the guest's directory: an image that it does not name is somebody else's, and
+is never touched. An image is worth something to a later attempt only from its release on (`since`), and only until
+somebody opens it to write: a note that says otherwise would be believed by a source (H16).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from agents.engine.base import DiskFile
+
+_TOOL = "qemu-img"
+_MAKE_S = 30.0
+_MOVED = ".moved-"
+
+
+class DiskError(Exception):
+    """An image, or who writes it, is not as it has to be; the text says what to do. Nothing was lost by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One image that was made here for a copy that comes."""
+
+    image: str
+    """Fresh for each that is made; its NBD export is called so too."""
+    path: str
+    size_bytes: int
+    since: str = ""
+    """The sync point that it was released at; empty: its content is worth nothing once its writer is gone."""
+
+
+class Images:
+    """Of one guest. `note` is the file that says what they are; it may not be there."""
+
+    def __init__(self, note: Path) -> None:
+        self._note = note
+
+    def known(self) -> dict[str, Image]:
+        """By disk. Raises DiskError for a note that cannot be read: nothing is made or removed then."""
+        try:
+            return {disk: Image(**each) for disk, each in json.loads(self._note.read_text()).items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DiskError(f"{self._note}: what is known of the guest's images cannot be read: {error}") from error
+
+    async def made(self, disk: DiskFile) -> Image:
+        """A new, empty image in place of one that was made here before. Raises DiskError."""
+        known = self.known()
+        if disk.path.exists() and (disk.name not in known or known[disk.name].path != str(disk.path)):
+            raise DiskError(
+                f"disk {disk.name}: {disk.path} is there already and was not made for this guest's move: "
+                "take it away, or give the disk another image name"
+            )
+        if disk.size_bytes <= 0:
+            raise DiskError(f"disk {disk.name}: its size is not known here; say it in the guest's file (size)")
+        image = Image(f"i{uuid.uuid4().hex}", str(disk.path), disk.size_bytes)
+        self._write({**known, disk.name: image})
+        disk.path.unlink(missing_ok=True)
+        await _ran(_TOOL, "create", "-q", "-f", disk.format.value, str(disk.path), str(disk.size_bytes))
+        return image
+
+    def opened(self, disk: str) -> Image:
+        """It is about to be written to: from here on its content hangs on whoever writes it. Raises DiskError."""
+        known = self.known()
+        self._write({**known, disk: replace(known[disk], since="")})
+        return known[disk]
+
+    def released(self, disks: Iterable[str], since: str) -> None:
+        """Their writer has closed them at this sync point. Raises DiskError."""
+        names = frozenset(disks)
+        known = self.known().items()
+        self._write({disk: replace(each, since=since) if disk in names else each for disk, each in known})
+
+    def discard(self) -> None:
+        """The guest goes elsewhere: what was made for it here is removed. Idempotent. Raises DiskError, OSError."""
+        for image in self.known().values():
+            Path(image.path).unlink(missing_ok=True)
+        self.forget()
+
+    def forget(self) -> None:
+        """They are the guest's own images now, or nobody's. Idempotent."""
+        self._note.unlink(missing_ok=True)
+
+    def _write(self, known: dict[str, Image]) -> None:
+        temporary = self._note.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps({disk: asdict(image) for disk, image in known.items()}))
+            temporary.replace(self._note)
+        except OSError as error:
+            raise DiskError(f"{self._note}: cannot note the guest's images: {error}") from error
+
+
+async def _ran(*command: str) -> None:
+    """Raises DiskError with the program's own words."""
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        raise DiskError(f"cannot run {command[0]}: {error}; is qemu-utils installed?") from error
+    try:
+        async with asyncio.timeout(_MAKE_S):
+            _, said = await child.communicate()
+    except TimeoutError:
+        raise DiskError(f"{' '.join(command)}: not over after {_MAKE_S:g} s") from None
+    finally:
+        if child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
+    if child.returncode:
+        raise DiskError(f"{' '.join(command)}: {said.decode(errors='replace').strip()[-400:]}")
+
+
+def retire(path: Path, inc: str) -> Path | None:
+    """The guest has gone with what this image had: it gets another name at once and is removed later (`sweep`).
+
+    Idempotent: returns None when it is not there. Raises OSError.
+    """
+    away = path.with_name(f"{path.name}{_MOVED}{inc[:8]}")
+    try:
+        path.rename(away)
+    except FileNotFoundError:
+        return None
+    os.utime(away)
+    return away
+
+
+def sweep(pool: Path, grace_s: float) -> list[Path]:
+    """Remove images that were taken out of use at least `grace_s` ago; returns them. Raises OSError."""
+    over: list[Path] = []
+    for path in pool.glob(f"*{_MOVED}*"):
+        age_s = time.time() - path.stat().st_mtime
+        if age_s >= grace_s:
+            path.unlink(missing_ok=True)
+            over.append(path)
+    return over
