@@ -68,7 +68,7 @@ class QemuDisks(base.DiskCopies):
         self._watch()
         found: dict[str, SourceSide] = {}
         for disk, node in self._nodes.items():
-            bitmaps = nodes.get(node, {}).get("dirty-bitmaps", [])
+            bitmaps = _bitmaps(nodes[node]) if node in nodes else ()
             syncs = [str(bitmap["name"]).removeprefix(_SYNC) for bitmap in bitmaps if _is_sync(bitmap)]
             mirrors_to = self._images.get(disk, "") if disk in self._mirrors else ""
             found[disk] = SourceSide(mirrors_to, syncs[-1] if len(syncs) == 1 else "")
@@ -187,8 +187,8 @@ class QemuDisks(base.DiskCopies):
 
     async def _bitmaps(self, disk: str) -> list[str]:
         nodes = await self._execute("query-named-block-nodes", {"flat": True})
-        ours = next((node for node in nodes if node["node-name"] == self._nodes[disk]), {})
-        return [str(bitmap["name"]) for bitmap in ours.get("dirty-bitmaps", []) if _is_sync(bitmap)]
+        bitmaps = [bitmap for node in nodes if node["node-name"] == self._nodes[disk] for bitmap in _bitmaps(node)]
+        return [str(bitmap["name"]) for bitmap in bitmaps if _is_sync(bitmap)]
 
     async def _drop_bitmaps(self, disk: str) -> None:
         for bitmap in await self._bitmaps(disk):
@@ -257,6 +257,10 @@ def _copy(disk: str) -> str:
 
 def _image(node: Mapping[str, Any]) -> str:
     return str(node.get("file", "")).rpartition("/")[2]
+
+
+def _bitmaps(node: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return node.get("dirty-bitmaps", ())
 
 
 def _is_sync(bitmap: Mapping[str, Any]) -> bool:
