@@ -7,6 +7,7 @@ import ctypes
 import os
 import re
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -23,6 +24,8 @@ from tests.contract.test_engine import LINK, Pair, freeze, image, no_qemu, optio
 __all__ = ["pair"]
 pytestmark = pytest.mark.timeout(60)
 _PIDFD_GETFD = 438
+_NOTSENT_BYTES = 144
+"""Where tcp_info (linux/tcp.h) has tcpi_notsent_bytes."""
 
 
 @contextmanager
@@ -88,6 +91,34 @@ async def test_no_stream_waits_for_the_acknowledgement_of_what_was_sent_before(t
             await vmm.destroy()
 
 
+@no_qemu
+@pytest.mark.qemu
+async def test_what_waits_in_the_kernel_when_the_guest_stops_is_little(tmp_path: Path) -> None:
+    """QEMU takes it for sent, and the guest stands still until it is: no more than a link carries in a few ms.
+
+    The destination is frozen, so that everything that the source's kernel takes stays where it can be counted.
+    """
+    pair = Pair(QemuEngine(image()), tmp_path)
+    link_bytes_per_s = 125_000_000
+    try:
+        source, destination = await pair.source(memory_mib=256, static_mib=160), await pair.destination(memory_mib=256)
+        where = stream_of(destination.metadata)
+        await asyncio.sleep(1.0)
+        freeze(pair, destination)
+        await source.start_outgoing(OutgoingOptions(where, HoldStart.OPEN, 0, link_bytes_per_s, 300))
+        await asyncio.sleep(1.0)
+        (found,) = streams(source.metadata.pid, where.port)
+        with closing(found):
+            info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+        (not_sent_bytes,) = struct.unpack_from("=I", info, _NOTSENT_BYTES)
+        print(f"{not_sent_bytes} bytes wait")
+        assert 0 < not_sent_bytes <= 512 << 10
+        assert (await source.abort()).run_state is RunState.RUNNING
+    finally:
+        for vmm in pair.vmms:
+            await vmm.destroy()
+
+
 async def test_a_stream_that_nobody_takes_is_refused_at_once_and_another_destination_takes_it(pair: Pair) -> None:
     source = await pair.source()
     with closed_port() as nobody, pytest.raises(EngineError, match=f"does not take the stream at {nobody}"):
@@ -111,7 +142,7 @@ async def test_a_destination_that_never_answers_is_given_up_in_time() -> None:
             queued.setblocking(False)
             queued.connect_ex(silent.getsockname())
         with pytest.raises(EngineError, match=r"no answer in 0\.3 s"):
-            await stream.opened(Endpoint("127.0.0.1", silent.getsockname()[1]), 0.3)
+            await stream.opened(Endpoint("127.0.0.1", silent.getsockname()[1]), LINK, 0.3)
 
 
 @no_qemu
@@ -129,7 +160,7 @@ async def test_attempts_that_end_early_leave_no_descriptor_behind(tmp_path: Path
                 destination = await pair.destination(f"d{number}")
                 await source.start_outgoing(options(destination, HoldStart.TRICKLE))
                 with pytest.raises(EngineError, match="migrat"):  # refused by QEMU itself, after it was given a stream
-                    await source._migrate(stream_of(destination.metadata), 0)
+                    await source._migrate(stream_of(destination.metadata), options(destination))
                 await source.abort()
                 await destination.destroy()
             return len(descriptors(os.getpid())), len(descriptors(source.metadata.pid))

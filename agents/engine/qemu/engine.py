@@ -247,13 +247,13 @@ class QemuVmm(base.Vmm):
             return _channel({"type": "inet", "host": ip, "port": str(port)})
         return {"uri": f"tcp:{join_address(ip, port)}"}
 
-    async def _migrate(self, destination: Endpoint, channels: int) -> None:
+    async def _migrate(self, destination: Endpoint, options: base.OutgoingOptions) -> None:
         """Several channels QEMU connects by itself: it takes no descriptors for them, and turns Nagle's algorithm off
         in all but the first, which has nothing to wait for then. A single one is opened here."""
-        if channels > 1:
+        if options.multifd_channels > 1:
             await self._execute("migrate", self._where(destination.ip, destination.port, "migrate"))
             return
-        with contextlib.closing(await stream.opened(destination, _STREAM_S)) as connection:
+        with contextlib.closing(await stream.opened(destination, options.link_bytes_per_s, _STREAM_S)) as connection:
             await self._main.pass_descriptor(_STREAM, connection.fileno())
         named = _channel({"type": "fd", "str": _STREAM})
         try:
@@ -277,7 +277,7 @@ class QemuVmm(base.Vmm):
         if options.multifd_channels > 1:
             await self._execute("migrate-set-parameters", {"multifd-channels": options.multifd_channels})
         await self._set_rate(full=options.hold is not HoldStart.TRICKLE, open_gate=self._released)
-        await self._migrate(options.stream, options.multifd_channels)
+        await self._migrate(options.stream, options)
         if options.hold is HoldStart.TAIL:
             self._tail = asyncio.create_task(self._watch_tail(options.tail_bytes))
 

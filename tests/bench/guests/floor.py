@@ -95,7 +95,7 @@ async def pair(engine: QemuEngine) -> AsyncIterator[Pair]:
         await asyncio.to_thread(shutil.rmtree, made.directory, True)
 
 
-async def _connects(vmm: QemuVmm, destination: Endpoint, channels: int) -> None:
+async def _connects(vmm: QemuVmm, destination: Endpoint, _: OutgoingOptions) -> None:
     """In place of the engine's own: QEMU makes the connection, as for several channels."""
     await vmm._execute("migrate", vmm._where(destination.ip, destination.port, "migrate"))
 
