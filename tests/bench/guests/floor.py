@@ -16,6 +16,7 @@ import statistics
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 
@@ -42,21 +43,31 @@ _NICENESS = -10
 """As an agent has it (agents/__main__.py)."""
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """Whose engines make the VMMs; where the destination's listens; what the link between them is said to carry."""
+
+    source: QemuEngine
+    destination: QemuEngine
+    address: str = "127.0.0.1"
+    link_bytes_per_s: int = LINK
+
+
 class Pair:
     """One move's VMMs, in a directory of their own, and when their vCPUs stopped and ran."""
 
-    def __init__(self, engine: QemuEngine, directory: Path) -> None:
-        self.engine = engine
+    def __init__(self, hosts: Hosts, directory: Path) -> None:
+        self.hosts = hosts
         self.directory = directory
         self.vmms: list[QemuVmm] = []
         self._stamps: list[tuple[QemuVmm, bool, float]] = []
 
     def spec(self, guest: str, inc: str) -> VmmSpec:
         spec = GuestSpec("g", memory_mib=MEMORY_MIB, boot=boot_of(QUIET, seed=0))
-        return VmmSpec(guest, inc, spec, self.directory, self.directory / f"{inc}.con", None, "127.0.0.1")
+        return VmmSpec(guest, inc, spec, self.directory, self.directory / f"{inc}.con", None, self.hosts.address)
 
     async def source(self, guest: str) -> QemuVmm:
-        made = self._watched(await self.engine.start(self.spec(guest, "s")))
+        made = self._watched(await self.hosts.source.start(self.spec(guest, "s")))
         reader, writer = await asyncio.open_unix_connection(self.directory / "s.con")
         async with asyncio.timeout(20):
             await reader.readline()
@@ -65,7 +76,7 @@ class Pair:
         return made
 
     async def destination(self, guest: str) -> QemuVmm:
-        return self._watched(await self.engine.prepare_incoming(self.spec(guest, "d"), "m", 1))
+        return self._watched(await self.hosts.destination.prepare_incoming(self.spec(guest, "d"), "m", 1))
 
     def _watched(self, vmm: QemuVmm) -> QemuVmm:
         def seen(event: EngineEvent) -> None:
@@ -84,8 +95,8 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair(engine: QemuEngine) -> AsyncIterator[Pair]:
-    made = Pair(engine, Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="bg-")))
+async def pair(hosts: Hosts) -> AsyncIterator[Pair]:
+    made = Pair(hosts, Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="bg-")))
     try:
         yield made
     finally:
@@ -100,16 +111,17 @@ async def _connects(vmm: QemuVmm, destination: Endpoint, _: OutgoingOptions) -> 
     await vmm._execute("migrate", vmm._where(destination.ip, destination.port, "migrate"))
 
 
-async def through_sessions(engine: QemuEngine, store: ZooKeeperStore, *, qemu_connects: bool) -> float:
+async def through_sessions(hosts: Hosts, store: ZooKeeperStore, *, qemu_connects: bool) -> float:
+    """A whole attempt. Raises RuntimeError when the guest was not handed over."""
     moves = Moves(store=store)
     await moves.born()
-    async with pair(engine) as made:
+    async with pair(hosts) as made:
         source = await made.source(moves.guest)
         if qemu_connects:
             source._migrate = MethodType(_connects, source)
         ref = await moves.opened()
         destination = await made.destination(moves.guest)
-        options = OutgoingOptions(stream_of(destination.metadata), HoldStart.OPEN, 0, LINK, 300)
+        options = OutgoingOptions(stream_of(destination.metadata), HoldStart.OPEN, 0, hosts.link_bytes_per_s, 300)
         there = Coming("d", destination)
         await moves.conducted(ref, Leaving(source), there, MigrationPolicy(), options, made.directory)
         if moves.destination.state.stage is not DestinationStage.ENDED_DONE:
@@ -117,12 +129,12 @@ async def through_sessions(engine: QemuEngine, store: ZooKeeperStore, *, qemu_co
         return made.blackout_ms()
 
 
-async def by_hand(engine: QemuEngine) -> float:
+async def by_hand(hosts: Hosts) -> float:
     """The same order of QMP commands, with nothing between them."""
-    async with pair(engine) as made:
+    async with pair(hosts) as made:
         source, destination = (
             await made.source("g"),
-            made._watched(await engine._spawn(made.spec("g", "d"), "incoming", "m", 1)),
+            made._watched(await hosts.destination._spawn(made.spec("g", "d"), "incoming", "m", 1)),
         )
         await destination.connect()
         socket = {"uri": f"unix:{made.directory / 'stream'}"}
@@ -154,18 +166,16 @@ def _statuses(vmm: QemuVmm) -> Callable[[Status], Awaitable[bool]]:
     return lambda status: reached[status].wait()
 
 
-def _median_difference(one: list[float], other: list[float]) -> float:
+def median_difference(one: list[float], other: list[float]) -> float:
     """Round by round: what keeps the machine busy keeps both."""
     return statistics.median(a - b for a, b in zip(one, other, strict=True))
 
 
-async def floor(asked: Asked) -> list[Figure]:
-    """100 rounds of the three."""
-    if why := missing() or (shutil.which("qemu-system-x86_64") is None and "there is no QEMU"):
+@asynccontextmanager
+async def ledger() -> AsyncIterator[ZooKeeperStore]:
+    """A ZooKeeper of its own. Raises NotHere."""
+    if why := missing() or ("" if shutil.which("qemu-system-x86_64") else "there is no QEMU"):
         raise NotHere(why)
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
-    engine, before, ours, hand = QemuEngine(image()), [], [], []
     directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="bz-"))
     server = ZooKeeperServer(directory / "server", heap_mib=256)
     try:
@@ -173,24 +183,45 @@ async def floor(asked: Asked) -> list[Figure]:
         store = ZooKeeperStore(server.hosts, session_timeout_s=8)
         await store.start()
         try:
-            await through_sessions(engine, store, qemu_connects=False)  # the first one finds everything cold
-            for _ in range(asked.many(100)):
-                before.append(await through_sessions(engine, store, qemu_connects=True))
-                ours.append(await through_sessions(engine, store, qemu_connects=False))
-                hand.append(await by_hand(engine))
+            yield store
         finally:
             await store.close()
     finally:
         server.kill()
         await asyncio.to_thread(shutil.rmtree, directory, True)
-    medians = [statistics.median(values) for values in (before, ours, hand)]
+
+
+def go_before_guests() -> None:
+    """As an agent does, where that is allowed."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
+
+
+async def rounds(hosts: Hosts, count: int, *, hand: bool) -> tuple[list[float], list[float], list[float]]:
+    """Blackouts in ms: with QEMU connecting, as it is, and by hand (empty without `hand`)."""
+    before, ours, by = [], [], []
+    async with ledger() as store:
+        await through_sessions(hosts, store, qemu_connects=False)  # the first one finds everything cold
+        for _ in range(count):
+            before.append(await through_sessions(hosts, store, qemu_connects=True))
+            ours.append(await through_sessions(hosts, store, qemu_connects=False))
+            if hand:
+                by.append(await by_hand(hosts))
+    return before, ours, by
+
+
+async def floor(asked: Asked) -> list[Figure]:
+    """100 rounds of the three, over loopback."""
+    go_before_guests()
+    engine = QemuEngine(image())
+    before, ours, hand = await rounds(Hosts(engine, engine), asked.many(100), hand=True)
     name = f"blackout, quiet {MEMORY_MIB} MiB guest, loopback, median"
     return [
-        beside(f"{name}: QEMU connects", medians[0], "ms", spread(before)),
-        beside(f"{name}: as it is", medians[1], "ms", spread(ours)),
-        beside(f"{name}: by hand over a unix socket", medians[2], "ms", spread(hand)),
-        at_least("QEMU connects minus as it is, median of the rounds", _median_difference(before, ours), "ms", 10),
-        at_most("as it is minus by hand, median of the rounds", _median_difference(ours, hand), "ms", 8),
+        beside(f"{name}: QEMU connects", statistics.median(before), "ms", spread(before)),
+        beside(f"{name}: as it is", statistics.median(ours), "ms", spread(ours)),
+        beside(f"{name}: by hand over a unix socket", statistics.median(hand), "ms", spread(hand)),
+        at_least("QEMU connects minus as it is, median of the rounds", median_difference(before, ours), "ms", 10),
+        at_most("as it is minus by hand, median of the rounds", median_difference(ours, hand), "ms", 8),
     ]
 
 
