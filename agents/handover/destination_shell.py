@@ -173,7 +173,7 @@ class DestinationShell(Shell[DestinationState]):
             await self.vmm.promote()
             await self._note_inside()
         except (engine.EngineError, StoreUnavailable) as error:
-            self._note("start_failed", str(error))
+            self._note("disk_locked" if isinstance(error, engine.DiskLocked) else "start_failed", str(error))
             return Seen.ACTIVATION_FAILED
         return good
 

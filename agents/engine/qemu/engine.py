@@ -503,7 +503,8 @@ class QemuVmm(base.Vmm):
 def _locked(error: EngineError) -> base.DiskLocked | None:
     """The same error as the word for an image that somebody else has open; None: it is about something else."""
     said = str(error)
-    return base.DiskLocked(said) if 'Failed to get "' in said and '" lock' in said else None
+    refused = 'Failed to get "' in said and '" lock' in said
+    return base.DiskLocked(said) if refused or "Failed to lock byte" in said else None
 
 
 @contextlib.asynccontextmanager

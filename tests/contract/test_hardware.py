@@ -1,0 +1,312 @@
+"""Guests with hardware under real QEMU: the machine that is built is the machine that was listed, at both ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agents.config import AgentConfig, FirmwareConfig, IdentityConfig, PoolConfig
+from agents.engine.base import (
+    DiskLocked,
+    EngineError,
+    EngineStatus,
+    HoldStart,
+    OutgoingOptions,
+    RunState,
+    Vmm,
+    stream_of,
+)
+from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.guest import hardware
+from agents.guest.files import GuestFiles
+from agents.guest.hardware import Hardware
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.records import (
+    Boot,
+    CloudInit,
+    Cpu,
+    DiskFormat,
+    DiskSpec,
+    Firmware,
+    GuestSpec,
+    LiveMachine,
+    NicSpec,
+    PoolKind,
+    Tpm,
+)
+from tests.contract.test_engine import image, until
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+OVMF = Path("/usr/share/OVMF")
+UUID = "6b1f3f2a-9d1c-4a51-8a3e-0d6f3c1b2a49"
+LINK = 1 << 30
+TOOLS = ("qemu-system-x86_64", "qemu-img")
+
+if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
+    pytest.skip(f"not installed: {', '.join(missing)} (make system)", allow_module_level=True)
+
+
+class Ends:
+    """Two hosts that see one shared pool, and what a guest is at each of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.engine = QemuEngine(image())
+        self.pool = directory / "shared"
+        self.pool.mkdir()
+        self.vmms: list[tuple[Vmm, Hardware]] = []
+
+    def files(self, host: str, spec: GuestSpec) -> GuestFiles:
+        here = self.directory / host
+        firmware = FirmwareConfig()
+        if (OVMF / "OVMF_CODE_4M.fd").is_file():
+            firmware = FirmwareConfig(uefi_code=OVMF / "OVMF_CODE_4M.fd", uefi_vars=OVMF / "OVMF_VARS_4M.fd")
+        config = AgentConfig(
+            host=host,
+            address="127.0.0.1",
+            zookeeper="127.0.0.1:1",
+            dir=here,
+            console_dir=here,
+            volatile_dir=here / "volatile",
+            identity=IdentityConfig(),
+            memory_mib=1024,
+            pools={"shared": PoolConfig(path=self.pool, kind=PoolKind.SHARED_FILE)},
+            firmware=firmware,
+            extra_args_allowed=("-device virtio-rng-pci",),
+        )
+        return GuestFiles(config, UUID, spec)
+
+    async def born(self, spec: GuestSpec) -> tuple[QemuVmm, LiveMachine]:
+        files = self.files("a", spec)
+        files.make()
+        found = await hardware.born(files, "s", await self.engine.probe())
+        assert found is not None
+        assert found.machine is not None
+        vmm = await self.engine.start(found.into(files.vmm_spec("s")))
+        self.vmms.append((vmm, found))
+        return vmm, found.machine
+
+    async def prepared(self, spec: GuestSpec, machine: LiveMachine, inc: str = "d") -> QemuVmm:
+        files = self.files("b", spec)
+        files.make()
+        found = await hardware.make(files, inc, machine)
+        vmm = await self.engine.prepare_incoming(found.into(files.vmm_spec(inc)), "m", 1)
+        self.vmms.append((vmm, found))
+        return vmm
+
+    async def close(self) -> None:
+        for vmm, found in self.vmms:
+            await vmm.destroy()
+            await found.remove()
+
+
+@pytest.fixture
+async def ends() -> AsyncIterator[Ends]:
+    directory = Path(tempfile.mkdtemp(prefix="dh-"))
+    made = Ends(directory)
+    try:
+        yield made
+    finally:
+        await made.close()
+        shutil.rmtree(directory)
+
+
+async def machine_of(vmm: QemuVmm) -> dict[str, Any]:
+    """Every device that has a name, with its kind and its place."""
+    found: dict[str, Any] = {}
+    for each in await vmm._execute("qom-list", {"path": "/machine/peripheral"}):
+        if not each["type"].startswith("child<"):
+            continue
+        path = f"/machine/peripheral/{each['name']}"
+        known = {entry["name"] for entry in await vmm._execute("qom-list", {"path": path})}
+        places = {
+            name: await vmm._execute("qom-get", {"path": path, "property": name})
+            for name in ("addr", "parent_bus", "mac", "host_mtu", "bootindex", "num-queues", "vectors")
+            if name in known
+        }
+        found[each["name"]] = (each["type"], places)
+    found[""] = await vmm._execute("qom-get", {"path": "/machine", "property": "type"})
+    return found
+
+
+async def seen_by_guest(vmm: QemuVmm) -> list[tuple[Any, ...]]:
+    """Everything on the PCI buses, as the guest numbers them."""
+
+    def places(devices: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+        found: list[tuple[Any, ...]] = []
+        for each in devices:
+            kind = (each["id"]["vendor"], each["id"]["device"])
+            found.append((each["bus"], each["slot"], each["function"], each["qdev_id"], *kind))
+            found += places(each.get("pci_bridge", {}).get("devices", []))
+        return found
+
+    return sorted(place for bus in await vmm._execute("query-pci") for place in places(bus["devices"]))
+
+
+ROOT = DiskSpec("root", "shared", "root.qcow2", size_bytes=16 << 20)
+DATA = DiskSpec("data", "shared", "data.raw", DiskFormat.RAW, size_bytes=4 << 20)
+CARDS = (NicSpec("eth0", "lab"), NicSpec("eth1", "lab", "52:54:00:12:34:56", 4, 9000))
+KINDS = {
+    "disks": GuestSpec("g", disks=(ROOT, DATA)),
+    "cpu": GuestSpec("g", vcpus=2, cpu=Cpu("Nehalem"), extra_args=("-device virtio-rng-pci",)),
+    "cards": GuestSpec("g", vcpus=2, nics=CARDS),
+    "bios": GuestSpec(
+        "g",
+        boot=Boot(firmware=Firmware.BIOS),
+        disks=(DATA, DiskSpec("r", "shared", "r", boot=True, size_bytes=1 << 20)),
+    ),
+    "cloud-init": GuestSpec("g", disks=(ROOT,), cloud_init=CloudInit("#cloud-config\n")),
+    "many": GuestSpec(
+        "g", disks=tuple(DiskSpec(f"d{n}", "shared", f"d{n}", size_bytes=1 << 20) for n in range(16)), nics=CARDS
+    ),
+    "uefi": GuestSpec("g", memory_mib=128, boot=Boot(firmware=Firmware.UEFI), disks=(ROOT,)),
+    "tpm": GuestSpec("g", disks=(ROOT,), tpm=Tpm()),
+}
+
+
+def lacking(kind: str) -> str:
+    if kind == "uefi" and not (OVMF / "OVMF_CODE_4M.fd").is_file():
+        return "no UEFI firmware (ovmf)"
+    return "no swtpm" if kind == "tpm" and not shutil.which("swtpm") else ""
+
+
+async def moved(source: QemuVmm, destination: QemuVmm) -> None:
+    """Everything is at the destination, and neither runs."""
+    await source.start_outgoing(OutgoingOptions(stream_of(destination.metadata), HoldStart.OPEN, 0, LINK, 300))
+    await until(source, lambda s: s.status is EngineStatus.PARKED, 30)
+    await source.proceed()
+    await until(source, lambda s: s.status is EngineStatus.COMPLETED, 15)
+    await until(destination, lambda s: s.run_state is RunState.PAUSED, 15)
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_both_ends_are_the_machine_that_was_listed_and_the_guest_moves(
+    ends: Ends, kind: str, machine: str
+) -> None:
+    if said := lacking(kind):
+        pytest.skip(said)
+    if kind == "uefi" and machine == "pc":
+        pytest.skip("this build of UEFI is for q35")
+    spec = GuestSpec(
+        **{**{n: getattr(KINDS[kind], n) for n in GuestSpec.__slots__ if n != "newer"}, "machine": machine}
+    )
+    source, listed = await ends.born(spec)
+    destination = await ends.prepared(spec, listed)
+    there = await machine_of(source)
+    assert there == await machine_of(destination)
+    assert there.pop("") == f"{listed.type}-machine"
+    assert listed.type != machine  # versioned
+    assert set(there) == {device.id for device in listed.devices}
+    assert await source.unmigratable() == ()
+    await moved(source, destination)
+    assert await seen_by_guest(source) == await seen_by_guest(destination)
+    await destination.resume()
+    assert (await destination.state()).run_state is RunState.RUNNING
+
+
+async def test_a_device_that_somebody_added_by_hand_stands_in_the_way(ends: Ends) -> None:
+    source, _ = await ends.born(GuestSpec("g", machine="q35", disks=(ROOT,)))
+    await source._execute("device_add", {"driver": "virtio-rng-pci", "id": "mine", "bus": "port2"})
+    (said,) = await source.unmigratable()
+    assert "mine (virtio-rng-pci) is no part of its machine" in said
+
+
+class Holder:
+    """Somebody else who has an image open, by QEMU's own lock bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR)
+        # l_type, l_whence, l_start, l_len, l_pid. A shared lock of byte 201 says that nobody else may write.
+        fcntl.fcntl(self._file, 37, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 201, 1, 0))
+
+    def let_go(self) -> None:
+        with suppress(OSError):
+            os.close(self._file)
+
+
+async def test_an_image_that_is_locked_after_the_seal_is_waited_for_and_nothing_is_lost(ends: Ends) -> None:
+    """Nobody holds a lock between the seal and the take-over: a backup tool may open the image just then."""
+    spec = GuestSpec("g", disks=(ROOT, DATA))
+    source, machine = await ends.born(spec)
+    destination = await ends.prepared(spec, machine)
+    await moved(source, destination)
+    holder = Holder(ends.pool / "data.raw")
+    try:
+        for _ in range(2):
+            with pytest.raises(DiskLocked):
+                await destination.resume()
+            assert (await destination.state()).run_state is RunState.PAUSED
+    finally:
+        holder.let_go()
+    await destination.resume()
+    assert (await destination.state()).run_state is RunState.RUNNING
+    with pytest.raises(DiskLocked):  # the second defence: the source cannot run beside it
+        await source.resume()
+    assert (await source.state()).run_state is not RunState.RUNNING
+
+
+async def test_an_image_that_another_guest_has_open_is_refused_at_birth(ends: Ends) -> None:
+    await ends.born(GuestSpec("g", disks=(DATA,)))
+    files = ends.files("a", GuestSpec("h", disks=(DATA,)))
+    found = await hardware.born(files, "other", await ends.engine.probe())
+    assert found is not None
+    with pytest.raises(DiskLocked):
+        await ends.engine.start(found.into(files.vmm_spec("other")))
+    await found.remove()
+
+
+async def test_an_image_without_a_size_must_be_there_and_one_that_was_made_goes_with_its_failed_birth(
+    ends: Ends,
+) -> None:
+    spec = GuestSpec("g", disks=(ROOT, DiskSpec("old", "shared", "old.qcow2")))
+    with pytest.raises(DroverError) as refused:
+        await ends.born(spec)
+    assert refused.value.reason is RefusalReason.DISK_NOT_FOUND
+    assert list(ends.pool.iterdir()) == []
+    assert not [path for path in ends.files("a", spec).directory.iterdir() if path.name != "guest.json"]
+
+
+async def test_a_cpu_that_cannot_be_given_in_full_does_not_start(ends: Ends) -> None:
+    with pytest.raises(EngineError, match="support requested feature"):
+        await ends.born(GuestSpec("g", cpu=Cpu("Skylake-Server")))
+
+
+async def test_firmware_of_another_build_is_refused(ends: Ends) -> None:
+    if said := lacking("uefi"):
+        pytest.skip(said)
+    spec = GuestSpec("g", memory_mib=128, boot=Boot(firmware=Firmware.UEFI), disks=(ROOT,), machine="q35")
+    _, machine = await ends.born(spec)
+    config = ends.files("b", spec).config
+    hardware.must_agree(config, machine, "g")
+    other = ends.directory / "other.fd"
+    other.write_bytes(b"another build")
+    changed = config.model_copy(update={"firmware": FirmwareConfig(uefi_code=other, uefi_vars=other)})
+    with pytest.raises(DroverError) as refused:
+        hardware.must_agree(changed, machine, "g")
+    assert refused.value.reason is RefusalReason.FIRMWARE_NOT_AVAILABLE
+
+
+async def test_the_hardware_of_an_earlier_agent_is_found_again(ends: Ends) -> None:
+    if said := lacking("tpm"):
+        pytest.skip(said)
+    spec = GuestSpec("g", disks=(ROOT,), tpm=Tpm(), cloud_init=CloudInit("#cloud-config\n"))
+    _, machine = await ends.born(spec)
+    ends.vmms[0][1].detach()
+    files = ends.files("a", spec)
+    found = hardware.adopt(files, "s")
+    assert found is not None
+    assert found.machine == machine
+    vmm, _ = ends.vmms.pop()
+    await vmm.destroy()
+    await found.remove()
+    assert {path.name for path in files.directory.iterdir()} <= {"guest.json", "s.log"}
