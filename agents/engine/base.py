@@ -460,7 +460,8 @@ class MigrationEngine(Protocol):
 
     async def probe(self) -> dict[str, str]:
         """`version`, `machine_types` (comma separated), `machine_aliases` (`pc=pc-i440fx-10.0,...`), `switchover_ack`
-        (none, legacy, per-device), `accelerator`, `devices_inside` (empty: it cannot have devices inside the VMM)."""
+        (none, legacy, per-device), `accelerator`, `devices_inside` (empty: it cannot have devices inside the VMM),
+        `cpu_models` (comma separated, those that it can give in full; empty: it does not say)."""
         ...
 
     async def start(self, spec: VmmSpec) -> Vmm:

@@ -11,18 +11,30 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from agents.config import AgentConfig
 from agents.engine.base import MigrationEngine
+from agents.guest import tpm
+from agents.host import pools
 from agents.host.identity import Installation, has_ended
 from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.identity import AgentIdentity, Answer, Doubt, Place, PlaceSeen, may_take
-from orchestrator.core.records import Certificate, Cordon, HostRecord, Network, Proof, Reservations
+from orchestrator.core.records import (
+    Certificate,
+    Cordon,
+    HostFeature,
+    HostRecord,
+    HostSpace,
+    Network,
+    Pool,
+    Proof,
+    Reservations,
+)
 from orchestrator.ledger import paths
 from orchestrator.ledger.layout import WrongLayout
 from orchestrator.ledger.ledger import Ledger, op_create
@@ -37,6 +49,8 @@ RETRY_S = 0.2
 LOOK_S = 600.0
 """A net below the watches, which tell everything that can happen to the place."""
 """The place is looked at this often, whatever the watches say."""
+SPACE_S = 60.0
+"""The room in pools is told at most this often."""
 PATIENCE_S = 30.0
 """How long a newcomer waits for a session that is in its way: one that nobody keeps alive lapses long before."""
 
@@ -58,6 +72,27 @@ _SAID: dict[Doubt, str] = {
     "its own. If this machine replaces the other, declare that one dead first",
     Doubt.DECLARED_DEAD: "this power cycle was declared dead, and its guests may run elsewhere: restart the host",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """What was found on this host for guests' hardware when the agent began."""
+
+    pools: tuple[Pool, ...] = ()
+    cpu_models: tuple[str, ...] = ()
+    firmware: dict[str, str] = field(default_factory=dict[str, str])
+    features: tuple[str, ...] = (HostFeature.HARDWARE,)
+
+    @classmethod
+    def of(cls, config: AgentConfig, probed: Mapping[str, str]) -> Offered:
+        """Blocking: reads the firmware's files once."""
+        features = [HostFeature.HARDWARE, *([HostFeature.TPM] if tpm.available() else [])]
+        return cls(
+            pools.published(config),
+            tuple(filter(None, probed.get("cpu_models", "").split(","))),
+            pools.firmware_hashes(config),
+            tuple(features),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +124,9 @@ class Registration:
         self._woken = asyncio.Event()
         self._unwatch: list[Callable[[], None]] = []
         self._record: HostRecord | None = None
+        self._offered = Offered()
+        self._space = HostSpace()
+        """As it was written last."""
         self.lost = ""
         """Why this agent starts nothing new: somebody else has the host's place. Empty: it is ours."""
         self.on_change: Callable[[], None] = lambda: None
@@ -107,6 +145,7 @@ class Registration:
         self._installation.open()
         self._me = replace(self._me, installation=self._installation.id)
         probed = await self._engine.probe()
+        self._offered = await asyncio.to_thread(Offered.of, self._config, probed)
         loop = asyncio.get_running_loop()
         gives_up: float | None = None
         while True:
@@ -229,8 +268,12 @@ class Registration:
             switchover_ack=probed["switchover_ack"],
             identity=me,
             shims=tuple(sorted(config.shims)),
+            pools=self._offered.pools,
             networks=tuple(Network(name, each.kind, each.mtu) for name, each in sorted(config.networks.items())),
+            cpu_models=self._offered.cpu_models,
+            firmware=self._offered.firmware,
             extra_args=config.extra_args_allowed,
+            features=self._offered.features,
         )
 
     def _refusal(self, doubt: Doubt) -> DroverError:
@@ -245,6 +288,30 @@ class Registration:
         for path in (paths.host(host), paths.live(host), paths.fence(host, self._me.boot_id)):
             self._unwatch.append(self._store.watch(path, lambda _: self.wake()))
         self._tasks.keep(self._hold_once, "the host's place", again_s=RETRY_S, every_s=0.0)
+        if self._config.pools:
+            self._tasks.keep(self._tell_space, "room in pools", again_s=SPACE_S, every_s=SPACE_S)
+
+    async def _tell_space(self) -> None:
+        """Write how much room the pools have, once it has moved by more than a hundredth of a pool. Best effort: what
+        counts is looked at again where a disk is made."""
+        if self.lost:
+            return
+        now = await asyncio.to_thread(pools.published, self._config)
+        if not any(abs(self._told_free(pool) - pool.free_bytes) * 100 > pool.size_bytes for pool in now):
+            return
+        space = HostSpace({pool.name: pool.free_bytes for pool in now})
+        path = paths.space(self._config.host)
+        try:
+            node = await self._store.read(path)
+            write = op_create(path, space) if node is None else SetData(path, encode(space), node.version)
+            if isinstance(await self._store.multi([write]), Done):
+                self._space = space
+        except StoreUnavailable as error:
+            log.warning("the room in this host's pools is not told", error=str(error))
+
+    def _told_free(self, pool: Pool) -> int:
+        known = {each.name: each.free_bytes for each in self._offered.pools} | self._space.free_bytes
+        return known.get(pool.name, 0)
 
     def wake(self) -> None:
         """Look soon: a new session has no `live` node yet."""

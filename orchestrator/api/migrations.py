@@ -180,8 +180,7 @@ class Migrations:
         found = await self._tools.ledger.read(Reservations, paths.reservations(host)) if host else None
         if found is None or migration not in found[0].memory_mib:
             return []
-        left = {mig: mib for mig, mib in found[0].memory_mib.items() if mig != migration}
-        return [op_set(paths.reservations(host), replace(found[0], memory_mib=left), found[1])]
+        return [op_set(paths.reservations(host), found[0].without(migration), found[1])]
 
     def _cancel_ops(self, step: CancelStep, read: MigrationRead, writer: str) -> list[Op]:
         spec, standing = read.spec, read.standing

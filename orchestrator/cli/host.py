@@ -13,7 +13,7 @@ from orchestrator.cli.output import Cell, Column, Printer, note_unreadable, pair
 from orchestrator.cli.plugins import open_group
 
 if TYPE_CHECKING:
-    from orchestrator.rpc.messages import GuestFate, Host, HostAgent, HostCopy, HostDeath, Unreadable
+    from orchestrator.rpc.messages import GuestFate, Host, HostAgent, HostCopy, HostDeath, Pool, Unreadable
 
 
 @click.group(cls=open_group("host"))
@@ -75,6 +75,10 @@ def _show(printer: Printer, each: Host) -> None:
                 ("bandwidth", units.rate(each.bandwidth_mbps)),
                 ("engine", _engine(each)),
                 ("machine types", ", ".join(each.machine_types)),
+                ("pools", _pools(each)),
+                ("networks", ", ".join(f"{network.name} (MTU {network.mtu})" for network in each.networks)),
+                ("firmware", ", ".join(f"{role} {each.firmware[role][:12]}" for role in sorted(each.firmware))),
+                ("extra arguments", ", ".join(each.extra_args)),
                 ("switchover ACK", each.switchover_ack),
                 ("boot id", each.boot_id),
                 ("control address", each.control_address),
@@ -82,6 +86,16 @@ def _show(printer: Printer, each: Host) -> None:
             ]
         )
     )
+
+
+def _pools(each: Host) -> str:
+    from orchestrator import wire
+
+    def told(pool: Pool) -> str:
+        room = f", {units.size(pool.free_bytes)} of {units.size(pool.size_bytes)} free" if pool.size_bytes else ""
+        return f"{pool.name} ({wire.word(pool, 'kind').lower()}{room})"
+
+    return ", ".join(map(told, each.pools))
 
 
 def _copy_columns(host: str) -> list[Column[HostCopy]]:

@@ -18,6 +18,15 @@ NO_PLACE = frozenset(
         RefusalReason.HOST_NOT_LIVE,
         RefusalReason.MACHINE_TYPE_MISMATCH,
         RefusalReason.DEVICE_NOT_MIGRATABLE,
+        RefusalReason.POOL_NOT_FOUND,
+        RefusalReason.POOL_NOT_FENCED,
+        RefusalReason.POOL_FULL,
+        RefusalReason.NETWORK_NOT_FOUND,
+        RefusalReason.CPU_NOT_AVAILABLE,
+        RefusalReason.FIRMWARE_NOT_AVAILABLE,
+        RefusalReason.TPM_NOT_AVAILABLE,
+        RefusalReason.FEATURE_NOT_AVAILABLE,
+        RefusalReason.EXTRA_ARGS_NOT_ALLOWED,
     }
 )
 """Refusals that a placement gives. They name a handful of hosts; the verdict on each is asked for on its own."""

@@ -64,6 +64,7 @@ _TEXTS = {
     "marker_failed": "no marker could be written, so this copy is not used",
     "marker_unknown": "whether this copy had an effect could not be looked up; it is asked again",
     "activation_failed": "the devices could not be activated, tried again",
+    "bind_failed": "whoever controls the host's bridges could not be told of it; it runs all the same",
     "disk_locked": "DISK_LOCKED: somebody else has the image of a disk open, tried again",
     "start_failed": "the guest could not be started, tried again",
     "roll_back_failed": "a device lost its state on the way back",

@@ -24,10 +24,12 @@ from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef
+from orchestrator.core.offers import hardware_need, local_bytes, offer_of
 from orchestrator.core.placement import GuestInput, choose, need_of
 from orchestrator.core.records import (
     AttemptReport,
     Attempts,
+    GuestSpec,
     HostRecord,
     MigrationPhase,
     MigrationSpec,
@@ -460,7 +462,7 @@ class Driver:
             *(await self._release(nodes.state.destination) if moved else []),
             Check(paths.cordon(choice.destination.host), entry.cordon_version),
             SetData(paths.guest(spec.guest), encode(opened), nodes.guest.version),
-            _reserve(entry, spec.id, guest_spec.memory_mib),
+            _reserve(entry, spec.id, guest_spec),
             SetData(paths.migration_state(spec.id), encode(state), nodes.state_version),
             *await self._missing_ack_nodes(likely=not fresh and nodes.state.attempt == 0),
             await markers.marked(self._tools.store, choice.destination.host, spec.guest),
@@ -595,8 +597,7 @@ class Driver:
         known = _decode_or(Reservations, node, Reservations())
         if node is None or self._spec.id not in known.memory_mib:
             return []
-        left = {mig: mib for mig, mib in known.memory_mib.items() if mig != self._spec.id}
-        return [SetData(paths.reservations(host), encode(replace(known, memory_mib=left)), node.version)]
+        return [SetData(paths.reservations(host), encode(known.without(self._spec.id)), node.version)]
 
     # --- calls to agents ----------------------------------------------------------------------------------------------
 
@@ -729,10 +730,11 @@ def _put(path: str, data: bytes, node: Versioned | None) -> Op:
     return Create(path, data) if node is None else SetData(path, data, node.version)
 
 
-def _reserve(entry: HostEntry, mig: str, memory_mib: int) -> Op:
+def _reserve(entry: HostEntry, mig: str, guest: GuestSpec) -> Op:
+    """Memory, and room for the guest's disks in the host's local pools."""
     name = entry.input.record.name
-    promised = {**entry.reservations.memory_mib, mig: memory_mib}
-    data = encode(replace(entry.reservations, memory_mib=promised))
+    disk_bytes = local_bytes(hardware_need(guest), offer_of(entry.input.record, None, ()))
+    data = encode(entry.reservations.given(mig, guest.memory_mib, disk_bytes))
     if entry.reservations_version < 0:
         return Create(paths.reservations(name), data)
     return SetData(paths.reservations(name), data, entry.reservations_version)

@@ -16,7 +16,17 @@ from orchestrator.core.compatibility import ack_mode, common_machine, real_machi
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
-from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations, ShimKind
+from orchestrator.core.offers import (
+    NONE,
+    NOTHING,
+    HardwareNeed,
+    Offer,
+    hardware_need,
+    lasting_obstacle,
+    offer_of,
+    passing_obstacle,
+)
+from orchestrator.core.records import Cordon, GuestSpec, HostRecord, HostSpace, Reservations, ShimKind
 from orchestrator.core.text import NAMED, clip
 
 GUEST_OVERHEAD_MIB = 0
@@ -45,6 +55,8 @@ class HostView:
     """For people."""
     shims: tuple[str, ...] = ()
     """Drivers of external devices that it has a program for."""
+    offer: Offer = NOTHING
+    """To guests' hardware."""
 
     @property
     def free_mib(self) -> int:
@@ -66,13 +78,14 @@ class Need:
     """It has devices inside its VMM."""
     drivers: tuple[str, ...] = ()
     """Of its external devices: the destination needs a program for each."""
+    hardware: HardwareNeed = NONE
 
 
 def need_for(spec: GuestSpec, *, guest: str = "", source: str = "") -> Need:
     """What a guest of this specification asks; `guest` is its uuid, `source` its host, if it has any yet."""
     inside = any(device.shim is ShimKind.VFIO for device in spec.devices)
     drivers = tuple(sorted({device.driver for device in spec.devices if device.shim is ShimKind.EXTERNAL}))
-    return Need(guest, spec.name, source, spec.memory_mib, spec.machine, inside, drivers)
+    return Need(guest, spec.name, source, spec.memory_mib, spec.machine, inside, drivers, hardware_need(spec))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +143,15 @@ def judge(host: HostView, need: Need, *, source: HostView | None = None) -> Verd
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)
     if source is not None and (said := _other_machine(host, need, source)):
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)
+    if found := lasting_obstacle(need.hardware, need.name, host.offer, source.offer if source is not None else None):
+        return no(*found)
     if host.cordoned:
         why = f" ({clip(host.cordon_reason)})" if host.cordon_reason else ""
         return no(RefusalReason.HOST_CORDONED, f"{name} is cordoned{why}", passing=True)
     if host.free_mib < need.memory_mib + GUEST_OVERHEAD_MIB:
         return no(RefusalReason.NO_CAPACITY, _too_small(host, need), passing=True)
+    if found := passing_obstacle(need.hardware, need.name, host.offer):
+        return no(*found, passing=True)
     if not host.live:
         return no(RefusalReason.HOST_NOT_LIVE, f"the agent of {name} is silent", passing=True)
     return Verdict(name, True, host.free_mib)
@@ -379,6 +396,7 @@ class HostInput:
     reservations: Reservations
     certified_dead: bool = False
     """This power cycle of it is certified to be over."""
+    space: HostSpace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +411,11 @@ class GuestInput:
 def need_of(guest: GuestInput) -> Need:
     """What a guest asks of a destination now."""
     return need_for(guest.spec, guest=guest.uuid, source=guest.record.owner.host)
+
+
+def _disks_promised(reservations: Reservations, here: set[str], but: str) -> list[dict[str, int]]:
+    """To migrations that have not arrived; what has arrived is in the pool's figures."""
+    return [pools for mig, pools in reservations.disk_bytes.items() if mig not in here and mig != but]
 
 
 _HOLDS_MEMORY = (Ownership.STARTING, Ownership.IDLE, Ownership.OPEN, Ownership.COMMITTED, Ownership.ABORTED)
@@ -433,6 +456,7 @@ def host_views(hosts: Sequence[HostInput], guests: Sequence[GuestInput], *, but:
                 machine_aliases=host.record.machine_aliases,
                 engine=host.record.engine,
                 shims=host.record.shims,
+                offer=offer_of(host.record, host.space, _disks_promised(host.reservations, here, but)),
             )
         )
     return tuple(views)

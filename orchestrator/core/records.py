@@ -5,7 +5,7 @@ The guest record and its transitions have a file of their own, `handover.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from orchestrator.core.errors import AbortReason, FailureReason
@@ -259,9 +259,8 @@ class HostFeature(StrEnum):
     """What a host can give a guest besides disks and networks. A host of an older version names none."""
 
     HARDWARE = "HARDWARE"
-    """It knows disks, network cards and CPU models of a guest at all."""
+    """It knows disks, network cards, CPU models, firmware and cloud-init files of a guest at all."""
     TPM = "TPM"
-    CLOUD_INIT = "CLOUD_INIT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,6 +411,21 @@ class Reservations(Record):
     """By migration id."""
     disk_bytes: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     """By migration id and pool."""
+
+    def given(self, migration: str, memory_mib: int, disk_bytes: dict[str, int]) -> Reservations:
+        """With what one migration needs; `disk_bytes` by pool."""
+        memory = {**self.memory_mib, migration: memory_mib}
+        others = {mig: pools for mig, pools in self.disk_bytes.items() if mig != migration}
+        return replace(self, memory_mib=memory, disk_bytes={**others, migration: disk_bytes} if disk_bytes else others)
+
+    def without(self, migration: str) -> Reservations:
+        """With what was promised to one migration free again."""
+        memory = {mig: mib for mig, mib in self.memory_mib.items() if mig != migration}
+        return replace(
+            self,
+            memory_mib=memory,
+            disk_bytes={mig: pools for mig, pools in self.disk_bytes.items() if mig != migration},
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,7 +226,7 @@ def quarantine(fleet_shard: int = 0) -> str:
 
 
 _OF_A_GUEST = ("", "spec", "want_run")
-_OF_A_HOST = ("", "cordon", "live", "resv")
+_OF_A_HOST = ("", "cordon", "live", "resv", "space")
 
 
 def guest_of(path: str) -> str:
@@ -238,7 +238,7 @@ def guest_of(path: str) -> str:
 
 
 def host_of(path: str) -> str:
-    """The host whose record, cordon, session, reservations or certificates stand at `path`; empty for any other."""
+    """The host whose record, cordon, session, reservations, space or certificates stand at `path`; empty: none's."""
     root, _, rest = path[1:].partition("/")
     name, _, child = rest.partition("/")
     return name if f"/{root}" == FENCE or (f"/{root}" == HOSTS and child in _OF_A_HOST) else ""

@@ -16,7 +16,7 @@ from orchestrator.core.handover import GuestRecord
 from orchestrator.core.ids import HostRef
 from orchestrator.core.placement import GuestInput, HostInput, HostView, host_views
 from orchestrator.core.record import Record
-from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations, WantRun
+from orchestrator.core.records import Cordon, GuestSpec, HostRecord, HostSpace, Reservations, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.nodes import Nodes
 from orchestrator.ledger.records import BadRecord, decode
@@ -126,6 +126,7 @@ class Reader:
         if reservations and reservations.data:
             promised = decode(Reservations, reservations.data, path=paths.reservations(name))
         known = decode(HostRecord, record.data, path=paths.host(name))
+        space = await self._node(paths.space(name)) if known.pools else None
         over = live is None and await self._store.read(paths.fence(name, known.boot_id)) is not None
         return HostEntry(
             HostInput(
@@ -134,6 +135,7 @@ class Reader:
                 certified_dead=over,
                 cordon=decode(Cordon, cordon.data, path=paths.cordon(name)) if cordon.data else Cordon(),
                 reservations=promised,
+                space=decode(HostSpace, space.data, path=paths.space(name)) if space and space.data else None,
             ),
             cordon_version=cordon.version,
             reservations_version=reservations.version if reservations else -1,

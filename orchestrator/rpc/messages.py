@@ -29,6 +29,7 @@ from protos.drover.v1.types_pb2 import (
     HostTrouble,
     Migration,
     MigrationPolicy,
+    Pool,
     Progress,
     TimelineEntry,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "Migration",
     "MigrationPolicy",
     "PlacementVerdict",
+    "Pool",
     "Progress",
     "Quarantined",
     "TimelineEntry",

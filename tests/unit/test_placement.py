@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -18,11 +19,29 @@ from orchestrator.core.placement import (
     choose,
     host_views,
     judge,
+    need_for,
     obstacles,
     pack,
     plan,
 )
-from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations
+from orchestrator.core.records import (
+    Boot,
+    Cordon,
+    Cpu,
+    DiskSpec,
+    Firmware,
+    GuestSpec,
+    HostFeature,
+    HostRecord,
+    HostSpace,
+    Network,
+    NicSpec,
+    Pool,
+    PoolFence,
+    PoolKind,
+    Reservations,
+    Tpm,
+)
 
 NEED = Need("g", "web", "h1", 100, "pc")
 
@@ -232,3 +251,117 @@ def test_crashed_and_gone_guests_take_nothing() -> None:
     here = HostRef("h1", "b")
     (h1,) = host_views([host("h1")], [guest(p, GuestRecord(p, p, here)) for p in (Ownership.CRASHED, Ownership.GONE)])
     assert h1.used_mib == 0
+
+
+# --- hardware -----------------------------------------------------------------------------------------------------
+
+SHOP = GuestSpec(
+    "shop",
+    memory_mib=100,
+    machine="pc",
+    cpu=Cpu("Nehalem"),
+    boot=Boot(firmware=Firmware.UEFI),
+    disks=(
+        DiskSpec("root", "fast", "root", size_bytes=6 << 30),
+        DiskSpec("swap", "fast", "swap", size_bytes=1 << 30),
+        DiskSpec("data", "shared", "data", size_bytes=99 << 30),
+    ),
+    nics=(NicSpec("eth0", "prod", mtu=1500),),
+    tpm=Tpm(),
+    extra_args=("-device virtio-rng-pci",),
+)
+WHOLE = HostRecord(
+    "h2",
+    "b",
+    "c:1",
+    "p:1",
+    1000,
+    1000,
+    pools=(Pool("fast", PoolKind.LOCAL, free_bytes=8 << 30), Pool("shared", PoolKind.SHARED_FILE)),
+    networks=(Network("prod"),),
+    cpu_models=("Nehalem", "qemu64"),
+    firmware={"uefi_code": "a1"},
+    extra_args=("-device virtio-rng-pci",),
+    features=(HostFeature.HARDWARE, HostFeature.TPM),
+)
+
+
+def judged(
+    record: HostRecord, spec: GuestSpec = SHOP, *, resv: Reservations | None = None, space: HostSpace | None = None
+) -> tuple[RefusalReason | None, str]:
+    """What stands against the guest on `record`, coming from a host that has everything."""
+    inputs = [
+        HostInput(replace(WHOLE, name="h1"), True, Cordon(), Reservations()),
+        HostInput(record, True, Cordon(), resv or Reservations(), space=space),
+    ]
+    source, host = host_views(inputs, [])
+    verdict = judge(host, need_for(spec, guest="g", source="h1"), source=source)
+    return verdict.reason, verdict.message
+
+
+def test_a_host_with_everything_takes_a_guest_with_hardware() -> None:
+    assert judged(WHOLE) == (None, "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "said"),
+    [
+        ({"features": ()}, RefusalReason.FEATURE_NOT_AVAILABLE, "h2's agent is of a version"),
+        ({"pools": WHOLE.pools[:1]}, RefusalReason.POOL_NOT_FOUND, "h2 has no pool shared"),
+        (
+            {"pools": (WHOLE.pools[0], Pool("shared", PoolKind.LOCAL, free_bytes=1 << 40))},
+            RefusalReason.POOL_NOT_FOUND,
+            "pool shared is local on h2 and shared-file on h1",
+        ),
+        ({"networks": ()}, RefusalReason.NETWORK_NOT_FOUND, "h2 has no network prod"),
+        (
+            {"networks": (Network("prod", mtu=9000),)},
+            RefusalReason.NETWORK_NOT_FOUND,
+            "network prod has an MTU of 9000 on h2 and of 1500 on h1",
+        ),
+        ({"cpu_models": ("qemu64",)}, RefusalReason.CPU_NOT_AVAILABLE, "h2 cannot give all of the CPU model Nehalem"),
+        ({"firmware": {}}, RefusalReason.FIRMWARE_NOT_AVAILABLE, "h2 has no UEFI firmware"),
+        ({"firmware": {"uefi_code": "b2"}}, RefusalReason.FIRMWARE_NOT_AVAILABLE, "another build than that of h1"),
+        ({"features": (HostFeature.HARDWARE,)}, RefusalReason.TPM_NOT_AVAILABLE, "h2 has no program"),
+        ({"extra_args": ()}, RefusalReason.EXTRA_ARGS_NOT_ALLOWED, "h2 does not allow '-device virtio-rng-pci'"),
+    ],
+)
+def test_what_a_host_lacks_is_named(changes: dict[str, Any], reason: RefusalReason, said: str) -> None:
+    found, message = judged(replace(WHOLE, **changes))
+    assert found is reason
+    assert said in message
+
+
+def test_block_volumes_need_a_fence_or_somebody_s_word() -> None:
+    spec = replace(SHOP, disks=(DiskSpec("root", "vg", "root"),))
+
+    def with_pool(**changes: Any) -> RefusalReason | None:
+        return judged(replace(WHOLE, pools=(Pool("vg", PoolKind.BLOCK, **changes),)), spec)[0]
+
+    assert with_pool() is RefusalReason.POOL_NOT_FENCED
+    assert with_pool(fence=PoolFence.PR) is None
+    assert with_pool(accepts_no_locks=True) is None
+
+
+def test_room_in_local_pools_is_what_is_free_less_what_is_promised() -> None:
+    small = HostSpace({"fast": (7 << 30) - 1, "gone": 1})
+    assert judged(WHOLE, space=HostSpace({"fast": 7 << 30}))[0] is None
+    found, message = judged(WHOLE, space=small)
+    assert (found, message) == (
+        RefusalReason.POOL_FULL,
+        "pool fast of h2 has 7167 MiB free, the disks of shop need 7168 MiB",
+    )
+    promised = Reservations().given("m", 64, {"fast": (1 << 30) + 1})
+    assert judged(WHOLE, resv=promised)[0] is RefusalReason.POOL_FULL
+    assert judged(WHOLE, resv=promised.without("m"))[0] is None
+    assert promised.without("m") == Reservations()
+
+
+def test_a_cpu_that_is_another_one_on_each_host_does_not_move() -> None:
+    found, message = judged(replace(WHOLE, cpu_models=("max",)), replace(SHOP, cpu=Cpu("max")))
+    assert found is RefusalReason.CPU_NOT_AVAILABLE
+    assert "start it anew with a named model" in message
+
+
+def test_a_guest_without_hardware_asks_nothing_of_it() -> None:
+    assert judged(replace(WHOLE, features=(), pools=()), GuestSpec("web", machine="pc")) == (None, "")

@@ -81,6 +81,8 @@ class Features:
     """What `pc` and the like stand for."""
     channels: frozenset[str] = frozenset()
     """Commands that take what to connect to as data (`channels`) and not only as a URI; since 8.2."""
+    cpu_models: tuple[str, ...] = ()
+    """That it can give in full under this accelerator, `host` and its like left out."""
 
 
 class QemuVmm(base.Vmm):
@@ -554,6 +556,7 @@ class QemuEngine(base.MigrationEngine):
             "switchover_ack": features.switchover_ack,
             "devices_inside": "yes" if features.devices_inside else "",
             "accelerator": self._accelerator,
+            "cpu_models": ",".join(features.cpu_models),
         }
 
     async def start(self, spec: base.VmmSpec) -> QemuVmm:
@@ -620,10 +623,10 @@ class QemuEngine(base.MigrationEngine):
     async def _probed(self) -> Features:
         """A QEMU that ended under its probe is asked once more: a host that cannot probe it takes no guest at all."""
         try:
-            return await _read_features(self._binary)
+            return await _read_features(self._binary, self._accelerator)
         except EngineError as error:
             log.warning("a probe of QEMU failed, trying again", binary=self._binary, error=str(error))
-            return await _read_features(self._binary)
+            return await _read_features(self._binary, self._accelerator)
 
 
 async def _or_destroyed(vmm: QemuVmm, step: Any) -> QemuVmm:
@@ -638,20 +641,37 @@ async def _or_destroyed(vmm: QemuVmm, step: Any) -> QemuVmm:
     return vmm
 
 
-async def _read_features(binary: str) -> Features:
+async def _read_features(binary: str, accelerator: str) -> Features:
     """Raises EngineError with QEMU's own last words."""
     directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="drover-probe-"))
     socket = directory / "q"
-    command = [binary, "-M", "none", "-nodefaults", "-display", "none", "-qmp", f"unix:{socket},server=on,wait=off"]
+    # A host whose accelerator does not work is told so by its first guest; everything else can be read all the same.
+    command = [
+        binary,
+        "-M",
+        "none",
+        "-accel",
+        accelerator,
+        "-accel",
+        "tcg",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-qmp",
+        f"unix:{socket},server=on,wait=off",
+    ]
     child = await processes.spawned(lambda: process.popen(command, directory / "log"))
     connection = QmpConnection("probe")
     vfio: list[dict[str, Any]] = []
+    cpus: list[dict[str, Any]] = []
     try:
         async with _bounded("probe of QEMU", 10.0):
             connection = await _first_answer(socket, child, binary, directory / "log")
         version = await connection.execute("query-version")
         machines = await connection.execute("query-machines")
         schema = await connection.execute("query-qmp-schema", timeout_s=4.0)
+        with contextlib.suppress(EngineError):  # one that does not say: every model may be tried then
+            cpus = await connection.execute("query-cpu-definitions", timeout_s=4.0)
         with contextlib.suppress(EngineError):  # a QEMU without that device
             vfio = await connection.execute("device-list-properties", {"typename": "vfio-pci"})
     except EngineError as error:
@@ -662,7 +682,9 @@ async def _read_features(binary: str) -> Features:
         child.kill()
         await asyncio.to_thread(child.wait)
         await asyncio.to_thread(shutil.rmtree, directory, True)
-    return _features(version, machines, schema, {entry["name"] for entry in vfio})
+    found = _features(version, machines, schema, {entry["name"] for entry in vfio})
+    whole = (cpu["name"] for cpu in cpus if cpu.get("unavailable-features") == [] and cpu.get("migration-safe"))
+    return replace(found, cpu_models=tuple(sorted(whole)))
 
 
 async def _first_answer(socket: Path, child: subprocess.Popen[bytes], binary: str, log: Path) -> QmpConnection:

@@ -592,7 +592,7 @@ class Host(_message.Message):
 
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """HARDWARE (disks, nics and CPU models), TPM, CLOUD_INIT"""
+        """HARDWARE (it knows disks, nics and the like at all), TPM"""
 
     def __init__(
         self,
