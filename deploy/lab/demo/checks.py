@@ -185,5 +185,6 @@ def _attempt(report: AttemptReport) -> Attempt:
         zxid=report.zxid,
         sent_bytes=report.transferred_bytes,
         pending_when_stopped=tuple(dict.fromkeys(ack.device for ack in report.requested_while_stopped)),
+        blackout_ms=report.blackout_ms,
         suspended=any(entry.event == "suspend" for entry in report.timeline),
     )

@@ -43,6 +43,8 @@ class Role:
     """So many attempts are to end with LATE_SWITCHOVER_ACK."""
     stopped_by: str = ""
     """`operator`: paused in pre-copy; `policy`: suspended at the pre-copy timeout; both while an ACK is pending."""
+    disks: tuple[str, ...] = ()
+    """Pools of the disks that it writes to."""
     linux: bool = False
     """It boots the lab's Linux, and has a card in the lab's network: a peer outside talks with it."""
 
@@ -57,7 +59,9 @@ def role_of(spec: GuestSpec) -> Role:
     devices = tuple(device.name for device in spec.devices if device.shim in _ASKING)
     if (late != "0" or stopped_by) and not devices:
         raise RoleError(f"{spec.name}: without a device nobody asks for an ACK")
-    return Role(spec.name, spec.memory_mib, devices, int(late), stopped_by, is_linux(spec.boot) and bool(spec.nics))
+    disks = tuple(disk.pool for disk in spec.disks if not disk.read_only)
+    linux = is_linux(spec.boot) and bool(spec.nics)
+    return Role(spec.name, spec.memory_mib, devices, int(late), stopped_by, disks, linux)
 
 
 # --- what is known of a guest -----------------------------------------------------------------------------------------
@@ -78,6 +82,8 @@ class Attempt:
     """Devices whose ACK was pending when the guest was stopped on purpose."""
     suspended: bool = False
     """Policy stopped the guest."""
+    blackout_ms: float = 0.0
+    """How long its vCPUs stood still, by the VMMs' own stamps; 0: not known."""
 
     @property
     def is_late(self) -> bool:
@@ -329,6 +335,10 @@ def _memory(guest: GuestReport) -> list[str]:
 
 def _devices(guest: GuestReport) -> list[str]:
     evidence = guest.evidence
+    if guest.role.disks and not evidence.device_errors and evidence.hand_overs:
+        at_arrival = evidence.hand_overs[-1].first_destination.device_rings
+        if evidence.device_rings <= at_arrival:
+            return ["nothing was promised on its disks after its arrival"]
     if evidence.device_errors and guest.role.linux:
         return [f"{evidence.device_errors} pieces of its disks were wrong or could not be written"]
     if evidence.device_errors:
@@ -406,6 +416,7 @@ def guest_document(guest: GuestReport, serial_logs: Sequence[str]) -> dict[str, 
                 "destination": attempt.destination,
                 "sent_bytes": attempt.sent_bytes,
                 "pending_when_stopped": list(attempt.pending_when_stopped),
+                "blackout_ms": _rounded(attempt.blackout_ms),
             }
             for attempt in guest.answer.attempts
         ],
@@ -418,6 +429,7 @@ def guest_document(guest: GuestReport, serial_logs: Sequence[str]) -> dict[str, 
         "page_errors": evidence.page_errors,
         "device_answers": 0 if guest.role.linux else evidence.device_rings,
         "promised_records": evidence.device_rings if guest.role.linux else 0,
+        "disks": [{"pool": pool} for pool in guest.role.disks],
         "device_errors": evidence.device_errors,
         "overlapping_copies": evidence.overlap.copies,
         "stopped_by": guest.role.stopped_by,

@@ -31,6 +31,7 @@ def show(printer: Printer, run: Run, guests: Sequence[GuestReport]) -> None:
         "DOWNTIME  by the guest's own heartbeats, which stop with it; ± is the noise floor of this run: the same",
         f"          measure on guests that nobody moved just then ({spread})",
         "OUTAGE    how long a peer outside had no answer over UDP and over TCP; 5 ms are between two of its messages",
+        "DISK      its pool, and how many records were promised on it: synced before the guest said so",
         "OWNER     by the guest's record in ZooKeeper; HEARD on the host where its heart beats",
         "PAGES     all of its memory, and ANSWERS of its devices, checked by the guest itself",
         "COPIES    heartbeats that prove a second running copy, or a step back in time",
@@ -56,6 +57,13 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
             return ""
         return (f"{wrong} wrong", "bold red") if wrong else f"{guest.evidence.device_rings} ok"
 
+    def disk(guest: GuestReport) -> Cell:
+        if not guest.role.disks:
+            return ""
+        wrong = guest.evidence.device_errors
+        pools = "+".join(guest.role.disks)
+        return (f"{pools} {wrong} wrong", "bold red") if wrong else f"{pools} {guest.evidence.device_rings} ok"
+
     def outage(guest: GuestReport) -> Cell:
         seen = guest.seen.outage
         return f"{_whole(seen.udp_ms)}/{_whole(seen.tcp_ms)} ms" if seen else ""
@@ -73,6 +81,7 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
         Column("SENT", lambda guest: f"{guest.sent_bytes / (1 << 20):.0f} MiB", right=True),
         Column("DOWNTIME", downtime, right=True),
         Column("OUTAGE", outage, right=True),
+        Column("DISK", disk, right=True),
         Column("PAGES", pages, right=True),
         Column("ANSWERS", answers, right=True),
         Column("COPIES", copies, right=True),
