@@ -18,10 +18,10 @@ from pathlib import Path
 from orchestrator.telemetry import configure_logging
 from tests.bench.fleet import figures
 from tests.bench.fleet.figures import ROOT, Figure
-from tests.bench.guests import floor, link
+from tests.bench.guests import floor, link, outage
 from tests.bench.guests.registry import Asked, Scene
 
-MODULES = (floor, link)
+MODULES = (floor, link, outage)
 FIGURES: dict[str, Scene] = {name: scene for module in MODULES for name, scene in module.FIGURES.items()}
 
 
