@@ -22,8 +22,9 @@ from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import MAX_INSTRUCTION_BYTES, guest_errors, name_error
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
+from orchestrator.core.offers import local_disks
 from orchestrator.core.placement import Choice, choose, need_for
-from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, ShimKind, WantRun
+from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, OnHostDeath, ShimKind, WantRun
 from orchestrator.core.text import quoted
 from orchestrator.ledger import paths
 from orchestrator.ledger.births import birth_ops
@@ -82,7 +83,8 @@ class Guests:
         if earlier := await self._name_taken(spec, asked):
             return await self._start(earlier, caller)
         if request.validate_only:
-            host, _ = await self._place(spec, request.host)
+            host, entry = await self._place(spec, request.host)
+            _pinned(spec, entry)
             return types_pb2.Guest(name=spec.name, spec=wire.guest_spec_to_proto(spec), host=host.host, want_run=True)
         return await self._start(await self._record(spec, request.host, asked, caller), caller)
 
@@ -310,7 +312,14 @@ def checked(request: pb.CreateGuestRequest) -> GuestSpec:
 
 def _pinned(spec: GuestSpec, entry: HostEntry) -> GuestSpec:
     """With the machine type that an alias such as `pc` stands for on the host where the guest is born. It
-    keeps that for its life, so that it can move to a host where the alias stands for another one."""
+    keeps that for its life, so that it can move to a host where the alias stands for another one.
+
+    Raises INVALID_ARGUMENT for a guest that is to be started elsewhere after its host's death, and has a disk that
+    would die with the host: a pool is of one kind on every host that such a guest can be on.
+    """
+    if spec.on_host_death is OnHostDeath.RESTART and (names := local_disks(spec, entry.input.record)):
+        said = f"must be leave: {', '.join(names)} would be lost with its host, being in a local pool there"
+        raise invalid([("spec.on_host_death", said)])
     return replace(spec, machine=real_machine(spec.machine, entry.input.record.machine_aliases))
 
 

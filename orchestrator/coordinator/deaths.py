@@ -23,6 +23,7 @@ from orchestrator.core.death import DeathFacts, Next, Restart
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
+from orchestrator.core.offers import for_another_life
 from orchestrator.core.placement import HostView, choose, need_for
 from orchestrator.core.records import (
     Certificate,
@@ -419,7 +420,13 @@ class DeathRunner:
         ops: list[Op] = [
             op_set(paths.guest(uuid), handover.succeeded_by(record, born, writer=_writer()), version),
             op_create(path, born) if name is None else op_set(path, born, name.version),
-            *birth_ops(born, handover.birth(spec.name, host, writer=_writer()), spec, wanted, room.entries[host.host]),
+            *birth_ops(
+                born,
+                handover.birth(spec.name, host, writer=_writer()),
+                for_another_life(spec),
+                wanted,
+                room.entries[host.host],
+            ),
         ]
         if not await epoch_write(self._store, self._epoch, ops):
             return False

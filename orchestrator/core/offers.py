@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.hardware import has_hardware
@@ -113,6 +113,18 @@ def local_bytes(need: HardwareNeed, offer: Offer) -> dict[str, int]:
         if pool is not None and pool.kind is PoolKind.LOCAL and disk.size_bytes:
             taken[disk.pool] = taken.get(disk.pool, 0) + disk.size_bytes
     return taken
+
+
+def local_disks(spec: GuestSpec, record: HostRecord) -> list[str]:
+    """Names of the guest's disks that it can write to and whose pool is the host's own, as "disk root"."""
+    local = {pool.name for pool in record.pools if pool.kind is PoolKind.LOCAL}
+    return [f"disk {disk.name}" for disk in spec.disks if disk.pool in local and not disk.read_only]
+
+
+def for_another_life(spec: GuestSpec) -> GuestSpec:
+    """The specification of a guest that is started again elsewhere: its images must be there, and none is made in the
+    place of one that is not."""
+    return replace(spec, disks=tuple(replace(disk, size_bytes=0) for disk in spec.disks))
 
 
 Obstacle = tuple[RefusalReason, str]

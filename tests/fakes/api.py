@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 
@@ -47,11 +47,12 @@ class ApiCluster(Calling):
     instructions: bool = False
     agents: dict[str, FakeAgent] = field(default_factory=dict[str, FakeAgent])
 
-    async def host(self, name: str, memory_mib: int = 1024, *, live: bool = True) -> FakeAgent:
+    async def host(self, name: str, memory_mib: int = 1024, *, live: bool = True, **offered: Any) -> FakeAgent:
+        """`offered`: more fields of its record."""
         agent = self.agents[name] = FakeAgent(name, self.store)
         await agent.start()
         ops = [
-            op_create(paths.host(name), agent.record(memory_mib)),
+            op_create(paths.host(name), replace(agent.record(memory_mib), **offered)),
             op_create(paths.cordon(name), Cordon()),
             op_create(paths.reservations(name), Reservations()),
             Create(paths.host_guests(name), b""),

@@ -20,10 +20,15 @@ from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import (
     Boot,
     DeviceSpec,
+    DiskSpec,
     EvacuationSpec,
     EvacuationState,
     GuestSpec,
+    HostFeature,
     MigrationPhase,
+    OnHostDeath,
+    Pool,
+    PoolKind,
     Reservations,
     ShimKind,
     WantRun,
@@ -272,6 +277,14 @@ async def test_validate_only_changes_nothing(api: ApiCluster, client: Orchestrat
         (replace(WEB, machine="q35"), "h1", R.MACHINE_TYPE_MISMATCH, "host"),
         (replace(WEB, name="Web"), "", R.INVALID_ARGUMENT, "spec.name"),
         (WEB, "no/host", R.INVALID_ARGUMENT, "host"),
+        (replace(WEB, disks=(DiskSpec("root", "fast", "root"),)), "h1", R.FEATURE_NOT_AVAILABLE, "host"),
+        (replace(WEB, disks=(DiskSpec("root", "other", "root"),)), "disks", R.POOL_NOT_FOUND, "host"),
+        (
+            replace(WEB, disks=(DiskSpec("root", "fast", "root"),), on_host_death=OnHostDeath.RESTART),
+            "disks",
+            R.INVALID_ARGUMENT,
+            "spec.on_host_death",
+        ),
         (
             replace(WEB, devices=(DeviceSpec("nic", ShimKind.COMPANION, options={"a/b": "c"}),)),
             "",
@@ -294,6 +307,7 @@ async def test_guests_that_cannot_be(
     await api.host("cordoned")
     await api.call(client.cordon_host, "cordoned")
     await api.host("silent", live=False)
+    await api.host("disks", pools=(Pool("fast", PoolKind.LOCAL),), features=(HostFeature.HARDWARE,))
     before = nodes(store, paths.GUESTS)
     error = await api.refused(client.create_guest, spec, host, validate_only=validate_only)
     assert (error.reason, error.field) == (reason, field)

@@ -11,6 +11,7 @@ from orchestrator.core.compatibility import ack_mode
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
+from orchestrator.core.offers import for_another_life, local_disks
 from orchestrator.core.placement import (
     GuestInput,
     HostInput,
@@ -365,3 +366,11 @@ def test_a_cpu_that_is_another_one_on_each_host_does_not_move() -> None:
 
 def test_a_guest_without_hardware_asks_nothing_of_it() -> None:
     assert judged(replace(WHOLE, features=(), pools=()), GuestSpec("web", machine="pc")) == (None, "")
+
+
+def test_what_dies_with_its_host_is_known_and_never_made_anew() -> None:
+    assert local_disks(SHOP, WHOLE) == ["disk root", "disk swap"]
+    shared = replace(SHOP, disks=SHOP.disks[2:])
+    assert local_disks(shared, WHOLE) == []
+    assert [disk.size_bytes for disk in for_another_life(shared).disks] == [0]
+    assert replace(for_another_life(shared), disks=shared.disks) == shared
