@@ -92,10 +92,10 @@ class Held:
             return device
 
         with ThreadPoolExecutor(1) as thread:
-            self._device = thread.submit(take).result()
+            self.device = thread.submit(take).result()
 
     def close(self) -> None:
-        os.close(self._device)
+        os.close(self.device)
 
 
 async def test_a_tap_is_in_its_bridge_from_the_start(namespace: str) -> None:
