@@ -35,6 +35,10 @@ PURE_MODULES = (
     "deploy.lab.demo.judge",
     "orchestrator.api.decisions",
     "deploy.lab.cluster.evidence",
+    "orchestrator.cli.accounted",
+    "orchestrator.cli.libvirt_words",
+    "orchestrator.cli.libvirt_xml",
+    "orchestrator.cli.plain_xml",
     "orchestrator.cli.timeline",
 )
 
