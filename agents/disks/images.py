@@ -1,8 +1,8 @@
 """The images of a guest's local disks on this host: made for a copy that comes, taken out of use when it has gone.
 
 What is known of them stands in a note in the guest's directory: an image that it does not name is somebody else's, and
-is never touched. An image is worth something to a later attempt only from its release on (`since`), and only until
-somebody opens it to write: a note that says otherwise would be believed by a source (H16).
+is never touched. An image is worth something to a later attempt only from its release on, and once it is
+opened again only as long as its writer lives: a note that says otherwise would be believed by a source (H16).
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ class Image:
     path: str
     size_bytes: int
     since: str = ""
-    """The sync point that it was released at; empty: its content is worth nothing once its writer is gone."""
+    """The sync point that it was released at last."""
+    written: bool = False
+    """Somebody has it open to write: its content hangs on whether he closes it."""
+
+    @property
+    def is_whole(self) -> bool:
+        """What it had at `since` is in the file. Otherwise it is worth nothing without its writer."""
+        return bool(self.since) and not self.written
 
 
 class Images:
@@ -54,6 +61,11 @@ class Images:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DiskError(f"{self._note}: what is known of the guest's images cannot be read: {error}") from error
+
+    @property
+    def noted(self) -> bool:
+        """There is a note."""
+        return self._note.exists()
 
     async def made(self, disk: DiskFile) -> Image:
         """A new, empty image in place of one that was made here before. Raises DiskError."""
@@ -74,14 +86,16 @@ class Images:
     def opened(self, disk: str) -> Image:
         """It is about to be written to: from here on its content hangs on whoever writes it. Raises DiskError."""
         known = self.known()
-        self._write({**known, disk: replace(known[disk], since="")})
+        self._write({**known, disk: replace(known[disk], written=True)})
         return known[disk]
 
     def released(self, disks: Iterable[str], since: str) -> None:
         """Their writer has closed them at this sync point. Raises DiskError."""
         names = frozenset(disks)
         known = self.known().items()
-        self._write({disk: replace(each, since=since) if disk in names else each for disk, each in known})
+        self._write(
+            {disk: replace(each, since=since, written=False) if disk in names else each for disk, each in known}
+        )
 
     def discard(self) -> None:
         """The guest goes elsewhere: what was made for it here is removed. Idempotent. Raises DiskError, OSError."""

@@ -357,6 +357,10 @@ class DiskCopies(Protocol):
         """The guest stands still, drained: note all writes from here on under `sync`, in place of earlier notes."""
         ...
 
+    async def sizes(self) -> Mapping[str, int]:
+        """Bytes of each local disk that is written to, as the guest sees it. Asked of the VMM now."""
+        ...
+
     async def forget(self) -> None:
         """End all copying, and note writes no longer. Idempotent."""
         ...

@@ -27,6 +27,7 @@ from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.shims.base import Frame, Load
 from orchestrator.core.agent import AttemptStatus, Progress
+from orchestrator.core.disks import ImageThere, SyncPoint
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.records import AttemptReport, DeviceProgress, TimelineEntry
@@ -125,9 +126,9 @@ class Departure(Attempt[SourceShell]):
 
     # --- what the destination says ------------------------------------------------------------------------------------
 
-    def loaded(self, inc: str, loads: Sequence[Load]) -> None:
-        """LOADED: what the destination's devices have taken in."""
-        self.shell.loaded(inc, loads)
+    def loaded(self, inc: str, loads: Sequence[Load], images: tuple[SyncPoint, ...] = ()) -> None:
+        """LOADED: what the destination's devices have taken in, and which images it holds."""
+        self.shell.loaded(inc, loads, images)
 
     def destination_failed(self) -> None:
         """The destination says, or its silence shows, that it cannot take the guest."""
@@ -248,6 +249,14 @@ class Arrival(Attempt[DestinationShell]):
     async def frame(self, frame: Frame) -> None:
         """A piece of a device's state has arrived. Raises ShimError when the device refuses it."""
         await self.shell.frame(frame)
+
+    def images(self) -> tuple[ImageThere, ...]:
+        """What there is here for the guest's local disks; empty when they cannot be told."""
+        return self.shell.images_there()
+
+    async def release(self, points: Sequence[SyncPoint]) -> None:
+        """The source has drained the local disks. Returns once that is dealt with, for good or bad."""
+        await self.shell.release(points)
 
     async def go(self, inc: str, want_run: bool) -> bool:
         """True when the guest was started within the call, which tells the source when its blackout ended."""

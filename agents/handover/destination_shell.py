@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from agents.disks.images import DiskError
+from agents.disks.local import LocalImages
 from agents.engine import base as engine
 from agents.guest.files import make_marker, there
 from agents.handover import words
-from agents.handover.destination import DestinationState, destination_step
+from agents.handover.destination import DestinationStage, DestinationState, destination_step
 from agents.handover.ledger import AttemptLedger
 from agents.handover.peer import PeerUnavailable, SourcePeer
 from agents.handover.report import DEVICES_LOST, device_entries
 from agents.handover.shell import RETRY_S, Shell
 from agents.handover.words import Command, Do, Event, Seen, Timer, WriteAbort
 from agents.shims.base import DestinationShim, Frame, FrameKind, InVmmDevices, Load, ShimError
+from orchestrator.core.disks import ImageThere, SyncPoint
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import TimelineEntry
@@ -47,11 +50,15 @@ class DestinationShell(Shell[DestinationState]):
     in_vmm: InVmmDevices | None = None
     bind: Callable[[], Awaitable[None]] | None = None
     """Says to whoever controls the host's bridges that the guest is here. Raises OSError."""
+    images: LocalImages | None = None
+    """The guest's local disks; None: it has none."""
     timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """The guest was started here, or left stopped as wished."""
     _told_want_run: bool | None = None
     _loads: tuple[Load, ...] = ()
+    _points: tuple[SyncPoint, ...] = ()
+    _releasing: asyncio.Lock = field(default_factory=asyncio.Lock)
     _ended: set[str] = field(default_factory=set[str])
 
     def __post_init__(self) -> None:
@@ -87,6 +94,38 @@ class DestinationShell(Shell[DestinationState]):
             if len(self._ended) == len(self.shims):
                 self.feed(Seen.SHIMS_LOADED)
 
+    def images_there(self) -> tuple[ImageThere, ...]:
+        """For the source, which fills them; empty when they cannot be told."""
+        if self.images is None:
+            return ()
+        try:
+            return self.images.there()
+        except DiskError as error:
+            self._note("images_unknown", str(error))
+            return ()
+
+    async def release(self, points: Sequence[SyncPoint]) -> None:
+        """Let go of the images, as the source has drained them. It may say so more than once."""
+        async with self._releasing:
+            if self.images is None or self._points or self.state.stage is not DestinationStage.WAITING:
+                return
+            try:
+                self._points = await self.images.release(points)
+            except DiskError as error:
+                self._note("release_failed", str(error))
+                self.feed(Seen.DISKS_FAILED)
+                return
+            self._note("disks_released", ",".join(point.disk for point in self._points))
+            self.feed(Seen.DISKS_RELEASED)
+
+    async def _images_are_ours(self) -> None:
+        """DONE: nobody comes back for them. What fails is found again by the guest's keeper."""
+        if self.images is not None:
+            try:
+                await self.images.finish()
+            except DiskError as error:
+                self._note("images_not_finished", str(error))
+
     async def run(self, first: Sequence[Command] = ()) -> DestinationState:
         """To DONE or discard. `first`: what `restarted_destination` asked for."""
         loop = asyncio.get_running_loop()
@@ -98,8 +137,10 @@ class DestinationShell(Shell[DestinationState]):
         try:
             await self._drive()
             with contextlib.suppress(PeerUnavailable):
-                if self.state.stage.name == "ENDED_DONE":
+                if self.state.stage is DestinationStage.ENDED_DONE:
                     await self.peer.done(self.state.inc)
+            if self.state.stage is DestinationStage.ENDED_DONE:
+                await self._images_are_ours()
         finally:
             for end in ends:
                 end()
@@ -131,7 +172,7 @@ class DestinationShell(Shell[DestinationState]):
         return Seen.VALIDATED
 
     async def _send_loaded(self) -> Event | None:
-        self._spawn(self._repeat(lambda: self.peer.loaded(self.state.inc, self._loads)), "LOADED")
+        self._spawn(self._repeat(lambda: self.peer.loaded(self.state.inc, self._loads, self._points)), "LOADED")
         return None
 
     async def _send_failed(self) -> Event | None:

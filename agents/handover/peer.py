@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -18,6 +18,7 @@ import grpc.aio
 
 from agents.shims.base import Frame, FrameKind, Load
 from orchestrator import wire
+from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.core.records import LiveMachine, TimelineEntry
 from orchestrator.rpc import channels
@@ -42,6 +43,14 @@ class DestinationPeer(Protocol):
         it was loaded."""
         ...
 
+    async def images(self) -> tuple[ImageThere, ...]:
+        """The images that the destination has for the guest's local disks."""
+        ...
+
+    async def release(self, points: tuple[SyncPoint, ...]) -> None:
+        """The local disks are drained: the destination lets go of their images, and then says LOADED with them."""
+        ...
+
     async def go(self, want_run: bool) -> bool:
         """True: answered once the guest had been started there (or left stopped, as wished)."""
         ...
@@ -58,9 +67,9 @@ class SourcePeer(Protocol):
         """A device here has loaded its initial data of that generation."""
         ...
 
-    async def loaded(self, inc: str, loads: tuple[Load, ...]) -> None:
-        """LOADED: VMM and devices hold all of the guest, validated; `loads` says what each device received. The
-        source compares it with what it sent before it commits."""
+    async def loaded(self, inc: str, loads: tuple[Load, ...], images: tuple[SyncPoint, ...] = ()) -> None:
+        """LOADED: VMM and devices hold all of the guest, validated; `loads` says what each device received, `images`
+        at which point each local disk was released. The source compares it with what it sent before it commits."""
         ...
 
     async def failed(self, inc: str) -> None:
@@ -76,6 +85,7 @@ _CALL_S = 1.0
 _PING_S = 0.8
 _MACHINE_S = 3.0
 """Not in a blackout: the source may be busy with its other guests."""
+_RELEASE_S = 4.0
 _FRAME_S = 10.0
 """A destination device that takes no data for this long has failed the attempt."""
 
@@ -104,6 +114,16 @@ def _tag(ref: AttemptRef, inc: str) -> pb.AttemptTag:
 def key_of(tag: pb.AttemptTag) -> AttemptKey:
     """The attempt that a call says it is for."""
     return tag.migration, tag.attempt, tag.inc
+
+
+def points_to_proto(points: Iterable[SyncPoint]) -> list[pb.SyncPoint]:
+    """As they travel between agents."""
+    return [pb.SyncPoint(disk=point.disk, sync=point.sync, size_bytes=point.size_bytes) for point in points]
+
+
+def points_from_proto(points: Iterable[pb.SyncPoint]) -> tuple[SyncPoint, ...]:
+    """See `points_to_proto`."""
+    return tuple(SyncPoint(point.disk, point.sync, point.size_bytes) for point in points)
 
 
 async def _answered(call: Any) -> Any:
@@ -162,6 +182,22 @@ class GrpcDestinationPeer(DestinationPeer):
         if not self._closed:
             self.on_lost()
 
+    async def images(self) -> tuple[ImageThere, ...]:
+        reply = await _answered(self._stub.DescribeImages(pb.DescribeImagesRequest(tag=self._tag), timeout=_MACHINE_S))
+        return tuple(
+            ImageThere(
+                each.disk,
+                DestinationSide(each.image, each.since),
+                each.size_bytes,
+                wire.endpoint_from_proto(each.endpoint, field="endpoint"),
+            )
+            for each in reply.images
+        )
+
+    async def release(self, points: tuple[SyncPoint, ...]) -> None:
+        request = pb.ReleaseImagesRequest(tag=self._tag, points=points_to_proto(points))
+        await _answered(self._stub.ReleaseImages(request, timeout=_RELEASE_S))
+
     async def go(self, want_run: bool) -> bool:
         request = pb.GoRequest(tag=self._tag, want_run=want_run)
         return bool((await _answered(self._stub.Go(request, timeout=_CALL_S))).done)
@@ -200,12 +236,12 @@ class GrpcSourcePeer(SourcePeer):
         """Put it into `acks`, from which the served device stream takes it to the source. Sends nothing itself."""
         self.acks.put_nowait(entry)
 
-    async def loaded(self, inc: str, loads: tuple[Load, ...]) -> None:
+    async def loaded(self, inc: str, loads: tuple[Load, ...], images: tuple[SyncPoint, ...] = ()) -> None:
         devices = [
             pb.DeviceLoad(device=load.device, session=load.session, bytes=load.bytes, digest=load.digest)
             for load in loads
         ]
-        request = pb.ReportLoadedRequest(tag=self._tag, devices=devices)
+        request = pb.ReportLoadedRequest(tag=self._tag, devices=devices, images=points_to_proto(images))
         await _answered(self._stub.ReportLoaded(request, timeout=_CALL_S))
 
     async def failed(self, inc: str) -> None:

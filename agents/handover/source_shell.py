@@ -35,7 +35,9 @@ from agents.handover.words import (
     WriteRequests,
 )
 from agents.shims.base import Frame, FrameKind, InVmmDevices, Load, ShimError, SourceShim
+from agents.shims.block import DiskTrouble, SourceDisks
 from agents.shims.inside import InVmmDevice
+from orchestrator.core.disks import SyncPoint
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.liveness import Liveness
@@ -51,7 +53,7 @@ _NAMES_S = 0.5
 
 _ROLL_BACK_S = 2.0
 """How long a guest that stands still waits for a device's way back; then it runs on without it."""
-_CUT_SHORT: frozenset[Command] = frozenset({Do.QUIESCE, Do.PROCEED})
+_CUT_SHORT: frozenset[Command] = frozenset({Do.QUIESCE, Do.DRAIN_DISKS, Do.PROCEED})
 
 
 async def _within(bound_s: float | None, shim: SourceShim) -> None:
@@ -76,6 +78,10 @@ class SourceShell(Shell[SourceState]):
     options: engine.OutgoingOptions
     session_number: int
     in_vmm: InVmmDevices | None = None
+    disks: SourceDisks | None = None
+    """The guest's local disks; None: it has none."""
+    retire_disks: Callable[[], Awaitable[None]] | None = None
+    """Take the images of the local disks out of use here. Raises OSError."""
     inside: tuple[InVmmDevice, ...] = ()
     """The devices inside the VMM, as they were last seen."""
     timeline: list[TimelineEntry] = field(default_factory=list[TimelineEntry])
@@ -86,6 +92,8 @@ class SourceShell(Shell[SourceState]):
     _precopy: list[asyncio.Task[Any]] = field(default_factory=list[asyncio.Task[Any]])
     _sent: dict[str, Load] = field(default_factory=dict[str, Load])
     _loaded: tuple[str, dict[str, Load]] | None = None
+    _images: tuple[SyncPoint, ...] = ()
+    _syncing: asyncio.Task[Any] | None = None
     _busy: asyncio.Task[Event | None] | None = None
     """What the guest, which stands still, waits for just now, and may not wait for any longer than policy says."""
     _stood: bool = False
@@ -99,6 +107,7 @@ class SourceShell(Shell[SourceState]):
         self._set_up(
             source_step,
             {
+                Timer.DISKS: max(policy.total_timeout_ms, policy.precopy_timeout_ms),
                 Timer.PRECOPY: policy.precopy_timeout_ms,
                 Timer.SUSPENDED: policy.precopy_timeout_ms,
                 Timer.ACK: policy.ack_timeout_ms,
@@ -108,8 +117,9 @@ class SourceShell(Shell[SourceState]):
             "source",
         )
 
-    def loaded(self, inc: str, loads: Sequence[Load]) -> None:
+    def loaded(self, inc: str, loads: Sequence[Load], images: tuple[SyncPoint, ...] = ()) -> None:
         """LOADED from the destination. Compared once everything was sent; repetitions are harmless."""
+        self._images = images
         self._loaded = (inc, {load.device: load for load in loads})
         self._compare()
 
@@ -145,8 +155,9 @@ class SourceShell(Shell[SourceState]):
         if isinstance(command, WriteRequests):
             self._writes.put_nowait(command)
             return
-        if command is Do.ROLL_BACK_SHIMS and self._busy is not None:
-            self._busy.cancel()
+        if command is Do.ROLL_BACK_SHIMS:
+            for task in filter(None, (self._busy, self._syncing)):
+                task.cancel()
         super()._take(command)
 
     # --- commands -----------------------------------------------------------------------------------------------------
@@ -195,6 +206,51 @@ class SourceShell(Shell[SourceState]):
             return await self.ledger.bind()
         finally:
             self._bound.set()
+
+    async def _sync_disks(self) -> Event | None:
+        self._syncing = self._spawn(self._synced(), "local disks")
+        return None
+
+    async def _synced(self) -> None:
+        """Beside everything else: it takes as long as the disks are large, and the guest is obeyed meanwhile."""
+        assert self.disks is not None
+        try:
+            await self.disks.sync(await self.peer.images())
+        except (DiskTrouble, PeerUnavailable) as error:
+            disk = error.disk if isinstance(error, DiskTrouble) else ",".join(self.state.disks)
+            self._note("disk_failed", str(error))
+            self.feed(words.DiskFailed(disk))
+            return
+        for disk, how in sorted(self.disks.copied.items()):
+            self._note("disk_copied", f"{disk}: {how}")
+        self.feed(Seen.DISKS_READY)
+
+    async def _drain_disks(self) -> Event | None:
+        assert self.disks is not None
+        try:
+            return words.Drained(await self.disks.drain(self.policy.switchover_timeout_ms / 1000))
+        except DiskTrouble as error:
+            self._note("disk_failed", str(error))
+            return words.DiskFailed(error.disk)
+
+    async def _release_disks(self) -> Event | None:
+        self._spawn(self._repeat_release(), "release of the images")
+        return None
+
+    async def _repeat_release(self) -> None:
+        while self.state.stage is SourceStage.LAST_PASS:
+            with contextlib.suppress(PeerUnavailable):
+                await self.peer.release(self.state.drained)
+                return
+            await asyncio.sleep(RETRY_S)
+
+    async def _retire_disks(self) -> Event | None:
+        if self.retire_disks is not None:
+            try:
+                await self.retire_disks()
+            except OSError as error:
+                self._note("images_not_retired", str(error))
+        return None
 
     async def _start_precopy(self) -> Event | None:
         try:
@@ -317,7 +373,7 @@ class SourceShell(Shell[SourceState]):
     def _compare(self) -> None:
         if self._loaded is not None and len(self._sent) == len(self.shims):
             inc, loads = self._loaded
-            self.feed(words.LoadedReport(inc, loads == self._sent))
+            self.feed(words.LoadedReport(inc, loads == self._sent, self._images))
 
     async def _roll_back_shims(self) -> Event | None:
         bound_s = _ROLL_BACK_S if self._stood else None
@@ -389,6 +445,10 @@ class SourceShell(Shell[SourceState]):
 
     _effects: ClassVar[dict[Do, Callable[[SourceShell], Awaitable[Event | None]]]] = {
         Do.BIND: _bind,
+        Do.SYNC_DISKS: _sync_disks,
+        Do.DRAIN_DISKS: _drain_disks,
+        Do.RELEASE_DISKS: _release_disks,
+        Do.RETIRE_DISKS: _retire_disks,
         Do.START_PRECOPY: _start_precopy,
         Do.HOLD: _hold,
         Do.RELEASE: _release,
@@ -454,6 +514,12 @@ class SourceShell(Shell[SourceState]):
                 }.get(status)
                 if known is not None:
                     self.feed(known)
+            case engine.DiskReady():
+                self._disks_heard(event)
+            case engine.DiskFailed(disk, error):
+                self._note("disk_failed", f"{disk}: {error}")
+                self._disks_heard(event)
+                self.feed(words.DiskFailed(disk))
             case engine.SwitchoverAckLate(count):
                 self._spawn(self._name_late(count), "late devices")
             case engine.RunStateChanged(running, at_s):
@@ -464,6 +530,10 @@ class SourceShell(Shell[SourceState]):
                 self.feed(Seen.GUEST_ENDED)
             case engine.VmmDied():
                 self.feed(Seen.VMM_DIED)
+
+    def _disks_heard(self, event: engine.EngineEvent) -> None:
+        if self.disks is not None:
+            self.disks.heard(event)
 
     async def _vitals(self) -> None:
         """The gate opens only while the peer answers and a quorum was seen, both less than a second ago.

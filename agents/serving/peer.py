@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 from agents.handover.attempt import Arrival, Departure
-from agents.handover.peer import FROM_KIND, MAX_DIGEST_BYTES, MAX_FRAME_BYTES, AttemptKey, key_of
+from agents.handover.peer import FROM_KIND, MAX_DIGEST_BYTES, MAX_FRAME_BYTES, AttemptKey, key_of, points_from_proto
 from agents.shims.base import Frame, Load
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -74,8 +74,25 @@ class PeerServicer(rpc.PeerServiceServicer):
 
     async def ReportLoaded(self, request: pb.ReportLoadedRequest, context: Any) -> pb.ReportLoadedResponse:
         loads = [Load(d.device, d.session, d.bytes, d.digest) for d in request.devices]
-        self._departure(request.tag).loaded(request.tag.inc, loads)
+        self._departure(request.tag).loaded(request.tag.inc, loads, points_from_proto(request.images))
         return pb.ReportLoadedResponse()
+
+    async def DescribeImages(self, request: pb.DescribeImagesRequest, context: Any) -> pb.DescribeImagesResponse:
+        images = [
+            pb.DiskImage(
+                disk=each.disk,
+                image=each.side.image,
+                since=each.side.since,
+                size_bytes=each.size_bytes,
+                endpoint=wire.endpoint_to_proto(each.endpoint),
+            )
+            for each in self._arrival(request.tag).images()
+        ]
+        return pb.DescribeImagesResponse(images=images)
+
+    async def ReleaseImages(self, request: pb.ReleaseImagesRequest, context: Any) -> pb.ReleaseImagesResponse:
+        await self._arrival(request.tag).release(points_from_proto(request.points))
+        return pb.ReleaseImagesResponse()
 
     async def Go(self, request: pb.GoRequest, context: Any) -> pb.GoResponse:
         return pb.GoResponse(done=await self._arrival(request.tag).go(request.tag.inc, request.want_run))

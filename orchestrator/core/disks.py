@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from orchestrator.core.endpoint import Endpoint
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class SyncPoint:
@@ -40,6 +42,17 @@ class DestinationSide:
     """Id of the very image: another one, also of the same name and size, has another id."""
     since: str = ""
     """The sync point that it was released at, and that copying goes on from; empty: its content is worth nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageThere:
+    """One disk's image at the destination, and where the source reaches it."""
+
+    disk: str
+    side: DestinationSide
+    size_bytes: int
+    """As the guest sees it: equal at both ends, or it is not the same disk."""
+    endpoint: Endpoint
 
 
 class Copying(StrEnum):

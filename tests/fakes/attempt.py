@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agents.disks.local import LocalImages
 from agents.engine.base import OutgoingOptions, Vmm
 from agents.handover.destination import DestinationState
 from agents.handover.destination_shell import DestinationShell
@@ -16,7 +17,9 @@ from agents.handover.source import SourceState
 from agents.handover.source_shell import SourceShell
 from agents.handover.words import Seen
 from agents.shims.base import DestinationShim, Frame, InVmmDevices, Load, SourceShim
+from agents.shims.block import SourceDisks
 from orchestrator.core import handover
+from orchestrator.core.disks import ImageThere, SyncPoint
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
@@ -43,6 +46,14 @@ class Link:
         assert self.destination is not None
         await self.destination.frame(frame)
 
+    async def images(self) -> tuple[ImageThere, ...]:
+        assert self.destination is not None
+        return self.destination.images_there()
+
+    async def release(self, points: tuple[SyncPoint, ...]) -> None:
+        assert self.destination is not None
+        await self.destination.release(points)
+
     async def go(self, want_run: bool) -> bool:
         assert self.destination is not None
         self.destination.go(self.destination.state.inc, want_run)
@@ -52,9 +63,9 @@ class Link:
         assert self.source is not None
         self.source.acked(entry)
 
-    async def loaded(self, inc: str, loads: tuple[Load, ...]) -> None:
+    async def loaded(self, inc: str, loads: tuple[Load, ...], images: tuple[SyncPoint, ...] = ()) -> None:
         assert self.source is not None
-        self.source.loaded(inc, loads)
+        self.source.loaded(inc, loads, images)
 
     async def failed(self, inc: str) -> None:
         assert self.source is not None
@@ -72,6 +83,8 @@ class Leaving:
     vmm: Vmm
     shims: Sequence[SourceShim] = ()
     in_vmm: InVmmDevices | None = None
+    disks: tuple[str, ...] = ()
+    """Local ones."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class Coming:
     vmm: Vmm
     shims: Sequence[DestinationShim] = ()
     in_vmm: InVmmDevices | None = None
+    images: LocalImages | None = None
 
 
 @dataclass(kw_only=True)
@@ -165,13 +179,17 @@ class Moves:
             inc,
             suspend_on_timeout=policy.on_timeout is OnTimeout.SUSPEND,
             has_devices=bool(here.shims),
+            disks=here.disks,
             inside=here.in_vmm is not None,
             want_run=not paused,
             paused=paused,
             acks=AckLedger(stopped=paused),
         )
         ledger = AttemptLedger(self.store, ref, S, inc, "agent-1")
-        return SourceShell(state, here.vmm, here.shims, ledger, link, policy, options, ref.attempt, in_vmm=here.in_vmm)
+        disks = SourceDisks(here.vmm.disks, inc) if here.disks else None
+        return SourceShell(
+            state, here.vmm, here.shims, ledger, link, policy, options, ref.attempt, in_vmm=here.in_vmm, disks=disks
+        )
 
     def _destination(
         self, ref: AttemptRef, there: Coming, has_devices: bool, link: Link, directory: Path, *, paused: bool
@@ -179,10 +197,20 @@ class Moves:
         async def want_run() -> bool:
             return not paused
 
-        state = DestinationState(ref, D, there.inc, has_devices=has_devices)
+        state = DestinationState(ref, D, there.inc, has_devices=has_devices, has_disks=there.images is not None)
         ledger = AttemptLedger(self.store, ref, D, there.inc, "agent-2")
         marker = directory / f"{there.inc}.marker"
-        return DestinationShell(state, there.vmm, there.shims, ledger, link, marker, want_run, in_vmm=there.in_vmm)
+        return DestinationShell(
+            state,
+            there.vmm,
+            there.shims,
+            ledger,
+            link,
+            marker,
+            want_run,
+            in_vmm=there.in_vmm,
+            images=there.images,
+        )
 
 
 async def _awaited(work: Callable[[], Awaitable[None]]) -> None:

@@ -77,6 +77,9 @@ class FakeDisks:
         self.calls.append("mark")
         self._known = {disk: SourceSide("", sync) for disk in self._known}
 
+    async def sizes(self) -> Mapping[str, int]:
+        return dict.fromkeys(self._known, 1 << 20)
+
     async def forget(self) -> None:
         self._known = {disk: SourceSide() for disk in self._known}
         self._connected.clear()

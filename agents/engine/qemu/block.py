@@ -159,6 +159,10 @@ class QemuDisks(base.DiskCopies):
         if actions:
             await self._execute("transaction", {"actions": actions})
 
+    async def sizes(self) -> Mapping[str, int]:
+        nodes = {node["node-name"]: node for node in await self._execute("query-named-block-nodes", {"flat": True})}
+        return {disk: int(nodes[node]["image"]["virtual-size"]) for disk, node in self._nodes.items() if node in nodes}
+
     async def forget(self) -> None:
         for disk in self._nodes:
             await self._disconnect(disk)

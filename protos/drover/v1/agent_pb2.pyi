@@ -794,6 +794,148 @@ class AttemptTag(_message.Message):
 Global___AttemptTag: _TypeAlias = AttemptTag  # noqa: Y015
 
 @_typing.final
+class DescribeImagesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tag(self) -> Global___AttemptTag: ...
+    def __init__(
+        self,
+        *,
+        tag: Global___AttemptTag | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeImagesRequest: _TypeAlias = DescribeImagesRequest  # noqa: Y015
+
+@_typing.final
+class DiskImage(_message.Message):
+    """The image of one local disk at the destination."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISK_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    disk: _builtins.str
+    image: _builtins.str
+    """Of this very image, and of its NBD export."""
+    since: _builtins.str
+    """The sync point it was released at last; empty: its content is worth nothing."""
+    size_bytes: _builtins.int
+    @_builtins.property
+    def endpoint(self) -> Global___Endpoint: ...
+    def __init__(
+        self,
+        *,
+        disk: _builtins.str = ...,
+        image: _builtins.str = ...,
+        since: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        endpoint: Global___Endpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "endpoint", b"endpoint", "image", b"image", "since", b"since", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskImage: _TypeAlias = DiskImage  # noqa: Y015
+
+@_typing.final
+class DescribeImagesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiskImage]: ...
+    def __init__(
+        self,
+        *,
+        images: _abc.Iterable[Global___DiskImage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeImagesResponse: _TypeAlias = DescribeImagesResponse  # noqa: Y015
+
+@_typing.final
+class SyncPoint(_message.Message):
+    """While the guest stood still, the destination's image of `disk` was made equal to the source's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISK_FIELD_NUMBER: _builtins.int
+    SYNC_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    disk: _builtins.str
+    sync: _builtins.str
+    size_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        disk: _builtins.str = ...,
+        sync: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "size_bytes", b"size_bytes", "sync", b"sync"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SyncPoint: _TypeAlias = SyncPoint  # noqa: Y015
+
+@_typing.final
+class ReleaseImagesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tag(self) -> Global___AttemptTag: ...
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___SyncPoint]: ...
+    def __init__(
+        self,
+        *,
+        tag: Global___AttemptTag | None = ...,
+        points: _abc.Iterable[Global___SyncPoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["points", b"points", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseImagesRequest: _TypeAlias = ReleaseImagesRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseImagesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseImagesResponse: _TypeAlias = ReleaseImagesResponse  # noqa: Y015
+
+@_typing.final
 class DescribeMachineRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1055,19 +1197,25 @@ class ReportLoadedRequest(_message.Message):
 
     TAG_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tag(self) -> Global___AttemptTag: ...
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceLoad]: ...
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___SyncPoint]:
+        """The local disks' images as they were released."""
+
     def __init__(
         self,
         *,
         tag: Global___AttemptTag | None = ...,
         devices: _abc.Iterable[Global___DeviceLoad] | None = ...,
+        images: _abc.Iterable[Global___SyncPoint] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "tag", b"tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "images", b"images", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -587,6 +587,16 @@ class PeerServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineResponse.FromString,
                 _registered_method=True)
+        self.DescribeImages = channel.unary_unary(
+                '/drover.v1.PeerService/DescribeImages',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeImagesRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeImagesResponse.FromString,
+                _registered_method=True)
+        self.ReleaseImages = channel.unary_unary(
+                '/drover.v1.PeerService/ReleaseImages',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseImagesRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseImagesResponse.FromString,
+                _registered_method=True)
         self.Ping = channel.unary_unary(
                 '/drover.v1.PeerService/Ping',
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.PingRequest.SerializeToString,
@@ -641,6 +651,20 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeImages(self, request, context):
+        """Source to destination: which images it has for the guest's local disks, and where they are written to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseImages(self, request, context):
+        """Source to destination: the images are drained. Answered once they are closed, and the guest's own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Ping(self, request, context):
         """Keeps the channel warm before the blackout and tells whether the peer still knows the attempt.
         """
@@ -680,6 +704,16 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.DescribeMachine,
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineResponse.SerializeToString,
+            ),
+            'DescribeImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeImages,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeImagesRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.DescribeImagesResponse.SerializeToString,
+            ),
+            'ReleaseImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseImages,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseImagesRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseImagesResponse.SerializeToString,
             ),
             'Ping': grpc.unary_unary_rpc_method_handler(
                     servicer.Ping,
@@ -851,6 +885,60 @@ class PeerService:
             '/drover.v1.PeerService/DescribeMachine',
             protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_agent__pb2.DescribeMachineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.PeerService/DescribeImages',
+            protos_dot_drover_dot_v1_dot_agent__pb2.DescribeImagesRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.DescribeImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.PeerService/ReleaseImages',
+            protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseImagesRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseImagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -216,6 +216,10 @@ class PeerServiceStub:
     """Destination to source: this attempt cannot load any more (VMM died, device refused)."""
     DescribeMachine: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DescribeMachineRequest, _agent_pb2.DescribeMachineResponse]
     """Destination to source, before anything is prepared: the guest's machine as it is there now."""
+    DescribeImages: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DescribeImagesRequest, _agent_pb2.DescribeImagesResponse]
+    """Source to destination: which images it has for the guest's local disks, and where they are written to."""
+    ReleaseImages: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ReleaseImagesRequest, _agent_pb2.ReleaseImagesResponse]
+    """Source to destination: the images are drained. Answered once they are closed, and the guest's own."""
     Ping: _grpc.UnaryUnaryMultiCallable[_agent_pb2.PingRequest, _agent_pb2.PingResponse]
     """Keeps the channel warm before the blackout and tells whether the peer still knows the attempt."""
 
@@ -238,6 +242,10 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """Destination to source: this attempt cannot load any more (VMM died, device refused)."""
     DescribeMachine: _aio.UnaryUnaryMultiCallable[_agent_pb2.DescribeMachineRequest, _agent_pb2.DescribeMachineResponse]  # type: ignore[assignment]
     """Destination to source, before anything is prepared: the guest's machine as it is there now."""
+    DescribeImages: _aio.UnaryUnaryMultiCallable[_agent_pb2.DescribeImagesRequest, _agent_pb2.DescribeImagesResponse]  # type: ignore[assignment]
+    """Source to destination: which images it has for the guest's local disks, and where they are written to."""
+    ReleaseImages: _aio.UnaryUnaryMultiCallable[_agent_pb2.ReleaseImagesRequest, _agent_pb2.ReleaseImagesResponse]  # type: ignore[assignment]
+    """Source to destination: the images are drained. Answered once they are closed, and the guest's own."""
     Ping: _aio.UnaryUnaryMultiCallable[_agent_pb2.PingRequest, _agent_pb2.PingResponse]  # type: ignore[assignment]
     """Keeps the channel warm before the blackout and tells whether the peer still knows the attempt."""
 
@@ -293,6 +301,22 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.DescribeMachineResponse, _abc.Awaitable[_agent_pb2.DescribeMachineResponse]]:
         """Destination to source, before anything is prepared: the guest's machine as it is there now."""
+
+    @_abc_1.abstractmethod
+    def DescribeImages(
+        self,
+        request: _agent_pb2.DescribeImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.DescribeImagesResponse, _abc.Awaitable[_agent_pb2.DescribeImagesResponse]]:
+        """Source to destination: which images it has for the guest's local disks, and where they are written to."""
+
+    @_abc_1.abstractmethod
+    def ReleaseImages(
+        self,
+        request: _agent_pb2.ReleaseImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.ReleaseImagesResponse, _abc.Awaitable[_agent_pb2.ReleaseImagesResponse]]:
+        """Source to destination: the images are drained. Answered once they are closed, and the guest's own."""
 
     @_abc_1.abstractmethod
     def Ping(

@@ -1,0 +1,92 @@
+"""The local disks of a guest that is to come here: images, and the daemon through which its source fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from agents.disks.daemon import DiskDaemon, open_daemon
+from agents.disks.images import DiskError, Images
+from agents.engine.base import DiskFile
+from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
+
+
+def local(disks: Sequence[DiskFile]) -> tuple[DiskFile, ...]:
+    """Those whose content travels with their guest."""
+    return tuple(disk for disk in disks if not disk.shared and not disk.read_only)
+
+
+class LocalImages:
+    """Of one guest at this host; outlives copies and attempts. All calls raise DiskError and may be repeated."""
+
+    def __init__(self, directory: Path, disks: Sequence[DiskFile], ip: str) -> None:
+        self._directory = directory
+        self._disks = local(disks)
+        self._ip = ip
+        self._images = Images(directory / "storage.images")
+        self._daemon: DiskDaemon | None = None
+
+    async def ready(self) -> None:
+        """Every disk has an image that its source can write to: the one of an attempt before, if it is worth anything,
+        or a new one."""
+        self._daemon = daemon = self._daemon or await open_daemon(self._directory, self._ip, self._disks)
+        exported = await daemon.exported()
+        for disk in self._disks:
+            known = self._images.known().get(disk.name)
+            if known is not None and known.image in exported:
+                continue
+            if known is None or not known.is_whole or not disk.path.exists():
+                known = await self._images.made(disk)
+            self._images.opened(disk.name)
+            await daemon.export(disk, known.image)
+
+    def there(self) -> tuple[ImageThere, ...]:
+        """What the source has to know. After `ready`."""
+        if self._daemon is None:
+            raise DiskError("nobody takes the disks")
+        known = self._images.known()
+        endpoint = self._daemon.endpoint
+        return tuple(
+            ImageThere(disk.name, DestinationSide(image.image, image.since), image.size_bytes, endpoint)
+            for disk in self._disks
+            if (image := known.get(disk.name)) is not None
+        )
+
+    async def release(self, points: Sequence[SyncPoint]) -> tuple[SyncPoint, ...]:
+        """The source has drained them: they are closed, and the guest's own. Returns what is there now."""
+        if self._daemon is None:
+            raise DiskError("nobody has written the disks")
+        known = self._images.known()
+        for point in points:
+            image = known[point.disk]
+            if image.since != point.sync or image.written:
+                await self._daemon.release(point.disk, image.image)
+                self._images.released([point.disk], point.sync)
+        now = self._images.known()
+        return tuple(SyncPoint(point.disk, now[point.disk].since, now[point.disk].size_bytes) for point in points)
+
+    async def finish(self) -> None:
+        """The guest runs here: its images are its own."""
+        await self._ended()
+        self._images.forget()
+
+    async def discard(self) -> None:
+        """It goes elsewhere: nothing of it is left here. Raises OSError as well."""
+        await self._ended()
+        self._images.discard()
+
+    @property
+    def anything(self) -> bool:
+        """Something was made here for a guest that was to come."""
+        return self._images.noted or (self._directory / "storage.json").exists()
+
+    async def detach(self) -> None:
+        """Leave the daemon to a later agent."""
+        if self._daemon is not None:
+            await self._daemon.detach()
+            self._daemon = None
+
+    async def _ended(self) -> None:
+        daemon, self._daemon = self._daemon or await DiskDaemon.adopt(self._directory), None
+        if daemon is not None:
+            await daemon.destroy()

@@ -1,0 +1,84 @@
+"""The local disks of a guest at its source, within one attempt: brought up to date, drained, marked.
+
+How each is copied, `core.disks` decides from what both ends know. Shared disks have no part in this: their images stay
+where they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+
+from agents.engine.base import DiskCopies, DiskFailed, DiskReady, DiskTarget, EngineError, EngineEvent
+from orchestrator.core.disks import Copying, ImageThere, SourceSide, SyncPoint, copying
+
+
+class DiskTrouble(Exception):
+    """One disk cannot be copied; `disk` is its name. The guest is as it was."""
+
+    def __init__(self, disk: str, said: str) -> None:
+        super().__init__(f"disk {disk}: {said}")
+        self.disk = disk
+
+
+class SourceDisks:
+    """Of one attempt. `inc` names the sync point that its drain makes."""
+
+    def __init__(self, copies: DiskCopies, inc: str) -> None:
+        self._copies = copies
+        self._inc = inc
+        self._ready: dict[str, asyncio.Future[None]] = {}
+        self._sizes: Mapping[str, int] = {}
+        self.copied: dict[str, Copying] = {}
+        """How each was brought up to date, for the report."""
+
+    def heard(self, event: EngineEvent) -> None:
+        """What the VMM says of its disks."""
+        if not isinstance(event, DiskReady | DiskFailed):
+            return
+        waiting = self._ready.get(event.disk)
+        if waiting is None or waiting.done():
+            return
+        if isinstance(event, DiskReady):
+            waiting.set_result(None)
+        else:
+            waiting.set_exception(DiskTrouble(event.disk, event.error))
+
+    async def sync(self, images: Iterable[ImageThere]) -> None:
+        """Every disk is up to date, but for what is being written. Not bounded; cancel it. Raises DiskTrouble."""
+        there = {image.disk: image for image in images}
+        try:
+            known, self._sizes = await self._copies.known(), await self._copies.sizes()
+        except EngineError as error:
+            raise DiskTrouble(",".join(sorted(there)), str(error)) from error
+        for disk in known:
+            if disk not in there:
+                raise DiskTrouble(disk, "the destination has no image for it")
+        await asyncio.gather(*(self._synced(disk, known[disk], there[disk]) for disk in known))
+
+    async def _synced(self, disk: str, here: SourceSide, there: ImageThere) -> None:
+        if there.size_bytes != self._sizes[disk]:
+            said = f"it has {self._sizes[disk]} bytes here, and its image at the destination {there.size_bytes}"
+            raise DiskTrouble(disk, said)
+        how = self.copied[disk] = copying(here, there.side)
+        try:
+            await self._copies.connect_disk(DiskTarget(disk, there.side.image, there.endpoint))
+            if how is Copying.INCREMENT:
+                await self._copies.increment(disk, here.since)
+                return
+            self._ready[disk] = asyncio.get_running_loop().create_future()
+            await self._copies.start_mirror(disk)
+            await self._ready[disk]
+        except EngineError as error:
+            raise DiskTrouble(disk, str(error)) from error
+        finally:
+            self._ready.pop(disk, None)
+
+    async def drain(self, bound_s: float) -> tuple[SyncPoint, ...]:
+        """The guest stands still: the rest is sent, and what is written from here on is noted. Raises DiskTrouble."""
+        try:
+            await self._copies.drain(bound_s)
+            await self._copies.mark(self._inc)
+        except EngineError as error:
+            raise DiskTrouble(",".join(sorted(self._sizes)), str(error)) from error
+        return tuple(SyncPoint(disk, self._inc, size) for disk, size in sorted(self._sizes.items()))
