@@ -60,7 +60,7 @@ class DiskDaemon:
         started = cls(directory, watched, Endpoint(ip, port))
         try:
             note = {"pid": child.pid, "start_time": start_time, "ip": ip, "port": port}
-            _path(directory, "json").write_text(json.dumps(note))
+            _path(directory, "note").write_text(json.dumps(note))
             await started._connected(_START_S)
         except (OSError, DiskError) as error:
             words = tail_of(_path(directory, "log"))
@@ -72,7 +72,7 @@ class DiskDaemon:
     async def adopt(cls, directory: Path) -> DiskDaemon | None:
         """The one that an earlier agent started here. None: there is none, or it is gone."""
         try:
-            note = json.loads(_path(directory, "json").read_text())
+            note = json.loads(_path(directory, "note").read_text())
             watched = Watched.find(int(note["pid"]), int(note["start_time"]))
             endpoint = Endpoint(note["ip"], int(note["port"]))
         except FileNotFoundError:
@@ -140,7 +140,7 @@ class DiskDaemon:
             except TimeoutError:
                 raise DiskError(f"{_PROGRAM} {self._process.pid} was killed and has not ended") from None
         await self.detach()
-        for suffix in ("qmp", "log", "json"):
+        for suffix in ("qmp", "log", "note"):
             _path(self._directory, suffix).unlink(missing_ok=True)
 
     async def detach(self) -> None:

@@ -9,6 +9,7 @@ from agents.disks.daemon import DiskDaemon, open_daemon
 from agents.disks.images import DiskError, Images
 from agents.engine.base import DiskFile
 from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
+from orchestrator.core.endpoint import Endpoint
 
 
 def local(disks: Sequence[DiskFile]) -> tuple[DiskFile, ...]:
@@ -19,17 +20,19 @@ def local(disks: Sequence[DiskFile]) -> tuple[DiskFile, ...]:
 class LocalImages:
     """Of one guest at this host; outlives copies and attempts. All calls raise DiskError and may be repeated."""
 
-    def __init__(self, directory: Path, disks: Sequence[DiskFile], ip: str) -> None:
+    def __init__(self, directory: Path, disks: Sequence[DiskFile], listen_ip: str, ip: str = "") -> None:
+        """`ip`: what other hosts reach `listen_ip` by, where that is not the same."""
         self._directory = directory
         self._disks = local(disks)
-        self._ip = ip
+        self._listen_ip = listen_ip
+        self._ip = ip or listen_ip
         self._images = Images(directory / "storage.images")
         self._daemon: DiskDaemon | None = None
 
     async def ready(self) -> None:
         """Every disk has an image that its source can write to: the one of an attempt before, if it is worth anything,
         or a new one."""
-        self._daemon = daemon = self._daemon or await open_daemon(self._directory, self._ip, self._disks)
+        self._daemon = daemon = self._daemon or await open_daemon(self._directory, self._listen_ip, self._disks)
         exported = await daemon.exported()
         for disk in self._disks:
             known = self._images.known().get(disk.name)
@@ -45,7 +48,7 @@ class LocalImages:
         if self._daemon is None:
             raise DiskError("nobody takes the disks")
         known = self._images.known()
-        endpoint = self._daemon.endpoint
+        endpoint = Endpoint(self._ip, self._daemon.endpoint.port)
         return tuple(
             ImageThere(disk.name, DestinationSide(image.image, image.since), image.size_bytes, endpoint)
             for disk in self._disks
@@ -78,7 +81,7 @@ class LocalImages:
     @property
     def anything(self) -> bool:
         """Something was made here for a guest that was to come."""
-        return self._images.noted or (self._directory / "storage.json").exists()
+        return self._images.noted or (self._directory / "storage.note").exists()
 
     async def detach(self) -> None:
         """Leave the daemon to a later agent."""

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import replace
 
+from agents.disks.images import DiskError
 from agents.engine import base as engine
 from agents.guest import copies as making
 from agents.guest import hardware
@@ -27,6 +28,7 @@ from agents.handover.words import Command
 from agents.host.journal import KnownRecord
 from agents.nets.taps import NetworkNotFound
 from agents.shims.base import OptionsRefused, ShimError
+from agents.shims.block import SourceDisks
 from orchestrator.core.agent import (
     ConductOrder,
     PrepareOrder,
@@ -124,18 +126,24 @@ class Attempts:
         self, order: PrepareOrder, machine: LiveMachine | None
     ) -> tuple[Arrival, Prepared, tuple[Command, ...]]:
         ref, inc = order.attempt, secrets.token_hex(8)
+        images = self._guest.images
         try:
             with self._guest.being_made():
+                if images is not None:
+                    self._files.make()
+                    await images.ready()
                 copy = await making.prepare(
                     self._tools.engine, self._files, inc, ref.migration, ref.attempt, order.multifd_channels, machine
                 )
                 self._guest.add(copy)
-        except (engine.EngineError, ShimError, OSError) as error:
+        except (engine.EngineError, ShimError, DiskError, OSError) as error:
             if (full := preflight.no_room(error, self._tools.here.host, self._files.config.dir)) is not None:
                 raise full from error
             said = f"{self._tools.here.host} cannot prepare guest {self._guest.name}: {error}"
             raise DroverError(reason_of(error), said) from error
-        state, first = prepared_destination(ref, self._tools.here, inc, has_devices=bool(self._files.outside))
+        state, first = prepared_destination(
+            ref, self._tools.here, inc, has_devices=bool(self._files.outside), has_disks=images is not None
+        )
         peer = self._tools.peers.source(str(order.source_peer), ref, inc)
         try:
             shell = self._destination_shell(copy, state, peer, order.timeout_ms)
@@ -169,6 +177,7 @@ class Attempts:
             in_vmm=copy.in_vmm(),
             unclaimed_ms=unclaimed_ms,
             bind=copy.taps.bind,
+            images=self._guest.images,
         )
 
     def _receive(self, arrival: Arrival, first: tuple[Command, ...]) -> None:
@@ -248,6 +257,7 @@ class Attempts:
             order.prepared.inc,
             suspend_on_timeout=order.policy.on_timeout is OnTimeout.SUSPEND,
             has_devices=bool(self._files.outside),
+            disks=tuple(disk.name for disk in own.local_disks),
             inside=bool(self._files.in_vmm),
             gate_wait=order.policy.gate_wait_ms > 0,
             want_run=wish.run,
@@ -257,6 +267,7 @@ class Attempts:
         peer = self._tools.peers.destination(str(order.prepared.peer), order.attempt, order.prepared.inc)
         options = preflight.outgoing(order, tools.config, self._files, tools.departures, paused=paused)
         departure = self._departure(own, session, peer, order.policy, options, order.destination.host)
+        own.disks_engaged = bool(own.local_disks)
         departure.shell.ledger.judged = (judged.record, judged.version)
         return departure
 
@@ -280,6 +291,8 @@ class Attempts:
             options,
             session_number(state.ref),
             in_vmm=copy.in_vmm(),
+            disks=SourceDisks(copy.vmm.disks, state.inc) if copy.local_disks else None,
+            retire_disks=copy.retire_disks,
         )
         return Departure(shell, copy, peer, destination, tools.journal, tools.metrics, tools.changed)
 

@@ -9,7 +9,10 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
+from agents.disks.images import retire
+from agents.disks.local import local
 from agents.engine.base import (
+    DiskFile,
     EngineError,
     EngineEvent,
     EngineStatus,
@@ -68,6 +71,8 @@ class Copy:
         self.ended = ""
         """How the guest ended by itself; empty while it did not."""
         self.in_session = False
+        self.disks_engaged = False
+        """Its VMM may copy local disks, or note what is written to them, for an attempt that is to come."""
         self.removed = False
         """It was destroyed, and nothing of it is left."""
         self.on_change: Callable[[], None] = lambda: None
@@ -94,6 +99,17 @@ class Copy:
             case _:
                 return
         self.on_change()
+
+    @property
+    def local_disks(self) -> tuple[DiskFile, ...]:
+        """Those whose content travels with the guest."""
+        return local(self.hardware.disks) if self.hardware is not None else ()
+
+    async def retire_disks(self) -> None:
+        """The guest has gone for good: its local images here get another name at once, and are removed once their
+        pool's time of grace is over. Idempotent. Raises OSError."""
+        for disk in self.local_disks:
+            await asyncio.to_thread(retire, disk.path, self.inc)
 
     def source_shims(self) -> list[SourceShim]:
         """The devices outside the VMM, as the source of an attempt speaks to them."""
@@ -261,6 +277,7 @@ async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadat
         if vmm is not None:
             copy = Copy(files, vmm, devices, hardware, running=False)
             copy.found((await vmm.state()).run_state)
+            copy.disks_engaged = bool(copy.local_disks) and not copy.incoming
             return copy
         if devices is not None:
             await devices.destroy()

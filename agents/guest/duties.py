@@ -11,6 +11,7 @@ from agents.guest.duty import Do, Duty
 from agents.guest.held import HeldGuest
 from agents.handover.ledger import AttemptLedger
 from agents.handover.words import Seen
+from orchestrator.core import handover
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.ids import AttemptRef
@@ -88,6 +89,11 @@ class Duties:
         raise self._guest.refused(RefusalReason.FOREIGN_OWNER, said)
 
     async def _discard(self, duty: Duty, record: GuestRecord) -> None:
+        """A copy that was the guest, which others have now (H9), leaves no local images that are in use."""
+        copy = self._guest.copies[duty.inc]
+        given = record.owner.host != self._tools.here.host
+        if given and not copy.incoming and handover.may_discard_source(record, self._tools.here, record.inc):
+            await copy.retire_disks()
         await self._guest.destroyed(self._guest.copies[duty.inc])
 
     async def _run(self, duty: Duty, record: GuestRecord) -> None:

@@ -12,10 +12,12 @@ from collections.abc import Generator
 
 import structlog
 
+from agents.disks.local import LocalImages, local
 from agents.engine import base as engine
 from agents.guest import copies as making
 from agents.guest.copies import Copy
 from agents.guest.files import GuestFiles
+from agents.guest.hardware import disk_files
 from agents.guest.ledger import GuestLedger
 from agents.guest.tools import Tools
 from agents.handover.attempt import Arrival, Departure
@@ -73,6 +75,7 @@ class HeldGuest:
         """Nothing of the guest is here any more."""
         self.all_adopted = False
         """Every process that an earlier agent left was adopted, or is dead."""
+        self._images: LocalImages | None = None
         self._making = 0
         """Processes that are being started and are not among the copies yet."""
 
@@ -80,6 +83,17 @@ class HeldGuest:
     def uuid(self) -> str:
         """Names this life of the guest in the ledger and on the disk."""
         return self.files.uuid
+
+    @property
+    def images(self) -> LocalImages | None:
+        """Of its local disks, when it is to come here; None: it has none. Raises POOL_NOT_FOUND."""
+        if self._images is None and self.files.spec.disks:
+            config = self.files.config
+            disks = local(disk_files(config, self.files.spec))
+            if disks:
+                listen = config.listen or config.address
+                self._images = LocalImages(self.files.directory, disks, listen, config.address)
+        return self._images
 
     @property
     def name(self) -> str:

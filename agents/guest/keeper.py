@@ -112,6 +112,8 @@ class HostedGuest(HeldGuest):
         self._unwatch()
         await self._tasks.close()
         await asyncio.gather(*(copy.detach() for copy in self.copies.values()), return_exceptions=True)
+        if self._images is not None:
+            await self._images.detach()
 
     def nudge(self) -> None:
         """Somebody says that the record has moved: look behind a barrier, no watch may have told of it yet."""
@@ -350,6 +352,8 @@ class HostedGuest(HeldGuest):
         duty, _ = await self._duty(told.record, self.wish)
         if duty.do is not Do.NOTHING or told is not self.told:
             return False
+        if self._has_images_to_tend(told.record) or self._has_disks_to_let_go(told.record) is not None:
+            return False
         if self._is_left(told.record):
             return await self._forget_what_left()
         if any(copy.is_gone for copy in self.copies.values()):
@@ -378,13 +382,46 @@ class HostedGuest(HeldGuest):
         for copy in list(self.copies.values()):
             if not copy.in_session and copy.is_gone:
                 await self.destroyed(copy)
+        await self._tend_images(record)
         if self._is_left(record):
             self._forget()
+
+    def _has_disks_to_let_go(self, record: GuestRecord) -> making.Copy | None:
+        """The copy whose local disks were on their way to a host that the guest will not go to."""
+        own = self.own()
+        at_rest = record.phase is Ownership.IDLE and record.owner == self.tools.here
+        return own if own is not None and own.disks_engaged and at_rest and not own.in_session else None
+
+    def _has_images_to_tend(self, record: GuestRecord) -> bool:
+        """Local images were made for a copy to come, and by that record none is to come any more."""
+        images = self.images if self.files.spec.disks else None
+        if images is None or not images.anything or self.arrivals:
+            return False
+        return record.owner == self.tools.here if self.copies else self._is_left(record)
+
+    async def _tend_images(self, record: GuestRecord) -> None:
+        """They are the guest's own where it is, and nobody's where it is not to be. The record was read behind a
+        barrier."""
+        if (own := self._has_disks_to_let_go(record)) is not None:
+            await own.vmm.disks.forget()
+            own.disks_engaged = False
+        if not self._has_images_to_tend(record) or self.images is None:
+            return
+        if record.owner == self.tools.here:
+            await self.images.finish()
+        else:
+            await self.images.discard()
 
     def _is_left(self, record: GuestRecord) -> bool:
         """Nothing of the guest is here, and by that record nothing leads here."""
         nothing_here = not self.copies and not self.arrivals and self.departure is None
-        return nothing_here and not markers.concerns(record, self.tools.here.host)
+        return nothing_here and not markers.concerns(record, self.tools.here.host) and not self._awaits_a_retry(record)
+
+    def _awaits_a_retry(self, record: GuestRecord) -> bool:
+        """Its local disks are here already, and the next attempt may lead here again: they are not copied twice."""
+        images = self.images if self.files.spec.disks else None
+        leads_here = record.destination is not None and record.destination.host == self.tools.here.host
+        return record.phase is Ownership.ABORTED and leads_here and images is not None and images.anything
 
     async def _forget_what_left(self) -> bool:
         """Take it off the host's list, which proves that the record gives it to others, and forget it. False: nothing
@@ -393,6 +430,7 @@ class HostedGuest(HeldGuest):
         if proven is None or self.is_older(proven):
             return False
         self.saw(proven)
+        await self._tend_images(proven.record)
         self._forget()
         return True
 

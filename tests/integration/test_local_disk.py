@@ -221,6 +221,7 @@ async def test_a_daemon_that_dies_ends_the_attempt_and_the_next_one_copies_anew(
     assert lab.source.state.reason in (
         AbortReason.DISK_MIRROR_FAILED,
         AbortReason.DISK_DRAIN,
+        AbortReason.DESTINATION_LOST,
         AbortReason.ENGINE_FAILED,  # QEMU flushes all disks as it stops the guest, and may find out first
     )
     assert (await lab.vmm.state()).run_state is RunState.RUNNING
