@@ -115,7 +115,8 @@ class SessionState(StrEnum):
 
 
 class Store(Protocol):
-    """One client with one session. All callbacks run on the event loop that called `start`."""
+    """One client with one session. It never shows less than it has shown before, also after its session was lost and
+    another was begun. All callbacks run on the event loop that called `start`."""
 
     async def start(self, timeout_s: float = 10.0) -> None:
         """Connect. Raises StoreUnavailable when that takes longer; may be called again."""
@@ -140,7 +141,8 @@ class Store(Protocol):
         ...
 
     async def barrier(self, timeout_s: float = 2.0) -> None:
-        """A write of this session that a quorum answered: reads after it are not older than it (H13)."""
+        """A write of this session that a quorum answered: reads after it are not older than this call (H13). Calls that
+        are made at a time may share one."""
         ...
 
     async def read(self, path: str, timeout_s: float = 2.0) -> Versioned | None:

@@ -58,6 +58,7 @@ from orchestrator.ledger.store import (
     Versioned,
     WriteResult,
 )
+from orchestrator.tasks import Tasks
 
 logging.getLogger("kazoo").setLevel(logging.ERROR)
 log = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ _PATIENT_S = 2.0
 _SILENT = 0.5
 """A connection is cut for an operation that timed out when nothing else was answered for so much of its time-out: one
 that is merely slow would only get slower by being replaced."""
+_JOIN_S = 0.02
+"""A barrier waits so long for the one before it, and for others to join; no longer, should that one be lost."""
 _DISARM_S = 5.0
 """After its last watch ended a node's trigger is taken from kazoo: later than the answer to any read of that watch."""
 _STATES = {
@@ -175,7 +178,15 @@ class ZooKeeperStore(Store):
         self._writes = asyncio.Semaphore(_AT_ONCE)
         self._answered_at = -math.inf
         self._barrier_path = f"{paths.BARRIER}/{uuid.uuid4().hex}"
-        self._barrier_made = False
+        self._barrier_of: int | None = None
+        """The session that has made the node: it goes with it."""
+        self._making = asyncio.Lock()
+        self._joinable: dict[float, asyncio.Future[WriteResult]] = {}
+        """Barriers that were asked for and have not left yet, by their time-out."""
+        self._barriers = 0
+        """How many are under way."""
+        self._none_under_way = asyncio.Event()
+        self._tasks = Tasks("store")
         self._quorum_at = -math.inf
 
     # --- session ------------------------------------------------------------------------------------------------------
@@ -233,6 +244,7 @@ class ZooKeeperStore(Store):
         self._trees.clear()
         self._triggers.clear()
         client, self._client = self._client, None
+        await self._tasks.close()
         if client is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
@@ -253,8 +265,6 @@ class ZooKeeperStore(Store):
         if self._client is None:
             return
         self._state = state
-        if state is SessionState.LOST:
-            self._barrier_made = False  # it went with the session
         if state is SessionState.CONNECTED:
             for trigger in self._triggers.values():
                 trigger.fire()
@@ -336,21 +346,56 @@ class ZooKeeperStore(Store):
         except (KazooException, TimeoutError) as error:
             raise StoreUnavailable(f"ZooKeeper did not answer: {error!r}") from error
 
+    async def _read_behind_a_write(self, start: Callable[[], Any], timeout_s: float) -> Any:
+        """H13: a new session may be with a server that is behind the one before it. Its first read stands behind a
+        write of its own, so that a store never shows less than it has shown."""
+        await self._make_barrier(timeout_s)
+        return await self._read(start, timeout_s)
+
     async def read(self, path: str, timeout_s: float = 2.0) -> Versioned | None:
-        answer = await self._read(lambda: self._client.get_async(path), timeout_s)
+        answer = await self._read_behind_a_write(lambda: self._client.get_async(path), timeout_s)
         return None if answer is None else Versioned(answer[0], answer[1].version, answer[1].mzxid)
 
     async def children(self, path: str, timeout_s: float = 2.0) -> tuple[str, ...]:
-        answer = await self._read(lambda: self._client.get_children_async(path), timeout_s)
+        answer = await self._read_behind_a_write(lambda: self._client.get_children_async(path), timeout_s)
         return tuple(sorted(answer or ()))
 
     async def ensure(self, path: str, timeout_s: float = 2.0) -> None:
         await self._read(lambda: self._client.ensure_path_async(path), timeout_s)
 
     async def barrier(self, timeout_s: float = 2.0) -> None:
-        result = await self.multi([], timeout_s)
+        """Barriers that are asked for while another is under way are one write: each joins one that has not left yet,
+        never one that has, which might stand before something that its caller has to see."""
+        answer = self._joinable.get(timeout_s)
+        if answer is None:
+            answer = self._joinable[timeout_s] = asyncio.get_running_loop().create_future()
+            if self._tasks.spawn(self._send_barrier(timeout_s, answer), "barrier") is None:
+                del self._joinable[timeout_s]
+                raise StoreUnavailable("the store is closed")
+        result = await asyncio.shield(answer)
         if not isinstance(result, Done):
             raise StoreUnavailable(f"no quorum answered: {result}")
+
+    async def _send_barrier(self, timeout_s: float, answer: asyncio.Future[WriteResult]) -> None:
+        result: WriteResult = OutcomeUnknown(sent=False, why="the store was closed")
+        try:
+            if self._barriers:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_JOIN_S):
+                        await self._none_under_way.wait()
+            del self._joinable[timeout_s]  # it leaves: nobody may join any more
+            self._barriers += 1
+            self._none_under_way.clear()
+            try:
+                result = await self.multi([], timeout_s)
+            finally:
+                self._barriers -= 1
+                if not self._barriers:
+                    self._none_under_way.set()
+        finally:
+            if self._joinable.get(timeout_s) is answer:
+                del self._joinable[timeout_s]
+            answer.set_result(result)
 
     async def multi(self, ops: Sequence[Op], timeout_s: float = 2.0) -> WriteResult:
         """Every transaction also sets a node of this client's own: it tells the zxid, and a barrier is just that."""
@@ -392,24 +437,44 @@ class ZooKeeperStore(Store):
             self._quorum_at = time.monotonic()
             return Conflict(index, kind)
         if isinstance(results[-1], Exception):
-            self._barrier_made = False
+            self._barrier_of = None
             return OutcomeUnknown(sent=False, why=f"rolled back: {results[-1]!r}")
         self._quorum_at = time.monotonic()
         return Done(results[-1].mzxid, tuple(_version(op, result) for op, result in zip(ops, results, strict=False)))
 
     async def _make_barrier(self, timeout_s: float) -> None:
-        if self._barrier_made:
+        """Once per session, whoever is first. Raises StoreUnavailable."""
+        if self._has_barrier():
             return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._making.acquire()
+        except TimeoutError as error:
+            raise StoreUnavailable("ZooKeeper has not answered to the first write of this session") from error
+        try:
+            if not self._has_barrier():
+                await self._make_barrier_now(timeout_s)
+        finally:
+            self._making.release()
+
+    def _has_barrier(self) -> bool:
+        return self._barrier_of is not None and self._barrier_of == self._session_id()
+
+    def _session_id(self) -> int | None:
+        return None if self._client is None else self._client._session_id
+
+    async def _make_barrier_now(self, timeout_s: float) -> None:
         await self.ensure(paths.BARRIER, timeout_s)
         if not self._ready():
             raise StoreUnavailable("not connected to ZooKeeper")
+        session = self._session_id()
         try:
             await self._answer(self._client.create_async(self._barrier_path, b"", ephemeral=True), timeout_s)
         except NodeExistsError:
             pass
         except (KazooException, TimeoutError) as error:
             raise StoreUnavailable(f"ZooKeeper did not answer: {error!r}") from error
-        self._barrier_made = True
+        self._barrier_of = session
 
     # --- watches ------------------------------------------------------------------------------------------------------
 
@@ -494,11 +559,11 @@ class ZooKeeperStore(Store):
     async def _look_at(self, path: str, of_children: bool, trigger: _Trigger) -> Any:
         """A missing node is watched for its creation."""
         if of_children:
-            names = await self._read(lambda: self._client.get_children_async(path, watch=trigger), 2.0)
+            names = await self._read_behind_a_write(lambda: self._client.get_children_async(path, watch=trigger), 2.0)
             if names is not None:
                 return tuple(sorted(names))
         else:
-            answer = await self._read(lambda: self._client.get_async(path, watch=trigger), 2.0)
+            answer = await self._read_behind_a_write(lambda: self._client.get_async(path, watch=trigger), 2.0)
             if answer is not None:
                 return Versioned(answer[0], answer[1].version, answer[1].mzxid)
         if await self._read(lambda: self._client.exists_async(path, watch=trigger), 2.0) is not None:

@@ -330,6 +330,43 @@ async def test_the_first_write_of_a_new_session_is_as_good_as_any(server: ZooKee
     await store.close()
 
 
+@pytest.mark.parametrize("look", ["read", "children", "watch"])
+async def test_the_first_look_of_a_new_session_stands_behind_a_write_of_it(server: ZooKeeperServer, look: str) -> None:
+    """H13: it may be with a server that is behind the one before."""
+    store = ZooKeeperStore(server.hosts, chroot="/first", session_timeout_s=4)
+    await store.start()
+    await store.ensure("/n")
+    for _ in range(2):
+        match look:
+            case "read":
+                await store.read("/n")
+            case "children":
+                await store.children("/n")
+            case _:
+                seen: list[object] = []
+                store.watch("/n", seen.append)
+                await wait_for(lambda seen=seen: bool(seen))
+        path = f"/first{store._barrier_path}"
+        session = store._client.client_id[0]
+        assert await asyncio.to_thread(owner_of, server.hosts, path) == session
+        await asyncio.to_thread(end_session, server.hosts, *store._client.client_id)
+        await wait_for(lambda before=session: store._client.client_id and store._client.client_id[0] != before, 20)
+        await wait_for(lambda: store.session is SessionState.CONNECTED, 20)
+    await store.close()
+
+
+def owner_of(hosts: str, path: str) -> int:
+    """The session that an ephemeral node goes with."""
+    client = KazooClient(hosts=hosts)
+    client.start(timeout=5)
+    try:
+        found = client.exists(path)
+        return found.ephemeralOwner if found is not None else 0
+    finally:
+        client.stop()
+        client.close()
+
+
 def end_session(hosts: str, session: int, password: bytes) -> None:
     """Somebody else takes the session over and closes it, which is how it ends at the server."""
     twin = KazooClient(hosts=hosts, client_id=(session, password))

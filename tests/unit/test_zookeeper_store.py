@@ -1,4 +1,5 @@
-"""Calls and watches of the ZooKeeper store end when they are cancelled, at whatever instant that comes.
+"""Calls and watches of the ZooKeeper store end when they are cancelled, at whatever instant that comes; barriers share
+writes.
 
 A session cancels what it still waits for when it is over. A cancel that is swallowed because the answer came at that
 very moment leaves a task that waits for its next command for ever, and the session's end with it.
@@ -7,10 +8,11 @@ very moment leaves a task that waits for its next command for ever, and the sess
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
+from orchestrator.ledger.store import Done, Op, OutcomeUnknown, StoreUnavailable, WriteResult
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 
 STEPS = range(8)
@@ -79,3 +81,78 @@ async def test_a_watch_ends_also_when_its_node_changes_at_that_moment(
     end()
     done, _ = await asyncio.wait({watch.task}, timeout=1.0)
     assert done, f"the watch goes on {steps} turns after a change"
+
+
+class Answering(ZooKeeperStore):
+    """Its transactions are answered one by one, when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__("nowhere:1")
+        self.sent: list[asyncio.Future[WriteResult]] = []
+
+    async def multi(self, ops: Sequence[Op], timeout_s: float = 2.0) -> WriteResult:
+        self.sent.append(asyncio.get_running_loop().create_future())
+        return await self.sent[-1]
+
+    async def left(self, number: int) -> None:
+        async with asyncio.timeout(5):
+            while len(self.sent) < number:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+    def asked(self, number: int = 1) -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(self.barrier()) for _ in range(number)]
+
+
+async def test_barriers_that_are_asked_for_at_a_time_are_one_write() -> None:
+    store = Answering()
+    many = store.asked(50)
+    await store.left(1)
+    store.sent[0].set_result(Done(1, ()))
+    await asyncio.gather(*many)
+    assert len(store.sent) == 1
+    await store.close()
+
+
+async def test_a_barrier_never_joins_one_that_has_left() -> None:
+    """That one may stand before what its caller has to see."""
+    store = Answering()
+    first = store.asked()
+    await store.left(1)
+    later = store.asked(10)
+    await turns(10)
+    store.sent[0].set_result(Done(1, ()))
+    await asyncio.gather(*first)
+    await store.left(2)
+    assert not any(task.done() for task in later)
+    store.sent[1].set_result(Done(2, ()))
+    await asyncio.gather(*later)
+    assert len(store.sent) == 2
+    await store.close()
+
+
+async def test_a_barrier_that_is_not_answered_holds_up_no_other() -> None:
+    store = Answering()
+    (lost,) = store.asked()
+    await store.left(1)
+    (next_one,) = store.asked()
+    await store.left(2)
+    store.sent[1].set_result(Done(2, ()))
+    await next_one
+    assert not lost.done()
+    store.sent[0].set_result(OutcomeUnknown())
+    with pytest.raises(StoreUnavailable):
+        await lost
+    await store.close()
+
+
+async def test_who_joined_a_barrier_does_not_end_with_who_asked_for_it() -> None:
+    store = Answering()
+    first, second = store.asked(2)
+    await turns(1)
+    first.cancel()
+    await store.left(1)
+    store.sent[0].set_result(Done(1, ()))
+    await second
+    await store.close()
+    with pytest.raises(StoreUnavailable):
+        await store.barrier()
