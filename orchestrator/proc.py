@@ -77,7 +77,9 @@ def vmms_below(directories: Iterable[str]) -> list[int]:
             if error.errno in _GONE:
                 continue
             raise LivenessUnknown(f"process {name}: {error}") from error
-        if b"qemu" in words.partition(b"\0")[0] and any(below in words for below in sought):
+        program = words.partition(b"\0")[0].rpartition(b"/")[2]
+        # What writes the images of a guest that is to come runs no vCPU.
+        if b"qemu" in program and b"storage-daemon" not in program and any(below in words for below in sought):
             found.append(int(name))
     return sorted(found)
 
