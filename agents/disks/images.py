@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from agents.engine.base import DiskFile
 _TOOL = "qemu-img"
 _MAKE_S = 30.0
 _MOVED = ".moved-"
+_RETIRED = re.compile(r".+\.moved-[0-9a-f]{8}")
 
 
 class DiskError(Exception):
@@ -159,8 +161,7 @@ def sweep(pool: Path, grace_s: float) -> list[Path]:
     """Remove images that were taken out of use at least `grace_s` ago; returns them. Raises OSError."""
     over: list[Path] = []
     for path in pool.glob(f"*{_MOVED}*"):
-        age_s = time.time() - path.stat().st_mtime
-        if age_s >= grace_s:
+        if _RETIRED.fullmatch(path.name) and time.time() - path.stat().st_mtime >= grace_s:
             path.unlink(missing_ok=True)
             over.append(path)
     return over

@@ -7,8 +7,13 @@ import hashlib
 import os
 from pathlib import Path
 
+import structlog
+
 from agents.config import AgentConfig, PoolConfig
+from agents.disks import images
 from orchestrator.core.records import Pool, PoolKind
+
+log = structlog.get_logger(__name__)
 
 
 def published(config: AgentConfig) -> tuple[Pool, ...]:
@@ -30,6 +35,19 @@ def room(config: PoolConfig) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+
+
+def sweep(config: AgentConfig) -> None:
+    """Remove the images of disks that have moved away, once their pool's time of grace is over. Blocking; what cannot
+    be removed is tried again by the next call."""
+    for name, pool in config.pools.items():
+        if pool.kind is not PoolKind.LOCAL:
+            continue
+        try:
+            for gone in images.sweep(pool.path, pool.grace_s):
+                log.info("the image of a disk that moved away is removed", pool=name, image=gone.name)
+        except OSError as error:
+            log.warning("images of disks that moved away cannot be removed", pool=name, error=str(error))
 
 
 def firmware_hashes(config: AgentConfig) -> dict[str, str]:

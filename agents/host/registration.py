@@ -294,6 +294,7 @@ class Registration:
     async def _tell_space(self) -> None:
         """Write how much room the pools have, once it has moved by more than a hundredth of a pool. Best effort: what
         counts is looked at again where a disk is made."""
+        await asyncio.to_thread(pools.sweep, self._config)
         if self.lost:
             return
         now = await asyncio.to_thread(pools.published, self._config)

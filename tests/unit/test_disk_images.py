@@ -1,0 +1,109 @@
+"""What is known of a guest's local images on a host, and what becomes of them when it has gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from agents.disks.images import DiskError, Images, retire, sweep
+from agents.engine.base import DiskFile
+from orchestrator.core.disks import (
+    Copying,
+    DestinationSide,
+    SourceSide,
+    SyncPoint,
+    copying,
+    has_every_write,
+)
+from orchestrator.core.records import DiskCache, DiskFormat, PoolKind
+
+needs_tool = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="no qemu-img")
+
+
+def disk(directory: Path, size_bytes: int = 1 << 20) -> DiskFile:
+    path = directory / "root.qcow2"
+    return DiskFile("root", path, DiskFormat.QCOW2, DiskCache.NONE, False, PoolKind.LOCAL, size_bytes)
+
+
+@needs_tool
+async def test_an_image_is_worth_something_from_its_release_until_somebody_opens_it(tmp_path: Path) -> None:
+    images = Images(tmp_path / "note")
+    made = await images.made(disk(tmp_path))
+    assert not images.known()["root"].is_whole
+    images.opened("root")
+    images.released(["root"], "one")
+    assert Images(tmp_path / "note").known()["root"].is_whole
+    images.opened("root")
+    assert not images.known()["root"].is_whole
+    assert images.known()["root"].since == "one", "as long as its writer lives, the source may go on from there"
+    again = await images.made(disk(tmp_path))
+    assert again.image != made.image
+    assert again.since == ""
+
+
+@needs_tool
+async def test_an_image_of_somebody_else_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "root.qcow2").write_text("data")
+    images = Images(tmp_path / "note")
+    with pytest.raises(DiskError, match="is there already"):
+        await images.made(disk(tmp_path))
+    images.discard()
+    assert (tmp_path / "root.qcow2").read_text() == "data"
+
+
+async def test_a_disk_without_a_size_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match="size"):
+        await Images(tmp_path / "note").made(disk(tmp_path, size_bytes=0))
+
+
+def test_a_note_that_cannot_be_read_is_no_reason_to_remove_anything(tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("{")
+    (tmp_path / "root.qcow2").write_text("data")
+    with pytest.raises(DiskError, match="cannot be read"):
+        Images(tmp_path / "note").discard()
+    assert (tmp_path / "root.qcow2").exists()
+
+
+def test_what_has_moved_away_is_kept_for_its_time_of_grace(tmp_path: Path) -> None:
+    (tmp_path / "root.qcow2").write_text("old")
+    (tmp_path / "notes.moved-by-hand").write_text("not ours")
+    away = retire(tmp_path / "root.qcow2", "0123456789abcdef")
+    assert away is not None
+    assert retire(tmp_path / "root.qcow2", "0123456789abcdef") is None
+    assert sweep(tmp_path, 3600) == []
+    assert away.read_text() == "old"
+    long_ago = time.time() - 7200
+    for path in tmp_path.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    assert sweep(tmp_path, 3600) == [away]
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.moved-by-hand"]
+
+
+@pytest.mark.rule("H16")
+@pytest.mark.parametrize(
+    ("here", "there", "how"),
+    [
+        (SourceSide(), DestinationSide("i1"), Copying.FULL),
+        (SourceSide("i1"), DestinationSide("i1"), Copying.GOES_ON),
+        (SourceSide("i1"), DestinationSide("i2"), Copying.FULL),
+        (SourceSide("", "one"), DestinationSide("i1", "one"), Copying.INCREMENT),
+        (SourceSide("", "one"), DestinationSide("i1", "two"), Copying.FULL),
+        (SourceSide("", "one"), DestinationSide("i1"), Copying.FULL),
+        (SourceSide(), DestinationSide("i1", "one"), Copying.FULL),
+    ],
+)
+def test_an_increment_needs_the_same_point_at_both_ends(here: SourceSide, there: DestinationSide, how: Copying) -> None:
+    assert copying(here, there) is how
+
+
+@pytest.mark.rule("H16")
+def test_only_the_images_of_this_very_drain_are_good() -> None:
+    a, b = SyncPoint("a", "k", 1), SyncPoint("b", "k", 1)
+    assert has_every_write((a, b), (b, a))
+    assert not has_every_write((a, b), (a,))
+    assert not has_every_write((a,), (SyncPoint("a", "j", 1),))
+    assert not has_every_write((a,), (SyncPoint("a", "k", 2),))
