@@ -25,6 +25,9 @@ qemu_version() { qemu-system-x86_64 --version 2>/dev/null | sed -n '1s/.*version
 at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
 
 has_qemu() { local found; found=$(qemu_version) && [ -n "$found" ] && at_least "$found" "$QEMU_OLDEST"; }
+has_qemu_utils() { have qemu-img; }
+has_swtpm() { have swtpm; }
+has_ovmf() { [ -e /usr/share/OVMF/OVMF_CODE_4M.fd ]; }
 has_zookeeper() { [ -e /usr/share/java/zookeeper.jar ]; }
 has_java() { have java; }
 has_iproute() { have ip && have tc && have bridge; }
@@ -39,6 +42,9 @@ has_venv() { "${PYTHON:-python3}" -c 'import ensurepip, venv' >/dev/null 2>&1; }
 # part | package | group | why
 readonly PARTS="\
 qemu|qemu-system-x86|system|runs the guests and moves them, QEMU $QEMU_OLDEST or newer
+qemu_utils|qemu-utils|system|makes images for guests' disks, of the same version as QEMU
+swtpm|swtpm|system|emulates a TPM, for guests that have one
+ovmf|ovmf|system|UEFI firmware, for guests that are started by it
 zookeeper|libzookeeper-java|system|ZooKeeper, the record of who may run each guest: the jars, no service
 java|default-jre-headless|system|runs ZooKeeper, without a desktop
 iproute|iproute2|system|network namespaces, bridge and bandwidth limits of the simulated hosts
@@ -97,7 +103,7 @@ install_missing() { # $1 = lines of PARTS
     while IFS='|' read -r _ package _ why; do say "installing $package: $why"; done <<<"$missing"
 
     release=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
-    if [ "$release" = bookworm ] && grep -q '^qemu|' <<<"$missing"; then
+    if [ "$release" = bookworm ] && grep -q '^qemu' <<<"$missing"; then
         add_backports "$release"
         suite="$release-backports"
     fi
@@ -106,9 +112,12 @@ install_missing() { # $1 = lines of PARTS
     local unrefreshed=""
     apt_quietly -o APT::Update::Error-Mode=any update || unrefreshed=" (apt could not refresh its lists: $APT_REASON)"
     if [ -n "$suite" ]; then
-        apt_quietly install --no-install-recommends -t "$suite" qemu-system-x86 ||
-            die "could not install qemu-system-x86 from $suite: $APT_REASON$unrefreshed"
-        packages=$(tr ' ' '\n' <<<"$packages" | grep -vx qemu-system-x86 | paste -sd' ' || true)
+        local newer
+        newer=$(tr ' ' '\n' <<<"$packages" | grep '^qemu-' | paste -sd' ')
+        # shellcheck disable=SC2086 # a list of words on purpose
+        apt_quietly install --no-install-recommends -t "$suite" $newer ||
+            die "could not install $newer from $suite: $APT_REASON$unrefreshed"
+        packages=$(tr ' ' '\n' <<<"$packages" | grep -v '^qemu-' | paste -sd' ' || true)
     fi
     if [ -n "$packages" ]; then
         # shellcheck disable=SC2086 # a list of words on purpose
