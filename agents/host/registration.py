@@ -125,8 +125,8 @@ class Registration:
         self._unwatch: list[Callable[[], None]] = []
         self._record: HostRecord | None = None
         self._offered = Offered()
-        self._space = HostSpace()
-        """As it was written last."""
+        self._space: HostSpace | None = None
+        """As it was written last by this agent; None: it has not, and what stands there is an earlier one's."""
         self.lost = ""
         """Why this agent starts nothing new: somebody else has the host's place. Empty: it is ours."""
         self.on_change: Callable[[], None] = lambda: None
@@ -298,7 +298,7 @@ class Registration:
         if self.lost:
             return
         now = await asyncio.to_thread(pools.published, self._config)
-        if not any(abs(self._told_free(pool) - pool.free_bytes) * 100 > pool.size_bytes for pool in now):
+        if self._space is not None and not any(_has_moved(self._space, pool) for pool in now):
             return
         space = HostSpace({pool.name: pool.free_bytes for pool in now})
         path = paths.space(self._config.host)
@@ -309,10 +309,6 @@ class Registration:
                 self._space = space
         except StoreUnavailable as error:
             log.warning("the room in this host's pools is not told", error=str(error))
-
-    def _told_free(self, pool: Pool) -> int:
-        known = {each.name: each.free_bytes for each in self._offered.pools} | self._space.free_bytes
-        return known.get(pool.name, 0)
 
     def wake(self) -> None:
         """Look soon: a new session has no `live` node yet."""
@@ -373,6 +369,11 @@ class Registration:
         if seen.live_holder is None or seen.live_holder.agent != self._me.agent:
             return f"another agent's session stands for {self._config.host} ({_whose(seen.live_holder)})"
         return ""
+
+
+def _has_moved(told: HostSpace, pool: Pool) -> bool:
+    """By more than a hundredth of the pool."""
+    return abs(told.free_bytes.get(pool.name, 0) - pool.free_bytes) * 100 > pool.size_bytes
 
 
 def _holder(live: Versioned | None) -> AgentIdentity | None:

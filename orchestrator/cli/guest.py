@@ -52,6 +52,32 @@ def run(settings: Settings, files: tuple[str, ...], host: str, validate_only: bo
     Nothing is run when anything is wrong with a file: every problem is told at once, with its line. With
     --validate-only a guest that no host can take is followed by what stands against it on each host.
     """
+    _make(settings, files, host, validate_only)
+
+
+@guest.command(short_help="As `run`, with the files as options.")
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    metavar="FILE",
+    multiple=True,
+    required=True,
+    type=click.Path(dir_okay=False, allow_dash=True),
+    help="A guest file; - is standard input. May be repeated.",
+)
+@click.option("--host", default="", shell_complete=complete_host, help="Where.  [default: most free memory]")
+@click.option(
+    "--validate-only", "--dry-run", is_flag=True, help="Check the files, and whether the guests could be run."
+)
+@remote
+@pass_settings
+def create(settings: Settings, files: tuple[str, ...], host: str, validate_only: bool) -> None:
+    """Create the guests that the files describe (docs/guest-file.md), and run them: as `drover guest run FILE...`."""
+    _make(settings, files, host, validate_only)
+
+
+def _make(settings: Settings, files: tuple[str, ...], host: str, validate_only: bool) -> None:
     from orchestrator import wire
 
     specs = _specs(files)
@@ -218,7 +244,26 @@ def _facts(each: Guest) -> Iterable[tuple[str, Cell]]:
     yield "kernel", spec.boot.kernel
     yield "initrd", spec.boot.initrd
     yield "append", spec.boot.append
+    yield from _hardware(each)
     yield "labels", ", ".join(f"{key}={value}" for key, value in sorted(spec.labels.items()))
+
+
+def _hardware(each: Guest) -> Iterable[tuple[str, Cell]]:
+    """What is not there is not shown."""
+    from orchestrator import wire
+
+    spec = each.spec
+    yield "cpu", spec.cpu.model
+    yield "firmware", wire.word(spec.boot, "firmware").lower().removeprefix("direct")
+    for disk in spec.disks:
+        more = [f"{disk.pool}/{disk.image}", wire.word(disk, "format").lower()]
+        more += [units.size(disk.size_bytes)] if disk.size_bytes else []
+        yield f"disk {disk.name}", ", ".join([*more, *(["read-only"] if disk.read_only else [])])
+    for nic in spec.nics:
+        yield f"card {nic.name}", ", ".join(filter(None, (nic.network, nic.mac)))
+    yield "tpm", spec.tpm.version if spec.HasField("tpm") else ""
+    yield "cloud-init", "yes" if spec.HasField("cloud_init") else ""
+    yield "extra arguments", "; ".join(spec.extra_args)
 
 
 def _options(device: DeviceSpec) -> str:

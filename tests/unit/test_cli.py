@@ -22,7 +22,7 @@ from deploy.lab.cluster.commands import ClusterStatus, PartStatus
 from deploy.lab.cluster.config import LocalConfig
 from deploy.lab.devices.scenario_text import parse_scenario
 from orchestrator import wire
-from orchestrator.cli import main, units
+from orchestrator.cli import guest_file, main, units
 from orchestrator.cli.exits import Exit, code_of
 from orchestrator.core.agent import AgentStatus, CopyStatus, GuestTrouble, Trouble
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -462,6 +462,39 @@ def test_guest_run_makes_each_guest_of_the_files(drover: Drover, service: FakeOr
     ]
     requests = service.requests("CreateGuest")
     assert len({request.request_id for request in requests}) == 3
+
+
+def test_guest_create_takes_the_files_as_options(drover: Drover, service: FakeOrchestrator, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: a")
+    (tmp_path / "b.yaml").write_text("name: b")
+    ran = drover("guest", "create", "-f", str(tmp_path / "a.yaml"), "--file", str(tmp_path / "b.yaml"))
+    assert ran.code == 0, ran.err
+    assert [request.spec.name for request in service.requests("CreateGuest")] == ["a", "b"]
+
+
+def test_guest_show_tells_the_hardware(drover: Drover, service: FakeOrchestrator) -> None:
+    text = """
+name: shop
+boot: {firmware: uefi}
+cpu: {model: Nehalem}
+disks: [{name: root, pool: fast, size: 2GiB}, {name: iso, pool: shared, image: a.iso, format: raw, read_only: true}]
+nics: [{name: eth0, network: prod}]
+tpm: {version: 2.0}
+cloud_init: {user_data: "#cloud-config"}
+"""
+    (spec,) = guest_file.load([("a.yaml", text)])
+    service.guests["db"].spec.CopyFrom(wire.guest_spec_to_proto(spec))
+    shown = drover("guest", "show", "db").out
+    for said in (
+        r"cpu +Nehalem",
+        r"firmware +uefi",
+        r"disk root +fast/shop-root.qcow2, qcow2, 2.0 GiB",
+        r"disk iso +shared/a.iso, raw, read-only",
+        r"card eth0 +prod",
+        r"tpm +2.0",
+        r"cloud-init +yes",
+    ):
+        assert re.search(said, shown), said
 
 
 def test_guest_run_with_a_wrong_file_runs_nothing(drover: Drover, service: FakeOrchestrator, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -15,16 +16,17 @@ from typing import Any, cast
 
 import pytest
 
+from agents.config import FirmwareConfig, NetworkConfig, PoolConfig
 from agents.engine.base import MigrationEngine
 from agents.host import identity as host_identity
-from agents.host import registration
+from agents.host import pools, registration
 from agents.host.identity import Installation, KernelIdentity, OneAgent, PowerCycle, SimulatedIdentity
 from agents.host.registration import Registration
 from orchestrator import proc
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.identity import AgentIdentity, Doubt
 from orchestrator.core.ids import HostRef
-from orchestrator.core.records import Cordon, HostRecord
+from orchestrator.core.records import Cordon, HostRecord, HostSpace, Network, Pool, PoolKind
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Create, SetData
@@ -407,3 +409,51 @@ def test_the_lock_names_its_file(tmp_path: Path) -> None:
     assert one.take() != two.take()
     note = json.loads((tmp_path / "a" / "agent.lock").read_text())
     assert set(note) == {"pid", "start_time"}
+
+
+# --- what the host offers -----------------------------------------------------------------------------------------
+
+
+async def test_what_a_host_offers_is_published_and_its_room_told_when_it_has_moved(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = tmp_path / "code.fd"
+    code.write_bytes(b"firmware")
+    config = agent_config(tmp_path, HOST).model_copy(
+        update={
+            "pools": {"fast": PoolConfig(path=tmp_path, kind=PoolKind.LOCAL)},
+            "networks": {"prod": NetworkConfig(bridge="br0", mtu=9000)},
+            "firmware": FirmwareConfig(uefi_code=code, uefi_vars=code),
+            "extra_args_allowed": ("-device virtio-rng-pci",),
+        }
+    )
+    free = [500]
+    monkeypatch.setattr(pools, "room", lambda _config: (10_000, free[0]))
+    monkeypatch.setattr(registration, "SPACE_S", 0.01)
+    store = MemoryStore(tree)
+    engine = cast(MigrationEngine, FakeEngine())
+    place = Registration(config, FIRST, Installation(config.dir), engine, store)
+    await place.take()
+    record = record_of(tree)
+    assert record.pools == (Pool("fast", PoolKind.LOCAL, size_bytes=10_000, free_bytes=500),)
+    assert record.networks == (Network("prod", mtu=9000),)
+    assert record.firmware == dict.fromkeys(("uefi_code", "uefi_vars"), hashlib.sha256(b"firmware").hexdigest())
+    assert record.extra_args == ("-device virtio-rng-pci",)
+    assert "HARDWARE" in record.features
+
+    def told() -> dict[str, int]:
+        node = tree.nodes.get(paths.space(HOST))
+        return decode(HostSpace, node.data).free_bytes if node else {}
+
+    await store.multi([Create(paths.space(HOST), encode(HostSpace({"fast": 9_999})))])  # an earlier agent's
+    place.hold()
+    try:
+        await until(lambda: told() == {"fast": 500})
+        free[0] = 401
+        before = tree.nodes[paths.space(HOST)].version
+        await asyncio.sleep(0.1)
+        assert tree.nodes[paths.space(HOST)].version == before  # a hundredth of the pool, and no more
+        free[0] = 399
+        await until(lambda: told() == {"fast": 399})
+    finally:
+        await place.close()
