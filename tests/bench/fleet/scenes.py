@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import sys
 import time
@@ -151,13 +152,14 @@ async def start(plane: Plane, count: int, guests: int) -> list[Figure]:
     cpu, began = plane.cpu_s(), time.monotonic()
     ids = await moves.create(plane, range(first, first + count), dict(moves.LONG))
     asked_s = time.monotonic() - began
+    spent = ""
     try:
         await moves.until(plane, ids, moves.begun, 240.0)
-        took_s = time.monotonic() - began
-        now = plane.cpu_s()
     finally:
+        took_s, now = time.monotonic() - began, plane.cpu_s()
+        spent = ", ".join(f"{role} {now.get(role, 0) - cpu.get(role, 0):.1f}" for role in now)
+        print(f"  {took_s:.1f} s of {os.cpu_count()} cores until they had begun, CPU s: {spent}", flush=True)
         await plane.go()
-    spent = ", ".join(f"{role} {now.get(role, 0) - cpu.get(role, 0):.1f}" for role in now)
     await moves.until(plane, ids, moves.over, 120.0)
     return [
         at_most(f"start {count} migrations until each is PREPARING", took_s, "s", 15, f"CPU s: {spent}"),
