@@ -2,18 +2,25 @@
 
 Two hosts of the local cluster, one guest with a card in their network, moved back and forth; a peer outside of both
 talks with it over UDP and one TCP connection all the time, a message each 5 ms. The blackout is STOP at the source to
-RESUME at the destination, by QEMU's own stamps. Without KVM a guest's code is translated anew at its destination: its
-first answer needs 30 to 60 ms of CPU there, which is in the outage and not in the blackout.
+RESUME at the destination, by QEMU's own stamps.
+
+Without KVM a guest's code is translated anew at its destination: its first answer needs 30 to 60 ms of CPU there, which
+is in the outage and not in the blackout. What the network itself adds is seen on the bridge outside: from RESUME to the
+first frame from the guest's address (QEMU's reverse ARP), by which the bridges learn where it is now.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import statistics
+import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
+from agents.shims.net import mac_address
 from deploy.lab.cluster import network, parts
 from deploy.lab.peer.client import Peer
 from deploy.lab.peer.outage import Outage
@@ -26,6 +33,7 @@ from tests.fakes.cluster import Cluster, make_config, running_cluster, short_dir
 
 GUEST = "linux"
 EVERY_MS = 5.0
+_ALL_FRAMES = 3
 MOVE_S = 120.0
 BOOT_S = 180.0
 QUIET_S = 1.5
@@ -43,6 +51,8 @@ class Seen:
     still_udp: list[float] = field(default_factory=list[float])
     still_tcp: list[float] = field(default_factory=list[float])
     """The same measure where nothing moved: what the machine itself adds."""
+    learned: list[float] = field(default_factory=list[float])
+    """From RESUME until the bridge outside knew where the guest is."""
     wrong: int = 0
     breaks: int = 0
 
@@ -56,6 +66,38 @@ class Seen:
         self.still_udp.append(still.udp_ms or 0.0)
         self.still_tcp.append(still.tcp_ms or 0.0)
         self.wrong, self.breaks = moved.wrong, moved.breaks
+
+
+class Bridge:
+    """The bridge outside of all hosts: when frames of a card came by. Its thread ends with the process."""
+
+    def __init__(self, namespace: str | None, mac: str) -> None:
+        self._mac = bytes.fromhex(mac.replace(":", ""))
+        self.frames_at_s: deque[float] = deque(maxlen=100_000)
+        self._namespace = namespace
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        if self._namespace:
+            network.enter(self._namespace)
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(_ALL_FRAMES)) as frames:
+            frames.bind((network.GUEST_BRIDGE, 0))
+            while True:
+                if frames.recv(64)[6:12] == self._mac:
+                    self.frames_at_s.append(time.time())
+
+    def first_after_ms(self, resumed_s: float) -> float:
+        """From then on. Raises RuntimeError when none came."""
+        for at_s in tuple(self.frames_at_s):
+            if at_s >= resumed_s:
+                return (at_s - resumed_s) * 1000
+        raise RuntimeError("no frame of the guest was seen after it ran")
+
+
+def _resumed_s(report: AttemptReport) -> float:
+    """When the vCPUs ran at the destination, on the wall clock that all hosts share here."""
+    ran = [float(e.detail) for e in report.timeline if e.event == "vcpus run" and e.where == report.destination]
+    return ran[-1]
 
 
 def _moved(client: OrchestratorClient) -> AttemptReport:
@@ -80,6 +122,7 @@ def _moves(cluster: Cluster, count: int) -> Seen:
     place = cluster.places.management_namespace
     with OrchestratorClient(cluster.api, 30) as client, Peer(place) as peer:
         uuid = client.create_guest(spec, "host-1").uuid
+        bridge = Bridge(place, mac_address(uuid, "eth0"))
         peer.watch(GUEST, linux_address(uuid), EVERY_MS)
         peer.await_answers(GUEST, BOOT_S)
         for _ in range(count):
@@ -89,6 +132,7 @@ def _moves(cluster: Cluster, count: int) -> Seen:
             time.sleep(QUIET_S)
             ended_ns = time.monotonic_ns()
             still = peer.outage(GUEST, began_ns - int(QUIET_S * 1e9), began_ns)
+            seen.learned.append(bridge.first_after_ms(_resumed_s(report)))
             seen.add(report.blackout_ms, peer.outage(GUEST, began_ns, ended_ns), still)
         client.stop_guest(GUEST)
     return seen
@@ -128,6 +172,12 @@ async def outage(asked: Asked) -> list[Figure]:
         ),
         beside(
             "longest silence over TCP while nothing moves, median", middle(seen.still_tcp), "ms", spread(seen.still_tcp)
+        ),
+        beside(
+            "from RESUME to the first frame of the guest at its new place, median",
+            middle(seen.learned),
+            "ms",
+            spread(seen.learned),
         ),
         at_most("outage of a UDP peer minus blackout, median", _beyond(seen.udp, seen.blackouts), "ms", 30),
         at_most("outage of a TCP peer minus blackout, median", _beyond(seen.tcp, seen.blackouts), "ms", 250),
