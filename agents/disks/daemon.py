@@ -70,7 +70,8 @@ class DiskDaemon:
 
     @classmethod
     async def adopt(cls, directory: Path) -> DiskDaemon | None:
-        """The one that an earlier agent started here. None: there is none, or it is gone."""
+        """The one that an earlier agent started here. None: there is none, or it is gone, or it did not answer and was
+        ended."""
         try:
             note = json.loads(_path(directory, "note").read_text())
             watched = Watched.find(int(note["pid"]), int(note["start_time"]))
@@ -84,12 +85,9 @@ class DiskDaemon:
         found = cls(directory, watched, endpoint)
         try:
             await found._connected(_START_S / 2)
-        except DiskError:
-            gone = found.liveness() is Liveness.GONE
-            await found.detach()
-            if gone:
-                return None
-            raise
+        except DiskError:  # of no use to anybody: what it has open is made anew
+            await found.destroy()
+            return None
         return found
 
     def liveness(self) -> Liveness:

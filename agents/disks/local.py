@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import structlog
+
 from agents.disks.daemon import DiskDaemon, open_daemon
 from agents.disks.images import DiskError, Images
 from agents.engine.base import DiskFile
 from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
 from orchestrator.core.endpoint import Endpoint
+
+log = structlog.get_logger(__name__)
 
 
 def local(disks: Sequence[DiskFile]) -> tuple[DiskFile, ...]:
@@ -32,8 +36,7 @@ class LocalImages:
     async def ready(self) -> None:
         """Every disk has an image that its source can write to: the one of an attempt before, if it is worth anything,
         or a new one."""
-        self._daemon = daemon = self._daemon or await open_daemon(self._directory, self._listen_ip, self._disks)
-        exported = await daemon.exported()
+        daemon, exported = await self._answering()
         for disk in self._disks:
             known = self._images.known().get(disk.name)
             if known is not None and known.image in exported:
@@ -42,6 +45,20 @@ class LocalImages:
                 known = await self._images.made(disk)
             self._images.opened(disk.name)
             await daemon.export(disk, known.image)
+
+    async def _answering(self) -> tuple[DiskDaemon, frozenset[str]]:
+        """The daemon, and what it exports. One that is dead, or that does not answer, is ended, and another is started:
+        what the first had open is made anew."""
+        daemon = self._daemon = self._daemon or await open_daemon(self._directory, self._listen_ip, self._disks)
+        try:
+            return daemon, await daemon.exported()
+        except DiskError as error:
+            log.warning(
+                "a storage daemon does not answer: it is ended", directory=str(self._directory), error=str(error)
+            )
+        await self._ended()
+        daemon = self._daemon = await open_daemon(self._directory, self._listen_ip, self._disks)
+        return daemon, await daemon.exported()
 
     def there(self) -> tuple[ImageThere, ...]:
         """What the source has to know. After `ready`."""

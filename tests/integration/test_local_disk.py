@@ -126,7 +126,7 @@ class Lab(Moves):
             self.compared.append(self.compare())
             await resume()
 
-        copy.resume = compared_first  # type: ignore[method-assign] - the guest stands, sealed, and nobody writes
+        copy.resume = compared_first  # the guest stands, sealed, and nobody writes
         source_shims = [FakeSourceShim("x", late_at="final_query", late_times=1)] if late else []
         options = OutgoingOptions(stream_of(copy.metadata), HoldStart.OPEN, 0, LINK, 300)
         here = Leaving(self.vmm, source_shims, disks=("root",))
@@ -199,9 +199,9 @@ async def test_an_abort_behind_the_drain_sends_what_was_written_since(lab: Lab) 
         await lab.vmms[-1]._process.dead.wait()
         return done
 
-    lab.images.release = dies_then  # type: ignore[method-assign]
+    lab.images.release = dies_then
     await lab.moved()
-    lab.images.release = release  # type: ignore[method-assign]
+    lab.images.release = release
     assert lab.source.state.stage is SourceStage.ENDED_ABORTED
     assert (await lab.vmm.state()).run_state is RunState.RUNNING
     await lab.write(30, 1, 7)
@@ -227,7 +227,6 @@ async def test_a_daemon_that_dies_ends_the_attempt_and_the_next_one_copies_anew(
     assert (await lab.vmm.state()).run_state is RunState.RUNNING
     assert (await lab.record()).phase is Ownership.ABORTED
     await lab.write(20, 1, 5)
-    lab.images = lab.made_images()
     await lab.moved()
     committed(lab)
     assert lab.noted("disk_copied") == ["root: full"]
@@ -240,3 +239,12 @@ async def test_a_restarted_destination_agent_finds_its_daemon_and_the_mirror_goe
     await lab.moved()
     committed(lab)
     assert lab.noted("disk_copied") == ["root: goes_on"]
+
+
+async def test_a_daemon_that_does_not_answer_is_replaced(lab: Lab) -> None:
+    await lab.moved(late=True)
+    frozen = lab.daemon._process.pid
+    os.kill(frozen, signal.SIGSTOP)
+    await lab.moved()
+    committed(lab)
+    assert lab.noted("disk_copied") == ["root: full"]

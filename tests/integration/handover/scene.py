@@ -28,7 +28,7 @@ from deploy.lab.workload import Workload, boot_of
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord
-from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, ShimKind, WantRun
+from orchestrator.core.records import DeviceSpec, DiskSpec, GuestSpec, HostRecord, ShimKind, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import StoreUnavailable
@@ -201,6 +201,7 @@ class Scene:
         memory_mib: int = 64,
         workload: Workload = QUIET,
         machine: str = "pc",
+        disks: Sequence[DiskSpec] = (),
     ) -> Born:
         """A guest with a name of its own, running `here` or on `host`, its heartbeat seen."""
         spec = GuestSpec(
@@ -209,6 +210,7 @@ class Scene:
             machine=machine,
             boot=boot_of(workload, devices),
             devices=tuple(devices),
+            disks=tuple(disks),
         )
         request_id = f"birth-{secrets.token_hex(8)}"
         # The API may have to find an agent again that was away a moment ago.
