@@ -26,8 +26,9 @@ from deploy.lab.demo.judge import (
     report_on,
     role_of,
 )
+from deploy.lab.linux_guest.image import Verdict
 from deploy.lab.peer.outage import Outage
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
+from orchestrator.core.records import DeviceSpec, DiskSpec, GuestSpec, ShimKind
 from protos.drover.v1 import types_pb2
 
 MS = 1_000_000
@@ -70,6 +71,7 @@ class Story:
     source: list[str] = field(default_factory=lambda: beats(0, 1, 50))
     destination: list[str] = field(default_factory=arrival)
     others: list[ConsoleLog] = field(default_factory=list[ConsoleLog])
+    images: tuple[Verdict | None, ...] = ()
 
     def answered(self, **changes: object) -> Story:
         return replace(self, answer=replace(self.answer, **changes))
@@ -80,7 +82,7 @@ class Story:
             parse_log(Vmm(THERE, self.role.name, "b2"), self.destination),
             *self.others,
         ]
-        return report_on(self.role, HERE, self.answer, self.seen, logs, PERIOD)
+        return replace(report_on(self.role, HERE, self.answer, self.seen, logs, PERIOD), images=self.images)
 
 
 def late() -> Story:
@@ -109,7 +111,8 @@ def suspended() -> Story:
 
 def linux(outage: Outage | None = Outage(31.0, 204.0)) -> Story:  # noqa: B008 - frozen
     """Its promised records stand where others have their devices' answers."""
-    return Story(role=Role("linux", 128, linux=True), seen=Sightings(consoles=(THERE,), outage=outage))
+    role = Role("linux", 128, disks=(DiskSpec("data", "fast", "linux.qcow2"),), linux=True)
+    return Story(role=role, seen=Sightings(consoles=(THERE,), outage=outage), images=(Verdict(100, (), 100),))
 
 
 CLEAN: dict[str, Callable[[], Story]] = {
@@ -145,6 +148,14 @@ BROKEN: dict[str, tuple[Callable[[], Story], str]] = {
     "wrong answer": (
         lambda: linux(Outage(31.0, 204.0, wrong=2)),
         "linux: 2 of its answers to its peer outside were not what had been sent",
+    ),
+    "record not on the image": (
+        lambda: replace(linux(), images=(Verdict(100, (98, 99), 97),)),
+        "linux: 2 of 100 promised records are not on the image of its disk data in the pool fast",
+    ),
+    "image that cannot be read": (
+        lambda: replace(linux(), images=(None,)),
+        "linux: the image of its disk data could not be read afterwards",
     ),
     "wrong record": (
         lambda: replace(linux(), destination=arrival(device_errors=3)),
@@ -401,4 +412,5 @@ def test_the_report_has_the_outage_beside_the_downtime() -> None:
     told = guest_document(linux().report(), [])
     assert told["outage_ms"] == {"udp": 31.0, "tcp": 204.0}
     assert (told["promised_records"], told["device_answers"]) == (100, 0)
+    assert told["disks"] == [{"name": "data", "pool": "fast", "image": {"promised": 100, "missing": 0}}]
     assert guest_document(Story().report(), [])["outage_ms"] is None

@@ -40,7 +40,7 @@ class Checks:
 
     def __init__(self, directory: Path, roles: Sequence[Role], incidents: Incidents, peer: Peer) -> None:
         self._directory = directory
-        self._roles = roles
+        self.roles = roles
         self._incidents = incidents
         self._peer = peer
         self.answers: dict[str, Answer] = {}
@@ -55,27 +55,27 @@ class Checks:
     def run(self, source: str) -> None:
         """Raises DroverError and ConsoleError when the API or the collector cannot be asked at all."""
         with client_of(self._directory) as client:
-            for role in self._roles:
+            for role in self.roles:
                 self.answers[role.name] = self._arrived(client, role.name)
             self._resume_paused()
             self._ask_peer()
             self._verify()
             self._await_life()
-            for role in self._roles:
+            for role in self.roles:
                 ended = self._known(client, role.name)
                 self.answers[role.name] = replace(self.answers[role.name], state_at_end=_run_state(ended))
             if jobs := [job for job in client.list_evacuations() if job.host == source]:
                 self.evacuation_phase = wire.word(jobs[0], "phase")
                 self.safe_to_power_off = jobs[0].safe_to_power_off
         consoles = console_client.list_consoles_sync(self._directory)
-        for role in self._roles:
+        for role in self.roles:
             hosts = {each.vmm.host for each in consoles if each.connected and each.vmm.guest == role.name}
             self.consoles[role.name] = tuple(sorted(hosts))
 
     def _arrived(self, client: OrchestratorClient, name: str) -> Answer:
         guest = self._known(client, name)
         sight = self._incidents.sights.get(name)
-        answer = Answer(owner=guest.host, state_on_arrival=_run_state(guest))
+        answer = Answer(owner=guest.host, uuid=guest.uuid, state_on_arrival=_run_state(guest))
         if sight is None:
             return answer
         migration = client.get_migration(sight.migration)
@@ -108,7 +108,7 @@ class Checks:
 
     def _ask_peer(self) -> None:
         """Before anything else is asked of them: from the moment their migration was heard of until now."""
-        for role in self._roles:
+        for role in self.roles:
             sight = self._incidents.sights.get(role.name)
             if not role.linux or sight is None:
                 continue
@@ -129,13 +129,13 @@ class Checks:
 
         pool = ThreadPoolExecutor(VERIFY_AT_A_TIME)
         try:
-            list(pool.map(verify, (role.name for role in self._roles)))
+            list(pool.map(verify, (role.name for role in self.roles)))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _verified_over_network(self, name: str) -> bool:
         """Linux takes the same letter from its network, and answers on its console."""
-        if not any(role.name == name and role.linux for role in self._roles):
+        if not any(role.name == name and role.linux for role in self.roles):
             return False
         try:
             self._peer.ask(name, "v")
@@ -156,7 +156,7 @@ class Checks:
                 before.setdefault(name, beat)
             return all(
                 role.name in now and (not role.devices or now[role.name].device_rings > before[role.name].device_rings)
-                for role in self._roles
+                for role in self.roles
             )
 
         self._until(all_alive)

@@ -10,6 +10,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,6 +24,7 @@ from orchestrator.cli.output import Printer, note
 if TYPE_CHECKING:
     from deploy.lab.cluster.evidence import NoiseFloor
     from deploy.lab.demo.checks import Checks
+    from deploy.lab.demo.disks import Taken
     from deploy.lab.demo.incidents import Incidents
     from deploy.lab.demo.judge import GuestReport, Role, Run
     from deploy.lab.demo.serial import Words
@@ -127,8 +129,8 @@ class Demo:
             self._tell_incidents(incidents, len(roles))
             self._explain(roles)
         with self._step("down"):
-            left, words = self._strike()
-        self._judge(roles, incidents, checks, words, left, quiet_until_ns)
+            left, words, images = self._strike(checks)
+        self._judge(roles, incidents, checks, words, left, quiet_until_ns, images)
 
     @contextlib.contextmanager
     def _step(self, name: str) -> Generator[None]:
@@ -242,19 +244,31 @@ class Demo:
         return self._report.parent / "demo-logs"
 
     @property
+    def _disks(self) -> Path:
+        return self._report.parent / "demo-disks"
+
+    @property
     def _explanation(self) -> Path:
         return self._report.parent / "demo-explain.txt"
 
-    def _strike(self) -> tuple[list[str], dict[str, Words]]:
-        """End the cluster, keep what the guests said; what is left of the cluster, and that."""
+    def _strike(self, checks: Checks) -> tuple[list[str], dict[str, Words], dict[str, tuple[Taken, ...]]]:
+        """End the cluster, keep what the guests said and wrote; what is left of the cluster, and that."""
         from deploy.lab.cluster import commands
         from deploy.lab.cluster.layout import Layout
-        from deploy.lab.demo import serial
+        from deploy.lab.demo import disks, serial
 
+        layout = Layout.of(self._directory)
         self._type("drover down")
-        commands.down(self._directory, keep=("serial", "logs", "hosts"))
-        serial.keep(Layout.of(self._directory), self._serial, self._logs)
-        return commands.down(self._directory), serial.read(self._serial)
+        commands.down(self._directory, keep=("serial", "logs", "hosts", "pools"))
+        serial.keep(layout, self._serial, self._logs)
+        self._disks.mkdir(parents=True, exist_ok=True)
+        owners = {role: checks.answers[role.name].owner for role in checks.roles if role.name in checks.answers}
+        images = {
+            role.name: disks.take(layout, owner, role.name, role.disks, self._disks)
+            for role, owner in owners.items()
+            if role.disks
+        }
+        return commands.down(self._directory), serial.read(self._serial), images
 
     def _judge(
         self,
@@ -264,11 +278,13 @@ class Demo:
         words: dict[str, Words],
         left: Sequence[str],
         quiet_until_ns: int,
+        images: dict[str, tuple[Taken, ...]],
     ) -> None:
         from deploy.lab.demo import report
         from deploy.lab.demo.judge import Run, broken_promises
 
         guests, mishaps = _reports(roles, incidents, checks, words)
+        guests = [_with_images(guest, images.get(guest.role.name, ())) for guest in guests]
         run = Run(
             source=SOURCE,
             evacuation_phase=checks.evacuation_phase,
@@ -331,6 +347,14 @@ def _reports(
         answer = checks.answers.get(role.name, Answer())
         found.append(report_on(role, SOURCE, answer, seen, said.logs, said.period_ns))
     return found, unheard
+
+
+def _with_images(guest: GuestReport, images: Sequence[Taken]) -> GuestReport:
+    """Its images judged by the newest promise that it was heard to make."""
+    from deploy.lab.demo.disks import judge
+
+    promised = guest.evidence.device_rings
+    return replace(guest, images=tuple(judge(image, guest.answer.uuid, promised) for image in images))
 
 
 def _noise(incidents: Incidents, words: dict[str, Words], until_ns: int) -> NoiseFloor:

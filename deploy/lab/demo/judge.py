@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from deploy.lab.cluster.evidence import ConsoleLog, GuestEvidence, NoiseFloor, Window, examine, largest_pause
+from deploy.lab.linux_guest.image import Verdict
 from deploy.lab.peer.outage import Outage
 from deploy.lab.workload import is_linux
 from orchestrator.cli import units
 from orchestrator.core.errors import AbortReason
-from orchestrator.core.records import GuestSpec, ShimKind
+from orchestrator.core.records import DiskSpec, GuestSpec, ShimKind
 
 OPERATOR, POLICY = "operator", "policy"
 _LATE_ACKS, _STOPPED_BY = "late-acks", "stopped-by"
@@ -43,8 +45,8 @@ class Role:
     """So many attempts are to end with LATE_SWITCHOVER_ACK."""
     stopped_by: str = ""
     """`operator`: paused in pre-copy; `policy`: suspended at the pre-copy timeout; both while an ACK is pending."""
-    disks: tuple[str, ...] = ()
-    """Pools of the disks that it writes to."""
+    disks: tuple[DiskSpec, ...] = ()
+    """That it writes to."""
     linux: bool = False
     """It boots the lab's Linux, and has a card in the lab's network: a peer outside talks with it."""
 
@@ -59,7 +61,7 @@ def role_of(spec: GuestSpec) -> Role:
     devices = tuple(device.name for device in spec.devices if device.shim in _ASKING)
     if (late != "0" or stopped_by) and not devices:
         raise RoleError(f"{spec.name}: without a device nobody asks for an ACK")
-    disks = tuple(disk.pool for disk in spec.disks if not disk.read_only)
+    disks = tuple(disk for disk in spec.disks if not disk.read_only)
     linux = is_linux(spec.boot) and bool(spec.nics)
     return Role(spec.name, spec.memory_mib, devices, int(late), stopped_by, disks, linux)
 
@@ -103,6 +105,7 @@ class Answer:
     took_s: float = 0.0
     owner: str = ""
     """By the guest's record in ZooKeeper."""
+    uuid: str = ""
     state_on_arrival: str = ""
     state_at_end: str = ""
 
@@ -148,6 +151,8 @@ class GuestReport:
     seen: Sightings
     evidence: GuestEvidence
     logs: tuple[ConsoleLog, ...] = field(repr=False)
+    images: tuple[Verdict | None, ...] = ()
+    """Of each of its disks, read from outside when the guest was gone; None: it could not be read."""
 
     @property
     def downtime_ms(self) -> float | None:
@@ -349,6 +354,17 @@ def _devices(guest: GuestReport) -> list[str]:
     return [] if evidence.device_rings > at_arrival else ["its devices answered nothing after its arrival"]
 
 
+def _images(guest: GuestReport) -> list[str]:
+    told: list[str] = []
+    for disk, verdict in zip(guest.role.disks, guest.images, strict=False):
+        if verdict is None:
+            told.append(f"the image of its disk {disk.name} could not be read afterwards")
+        elif not verdict.kept:
+            of = f"{len(verdict.missing)} of {verdict.checked} promised records"
+            told.append(f"{of} are not on the image of its disk {disk.name} in the pool {disk.pool}")
+    return told
+
+
 def _network(guest: GuestReport) -> list[str]:
     if not guest.role.linux:
         return []
@@ -388,6 +404,7 @@ _PROMISES: tuple[Callable[[GuestReport], list[str]], ...] = (
     _never_twice,
     _memory,
     _devices,
+    _images,
     _network,
     _runs,
     _downtime_is_known,
@@ -429,7 +446,7 @@ def guest_document(guest: GuestReport, serial_logs: Sequence[str]) -> dict[str, 
         "page_errors": evidence.page_errors,
         "device_answers": 0 if guest.role.linux else evidence.device_rings,
         "promised_records": evidence.device_rings if guest.role.linux else 0,
-        "disks": [{"pool": pool} for pool in guest.role.disks],
+        "disks": [_disk(*each) for each in zip_longest(guest.role.disks, guest.images)],
         "device_errors": evidence.device_errors,
         "overlapping_copies": evidence.overlap.copies,
         "stopped_by": guest.role.stopped_by,
@@ -442,6 +459,11 @@ def guest_document(guest: GuestReport, serial_logs: Sequence[str]) -> dict[str, 
         "complaints": list(evidence.complaints),
         "serial_logs": list(serial_logs),
     }
+
+
+def _disk(disk: DiskSpec, image: Verdict | None) -> dict[str, Any]:
+    found = {"promised": image.checked, "missing": len(image.missing)} if image else None
+    return {"name": disk.name, "pool": disk.pool, "image": found}
 
 
 def _outage(outage: Outage | None) -> dict[str, float | None] | None:

@@ -31,7 +31,8 @@ def show(printer: Printer, run: Run, guests: Sequence[GuestReport]) -> None:
         "DOWNTIME  by the guest's own heartbeats, which stop with it; ± is the noise floor of this run: the same",
         f"          measure on guests that nobody moved just then ({spread})",
         "OUTAGE    how long a peer outside had no answer over UDP and over TCP; 5 ms are between two of its messages",
-        "DISK      its pool, and how many records were promised on it: synced before the guest said so",
+        "DISK      its pool, and how many records were promised on it (synced before the guest said so); the last 1024",
+        "          of them are looked for by the guest itself, and in the image when the guest is gone",
         "OWNER     by the guest's record in ZooKeeper; HEARD on the host where its heart beats",
         "PAGES     all of its memory, and ANSWERS of its devices, checked by the guest itself",
         "COPIES    heartbeats that prove a second running copy, or a step back in time",
@@ -61,7 +62,7 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
         if not guest.role.disks:
             return ""
         wrong = guest.evidence.device_errors
-        pools = "+".join(guest.role.disks)
+        pools = "+".join(disk.pool for disk in guest.role.disks)
         return (f"{pools} {wrong} wrong", "bold red") if wrong else f"{pools} {guest.evidence.device_rings} ok"
 
     def outage(guest: GuestReport) -> Cell:
