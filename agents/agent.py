@@ -7,7 +7,7 @@ import contextlib
 import random
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -46,6 +46,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
+from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import LiveMachine, NetworkKind
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
@@ -70,6 +71,11 @@ MEMORY_S = 2.0
 """How long a destination, and a birth, wait for the copies of guests that have left to be gone."""
 SAMPLE_S = 0.25
 """Watchers are told at most this often."""
+
+MAX_CHECKED = 1_000
+"""Guests that one call may ask about."""
+CHECKED_AT_A_TIME = 8
+"""VMMs that are asked at the same time."""
 
 
 class Agent:
@@ -424,6 +430,22 @@ class Agent:
         guest = self._guests.get(uuid)
         if guest is not None:
             guest.nudge()
+
+    async def check_guests(self, uuids: Sequence[str]) -> dict[str, tuple[Obstacle, ...]]:
+        """What stands against moving guests of this host, as far as only it knows; changes nothing. A guest that is
+        not here is left out. Raises INVALID_ARGUMENT for more than MAX_CHECKED."""
+        if len(uuids) > MAX_CHECKED:
+            said = f"at most {MAX_CHECKED} guests at once, not {len(uuids)}"
+            raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="guest_uuids")
+        here = [guest for uuid in uuids if (guest := self._guests.get(uuid)) is not None and guest.is_here]
+        turn = asyncio.Semaphore(CHECKED_AT_A_TIME)
+
+        async def check(guest: HostedGuest) -> tuple[Obstacle, ...]:
+            async with turn:
+                return await guest.obstacles()
+
+        found = await asyncio.gather(*(check(guest) for guest in here))
+        return dict(zip((guest.uuid for guest in here), found, strict=True))
 
     async def instruct(self, uuid: str, device: str, instruction: str) -> str:
         """See `HostedGuest.instruct`. Raises INSTRUCTIONS_DISABLED as well."""

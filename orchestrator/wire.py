@@ -37,6 +37,7 @@ from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
+from orchestrator.core.offers import Obstacle
 from orchestrator.core.policy import MigrationPolicy, OnTimeout, override
 from orchestrator.core.record import known_fields
 from orchestrator.core.records import (
@@ -66,7 +67,7 @@ from orchestrator.core.records import (
     TimelineEntry,
     Tpm,
 )
-from orchestrator.core.text import quoted
+from orchestrator.core.text import clip, quoted
 from protos.drover.v1 import agent_pb2, types_pb2
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -90,6 +91,8 @@ _PHASE_OF = {number: value for value, number in _PHASE.items()}
 _ON_TIMEOUT_OF = {number: value for value, number in _ON_TIMEOUT.items()}
 _ON_HOST_DEATH_OF = {number: value for value, number in _ON_HOST_DEATH.items()}
 _SHIM_KIND_OF = {number: value for value, number in _SHIM_KIND.items()}
+MAX_OBSTACLE = 500
+"""Characters of one obstacle's sentence."""
 
 
 def ownership_to_proto(phase: Ownership) -> types_pb2.OwnershipPhase.ValueType:
@@ -739,6 +742,19 @@ def prepare_order_from_proto(message: agent_pb2.PrepareDestinationRequest) -> Pr
         multifd_channels=message.multifd_channels,
         shard=message.shard,
     )
+
+
+def obstacle_to_proto(obstacle: Obstacle) -> types_pb2.Obstacle:
+    """Why a guest cannot move."""
+    return types_pb2.Obstacle(reason=obstacle[0], message=clip(obstacle[1], MAX_OBSTACLE))
+
+
+def obstacle_from_proto(message: types_pb2.Obstacle) -> Obstacle:
+    """A reason of a newer version stands in the way as well: it becomes DEVICE_NOT_MIGRATABLE, with its own words."""
+    try:
+        return RefusalReason(message.reason), message.message
+    except ValueError:
+        return RefusalReason.DEVICE_NOT_MIGRATABLE, f"{message.message} [{clip(message.reason)}]"
 
 
 def prepared_to_proto(prepared: Prepared) -> agent_pb2.PrepareDestinationResponse:

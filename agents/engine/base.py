@@ -21,6 +21,7 @@ from typing import Protocol
 from orchestrator.core.disks import SourceSide
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness
+from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import DiskCache, DiskFormat, GuestSpec, LiveMachine, PoolKind
 
 
@@ -395,10 +396,11 @@ class Vmm(Protocol):
         """Asked of the VMM now. Raises EngineError."""
         ...
 
-    async def unmigratable(self) -> tuple[str, ...]:
-        """Why this VMM's guest cannot move without losing something, one sentence each; none: it can.
+    async def unmigratable(self) -> tuple[Obstacle, ...]:
+        """Why this VMM's guest cannot move without losing something, a reason and a sentence each; none: it can.
 
-        Devices whose state the VMM would leave behind without a word count as well as those that it refuses to move.
+        Devices whose state the VMM would leave behind without a word count as well as those that it refuses to move,
+        and so does a job on one of its disks that is not of a migration. Raises EngineError.
         """
         ...
 

@@ -39,6 +39,7 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.liveness import LivenessUnknown
+from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import WantRun
 from orchestrator.ledger import markers
 from orchestrator.ledger.records import BadRecord
@@ -219,6 +220,12 @@ class HostedGuest(HeldGuest):
         async with self._turn:
             own = self.own()
             return own is not None and own.running == run and not own.in_session
+
+    # --- checking ----------------------------------------------------------------------------------------------------
+
+    async def obstacles(self) -> tuple[Obstacle, ...]:
+        """See `preflight.obstacles`."""
+        return await preflight.obstacles(self.own())
 
     # --- devices ------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agents.config import AgentConfig
-from agents.engine.base import EngineError, HoldStart, MigrationEngine, OutgoingOptions
+from agents.engine.base import EngineError, HoldStart, MigrationEngine, OutgoingOptions, RunState
 from agents.engine.qemu.hold import choose_hold
 from agents.guest import hardware
 from agents.guest.copies import Copy
@@ -24,6 +24,8 @@ from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.hardware import has_hardware
 from orchestrator.core.ids import HostRef
 from orchestrator.core.migration import Prepared
+from orchestrator.core.obstacles import MAX_OBSTACLES
+from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import HostRecord
 
 ROOM_BYTES, ROOM_FILES = 512 << 10, 32
@@ -114,6 +116,23 @@ def no_room(error: Exception, host: str, directory: Path) -> DroverError | None:
     return None
 
 
+async def obstacles(own: Copy | None) -> tuple[Obstacle, ...]:
+    """What only the guest's host knows against moving it, before anybody asks for an attempt; changes nothing."""
+    if own is None:
+        return ((RefusalReason.GUEST_NOT_RUNNING, "no copy of it runs on its host"),)
+    try:
+        state = await own.vmm.state()
+        found = await own.vmm.unmigratable()
+    except EngineError as error:
+        return ((RefusalReason.OUTCOME_UNKNOWN, f"its VMM does not say: {error}"),)
+    if state.run_state is RunState.ENDED:
+        return ((RefusalReason.GUEST_NOT_RUNNING, "it has shut down"),)
+    if own.hardware is not None and own.hardware.machine is None:
+        said = "the note of its machine is lost: the other end could not be built"
+        found += ((RefusalReason.MACHINE_TYPE_MISMATCH, said),)
+    return found[:MAX_OBSTACLES]
+
+
 async def must_be_movable(engine: MigrationEngine, host: str, name: str, own: Copy, prepared: Prepared) -> None:
     """At the source, about the VMM that runs. Raises DEVICE_NOT_MIGRATABLE and MACHINE_TYPE_MISMATCH, and
     OUTCOME_UNKNOWN when the VMM does not answer."""
@@ -122,7 +141,8 @@ async def must_be_movable(engine: MigrationEngine, host: str, name: str, own: Co
     except EngineError as error:
         raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"guest {name}: {error}") from error
     if obstacles:
-        raise DroverError(RefusalReason.DEVICE_NOT_MIGRATABLE, f"guest {name}: {'; '.join(obstacles)}")
+        said = "; ".join(sentence for _, sentence in obstacles)
+        raise DroverError(obstacles[0][0], f"guest {name}: {said}")
     machine = own.vmm.metadata.machine
     _must_agree(name, "machine type", machine, prepared.machine)
     if own.in_vmm() is not None:  # nobody else's ACKs pass through QEMU

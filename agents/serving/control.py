@@ -67,6 +67,12 @@ class AgentServicer(rpc.AgentServiceServicer):
         async for sample in self._agent.watch():
             yield wire.agent_sample_to_proto(sample)
 
+    async def CheckGuests(self, request: pb.CheckGuestsRequest, context: Any) -> pb.CheckGuestsResponse:
+        answer = pb.CheckGuestsResponse()
+        for uuid, found in (await self._agent.check_guests(request.guest_uuids)).items():
+            answer.guests.add(guest_uuid=uuid, obstacles=map(wire.obstacle_to_proto, found))
+        return answer
+
     async def PassInstruction(self, request: pb.PassInstructionRequest, context: Any) -> pb.PassInstructionResponse:
         answer = await self._agent.instruct(request.guest_uuid, request.device, request.instruction)
         return pb.PassInstructionResponse(answer=answer)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import structlog
 
 from orchestrator import wire
-from orchestrator.api import decisions, views
+from orchestrator.api import checks, decisions, views
 from orchestrator.api.calls import Caller, Tools, digest, tries, write
 from orchestrator.api.migrations import policy_violations
 from orchestrator.api.reads import EvacuationRead, not_found, quarantined, read_evacuation
@@ -17,6 +17,7 @@ from orchestrator.api.requests import Request
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import Ownership
+from orchestrator.core.offers import Obstacle
 from orchestrator.core.placement import GuestInput, need_of, plan
 from orchestrator.core.records import EvacuationPhase, EvacuationSpec, EvacuationState
 from orchestrator.ledger import active, paths
@@ -85,11 +86,14 @@ class Evacuations:
                 requested_by=caller.by,
                 create_time_s=self._tools.wall_s(),
             )
-            verdicts = _verdicts(snapshot, leaving)
             if request.validate_only:
+                uuids = [each.uuid for each in leaving]
+                known = await checks.obstacles(self._tools, request.host, uuids, caller)
+                verdicts = _verdicts(snapshot, leaving, known)
                 empty = EvacuationState()
                 unsaved = EvacuationRead(replace(spec, id="", create_time_s=0.0), empty, empty, 0, None)
                 return _response(views.evacuation(unsaved, self._tools.fleet), verdicts)
+            verdicts = _verdicts(snapshot, leaving)
             await self._refuse_second(request.host, asked)
             await self._tools.store.ensure(paths.shard(paths.evacuation(spec.id)))
             created = await asked.create(self._tools, f"evacuations/{spec.id}", _ops(spec, snapshot), caller)
@@ -163,12 +167,17 @@ def _leaves(guest: GuestInput, host: str) -> bool:
     return guest.record.owner.host == host and guest.record.phase is not Ownership.CRASHED
 
 
-def _verdicts(snapshot: Snapshot, leaving: Sequence[GuestInput]) -> list[pb.PlacementVerdict]:
+def _verdicts(
+    snapshot: Snapshot, leaving: Sequence[GuestInput], known: Mapping[str, Sequence[Obstacle]] | None = None
+) -> list[pb.PlacementVerdict]:
     """Where each guest would go now, or why it cannot; by size, as they would be started. Guests that are on their way
-    already have their place."""
+    already have their place. `known`: what their host says against it, by uuid."""
     by_size = sorted(leaving, key=lambda each: (-each.spec.memory_mib, each.record.name))
     staying = [each for each in by_size if not decisions.present_migration(each.record)]
     planned = {each.need.guest: each for each in plan(snapshot.views(), [need_of(each) for each in staying])}
+    for guest, against in (known or {}).items():
+        if guest in planned:
+            planned[guest] = checks.despite(planned[guest], against)
     return [views.verdict(one, planned.get(one.uuid)) for one in by_size]
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import structlog
 
 from orchestrator import wire
-from orchestrator.api import decisions, views
+from orchestrator.api import checks, decisions, views
 from orchestrator.api.calls import WRITE_TRIES, Caller, Tools, contended, digest, pause, tries, write
 from orchestrator.api.decisions import CancelStep
 from orchestrator.api.past import forgotten
@@ -85,7 +85,10 @@ class Migrations:
         if request.validate_only:
             spec, read = await self._judged(request, guest, caller)
             await free_of_others(self._tools.store, guest, spec.guest_name)
-            return await self._validated(spec, read)
+            validated = await self._validated(spec, read)
+            known = await checks.obstacles(self._tools, read.record.owner.host, [guest], caller)
+            checks.need_none(spec.guest_name, known[guest])
+            return validated
         contest = tries(caller)
         while True:
             await contest.another()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.api.calls import Tools
+from orchestrator import wire
+from orchestrator.api.calls import Caller, Tools
+from orchestrator.api.checks import obstacles as obstacles_of
 from orchestrator.api.guests import checked
 from orchestrator.api.reads import guest_uuid, not_found, read_guest
 from orchestrator.core.errors import RefusalReason, invalid
@@ -28,7 +30,7 @@ class Placements:
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
 
-    async def check(self, request: pb.CheckPlacementRequest) -> pb.CheckPlacementResponse:
+    async def check(self, request: pb.CheckPlacementRequest, caller: Caller) -> pb.CheckPlacementResponse:
         """Raises INVALID_ARGUMENT, and NOT_FOUND for an unknown guest or host; that a guest has no
         place is an answer like any other."""
         need = check(request)
@@ -37,7 +39,11 @@ class Placements:
             read = await read_guest(self._tools.ledger, uuid)
             need = need_of(GuestInput(read.uuid, read.record, read.spec))
         snapshot = await self._tools.index.recent()
-        return answer(request, snapshot.views(), need)
+        found = answer(request, snapshot.views(), need)
+        if need.source and not request.page_token:
+            known = await obstacles_of(self._tools, need.source, [need.guest], caller)
+            found.obstacles.extend(map(wire.obstacle_to_proto, known[need.guest]))
+        return found
 
 
 def check(request: pb.CheckPlacementRequest) -> Need | None:

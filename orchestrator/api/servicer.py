@@ -118,7 +118,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     # --- placement ----------------------------------------------------------------------------------------------------
 
     async def CheckPlacement(self, request: pb.CheckPlacementRequest, context: Any) -> pb.CheckPlacementResponse:
-        return await self._placements.check(request)
+        return await self._placements.check(request, _caller(context))
 
     # --- guests -------------------------------------------------------------------------------------------------------
 

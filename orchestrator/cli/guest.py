@@ -14,7 +14,7 @@ from orchestrator.cli import units
 from orchestrator.cli.context import Settings, complete_guest, complete_host, list_options, pass_settings, remote
 from orchestrator.cli.exits import CliError, Ended, Exit, explain
 from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled, table
-from orchestrator.cli.placement import NO_PLACE, show_verdicts
+from orchestrator.cli.placement import NO_PLACE, show_check, show_verdicts
 from orchestrator.cli.plugins import open_group
 from orchestrator.core.errors import DroverError, RefusalReason
 
@@ -282,6 +282,25 @@ def _device_columns() -> list[Column[DeviceSpec]]:
         Column("DIRTIES", lambda device: f"{units.size(device.dirty_bytes_per_s)}/s", right=True),
         Column("OPTIONS", _options, elastic=True, optional=True, rank=1),
     ]
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+@guest.command()
+@guest_argument
+@click.option("--to", "host", default="", shell_complete=complete_host, help="Only to this host.  [default: all]")
+@remote
+@pass_settings
+def check(settings: Settings, guest: str, host: str) -> None:
+    """Say whether GUEST could move now, and what stands against it where (docs/preflight.md).
+
+    Its own host is asked for what only its VMM knows. Changes nothing. Exit code 0: it could move; 4: it could not.
+    """
+    with settings.client() as client:
+        found = client.check_placement(guest, host)
+    if not show_check(settings.printer, found):
+        raise Ended(Exit.REFUSED)
 
 
 # --- pause, resume, stop ----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from orchestrator.cli.context import (
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.jobs import created, facts_of_time, goes_on, phase_of, show_list, times, took, worst_of
 from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled, table
-from orchestrator.cli.placement import NO_PLACE, show_verdicts
+from orchestrator.cli.placement import NO_PLACE, show_check
 from orchestrator.cli.policy_options import policy_of, policy_options
 from orchestrator.core.errors import DroverError, RefusalReason
 
@@ -70,7 +70,7 @@ def migrate(
             made = created("migration", create, request_id, validate_only=validate_only)
         except DroverError as error:
             if validate_only and error.reason in NO_PLACE:
-                show_verdicts(printer, client.check_placement(guest, destination))
+                show_check(printer, client.check_placement(guest, destination))
             raise
         if validate_only:
             if printer.machine:

@@ -97,6 +97,8 @@ class RefusalReason(StrEnum):
     INSTRUCTION_REFUSED = "INSTRUCTION_REFUSED"
     """The device takes no instructions, or not now; it is as it was."""
     DEVICE_NOT_MIGRATABLE = "DEVICE_NOT_MIGRATABLE"
+    BLOCK_JOB_RUNNING = "BLOCK_JOB_RUNNING"
+    """Somebody else's job works on a disk of the guest: it would end with the move, half done."""
     MACHINE_TYPE_MISMATCH = "MACHINE_TYPE_MISMATCH"
     OLD_RECORD = "OLD_RECORD"
     """The ledger's record of a guest is missing, or older than what its host has read before: nothing is done."""

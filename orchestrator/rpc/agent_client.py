@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -23,6 +23,7 @@ from orchestrator.core.agent import (
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.ids import AttemptRef
 from orchestrator.core.migration import Prepared
+from orchestrator.core.offers import Obstacle
 from orchestrator.rpc.channels import aio_channel
 from orchestrator.rpc.errors import from_rpc_error
 from protos.drover.v1 import agent_pb2 as pb
@@ -144,6 +145,12 @@ class AgentClient:
         finally:
             with contextlib.suppress(Exception):
                 stream.cancel()
+
+    async def check_guests(self, guests: Sequence[str], timeout_s: float = CALL_S) -> dict[str, tuple[Obstacle, ...]]:
+        """What stands against moving them, by uuid, as far as only their host knows; those that are not there are left
+        out."""
+        answer = await self._call(self._stub.CheckGuests, pb.CheckGuestsRequest(guest_uuids=guests), timeout_s)
+        return {each.guest_uuid: tuple(map(wire.obstacle_from_proto, each.obstacles)) for each in answer.guests}
 
     async def pass_instruction(self, guest: str, device: str, instruction: str, timeout_s: float = CALL_S) -> str:
         """Tell a device of a guest something in its own program's words; what the program says to it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import shutil
@@ -217,8 +218,42 @@ async def test_both_ends_are_the_machine_that_was_listed_and_the_guest_moves(
 async def test_a_device_that_somebody_added_by_hand_stands_in_the_way(ends: Ends) -> None:
     source, _ = await ends.born(GuestSpec("g", machine="q35", disks=(ROOT,)))
     await source._execute("device_add", {"driver": "virtio-rng-pci", "id": "mine", "bus": "port2"})
-    (said,) = await source.unmigratable()
+    ((reason, said),) = await source.unmigratable()
+    assert reason is RefusalReason.DEVICE_NOT_MIGRATABLE
     assert "mine (virtio-rng-pci) is no part of its machine" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("-device nvme,serial=x",), "nvme"),
+        (("-object memory-backend-ram,id=shm,size=1M,share=on", "-device ivshmem-plain,memdev=shm"), "ivshmem"),
+    ],
+)
+async def test_a_device_that_qemu_does_not_move_is_said_of_a_guest_at_rest(
+    ends: Ends, arguments: tuple[str, ...], said: str
+) -> None:
+    source, _ = await ends.born(GuestSpec("g", disks=(ROOT,), extra_args=arguments))
+    found = await source.unmigratable()
+    assert [reason for reason, _ in found] == [RefusalReason.DEVICE_NOT_MIGRATABLE]
+    assert said in found[0][1]
+
+
+async def test_a_job_of_somebody_else_on_a_disk_is_said_until_it_is_over(ends: Ends) -> None:
+    """QEMU says nothing of it in blocked-reasons, and the job ends with the move."""
+    source, _ = await ends.born(GuestSpec("g", disks=(ROOT,)))
+    await source._execute("blockdev-add", {"driver": "null-co", "node-name": "away", "size": 16 << 20})
+    job = {"job-id": "nightly", "device": "disk-root", "target": "away", "sync": "full", "speed": 1}
+    # A mirror that is ready goes on until it is told to end.
+    await source._execute("blockdev-mirror", job)
+    assert not (await source._execute("query-migrate")).get("blocked-reasons")
+    ((reason, said),) = await source.unmigratable()
+    assert reason is RefusalReason.BLOCK_JOB_RUNNING
+    assert "nightly" in said
+    await source._execute("block-job-cancel", {"device": "nightly", "force": True})
+    async with asyncio.timeout(10):
+        while await source.unmigratable():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
 
 class Holder:

@@ -23,6 +23,7 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.migration import Prepared
+from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import GuestSpec, HostRecord, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_create
@@ -46,6 +47,8 @@ class FakeAgent(AgentServiceServicer):
     copies: list[CopyStatus] = field(default_factory=list[CopyStatus])
     troubles: list[GuestTrouble] = field(default_factory=list[GuestTrouble])
     complete: bool = True
+    obstacles: dict[str, tuple[Obstacle, ...]] = field(default_factory=dict[str, tuple[Obstacle, ...]])
+    """What stands against moving guests, by uuid."""
     lost: dict[str, GuestSpec] = field(default_factory=dict[str, GuestSpec])
     """What it knows of guests whose records the ledger has lost, by uuid."""
     calls: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
@@ -226,6 +229,16 @@ class FakeAgent(AgentServiceServicer):
                 yield wire.agent_sample_to_proto(await queue.get())
         finally:
             self.watches.remove(queue)
+
+    async def CheckGuests(self, request: pb.CheckGuestsRequest, context: Any) -> pb.CheckGuestsResponse:
+        await self._called("CheckGuests", " ".join(request.guest_uuids))
+        found = {uuid: self.obstacles.get(uuid, ()) for uuid in request.guest_uuids}
+        return pb.CheckGuestsResponse(
+            guests=[
+                pb.GuestChecked(guest_uuid=uuid, obstacles=map(wire.obstacle_to_proto, each))
+                for uuid, each in found.items()
+            ]
+        )
 
     async def PassInstruction(self, request: pb.PassInstructionRequest, context: Any) -> pb.PassInstructionResponse:
         await self._called("PassInstruction", request.guest_uuid)

@@ -19,6 +19,7 @@ from agents.engine.base import (
 from orchestrator.core.disks import SourceSide
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness
+from orchestrator.core.offers import Obstacle
 
 _UNDER_WAY = (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.PARKED, EngineStatus.DEVICE)
 
@@ -33,7 +34,7 @@ class Script:
     """`proceed` stops in DEVICE, as with a frozen destination."""
     late_devices: int = 0
     """So many devices inside the VMM ask after the decision, once: `proceed` ends in the VMM's own verdict."""
-    unmigratable: tuple[str, ...] = ()
+    unmigratable: tuple[Obstacle, ...] = ()
     blind: bool = False
     """Of no process can be told whether it lives."""
 
@@ -144,7 +145,7 @@ class FakeVmm:
         sent = total if self.status in (EngineStatus.PARKED, EngineStatus.COMPLETED) else total // 2
         return base.Progress(sent, total - sent, total, status=self.status)
 
-    async def unmigratable(self) -> tuple[str, ...]:
+    async def unmigratable(self) -> tuple[Obstacle, ...]:
         self._called("unmigratable")
         return self.engine.script.unmigratable
 

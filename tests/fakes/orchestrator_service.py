@@ -70,6 +70,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     deaths: dict[str, types.HostDeath] = field(default_factory=dict[str, types.HostDeath])
     health: pb.ClusterHealth = field(default_factory=lambda: pb.ClusterHealth(leader="coordinator"))
     unreadable: list[pb.Unreadable] = field(default_factory=list[pb.Unreadable])
+    obstacles: list[types.Obstacle] = field(default_factory=list[types.Obstacle])
+    """Of every guest, at its own host."""
     """Of every list."""
     gone: list[types.Guest] = field(default_factory=list[types.Guest])
     verdicts: list[pb.PlacementVerdict] = field(default_factory=list[pb.PlacementVerdict])
@@ -271,7 +273,9 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         if need is None:
             guest = self._guest(request.guest, "guest")
             need = need_for(wire.guest_spec_from_proto(guest.spec), guest=guest.uuid, source=guest.host)
-        return placements.answer(request, self._views(), need)
+        found = placements.answer(request, self._views(), need)
+        found.obstacles.extend(self.obstacles if need.source else ())
+        return found
 
     async def GetGuest(self, request: pb.GetGuestRequest, context: object) -> types.Guest:
         await self._called("GetGuest", request)

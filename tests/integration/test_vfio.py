@@ -24,7 +24,7 @@ from agents.handover.report import report_of
 from agents.handover.source import SourceStage
 from agents.handover.words import WantRunSeen
 from deploy.lab.devices.scenario_text import options_of
-from orchestrator.core.errors import AbortReason
+from orchestrator.core.errors import AbortReason, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
@@ -474,7 +474,8 @@ async def test_a_vfio_user_device_is_refused_before_it_is_lost() -> None:
         options = {"driver": "vfio-user-pci", "id": "vu0", "socket": {"type": "unix", "path": str(path)}}
         try:
             async with Rig(qemu("11.1"), source_options=["-device", json.dumps(options)], traces=()) as rig:
-                (said,) = await rig.source.vmm.unmigratable()
+                ((reason, said),) = await rig.source.vmm.unmigratable()
+                assert reason is RefusalReason.DEVICE_NOT_MIGRATABLE
                 assert "vu0" in said
                 assert "vfio-user" in said
                 assert await rig.destination.vmm.unmigratable() == ()

@@ -242,11 +242,29 @@ async def test_the_mode_of_acks_matters_only_where_devices_inside_the_vmm_ask_fo
 
 
 async def test_a_device_whose_state_would_stay_behind_is_refused(agent: Agent, world: World, mover: SlowEngine) -> None:
-    mover.script.unmigratable = ("device vu0 is a vfio-user-pci",)
+    mover.script.unmigratable = ((RefusalReason.DEVICE_NOT_MIGRATABLE, "device vu0 is a vfio-user-pci"),)
     order = await leaving(agent, world, mover, Prepared("inc", STREAM, PEER))
     with pytest.raises(DroverError, match="vu0") as caught:
         await agent.conduct_attempt(order)
     assert caught.value.reason is RefusalReason.DEVICE_NOT_MIGRATABLE
+
+
+async def test_what_stands_against_a_guest_can_be_asked_before_any_attempt(
+    agent: Agent, world: World, mover: SlowEngine
+) -> None:
+    job = (RefusalReason.BLOCK_JOB_RUNNING, "job backup works on a disk")
+    mover.script.unmigratable = (job,)
+    await leaving(agent, world, mover, Prepared("inc", STREAM, PEER))
+    before = len(world.store.writes)
+    assert await agent.check_guests([G, "somebody-else"]) == {G: (job,)}
+    (own,) = agent._known(G).copies.values()
+    assert isinstance(own.vmm, FakeVmm)
+    own.vmm.end_guest("poweroff")
+    ((reason, _),) = (await agent.check_guests([G]))[G]
+    assert reason is RefusalReason.GUEST_NOT_RUNNING
+    assert len(world.store.writes) == before
+    with pytest.raises(DroverError, match="at most"):
+        await agent.check_guests(["u"] * 1_001)
 
 
 async def test_a_host_that_cannot_give_a_guest_its_devices_refuses_it(agent: Agent, world: World) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import wire
+from orchestrator.api import checks
 from orchestrator.api.calls import digest
 from orchestrator.coordinator.evacuations import EvacuationRunner
 from orchestrator.coordinator.worker import Worker
@@ -21,6 +22,7 @@ from orchestrator.core.agent import AgentSample, AttemptStatus, Progress
 from orchestrator.core.errors import AbortReason, DroverError, FailureReason, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
+from orchestrator.core.obstacles import certain
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
 from orchestrator.core.records import (
     AttemptReport,
@@ -710,3 +712,53 @@ def test_overrides_survive_the_ledger() -> None:
     message = wire.policy_patch(spec.policy)
     assert message is not None
     assert wire.policy_from_proto(message).on_timeout is OnTimeout.SUSPEND
+
+
+# --- what only the guest's host knows ---------------------------------------------------------------------------------
+
+NVME = (R.DEVICE_NOT_MIGRATABLE, "State blocked by non-migratable device '0000:00:05.0/nvme'")
+
+
+async def test_what_only_its_host_knows_is_said_before_anything_is_written(
+    api: ApiCluster, client: OrchestratorClient, world: World, web: str
+) -> None:
+    api.agents["h1"].obstacles[web] = (NVME, (R.BLOCK_JOB_RUNNING, "job backup works on a disk"))
+    writes = len(world.store.writes)
+    found = await api.call(client.check_placement, "web")
+    assert found.destination, "where it could go is one thing, and whether it can leave another"
+    assert [each.reason for each in found.obstacles] == ["DEVICE_NOT_MIGRATABLE", "BLOCK_JOB_RUNNING"]
+
+    error = await api.refused(client.create_migration, "web", validate_only=True)
+    assert error.reason is R.DEVICE_NOT_MIGRATABLE
+    assert "nvme" in error.message
+    assert "job backup" in error.message
+
+    answer = await api.call(client.create_evacuation, "h1", validate_only=True)
+    assert [(each.guest, each.reason, each.destination) for each in answer.verdicts] == [
+        ("web", "DEVICE_NOT_MIGRATABLE", "")
+    ]
+    assert len(world.store.writes) == writes
+
+    api.agents["h1"].obstacles.clear()
+    assert (await api.call(client.create_migration, "web", validate_only=True)).destination
+
+
+@pytest.mark.parametrize("silent", ["down", "old", "slow"])
+async def test_an_agent_that_says_nothing_proves_nothing(
+    api: ApiCluster, client: OrchestratorClient, web: str, silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told that something was not checked, and nobody is refused for it."""
+    agent = api.agents["h1"]
+    if silent == "down":
+        await agent.stop()
+    elif silent == "old":
+        agent.refusals["CheckGuests"] = DroverError(R.INTERNAL, "there is no such call")
+    else:
+        monkeypatch.setattr(checks, "CHECK_S", 0.1)
+        agent.delays_s["CheckGuests"] = 5.0
+    (told,) = (await api.call(client.check_placement, "web")).obstacles
+    assert told.reason in ("AGENT_UNREACHABLE", "OUTCOME_UNKNOWN")
+    assert not certain((R(told.reason), told.message))
+    assert (await api.call(client.create_migration, "web", validate_only=True)).destination
+    (verdict,) = (await api.call(client.create_evacuation, "h1", validate_only=True)).verdicts
+    assert verdict.destination

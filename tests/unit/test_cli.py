@@ -27,6 +27,7 @@ from orchestrator.cli.exits import Exit, code_of
 from orchestrator.core.agent import AgentStatus, CopyStatus, GuestTrouble, Trouble
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.ids import HostRef
+from orchestrator.core.obstacles import remedy
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2 as types
 from tests.fakes.orchestrator_service import FakeOrchestrator, host, serve
@@ -592,9 +593,9 @@ def test_a_check_without_a_place_shows_what_stands_against_each_host(
     for each in service.hosts.values():
         each.cordoned = each.name == "host-2"
         each.memory_mib, each.memory_used_mib = 64, 60
-    rows = [["HOST", "MiB FREE", "REASON", "MESSAGE"]]
-    rows += [["host-2", "4", "HOST_CORDONED", "host-2 is cordoned"]]
-    rows += [["host-10", "4", "NO_CAPACITY", "host-10 has 4 MiB free, db needs 64 MiB"]]
+    rows = [["HOST", "REASON", "MESSAGE", "WHAT CAN BE DONE"]]
+    rows += [["host-2", "HOST_CORDONED", "host-2 is cordoned", remedy("HOST_CORDONED")]]
+    rows += [["host-10", "NO_CAPACITY", "host-10 has 4 MiB free, db needs 64 MiB", remedy("NO_CAPACITY")]]
     ran = drover("migrate", "db", "--dry-run")
     assert ran.rows() == rows
     assert ran.code == 4
@@ -1061,3 +1062,22 @@ def test_units() -> None:
     assert sorted(["host-10", "host-2", "db"], key=units.natural) == ["db", "host-2", "host-10"]
     assert [units.parse_ms(text) for text in ("500ms", "1.5s", "2m", "1h")] == [500, 1500, 120_000, 3_600_000]
     assert [units.parse_mbps(text) for text in ("0", "500mbit", "2.5gbit")] == [0, 500, 2500]
+
+
+def test_a_check_shows_every_obstacle_with_what_can_be_done(service: FakeOrchestrator, drover: Drover) -> None:
+    service.guests["db"].host = "host-1"
+    ran = drover("guest", "check", "db")
+    assert (ran.code, "it could move to" in ran.out) == (Exit.OK, True)
+    service.obstacles = [types.Obstacle(reason="BLOCK_JOB_RUNNING", message="job nightly works on a disk")]
+    ran = drover("guest", "check", "db")
+    assert ran.code == Exit.REFUSED
+    assert "it could move to" not in ran.out
+    (row,) = [row for row in ran.rows() if row[0] == "its own"]
+    assert row == ["its own", "BLOCK_JOB_RUNNING", "job nightly works on a disk", remedy("BLOCK_JOB_RUNNING")]
+    assert drover("guest", "check", "db", "-o", "json").json["obstacles"][0]["reason"] == "BLOCK_JOB_RUNNING"
+    service.obstacles = [types.Obstacle(reason="AGENT_UNREACHABLE", message="it was not asked")]
+    ran = drover("guest", "check", "db")
+    assert (ran.code, "it was not asked" in ran.out) == (Exit.OK, True)
+    service.obstacles = [types.Obstacle(reason="OF_A_NEWER_VERSION", message="who knows")]
+    assert drover("guest", "check", "db").code == Exit.REFUSED
+    assert drover("guest", "check", "nobody").code == Exit.NOT_FOUND

@@ -36,6 +36,11 @@ _GRANULARITY_BYTES = 65536
 _MIRROR, _PASS, _SYNC = "mirror-", "pass-", "sync-"
 
 
+def own_job(job: str) -> bool:
+    """It moves a disk in a migration of ours, and may outlive the attempt that began it."""
+    return job.startswith((_MIRROR, _PASS))
+
+
 class QemuDisks(base.DiskCopies):
     """The local disks of one VMM on their way. `execute` is QMP's main connection, `yank` the one out of band."""
 

@@ -26,12 +26,14 @@ from agents.engine.base import (
     VmmState,
 )
 from agents.engine.qemu import arguments, process, stream, verdict
-from agents.engine.qemu.block import QemuDisks
+from agents.engine.qemu.block import QemuDisks, own_job
 from agents.engine.qemu.images import Images
 from agents.engine.qemu.qmp import QmpConnection
 from agents.host import processes
 from orchestrator.core.endpoint import Endpoint, join_address, parse_ip
+from orchestrator.core.errors import RefusalReason
 from orchestrator.core.liveness import Liveness, LivenessUnknown
+from orchestrator.core.offers import Obstacle
 
 log = structlog.get_logger(__name__)
 
@@ -174,7 +176,7 @@ class QemuVmm(base.Vmm):
             status=_status(info),
         )
 
-    async def unmigratable(self) -> tuple[str, ...]:
+    async def unmigratable(self) -> tuple[Obstacle, ...]:
         found: list[str] = []
         for place in ("/machine/peripheral", "/machine/peripheral-anon"):
             for entry in await self._execute("qom-list", {"path": place}):
@@ -183,7 +185,13 @@ class QemuVmm(base.Vmm):
                     found.append(f"device {entry['name']} is a {kind}: {_SILENT_LOSSES[kind]}")
         found += await self._strangers()
         found += (await self._execute("query-migrate")).get("blocked-reasons", [])
-        return tuple(found)
+        jobs = [job for job in await self._execute("query-block-jobs") if not own_job(str(job["device"]))]
+        said = [
+            f"job {job['device']} ({job['type']}) works on one of its disks, and would end with the move"
+            for job in jobs
+        ]
+        lost = [(RefusalReason.DEVICE_NOT_MIGRATABLE, each) for each in found]
+        return (*lost, *((RefusalReason.BLOCK_JOB_RUNNING, each) for each in said))
 
     async def _strangers(self) -> list[str]:
         """What of the machine is not as it was noted down: the other end would be built from the note."""

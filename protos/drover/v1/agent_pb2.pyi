@@ -766,6 +766,73 @@ class PassInstructionResponse(_message.Message):
 Global___PassInstructionResponse: _TypeAlias = PassInstructionResponse  # noqa: Y015
 
 @_typing.final
+class CheckGuestsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_UUIDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def guest_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        guest_uuids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_uuids", b"guest_uuids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckGuestsRequest: _TypeAlias = CheckGuestsRequest  # noqa: Y015
+
+@_typing.final
+class GuestChecked(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    OBSTACLES_FIELD_NUMBER: _builtins.int
+    guest_uuid: _builtins.str
+    @_builtins.property
+    def obstacles(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Obstacle]:
+        """Empty: nothing is known against it here."""
+
+    def __init__(
+        self,
+        *,
+        guest_uuid: _builtins.str = ...,
+        obstacles: _abc.Iterable[_types_pb2.Obstacle] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_uuid", b"guest_uuid", "obstacles", b"obstacles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GuestChecked: _TypeAlias = GuestChecked  # noqa: Y015
+
+@_typing.final
+class CheckGuestsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def guests(self) -> _containers.RepeatedCompositeFieldContainer[Global___GuestChecked]:
+        """Guests that are not on this host are left out."""
+
+    def __init__(
+        self,
+        *,
+        guests: _abc.Iterable[Global___GuestChecked] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guests", b"guests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckGuestsResponse: _TypeAlias = CheckGuestsResponse  # noqa: Y015
+
+@_typing.final
 class AttemptTag(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -91,6 +91,11 @@ class AgentServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionResponse.FromString,
                 _registered_method=True)
+        self.CheckGuests = channel.unary_unary(
+                '/drover.v1.AgentService/CheckGuests',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer:
@@ -177,6 +182,13 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckGuests(self, request, context):
+        """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -234,6 +246,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.PassInstruction,
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionResponse.SerializeToString,
+            ),
+            'CheckGuests': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckGuests,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -535,6 +552,33 @@ class AgentService:
             '/drover.v1.AgentService/PassInstruction',
             protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckGuests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.AgentService/CheckGuests',
+            protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsResponse.FromString,
             options,
             channel_credentials,
             insecure,

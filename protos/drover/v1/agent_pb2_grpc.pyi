@@ -61,6 +61,8 @@ class AgentServiceStub:
     """
     PassInstruction: _grpc.UnaryUnaryMultiCallable[_agent_pb2.PassInstructionRequest, _agent_pb2.PassInstructionResponse]
     """For a device of a guest that runs here: see InstructDevice of OrchestratorService."""
+    CheckGuests: _grpc.UnaryUnaryMultiCallable[_agent_pb2.CheckGuestsRequest, _agent_pb2.CheckGuestsResponse]
+    """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing."""
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -95,6 +97,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """
     PassInstruction: _aio.UnaryUnaryMultiCallable[_agent_pb2.PassInstructionRequest, _agent_pb2.PassInstructionResponse]  # type: ignore[assignment]
     """For a device of a guest that runs here: see InstructDevice of OrchestratorService."""
+    CheckGuests: _aio.UnaryUnaryMultiCallable[_agent_pb2.CheckGuestsRequest, _agent_pb2.CheckGuestsResponse]  # type: ignore[assignment]
+    """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Control calls. Mutating calls carry the coordinator's epoch; a lower one than the agent has seen is refused
@@ -192,6 +196,14 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.PassInstructionResponse, _abc.Awaitable[_agent_pb2.PassInstructionResponse]]:
         """For a device of a guest that runs here: see InstructDevice of OrchestratorService."""
+
+    @_abc_1.abstractmethod
+    def CheckGuests(
+        self,
+        request: _agent_pb2.CheckGuestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.CheckGuestsResponse, _abc.Awaitable[_agent_pb2.CheckGuestsResponse]]:
+        """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -524,6 +524,7 @@ class CheckPlacementResponse(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     VERDICTS_FIELD_NUMBER: _builtins.int
+    OBSTACLES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     destination: _builtins.str
     """What the call that creates or moves the guest would choose now. Empty: it would refuse, with reason and message."""
@@ -539,6 +540,10 @@ class CheckPlacementResponse(_message.Message):
     def verdicts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostVerdict]:
         """By name of the host, without the one that a guest is on already."""
 
+    @_builtins.property
+    def obstacles(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Obstacle]:
+        """Of a guest that is to move: what stands against it at its own host, wherever it is to go. On the first page only."""
+
     def __init__(
         self,
         *,
@@ -547,11 +552,12 @@ class CheckPlacementResponse(_message.Message):
         message: _builtins.str = ...,
         reasons: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         verdicts: _abc.Iterable[Global___HostVerdict] | None = ...,
+        obstacles: _abc.Iterable[_types_pb2.Obstacle] | None = ...,
         next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "message", b"message", "next_page_token", b"next_page_token", "reason", b"reason", "reasons", b"reasons", "verdicts", b"verdicts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "message", b"message", "next_page_token", b"next_page_token", "obstacles", b"obstacles", "reason", b"reason", "reasons", b"reasons", "verdicts", b"verdicts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
