@@ -7,12 +7,13 @@ import contextlib
 import random
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import structlog
 
 from agents.config import AgentConfig
+from agents.disks import pools
 from agents.engine.base import MigrationEngine
 from agents.guest.files import GuestFiles, forget_stale_links, found_on_disk, note_roots
 from agents.guest.held import Forgotten
@@ -519,6 +520,10 @@ class Agent:
             said = f"the note of the machine of guest {own.files.spec.name} is lost on {self.here.host}"
             raise DroverError(RefusalReason.FEATURE_NOT_AVAILABLE, f"{said}: it can move after its next start")
         return own.hardware.machine
+
+    async def pool_tokens(self, uuid: str) -> Mapping[str, str]:
+        """What proves which directories its shared pools are here. Raises NOT_FOUND."""
+        return await asyncio.to_thread(pools.tokens, self._config, self._known(uuid).files.spec)
 
     def arrival(self, key: AttemptKey) -> Arrival | None:
         """The attempt under way with this host as its destination; None: it is not, or no longer."""

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import replace
 
+from agents.disks import pools
 from agents.disks.images import DiskError
 from agents.engine import base as engine
 from agents.guest import copies as making
@@ -87,11 +88,12 @@ class Attempts:
             return None
         peer = self._tools.peers.source(str(order.source_peer), order.attempt, "")
         try:
-            machine = await peer.machine()
+            machine, tokens = await peer.machine(), await peer.pool_tokens()
         except PeerUnavailable as error:
             said = f"its source does not say what its machine is: {error}"
             raise self._guest.refused(RefusalReason.AGENT_UNREACHABLE, said) from error
         await asyncio.to_thread(hardware.must_agree, self._tools.config, machine, self._guest.name)
+        await asyncio.to_thread(pools.must_be_the_same, self._tools.config, self._files.spec, tokens)
         return machine
 
     async def _record_to_arrive_by(self, ref: AttemptRef) -> GuestRecord:

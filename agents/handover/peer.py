@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -61,6 +61,10 @@ class SourcePeer(Protocol):
 
     async def machine(self) -> LiveMachine:
         """The guest's machine as the source has it now. Raises DroverError when the source has none to tell."""
+        ...
+
+    async def pool_tokens(self) -> Mapping[str, str]:
+        """The word in each shared pool that the guest's disks are in, as the source reads it. Raises DroverError."""
         ...
 
     async def ack(self, entry: AckRequest) -> None:
@@ -231,6 +235,10 @@ class GrpcSourcePeer(SourcePeer):
         request = pb.DescribeMachineRequest(guest_uuid=self._tag.guest_uuid)
         reply = await _answered(self._stub.DescribeMachine(request, timeout=_MACHINE_S))
         return wire.machine_from_proto(reply.machine)
+
+    async def pool_tokens(self) -> Mapping[str, str]:
+        request = pb.DescribeMachineRequest(guest_uuid=self._tag.guest_uuid)
+        return dict((await _answered(self._stub.DescribeMachine(request, timeout=_MACHINE_S))).pool_tokens)
 
     async def ack(self, entry: AckRequest) -> None:
         """Put it into `acks`, from which the served device stream takes it to the source. Sends nothing itself."""

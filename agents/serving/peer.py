@@ -6,7 +6,7 @@ A call for an attempt that nobody here conducts is answered STALE_ATTEMPT; who s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
 from agents.handover.attempt import Arrival, Departure
@@ -34,6 +34,10 @@ class Attempts(Protocol):
         """Of a guest that is here. Raises DroverError."""
         ...
 
+    async def pool_tokens(self, uuid: str) -> Mapping[str, str]:
+        """Of the shared pools of a guest that is here. Raises DroverError."""
+        ...
+
 
 class PeerServicer(rpc.PeerServiceServicer):
     """Serves the other agents. Handlers only pass on."""
@@ -48,7 +52,8 @@ class PeerServicer(rpc.PeerServiceServicer):
 
     async def DescribeMachine(self, request: pb.DescribeMachineRequest, context: Any) -> pb.DescribeMachineResponse:
         machine = self._attempts.machine(request.guest_uuid)
-        return pb.DescribeMachineResponse(machine=wire.machine_to_proto(machine))
+        tokens = await self._attempts.pool_tokens(request.guest_uuid)
+        return pb.DescribeMachineResponse(machine=wire.machine_to_proto(machine), pool_tokens=tokens)
 
     async def TransferDevices(
         self, request_iterator: AsyncIterator[pb.TransferDevicesRequest], context: Any

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +61,9 @@ class Link:
 
     async def machine(self) -> LiveMachine:
         raise NotImplementedError("asked before there is an attempt")
+
+    async def pool_tokens(self) -> Mapping[str, str]:
+        return {}
 
     async def ack(self, entry: AckRequest) -> None:
         assert self.source is not None

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from agents.config import AgentConfig, PoolConfig
+from agents.disks import pools
 from agents.disks.images import DiskError, Images, retire, sweep
 from agents.engine.base import DiskFile
 from orchestrator.core.disks import (
@@ -19,7 +21,9 @@ from orchestrator.core.disks import (
     copying,
     has_every_write,
 )
-from orchestrator.core.records import DiskCache, DiskFormat, PoolKind
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.records import DiskCache, DiskFormat, DiskSpec, GuestSpec, PoolKind
+from tests.fakes.config import agent_config
 
 needs_tool = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="no qemu-img")
 
@@ -107,3 +111,30 @@ def test_only_the_images_of_this_very_drain_are_good() -> None:
     assert not has_every_write((a, b), (a,))
     assert not has_every_write((a,), (SyncPoint("a", "j", 1),))
     assert not has_every_write((a,), (SyncPoint("a", "k", 2),))
+
+
+def test_a_shared_pool_is_known_by_the_word_in_it(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for each in (one, other):
+        each.mkdir()
+    assert pools.token(one) == pools.token(one)
+    assert pools.token(one) != pools.token(other)
+    assert [path.name for path in one.iterdir()] == [".drover-pool"]
+
+
+def test_a_destination_with_another_directory_under_the_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    spec = GuestSpec("g", disks=(DiskSpec("data", "shared", "data.raw"), DiskSpec("root", "fast", "root.qcow2")))
+
+    def config(name: str) -> AgentConfig:
+        shared = PoolConfig(path=tmp_path / name, kind=PoolKind.SHARED_FILE)
+        fast = PoolConfig(path=tmp_path / "other", kind=PoolKind.LOCAL)
+        return agent_config(tmp_path).model_copy(update={"pools": {"shared": shared, "fast": fast}})
+
+    at_source = pools.tokens(config("one"), spec)
+    assert set(at_source) == {"shared"}
+    pools.must_be_the_same(config("one"), spec, at_source)
+    with pytest.raises(DroverError, match="is not the directory") as refused:
+        pools.must_be_the_same(config("other"), spec, at_source)
+    assert refused.value.reason is RefusalReason.POOL_NOT_FOUND
