@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 VIRSH = "virsh"
 VIRSH_S = 15.0
 """For one question to libvirt."""
+_SAID_BYTES = 4096
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://.*")
 
 
@@ -160,14 +165,48 @@ def _asked(uri: str, domain: str) -> bytes:
             Exit.USAGE, f"name the domain that {uri} is to be asked for", hint=f"`{VIRSH} list --all` has them"
         )
     command = [VIRSH, "--quiet", "--readonly", "--connect", uri, "dumpxml", "--inactive", "--domain", domain]
+    data, said, code = _heard(command, uri)
+    if code and len(data) <= MAX_BYTES:
+        raise CliError(Exit.NOT_FOUND, f"{VIRSH}: {said or 'failed'}")
+    return data
+
+
+def _heard(command: list[str], uri: str) -> tuple[bytes, str, int]:
+    """Output, words on stderr and exit code of virsh, which gets its time and its room and no more; it may have begun
+    processes of its own, such as an ssh that waits for a password."""
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=VIRSH_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise CliError(Exit.UNREACHABLE, f"{VIRSH} did not answer within {VIRSH_S:g} s for {uri}") from None
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
     except OSError as error:
         hint = "give a file instead, with what `virsh dumpxml --inactive DOMAIN` prints on the old host"
         raise CliError(Exit.UNREACHABLE, f"cannot run {VIRSH}: {error.strerror}", hint=hint) from None
-    if done.returncode:
-        said = " ".join(done.stderr.decode(errors="replace").split())[-400:]
-        raise CliError(Exit.NOT_FOUND, f"{VIRSH}: {said or 'failed'}")
-    return done.stdout
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        _end(child)
+
+    timer = threading.Timer(VIRSH_S, end)
+    timer.start()
+    try:
+        with child:
+            data = child.stdout.read(MAX_BYTES + 1) if child.stdout is not None else b""
+            if len(data) > MAX_BYTES:
+                _end(child)
+            said = child.stderr.read(_SAID_BYTES) if child.stderr is not None else b""
+            code = child.wait()
+    except BaseException:
+        _end(child)
+        raise
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise CliError(Exit.UNREACHABLE, f"{VIRSH} did not answer within {VIRSH_S:g} s for {uri}")
+    return data, " ".join(said.decode(errors="replace").split())[-400:], code
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """With everything that it began. It was not waited for yet, so its group is still its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)

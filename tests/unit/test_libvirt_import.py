@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape, quoteattr
 import pytest
 import yaml
 
-from orchestrator.cli import guest_file, main
+from orchestrator.cli import guest_file, importing, main
 from orchestrator.cli.accounted import Said
 from orchestrator.cli.exits import Exit
 from orchestrator.cli.libvirt_xml import Choices, Imported, ImportRefused, convert
@@ -253,6 +253,27 @@ def test_a_command_line_that_cannot_be_meant(
     arguments: list[str], code: Exit, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.run(["import", "libvirt", *arguments]) == code
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("sleep 60 & wait", "did not answer within 0.5 s"),  # as one that waits for its ssh
+        ("yes '<domain>' 2>&1", "has more than"),
+        ("yes error >&2", "did not answer within 0.5 s"),
+    ],
+)
+@pytest.mark.timeout(30)
+def test_virsh_is_given_its_time_and_its_room_and_no_more(
+    does: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "virsh"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(importing, "VIRSH_S", 0.5 if "0.5" in said else 10.0)
+    assert main.run(["import", "libvirt", "qemu+ssh://old/system", "web-1"]) in (Exit.UNREACHABLE, Exit.USAGE)
     assert said in " ".join(capsys.readouterr().err.split())
 
 
