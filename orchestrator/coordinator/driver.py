@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 import structlog
 
+from orchestrator.coordinator.placing import Placing
 from orchestrator.coordinator.ports import AgentDirectory, AgentPort, ConductOrder
 from orchestrator.core import handover, migration
 from orchestrator.core.endpoint import Endpoint
@@ -100,8 +101,8 @@ class Tools:
     agents: AgentDirectory
     index: Index
     epoch: int
-    placing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """One placement at a time per worker, so that a worker does not lose races against itself."""
+    placing: Placing = field(default_factory=Placing)
+    """So that a worker does not lose races against itself."""
     max_arrivals: int = 0
     clock_s: Callable[[], float] = time.monotonic
     wall_s: Callable[[], float] = time.time
@@ -135,6 +136,14 @@ class _Nodes:
 
     def seen(self) -> migration.Seen:
         return migration.Seen(self.record, self.state, self.reports, self.source_live)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What opens an attempt, and the host that it is to go to."""
+
+    host: str
+    ops: list[Op]
 
 
 async def epoch_write(store: Store, epoch: int, ops: Sequence[Op], shard: int = 0) -> bool:
@@ -408,26 +417,35 @@ class Driver:
         await asyncio.sleep(self._tools.rng.uniform(0.005, 0.05))
 
     async def _open(self, command: migration.Open) -> migration.Event:
-        fresh = False
+        placing = self._tools.placing
         for _ in range(WRITE_TRIES):
-            async with self._tools.placing:
-                snapshot = await (self._tools.index.snapshot() if fresh else self._tools.index.recent())
-                nodes = await self._read()
-                ops = await self._open_ops(command, snapshot, nodes, fresh=fresh)
-                if isinstance(ops, (migration.NoPlace, migration.SourceSilent)) and not fresh:
-                    fresh = True  # there may be a place that this process has not been told of yet
-                    continue
-                if not isinstance(ops, list):
-                    return ops
-                if await self._write(ops):
+            with contextlib.ExitStack() as until_written:
+                async with placing.turn:
+                    opening = await self._opening(command)
+                    if not isinstance(opening, _Opening):
+                        return opening
+                    until_written.enter_context(placing.writing(opening.host))
+                if await self._write(opening.ops):
                     return migration.Finished()
-            fresh = False  # a conflict is an answer of the quorum: what made it is known here now
             await self._pause()
         return migration.Finished()
 
-    async def _open_ops(
+    async def _opening(self, command: migration.Open) -> _Opening | migration.Event:
+        """What to write where, for a host that nothing else is being written for; called in one's turn."""
+        fresh = False
+        while True:
+            snapshot = await (self._tools.index.snapshot() if fresh else self._tools.index.recent())
+            found = await self._judge(command, snapshot, await self._read(), fresh=fresh)
+            if isinstance(found, (migration.NoPlace, migration.SourceSilent)) and not fresh:
+                fresh = True  # there may be a place that this process has not been told of yet
+            elif isinstance(found, _Opening) and found.host in self._tools.placing.busy:
+                await self._tools.placing.idle(found.host)  # and look again
+            else:
+                return found
+
+    async def _judge(
         self, command: migration.Open, snapshot: Snapshot, nodes: _Nodes, *, fresh: bool
-    ) -> list[Op] | migration.Event:
+    ) -> _Opening | migration.Event:
         spec, record = self._spec, nodes.record
         guest_spec = await self._tools.index.spec(spec.guest)
         if record is None or nodes.guest is None or guest_spec is None:
@@ -444,7 +462,9 @@ class Driver:
             wanted=command.wanted,
             prefer=command.prefer,
             avoid=command.avoid,
+            later=self._tools.placing.busy,
             max_arrivals=self._tools.max_arrivals,
+            salt=spec.id,
         )
         if choice.destination is None:
             reason = choice.reason or RefusalReason.NO_CAPACITY
@@ -458,7 +478,7 @@ class Driver:
         state = self._preparing(nodes.state, command.attempt, source, choice.destination.host)
         entry = snapshot.hosts[choice.destination.host]
         moved = nodes.state.destination not in ("", choice.destination.host)
-        return [
+        ops: list[Op] = [
             *(await self._release(nodes.state.destination) if moved else []),
             Check(paths.cordon(choice.destination.host), entry.cordon_version),
             SetData(paths.guest(spec.guest), encode(opened), nodes.guest.version),
@@ -467,6 +487,7 @@ class Driver:
             *await self._missing_ack_nodes(likely=not fresh and nodes.state.attempt == 0),
             await markers.marked(self._tools.store, choice.destination.host, spec.guest),
         ]
+        return _Opening(choice.destination.host, ops)
 
     def _preparing(self, state: MigrationState, attempt: int, source: str, destination: str) -> MigrationState:
         """The migration's state as an attempt is opened."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from orchestrator.coordinator.driver import STORE_RETRY_S, Deposed, Driver, Tools, must_lead, until_available
+from orchestrator.coordinator.placing import Placing
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.core.records import MigrationSpec
 from orchestrator.ledger import paths
@@ -32,7 +33,7 @@ class Worker:
         """By shard of the fleet."""
         self._running: dict[tuple[int, str], asyncio.Task[str]] = {}
         """By shard and migration."""
-        self._placing = asyncio.Lock()
+        self._placing = Placing()
 
     @property
     def driving(self) -> int:

@@ -7,8 +7,9 @@ the reservation, which fails when the host's reservations or its cordon moved si
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop
 
@@ -191,10 +192,16 @@ def choose(
     wanted: str = "",
     prefer: str = "",
     avoid: Iterable[str] = (),
+    later: Collection[str] = (),
     max_arrivals: int = 0,
     every: bool = False,
+    salt: str = "",
 ) -> Choice:
     """The eligible host with most memory left, then with fewest arrivals, then by name.
+
+    With a `salt`, hosts that could take as many such guests are equal, and which of them is first differs from salt to
+    salt: several who place at the same time, each with its own, do not all choose the same host. Those in `later` stand
+    behind their equals.
 
     Hosts are judged in that order until one will do, whose verdict alone is in the choice; `every` asks for the verdict
     on each host all the same. Where none will do the verdict on each host is there in any case.
@@ -208,8 +215,18 @@ def choose(
     if wanted and not candidates:
         return Choice(None, (), RefusalReason.NOT_FOUND, f"there is no host {wanted}")
     shunned = frozenset(avoid)
+    size_mib = need.memory_mib + GUEST_OVERHEAD_MIB if salt else 1
     order = [
-        (host.ref.host in shunned, host.ref.host != prefer, -host.free_mib, host.arrivals, host.ref.host, number)
+        (
+            host.ref.host in shunned,
+            host.ref.host != prefer,
+            -(host.free_mib // size_mib),
+            host.ref.host in later,
+            host.arrivals,
+            zlib.crc32(f"{salt}{host.ref.host}".encode()) if salt else 0,
+            host.ref.host,
+            number,
+        )
         for number, host in enumerate(candidates)
     ]
     heapify(order)

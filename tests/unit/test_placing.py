@@ -1,0 +1,112 @@
+"""Placements of one worker: judged one at a time, written side by side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from orchestrator.coordinator.placing import Placing
+from orchestrator.coordinator.worker import Worker
+from orchestrator.core.ids import HostRef
+from orchestrator.core.placement import HostView, Need, choose
+from orchestrator.ledger import paths
+from orchestrator.ledger.store import Conflict
+from tests.fakes.coordination import World
+
+HOSTS, GUESTS = 12, 10
+
+
+def views(**free_mib: int) -> list[HostView]:
+    return [HostView(HostRef(name, "b"), free) for name, free in free_mib.items()]
+
+
+NEED = Need("u", "g", "source", 64)
+
+
+def chosen(hosts: list[HostView], salt: str, later: tuple[str, ...] = ()) -> str:
+    choice = choose(hosts, NEED, salt=salt, later=later)
+    assert choice.destination is not None
+    return choice.destination.host
+
+
+def test_who_places_with_a_salt_of_his_own_does_not_choose_what_others_choose() -> None:
+    equals = views(**{f"h{number}": 640 + number for number in range(10)})
+    picked = Counter(chosen(equals, f"m{number}") for number in range(1_000))
+    assert len(picked) == 10
+    assert max(picked.values()) < 200
+    assert chosen(equals, "m1") == chosen(list(reversed(equals)), "m1"), "the same for the same salt"
+
+
+def test_room_for_more_such_guests_comes_before_everything_else() -> None:
+    assert {chosen(views(a=640, b=704, c=650), f"m{number}") for number in range(50)} == {"b"}
+    assert {chosen(views(a=640, b=704), f"m{number}", later=("b",)) for number in range(50)} == {"b"}
+    assert {chosen(views(a=640, b=650), f"m{number}", later=("b",)) for number in range(50)} == {"a"}
+
+
+async def test_a_host_that_is_written_for_is_waited_for() -> None:
+    placing, told = Placing(), list[str]()
+
+    async def wait() -> None:
+        await placing.idle("h1")
+        told.append("idle")
+
+    with placing.writing("h1"):
+        assert placing.busy == {"h1"}
+        await placing.idle("h2")
+        waiting = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="h1"), placing.writing("h1"):
+            pass
+        assert not told
+    await waiting
+    assert not placing.busy
+
+
+async def _opened(hosts: int) -> tuple[int, int]:
+    """The most attempts that were being opened at one time, and how many lost a race, with so many destinations."""
+    world = World(hold=asyncio.Event())
+    world.host("source", 4096)
+    world.put(paths.epoch(), "")
+    for number in range(hosts):
+        world.host(f"h{number:02}", 4096)
+    for number in range(GUESTS):
+        world.guest(f"g{number}", "source")
+        world.migration(f"m{number}", f"g{number}")
+    real, opening, most, lost = world.store.multi, 0, 0, 0
+
+    async def slow(ops, timeout_s: float = 2.0):
+        nonlocal opening, most, lost
+        if not any(op.path.endswith("/resv") for op in ops):
+            return await real(ops, timeout_s)
+        opening += 1
+        most = max(most, opening)
+        await asyncio.sleep(0.05)
+        opening -= 1
+        result = await real(ops, timeout_s)
+        lost += isinstance(result, Conflict)
+        return result
+
+    world.store.multi = slow
+    worker = Worker(world.store, world)
+    driving = [asyncio.create_task(worker.drive(f"m{number}", 0)) for number in range(GUESTS)]
+    async with asyncio.timeout(10):
+        while len(world.calls) < GUESTS:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    for task in driving:
+        task.cancel()
+    worker.stop()
+    await asyncio.gather(*driving, return_exceptions=True)
+    await world.close()
+    return most, lost
+
+
+async def test_attempts_to_different_hosts_are_opened_side_by_side() -> None:
+    most, lost = await _opened(HOSTS)
+    assert most > 3
+    assert lost == 0
+
+
+async def test_attempts_to_one_host_are_opened_one_after_the_other() -> None:
+    assert await _opened(1) == (1, 0)
