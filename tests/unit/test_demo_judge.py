@@ -143,7 +143,7 @@ BROKEN: dict[str, tuple[Callable[[], Story], str]] = {
     "nobody talked with it": (lambda: linux(None), "linux: it did not answer its peer outside again after its move"),
     "connection broke": (
         lambda: linux(Outage(31.0, 204.0, breaks=1)),
-        "linux: its TCP connection to its peer outside broke 1 time",
+        "linux: its TCP connection to its peer outside broke, 1 in all",
     ),
     "wrong answer": (
         lambda: linux(Outage(31.0, 204.0, wrong=2)),
