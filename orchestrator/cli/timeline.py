@@ -66,7 +66,6 @@ _TEXTS = {
     "activation_failed": "the devices could not be activated, tried again",
     "bind_failed": "whoever controls the host's bridges could not be told of it; it runs all the same",
     "disk_locked": "DISK_LOCKED: somebody else has the image of a disk open, tried again",
-    "bind_failed": "the guest runs, but whoever controls its bridge was not told: pause and resume it to try again",
     "start_failed": "the guest could not be started, tried again",
     "roll_back_failed": "a device lost its state on the way back",
     "devices_lost": "devices inside the VMM were reset, what they held is lost: {detail}",
