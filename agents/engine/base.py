@@ -188,6 +188,8 @@ class DiskFile:
     kind: PoolKind
     size_bytes: int = 0
     """As the guest sees it; 0: what the image says."""
+    locks: bool = True
+    """A shared image is not opened where it cannot be locked. False: the operator accepts that."""
 
     @property
     def node(self) -> str:

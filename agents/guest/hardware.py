@@ -192,9 +192,8 @@ def _disk_file(config: AgentConfig, disk: DiskSpec) -> DiskFile:
         )
     if wrong := file_error(disk.image, f"pool {disk.pool}"):  # what stands between a record and the files of the host
         raise DroverError(RefusalReason.INVALID_ARGUMENT, f"the image of disk {disk.name} {wrong}")
-    return DiskFile(
-        disk.name, pool.path / disk.image, disk.format, disk.cache, disk.read_only, pool.kind, disk.size_bytes
-    )
+    path, locks = pool.path / disk.image, pool.locks == "required"
+    return DiskFile(disk.name, path, disk.format, disk.cache, disk.read_only, pool.kind, disk.size_bytes, locks)
 
 
 async def _image(config: AgentConfig, disk: DiskSpec) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -153,3 +154,20 @@ def test_what_was_added_or_taken_away_is_noticed(spec: GuestSpec, machine_type: 
 def test_a_comma_in_a_value_is_one_value() -> None:
     odd = LiveDevice("a", "d", "b", "0x1", {"p": "x,y,,z", "q": ""}, "disk:r")
     assert arguments.devices_of(["-device", arguments.device_argument(odd)]) == (odd,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "locks", "locking"),
+    [
+        (PoolKind.SHARED_FILE, True, "on"),
+        (PoolKind.SHARED_FILE, False, "auto"),
+        (PoolKind.LOCAL, True, "auto"),
+        (PoolKind.BLOCK, True, "auto"),
+    ],
+)
+def test_a_shared_image_is_locked_or_not_opened(kind: PoolKind, locks: bool, locking: str) -> None:
+    disk = DiskFile("d", Path("/p/i"), DiskFormat.RAW, DiskCache.NONE, False, kind, locks=locks)
+    file, top = arguments.disk_nodes(disk)
+    assert (file["locking"], file["driver"]) == (locking, "host_device" if kind is PoolKind.BLOCK else "file")
+    assert file["cache"] == {"direct": True, "no-flush": False}
+    assert (top["node-name"], top["file"]) == ("disk-d", "disk-d-file")

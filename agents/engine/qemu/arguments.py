@@ -102,7 +102,7 @@ def disk_nodes(disk: DiskFile) -> list[Json]:
     file = _file(disk.node, disk.path, read_only=disk.read_only, block=disk.kind is PoolKind.BLOCK)
     file |= {"cache": {"direct": direct, "no-flush": False}, "discard": "unmap"}
     # Where other hosts see the image, its locks are the second defence: no start where the file system has none.
-    file["locking"] = "on" if disk.kind is PoolKind.SHARED_FILE else "auto"
+    file["locking"] = "on" if disk.kind is PoolKind.SHARED_FILE and disk.locks else "auto"
     top: Json = {
         "driver": "raw" if disk.format is DiskFormat.RAW else "qcow2",
         "node-name": disk.node,
