@@ -101,7 +101,7 @@ async def test_all_who_watch_a_node_see_a_change_by_one_read(
 
     store._client.get_async = counted
     seen: list[list[bytes]] = [[] for _ in range(5)]
-    ends = [store.watch("/a", lambda node, told=told: told.append(node.data)) for told in seen]
+    ends = [store.watch("/a", lambda node, told=told: told.append(node.data if node else b"")) for told in seen]
     await until(lambda: all(len(told) == 1 for told in seen), 10)
     assert len(reads) == 1
     for number in range(1, 20):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,9 @@ from agents.handover.attempt import Arrival
 from agents.handover.peer import MAX_FRAME_BYTES, AttemptKey, GrpcDestinationPeer, Peers, PeerUnavailable
 from agents.serving.peer import PeerServicer
 from agents.shims.base import Frame, FrameKind
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.ids import AckRequest, AttemptRef
+from orchestrator.core.records import LiveMachine
 from orchestrator.rpc import channels
 from orchestrator.rpc.errors import Errors
 from protos.drover.v1 import agent_pb2 as pb
@@ -48,6 +50,12 @@ class Agent:
 
     def arrival(self, key: AttemptKey) -> Arrival | None:
         return self.known if key == ("m", 1, INC) else None
+
+    def machine(self, uuid: str) -> LiveMachine:
+        raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid} here")
+
+    async def pool_tokens(self, uuid: str) -> Mapping[str, str]:
+        raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid} here")
 
 
 async def serve(address: str) -> grpc.aio.Server:
