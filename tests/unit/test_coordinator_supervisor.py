@@ -281,11 +281,14 @@ async def test_stale_epoch_can_write_nothing(world: World) -> None:
 @pytest.mark.rule("H12")
 async def test_an_agent_that_calls_our_epoch_stale_deposes_nobody(world: World) -> None:
     """The ledger says that it stands: that agent's fault ends the attempt, and the next one goes on."""
-    world.misread_epoch = EPOCH + 1
-    task = asyncio.create_task(drive(world))
-    await until(lambda: len(world.attempts("m1")) == 1)
-    world.misread_epoch = None
-    assert await task == "SUCCEEDED"
+    real = world.call
+
+    def call(what: str, host: str, attempt: int, epoch: int, shard: int = 0) -> None:
+        world.misread_epoch = EPOCH + 1 if attempt == 1 else None
+        real(what, host, attempt, epoch, shard)
+
+    world.call = call
+    assert await drive(world) == "SUCCEEDED"
     assert world.attempts("m1")[0].reason is AbortReason.PREPARE_FAILED
 
 
