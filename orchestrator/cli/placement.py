@@ -22,6 +22,7 @@ NO_PLACE = frozenset(
         RefusalReason.POOL_NOT_FOUND,
         RefusalReason.POOL_NOT_FENCED,
         RefusalReason.POOL_FULL,
+        RefusalReason.DISK_NOT_MIGRATABLE,
         RefusalReason.NETWORK_NOT_FOUND,
         RefusalReason.CPU_NOT_AVAILABLE,
         RefusalReason.FIRMWARE_NOT_AVAILABLE,

@@ -112,6 +112,8 @@ class RefusalReason(StrEnum):
     """The host's pool has no room for a disk."""
     DISK_NOT_FOUND = "DISK_NOT_FOUND"
     """The image of a disk is not in its pool, and no size says that it is to be made."""
+    DISK_NOT_MIGRATABLE = "DISK_NOT_MIGRATABLE"
+    """As it is described the disk cannot go along: it has a cache that another host does not see, or no size."""
     DISK_LOCKED = "DISK_LOCKED"
     """Somebody else holds the lock of a disk's image."""
     NETWORK_NOT_FOUND = "NETWORK_NOT_FOUND"

@@ -14,6 +14,7 @@ REMEDIES = {
     RefusalReason.POOL_NOT_FOUND: "add the pool to that host's configuration, of the same kind",
     RefusalReason.POOL_NOT_FENCED: "declare what fences the pool, or accept `locks: none`",
     RefusalReason.POOL_FULL: "make room in that host's pool",
+    RefusalReason.DISK_NOT_MIGRATABLE: "start the guest anew with a disk that has a size, and `cache: none` if shared",
     RefusalReason.DISK_NOT_FOUND: "put the image into the pool",
     RefusalReason.NETWORK_NOT_FOUND: "add the network to that host's configuration, with the same MTU",
     RefusalReason.TPM_NOT_AVAILABLE: "install swtpm on that host",

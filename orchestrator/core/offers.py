@@ -178,7 +178,10 @@ def _pool_obstacle(disk: DiskNeed, guest: str, offer: Offer, source: Offer | Non
         return RefusalReason.POOL_NOT_FENCED, said
     if disk.cached and disk.writable and pool.kind is not PoolKind.LOCAL:
         said = f"a disk of {guest} in the shared pool {disk.pool} of {offer.name} has a cache, and must have none"
-        return RefusalReason.FEATURE_NOT_AVAILABLE, said
+        return RefusalReason.DISK_NOT_MIGRATABLE, said
+    if source is not None and pool.kind is PoolKind.LOCAL and disk.writable and not disk.size_bytes:
+        said = f"a disk of {guest} in the local pool {disk.pool} has no size: nobody can make its image on {offer.name}"
+        return RefusalReason.DISK_NOT_MIGRATABLE, said
     return None
 
 

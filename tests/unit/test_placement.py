@@ -29,6 +29,7 @@ from orchestrator.core.records import (
     Boot,
     Cordon,
     Cpu,
+    DiskCache,
     DiskSpec,
     Firmware,
     GuestSpec,
@@ -342,6 +343,20 @@ def test_block_volumes_need_a_fence_or_somebody_s_word() -> None:
     assert with_pool() is RefusalReason.POOL_NOT_FENCED
     assert with_pool(fence=PoolFence.PR) is None
     assert with_pool(accepts_no_locks=True) is None
+
+
+def test_a_disk_that_cannot_go_along_as_it_is_described_is_no_fault_of_the_host() -> None:
+    def moved(**changes: Any) -> RefusalReason | None:
+        return judged(WHOLE, replace(SHOP, disks=(replace(DiskSpec("root", "fast", "root"), **changes),)))[0]
+
+    assert moved(size_bytes=1 << 20) is None
+    assert moved() is RefusalReason.DISK_NOT_MIGRATABLE, "nobody could make its image there"
+    assert moved(read_only=True) is None
+    assert moved(pool="shared") is None
+    assert moved(pool="shared", cache=DiskCache.WRITEBACK) is RefusalReason.DISK_NOT_MIGRATABLE
+    (fresh,) = host_views([HostInput(WHOLE, True, Cordon(), Reservations())], [])
+    born = replace(SHOP, disks=(DiskSpec("root", "fast", "root"),))
+    assert judge(fresh, need_for(born, guest="g")).eligible, "it may be started on an image that is there"
 
 
 def test_room_in_local_pools_is_what_is_free_less_what_is_promised() -> None:
