@@ -29,9 +29,9 @@ from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import HostRecord
 
 ROOM_BYTES, ROOM_FILES = 512 << 10, 32
+"""In each of the agent's directories, for one more copy: notes, sockets, the logs of VMM and devices, a marker."""
 HARDWARE_BYTES = 8 << 20
 """More, for a guest with hardware: UEFI variables, a TPM's state, a cloud-init disk."""
-"""In each of the agent's directories, for one more copy: notes, sockets, the logs of VMM and devices, a marker."""
 
 
 async def probed(engine: MigrationEngine, host: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.core.endpoint import split_address
 from orchestrator.history import HistoryConfig
 from orchestrator.ledger import paths
-from orchestrator.ledger.records import BadRecord, decode
+from orchestrator.ledger.records import BadRecord, decode_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class ApiConfig:
 
 def load(path: Path) -> ApiConfig:
     """Raises OSError, BadRecord with the field that is wrong, or ValueError for an address that is none."""
-    config = decode(ApiConfig, path.read_bytes(), path=str(path))
+    config = decode_config(ApiConfig, path.read_bytes(), path=str(path))
     if config.metrics_listen:
         split_address(config.metrics_listen)
     if problems := config.history.problems():

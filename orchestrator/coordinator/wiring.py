@@ -17,7 +17,7 @@ from orchestrator.fencing.base import Fencers
 from orchestrator.fencing.config import FencerConfig, make_fencers
 from orchestrator.history import HistoryConfig, HistoryFile
 from orchestrator.ledger import paths
-from orchestrator.ledger.records import BadRecord, decode
+from orchestrator.ledger.records import BadRecord, decode_config
 from orchestrator.ledger.store import Store
 
 
@@ -63,7 +63,7 @@ class CoordinatorConfig:
 
 def load(path: Path) -> CoordinatorConfig:
     """Raises OSError, BadRecord with the field that is wrong, or ValueError for an address that is none."""
-    config = decode(CoordinatorConfig, path.read_bytes(), path=str(path))
+    config = decode_config(CoordinatorConfig, path.read_bytes(), path=str(path))
     if config.metrics_listen:
         split_address(config.metrics_listen)
     if not 1 <= config.shards <= MAX_SHARDS:
