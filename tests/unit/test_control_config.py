@@ -15,6 +15,7 @@ from orchestrator.ledger.records import BadRecord
 
 COORDINATOR: dict[str, Any] = {"zookeeper": "127.0.0.1:2181", "ray_address": "127.0.0.1:6379"}
 API: dict[str, Any] = {"listen": ["unix:/run/api.sock"], "zookeeper": "127.0.0.1:2181"}
+BOUND = {"max_age_h": 5, "max_count": 9}
 FENCER = {"name": "bmc", "kind": "exec", "hosts": ["h*"]}
 
 
@@ -25,7 +26,7 @@ FENCER = {"name": "bmc", "kind": "exec", "hosts": ["h*"]}
         (wiring.load, {**COORDINATOR, "limits": {"max_per_sorce": 1}}, "limits.max_per_sorce: there is no such key"),
         (
             wiring.load,
-            {**COORDINATOR, "retention": {"migrations": {"max_age_h": 5, "max_count": 9, "hour": 1}}},
+            {**COORDINATOR, "retention": {"migrations": {**BOUND, "hour": 1}}},
             "retention.migrations.hour",
         ),
         (wiring.load, {**COORDINATOR, "fencing": [FENCER, {**FENCER, "host": []}]}, "fencing.1.host"),
@@ -47,9 +48,7 @@ def test_a_key_that_there_is_not_is_named(
 
 def test_what_is_right_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    path.write_text(
-        json.dumps({**COORDINATOR, "fencing": [FENCER], "retention": {"migrations": {"max_age_h": 5, "max_count": 9}}})
-    )
+    path.write_text(json.dumps({**COORDINATOR, "fencing": [FENCER], "retention": {"migrations": BOUND}}))
     assert wiring.load(path).fencing[0].name == "bmc"
     path.write_text(json.dumps(API))
     assert api.load(path).zookeeper == "127.0.0.1:2181"

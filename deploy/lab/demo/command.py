@@ -71,8 +71,9 @@ def demo(directory: Path | None, report: Path, guest_files: tuple[Path, ...], qe
     """Empty a host of real guests, and let the guests prove what became of them.
 
     Starts a cluster of its own with four hosts and fourteen guests on one of them, two of which are Linux with a disk
-    each. On the way devices ask for late ACKs, the operator pauses a guest and policy suspends one. Exit code 0: every promise was kept, 1: one was not, and each
-    is told in one sentence. Nothing is left running at any end, Ctrl-C included.
+    each. On the way devices ask for late ACKs, the operator pauses a guest and policy suspends one. Exit code 0: every
+    promise was kept, 1: one was not, and each is told in one sentence. Nothing is left running at any end, Ctrl-C
+    included.
     """
     from deploy.lab.demo import staging
 
