@@ -487,7 +487,8 @@ def test_each_namespace_is_its_own(directory: Path) -> None:
         assert cluster.inside(retries.read_text, "host-1").strip() == str(network.TCP_RETRIES)
         assert retries.read_text() == root
         assert socket.if_nameindex() == interfaces  # the root namespace is left as it was
-        assert [name for _, name in cluster.inside(socket.if_nameindex, "host-1")] == ["lo", "eth0"]
+        inside = {name for _, name in cluster.inside(socket.if_nameindex, "host-1")}
+        assert inside == {"lo", "eth0", network.GUEST_BRIDGE, network.GUEST_UPLINK}
         cluster.inside(lambda: socket.create_connection((cluster.places.hosts[0].address, 7701), 1).close())
 
 
