@@ -101,6 +101,7 @@ class DiskDaemon:
 
     async def export(self, disk: DiskFile, image: str) -> None:
         """Open the disk's image and let one connection write to it, under the name `image`. Raises DiskError."""
+        await self.release(disk.name, image)  # what is left of one that was given up in the middle
         direct = disk.cache is DiskCache.NONE
         cache = {"direct": direct, "no-flush": False}
         file = {"driver": "file", "filename": str(disk.path), "cache": cache, "discard": "unmap"}

@@ -86,10 +86,20 @@ class Images:
         return image
 
     def opened(self, disk: str) -> Image:
-        """It is about to be written to: from here on its content hangs on whoever writes it. Raises DiskError."""
+        """It is about to be written to: from here on its content hangs on whoever writes it. Raises DiskError.
+
+        Blocking: the note is on the disk when this returns. A host that lost power meanwhile would say that the image
+        is whole, while its source has forgotten what it sent into it since (H16).
+        """
         known = self.known()
-        self._write({**known, disk: replace(known[disk], written=True)})
+        self._write({**known, disk: replace(known[disk], written=True)}, durable=True)
         return known[disk]
+
+    def is_for_another(self, disk: DiskFile, inc: str) -> bool:
+        """At the disk's place is an image that was made for a copy to come, and not the one that `inc` arrived with.
+        Raises DiskError."""
+        image = self.known().get(disk.name)
+        return image is not None and image.path == str(disk.path) and (image.written or image.since != inc)
 
     def released(self, disks: Iterable[str], since: str) -> None:
         """Their writer has closed them at this sync point. Raises DiskError."""
@@ -109,13 +119,25 @@ class Images:
         """They are the guest's own images now, or nobody's. Idempotent."""
         self._note.unlink(missing_ok=True)
 
-    def _write(self, known: dict[str, Image]) -> None:
+    def _write(self, known: dict[str, Image], *, durable: bool = False) -> None:
         temporary = self._note.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps({disk: asdict(image) for disk, image in known.items()}))
+            if durable:
+                _synced(temporary)
             temporary.replace(self._note)
+            if durable:
+                _synced(self._note.parent)
         except OSError as error:
             raise DiskError(f"{self._note}: cannot note the guest's images: {error}") from error
+
+
+def _synced(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 async def _ran(*command: str) -> None:

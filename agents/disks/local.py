@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
 from orchestrator.core.endpoint import Endpoint
 
 log = structlog.get_logger(__name__)
+
+
+def images_of(directory: Path) -> Images:
+    """What is known of the images of the guest whose directory this is."""
+    return Images(directory / "storage.images")
 
 
 def local(disks: Sequence[DiskFile]) -> tuple[DiskFile, ...]:
@@ -30,7 +36,7 @@ class LocalImages:
         self._disks = local(disks)
         self._listen_ip = listen_ip
         self._ip = ip or listen_ip
-        self._images = Images(directory / "storage.images")
+        self._images = images_of(directory)
         self._daemon: DiskDaemon | None = None
 
     async def ready(self) -> None:
@@ -43,7 +49,7 @@ class LocalImages:
                 continue
             if known is None or not known.is_whole or not disk.path.exists():
                 known = await self._images.made(disk)
-            self._images.opened(disk.name)
+            await asyncio.to_thread(self._images.opened, disk.name)
             await daemon.export(disk, known.image)
 
     async def _answering(self) -> tuple[DiskDaemon, frozenset[str]]:

@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-from agents.disks.images import retire
-from agents.disks.local import local
+from agents.disks.images import DiskError, retire
+from agents.disks.local import images_of, local
 from agents.engine.base import (
     DiskFile,
     EngineError,
@@ -107,9 +107,18 @@ class Copy:
 
     async def retire_disks(self) -> None:
         """The guest has gone for good: its local images here get another name at once, and are removed once their
-        pool's time of grace is over. Idempotent. Raises OSError."""
-        for disk in self.local_disks:
-            await asyncio.to_thread(retire, disk.path, self.inc)
+        pool's time of grace is over. Idempotent. Raises OSError.
+
+        This may be tried again after the guest has set out to come back: what is at the place of its image by then is
+        that of the copy to come, and is left alone. Nothing waits between the look and the new name.
+        """
+        images = images_of(self.files.directory)
+        try:
+            for disk in self.local_disks:
+                if not images.is_for_another(disk, self.inc):
+                    retire(disk.path, self.inc)
+        except DiskError as error:
+            raise OSError(str(error)) from error
 
     def source_shims(self) -> list[SourceShim]:
         """The devices outside the VMM, as the source of an attempt speaks to them."""

@@ -414,7 +414,7 @@ class HostedGuest(HeldGuest):
             own.disks_engaged = False
         if not self._has_images_to_tend(record) or self.images is None:
             return
-        if record.owner == self.tools.here:
+        if record.owner.host == self.tools.here.host:  # also of a power cycle before: it ran on them
             await self.images.finish()
         else:
             await self.images.discard()

@@ -369,12 +369,21 @@ class ZooKeeperStore(Store):
         answer = self._joinable.get(timeout_s)
         if answer is None:
             answer = self._joinable[timeout_s] = asyncio.get_running_loop().create_future()
-            if self._tasks.spawn(self._send_barrier(timeout_s, answer), "barrier") is None:
+            sending = self._tasks.spawn(self._send_barrier(timeout_s, answer), "barrier")
+            if sending is None:
                 del self._joinable[timeout_s]
                 raise StoreUnavailable("the store is closed")
+            sending.add_done_callback(lambda _: self._barrier_ended(timeout_s, answer))
         result = await asyncio.shield(answer)
         if not isinstance(result, Done):
             raise StoreUnavailable(f"no quorum answered: {result}")
+
+    def _barrier_ended(self, timeout_s: float, answer: asyncio.Future[WriteResult]) -> None:
+        """Also one that was cancelled before its first step, which answers nobody."""
+        if self._joinable.get(timeout_s) is answer:
+            del self._joinable[timeout_s]
+        if not answer.done():
+            answer.set_result(OutcomeUnknown(sent=False, why="the store was closed"))
 
     async def _send_barrier(self, timeout_s: float, answer: asyncio.Future[WriteResult]) -> None:
         result: WriteResult = OutcomeUnknown(sent=False, why="the store was closed")
@@ -612,7 +621,8 @@ class ZooKeeperStore(Store):
                     await asyncio.sleep(_RETRY_S)
                     tree.connected.set()
                     continue
-                if not tree.connected.is_set():
+                # A connection that was lost just now tells nothing any more; the next one is asked again.
+                if self._state is SessionState.CONNECTED and not tree.connected.is_set():
                     self._tell_tree(tree, None)
         finally:
             for end in ends:

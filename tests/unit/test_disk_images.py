@@ -6,13 +6,18 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from agents.config import AgentConfig, PoolConfig
 from agents.disks import pools
+from agents.disks.daemon import DiskDaemon
 from agents.disks.images import DiskError, Images, retire, sweep
-from agents.engine.base import DiskFile
+from agents.disks.local import images_of
+from agents.engine.base import DiskFile, EngineError
+from agents.guest.copies import Copy
 from orchestrator.core.disks import (
     Copying,
     DestinationSide,
@@ -21,6 +26,7 @@ from orchestrator.core.disks import (
     copying,
     has_every_write,
 )
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import DiskCache, DiskFormat, DiskSpec, GuestSpec, PoolKind
 from tests.fakes.config import agent_config
@@ -85,6 +91,108 @@ def test_what_has_moved_away_is_kept_for_its_time_of_grace(tmp_path: Path) -> No
         os.utime(path, (long_ago, long_ago))
     assert sweep(tmp_path, 3600) == [away]
     assert [path.name for path in tmp_path.iterdir()] == ["notes.moved-by-hand"]
+
+
+def copy_that_left(directory: Path, inc: str) -> Copy:
+    """As far as taking its images out of use needs one."""
+    files = SimpleNamespace(directory=directory)
+    return cast(Copy, SimpleNamespace(files=files, inc=inc, local_disks=(disk(directory),)))
+
+
+@needs_tool
+async def test_a_discard_that_is_tried_again_leaves_the_image_of_a_guest_that_comes_back(tmp_path: Path) -> None:
+    """Its place is taken by then: taken out of use, it would be removed under the guest after the time of grace."""
+    left = copy_that_left(tmp_path, "0123456789abcdef")
+    (tmp_path / "root.qcow2").write_text("of the guest that has left")
+    await Copy.retire_disks(left)
+    assert not (tmp_path / "root.qcow2").exists()
+    images = images_of(tmp_path)
+    await images.made(disk(tmp_path))
+    for step in (lambda: images.opened("root"), lambda: images.released(["root"], "fedcba9876543210")):
+        await Copy.retire_disks(left)
+        step()
+    await Copy.retire_disks(left)
+    assert (tmp_path / "root.qcow2").exists()
+
+
+@needs_tool
+async def test_a_copy_leaves_with_the_image_that_it_came_with(tmp_path: Path) -> None:
+    """Also where the note of its arrival still stands."""
+    inc = "0123456789abcdef"
+    images = images_of(tmp_path)
+    await images.made(disk(tmp_path))
+    images.opened("root")
+    images.released(["root"], inc)
+    await Copy.retire_disks(copy_that_left(tmp_path, inc))
+    assert not (tmp_path / "root.qcow2").exists()
+
+
+async def test_a_note_that_cannot_be_read_keeps_the_images_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "root.qcow2").write_text("data")
+    (tmp_path / "storage.images").write_text("{")
+    with pytest.raises(OSError, match="cannot be read"):
+        await Copy.retire_disks(copy_that_left(tmp_path, "0123456789abcdef"))
+    assert (tmp_path / "root.qcow2").exists()
+
+
+@needs_tool
+@pytest.mark.rule("H16")
+async def test_that_an_image_is_opened_is_on_the_disk_before_anybody_writes_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power it would be called whole, without what was sent into it and forgotten by its source."""
+    images = Images(tmp_path / "note")
+    await images.made(disk(tmp_path))
+    synced: list[str] = []
+
+    def sync(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    images.opened("root")
+    assert synced == [str(tmp_path / "note.tmp"), str(tmp_path)]
+
+
+class Qmp:
+    """A storage daemon's monitor, as far as exports go."""
+
+    def __init__(self) -> None:
+        self.nodes: set[str] = set()
+        self.exports: set[str] = set()
+        self.fails = ""
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None, **_: object) -> Any:
+        given = arguments or {}
+        if command == self.fails:
+            raise EngineError(f"{command}: not over in time")
+        match command:
+            case "query-block-exports":
+                return [{"id": each} for each in self.exports]
+            case "query-named-block-nodes":
+                return [{"node-name": each} for each in self.nodes]
+            case "blockdev-add" if given["node-name"] in self.nodes:
+                raise EngineError("Duplicate nodes with node-name")
+            case "blockdev-add":
+                self.nodes.add(given["node-name"])
+            case "blockdev-del":
+                self.nodes.remove(given["node-name"])
+            case "block-export-add":
+                self.exports.add(given["id"])
+            case _:
+                raise AssertionError(command)
+        return {}
+
+
+async def test_an_export_that_was_given_up_in_the_middle_is_no_trouble_to_the_next(tmp_path: Path) -> None:
+    qmp = Qmp()
+    daemon = DiskDaemon(tmp_path, cast(Any, None), Endpoint("127.0.0.1", 1))
+    daemon._qmp = cast(Any, qmp)
+    qmp.fails = "block-export-add"
+    with pytest.raises(DiskError):
+        await daemon.export(disk(tmp_path), "one")
+    qmp.fails = ""
+    await daemon.export(disk(tmp_path), "two")
+    assert (qmp.nodes, qmp.exports) == ({"n-root"}, {"two"})
 
 
 @pytest.mark.rule("H16")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from orchestrator.ledger.store import Done, Op, OutcomeUnknown, StoreUnavailable, WriteResult
+from orchestrator.ledger.store import Done, Op, OutcomeUnknown, SessionState, StoreUnavailable, WriteResult
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 
 STEPS = range(8)
@@ -156,3 +156,50 @@ async def test_who_joined_a_barrier_does_not_end_with_who_asked_for_it() -> None
     await store.close()
     with pytest.raises(StoreUnavailable):
         await store.barrier()
+
+
+async def test_a_barrier_that_a_closed_store_never_begins_is_refused() -> None:
+    """A task that is cancelled before its first step runs none of its own clean-up."""
+    store = Answering()
+    (asked,) = store.asked()
+    await turns(1)
+    await store.close()
+    done, _ = await asyncio.wait({asked}, timeout=1.0)
+    assert done, "its caller waits for ever"
+    with pytest.raises(StoreUnavailable):
+        await asked
+
+
+class _Client:
+    """As far as a watch of trees uses one."""
+
+    chroot = ""
+
+    def on_tree(self, _root: str, _listener: object) -> Callable[[], None]:
+        return lambda: None
+
+
+async def test_a_connection_that_is_lost_as_its_last_watch_is_set_is_not_taken_for_a_certain_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is read over the next connection, before it is asked for its events, would be remembered for ever."""
+    store = ZooKeeperStore("nowhere:1")
+    store._client = _Client()
+    told: list[str | None] = []
+    fails = True
+
+    async def read(*_: object) -> str:
+        if fails:
+            store._session_changed(SessionState.SUSPENDED)
+        return "answer"
+
+    monkeypatch.setattr(store, "_read", read)
+    store._session_changed(SessionState.CONNECTED)
+    end = store.watch_tree(["/guests"], told.append)
+    await turns(5)
+    assert told == []
+    fails = False
+    store._session_changed(SessionState.CONNECTED)
+    await turns(5)
+    assert told == [None]
+    end()
