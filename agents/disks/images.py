@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import time
 import uuid
 from collections.abc import Iterable
@@ -19,11 +18,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from agents.engine.base import DiskFile
+from orchestrator.core.naming import MOVED_AWAY
 
 _TOOL = "qemu-img"
 _MAKE_S = 30.0
 _MOVED = ".moved-"
-_RETIRED = re.compile(r".+\.moved-[0-9a-f]{8}")
 
 
 class DiskError(Exception):
@@ -81,7 +80,7 @@ class Images:
             raise DiskError(f"disk {disk.name}: its size is not known here; say it in the guest's file (size)")
         image = Image(f"i{uuid.uuid4().hex}", str(disk.path), disk.size_bytes)
         self._write({**known, disk.name: image})
-        disk.path.unlink(missing_ok=True)
+        await asyncio.to_thread(disk.path.unlink, missing_ok=True)  # of a large file it takes seconds
         await _ran(_TOOL, "create", "-q", "-f", disk.format.value, str(disk.path), str(disk.size_bytes))
         return image
 
@@ -110,7 +109,10 @@ class Images:
         )
 
     def discard(self) -> None:
-        """The guest goes elsewhere: what was made for it here is removed. Idempotent. Raises DiskError, OSError."""
+        """The guest goes elsewhere: what was made for it here is removed. Idempotent. Blocking.
+
+        Raises DiskError, OSError.
+        """
         for image in self.known().values():
             Path(image.path).unlink(missing_ok=True)
         self.forget()
@@ -183,7 +185,7 @@ def sweep(pool: Path, grace_s: float) -> list[Path]:
     """Remove images that were taken out of use at least `grace_s` ago; returns them. Raises OSError."""
     over: list[Path] = []
     for path in pool.glob(f"*{_MOVED}*"):
-        if _RETIRED.fullmatch(path.name) and time.time() - path.stat().st_mtime >= grace_s:
+        if MOVED_AWAY.fullmatch(path.name) and time.time() - path.stat().st_mtime >= grace_s:
             path.unlink(missing_ok=True)
             over.append(path)
     return over

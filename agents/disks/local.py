@@ -99,7 +99,7 @@ class LocalImages:
     async def discard(self) -> None:
         """It goes elsewhere: nothing of it is left here. Raises OSError as well."""
         await self._ended()
-        self._images.discard()
+        await asyncio.to_thread(self._images.discard)
 
     @property
     def anything(self) -> bool:

@@ -7,6 +7,7 @@ between them would find another image, or none. So the source says which word it
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import GuestSpec, PoolKind
 
 _TOKEN = ".drover-pool"
+_LOOK_S = 2.0
+_looks: dict[Path, threading.Lock] = {}
+"""One thread at a time looks into a pool: of a file system that does not answer no more than one waits for ever, and
+the agent's threads are there for its other guests."""
 
 
 def token(pool: Path) -> str:
@@ -38,10 +43,15 @@ def tokens(config: AgentConfig, spec: GuestSpec) -> dict[str, str]:
     for name in sorted({disk.pool for disk in spec.disks}):
         pool = config.pools.get(name)
         if pool is not None and pool.kind is PoolKind.SHARED_FILE:
+            look = _looks.setdefault(pool.path, threading.Lock())
+            if not look.acquire(timeout=_LOOK_S):
+                continue
             try:
                 found[name] = token(pool.path)
             except OSError:  # read-only here: its locks, or its images' names, have to do
                 continue
+            finally:
+                look.release()
     return found
 
 

@@ -49,6 +49,9 @@ RETRY_S = 0.2
 LOOK_S = 600.0
 """A net below the watches, which tell everything that can happen to the place."""
 """The place is looked at this often, whatever the watches say."""
+OFFERED_S = 5.0
+"""For a look at what this host offers: a pool may be on a file system that does not answer, and its guests, those that
+have nothing in it as well, need their agent."""
 SPACE_S = 60.0
 """The room in pools is told at most this often."""
 PATIENCE_S = 30.0
@@ -94,6 +97,15 @@ class Offered:
             tuple(features),
         )
 
+    @classmethod
+    def unseen(cls, config: AgentConfig, probed: Mapping[str, str]) -> Offered:
+        """Without a look at any file: the room in pools is told later, and firmware by the next agent."""
+        names = sorted(config.pools.items())
+        return cls(
+            tuple(Pool(name, pool.kind, pool.fence, pool.locks == "none") for name, pool in names),
+            tuple(filter(None, probed.get("cpu_models", "").split(","))),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Look:
@@ -134,6 +146,15 @@ class Registration:
 
     # --- taking it ----------------------------------------------------------------------------------------------------
 
+    async def _look_around(self, probed: Mapping[str, str]) -> Offered:
+        try:
+            async with asyncio.timeout(OFFERED_S):
+                return await asyncio.to_thread(Offered.of, self._config, probed)
+        except TimeoutError:
+            said = "a pool or a file of firmware does not answer: this host offers no firmware until its next start"
+            log.error(said, pools=sorted(self._config.pools), waited_s=OFFERED_S)
+            return Offered.unseen(self._config, probed)
+
     async def take(self) -> None:
         """Become the host's agent in the ledger; waits for ZooKeeper, and for a predecessor's session to lapse.
 
@@ -145,7 +166,7 @@ class Registration:
         self._installation.open()
         self._me = replace(self._me, installation=self._installation.id)
         probed = await self._engine.probe()
-        self._offered = await asyncio.to_thread(Offered.of, self._config, probed)
+        self._offered = await self._look_around(probed)
         loop = asyncio.get_running_loop()
         gives_up: float | None = None
         while True:

@@ -54,7 +54,12 @@ class SourceDisks:
         for disk in known:
             if disk not in there:
                 raise DiskTrouble(disk, "the destination has no image for it")
-        await asyncio.gather(*(self._synced(disk, known[disk], there[disk]) for disk in known))
+        works = [asyncio.ensure_future(self._synced(disk, known[disk], there[disk])) for disk in known]
+        try:
+            await asyncio.gather(*works)
+        finally:
+            for work in works:  # the first failure ends the attempt: no other disk goes on into the next one
+                work.cancel()
 
     async def _synced(self, disk: str, here: SourceSide, there: ImageThere) -> None:
         if there.size_bytes != self._sizes[disk]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from orchestrator.core.naming import file_error, name_error
+from orchestrator.core.naming import MOVED_AWAY, file_error, name_error
 from orchestrator.core.records import CloudInit, DiskSpec, Firmware, GuestSpec, NicSpec, ShimKind
 from orchestrator.core.text import quoted
 
@@ -88,6 +88,9 @@ def _disk(disk: DiskSpec) -> list[Problem]:
         bad.append(("pool", f"names a pool of the hosts' and {wrong}"))
     if wrong := file_error(disk.image, "the pool"):
         bad.append(("image", wrong))
+    elif MOVED_AWAY.fullmatch(disk.image):
+        said = "is what an image is called whose guest has moved away, and such images are removed"
+        bad.append(("image", f"{said}: give it another name"))
     if not disk.size_bytes:
         return bad
     if disk.read_only:

@@ -8,6 +8,8 @@ from orchestrator.core.text import quoted
 
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
+MOVED_AWAY = re.compile(r".+\.moved-[0-9a-f]{8}")
+"""Names of images whose guests have moved away: they are removed after a time."""
 _WORDS = "must be lower-case letters, digits and hyphens, 1 to 63 of them, with a letter or digit at both ends"
 
 

@@ -160,6 +160,8 @@ class Index:
         self._gap = True
         """Events may have been missed, and the whole look that makes up for it is not announced yet: what is read now
         may not be put beside what was read before."""
+        self._gaps = 0
+        """How many there were: one that began and ended within a round is noticed by it."""
         self._asked: list[asyncio.Future[None]] = []
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -260,6 +262,7 @@ class Index:
     def _session(self, state: SessionState) -> None:
         if state is not SessionState.CONNECTED:
             self._gap = True
+            self._gaps += 1
             self.nodes.lost()
 
     def _announced(self, path: str | None) -> None:
@@ -320,6 +323,7 @@ class Index:
     async def _round(self) -> list[str]:
         """Read what moved: hosts first, taken in last (see above). Returns what was taken in; on StoreUnavailable
         nothing is, and all of it is read in the next round."""
+        gaps = self._gaps
         if self._everything:
             self._everything = False
             try:
@@ -333,7 +337,7 @@ class Index:
             found_hosts = await each(hosts, self._read_host, at_once=_AT_ONCE)
             guests, self._moved_guests = self._moved_guests, set()
             found_guests = await each(guests, self._read_guest, at_once=_AT_ONCE)
-            if self._gap:
+            if self._gap or self._gaps != gaps:
                 raise StoreUnavailable("the connection was lost meanwhile")
         except BaseException:
             self._moved_hosts |= hosts

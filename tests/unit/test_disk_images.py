@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,6 +229,29 @@ def test_a_shared_pool_is_known_by_the_word_in_it(tmp_path: Path) -> None:
     assert pools.token(one) == pools.token(one)
     assert pools.token(one) != pools.token(other)
     assert [path.name for path in one.iterdir()] == [".drover-pool"]
+
+
+def test_a_pool_that_does_not_answer_takes_one_thread_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "_LOOK_S", 0.01)
+    pool = PoolConfig(path=tmp_path, kind=PoolKind.SHARED_FILE)
+    config = agent_config(tmp_path).model_copy(update={"pools": {"nfs": pool}})
+    spec = GuestSpec("g", disks=(DiskSpec("data", "nfs", "data.raw"),))
+    answered, begun = threading.Event(), threading.Event()
+
+    def hang(_: Path) -> str:
+        begun.set()
+        answered.wait(30)
+        return "word"
+
+    monkeypatch.setattr(pools, "token", hang)
+    found: list[dict[str, str]] = []
+    first = threading.Thread(target=lambda: found.append(pools.tokens(config, spec)))
+    first.start()
+    assert begun.wait(10)
+    assert pools.tokens(config, spec) == {}
+    answered.set()
+    first.join(10)
+    assert found == [{"nfs": "word"}]
 
 
 def test_a_destination_with_another_directory_under_the_name_is_refused(tmp_path: Path) -> None:

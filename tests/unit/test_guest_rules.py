@@ -108,6 +108,7 @@ def test_names_that_are_no_dns_labels(name: str) -> None:
         (replace(SOUND, devices=tuple(replace(NIC, name=f"nic{n}") for n in range(9))), "devices"),
         (replace(SOUND, cpu=Cpu("Nehalem,+vmx")), "cpu.model"),
         *[(with_disk(image=name), "disks[0].image") for name in (*BAD_IMAGES, "")],
+        (with_disk(image="root.qcow2.moved-01234567"), "disks[0].image"),
         (with_disk(name="Root"), "disks[0].name"),
         (with_disk(pool="../fast"), "disks[0].pool"),
         (with_disk(size_bytes=(1 << 20) - 512), "disks[0].size_bytes"),

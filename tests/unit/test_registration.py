@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,29 @@ async def until(true: Any) -> None:
     async with asyncio.timeout(10):
         while not true():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+async def test_a_pool_that_does_not_answer_keeps_no_agent_from_its_guests(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+
+    def hang(*_: object) -> tuple[int, int]:
+        answered.wait(30)
+        return 1, 1
+
+    monkeypatch.setattr(pools, "room", hang)
+    monkeypatch.setattr(registration, "OFFERED_S", 0.05)
+    claimant = Claimant(tmp_path / "first", tree, FIRST)
+    pool = PoolConfig(path=tmp_path, kind=PoolKind.SHARED_FILE)
+    claimant.place._config = claimant.config.model_copy(update={"pools": {"nfs": pool}})
+    try:
+        async with asyncio.timeout(5):
+            await claimant.take()
+        assert record_of(tree).pools == (Pool("nfs", PoolKind.SHARED_FILE),)
+    finally:
+        answered.set()
+        await claimant.place.close()
 
 
 async def test_a_new_host_is_registered_with_its_identity(first: Claimant, tree: Tree) -> None:
