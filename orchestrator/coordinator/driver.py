@@ -418,10 +418,10 @@ class Driver:
 
     async def _open(self, command: migration.Open) -> migration.Event:
         placing = self._tools.placing
-        for _ in range(WRITE_TRIES):
+        for number in range(WRITE_TRIES):
             with contextlib.ExitStack() as until_written:
                 async with placing.turn:
-                    opening = await self._opening(command)
+                    opening = await self._opening(command, guess=number == 0)
                     if not isinstance(opening, _Opening):
                         return opening
                     until_written.enter_context(placing.writing(opening.host))
@@ -430,12 +430,13 @@ class Driver:
             await self._pause()
         return migration.Finished()
 
-    async def _opening(self, command: migration.Open) -> _Opening | migration.Event:
-        """What to write where, for a host that nothing else is being written for; called in one's turn."""
+    async def _opening(self, command: migration.Open, *, guess: bool) -> _Opening | migration.Event:
+        """What to write where, for a host that nothing else is being written for; called in one's turn. `guess`: what
+        is likely to be so need not be looked up, since a write of it has not failed yet."""
         fresh = False
         while True:
             snapshot = await (self._tools.index.snapshot() if fresh else self._tools.index.recent())
-            found = await self._judge(command, snapshot, await self._read(), fresh=fresh)
+            found = await self._judge(command, snapshot, await self._read(), guess=guess and not fresh)
             if isinstance(found, (migration.NoPlace, migration.SourceSilent)) and not fresh:
                 fresh = True  # there may be a place that this process has not been told of yet
             elif isinstance(found, _Opening) and found.host in self._tools.placing.busy:
@@ -444,7 +445,7 @@ class Driver:
                 return found
 
     async def _judge(
-        self, command: migration.Open, snapshot: Snapshot, nodes: _Nodes, *, fresh: bool
+        self, command: migration.Open, snapshot: Snapshot, nodes: _Nodes, *, guess: bool
     ) -> _Opening | migration.Event:
         spec, record = self._spec, nodes.record
         guest_spec = await self._tools.index.spec(spec.guest)
@@ -484,7 +485,7 @@ class Driver:
             SetData(paths.guest(spec.guest), encode(opened), nodes.guest.version),
             _reserve(entry, spec.id, guest_spec),
             SetData(paths.migration_state(spec.id), encode(state), nodes.state_version),
-            *await self._missing_ack_nodes(likely=not fresh and nodes.state.attempt == 0),
+            *await self._missing_ack_nodes(likely=guess and nodes.state.attempt == 0),
             await markers.marked(self._tools.store, choice.destination.host, spec.guest),
         ]
         return _Opening(choice.destination.host, ops)

@@ -30,6 +30,7 @@ from orchestrator.core.records import (
     MigrationPhase,
     MigrationState,
     OnHostDeath,
+    Requests,
     WaitingFor,
 )
 from orchestrator.ledger import paths
@@ -792,3 +793,10 @@ async def test_who_loses_a_race_for_room_looks_again_without_a_barrier(world: Wo
     assert await drive(world) == "SUCCEEDED"
     assert lost
     assert world.store.barriers == 0
+
+
+async def test_nodes_that_are_there_already_are_looked_up_after_a_guess_that_failed(world: World) -> None:
+    """As in a ledger that somebody mended by hand."""
+    world.put(paths.requests("m1"), Requests())
+    world.put(paths.acks("m1"), Requests())
+    assert await drive(world) == "SUCCEEDED"
