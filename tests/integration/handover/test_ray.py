@@ -56,7 +56,7 @@ def emptied(scene: Scene, evacuation: str) -> dict[str, types_pb2.Migration]:
 def test_in_every_phase_that_lasts(scene: Scene) -> None:
     """One guest waits for its turn, one is in pre-copy, one is committed and not yet running, one waits to retry."""
     precopy = scene.guest(device("dpu", "delays: [{call: load, ms: 8000, times: 1}]"))
-    committed = scene.guest(device("dpu", "delays: [{call: activate, ms: 8000, times: 1}]"))
+    committed = scene.guest(device("dpu", "delays: [{call: activate, ms: 12000, times: 1}]"))
     retrying = scene.guest(device("dpu", "asks: [{at: freeze}]"))
     waiting = scene.guest()
     evacuation = evacuate(scene, 3, backoff_initial_ms=6000, backoff_max_ms=6000)
