@@ -25,6 +25,9 @@ SILENT_S = 5.0
 START_S = 8.0
 """The same for one that starts; doubled with each replacement in a row, so that a slow machine gets there as well."""
 SLOWEST_START_S = 128.0
+CALM_S = 120.0
+"""A worker whose predecessor was replaced less than this ago gets twice the time, and so on: where the machine is too
+slow for its load, to hand out everything anew only adds to that."""
 
 
 class WorkerLost(Exception):
@@ -67,6 +70,17 @@ class _Seat:
     member: _Member
     before: int = 0
     in_a_row: int = 0
+    replaced_s: float = float("-inf")
+    lately: int = 0
+    """Replacements, each less than CALM_S after the one before; 0 once the last is older."""
+
+    def patience_s(self, now_s: float) -> float:
+        """How long its worker may be silent."""
+        if not self.member.answered:
+            return min(SLOWEST_START_S, START_S * 2**self.in_a_row)
+        if now_s - self.replaced_s > CALM_S:
+            self.lately = 0
+        return min(SLOWEST_START_S, SILENT_S * 2**self.lately)
 
 
 class Pool:
@@ -127,9 +141,8 @@ class Pool:
         if well:
             member.well_s, member.answered, seat.in_a_row = now_s, True, 0
             return
-        start_s = min(SLOWEST_START_S, START_S * 2**seat.in_a_row)
         silent_s = now_s - member.well_s
-        if silent_s > (SILENT_S if member.answered else start_s):
+        if silent_s > seat.patience_s(now_s):
             log.error("a worker is silent: another takes its place", worker=seat.number, silent_s=round(silent_s, 1))
             self._replace(seat, now_s)
 
@@ -138,6 +151,7 @@ class Pool:
         old.worker.kill()
         seat.before += 1
         seat.in_a_row += 1
+        seat.lately, seat.replaced_s = seat.lately + 1, now_s
         self.replaced += 1
         seat.member = _Member(self._start(seat.number, seat.before), now_s)
         old.lost.set()

@@ -106,6 +106,22 @@ async def test_a_worker_that_never_gets_ready_is_replaced_each_time_with_more_pa
     assert len(bench.workers) == 4
 
 
+async def test_a_worker_that_is_too_slow_for_its_load_is_not_replaced_again_and_again(bench: Bench) -> None:
+    """Each replacement hands out everything anew, on a machine that is too slow already."""
+    for expected in (1, 2, 3):
+        await bench.look(0.1)  # the newest answers once, and no more
+        bench.workers[-1].frozen = True
+        await bench.look(pools.SILENT_S * 2 ** (expected - 1) - 0.5)
+        assert len(bench.workers) == expected
+        await bench.look(1.0)
+        assert len(bench.workers) == expected + 1
+    await bench.look(0.1)
+    await bench.look(pools.CALM_S + 1.0)
+    bench.workers[-1].frozen = True
+    await bench.look(pools.SILENT_S + 0.5)
+    assert len(bench.workers) == 5, "after a calm time as fast as the first"
+
+
 async def test_nobody_is_replaced_for_a_ledger_that_is_away_for_all(bench: Bench) -> None:
     await bench.look(0.0)
     bench.workers[0].ready = False
