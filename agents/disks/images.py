@@ -8,7 +8,6 @@ opened again only as long as its writer lives: a note that says otherwise would 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from agents.engine.base import DiskFile
+from agents.host.commands import CommandFailed, ran
 from orchestrator.core.naming import MOVED_AWAY
 
 _TOOL = "qemu-img"
@@ -81,7 +81,11 @@ class Images:
         image = Image(f"i{uuid.uuid4().hex}", str(disk.path), disk.size_bytes)
         self._write({**known, disk.name: image})
         await asyncio.to_thread(disk.path.unlink, missing_ok=True)  # of a large file it takes seconds
-        await _ran(_TOOL, "create", "-q", "-f", disk.format.value, str(disk.path), str(disk.size_bytes))
+        size = str(disk.size_bytes)
+        try:
+            await ran(_TOOL, "create", "-q", "-f", disk.format.value, str(disk.path), size, timeout_s=_MAKE_S)
+        except CommandFailed as error:
+            raise DiskError(f"disk {disk.name}: its image cannot be made: {error}") from error
         return image
 
     def opened(self, disk: str) -> Image:
@@ -140,31 +144,6 @@ def _synced(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-async def _ran(*command: str) -> None:
-    """Raises DiskError with the program's own words."""
-    try:
-        child = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
-    except OSError as error:
-        raise DiskError(f"cannot run {command[0]}: {error}; is qemu-utils installed?") from error
-    try:
-        async with asyncio.timeout(_MAKE_S):
-            _, said = await child.communicate()
-    except TimeoutError:
-        raise DiskError(f"{' '.join(command)}: not over after {_MAKE_S:g} s") from None
-    finally:
-        if child.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-            await child.wait()
-    if child.returncode:
-        raise DiskError(f"{' '.join(command)}: {said.decode(errors='replace').strip()[-400:]}")
 
 
 def retire(path: Path, inc: str) -> Path | None:

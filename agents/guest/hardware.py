@@ -20,6 +20,7 @@ from agents.guest import seed
 from agents.guest.files import GuestFiles
 from agents.guest.tpm import Tpm, available
 from agents.host import pools
+from agents.host.commands import CommandFailed, ran
 from agents.shims.net import mac_address
 from orchestrator.core.compatibility import real_machine
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -209,36 +210,15 @@ async def _image(config: AgentConfig, disk: DiskSpec) -> Path | None:
     fresh = file.path.with_name(f".{disk.image}.{config.host}.new")
     kind = "raw" if disk.format is DiskFormat.RAW else "qcow2"
     try:
-        await _run(IMAGE_TOOL, "create", "-q", "-f", kind, str(fresh), str(disk.size_bytes))
+        await ran(IMAGE_TOOL, "create", "-q", "-f", kind, str(fresh), str(disk.size_bytes), timeout_s=_IMAGE_S)
         await asyncio.to_thread(file.path.hardlink_to, fresh)
     except FileExistsError:
         return None
-    except OSError as error:
+    except (CommandFailed, OSError) as error:
         raise EngineError(f"the image {disk.image} cannot be made in pool {disk.pool}: {error}") from error
     finally:
-        fresh.unlink(missing_ok=True)
+        await asyncio.to_thread(fresh.unlink, missing_ok=True)  # the pool may be on another machine
     return file.path
-
-
-async def _run(*command: str) -> None:
-    try:
-        child = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-        )
-    except OSError as error:
-        raise EngineError(f"cannot run {command[0]}: {error.strerror}; images are made with it") from error
-    try:
-        async with asyncio.timeout(_IMAGE_S):
-            said, _ = await child.communicate()
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.wait()
-        if isinstance(error, TimeoutError):
-            raise EngineError(f"{command[0]} did not end within {_IMAGE_S:g} s") from None
-        raise
-    if child.returncode:
-        raise EngineError(said.decode(errors="replace").strip()[-400:] or f"{command[0]} failed")
 
 
 # --- firmware ---------------------------------------------------------------------------------------------------------

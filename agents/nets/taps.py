@@ -6,7 +6,6 @@ what is said at the take-over (`bind`) is said once the guest runs.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from collections.abc import Collection, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import structlog
 
+from agents.host.commands import CommandFailed, ran
 from agents.nets import ports
 from agents.nets.ports import Link, Owner, Port
 
@@ -41,28 +41,11 @@ def root_of(directory: Path) -> str:
 async def _run(*command: str, text: str = "") -> str:
     """What the program printed. Raises NetsError when it failed, or did not end in time: it is killed then."""
     try:
-        child = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-    except OSError as error:
-        raise NetsError(f"cannot run {command[0]}: {error.strerror}; it is needed for network cards") from error
-    try:
-        async with asyncio.timeout(COMMAND_S):
-            out, err = await child.communicate(text.encode())
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.wait()
-        if isinstance(error, TimeoutError):
-            raise NetsError(f"{command[0]} did not end within {COMMAND_S:g} s") from None
-        raise
-    if child.returncode:
-        lines = [line for line in err.decode(errors="replace").splitlines() if not line.startswith("Command failed")]
-        raise NetsError(f"{command[0]}: {lines[0] if lines else f'exit status {child.returncode}'}")
-    return out.decode(errors="replace")
+        return await ran(*command, timeout_s=COMMAND_S, text=text)
+    except CommandFailed as error:
+        # ip says last which line of its batch it was; what was wrong with it comes first.
+        lines = [line for line in error.words.splitlines() if not line.startswith("Command failed")]
+        raise NetsError(f"{command[0]}: {lines[0]}" if lines else str(error)) from error
 
 
 async def links() -> list[Link]:

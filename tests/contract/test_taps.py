@@ -19,6 +19,7 @@ from agents.config import NetworkConfig
 from agents.engine.base import EngineError, Tap, VmmSpec
 from agents.guest import copies
 from agents.guest.files import GuestFiles
+from agents.host import commands
 from agents.nets import taps
 from agents.nets.ports import Owner, Port, tap_name
 from agents.nets.taps import NetsError, NetworkNotFound, Taps
@@ -61,7 +62,7 @@ def inside(namespace: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     async def there(*command: str, **options: object) -> asyncio.subprocess.Process:
         return await real(*network.command_in(namespace, command), **options)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(taps.asyncio, "create_subprocess_exec", there)
+    monkeypatch.setattr(commands.asyncio, "create_subprocess_exec", there)
     yield
     for link in json.loads(ip(namespace, "-json", "link", "show")):
         if link["ifname"].startswith("dv"):
