@@ -127,6 +127,9 @@ class Agent:
         self._tidy_at_s = 0.0
         self._all_found = False
         """Every guest that earlier agents wrote down on this disk is known."""
+        self._measure(metrics)
+
+    def _measure(self, metrics: Metrics) -> None:
         metrics.gauges(
             guests=lambda: sum(1 for guest in list(self._guests.values()) if guest.is_here),
             under_way=self._departures,

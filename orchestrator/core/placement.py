@@ -214,21 +214,7 @@ def choose(
     candidates = [host for host in hosts if not wanted or host.ref.host == wanted]
     if wanted and not candidates:
         return Choice(None, (), RefusalReason.NOT_FOUND, f"there is no host {wanted}")
-    shunned = frozenset(avoid)
-    size_mib = need.memory_mib + GUEST_OVERHEAD_MIB if salt else 1
-    order = [
-        (
-            host.ref.host in shunned,
-            host.ref.host != prefer,
-            -(host.free_mib // size_mib),
-            host.ref.host in later,
-            host.arrivals,
-            zlib.crc32(f"{salt}{host.ref.host}".encode()) if salt else 0,
-            host.ref.host,
-            number,
-        )
-        for number, host in enumerate(candidates)
-    ]
+    order = _order(candidates, need, prefer=prefer, avoid=frozenset(avoid), later=later, salt=salt)
     heapify(order)
     full = False
     while order:
@@ -243,6 +229,26 @@ def choose(
         said = f"every host that could take {need.name} receives {max_arrivals} migrations already"
         return Choice(None, verdicts, RefusalReason.NO_CAPACITY, said, transient=True, passing=True)
     return _nowhere(verdicts, need, wanted)
+
+
+def _order(
+    hosts: Sequence[HostView], need: Need, *, prefer: str, avoid: Collection[str], later: Collection[str], salt: str
+) -> list[tuple[bool, bool, int, bool, int, int, str, int]]:
+    """For each host how it stands, the best first once sorted, and last its place in `hosts`."""
+    size_mib = need.memory_mib + GUEST_OVERHEAD_MIB if salt else 1
+    return [
+        (
+            host.ref.host in avoid,
+            host.ref.host != prefer,
+            -(host.free_mib // size_mib),
+            host.ref.host in later,
+            host.arrivals,
+            zlib.crc32(f"{salt}{host.ref.host}".encode()) if salt else 0,
+            host.ref.host,
+            number,
+        )
+        for number, host in enumerate(hosts)
+    ]
 
 
 def _each(hosts: Iterable[HostView], need: Need, source: HostView | None) -> tuple[Verdict, ...]:

@@ -120,12 +120,16 @@ class QemuDisks(base.DiskCopies):
 
     async def drain(self, bound_s: float) -> None:
         disks = sorted(self._mirrors | set(self._passes))
+        works = [asyncio.ensure_future(self._drained(disk)) for disk in disks]
         try:
             async with asyncio.timeout(bound_s):
-                await asyncio.gather(*map(self._drained, disks))
+                await asyncio.gather(*works)
         except TimeoutError:
             await self.cut()
             raise EngineTimeout(f"disks {', '.join(disks)} were not drained in {bound_s:g} s") from None
+        finally:
+            for work in works:  # the first failure ends the attempt: nothing of it goes on into the next one
+                work.cancel()
 
     async def _drained(self, disk: str) -> None:
         if disk in self._passes:
