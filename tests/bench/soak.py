@@ -38,6 +38,7 @@ from orchestrator.core.records import GuestSpec
 from orchestrator.rpc import channels
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
+from tests.bench.ending import ends_well
 from tests.bench.fleet import fill, plane
 from tests.bench.fleet.figures import ROOT, Figure, at_most, beside, write
 from tests.bench.fleet.plane import Plane, is_actor, rss_of
@@ -332,14 +333,6 @@ def figures_of(watch: Watch, warm_s: float, migrations: int, seconds: float) -> 
 
 
 # --- both together ----------------------------------------------------------------------------------------------------
-
-
-def ends_well() -> None:
-    """Whoever ends the process ends all that it started."""
-    doing = asyncio.current_task()
-    assert doing is not None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, doing.cancel)
 
 
 async def soak(

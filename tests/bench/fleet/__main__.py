@@ -13,12 +13,12 @@ import argparse
 import asyncio
 import contextlib
 import os
-import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.bench.ending import ends_well
 from tests.bench.fleet import figures, plane, scenes
 from tests.bench.fleet.figures import ROOT, Figure
 
@@ -51,10 +51,7 @@ class Run:
 
 
 async def _bench(run: Run) -> None:
-    doing = asyncio.current_task()
-    assert doing is not None
-    for number in (signal.SIGTERM, signal.SIGINT):  # whoever ends the bench ends all that it started
-        asyncio.get_running_loop().add_signal_handler(number, doing.cancel)
+    ends_well()
     for scene, names in scenes.SCENES.items():
         if run.wants(*names):
             begun = time.monotonic()

@@ -11,11 +11,11 @@ import argparse
 import asyncio
 import contextlib
 import os
-import signal
 import time
 from pathlib import Path
 
 from orchestrator.telemetry import configure_logging
+from tests.bench.ending import ends_well
 from tests.bench.fleet import figures
 from tests.bench.fleet.figures import ROOT, Figure
 from tests.bench.guests import floor, link, outage
@@ -40,10 +40,7 @@ async def _taken(name: str, scene: Scene, asked: Asked) -> list[Figure]:
 
 async def bench(only: frozenset[str], asked: Asked, found: list[Figure]) -> None:
     """Fills `found` figure by figure, so that what was taken is there even when it is ended early."""
-    doing = asyncio.current_task()
-    assert doing is not None
-    for number in (signal.SIGTERM, signal.SIGINT):  # whoever ends the bench ends all that it started
-        asyncio.get_running_loop().add_signal_handler(number, doing.cancel)
+    ends_well()
     for name, scene in FIGURES.items():
         if not only or name in only:
             found += await _taken(name, scene, asked)
