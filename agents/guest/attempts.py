@@ -88,7 +88,7 @@ class Attempts:
             return None
         peer = self._tools.peers.source(str(order.source_peer), order.attempt, "")
         try:
-            machine, tokens = await peer.machine(), await peer.pool_tokens()
+            machine, tokens = await peer.machine()
         except PeerUnavailable as error:
             said = f"its source does not say what its machine is: {error}"
             raise self._guest.refused(RefusalReason.AGENT_UNREACHABLE, said) from error

@@ -22,6 +22,7 @@ from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.core.records import LiveMachine, TimelineEntry
 from orchestrator.rpc import channels
+from orchestrator.rpc.errors import told
 from orchestrator.tasks import Tasks
 from protos.drover.v1 import agent_pb2 as pb
 from protos.drover.v1 import agent_pb2_grpc as rpc
@@ -59,12 +60,9 @@ class DestinationPeer(Protocol):
 class SourcePeer(Protocol):
     """What a destination says to its source."""
 
-    async def machine(self) -> LiveMachine:
-        """The guest's machine as the source has it now. Raises DroverError when the source has none to tell."""
-        ...
-
-    async def pool_tokens(self) -> Mapping[str, str]:
-        """The word in each shared pool that the guest's disks are in, as the source reads it. Raises DroverError."""
+    async def machine(self) -> tuple[LiveMachine, Mapping[str, str]]:
+        """The guest's machine as the source has it now, and the word in each shared pool that its disks are in, as the
+        source reads it. Raises DroverError when the source has none to tell."""
         ...
 
     async def ack(self, entry: AckRequest) -> None:
@@ -231,14 +229,15 @@ class GrpcSourcePeer(SourcePeer):
         with contextlib.suppress(PeerUnavailable):
             await _answered(self._stub.Ping(pb.PingRequest(tag=self._tag), timeout=_CALL_S))
 
-    async def machine(self) -> LiveMachine:
+    async def machine(self) -> tuple[LiveMachine, Mapping[str, str]]:
         request = pb.DescribeMachineRequest(guest_uuid=self._tag.guest_uuid)
-        reply = await _answered(self._stub.DescribeMachine(request, timeout=_MACHINE_S))
-        return wire.machine_from_proto(reply.machine)
-
-    async def pool_tokens(self) -> Mapping[str, str]:
-        request = pb.DescribeMachineRequest(guest_uuid=self._tag.guest_uuid)
-        return dict((await _answered(self._stub.DescribeMachine(request, timeout=_MACHINE_S))).pool_tokens)
+        try:
+            reply = await _answered(self._stub.DescribeMachine(request, timeout=_MACHINE_S))
+        except PeerUnavailable as error:
+            if isinstance(error.__cause__, grpc.RpcError) and (refusal := told(error.__cause__)):
+                raise refusal from error
+            raise
+        return wire.machine_from_proto(reply.machine), dict(reply.pool_tokens)
 
     async def ack(self, entry: AckRequest) -> None:
         """Put it into `acks`, from which the served device stream takes it to the source. Sends nothing itself."""

@@ -175,10 +175,9 @@ def from_rpc_error(
     Without a reason of ours: UNAVAILABLE becomes `unreachable`; DEADLINE_EXCEEDED, CANCELLED and whatever else tells
     nothing about the call's effect becomes OUTCOME_UNKNOWN.
     """
+    if (refusal := told(error)) is not None:
+        return refusal
     call = cast(grpc.Call, error)
-    told = _told(call)
-    if told is not None:
-        return told
     code: grpc.StatusCode = call.code()
     said = (call.details() or "").strip() or code.name.lower().replace("_", " ")
     where = peer or "the other side"
@@ -204,10 +203,10 @@ _NOT_TAKEN = ("CLIENT: Sent message larger than max", "SERVER: Received message 
 too large, of a call that may have had its effect."""
 
 
-def _told(call: grpc.Call) -> DroverError | None:
+def told(error: grpc.RpcError) -> DroverError | None:
     """The DroverError that the other side raised; None when the status does not carry one."""
     try:
-        status = cast(status_pb2.Status | None, rpc_status.from_call(call))
+        status = cast(status_pb2.Status | None, rpc_status.from_call(cast(grpc.Call, error)))
     except ValueError:
         return None  # details that contradict the status: not ours
     if status is None:

@@ -59,11 +59,8 @@ class Link:
         self.destination.go(self.destination.state.inc, want_run)
         return self.destination.started.is_set()
 
-    async def machine(self) -> LiveMachine:
+    async def machine(self) -> tuple[LiveMachine, Mapping[str, str]]:
         raise NotImplementedError("asked before there is an attempt")
-
-    async def pool_tokens(self) -> Mapping[str, str]:
-        return {}
 
     async def ack(self, entry: AckRequest) -> None:
         assert self.source is not None

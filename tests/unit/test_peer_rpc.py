@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,14 @@ import grpc.aio
 import pytest
 
 from agents.handover.attempt import Arrival
-from agents.handover.peer import MAX_FRAME_BYTES, AttemptKey, GrpcDestinationPeer, Peers, PeerUnavailable
+from agents.handover.peer import (
+    MAX_FRAME_BYTES,
+    AttemptKey,
+    GrpcDestinationPeer,
+    GrpcSourcePeer,
+    Peers,
+    PeerUnavailable,
+)
 from agents.serving.peer import PeerServicer
 from agents.shims.base import Frame, FrameKind
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -123,6 +131,25 @@ async def test_a_device_stream_that_the_source_ends_is_not_lost(channel: tuple[s
     await server.stop(None)
     await asyncio.sleep(0.1)
     assert not lost.is_set()
+
+
+async def test_a_source_that_has_no_machine_to_tell_is_no_silent_one(channel: tuple[str, grpc.aio.Channel]) -> None:
+    """The first is over with its answer, the second is asked again until the attempt's time is."""
+    address, to_it = channel
+    client = GrpcSourcePeer(to_it, REF, INC)
+    with pytest.raises(PeerUnavailable):
+        await client.machine()
+    server = await serve(address)
+
+    async def asked() -> None:
+        while True:  # the channel waits to connect again
+            with contextlib.suppress(PeerUnavailable):
+                await client.machine()
+
+    with pytest.raises(DroverError, match="there is no guest g here") as raised:
+        await asyncio.wait_for(asked(), 10)
+    assert raised.value.reason is RefusalReason.NOT_FOUND
+    await server.stop(None)
 
 
 @pytest.mark.parametrize(
