@@ -77,6 +77,7 @@ class DiskDaemon:
             watched = Watched.find(int(note["pid"]), int(note["start_time"]))
             endpoint = Endpoint(note["ip"], int(note["port"]))
         except FileNotFoundError:
+            await _end_unnoted(directory)
             return None
         except (OSError, ValueError, KeyError, TypeError, LivenessUnknown) as error:
             raise DiskError(f"{_path(directory, 'json')}: the note of a storage daemon: {error}") from error
@@ -166,6 +167,16 @@ class DiskDaemon:
 async def open_daemon(directory: Path, ip: str, disks: Sequence[DiskFile]) -> DiskDaemon:
     """The daemon that runs for this guest, or a new one. Raises DiskError."""
     return await DiskDaemon.adopt(directory) or await DiskDaemon.start(directory, ip, len(disks))
+
+
+async def _end_unnoted(directory: Path) -> None:
+    """One whose agent died before it noted it down exports nothing yet, and would hold its port for ever. Raises
+    nothing: without an answer there is none, or the next start says what is in its way."""
+    qmp = QmpConnection("disks", None)
+    with contextlib.suppress(EngineError):
+        await qmp.connect(_path(directory, "qmp"), 1.0)
+        await qmp.execute("quit", timeout_s=1.0)
+    await qmp.close()
 
 
 def _path(directory: Path, suffix: str) -> Path:

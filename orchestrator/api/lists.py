@@ -208,7 +208,7 @@ class Lists:
         fits: list[types_pb2.Guest] = []
         for entry in found.rows:
             with unreadable.of(entry.input.uuid):
-                fits.append(views.guest(_read_of(entry), self._tools.fleet))
+                fits.append(views.without_texts(views.guest(_read_of(entry), self._tools.fleet)))
         told = unreadable.message()
         return pb.ListGuestsResponse(guests=fits, unreadable=told, next_page_token=found.next_page_token)
 

@@ -116,6 +116,13 @@ def guest(read: GuestRead, fleet: Fleet) -> types_pb2.Guest:
     )
 
 
+def without_texts(guest: types_pb2.Guest) -> types_pb2.Guest:
+    """As lists show it: a page of guests with all their cloud-init files would be larger than a message may be."""
+    if guest.spec.HasField("cloud_init"):
+        guest.spec.cloud_init.Clear()
+    return guest
+
+
 def _sample(migration: str, attempt: int, hosts: Sequence[str], fleet: Fleet) -> AttemptStatus | None:
     found = (fleet.attempt(name, migration, attempt) for name in hosts if name)
     return next((status for status in found if status is not None), None)

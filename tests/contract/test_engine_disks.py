@@ -36,6 +36,7 @@ from agents.engine.qemu.engine import QemuEngine, QemuVmm
 from orchestrator.core.disks import Copying, SourceSide, copying
 from orchestrator.core.disks import DestinationSide as There
 from orchestrator.core.records import DiskCache, DiskFormat, PoolKind
+from orchestrator.proc import stat_of
 from tests.contract.test_engine import Pair, image
 
 SIZE = 64 << 20
@@ -174,6 +175,19 @@ async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
     made = Lab(tmp_path)
     yield made
     await made.close()
+
+
+async def test_a_daemon_whose_agent_died_before_it_noted_it_down_is_ended(lab: Lab) -> None:
+    daemon = await DiskDaemon.start(lab.there, "127.0.0.1", 1)
+    pid = process_of(daemon)
+    await daemon.detach()
+    (lab.there / "storage.note").unlink()
+    assert await DiskDaemon.adopt(lab.there) is None
+    async with asyncio.timeout(5):
+        while (stat := stat_of(pid)) is not None and not stat.zombie:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    again = await DiskDaemon.start(lab.there, "127.0.0.1", 1)
+    await again.destroy()
 
 
 def process_of(daemon: DiskDaemon) -> int:

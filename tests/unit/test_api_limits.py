@@ -11,12 +11,14 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from orchestrator.api import limits
+from orchestrator import wire
+from orchestrator.api import limits, views
+from orchestrator.api.listing import MAX_PAGE
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.guest import MAX_APPEND_BYTES, guest_errors
 from orchestrator.core.hardware import MAX_CLOUD_INIT_BYTES, MAX_DISKS, MAX_EXTRA_ARG_BYTES, MAX_NICS
-from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
-from orchestrator.rpc.channels import MAX_REQUEST_BYTES
+from orchestrator.core.records import CloudInit, DeviceSpec, GuestSpec, ShimKind
+from orchestrator.rpc.channels import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2 as types
 
@@ -133,3 +135,13 @@ def test_devices_of_every_kind_are_counted(kind: ShimKind) -> None:
         GuestSpec("g", devices=devices)
     )
     assert guest_errors(GuestSpec("g", devices=devices[:8])) == []
+
+
+def test_a_whole_page_of_the_largest_guests_fits_into_a_message() -> None:
+    """Their cloud-init files would not: lists leave them out."""
+    text = "x" * (60 << 10)
+    spec = GuestSpec("web", cloud_init=CloudInit(user_data=text))
+    whole = types.Guest(name="web", spec=wire.guest_spec_to_proto(spec))
+    listed = views.without_texts(types.Guest.FromString(whole.SerializeToString()))
+    assert whole.ByteSize() * MAX_PAGE > MAX_MESSAGE_BYTES > listed.ByteSize() * MAX_PAGE
+    assert listed.spec.HasField("cloud_init"), "that there are some is told"
