@@ -13,7 +13,6 @@ moved before it has been announced (`Store.watch_tree`), and is read before the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import structlog
@@ -23,6 +22,7 @@ from orchestrator.core.handover import Ownership
 from orchestrator.core.placement import GuestInput, HostView, host_views
 from orchestrator.core.records import GuestSpec
 from orchestrator.ledger import paths
+from orchestrator.ledger.askers import Askers
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.nodes import Nodes
@@ -162,10 +162,7 @@ class Index:
         may not be put beside what was read before."""
         self._gaps = 0
         """How many there were: one that began and ended within a round is noticed by it."""
-        self._asked: list[asyncio.Future[None]] = []
-        self._wake = asyncio.Event()
-        self._hurry = asyncio.Event()
-        """Somebody asks."""
+        self._askers = Askers()
         self._wanted = False
         """Somebody has asked."""
         self._busy = False
@@ -217,16 +214,8 @@ class Index:
             raise StoreUnavailable("not connected to ZooKeeper")
         if not (self._gap or self._everything or self._moved_hosts or self._moved_guests or self._busy):
             return
-        asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._asked.append(asked)
         self._wanted = True
-        self._wake.set()
-        self._hurry.set()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await asked
-        except TimeoutError as error:
-            raise StoreUnavailable(f"the ledger was not seen as a whole within {timeout_s:g} s") from error
+        await self._askers.answered(timeout_s, "the ledger as a whole")
 
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call back for every record that has moved, once it is taken in. Returns a function that ends it."""
@@ -279,46 +268,36 @@ class Index:
                     self._reader.forget(uuid)  # no product writes it twice; who mends a ledger by hand may
             else:
                 return
-        self._wake.set()
+        self._askers.wake.set()
 
     async def _run(self) -> None:
         """Round after round, each for what was announced before it began."""
         while True:
-            await self._wake.wait()
-            self._wake.clear()
+            await self._askers.wake.wait()
+            self._askers.wake.clear()
             if not self._wanted:
                 continue  # single nodes are followed, and nobody has asked for the whole
-            if self._linger_s and not self._asked:
-                await self._linger()
+            if self._linger_s and not self._askers.any:
+                await self._askers.linger(self._linger_s)
             if self._gap:
                 continue  # woken again once everything is announced
-            asked, self._asked = self._asked, []
+            asked = self._askers.take()
             self._busy = True
             try:
                 news = await self._round()
             except Exception as error:
                 if not isinstance(error, StoreUnavailable):
                     log.exception("a look at the ledger failed")
-                self._asked = asked + self._asked
+                self._askers.put_back(asked)
                 await asyncio.sleep(RETRY_S)
-                self._wake.set()
+                self._askers.wake.set()
                 continue
             finally:
                 self._busy = False
-            for one in asked:
-                if not one.done():
-                    one.set_result(None)
+            self._askers.answer(asked)
             for path in news:
                 for listener in list(self._listeners):
                     listener(path)
-
-    async def _linger(self) -> None:
-        """Until somebody asks, or long enough."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._linger_s):
-                while not self._asked:
-                    await self._hurry.wait()
-                    self._hurry.clear()
 
     async def _round(self) -> list[str]:
         """Read what moved: hosts first, taken in last (see above). Returns what was taken in; on StoreUnavailable

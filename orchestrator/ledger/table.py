@@ -9,12 +9,12 @@ never read again, and a row whose nodes are gone is forgotten: memory is bounded
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Generic, Protocol, TypeVar
 
 import structlog
 
+from orchestrator.ledger.askers import Askers
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 from orchestrator.tasks import Tasks
@@ -67,7 +67,6 @@ class Table(Generic[R]):
         self._first = first
         self._pace_s = pace_s
         self._linger_s = linger_s
-        self._hurry = asyncio.Event()
         self._name_of = name_of
         self._read = read
         self._rows: dict[str, R] = {}
@@ -76,8 +75,7 @@ class Table(Generic[R]):
         self._everything = False
         self._listed = False
         self._busy = False
-        self._asked: list[asyncio.Future[None]] = []
-        self._wake = asyncio.Event()
+        self._askers = Askers()
         self._listeners: list[Callable[[str], None]] = []
         self._tasks = Tasks("table")
         self._end: Callable[[], None] | None = None
@@ -133,15 +131,7 @@ class Table(Generic[R]):
             raise StoreUnavailable("not connected to ZooKeeper")
         if self._listed and not (self._everything or self._moved or self._busy):
             return
-        asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._asked.append(asked)
-        self._wake.set()
-        self._hurry.set()
-        try:
-            async with asyncio.timeout(LOOK_S):
-                await asked
-        except TimeoutError as error:
-            raise StoreUnavailable(f"{self._root} was not seen within {LOOK_S:g} s") from error
+        await self._askers.answered(LOOK_S, self._root)
 
     def _announced(self, path: str | None) -> None:
         if path is None:
@@ -150,48 +140,38 @@ class Table(Generic[R]):
             self._moved.add(name)
         else:
             return
-        self._wake.set()
+        self._askers.wake.set()
 
     async def _run(self) -> None:
         while True:
-            await self._wake.wait()
-            self._wake.clear()
-            if self._linger_s and self._listed and not self._asked and not self._backlog:
-                await self._linger()
-            asked, self._asked = self._asked, []
+            await self._askers.wake.wait()
+            self._askers.wake.clear()
+            if self._linger_s and self._listed and not self._askers.any and not self._backlog:
+                await self._askers.linger(self._linger_s)
+            asked = self._askers.take()
             self._busy = True
             try:
                 news = await self._round()
             except Exception as error:
                 if not isinstance(error, StoreUnavailable):
                     log.exception("a look at the ledger failed", root=self._root)
-                self._asked = asked + self._asked
+                self._askers.put_back(asked)
                 await asyncio.sleep(RETRY_S)
-                self._wake.set()
+                self._askers.wake.set()
                 continue
             finally:
                 self._busy = False
             if not self._listed:  # woken, but the watch does not stand yet
-                self._asked = asked + self._asked
+                self._askers.put_back(asked)
                 continue
-            for one in asked:
-                if not one.done():
-                    one.set_result(None)
+            self._askers.answer(asked)
             for name in news:
                 for listener in list(self._listeners):
                     listener(name)
             if self._backlog:
                 if not self._moved:
                     await asyncio.sleep(self._pace_s)
-                self._wake.set()
-
-    async def _linger(self) -> None:
-        """Until somebody asks, or long enough."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._linger_s):
-                while not self._asked:
-                    await self._hurry.wait()
-                    self._hurry.clear()
+                self._askers.wake.set()
 
     async def _round(self) -> list[str]:
         """What moved, else a slice of what was there before. On a failure all of it is read again."""

@@ -324,7 +324,7 @@ async def test_nobody_waits_for_ever(store: Store, monkeypatch: pytest.MonkeyPat
     counted = Counted(store)
     counted.held[paths.host("h1")] = asyncio.Event()
     index = Index(counted)  # type: ignore[arg-type]
-    with pytest.raises(StoreUnavailable, match="not seen as a whole"):
+    with pytest.raises(StoreUnavailable, match="the ledger as a whole was not seen"):
         await index.flush(timeout_s=0.2)
     counted.held[paths.host("h1")].set()
     assert set((await index.recent()).hosts) == set(HOSTS)
