@@ -13,6 +13,7 @@ there.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import shutil
@@ -177,11 +178,24 @@ def in_namespace(namespace: str | None, function: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
+def _choosing_ports() -> Generator[None]:
+    """Without namespaces all clusters of the machine share its ports. A free one is free until its part listens: two
+    processes that run tests must not choose at the same time."""
+    if network.obstacle() is None:
+        yield
+        return
+    with (Path(tempfile.gettempdir()) / "drover-tests-choose-ports").open("a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def running_cluster(config: LocalConfig) -> Generator[Cluster]:
     """Up, and down whatever happens; fails if anything stays."""
     out = io.StringIO()
     try:
-        commands.up(config, out=out)
+        with _choosing_ports():
+            commands.up(config, out=out)
         yield Cluster(config, out.getvalue())
     finally:
         _keep_logs(config.layout)
