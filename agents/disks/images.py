@@ -156,15 +156,34 @@ def retire(path: Path, inc: str) -> Path | None:
         path.rename(away)
     except FileNotFoundError:
         return None
-    os.utime(away)
+    _stamp(away)
     return away
 
 
 def sweep(pool: Path, grace_s: float) -> list[Path]:
-    """Remove images that were taken out of use at least `grace_s` ago; returns them. Raises OSError."""
+    """Remove images that were taken out of use at least `grace_s` ago; returns them. Raises OSError.
+
+    The stamp is a time of this machine since its start: no wall clock that was set removes what somebody may still
+    want. After a restart it makes an image look younger than it is, or its time of grace begins anew.
+    """
     over: list[Path] = []
     for path in pool.glob(f"*{_MOVED}*"):
-        if MOVED_AWAY.fullmatch(path.name) and time.time() - path.stat().st_mtime >= grace_s:
+        if not MOVED_AWAY.fullmatch(path.name):
+            continue
+        age_s = uptime_s() - path.stat().st_mtime
+        if age_s < 0:
+            _stamp(path)
+        elif age_s >= grace_s:
             path.unlink(missing_ok=True)
             over.append(path)
     return over
+
+
+def uptime_s() -> float:
+    """Since this machine was started, asleep or not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _stamp(path: Path) -> None:
+    now_s = uptime_s()
+    os.utime(path, (now_s, now_s))

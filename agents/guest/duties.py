@@ -34,7 +34,7 @@ class Duties:
         await self._duties[duty.do](self, duty, record)
 
     async def _finish_birth(self, duty: Duty, record: GuestRecord) -> None:
-        await self._guest.ledger.started()
+        await self._guest.begun()
 
     async def _bury(self, duty: Duty, record: GuestRecord) -> None:
         await self._must_be_over(record)

@@ -2,6 +2,7 @@
 
 <dir>/roots.json                                where guests of this installation are and were
 <dir>/guests/<16 of the uuid>/guest.json        uuid and spec
+                              birth.images      images made for it, until it runs
                               <inc>.json        one VMM process (VmmMetadata)
                               <inc>.machine.json its machine (LiveMachine), of a guest with hardware
                               <inc>.nvram .seed .tpm*   its UEFI variables, its cloud-init disk, its TPM
@@ -27,6 +28,7 @@ from pathlib import Path
 import structlog
 
 from agents.config import AgentConfig
+from agents.disks.births import Births
 from agents.engine.base import Tap, VmmMetadata, VmmSpec
 from agents.nets.ports import Owner, Port, tap_name
 from agents.nets.taps import Taps, root_of
@@ -187,10 +189,16 @@ class GuestFiles:
             temporary.replace(note)
 
     def remove(self) -> None:
-        """The note last: an agent that is killed in the middle leaves a guest that its successor knows.
+        """The note last: an agent that is killed in the middle leaves a guest that its successor knows. The images of a
+        guest that never ran go as well.
 
         What cannot be removed stays, and is tried again by the next agent.
         """
+        try:
+            self.births.failed()
+        except OSError as error:
+            log.error("images of a guest that was not born are left", guest=self.spec.name, error=str(error))
+            return
         note = self.directory / "guest.json"
         markers = self.config.volatile_dir.glob(f"{self.uuid}.*")  # of copies that are gone: they say nothing any more
         for path in (*markers, *(path for path in self.directory.glob("*") if path != note), note):
@@ -198,6 +206,11 @@ class GuestFiles:
                 path.unlink()
         with contextlib.suppress(OSError):
             self.directory.rmdir()
+
+    @property
+    def births(self) -> Births:
+        """What was made for it before it ran."""
+        return Births(self.directory)
 
     def marker(self, inc: str) -> Path:
         """Its presence says that the copy may have run as the guest (H10)."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agents.config import AgentConfig
+from agents.disks.births import Births
 from agents.engine.base import DiskFile, EngineError, FirmwareFiles, VmmSpec
 from agents.guest import machine as machines
 from agents.guest import seed
@@ -94,7 +95,8 @@ def note_path(files: GuestFiles, inc: str) -> Path:
 async def born(files: GuestFiles, inc: str, probed: Mapping[str, str]) -> Hardware | None:
     """Of a new guest; images that are to be made are made. None: the guest asks for none.
 
-    Raises DroverError with the reason, EngineError and OSError; nothing is left then, images that were made included.
+    Raises DroverError with the reason, EngineError and OSError; nothing is left then but images in local pools, which
+    are noted (`Births`) and go with the guest's files.
     """
     if not has_hardware(files.spec):
         return None
@@ -115,7 +117,7 @@ async def born(files: GuestFiles, inc: str, probed: Mapping[str, str]) -> Hardwa
     made: list[Path] = []
     try:
         for disk in spec.disks:
-            if (path := await _image(config, disk)) is not None:
+            if (path := await _image(files, inc, disk)) is not None:
                 made.append(path)
         return await make(files, inc, machine)
     except BaseException:
@@ -197,8 +199,12 @@ def _disk_file(config: AgentConfig, disk: DiskSpec) -> DiskFile:
     return DiskFile(disk.name, path, disk.format, disk.cache, disk.read_only, pool.kind, disk.size_bytes, locks)
 
 
-async def _image(config: AgentConfig, disk: DiskSpec) -> Path | None:
-    """Make the image unless it is there; its path if it was made. Raises DISK_NOT_FOUND, and EngineError."""
+async def _image(files: GuestFiles, inc: str, disk: DiskSpec) -> Path | None:
+    """Make the image unless it is there; its path if it was made in a pool that other hosts have as well.
+
+    Raises DISK_NOT_FOUND, and EngineError.
+    """
+    config = files.config
     file = _disk_file(config, disk)
     if await asyncio.to_thread(file.path.exists):
         return None
@@ -207,10 +213,15 @@ async def _image(config: AgentConfig, disk: DiskSpec) -> Path | None:
         hint = "give the disk a size to have one made, or put the image there"
         raise DroverError(RefusalReason.DISK_NOT_FOUND, f"{said}: {hint}", field="spec.disks")
     # Under another name first, and never over one that is there: somebody else may make the same image.
-    fresh = file.path.with_name(f".{disk.image}.{config.host}.new")
+    fresh = file.path.with_name(f".{disk.image}.{inc}.new")
+    births = Births(files.directory) if file.kind is PoolKind.LOCAL else None
     kind = "raw" if disk.format is DiskFormat.RAW else "qcow2"
     try:
+        if births is not None:
+            births.begins(file.path, fresh)
         await ran(IMAGE_TOOL, "create", "-q", "-f", kind, str(fresh), str(disk.size_bytes), timeout_s=_IMAGE_S)
+        if births is not None:
+            births.made(file.path, fresh)
         await asyncio.to_thread(file.path.hardlink_to, fresh)
     except FileExistsError:
         return None
@@ -218,7 +229,7 @@ async def _image(config: AgentConfig, disk: DiskSpec) -> Path | None:
         raise EngineError(f"the image {disk.image} cannot be made in pool {disk.pool}: {error}") from error
     finally:
         await asyncio.to_thread(fresh.unlink, missing_ok=True)  # the pool may be on another machine
-    return file.path
+    return None if births is not None else file.path
 
 
 # --- firmware ---------------------------------------------------------------------------------------------------------

@@ -195,6 +195,12 @@ class HeldGuest:
         named = [copy for copy in alive if self.is_here and self.record is not None and copy.inc == self.record.inc]
         return (named or born or [None])[0]
 
+    async def begun(self) -> bool:
+        """Its VMM runs: STARTING -> IDLE. False: the record does not allow it (any more). Raises OSError as well; then
+        the record is as it was."""
+        await asyncio.to_thread(self.files.births.succeeded)
+        return await self.ledger.started()
+
     @contextlib.contextmanager
     def being_made(self) -> Generator[None]:
         """While a process is being started, the list of copies is not complete."""

@@ -145,7 +145,7 @@ class HostedGuest(HeldGuest):
                 raise self.refused(RefusalReason.GUEST_NOT_RUNNING, f"{record.phase}, owner {record.owner.host}")
             if record.phase is Ownership.STARTING and not self.copies:
                 await self._execute()
-            if record.phase is Ownership.STARTING and not await self.ledger.started():
+            if record.phase is Ownership.STARTING and not await self.begun():
                 raise self.refused(RefusalReason.GUEST_NOT_RUNNING, "its record changed while it was started")
         self.wake()
         self.tools.changed()
@@ -182,6 +182,7 @@ class HostedGuest(HeldGuest):
             for copy in self.copies.values():
                 with contextlib.suppress(engine.EngineError):
                     await copy.vmm.pause()
+            await asyncio.to_thread(self.files.births.succeeded)  # it has lived: its images are not ours to remove
             if not await self.ledger.buried(self.tools.here):
                 raise self.refused(RefusalReason.GUEST_IS_MIGRATING, "its record changed")
             await self._clear()
@@ -462,6 +463,7 @@ class HostedGuest(HeldGuest):
             if await self.ledger.look() is not None:
                 raise self.refused(RefusalReason.ALREADY_EXISTS, "the ledger has its record")
             own = await self._only_copy_at_rest()
+            await asyncio.to_thread(self.files.births.succeeded)
             record = handover.restored(self.name, self.tools.here, writer=self.tools.writer)
             if not await self.ledger.restored(record, self.files.spec, WantRun(own.running or own.ended)):
                 raise self.refused(RefusalReason.ALREADY_EXISTS, "its name, or its record, is taken by now")

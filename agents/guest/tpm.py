@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 from agents.engine.base import EngineError
-from agents.host.processes import Watched, spawned, tail_of
+from agents.host.processes import Watched, gated, let_in, spawned, tail_of
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 
@@ -68,6 +68,7 @@ class Tpm:
             raise EngineError(f"the TPM cannot be watched, and was ended: {error}") from error
         try:
             made._path("tpm.note").write_text(json.dumps({"pid": child.pid, "start_time": start_time}))
+            let_in(child)
             await made._listens()
         except BaseException:
             await made.destroy()
@@ -78,8 +79,8 @@ class Tpm:
         with self._path("tpm.log").open("ab") as log:
             try:
                 return subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
+                    gated(command),
+                    stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from orchestrator import proc
@@ -20,6 +20,21 @@ def tail_of(path: Path) -> str:
         return path.read_text(errors="replace").strip()[-400:]
     except OSError:
         return ""
+
+
+def gated(command: Sequence[str]) -> list[str]:
+    """The command, begun only by `let_in`: a process that nobody noted down before its agent was killed ends by itself.
+
+    To be started with a pipe for its standard input. Its pid and start time are the command's own.
+    """
+    return ["/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "gate", *command]
+
+
+def let_in(child: subprocess.Popen[bytes]) -> None:
+    """It is noted down: the command of a `gated` child begins. Raises OSError when the child is gone."""
+    assert child.stdin is not None
+    with child.stdin as gate:
+        gate.write(b"\n")
 
 
 async def spawned(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from agents.__main__ import Peers
 from agents.agent import Agent
-from agents.config import AgentConfig
+from agents.config import AgentConfig, PoolConfig
 from agents.engine import base as engine
 from agents.guest.files import GuestFiles
 from agents.handover import preflight
@@ -28,7 +29,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, ShimKind, WantRun
+from orchestrator.core.records import DeviceSpec, DiskSpec, GuestSpec, HostRecord, PoolKind, ShimKind, WantRun
 from orchestrator.ledger import paths
 from tests.fakes.config import agent_config, agent_identity
 from tests.fakes.coordination import MemoryStore, World
@@ -38,6 +39,7 @@ HERE, THERE = HostRef("h2", "boot-h2"), HostRef("h1", "boot-h1")
 G = "0f0e0d0c-0b0a-4987-8654-321001234567"
 REF = AttemptRef(G, "abcdef012345", 1)
 PEER, STREAM = Endpoint("127.0.0.1", 1), Endpoint("127.0.0.1", 9)
+needs_tool = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="no qemu-img")
 ORDER = PrepareOrder(REF, 0, PEER, 5_000)
 
 
@@ -46,6 +48,8 @@ class SlowEngine(FakeEngine):
 
     go: asyncio.Event
     deaf = False
+    fails = ""
+    """What every start of a guest ends with."""
 
     async def adopt(self, metadata: engine.VmmMetadata, spec: engine.VmmSpec) -> FakeVmm | None:
         if self.deaf:
@@ -54,6 +58,8 @@ class SlowEngine(FakeEngine):
 
     async def start(self, spec: engine.VmmSpec) -> FakeVmm:
         await self.go.wait()
+        if self.fails:
+            raise engine.EngineError(self.fails)
         return await super().start(spec)
 
 
@@ -367,3 +373,89 @@ async def test_no_guest_is_born_into_memory_that_a_copy_still_holds(
     assert paths.name("small") not in world.store.tree.nodes
     assert len(mover.processes) == 1
     assert (await agent.start_guest(big)).run_state is RunState.RUNNING, "its own copy does not stand in its way"
+
+
+# --- images of guests that are not born -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pooled(tmp_path: Path) -> AgentConfig:
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    return agent_config(tmp_path).model_copy(update={"pools": {"fast": PoolConfig(path=pool, kind=PoolKind.LOCAL)}})
+
+
+ROOT = DiskSpec("root", "fast", "root.qcow2", size_bytes=1 << 20)
+
+
+def to_be_born(world: World) -> None:
+    world.put(paths.guest(G), handover.birth("web", HERE, writer="api"))
+    world.put(paths.guest_spec(G), GuestSpec("web", disks=(ROOT,)))
+
+
+@needs_tool
+async def test_an_image_goes_with_the_birth_that_it_was_made_for(
+    pooled: AgentConfig, world: World, mover: SlowEngine
+) -> None:
+    """It would keep the guest's next life, and any guest that brings an image of that name, away from this host."""
+    to_be_born(world)
+    mover.fails, agent = "no such CPU", made(pooled, world, mover)
+    mover.go.set()
+    await agent.start()
+    with pytest.raises(DroverError, match="no such CPU"):
+        await agent.start_guest(G)
+    assert world.record(G).phase is Ownership.GONE
+    assert list(pooled.pools["fast"].path.iterdir()) == []
+    await agent.stop()
+
+
+@needs_tool
+async def test_an_agent_that_is_killed_at_a_birth_leaves_its_images_to_its_successor(
+    pooled: AgentConfig, world: World, mover: SlowEngine
+) -> None:
+    to_be_born(world)
+    first = made(pooled, world, mover)
+    await first.start()
+    calling = asyncio.create_task(first.start_guest(G))
+    image = pooled.pools["fast"].path / "root.qcow2"
+    async with asyncio.timeout(20):
+        while not image.exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    calling.cancel()
+    await first.stop()
+    assert image.exists()
+    second = made(pooled, world, mover)
+    await second.start()
+    async with asyncio.timeout(20):
+        while world.record(G).phase is not Ownership.GONE or (pooled.dir / "guests" / G[:16]).exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert list(pooled.pools["fast"].path.iterdir()) == []
+    await second.stop()
+
+
+@needs_tool
+async def test_a_guest_that_has_run_leaves_its_image(pooled: AgentConfig, world: World, mover: SlowEngine) -> None:
+    to_be_born(world)
+    mover.go.set()
+    agent = made(pooled, world, mover)
+    await agent.start()
+    await agent.start_guest(G)
+    await agent.end_guest(G)
+    assert [path.name for path in pooled.pools["fast"].path.iterdir()] == ["root.qcow2"]
+    await agent.stop()
+
+
+@needs_tool
+async def test_an_image_that_somebody_else_put_there_is_left(
+    pooled: AgentConfig, world: World, mover: SlowEngine
+) -> None:
+    to_be_born(world)
+    image = pooled.pools["fast"].path / "root.qcow2"
+    image.write_text("data")
+    mover.fails, agent = "no such CPU", made(pooled, world, mover)
+    mover.go.set()
+    await agent.start()
+    with pytest.raises(DroverError, match="no such CPU"):
+        await agent.start_guest(G)
+    assert image.read_text() == "data"
+    await agent.stop()

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from agents.config import AgentConfig, PoolConfig
-from agents.disks import pools
+from agents.disks import images, pools
 from agents.disks.daemon import DiskDaemon
 from agents.disks.images import DiskError, Images, retire, sweep
 from agents.disks.local import images_of
@@ -79,7 +79,7 @@ def test_a_note_that_cannot_be_read_is_no_reason_to_remove_anything(tmp_path: Pa
     assert (tmp_path / "root.qcow2").exists()
 
 
-def test_what_has_moved_away_is_kept_for_its_time_of_grace(tmp_path: Path) -> None:
+def test_what_has_moved_away_is_kept_for_its_time_of_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "root.qcow2").write_text("old")
     (tmp_path / "notes.moved-by-hand").write_text("not ours")
     away = retire(tmp_path / "root.qcow2", "0123456789abcdef")
@@ -87,11 +87,33 @@ def test_what_has_moved_away_is_kept_for_its_time_of_grace(tmp_path: Path) -> No
     assert retire(tmp_path / "root.qcow2", "0123456789abcdef") is None
     assert sweep(tmp_path, 3600) == []
     assert away.read_text() == "old"
-    long_ago = time.time() - 7200
-    for path in tmp_path.iterdir():
-        os.utime(path, (long_ago, long_ago))
+    now_s = images.uptime_s()
+    monkeypatch.setattr(images, "uptime_s", lambda: now_s + 7200)
     assert sweep(tmp_path, 3600) == [away]
     assert [path.name for path in tmp_path.iterdir()] == ["notes.moved-by-hand"]
+
+
+def test_a_wall_clock_that_was_set_ends_no_time_of_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "root.qcow2").write_text("old")
+    away = retire(tmp_path / "root.qcow2", "0123456789abcdef")
+    assert away is not None
+    eight_days_ahead_s = time.time() + 8 * 86400
+    monkeypatch.setattr(time, "time", lambda: eight_days_ahead_s)
+    assert sweep(tmp_path, 3600) == []
+    assert away.exists()
+
+
+def test_after_a_restart_of_the_machine_no_image_looks_older_than_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clock begins anew, and so does the time of grace of what was stamped before."""
+    (tmp_path / "root.qcow2").write_text("old")
+    monkeypatch.setattr(images, "uptime_s", lambda: 90_000.0)
+    away = retire(tmp_path / "root.qcow2", "0123456789abcdef")
+    assert away is not None
+    for up_s, gone in ((20.0, []), (3600.0, []), (3630.0, [away])):
+        monkeypatch.setattr(images, "uptime_s", lambda up_s=up_s: up_s)
+        assert sweep(tmp_path, 3600) == gone
 
 
 def copy_that_left(directory: Path, inc: str) -> Copy:
