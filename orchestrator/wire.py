@@ -320,9 +320,13 @@ def machine_to_proto(machine: LiveMachine) -> agent_pb2.LiveMachine:
                 address=device.address,
                 properties=device.properties,
                 backend=device.backend,
+                memory_mib=device.memory_mib,
+                leaving=device.leaving,
             )
             for device in machine.devices
         ],
+        max_memory_mib=machine.max_memory_mib,
+        max_vcpus=machine.max_vcpus,
     )
 
 
@@ -335,10 +339,16 @@ def machine_from_proto(message: agent_pb2.LiveMachine) -> LiveMachine:
         message.vcpus,
         _meant(_FIRMWARE, message.firmware, Firmware.DIRECT, "machine.firmware"),
         dict(message.firmware_sha256),
-        tuple(
-            LiveDevice(each.id, each.driver, each.bus, each.address, dict(each.properties), each.backend)
-            for each in message.devices
-        ),
+        tuple(map(_live_device, message.devices)),
+        message.max_memory_mib,
+        message.max_vcpus,
+    )
+
+
+def _live_device(each: agent_pb2.LiveDevice) -> LiveDevice:
+    properties = dict(each.properties)
+    return LiveDevice(
+        each.id, each.driver, each.bus, each.address, properties, each.backend, each.memory_mib, each.leaving
     )
 
 
@@ -378,6 +388,8 @@ def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
             tpm=types_pb2.Tpm(version=spec.tpm.version) if spec.tpm else None,
             cloud_init=_cloud_init_to_proto(spec.cloud_init) if spec.cloud_init else None,
             extra_args=spec.extra_args,
+            max_memory_mib=spec.max_memory_mib,
+            max_vcpus=spec.max_vcpus,
         )
     except (ValueError, OverflowError) as error:
         raise _wrong("spec", f"a number is too large: {error}") from error
@@ -414,6 +426,8 @@ def guest_spec_from_proto(message: types_pb2.GuestSpec, *, field: str = "spec") 
         tpm=Tpm(message.tpm.version or "2.0") if message.HasField("tpm") else None,
         cloud_init=_cloud_init_from_proto(message.cloud_init) if message.HasField("cloud_init") else None,
         extra_args=tuple(message.extra_args),
+        max_memory_mib=message.max_memory_mib,
+        max_vcpus=message.max_vcpus,
     )
 
 

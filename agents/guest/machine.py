@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from orchestrator.core.hardware import can_grow
 from orchestrator.core.records import DiskSpec, Firmware, GuestSpec, LiveDevice, LiveMachine, NicSpec
 
 SPARE_PORTS = 4
 """Root ports of a q35 machine that are kept free for what is added while the guest runs."""
 MAX_DISK_QUEUES = 4
 _FIRST_PORT_SLOT, _FUNCTIONS = 2, 8
-_FIRST_SLOT, _SLOTS = 2, 32
+FIRST_SLOT, SLOTS = 2, 32
+"""Of a pc, for disks and cards; below them are its bridge and its chipset."""
 _DISK, _NIC, SEED, TPM = "disk", "nic", "seed", "tpm"
 
 
@@ -45,9 +47,13 @@ def born(spec: GuestSpec, facts: Facts) -> LiveMachine:
         vcpus=spec.vcpus,
         firmware=spec.boot.firmware,
         firmware_sha256=dict(facts.firmware_sha256) if spec.boot.firmware is not Firmware.DIRECT else {},
+        max_memory_mib=spec.max_memory_mib if spec.max_memory_mib > spec.memory_mib else 0,
+        max_vcpus=spec.max_vcpus if spec.max_vcpus > spec.vcpus else 0,
     )
+    if can_grow(spec) and not machine.type.startswith("pc"):
+        raise MachineError(f"a machine of type {machine.type} cannot be given more while it runs: choose pc or q35")
     wanted = [_disk(disk, spec) for disk in spec.disks]
-    wanted += [_nic(nic, facts.mac_of) for nic in spec.nics]
+    wanted += [nic_device(nic, nic.mac or facts.mac_of(nic.name)) for nic in spec.nics]
     if spec.cloud_init is not None:
         wanted.append(LiveDevice(SEED, "virtio-blk-pci", properties={"num-queues": "1"}, backend=SEED))
     places = _ports(wanted) if is_q35(machine.type) else _slots(wanted, machine.type)
@@ -62,16 +68,24 @@ def is_q35(machine_type: str) -> bool:
 
 
 def _disk(disk: DiskSpec, spec: GuestSpec) -> LiveDevice:
-    properties = {"num-queues": str(min(spec.vcpus, MAX_DISK_QUEUES))}
-    if spec.boot.firmware is not Firmware.DIRECT:
-        others = [each for each in spec.disks if not each.boot]
-        properties["bootindex"] = "1" if disk.boot else str(2 + others.index(disk))
+    device = disk_device(disk, spec.vcpus)
+    if spec.boot.firmware is Firmware.DIRECT:
+        return device
+    others = [each for each in spec.disks if not each.boot]
+    first = "1" if disk.boot else str(2 + others.index(disk))
+    return replace(device, properties={**device.properties, "bootindex": first})
+
+
+def disk_device(disk: DiskSpec, vcpus: int) -> LiveDevice:
+    """A disk that has no place yet."""
+    properties = {"num-queues": str(min(vcpus, MAX_DISK_QUEUES))}
     return LiveDevice(f"{_DISK}-{disk.name}", "virtio-blk-pci", properties=properties, backend=f"{_DISK}:{disk.name}")
 
 
-def _nic(nic: NicSpec, mac_of: Callable[[str], str]) -> LiveDevice:
+def nic_device(nic: NicSpec, mac: str) -> LiveDevice:
+    """A network card that has no place yet."""
     # No option ROM: its size is part of the machine, and another build of it at the other end fails the load.
-    properties = {"mac": nic.mac or mac_of(nic.name), "romfile": ""}
+    properties = {"mac": mac, "romfile": ""}
     if nic.queues > 1:
         properties |= {"mq": "on", "vectors": str(2 * nic.queues + 2)}
     if nic.mtu:
@@ -95,9 +109,9 @@ def _ports(wanted: Sequence[LiveDevice]) -> list[LiveDevice]:
 def _slots(wanted: Sequence[LiveDevice], machine_type: str) -> list[LiveDevice]:
     if wanted and not machine_type.startswith("pc"):
         raise MachineError(f"a machine of type {machine_type} cannot be given disks and cards: choose pc or q35")
-    if len(wanted) > _SLOTS - _FIRST_SLOT:
-        raise MachineError(f"a machine of type {machine_type} has room for {_SLOTS - _FIRST_SLOT} devices: choose q35")
-    return [replace(device, bus="pci.0", address=f"0x{_FIRST_SLOT + n:x}") for n, device in enumerate(wanted)]
+    if len(wanted) > SLOTS - FIRST_SLOT:
+        raise MachineError(f"a machine of type {machine_type} has room for {SLOTS - FIRST_SLOT} devices: choose q35")
+    return [replace(device, bus="pci.0", address=f"0x{FIRST_SLOT + n:x}") for n, device in enumerate(wanted)]
 
 
 def disk_of(device: LiveDevice) -> str:

@@ -84,12 +84,12 @@ class Offered:
     pools: tuple[Pool, ...] = ()
     cpu_models: tuple[str, ...] = ()
     firmware: dict[str, str] = field(default_factory=dict[str, str])
-    features: tuple[str, ...] = (HostFeature.HARDWARE,)
+    features: tuple[str, ...] = (HostFeature.HARDWARE, HostFeature.HOTPLUG)
 
     @classmethod
     def of(cls, config: AgentConfig, probed: Mapping[str, str]) -> Offered:
         """Blocking: reads the firmware's files once."""
-        features = [HostFeature.HARDWARE, *([HostFeature.TPM] if tpm.available() else [])]
+        features = [HostFeature.HARDWARE, HostFeature.HOTPLUG, *([HostFeature.TPM] if tpm.available() else [])]
         return cls(
             pools.published(config),
             tuple(filter(None, probed.get("cpu_models", "").split(","))),

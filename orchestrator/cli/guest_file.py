@@ -198,7 +198,9 @@ class _Guest(Model):
     name: _Text
     count: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     memory: Mib = 0
+    max_memory: Mib = 0
     vcpus: int = 0
+    max_vcpus: int = 0
     machine: _Text = ""
     cpu: Annotated[Model, _as(_Cpu)] = Model()
     boot: Annotated[Model, _as(_Boot)] = Model()
@@ -220,9 +222,11 @@ class _Guest(Model):
         return cast("dict[str, Any]", value)
 
     def spec(self) -> GuestSpec:
-        given = self.model_dump(include={"name", "vcpus", "machine", "labels"}, exclude_unset=True)
+        given = self.model_dump(include={"name", "vcpus", "max_vcpus", "machine", "labels"}, exclude_unset=True)
         if "memory" in self.model_fields_set:
             given["memory_mib"] = self.memory
+        if "max_memory" in self.model_fields_set:
+            given["max_memory_mib"] = self.max_memory
         policy = self.policy.model_dump(exclude_unset=True)
         if "on_timeout" in policy:
             policy["on_timeout"] = OnTimeout(policy["on_timeout"])
@@ -502,8 +506,8 @@ def _named(spec: GuestSpec, name: str) -> GuestSpec:
 
 def _in_file(field: str) -> str:
     """The key of a guest file for a field of the specification."""
-    if field.startswith("memory_mib"):
-        return "memory" + field[10:]
+    if field.startswith(("memory_mib", "max_memory_mib")):
+        return field.replace("_mib", "", 1)
     return field.removesuffix("_bytes") if field.startswith("disks[") else field
 
 

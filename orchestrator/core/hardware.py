@@ -18,6 +18,12 @@ Problem = tuple[str, str]
 MAX_DISKS = 16
 MAX_NICS = 8
 MAX_QUEUES = 16
+MAX_MEMORY_MIB = 1 << 20
+MAX_VCPUS = 255
+MODULES = 16
+"""Slots for modules of memory, in a machine that has room for them."""
+MODULE_MIB = 128
+"""Memory is added in multiples of this: a Linux guest takes no less."""
 MIN_DISK_BYTES, MAX_DISK_BYTES = 1 << 20, 64 << 40
 SECTOR_BYTES = 512
 MIN_MTU, MAX_MTU = 576, 9216
@@ -33,12 +39,18 @@ _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 def has_hardware(spec: GuestSpec) -> bool:
     """The guest asks for more than the memory, kernel and shim devices that hosts of every version give."""
     firmware = spec.boot.firmware is not Firmware.DIRECT
-    return bool(spec.disks or spec.nics or spec.tpm or spec.cloud_init or spec.extra_args or spec.cpu.model or firmware)
+    devices = spec.disks or spec.nics or spec.tpm or spec.cloud_init or spec.extra_args
+    return bool(devices or spec.cpu.model or firmware or can_grow(spec))
+
+
+def can_grow(spec: GuestSpec) -> bool:
+    """Its machine has room for more memory or vCPUs."""
+    return spec.max_memory_mib > 0 or spec.max_vcpus > 0
 
 
 def hardware_errors(spec: GuestSpec) -> list[Problem]:
     """Everything that is wrong with a guest's hardware; empty when it is sound."""
-    bad = _boot(spec)
+    bad = _boot(spec) + _growth(spec)
     if spec.cpu.model and not _CPU.fullmatch(spec.cpu.model):
         said = "must be the name of a CPU model such as Nehalem or EPYC, without features"
         bad.append(("cpu.model", f"{said}, not {quoted(spec.cpu.model)}"))
@@ -51,6 +63,17 @@ def hardware_errors(spec: GuestSpec) -> list[Problem]:
     if spec.cloud_init is not None:
         bad += [(f"cloud_init.{field}", said) for field, said in _cloud_init(spec.cloud_init)]
     return bad + _extra_args(spec.extra_args)
+
+
+def _growth(spec: GuestSpec) -> list[Problem]:
+    bad: list[Problem] = []
+    if spec.max_memory_mib and not spec.memory_mib <= spec.max_memory_mib <= MAX_MEMORY_MIB:
+        said = f"must be between the guest's memory, {spec.memory_mib} MiB, and {MAX_MEMORY_MIB} MiB, or left out"
+        bad.append(("max_memory_mib", f"{said}, not {spec.max_memory_mib}"))
+    if spec.max_vcpus and not spec.vcpus <= spec.max_vcpus <= MAX_VCPUS:
+        said = f"must be between the guest's vCPUs, {spec.vcpus}, and {MAX_VCPUS}, or left out"
+        bad.append(("max_vcpus", f"{said}, not {spec.max_vcpus}"))
+    return bad
 
 
 def _boot(spec: GuestSpec) -> list[Problem]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from orchestrator.core.errors import RefusalReason
-from orchestrator.core.hardware import has_hardware
+from orchestrator.core.hardware import can_grow, has_hardware
 from orchestrator.core.records import (
     DiskCache,
     Firmware,
@@ -45,6 +45,8 @@ class HardwareNeed:
     firmware: Firmware = Firmware.DIRECT
     tpm: bool = False
     extra_args: tuple[str, ...] = ()
+    room: bool = False
+    """For more memory or vCPUs while it runs."""
 
 
 NONE = HardwareNeed()
@@ -64,6 +66,7 @@ def hardware_need(spec: GuestSpec) -> HardwareNeed:
         spec.boot.firmware,
         spec.tpm is not None,
         spec.extra_args,
+        can_grow(spec),
     )
 
 
@@ -147,6 +150,9 @@ def lasting_obstacle(need: HardwareNeed, guest: str, offer: Offer, source: Offer
     found += [_cpu_obstacle(need.cpu, guest, offer, source), _firmware_obstacle(need.firmware, guest, offer, source)]
     if need.tpm and HostFeature.TPM not in offer.features:
         found.append((RefusalReason.TPM_NOT_AVAILABLE, f"{offer.name} has no program that emulates a TPM (swtpm)"))
+    if need.room and HostFeature.HOTPLUG not in offer.features:
+        said = f"{offer.name}'s agent is of a version that builds no machine with room for more: upgrade it"
+        found.append((RefusalReason.FEATURE_NOT_AVAILABLE, said))
     for argument in need.extra_args:
         if argument not in offer.extra_args:
             said = f"{offer.name} does not allow {quoted(argument)} (extra_args_allowed)"

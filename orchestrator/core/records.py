@@ -167,6 +167,10 @@ class GuestSpec(Record):
     extra_args: tuple[str, ...] = ()
     """Options of the VMM, each as one text with its value (`-device virtio-rng-pci`). Only what a host's
     configuration allows, word for word."""
+    max_memory_mib: int = 0
+    """What its memory can grow to while it runs; 0: not at all."""
+    max_vcpus: int = 0
+    """What its number of vCPUs can grow to while it runs; 0: not at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +188,12 @@ class LiveDevice(Record):
     properties: dict[str, str] = field(default_factory=dict[str, str])
     """Everything else that makes it what it is, the same at every host."""
     backend: str = ""
-    """What stands behind it on its host: `disk:<name>`, `nic:<name>`, `seed`, `tpm`; empty: nothing."""
+    """What stands behind it on its host: `disk:<name>`, `nic:<name>`, `memory:<name>`, `seed`, `tpm`; empty:
+    nothing."""
+    memory_mib: int = 0
+    """Of a module of memory: how much it adds."""
+    leaving: bool = False
+    """The guest was asked to let go of it and has not done so yet. It is part of the machine until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,12 +205,18 @@ class LiveMachine(Record):
     cpu: str
     """Model."""
     memory_mib: int
+    """It was born with; modules of memory among its devices come on top."""
     vcpus: int
+    """It was born with; those among its devices come on top."""
     firmware: Firmware = Firmware.DIRECT
     firmware_sha256: dict[str, str] = field(default_factory=dict[str, str])
     """Role -> content of the firmware's files that the guest was started with."""
     devices: tuple[LiveDevice, ...] = ()
     """In the order in which they are added to the machine."""
+    max_memory_mib: int = 0
+    """Room for modules of memory up to this much in all; 0: none."""
+    max_vcpus: int = 0
+    """Sockets for so many vCPUs in all; 0: no more than it was born with."""
 
 
 class PoolKind(StrEnum):
@@ -261,6 +276,8 @@ class HostFeature(StrEnum):
     HARDWARE = "HARDWARE"
     """It knows disks, network cards, CPU models, firmware and cloud-init files of a guest at all."""
     TPM = "TPM"
+    HOTPLUG = "HOTPLUG"
+    """It builds machines with room for more memory and vCPUs, and adds to machines that run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from agents.engine.base import DiskFile, FirmwareFiles, Tap, VmmSpec
 from agents.engine.qemu import arguments
 from agents.engine.qemu.images import Images
 from agents.engine.qemu.process import Launch, command_line
-from agents.guest import machine
+from agents.guest import machine, plugging
 from agents.guest.machine import Facts
+from orchestrator import wire
 from orchestrator.core.guest import guest_errors
 from orchestrator.core.records import (
     Boot,
@@ -25,6 +27,7 @@ from orchestrator.core.records import (
     Firmware,
     GuestSpec,
     LiveDevice,
+    LiveMachine,
     NicSpec,
     PoolKind,
     Tpm,
@@ -171,3 +174,98 @@ def test_a_shared_image_is_locked_or_not_opened(kind: PoolKind, locks: bool, loc
     assert (file["locking"], file["driver"]) == (locking, "host_device" if kind is PoolKind.BLOCK else "file")
     assert file["cache"] == {"direct": True, "no-flush": False}
     assert (top["node-name"], top["file"]) == ("disk-d", "disk-d-file")
+
+
+# --- a machine that changes while it runs ----------------------------------------------------------------------------
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> tuple[GuestSpec, LiveMachine, list[LiveMachine]]:
+    """A guest with room for more, and its machine after each of some changes."""
+    spec = replace(draw(specs()), vcpus=draw(st.integers(1, 4)), max_vcpus=8, memory_mib=64, max_memory_mib=64 + 4096)
+    spec = replace(spec, disks=spec.disks[:4], nics=spec.nics[:3])
+    now = machine.born(spec, facts(draw(st.sampled_from(TYPES))))
+    seen: list[LiveMachine] = []
+    for number in range(draw(st.integers(1, 12))):
+        kind = draw(st.sampled_from(["disk", "nic", "memory", "vcpus", "detach"]))
+        movable = [device.id for device in now.devices if machine.disk_of(device) or machine.nic_of(device)]
+        try:
+            match kind:
+                case "disk":
+                    more = [plugging.disk(now, DiskSpec(f"h{number}", "p", f"h{number}.img"))]
+                case "nic":
+                    more = [plugging.nic(now, NicSpec(f"h{number}", "n"), f"02:00:00:00:01:{number:02x}")]
+                case "memory":
+                    more = [plugging.module(now, plugging.memory_mib(now) + 128 * draw(st.integers(1, 4)))]
+                case "vcpus":
+                    more = list(plugging.sockets(now, plugging.vcpus(now) + draw(st.integers(1, 3))))
+                case _:
+                    more = []
+                    if movable:
+                        now = plugging.detached(now, draw(st.sampled_from(movable)))
+        except machine.MachineError:
+            continue  # no place, or no room: said, and nothing has changed
+        now = plugging.attached(now, more)
+        seen.append(now)
+    return spec, now, seen
+
+
+def at(spec: GuestSpec, listed: LiveMachine, here: str) -> VmmSpec:
+    """The guest's VMM at the host `here`, which has read the list from a note, or from a message."""
+    disks = [name for device in listed.devices if (name := machine.disk_of(device))]
+    nics = [name for device in listed.devices if (name := machine.nic_of(device))]
+    grown = replace(
+        spec,
+        disks=tuple(DiskSpec(name, "p", f"{name}.img") for name in disks),
+        nics=tuple(NicSpec(name, "n") for name in nics),
+    )
+    read = wire.machine_from_proto(wire.machine_to_proto(decode(LiveMachine, encode(listed))))
+    return replace(vmm(grown, listed.type, here), machine=read)
+
+
+@settings(deadline=None, max_examples=30)
+@given(changes())
+def test_both_ends_build_the_same_machine_after_any_changes(
+    changed: tuple[GuestSpec, LiveMachine, list[LiveMachine]],
+) -> None:
+    spec, now, _ = changed
+    guest_sees = ("-M", "-m", "-smp", "-cpu", "-device", "-object")
+
+    def seen(words: list[str]) -> list[tuple[str, str]]:
+        return [(word, value) for word, value in pairwise(words) if word in guest_sees]
+
+    source = seen(started(at(spec, now, "a"), incoming=False))
+    assert source == seen(started(at(spec, now, "b"), incoming=True))
+    listed = arguments.devices_of([word for pair in source for word in pair])
+    assert listed == tuple(replace(device, memory_mib=0) for device in now.devices)
+
+
+@settings(deadline=None, max_examples=30)
+@given(changes())
+def test_what_is_there_stays_where_it_is_and_places_are_given_once(
+    changed: tuple[GuestSpec, LiveMachine, list[LiveMachine]],
+) -> None:
+    _, _, seen = changed
+    for before, after in pairwise(seen):
+        known = {device.id: device for device in before.devices}
+        assert all(known[device.id] == device for device in after.devices if device.id in known)
+    for each in seen:
+        assert len({device.id for device in each.devices}) == len(each.devices)
+        places = [(device.bus, device.address) for device in each.devices if device.bus]
+        assert len(set(places)) == len(places)
+        assert plugging.memory_mib(each) <= each.max_memory_mib
+        assert plugging.vcpus(each) <= each.max_vcpus
+        slots = [device.properties["slot"] for device in each.devices if device.memory_mib]
+        assert len(set(slots)) == len(slots)
+
+
+def test_a_device_that_was_asked_to_leave_is_part_of_the_machine_until_it_has_left() -> None:
+    listed = machine.born(GuestSpec("g", disks=(DiskSpec("d", "p", "d.img"),)), facts("pc-q35-10.0"))
+    asked = plugging.leaving(listed, "disk-d")
+    there = {device.id: device.driver for device in asked.devices}
+    assert arguments.device_arguments(asked) == arguments.device_arguments(listed)
+    assert (arguments.strangers(asked, there), plugging.gone(asked, there)) == ([], [])
+    del there["disk-d"]
+    assert [device.id for device in plugging.gone(asked, there)] == ["disk-d"]
+    assert plugging.gone(listed, there) == []  # nobody was asked: somebody took it away by hand
+    assert "disk-d" not in {device.id for device in plugging.detached(asked, "disk-d").devices}

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from agents.engine.base import DiskFile, EngineError, VmmSpec
-from orchestrator.core.hardware import extra_arg_error
+from orchestrator.core.hardware import MODULES, extra_arg_error
 from orchestrator.core.records import DiskCache, DiskFormat, Firmware, LiveDevice, LiveMachine, NicSpec, PoolKind
 
 Json = dict[str, object]
@@ -35,7 +35,21 @@ def machine_arguments(spec: VmmSpec, machine: LiveMachine) -> list[str]:
     if machine.firmware is Firmware.BIOS and firmware.bios is not None:
         arguments += ["-bios", str(firmware.bios)]
     arguments += ["-M", ",".join(options), "-cpu", f"{machine.cpu},enforce"]
-    return [*arguments, "-m", str(machine.memory_mib), "-smp", str(machine.vcpus)]
+    return [*arguments, "-m", _memory(machine), "-smp", _vcpus(machine)]
+
+
+def _memory(machine: LiveMachine) -> str:
+    if not machine.max_memory_mib:
+        return str(machine.memory_mib)
+    return f"size={machine.memory_mib}M,slots={MODULES},maxmem={machine.max_memory_mib}M"
+
+
+def _vcpus(machine: LiveMachine) -> str:
+    """A socket for each, where there are to be more: any other layout would leave QEMU the choice of a place."""
+    if not machine.max_vcpus:
+        return str(machine.vcpus)
+    most = machine.max_vcpus
+    return f"cpus={machine.vcpus},maxcpus={most},sockets={most},cores=1,threads=1"
 
 
 def backend_arguments(spec: VmmSpec) -> list[str]:
@@ -47,6 +61,9 @@ def backend_arguments(spec: VmmSpec) -> list[str]:
     taps = {tap.nic: tap.ifname for tap in spec.taps}
     for nic in spec.spec.nics:
         arguments += ["-netdev", _netdev(nic, taps.get(nic.name, ""))]
+    for device in spec.machine.devices if spec.machine is not None else ():
+        if device.memory_mib:
+            arguments += ["-object", f"memory-backend-ram,id={memory_of(device)},size={device.memory_mib}M"]
     if spec.tpm_path is not None:
         socket = _escaped(spec.tpm_path)
         arguments += [
@@ -145,8 +162,13 @@ def _netdev(nic: NicSpec, ifname: str) -> str:
     return f"tap,id=nic-{nic.name},ifname={_escaped(ifname)},script=no,downscript=no{queues}"
 
 
-_BACKENDS = {"disk": "drive", "nic": "netdev", _SEED: "drive", "tpm": "tpmdev"}
-_BEHIND = {"drive", "netdev", "tpmdev"}
+_BACKENDS = {"disk": "drive", "nic": "netdev", "memory": "memdev", _SEED: "drive", "tpm": "tpmdev"}
+_BEHIND = {"drive", "netdev", "memdev", "tpmdev"}
+
+
+def memory_of(device: LiveDevice) -> str:
+    """QEMU's name for the memory behind a module."""
+    return _backend(device.backend)["memdev"]
 
 
 def _backend(backend: str) -> dict[str, str]:

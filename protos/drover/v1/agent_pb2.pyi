@@ -1099,12 +1099,18 @@ class LiveDevice(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     PROPERTIES_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
+    MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     driver: _builtins.str
     bus: _builtins.str
     address: _builtins.str
     backend: _builtins.str
-    """disk:<name>, nic:<name>, seed, tpm; empty: nothing stands behind it."""
+    """disk:<name>, nic:<name>, memory:<name>, seed, tpm; empty: nothing stands behind it."""
+    memory_mib: _builtins.int
+    """Of a module of memory."""
+    leaving: _builtins.bool
+    """The guest was asked to let go of it and has not done so yet."""
     @_builtins.property
     def properties(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -1116,10 +1122,12 @@ class LiveDevice(_message.Message):
         address: _builtins.str = ...,
         properties: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         backend: _builtins.str = ...,
+        memory_mib: _builtins.int = ...,
+        leaving: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "backend", b"backend", "bus", b"bus", "driver", b"driver", "id", b"id", "properties", b"properties"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "backend", b"backend", "bus", b"bus", "driver", b"driver", "id", b"id", "leaving", b"leaving", "memory_mib", b"memory_mib", "properties", b"properties"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1158,12 +1166,17 @@ class LiveMachine(_message.Message):
     FIRMWARE_FIELD_NUMBER: _builtins.int
     FIRMWARE_SHA256_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    MAX_MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    MAX_VCPUS_FIELD_NUMBER: _builtins.int
     type: _builtins.str
     """Versioned machine type."""
     cpu: _builtins.str
     memory_mib: _builtins.int
     vcpus: _builtins.int
     firmware: _types_pb2.Firmware.ValueType
+    max_memory_mib: _builtins.int
+    """Room for more memory and vCPUs; 0: none."""
+    max_vcpus: _builtins.int
     @_builtins.property
     def firmware_sha256(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -1178,10 +1191,12 @@ class LiveMachine(_message.Message):
         firmware: _types_pb2.Firmware.ValueType = ...,
         firmware_sha256: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         devices: _abc.Iterable[Global___LiveDevice] | None = ...,
+        max_memory_mib: _builtins.int = ...,
+        max_vcpus: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "devices", b"devices", "firmware", b"firmware", "firmware_sha256", b"firmware_sha256", "memory_mib", b"memory_mib", "type", b"type", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "devices", b"devices", "firmware", b"firmware", "firmware_sha256", b"firmware_sha256", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "type", b"type", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

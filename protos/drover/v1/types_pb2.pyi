@@ -1247,11 +1247,16 @@ class GuestSpec(_message.Message):
     TPM_FIELD_NUMBER: _builtins.int
     CLOUD_INIT_FIELD_NUMBER: _builtins.int
     EXTRA_ARGS_FIELD_NUMBER: _builtins.int
+    MAX_MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    MAX_VCPUS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     memory_mib: _builtins.int
     vcpus: _builtins.int
     machine: _builtins.str
     on_host_death: Global___OnHostDeath.ValueType
+    max_memory_mib: _builtins.int
+    """What memory and vCPUs can grow to while the guest runs (AttachToGuest). 0: not at all."""
+    max_vcpus: _builtins.int
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceSpec]: ...
     @_builtins.property
@@ -1292,10 +1297,12 @@ class GuestSpec(_message.Message):
         tpm: Global___Tpm | None = ...,
         cloud_init: Global___CloudInit | None = ...,
         extra_args: _abc.Iterable[_builtins.str] | None = ...,
+        max_memory_mib: _builtins.int = ...,
+        max_vcpus: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "policy", b"policy", "tpm", b"tpm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "devices", b"devices", "disks", b"disks", "extra_args", b"extra_args", "labels", b"labels", "machine", b"machine", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_host_death", b"on_host_death", "policy", b"policy", "tpm", b"tpm", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "devices", b"devices", "disks", b"disks", "extra_args", b"extra_args", "labels", b"labels", "machine", b"machine", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_host_death", b"on_host_death", "policy", b"policy", "tpm", b"tpm", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
