@@ -78,7 +78,8 @@ that is merely slow would only get slower by being replaced."""
 _JOIN_S = 0.02
 """A barrier waits so long for the one before it, and for others to join; no longer, should that one be lost."""
 _DISARM_S = 5.0
-"""After its last watch ended a node's trigger is taken from kazoo: later than the answer to any read of that watch."""
+"""A node's trigger is taken from kazoo so long after its last watch ended and its last read was over. kazoo arms a node
+when the answer comes, which may be later than anybody waits for it."""
 _STATES = {
     KazooState.CONNECTED: SessionState.CONNECTED,
     KazooState.SUSPENDED: SessionState.SUSPENDED,
@@ -142,6 +143,8 @@ class _Trigger:
     watches: list[_Watch] = field(default_factory=list[_Watch])
     look: asyncio.Task[Any] | None = None
     """The read that is under way, if nothing has moved since it began: one read for all who watch the node."""
+    looking: int = 0
+    """How many reads are under way, older ones included."""
 
     def __call__(self, _event: Any) -> None:
         """On a thread of kazoo's."""
@@ -510,14 +513,21 @@ class ZooKeeperStore(Store):
             if watch.task is not None:
                 watch.task.cancel()
             if not trigger.watches:
-                loop.call_later(_DISARM_S, self._disarm, key, trigger)
+                self._disarm_later(key, trigger)
 
         return end
 
+    def _disarm_later(self, key: tuple[str, bool], trigger: _Trigger) -> None:
+        asyncio.get_running_loop().call_later(_DISARM_S, self._disarm, key, trigger)
+
     def _disarm(self, key: tuple[str, bool], trigger: _Trigger) -> None:
         """Take the trigger of a node that nobody watches any more out of kazoo's sets, which has no call for that. The
-        server still tells once that the node moved; nobody listens then."""
+        server still tells once that the node moved; nobody listens then. A read that is still under way would arm it
+        again: then it is tried again later."""
         if trigger.watches or self._triggers.get(key) is not trigger:
+            return
+        if trigger.looking:
+            self._disarm_later(key, trigger)
             return
         del self._triggers[key]
         client, path = self._client, key[0]
@@ -559,11 +569,16 @@ class ZooKeeperStore(Store):
     async def _look(self, watch: _Watch, trigger: _Trigger) -> Any:
         """Read and arm, for every watch of the node that would."""
         if trigger.look is None or trigger.look.done():
+            trigger.looking += 1
             trigger.look = asyncio.ensure_future(self._look_at(watch.path, watch.of_children, trigger))
-            trigger.look.add_done_callback(
-                lambda done: done.cancelled() or done.exception()
-            )  # the watch may have ended
+            trigger.look.add_done_callback(lambda done: self._looked(trigger, done))
         return await asyncio.shield(trigger.look)
+
+    @staticmethod
+    def _looked(trigger: _Trigger, done: asyncio.Task[Any]) -> None:
+        trigger.looking -= 1
+        if not done.cancelled():
+            done.exception()  # heard here: every watch that waited for it may have ended
 
     async def _look_at(self, path: str, of_children: bool, trigger: _Trigger) -> Any:
         """A missing node is watched for its creation."""

@@ -4,7 +4,8 @@ come and go."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,23 +16,31 @@ from orchestrator.ledger.zookeeper import ZooKeeperStore
 from tests.fakes.api import until
 from tests.fakes.zookeeper import ZooKeeperServer, missing
 
-pytestmark = [pytest.mark.zookeeper, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.zookeeper]
+
+
+DISARM_S = 0.3
 
 
 @pytest.fixture
-async def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ZooKeeperStore]:
+def server(tmp_path: Path) -> Iterator[ZooKeeperServer]:
     if missing():
         pytest.skip(missing())
-    monkeypatch.setattr(zookeeper, "REREAD_S", 0.01)
-    monkeypatch.setattr(zookeeper, "_DISARM_S", 0.3)
     server = ZooKeeperServer(tmp_path / "zk")
     server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def store(server: ZooKeeperServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ZooKeeperStore]:
+    monkeypatch.setattr(zookeeper, "REREAD_S", 0.01)
+    monkeypatch.setattr(zookeeper, "_DISARM_S", DISARM_S)
     opened = ZooKeeperStore(server.hosts, session_timeout_s=4)
     await opened.start()
     await opened.ensure("/a/b")
     yield opened
     await opened.close()
-    server.kill()
 
 
 def armed(store: ZooKeeperStore) -> dict[str, int]:
@@ -79,6 +88,22 @@ async def test_watches_that_come_and_go_leave_nothing_and_those_that_stay_are_to
     await until(lambda: seen[-1:] == [b"new"])
     stay()
     await until(lambda: not armed(store))
+
+
+async def test_an_answer_that_comes_long_after_the_end_of_its_watch_leaves_nothing(
+    server: ZooKeeperServer, store: ZooKeeperStore
+) -> None:
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    ends = [store.watch("/a", lambda _: None), store.watch_children("/missing", lambda _: None)]
+    await asyncio.sleep(0.05)  # they ask, and the server stands still
+    for end in ends:
+        end()
+    await asyncio.sleep(2 * DISARM_S)
+    server.process.send_signal(signal.SIGCONT)
+    for _ in range(3):  # what is answered is answered in turn: theirs have come by then
+        await store.read("/a", 20)
+    await until(lambda: not armed(store) and not store._triggers)
 
 
 async def test_ten_thousand_reads_at_once_do_not_cut_the_session(store: ZooKeeperStore) -> None:
