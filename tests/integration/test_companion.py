@@ -19,6 +19,7 @@ import pytest
 from agents.engine.base import EngineStatus, HoldStart, OutgoingOptions, RunState, Vmm, VmmSpec, stream_of
 from agents.engine.qemu.engine import QemuEngine
 from agents.shims.base import DestinationShim, Frame, FrameKind, OptionsRefused, Refusal, ShimError, SourceShim
+from agents.shims.client import BLACKOUT_S
 from agents.shims.companion import DeviceProcess, DevicesSpec
 from deploy.lab.devices import PROGRAM
 from deploy.lab.devices.device import hash32
@@ -29,7 +30,6 @@ from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind
 from tests.contract.test_engine import image, no_qemu, until
 
-pytestmark = pytest.mark.timeout(60)
 SEED = 0xC0FFEE11
 
 
@@ -70,7 +70,7 @@ async def lab() -> AsyncIterator[Lab]:
         await made.end()
 
 
-async def wait_for(holds: Callable[[], object], timeout_s: float = 10.0) -> None:
+async def wait_for(holds: Callable[[], object], timeout_s: float = 30.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
@@ -346,7 +346,7 @@ async def test_a_process_that_hangs_is_destroyed_all_the_same(lab: Lab) -> None:
     began = time.monotonic()
     await process.destroy()
     assert process.liveness() is Liveness.GONE
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("vanishes", ["directory", "metadata"])
@@ -356,7 +356,7 @@ async def test_it_ends_by_itself_when_it_cannot_be_found_any_more(lab: Lab, vani
         shutil.rmtree(lab.directory)
     else:
         process.spec.path("devices.json").unlink()
-    await wait_for(lambda: process.liveness() is Liveness.GONE, 4)
+    await wait_for(lambda: process.liveness() is Liveness.GONE)
 
 
 async def test_calls_fail_at_once_when_the_process_is_gone(lab: Lab) -> None:
@@ -367,7 +367,7 @@ async def test_calls_fail_at_once_when_the_process_is_gone(lab: Lab) -> None:
     began = time.monotonic()
     with pytest.raises(ShimError, match="gone"):
         await shim.quiesce()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < BLACKOUT_S
 
 
 async def test_calls_are_bounded_when_the_process_hangs(lab: Lab) -> None:
@@ -493,7 +493,13 @@ async def attempt(
 
 @pytest.mark.parametrize(
     ("call", "where"),
-    [("quiesce", "source"), ("stop_copy", "source"), ("load", "both"), ("validate", "both")],
+    [
+        ("quiesce", "source"),
+        ("last_look", "source"),
+        ("stop_copy", "source"),
+        ("load", "both"),
+        ("validate", "both"),
+    ],
 )
 async def test_a_scripted_failure_happens_once_and_the_next_attempt_succeeds(lab: Lab, call: str, where: str) -> None:
     wrong = device(scenario=f"faults: [{{call: {call}}}]")
@@ -502,6 +508,22 @@ async def test_a_scripted_failure_happens_once_and_the_next_attempt_succeeds(lab
         await attempt(source, await lab.start("d1", wrong, incoming=True), 1)
     await source.source_shims()[0].roll_back()
     await attempt(source, await lab.start("d2", wrong, incoming=True), 2)
+
+
+async def test_a_device_that_is_slow_over_the_last_look_is_quiesced_by_then(lab: Lab) -> None:
+    source = await lab.start("s", device(scenario="delays: [{call: last_look, ms: 300, times: 1}]"))
+    shim = source.source_shims()[0]
+    await shim.begin(1, lambda entry: None)
+    asking = asyncio.create_task(shim.quiesce())
+
+    state = ""
+    async with asyncio.timeout(20):
+        while state != "PRE_COPY_P2P":
+            assert not asking.done(), "it answered before it was quiesced"
+            (told,) = (await source._client.describe_all()).devices
+            state = told.state
+    await asking
+    await shim.roll_back()
 
 
 async def test_a_failing_activation_is_retried_in_place(lab: Lab) -> None:

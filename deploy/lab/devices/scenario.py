@@ -45,13 +45,13 @@ class Call(StrEnum):
     ACTIVATE = "activate"
     ACK = "ack"
     """Its fault: the destination loads everything and never acknowledges."""
+    LAST_LOOK = "last_look"
+    """In PRE_COPY_P2P, the guest stopped: does the device demand another ACK? Asked for the last time."""
     # A device inside the VMM has these besides, the VMM's own calls:
     BEGIN = "begin"
     """-> PRE_COPY."""
     QUERY = "query"
     """What is there to send? Asked again and again while the guest runs."""
-    LAST_LOOK = "last_look"
-    """The same question, once, after the guest was stopped."""
     SIZE = "size"
     """How much will stop-copy carry?"""
     READ = "read"
@@ -70,9 +70,7 @@ class Lack(StrEnum):
     """It cannot say that there is new initial data: what it asks for during pre-copy stays unknown to the VMM."""
 
 
-IN_VMM_CALLS = frozenset(
-    {Call.BEGIN, Call.QUERY, Call.LAST_LOOK, Call.SIZE, Call.READ, Call.WRITE, Call.BEGIN_LOAD, Call.RESET}
-)
+IN_VMM_CALLS = frozenset({Call.BEGIN, Call.QUERY, Call.SIZE, Call.READ, Call.WRITE, Call.BEGIN_LOAD, Call.RESET})
 SLOW_CALLS = tuple(call.value for call in Call if call not in (Call.ROLL_BACK, Call.ACK))
 FAULTY_CALLS = tuple(call.value for call in Call)
 

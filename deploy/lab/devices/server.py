@@ -343,6 +343,9 @@ class DeviceServer:
             await self._delay(hosted, Call.QUIESCE)
             began = device.state is DeviceState.PRE_COPY
             device.set_state(DeviceState.PRE_COPY_P2P if began else DeviceState.RUNNING_P2P, now_s())
+            await self._delay(hosted, Call.LAST_LOOK)
+            if device.take_fault(Call.LAST_LOOK):
+                raise CallError(f"{hosted.name}: last_look failed (the scenario says so)")
         if hosted.stop_copy_bytes is None:
             hosted.stop_copy_bytes = device.stop_copy_length(now_s())
         return {"newest": device.asked, "stop_copy_bytes": hosted.stop_copy_bytes}, b""
