@@ -54,12 +54,16 @@ def emptied(scene: Scene, evacuation: str) -> dict[str, types_pb2.Migration]:
 
 
 def test_in_every_phase_that_lasts(scene: Scene) -> None:
-    """One guest waits for its turn, one is in pre-copy, one is committed and not yet running, one waits to retry."""
-    precopy = scene.guest(device("dpu", "delays: [{call: load, ms: 8000, times: 1}]"))
-    committed = scene.guest(device("dpu", "delays: [{call: activate, ms: 12000, times: 1}]"))
+    """One guest waits for its turn, one is in pre-copy, one is committed and not yet running, one waits to retry.
+
+    Guests of one size leave in the order of their names. One that is committed takes no place any more, so two places
+    are held by the guests in pre-copy and in RETRY_WAIT, and the last one waits as long as both of them do.
+    """
+    committed = scene.guest(device("dpu", "delays: [{call: activate, ms: 16000, times: 1}]"))
+    precopy = scene.guest(device("dpu", "delays: [{call: load, ms: 15000, times: 1}]"))
     retrying = scene.guest(device("dpu", "asks: [{at: freeze}]"))
     waiting = scene.guest()
-    evacuation = evacuate(scene, 3, backoff_initial_ms=6000, backoff_max_ms=6000)
+    evacuation = evacuate(scene, 2, backoff_initial_ms=12_000, backoff_max_ms=12_000)
     scene.reach(lambda: scene.record(committed).phase is Ownership.COMMITTED, "COMMITTED")
     scene.reach_phase(migration_of(scene, retrying), "RETRY_WAIT")
     scene.reach_phase(migration_of(scene, precopy), "PRECOPY")
