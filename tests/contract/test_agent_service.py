@@ -45,7 +45,6 @@ from tests.fakes.config import agent_config, agent_identity
 from tests.fakes.coordination import World
 from tests.fakes.engine import FakeEngine
 
-pytestmark = pytest.mark.timeout(30)
 T = TypeVar("T")
 R = RefusalReason
 HERE, THERE = HostRef("h2", "boot-h2"), HostRef("h1", "boot-h1")
@@ -281,7 +280,7 @@ async def test_a_watch_begins_with_everything_and_tells_what_changed(host: Host)
         break
     status = await host.born()
     told: list[GuestStatus] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         async for sample in host.client.watch_agent():
             told += sample.guests
             if told == [status]:

@@ -32,8 +32,6 @@ from tests.contract.test_engine import LINK, until
 from tests.fakes.engine import FakeEngine
 from tests.fakes.vfio_rig import Rig, device, qemu
 
-pytestmark = pytest.mark.timeout(60)
-
 
 class Pair(Protocol):
     """A guest with a device inside its VMM that asks for another ACK once, too late; and destinations for it."""
@@ -154,7 +152,7 @@ async def test_a_guest_that_can_move_says_so(pair: Pair) -> None:
 
 
 async def heard(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 

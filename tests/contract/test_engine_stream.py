@@ -22,7 +22,6 @@ from orchestrator.core.endpoint import Endpoint
 from tests.contract.test_engine import LINK, Pair, freeze, image, no_qemu, options, pair, until
 
 __all__ = ["pair"]
-pytestmark = pytest.mark.timeout(60)
 _PIDFD_GETFD = 438
 _NOTSENT_BYTES = 144
 """Where tcp_info (linux/tcp.h) has tcpi_notsent_bytes."""
@@ -77,7 +76,7 @@ async def test_no_stream_waits_for_the_acknowledgement_of_what_was_sent_before(t
         await source.start_outgoing(OutgoingOptions(where, HoldStart.TRICKLE, 0, LINK, 300, channels))
         await until(source, lambda now: now.status is EngineStatus.ACTIVE)
         found: list[socket.socket] = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while len(found) < (channels + 1 if channels else 1):
                 await asyncio.sleep(0.01)
                 found = streams(source.metadata.pid, where.port)

@@ -46,7 +46,7 @@ from orchestrator.core.records import (
 )
 from tests.contract.test_engine import image, until
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu]
 OVMF = Path("/usr/share/OVMF")
 UUID = "6b1f3f2a-9d1c-4a51-8a3e-0d6f3c1b2a49"
 LINK = 1 << 30

@@ -68,7 +68,7 @@ async def done(store: Store, *ops: Op) -> None:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - a watch tells when it likes
             await asyncio.sleep(0.005)
 

@@ -52,7 +52,6 @@ from tests.fakes.api import ApiCluster, Calling, api_cluster, until
 from tests.fakes.coordination import World
 from tests.fakes.orchestrator_service import FakeOrchestrator, host, serve
 
-pytestmark = pytest.mark.timeout(30)
 P = ParamSpec("P")
 T = TypeVar("T")
 R = RefusalReason

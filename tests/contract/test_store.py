@@ -118,12 +118,12 @@ async def test_ephemeral_nodes_go_with_their_session(connect: Connect, store: St
     await done(other, Create("/a/live", b"", ephemeral=True))
     assert await store.read("/a/live") is not None
     await other.close()
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(20):
         while await store.read("/a/live") is not None:  # noqa: ASYNC110 - another process removes it
             await asyncio.sleep(0.05)
 
 
-async def wait_for(ready: Callable[[], bool], timeout_s: float = 10) -> None:
+async def wait_for(ready: Callable[[], bool], timeout_s: float = 30) -> None:
     async with asyncio.timeout(timeout_s):
         while not ready():  # noqa: ASYNC110 - set from the store's callbacks
             await asyncio.sleep(0.01)
@@ -162,7 +162,7 @@ async def test_a_callback_that_fails_ends_no_watch(connect: Connect, store: Stor
     end = store.watch("/a/w", callback)
     await asyncio.sleep(0.2)
     await done(store, SetData("/a/w", b"good", 0))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not seen:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert seen == [b"good"]

@@ -32,7 +32,6 @@ from tests.fakes.vfio_rig import preload
 from tests.unit.test_vfio_endpoint import Qemu
 
 pytestmark = [
-    pytest.mark.timeout(60),
     pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to build the preload"),
 ]
 FD = 401

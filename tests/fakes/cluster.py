@@ -130,10 +130,10 @@ class Cluster:
 
     def started_again(self, name: str, old: int) -> float:
         """Wait until a part is another process; seconds since 1970 when that was started, by the supervisor's word."""
-        until(lambda: self.part(name).pid not in {None, old}, 10)
+        until(lambda: self.part(name).pid not in {None, old}, 40)
         return self.part(name).up_since or 0
 
-    def came_back(self, name: str, old: int, timeout_s: float = 20) -> float:
+    def came_back(self, name: str, old: int, timeout_s: float = 40) -> float:
         """Wait until a part serves again as another process; seconds that it took."""
 
         def is_new() -> bool:
@@ -145,7 +145,7 @@ class Cluster:
     def kill_supervisor(self) -> None:
         supervisor = self.record.supervisor
         kill(supervisor.pid)
-        until(lambda: not processes.is_alive(supervisor), 10)
+        until(lambda: not processes.is_alive(supervisor), 40)
 
     def inside(self, function: Callable[[], T], host: str = "") -> T:
         """Call it in the namespace of a host, or of the management; also what it starts (threads, loops) is there."""

@@ -170,7 +170,7 @@ class End:
         """(runs, QEMU's own stamp in s) of each STOP and RESUME."""
         return [(each.running, each.at_s) for each in self.events if isinstance(each, RunStateChanged)]
 
-    async def until_beats(self, more: int = 3, timeout_s: float = 10.0) -> None:
+    async def until_beats(self, more: int = 3, timeout_s: float = 30.0) -> None:
         """The guest runs: so many more heartbeats arrive."""
         wanted = self.beat.number + more
         await until(lambda: self.beat.number >= wanted, timeout_s)
@@ -183,7 +183,7 @@ class End:
         await self.devices.destroy()
 
 
-async def until(holds: Callable[[], object], timeout_s: float = 10.0) -> None:
+async def until(holds: Callable[[], object], timeout_s: float = 30.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.002)

@@ -158,7 +158,7 @@ async def test_a_guest_that_ended_before_its_session_listened_arrives_ended(lab:
     await reader.readline()  # it is up
     writer.write(b"p")
     await writer.drain()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while (await lab.vmm.state()).run_state is not RunState.ENDED:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     source, destination = await lab.run([FakeSourceShim("dpu")], [FakeDestinationShim("dpu")])

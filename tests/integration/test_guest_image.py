@@ -23,7 +23,7 @@ import pytest
 
 from deploy.lab.cluster import console_client, evidence
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu]
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "deploy/lab/guest_image/build.sh"
@@ -36,7 +36,7 @@ if not QEMU:
     pytest.skip("qemu-system-x86_64 is not installed (make system)", allow_module_level=True)
 
 
-def until(what: str, question: Callable[[], T], seconds: float = 15.0) -> T:
+def until(what: str, question: Callable[[], T], seconds: float = 40.0) -> T:
     """Ask until the answer is true."""
     end = time.monotonic() + seconds
     while not (answer := question()):

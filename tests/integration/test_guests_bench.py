@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.integration,
     pytest.mark.qemu,
     pytest.mark.zookeeper,
-    pytest.mark.timeout(180),
     no_qemu,
     pytest.mark.skipif(bool(missing()), reason=missing()),
 ]

@@ -50,7 +50,6 @@ pytestmark = [
     pytest.mark.qemu,
     pytest.mark.zookeeper,
     pytest.mark.integration,
-    pytest.mark.timeout(120),
     no_qemu,
     pytest.mark.skipif(bool(missing()), reason=missing()),
     pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, reason="no qemu-storage-daemon"),

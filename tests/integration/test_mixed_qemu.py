@@ -20,7 +20,7 @@ from tests.integration.handover.judge import judge, nothing_is_left
 from tests.integration.handover.scene import Observer, Scene, reach
 from tests.integration.handover.scene import device as companion
 
-pytestmark = [pytest.mark.integration, pytest.mark.qemu, pytest.mark.zookeeper, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.qemu, pytest.mark.zookeeper]
 
 OLD, NEW, OTHER = "host-1", "host-2", "host-3"
 COMMON = "pc-i440fx-10.0"

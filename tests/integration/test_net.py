@@ -47,7 +47,7 @@ def obstacle() -> str:
     return "" if tried.returncode == 0 else f"no network namespaces here: {tried.stderr.decode().strip()}"
 
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(60), no_qemu]
+pytestmark = [pytest.mark.qemu, no_qemu]
 needs_namespaces = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 
 
@@ -201,7 +201,7 @@ async def test_the_segment_hears_of_the_guest_from_its_new_host(lab: Lab) -> Non
     destination = await lab.engine(second).prepare_incoming(lab.spec("d", second.address), "m", 1)
     lab.vmms.append(destination)
     await moved(source, destination, first)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while await announced(at_first, mac) != second.address:  # those from before may still be queued
             pass
 

@@ -34,7 +34,7 @@ from tests.fakes.coordination import MemoryStore, Tree
 from tests.fakes.vfio_rig import LINK, End, Rig, device, qemu, until
 from tests.fakes.vfio_user import Command, VfioUserDevice
 
-pytestmark = [pytest.mark.qemu, pytest.mark.integration, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.qemu, pytest.mark.integration]
 LATE = "asks: [{at: freeze, times: %d, bytes: 20000}]"
 NEVER = f"estimates: {{dirty_bytes: {2**40}, stop_copy_bytes: {2**40}}}"
 """QEMU goes by the device's estimates and believes that the rest never fits into any downtime."""

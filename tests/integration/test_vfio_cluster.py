@@ -23,7 +23,7 @@ from tests.integration.handover.judge import judge, nothing_is_left
 from tests.integration.handover.scene import Observer, Scene
 from tests.integration.handover.scene import device as companion
 
-pytestmark = [pytest.mark.integration, pytest.mark.qemu, pytest.mark.zookeeper, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.qemu, pytest.mark.zookeeper]
 LATE = AbortReason.LATE_SWITCHOVER_ACK
 
 

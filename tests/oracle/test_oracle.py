@@ -43,7 +43,7 @@ from tests.oracle.plans import Ending, Plan, Stop, plans
 from tests.oracle.replay import Replay
 from tests.oracle.runs import Run, Verdict, carry_out, check_waiting, judge
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu]
 NEW, LEGACY, OFF = AckMode.PER_DEVICE, AckMode.LEGACY, AckMode.OFF
 SLOW_MS = 1500
 """Longer than QEMU takes from its first byte to the switchover, on a busy machine too."""

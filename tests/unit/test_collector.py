@@ -105,7 +105,7 @@ class Rig:
         self._ends.close()
 
 
-def until(true: Callable[[], object], timeout_s: float = 5.0) -> None:
+def until(true: Callable[[], object], timeout_s: float = 30.0) -> None:
     end = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < end, "never became true"

@@ -62,7 +62,7 @@ async def drive(world: World, migration: str = "m1") -> str:
         return await worker(world).drive(migration, EPOCH)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 8.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)

@@ -130,7 +130,7 @@ async def running(world: World, switch: Switch | None = None) -> AsyncIterator[a
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 8.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)

@@ -18,7 +18,7 @@ from orchestrator.core.handover import Ownership
 from orchestrator.core.records import ShimKind
 from tests.integration.handover.scene import Born, Scene, consoles, noted
 
-SETTLE_S = 25.0
+SETTLE_S = 40.0
 """So long after the test everything may take to be at rest: agents restart, records are read again, copies end."""
 SILENT_S = 0.4
 """A guest that beats 50 times a second and is not heard for so long does not run."""

@@ -41,7 +41,7 @@ from tests.fakes.cluster import Cluster
 
 T = TypeVar("T")
 
-REACH_S = 20.0
+REACH_S = 40.0
 """Bound of every wait for an instant; a loaded machine is slow, and a test that waits so long has failed."""
 RAY_S = 60.0
 """Ray starts anew, and its processes are many."""

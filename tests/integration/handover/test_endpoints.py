@@ -29,7 +29,6 @@ pytestmark = [
     pytest.mark.integration,
     pytest.mark.zookeeper,
     pytest.mark.qemu,
-    pytest.mark.timeout(180),
 ]
 
 CALLS = """

@@ -33,7 +33,6 @@ pytestmark = [
     pytest.mark.integration,
     pytest.mark.zookeeper,
     pytest.mark.qemu,
-    pytest.mark.timeout(180),
     pytest.mark.skipif(os.geteuid() != 0, reason="another machine is a namespace, which needs root"),
 ]
 
