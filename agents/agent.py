@@ -19,7 +19,7 @@ from agents.guest.files import GuestFiles, forget_stale_links, found_on_disk, no
 from agents.guest.held import Forgotten
 from agents.guest.keeper import HostedGuest
 from agents.guest.ledger import GuestLedger
-from agents.guest.tools import PeerChannels, Tools
+from agents.guest.shared import AgentShared, PeerChannels
 from agents.handover.attempt import Arrival, Departure
 from agents.handover.peer import AttemptKey
 from agents.handover.shell import Mistakes
@@ -99,7 +99,7 @@ class Agent:
         self._epochs = EpochGate(here.host, self._store, self._journal)
         self._changes = 0
         self._changed = asyncio.Event()
-        self._tools = Tools(
+        self._tools = AgentShared(
             config=config,
             here=here,
             writer=f"agent-{here.host}-{secrets.token_hex(8)}",

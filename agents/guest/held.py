@@ -19,7 +19,7 @@ from agents.guest.copies import Copy
 from agents.guest.files import GuestFiles
 from agents.guest.hardware import disk_files
 from agents.guest.ledger import GuestLedger
-from agents.guest.tools import Tools
+from agents.guest.shared import AgentShared
 from agents.handover.attempt import Arrival, Departure
 from agents.host.journal import KnownRecord
 from agents.shims.base import ShimError
@@ -56,7 +56,7 @@ class Untrusted(DroverError):
 class HeldGuest:
     """The guest as this host has it. Decides nothing and changes nothing in the ledger."""
 
-    def __init__(self, tools: Tools, files: GuestFiles) -> None:
+    def __init__(self, tools: AgentShared, files: GuestFiles) -> None:
         self.tools = tools
         self.files = files
         self.ledger = GuestLedger(tools.store, files.uuid, tools.writer)

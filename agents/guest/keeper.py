@@ -23,7 +23,7 @@ from agents.guest.duties import Duties
 from agents.guest.duty import Do, Duty
 from agents.guest.files import GuestFiles
 from agents.guest.held import HeldGuest, Untrusted
-from agents.guest.tools import Tools
+from agents.guest.shared import AgentShared
 from agents.handover import preflight
 from agents.host.journal import KnownRecord
 from agents.shims.base import OptionsRefused, Refusal, ShimError
@@ -71,7 +71,7 @@ class HostedGuest(HeldGuest):
     What begins something (`birth`, `end`, `restore`, `attempts.prepare`) raises Forgotten as well.
     """
 
-    def __init__(self, tools: Tools, files: GuestFiles) -> None:
+    def __init__(self, tools: AgentShared, files: GuestFiles) -> None:
         super().__init__(tools, files)
         self._turn = asyncio.Lock()
         self._tasks = Tasks(f"guest {files.spec.name}")

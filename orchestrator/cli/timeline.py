@@ -104,7 +104,7 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Stretch:
     """One stretch of a stop of the guest."""
 
     name: str
@@ -121,7 +121,7 @@ class Story:
     requests: int
     """ACKs that devices asked for."""
     acks: int
-    stops: tuple[Part, ...]
+    stops: tuple[Stretch, ...]
     """What the last stop of the guest consisted of; empty when it did not stop, or stopped on purpose."""
 
 
@@ -203,7 +203,7 @@ def _phased(moments: Sequence[Moment]) -> list[Moment]:
 
 def _stops(
     report: AttemptReport, here: Sequence[TimelineEntry], there: Sequence[TimelineEntry], offset_ms: float
-) -> tuple[Part, ...]:
+) -> tuple[Stretch, ...]:
     """The parts of the last stop. A guest that was stopped on purpose has no blackout to divide."""
     stops = [entry.at_ms for entry in here if entry.event == STOPPED]
     if not stops or not report.blackout_ms:
@@ -225,9 +225,9 @@ def _stops(
             ("until the abort", None if by_itself else abort),
             ("until the engine let it run" if by_itself else "roll-back", runs),
         ]
-    parts: list[Part] = []
+    parts: list[Stretch] = []
     for name, at in marks:
         if at is not None:
-            parts.append(Part(name, round(max(0.0, at - began), 2)))
+            parts.append(Stretch(name, round(max(0.0, at - began), 2)))
             began = max(began, at)
     return tuple(parts)

@@ -94,7 +94,7 @@ class Deposed(Exception):
 
 
 @dataclass(slots=True)
-class Tools:
+class WorkerShared:
     """What the drivers of one worker share."""
 
     store: Store
@@ -134,8 +134,8 @@ class _Nodes:
         begun = state.attempt > 0 or state.spent_ms > 0 or bool(self.reports) or state.phase.terminal
         return not begun and self.state_version >= 0 and record is not None and record.migration != mig
 
-    def seen(self) -> migration.Seen:
-        return migration.Seen(self.record, self.state, self.reports, self.source_live)
+    def seen(self) -> migration.Read:
+        return migration.Read(self.record, self.state, self.reports, self.source_live)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ async def until_available(call: Callable[[], object]) -> None:
 class Driver:
     """One migration from where its records stand to its verdict."""
 
-    def __init__(self, tools: Tools, spec: MigrationSpec) -> None:
+    def __init__(self, tools: WorkerShared, spec: MigrationSpec) -> None:
         self._tools = tools
         self._spec = spec
         self._events: asyncio.Queue[migration.Event | BaseException | None] = asyncio.Queue()
@@ -297,7 +297,7 @@ class Driver:
         return nodes
 
     async def _write(self, ops: Sequence[Op]) -> bool:
-        """As `Tools.write`. One that was applied stands before everything that is read from here on."""
+        """As `WorkerShared.write`. One that was applied stands before everything that is read from here on."""
         written = await self._tools.write(ops)
         self._fresh = self._fresh or written
         return written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from orchestrator.coordinator.driver import STORE_RETRY_S, Deposed, Driver, Tools, must_lead, until_available
+from orchestrator.coordinator.driver import STORE_RETRY_S, Deposed, Driver, WorkerShared, must_lead, until_available
 from orchestrator.coordinator.placing import Placing
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.core.records import MigrationSpec
@@ -29,7 +29,7 @@ class Worker:
         self._agents = agents
         self._max_arrivals = max_arrivals
         self._index = Index(store, also=(paths.MIGRATIONS,), linger_s=LINGER_S)
-        self._tools: dict[int, Tools] = {}
+        self._tools: dict[int, WorkerShared] = {}
         """By shard of the fleet."""
         self._running: dict[tuple[int, str], asyncio.Task[str]] = {}
         """By shard and migration."""
@@ -62,7 +62,7 @@ class Worker:
         if self._running.get((shard, migration)) is done:
             del self._running[shard, migration]
 
-    async def _tools_of(self, epoch: int, shard: int) -> Tools | None:
+    async def _tools_of(self, epoch: int, shard: int) -> WorkerShared | None:
         """None: `epoch` is over. A lower one than before may be the newest all the same, after a restore."""
         tools = self._tools.get(shard)
         if tools is not None and epoch < tools.epoch:
@@ -73,7 +73,7 @@ class Worker:
         tools = self._tools.get(shard)
         if tools is None or epoch != tools.epoch:
             self.stop(shard)
-            tools = self._tools[shard] = Tools(
+            tools = self._tools[shard] = WorkerShared(
                 self._store,
                 self._agents,
                 self._index,
@@ -84,7 +84,7 @@ class Worker:
             )
         return tools
 
-    async def _drive(self, migration: str, tools: Tools) -> str:
+    async def _drive(self, migration: str, tools: WorkerShared) -> str:
         try:
             return await Driver(tools, await self._spec(migration)).run()
         except Deposed:

@@ -1,6 +1,6 @@
 """The course of one migration, as its coordinator sees it: attempts, retries, deadlines, the verdict.
 
-Pure. The records decide: every `Seen` carries a fresh read of all three nodes (guest record, state, attempts), and the
+Pure. The records decide: every `Read` carries a fresh read of all three nodes (guest record, state, attempts), and the
 stage follows from them, so that a driver that starts after a crash continues where the records stand. What only memory
 knows are running calls and local deadlines; losing it repeats an idempotent call and starts a deadline again.
 
@@ -88,7 +88,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Read:
     """A fresh read, in this order: guest record, state, attempts."""
 
     record: GuestRecord | None
@@ -100,7 +100,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A write (`Open`, `Abort`, `Settle`) came to a definite end, won or lost. A fresh `Seen` follows."""
+    """A write (`Open`, `Abort`, `Settle`) came to a definite end, won or lost. A fresh `Read` follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class Tick:
 
 
 Event = (
-    Seen | Finished | NoPlace | SourceSilent | Told | PrepareAnswer | ConductAnswer | CallRefused | ReportAnswer | Tick
+    Read | Finished | NoPlace | SourceSilent | Told | PrepareAnswer | ConductAnswer | CallRefused | ReportAnswer | Tick
 )
 
 
@@ -218,7 +218,7 @@ class Conduct:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """H6's compare-and-set. Whoever writes first wins; the next `Seen` tells who that was."""
+    """H6's compare-and-set. Whoever writes first wins; the next `Read` tells who that was."""
 
     attempt: int
     reason: AbortReason
@@ -376,7 +376,7 @@ def step(course: Course, event: Event, *, now_ms: float, jitter: float = 1.0) ->
     if course.stage is Stage.ENDED:
         return Step(course)
     match event:
-        case Seen():
+        case Read():
             return _seen(course, event, now_ms, jitter)
         case Finished():
             return Step(replace(course, stage=Stage.LOOK, deadline_ms=None, again_ms=None))
@@ -424,7 +424,7 @@ _BOUNDED_BY_TOTAL = frozenset(
 )
 
 
-def _seen(course: Course, event: Seen, now_ms: float, jitter: float) -> Step:
+def _seen(course: Course, event: Read, now_ms: float, jitter: float) -> Step:
     course = replace(course, record=event.record, durable=event.durable, reports=event.reports)
     course = _hear(course, now_ms, live=event.source_live)
     if event.durable.phase.terminal:

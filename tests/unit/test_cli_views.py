@@ -12,7 +12,7 @@ from rich.live import Live
 from orchestrator.cli import timeline, watch
 from orchestrator.cli.explain import explain_lines
 from orchestrator.cli.output import Column, Printer, pairs, table
-from orchestrator.cli.timeline import Part, tell
+from orchestrator.cli.timeline import Stretch, tell
 from orchestrator.cli.watch import Board, Line, bar, change, eta_s, forward, render, summary
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.ids import AckRequest
@@ -261,13 +261,13 @@ def test_clocks_that_contradict_cause_and_effect_are_not_believed() -> None:
 def test_parts_of_a_blackout_add_up() -> None:
     parts = tell(COMMITTED).stops
     assert parts == (
-        Part("quiesce and check", 2.0),
-        Part("last pass", 9.0),
-        Part("commit and take-over", 2.5),
-        Part("word of it", 2.5),
+        Stretch("quiesce and check", 2.0),
+        Stretch("last pass", 9.0),
+        Stretch("commit and take-over", 2.5),
+        Stretch("word of it", 2.5),
     )
     assert sum(part.ms for part in parts) == pytest.approx(COMMITTED.blackout_ms)
-    assert tell(LATE).stops == (Part("until the abort", 3.2), Part("roll-back", 4.2))
+    assert tell(LATE).stops == (Stretch("until the abort", 3.2), Stretch("roll-back", 4.2))
     alone = AttemptReport(1, "COMMITTED", source="host-1", blackout_ms=16.0, timeline=SOURCE)
     assert [part.name for part in tell(alone).stops] == ["quiesce and check", "last pass", "commit", "take-over"]
     paused = AttemptReport(1, "COMMITTED", source="host-1", timeline=SOURCE)

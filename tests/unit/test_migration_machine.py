@@ -25,8 +25,8 @@ from orchestrator.core.migration import (
     Prepare,
     PrepareAnswer,
     Prepared,
+    Read,
     ReportAnswer,
-    Seen,
     Settle,
     Situation,
     SourceSilent,
@@ -60,7 +60,7 @@ def aborted(reason: AbortReason = AbortReason.LATE_SWITCHOVER_ACK) -> GuestRecor
 
 
 def seen(record: GuestRecord | None, state: MigrationState = ACTIVE, *reports: AttemptReport) -> tuple[Course, list]:
-    result = step(start(SPEC, now_ms=0), Seen(record, state, reports), now_ms=0)
+    result = step(start(SPEC, now_ms=0), Read(record, state, reports), now_ms=0)
     return result.course, list(result.commands)
 
 
@@ -102,7 +102,7 @@ def test_conduct_is_repeated_until_bound_and_then_left_to_the_agents() -> None:
     assert result.commands == (Conduct(1, READY, ""),)
     course = step(result.course, ConductAnswer(1), now_ms=20).course
     assert step(course, Tick(), now_ms=500).commands == ()
-    assert step(course, Seen(BOUND1, ACTIVE), now_ms=600).course.stage is Stage.FOLLOW
+    assert step(course, Read(BOUND1, ACTIVE), now_ms=600).course.stage is Stage.FOLLOW
     again = step(replace(course, deadline_ms=9999.0), Tick(), now_ms=1020)
     assert again.commands == (Conduct(1, READY, ""),)
 
@@ -130,7 +130,7 @@ def test_a_wish_to_cancel_in_retry_wait_closes() -> None:
     report = AttemptReport(1, "ABORTED", reason=AbortReason.ACK_TIMEOUT)
     course, commands = seen(aborted(), waiting, report)
     assert (course.stage, commands) == (Stage.RETRY_WAIT, [])
-    result = step(course, Seen(aborted(), replace(waiting, cancel_requested=True), (report,)), now_ms=1)
+    result = step(course, Read(aborted(), replace(waiting, cancel_requested=True), (report,)), now_ms=1)
     assert result.commands[0] == Settle(
         MigrationPhase.CANCELLED, None, True, FailureReason.CANCELLED, "cancelled on request"
     )
@@ -146,9 +146,9 @@ def test_a_committed_guest_is_never_aborted() -> None:
 
 def test_own_write_under_way_is_waited_for() -> None:
     course, _ = seen(IDLE, MigrationState())
-    assert step(course, Seen(IDLE, MigrationState()), now_ms=1).commands == ()
+    assert step(course, Read(IDLE, MigrationState()), now_ms=1).commands == ()
     course = step(course, Finished(), now_ms=2).course
-    assert step(course, Seen(IDLE, MigrationState()), now_ms=3).commands == (Open(1, "", ()),)
+    assert step(course, Read(IDLE, MigrationState()), now_ms=3).commands == (Open(1, "", ()),)
 
 
 def test_silent_hosts_are_waited_for_but_not_for_ever() -> None:
@@ -167,7 +167,7 @@ def test_silent_hosts_are_waited_for_but_not_for_ever() -> None:
 def waits_for_room(total_timeout_ms: int = 60_000) -> Course:
     policy = MigrationPolicy(wait_for_capacity=True, total_timeout_ms=total_timeout_ms)
     spec = replace(SPEC, policy=policy)
-    return step(start(spec, now_ms=0), Seen(IDLE, MigrationState()), now_ms=0).course
+    return step(start(spec, now_ms=0), Read(IDLE, MigrationState()), now_ms=0).course
 
 
 def test_a_migration_that_may_wait_for_room_stands_back_until_its_time_is_over() -> None:
@@ -210,12 +210,12 @@ def failure(result: Step) -> FailureReason | None:
 
 
 def test_no_attempt_is_opened_from_a_silent_source() -> None:
-    quiet = step(start(SPEC, now_ms=0), Seen(IDLE, MigrationState(), source_live=False), now_ms=0)
+    quiet = step(start(SPEC, now_ms=0), Read(IDLE, MigrationState(), source_live=False), now_ms=0)
     assert quiet.commands == (Wait(WaitingFor.SOURCE, SILENT),)
     again = step(quiet.course, Tick(), now_ms=400)
     assert (again.commands, again.course.stage) == ((), Stage.PLACEMENT_WAIT)
     assert failure(step(again.course, Tick(), now_ms=15_000)) is FailureReason.SOURCE_UNREACHABLE
-    back = step(again.course, Seen(IDLE, MigrationState()), now_ms=600).course
+    back = step(again.course, Read(IDLE, MigrationState()), now_ms=600).course
     assert step(back, Tick(), now_ms=1000).commands == (Open(1, "", ()),)
 
 
@@ -228,23 +228,23 @@ def test_a_source_that_is_found_silent_when_the_attempt_would_open_is_waited_for
 
 def test_an_attempt_that_has_not_begun_ends_with_its_source() -> None:
     course, _ = seen(OPEN1)
-    result = step(course, Seen(OPEN1, ACTIVE, source_live=False), now_ms=10)
+    result = step(course, Read(OPEN1, ACTIVE, source_live=False), now_ms=10)
     assert result.commands == (Abort(1, AbortReason.SOURCE_UNREACHABLE),)
 
 
 def test_an_attempt_under_way_outlives_its_agents_restart_and_no_more() -> None:
     course, _ = seen(BOUND1)
-    quiet = step(course, Seen(BOUND1, ACTIVE, source_live=False), now_ms=100)
+    quiet = step(course, Read(BOUND1, ACTIVE, source_live=False), now_ms=100)
     assert quiet.commands == ()
     assert wake_ms(quiet.course) == 15_100
-    back = step(quiet.course, Seen(BOUND1, ACTIVE), now_ms=8_000).course
+    back = step(quiet.course, Read(BOUND1, ACTIVE), now_ms=8_000).course
     assert step(back, Tick(), now_ms=20_000).commands == ()
     assert step(quiet.course, Tick(), now_ms=15_100).commands == (Abort(1, AbortReason.SOURCE_UNREACHABLE),)
 
 
 def test_a_committed_guest_does_not_need_its_source() -> None:
     course, _ = seen(COMMITTED)
-    result = step(course, Seen(COMMITTED, ACTIVE, source_live=False), now_ms=1)
+    result = step(course, Read(COMMITTED, ACTIVE, source_live=False), now_ms=1)
     assert result.commands == ()
     assert step(result.course, Tick(), now_ms=99_999).commands == ()
 
@@ -268,8 +268,8 @@ def test_the_destination_is_not_blamed_for_a_source_that_does_not_answer() -> No
 
 def test_a_guest_that_is_starting_on_a_silent_host_is_not_waited_for_until_the_total_timeout() -> None:
     starting = replace(IDLE, phase=Ownership.STARTING)
-    course = step(start(SPEC, now_ms=0), Seen(starting, MigrationState(), source_live=False), now_ms=0).course
-    late = step(course, Seen(starting, MigrationState(), source_live=False), now_ms=15_000)
+    course = step(start(SPEC, now_ms=0), Read(starting, MigrationState(), source_live=False), now_ms=0).course
+    late = step(course, Read(starting, MigrationState(), source_live=False), now_ms=15_000)
     assert failure(late) is FailureReason.SOURCE_UNREACHABLE
 
 
@@ -280,7 +280,7 @@ def test_fatal_refusal_of_a_call() -> None:
     said = "DEVICE_NOT_MIGRATABLE: gpu0 has no shim"
     assert result.commands == (Abort(1, AbortReason.PREPARE_FAILED, said),)
     course = step(result.course, Finished(), now_ms=2).course
-    course = step(course, Seen(aborted(AbortReason.PREPARE_FAILED), ACTIVE), now_ms=3).course
+    course = step(course, Read(aborted(AbortReason.PREPARE_FAILED), ACTIVE), now_ms=3).course
     (end,) = step(course, ReportAnswer(AttemptReport(1, "ABORTED")), now_ms=4).commands
     assert isinstance(end, Settle)
     assert (end.failure, end.close) == (FailureReason.DEVICE_NOT_MIGRATABLE, True)
@@ -300,7 +300,7 @@ def test_only_the_last_call_that_failed_is_blamed_for_a_timeout() -> None:
 def test_a_call_that_nobody_answers_is_repeated_ever_more_slowly_within_its_attempt() -> None:
     """An agent that came back at once is found at once; one that fails at every call was asked five times a second."""
     policy = replace(SPEC.policy, prepare_timeout_ms=15_000, max_attempts=1)
-    course = step(start(replace(SPEC, policy=policy), now_ms=0), Seen(OPEN1, ACTIVE), now_ms=0).course
+    course = step(start(replace(SPEC, policy=policy), now_ms=0), Read(OPEN1, ACTIVE), now_ms=0).course
     unknown = CallRefused(1, RefusalReason.OUTCOME_UNKNOWN, "h2 answered UNKNOWN", unreachable=True)
     now_ms, pauses = 0.0, list[float]()
     while True:
@@ -359,7 +359,7 @@ def test_a_guest_that_its_source_could_not_start_again_needs_a_person_and_no_fur
 def test_whoever_takes_over_a_preparation_has_what_is_left_of_its_time(opened_ms: float | None, left_ms: int) -> None:
     """It had all of it anew; `None`: opened by an older version, which did not say."""
     course = start(SPEC, now_ms=5_000, spent_ms=700)
-    seen = Seen(OPEN1, replace(ACTIVE, opened_spent_ms=opened_ms))
+    seen = Read(OPEN1, replace(ACTIVE, opened_spent_ms=opened_ms))
     preparing = step(course, seen, now_ms=5_000, jitter=1.0)
     assert preparing.course.stage is Stage.PREPARE
     assert preparing.course.deadline_ms == 5_000 + left_ms

@@ -28,7 +28,7 @@ class PeerChannels(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Tools:
+class AgentShared:
     """What all guests of an agent share."""
 
     config: AgentConfig
