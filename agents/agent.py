@@ -14,6 +14,7 @@ import structlog
 
 from agents.config import AgentConfig
 from agents.disks import pools
+from agents.disks.imports import PoolImages
 from agents.engine.base import MigrationEngine
 from agents.guest.files import GuestFiles, forget_stale_links, found_on_disk, note_roots
 from agents.guest.held import Forgotten
@@ -73,6 +74,9 @@ MEMORY_S = 2.0
 SAMPLE_S = 0.25
 """Watchers are told at most this often."""
 
+SWEEP_S = 3_600.0
+"""What imports of images left in the pools is looked for so often, and at the start."""
+
 MAX_CHECKED = 1_000
 """Guests that one call may ask about."""
 CHECKED_AT_A_TIME = 8
@@ -127,6 +131,7 @@ class Agent:
         self._tidy_at_s = 0.0
         self._all_found = False
         """Every guest that earlier agents wrote down on this disk is known."""
+        self.images = PoolImages(config)
         self._measure(metrics)
 
     def _measure(self, metrics: Metrics) -> None:
@@ -177,6 +182,8 @@ class Agent:
         self._tasks.keep(descriptors.look, "reserve of descriptors", again_s=descriptors.LOOK_S)
         self._tasks.keep(self._journal.write_on, "journal", again_s=RETRY_S, every_s=0.0)
         self._tasks.keep(self._look_for_guests, "scan of the ledger", again_s=RETRY_S)
+        if self._config.pools:
+            self._tasks.keep(self._sweep_imports, "what imports left", again_s=SWEEP_S, every_s=SWEEP_S)
 
     async def _adopt_found(self) -> None:
         """One guest that cannot be adopted is that guest's trouble. What cannot be read is read again by each scan."""
@@ -211,6 +218,9 @@ class Agent:
         except OSError as error:  # they carry nothing; the next agent looks again
             log.error("taps are not looked through", error=str(error))
 
+    async def _sweep_imports(self) -> None:
+        await asyncio.to_thread(self.images.sweep)
+
     async def _adopt(self, files: GuestFiles) -> None:
         guest = HostedGuest(self._tools, files)
         await guest.adopt()
@@ -221,6 +231,7 @@ class Agent:
     async def stop(self) -> None:
         """Leave the ledger and let go; VMMs, devices and attempts are left to the next agent."""
         self._concerned.close()
+        self.images.close()
         await asyncio.gather(self._tasks.close(), self.place.close())
         await asyncio.gather(*(guest.stop() for guest in self._guests.values()))
 

@@ -36,6 +36,7 @@ from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
+from orchestrator.core.images import ImageImport
 from orchestrator.core.migration import Prepared
 from orchestrator.core.offers import Obstacle
 from orchestrator.core.policy import MigrationPolicy, OnTimeout, override
@@ -266,6 +267,26 @@ def disk_from_proto(message: types_pb2.DiskSpec, *, field: str = "disk") -> Disk
         read_only=message.read_only,
         boot=message.boot,
     )
+
+
+def image_import_from_proto(
+    name: str, pool: str, format: int, size_bytes: int, *, field: str = "format"
+) -> ImageImport:
+    """What is to be brought in; of a format that is not set it is qcow2. Raises INVALID_ARGUMENT for a format that this
+    version does not know."""
+    return ImageImport(name, pool, _meant(_DISK_FORMAT, format, DiskFormat.QCOW2, field), size_bytes)
+
+
+def image_import_to_proto(image: ImageImport, host: str) -> types_pb2.ImageImport:
+    """What is to be brought in, and at which host."""
+    return types_pb2.ImageImport(
+        name=image.name, pool=image.pool, host=host, format=_DISK_FORMAT[image.format], size_bytes=image.size_bytes
+    )
+
+
+def disk_format_to_proto(format: DiskFormat) -> types_pb2.DiskFormat.ValueType:
+    """How a disk's image is laid out."""
+    return _DISK_FORMAT[format]
 
 
 _T = TypeVar("_T", bound=StrEnum)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 from agents.agent import Agent
+from agents.disks.imports import FoundImage
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.text import clip
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import StoreUnavailable
 from protos.drover.v1 import agent_pb2 as pb
 from protos.drover.v1 import agent_pb2_grpc as rpc
+from protos.drover.v1 import types_pb2
 
 
 def translate(error: Exception) -> DroverError | None:
@@ -21,6 +26,17 @@ def translate(error: Exception) -> DroverError | None:
     if isinstance(error, BadRecord):
         return DroverError(RefusalReason.INTERNAL, str(error))
     return None
+
+
+STOP_S = 5.0
+"""For a caller that was told to stop sending to do so. One that goes on may get an error of gRPC's in place of ours."""
+
+
+async def _ended(requests: AsyncIterator[Any]) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(STOP_S):
+            async for _ in requests:
+                pass
 
 
 class AgentServicer(rpc.AgentServiceServicer):
@@ -72,6 +88,44 @@ class AgentServicer(rpc.AgentServiceServicer):
         for uuid, found in (await self._agent.check_guests(request.guest_uuids)).items():
             answer.guests.add(guest_uuid=uuid, obstacles=map(wire.obstacle_to_proto, found))
         return answer
+
+    async def ListPoolImages(self, request: pb.ListPoolImagesRequest, context: Any) -> pb.ListPoolImagesResponse:
+        found, more = await self._agent.images.listed(request.pool, request.after, request.page_size)
+        images = [self._image(request.pool, each) for each in found]
+        return pb.ListPoolImagesResponse(images=images, more=more)
+
+    async def ReceiveImage(
+        self, request_iterator: AsyncIterator[pb.ReceiveImageRequest], context: Any
+    ) -> AsyncIterator[pb.ReceiveImageResponse]:
+        first = await anext(request_iterator, None)
+        if first is None:
+            raise DroverError(RefusalReason.INVALID_ARGUMENT, "nothing was sent: the first message says what follows")
+
+        async def parts() -> AsyncIterator[tuple[bytes, bytes]]:
+            yield first.data, first.sha256
+            async for each in request_iterator:
+                yield each.data, each.sha256
+
+        try:
+            image = wire.image_import_from_proto(first.name, first.pool, first.format, first.size_bytes)
+            found = await self._agent.images.receive(image, parts())
+        except DroverError:
+            yield pb.ReceiveImageResponse(stop=True)
+            await _ended(request_iterator)
+            raise
+        yield pb.ReceiveImageResponse(image=self._image(first.pool, found))
+
+    def _image(self, pool: str, found: FoundImage) -> types_pb2.Image:
+        return types_pb2.Image(
+            name=found.name,
+            pool=pool,
+            host=self._agent.here.host,
+            format=wire.disk_format_to_proto(found.header.format),
+            size_bytes=found.header.size_bytes,
+            used_bytes=found.used_bytes,
+            backing=clip(found.header.backing),
+            message=found.header.message,
+        )
 
     async def PassInstruction(self, request: pb.PassInstructionRequest, context: Any) -> pb.PassInstructionResponse:
         answer = await self._agent.instruct(request.guest_uuid, request.device, request.instruction)

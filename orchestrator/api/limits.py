@@ -29,6 +29,7 @@ from orchestrator.core.hardware import (
     MAX_EXTRA_ARGS,
     MAX_NICS,
 )
+from orchestrator.core.images import CHUNK_BYTES
 from orchestrator.core.records import ShimKind
 
 MAX_NAME = 253
@@ -50,7 +51,9 @@ BOUNDS: dict[str, int] = {
     "GuestSpec.labels": MAX_LABELS,
     "GuestSpec.LabelsEntry.value": 253,
     "GuestSpec.nics": MAX_NICS,
+    "ImportImageRequest.data": CHUNK_BYTES,
     "InstructDeviceRequest.instruction": MAX_INSTRUCTION_BYTES,
+    "ListImagesRequest.page_token": MAX_NAME + 2 * 64 + 2,
     "WatchEvacuationsRequest.names": MAX_WATCHED,
     "WatchGuestsRequest.names": MAX_WATCHED,
     "WatchMigrationsRequest.names": MAX_WATCHED,

@@ -18,6 +18,7 @@ from orchestrator.api.evacuations import Evacuations
 from orchestrator.api.guests import Guests
 from orchestrator.api.health import cluster_health
 from orchestrator.api.hosts import Hosts
+from orchestrator.api.images import Images
 from orchestrator.api.lists import Lists
 from orchestrator.api.migrations import Migrations
 from orchestrator.api.placements import Placements
@@ -63,6 +64,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         self._deaths = Deaths(tools)
         self._repairs = Repairs(tools)
         self._placements = Placements(tools)
+        self._images = Images(tools)
         self._migrations = Migrations(tools)
         self._guests = Guests(tools, self._migrations)
         self._evacuations = Evacuations(tools)
@@ -119,6 +121,17 @@ class OrchestratorServicer(OrchestratorServiceServicer):
 
     async def CheckPlacement(self, request: pb.CheckPlacementRequest, context: Any) -> pb.CheckPlacementResponse:
         return await self._placements.check(request, _caller(context))
+
+    # --- images -------------------------------------------------------------------------------------------------------
+
+    async def ListImages(self, request: pb.ListImagesRequest, context: Any) -> pb.ListImagesResponse:
+        return await self._images.list(request, _caller(context))
+
+    async def ImportImage(
+        self, request_iterator: AsyncIterator[pb.ImportImageRequest], context: Any
+    ) -> types_pb2.Image:
+        with self._streams.one(context.peer()):
+            return await self._images.bring_in(request_iterator, _caller(context))
 
     # --- guests -------------------------------------------------------------------------------------------------------
 

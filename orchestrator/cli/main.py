@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from orchestrator.cli import evacuation, explain, guest, health, history, host, importing, migration, repair
+from orchestrator.cli import evacuation, explain, guest, health, history, host, image, importing, migration, repair
 from orchestrator.cli.context import api_option, dir_option
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.exits import explain as told
@@ -24,7 +24,7 @@ class _Root(OpenGroup):
     """Commands under headings, in the order in which they are needed; those of other packages come last."""
 
     sections = (
-        ("Hosts and guests", ("host", "guest", "import", "health")),
+        ("Hosts and guests", ("host", "guest", "image", "import", "health")),
         ("Moving guests", ("migrate", "migration", "explain", "evacuate", "evacuation")),
     )
 
@@ -58,6 +58,7 @@ def root() -> None:
 for command in (
     host.host,
     guest.guest,
+    image.image,
     importing.import_,
     migration.migrate,
     migration.migration,

@@ -21,12 +21,14 @@ from orchestrator.core.agent import (
     WishApplied,
 )
 from orchestrator.core.endpoint import Endpoint
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.ids import AttemptRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.offers import Obstacle
 from orchestrator.rpc.channels import aio_channel
 from orchestrator.rpc.errors import from_rpc_error
 from protos.drover.v1 import agent_pb2 as pb
+from protos.drover.v1 import types_pb2
 from protos.drover.v1.agent_pb2_grpc import AgentServiceStub
 
 if TYPE_CHECKING:  # stands in the type stubs only
@@ -151,6 +153,38 @@ class AgentClient:
         out."""
         answer = await self._call(self._stub.CheckGuests, pb.CheckGuestsRequest(guest_uuids=guests), timeout_s)
         return {each.guest_uuid: tuple(map(wire.obstacle_from_proto, each.obstacles)) for each in answer.guests}
+
+    async def list_pool_images(
+        self, pool: str, after: str, page_size: int, timeout_s: float = CALL_S
+    ) -> tuple[list[types_pb2.Image], bool]:
+        """Images of a pool after that name, and whether there are more."""
+        request = pb.ListPoolImagesRequest(pool=pool, after=after, page_size=page_size)
+        answer = await self._call(self._stub.ListPoolImages, request, timeout_s)
+        return list(answer.images), answer.more
+
+    async def receive_image(self, parts: AsyncIterator[pb.ReceiveImageRequest], timeout_s: float) -> types_pb2.Image:
+        """Bring an image in; it is there and durable when this returns. Nothing more is taken from `parts` once the
+        agent has refused it."""
+        stopped = asyncio.Event()
+
+        async def until_stopped() -> AsyncIterator[pb.ReceiveImageRequest]:
+            async for part in parts:
+                if stopped.is_set():
+                    return
+                yield part
+
+        stream = self._stub.ReceiveImage(until_stopped(), timeout=timeout_s)
+        try:
+            async for answer in stream:
+                if not answer.stop:
+                    return answer.image
+                stopped.set()
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+        finally:
+            with contextlib.suppress(Exception):
+                stream.cancel()
+        raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"the agent at {self.address} did not say what came of it")
 
     async def pass_instruction(self, guest: str, device: str, instruction: str, timeout_s: float = CALL_S) -> str:
         """Tell a device of a guest something in its own program's words; what the program says to it."""

@@ -327,21 +327,27 @@ class Errors(aio.ServerInterceptor):
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(self._unary(handler.unary_unary, method), **parts)
         if handler.stream_unary:
-            return grpc.stream_unary_rpc_method_handler(self._unary(handler.stream_unary, method), **parts)
+            once = self._unary(handler.stream_unary, method, again=False)
+            return grpc.stream_unary_rpc_method_handler(once, **parts)
         if handler.unary_stream:
             stream = self._stream(handler.unary_stream, method)
             return grpc.unary_stream_rpc_method_handler(
                 self._to_reader(stream, method) if self._slow_reader_s else stream, **parts
             )
-        return grpc.stream_stream_rpc_method_handler(self._stream(handler.stream_stream, method), **parts)
+        return grpc.stream_stream_rpc_method_handler(self._stream(handler.stream_stream, method, again=False), **parts)
 
     async def _ask(
-        self, behaviour: Callable[..., Any], request: Any, context: aio.ServicerContext[Any, Any], method: str
+        self,
+        behaviour: Callable[..., Any],
+        request: Any,
+        context: aio.ServicerContext[Any, Any],
+        method: str,
+        again: bool,
     ) -> Any:
         try:
             return await _answer(behaviour, request, context)
         except Exception as error:
-            if not await self._is_to_look_again(error, context, method):
+            if not again or not await self._is_to_look_again(error, context, method):
                 raise
             return await _answer(behaviour, request, context)
 
@@ -351,11 +357,13 @@ class Errors(aio.ServerInterceptor):
         left_s = cast(float | None, context.time_remaining())
         return await self._look_again(error, method.rpartition("/")[2], left_s or 0.0)
 
-    def _unary(self, behaviour: Callable[..., Any], method: str) -> Any:
+    def _unary(self, behaviour: Callable[..., Any], method: str, *, again: bool = True) -> Any:
+        """`again`: whether the request can be looked at once more, which a stream of them cannot."""
+
         async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
             try:
                 self._check_deadline(context)
-                answer = await self._ask(behaviour, self._checked(request), context, method)
+                answer = await self._ask(behaviour, self._checked(request), context, method, again)
                 self._answered(method, "OK")
                 return answer
             except Exception as error:
@@ -363,7 +371,7 @@ class Errors(aio.ServerInterceptor):
 
         return call
 
-    def _stream(self, behaviour: Callable[..., AsyncIterator[Any]], method: str) -> Any:
+    def _stream(self, behaviour: Callable[..., AsyncIterator[Any]], method: str, *, again: bool = True) -> Any:
         async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             answers: Any = None
             try:
@@ -376,7 +384,7 @@ class Errors(aio.ServerInterceptor):
                         heard = True
                         yield answer
                 except Exception as error:
-                    if heard or not await self._is_to_look_again(error, context, method):
+                    if heard or not again or not await self._is_to_look_again(error, context, method):
                         raise
                     answers = behaviour(checked, context)
                     async for answer in answers:
@@ -415,9 +423,17 @@ class Errors(aio.ServerInterceptor):
 
     def _checked(self, request: Any) -> Any:
         decoded = _decoded(request)
+        if isinstance(decoded, AsyncIterable):
+            return self._each_checked(cast(AsyncIterable[Any], decoded))
         if isinstance(decoded, Message):
             self._check(decoded)
         return decoded
+
+    async def _each_checked(self, requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            if isinstance(request, Message):
+                self._check(request)
+            yield request
 
     def _check_deadline(self, context: aio.ServicerContext[Any, Any]) -> None:
         remaining = cast(float | None, context.time_remaining())

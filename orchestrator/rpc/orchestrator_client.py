@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -12,6 +13,7 @@ import grpc
 
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.images import CHUNK_BYTES, ImageImport
 from orchestrator.core.records import GuestSpec
 from orchestrator.rpc.channels import channel
 from orchestrator.rpc.errors import from_rpc_error
@@ -25,6 +27,8 @@ SLOW_S = 60.0
 WATCH_S = 600.0
 """A watch is renewed that often; each renewal begins with what is the case then."""
 _RECONNECT_S = 0.25
+IMPORT_S = 24 * 3600.0
+"""For an image on its way; one that does not move any more is given up much earlier."""
 PAGE = 500
 """Rows asked for at a time."""
 EVERYTHING = 1_000_000
@@ -178,6 +182,46 @@ class OrchestratorClient:
             found.verdicts.extend(answer.verdicts)
         found.next_page_token = ""
         return found
+
+    # --- images -------------------------------------------------------------------------------------------------------
+
+    def list_images(
+        self, host: str = "", pool: str = "", *, limit: int = EVERYTHING, unreadable: list[pb.Unreadable] | None = None
+    ) -> list[types_pb2.Image]:
+        """By pool, host and name; of one host, of one pool, or of all. `unreadable` is given the pools whose images are
+        not known."""
+        return self._pages(
+            self._stub.ListImages, pb.ListImagesRequest(host=host, pool=pool), "images", limit, unreadable
+        )
+
+    def import_image(
+        self, image: ImageImport, data: Iterable[bytes], host: str = "", *, timeout_s: float = IMPORT_S
+    ) -> types_pb2.Image:
+        """Bring an image into a pool; it is there and durable when this returns. `data`: all of it, in pieces of any
+        size, in another thread. Its checksum goes along. Whatever `data` raises is raised here, and nothing was brought
+        in then."""
+        failed: list[Exception] = []
+
+        def requests() -> Iterator[pb.ImportImageRequest]:
+            digest = hashlib.sha256()
+            yield pb.ImportImageRequest(image=wire.image_import_to_proto(image, host))
+            try:
+                for piece in data:
+                    for at in range(0, len(piece), CHUNK_BYTES):
+                        part = piece[at : at + CHUNK_BYTES]
+                        digest.update(part)
+                        yield pb.ImportImageRequest(data=part)
+            except Exception as error:
+                failed.append(error)
+                return  # without the checksum it is not taken
+            yield pb.ImportImageRequest(sha256=digest.digest())
+
+        try:
+            return self._call(self._stub.ImportImage, requests(), timeout_s)
+        except DroverError:
+            if failed:
+                raise failed[0] from None
+            raise
 
     # --- guests -------------------------------------------------------------------------------------------------------
 

@@ -60,20 +60,44 @@ class SeveralChannel(grpc.Channel):
         calls = [one.unary_stream(method, *args, **options) for one in self._channels]
 
         def call(request: Any, timeout: float | None = None, **how: Any) -> Any:
-            index, _ = next(self._there(time.monotonic() + CONNECT_S * len(calls)), (-1, 0))
-            if index < 0:
-                raise _Nobody
+            index = self._first_there()
             return _Heard(calls[index](request, timeout=timeout, **how), lambda: self._silent(index))
 
         return call
 
     def stream_unary(self, method: str, *args: Any, **options: Any) -> Any:
-        """Raises NotImplementedError: the API has no such call."""
-        raise NotImplementedError(f"{method}: no call of OrchestratorService takes a stream")
+        """A callable that sends a stream to one server that is there: it is never sent twice."""
+        calls = [one.stream_unary(method, *args, **options) for one in self._channels]
+
+        def call(requests: Any, timeout: float | None = None, **how: Any) -> Any:
+            index = self._first_there()
+            try:
+                answer = calls[index](requests, timeout=timeout, **how)
+            except grpc.RpcError as error:
+                if _says_nothing(error):
+                    self._silent(index)
+                raise
+            self._at = index
+            return answer
+
+        return call
 
     def stream_stream(self, method: str, *args: Any, **options: Any) -> Any:
-        """Raises NotImplementedError: the API has no such call."""
-        raise NotImplementedError(f"{method}: no call of OrchestratorService takes a stream")
+        """As `unary_stream`: the two streams of one server."""
+        calls = [one.stream_stream(method, *args, **options) for one in self._channels]
+
+        def call(requests: Any, timeout: float | None = None, **how: Any) -> Any:
+            index = self._first_there()
+            return _Heard(calls[index](requests, timeout=timeout, **how), lambda: self._silent(index))
+
+        return call
+
+    def _first_there(self) -> int:
+        """Raises grpc.RpcError when none is."""
+        index, _ = next(self._there(time.monotonic() + CONNECT_S * len(self._channels)), (-1, 0))
+        if index < 0:
+            raise _Nobody
+        return index
 
     def subscribe(self, callback: Any, try_to_connect: bool | None = False) -> None:
         """To the connection that is used now; a change to another server is not told."""

@@ -8,6 +8,7 @@ the API's to births, deaths, wishes and watches, the coordinator's to attempts.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,9 +21,11 @@ from prometheus_client import CollectorRegistry
 
 from agents.__main__ import Peers
 from agents.agent import Agent
+from agents.config import PoolConfig
 from agents.engine.base import MigrationEngine
 from agents.host.metrics import Metrics
 from agents.serving.control import AgentServicer, translate
+from orchestrator import wire
 from orchestrator.coordinator.ports import AgentPort
 from orchestrator.core import handover
 from orchestrator.core.agent import AgentSample, AttemptSeen, ConductOrder, GuestStatus, RunState
@@ -32,13 +35,15 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import Boot, GuestSpec, HostRecord, WantRun
+from orchestrator.core.records import Boot, DiskFormat, GuestSpec, HostRecord, PoolKind, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import encode
 from orchestrator.ledger.store import Done, SetData, Versioned
 from orchestrator.rpc.agent_client import AgentClient
 from orchestrator.rpc.channels import aio_server, listen
 from orchestrator.rpc.errors import Errors
+from protos.drover.v1 import agent_pb2 as pb
+from protos.drover.v1 import types_pb2
 from protos.drover.v1.agent_pb2_grpc import add_AgentServiceServicer_to_server
 from tests.fakes.agent import FakeAgent
 from tests.fakes.config import agent_config, agent_identity
@@ -80,7 +85,9 @@ async def write(world: World, path: str, record: object) -> None:
 @asynccontextmanager
 async def real(world: World, engine: FakeEngine, directory: Path) -> AsyncIterator[AgentClient]:
     """The agent of h2 behind its servicer."""
-    config = agent_config(directory)
+    (directory / "fast").mkdir(exist_ok=True)
+    fast = PoolConfig(path=directory / "fast", kind=PoolKind.LOCAL)
+    config = agent_config(directory).model_copy(update={"pools": {"fast": fast}})
     peers, stores = Peers(), (world.store, type(world.store)(world.store.tree))
     agent = Agent(
         config, agent_identity(HERE), cast(MigrationEngine, engine), stores, peers, Metrics(CollectorRegistry())
@@ -128,6 +135,16 @@ class Host:
     async def wish(self, run: bool, sequence: int) -> None:
         await write(self.world, paths.want_run(G), WantRun(run, "op", sequence))
 
+    async def import_image(self, name: str, content: bytes, *, sha256: bytes = b"") -> types_pb2.Image:
+        async def parts() -> AsyncIterator[pb.ReceiveImageRequest]:
+            what = wire.disk_format_to_proto(DiskFormat.RAW)
+            yield pb.ReceiveImageRequest(pool="fast", name=name, format=what, size_bytes=len(content))
+            for at in range(0, len(content), 4096):
+                yield pb.ReceiveImageRequest(data=content[at : at + 4096])
+            yield pb.ReceiveImageRequest(sha256=sha256 or hashlib.sha256(content).digest())
+
+        return await self.client.receive_image(parts(), 10)
+
     @property
     def name_is_taken(self) -> bool:
         return paths.name("web") in self.world.store.tree.nodes
@@ -146,6 +163,7 @@ async def host(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> 
             yield Host(client, world, lambda: setattr(engine.script, "fail_start", "no memory"), shut_down)
         return
     fake = FakeAgent("h2", world.store)
+    fake.images["fast"] = {}
     await fake.start()
     client = AgentClient(fake.address)
     no_memory = DroverError(R.INTERNAL, "no memory")
@@ -156,6 +174,21 @@ async def host(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> 
     yield Host(client, world, lambda: fake.refusals.update(StartGuest=no_memory), say_so)
     await client.close()
     await fake.stop()
+
+
+async def test_images_are_brought_in_and_listed(host: Host) -> None:
+    content = b"x" * 65536
+    for name in ("c", "a", "b"):
+        made = await host.import_image(name, content)
+        assert (made.host, made.pool, made.name, made.size_bytes) == ("h2", "fast", name, len(content))
+    first, more = await host.client.list_pool_images("fast", "", 2)
+    assert ([each.name for each in first], more) == (["a", "b"], True)
+    rest, more = await host.client.list_pool_images("fast", "b", 2)
+    assert ([each.name for each in rest], more) == (["c"], False)
+    assert await refused(host.client.list_pool_images("slow", "", 2)) is R.POOL_NOT_FOUND
+    assert await refused(host.import_image("a", content * 16)) is R.ALREADY_EXISTS
+    assert await refused(host.import_image("d", content, sha256=bytes(32))) is R.INVALID_ARGUMENT
+    assert [each.name for each in (await host.client.list_pool_images("fast", "", 9))[0]] == ["a", "b", "c"]
 
 
 async def test_a_guest_that_was_started_runs_once(host: Host) -> None:

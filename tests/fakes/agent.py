@@ -11,6 +11,7 @@ and then tells what changes and what is said. Calls of the coordinator are only 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
+from orchestrator.core.images import HEADER_BYTES, content_error, header_of
 from orchestrator.core.migration import Prepared
 from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import GuestSpec, HostRecord, WantRun
@@ -32,6 +34,7 @@ from orchestrator.ledger.store import Delete, Done, Op, SetData, Store
 from orchestrator.rpc.channels import aio_server, listen
 from orchestrator.rpc.errors import Errors
 from protos.drover.v1 import agent_pb2 as pb
+from protos.drover.v1 import types_pb2
 from protos.drover.v1.agent_pb2_grpc import AgentServiceServicer, add_AgentServiceServicer_to_server
 
 
@@ -51,6 +54,10 @@ class FakeAgent(AgentServiceServicer):
     """What stands against moving guests, by uuid."""
     lost: dict[str, GuestSpec] = field(default_factory=dict[str, GuestSpec])
     """What it knows of guests whose records the ledger has lost, by uuid."""
+    images: dict[str, dict[str, types_pb2.Image]] = field(default_factory=dict[str, dict[str, types_pb2.Image]])
+    """What its pools have, by name."""
+    received: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    """The content of images that were brought in."""
     calls: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     sample: AgentSample = field(default_factory=AgentSample)
     """What a new watch begins with."""
@@ -239,6 +246,52 @@ class FakeAgent(AgentServiceServicer):
                 for uuid, each in found.items()
             ]
         )
+
+    def _pool(self, pool: str) -> dict[str, types_pb2.Image]:
+        if pool not in self.images:
+            raise DroverError(RefusalReason.POOL_NOT_FOUND, f"{self.host} has no pool {pool}", field="pool")
+        return self.images[pool]
+
+    async def ListPoolImages(self, request: pb.ListPoolImagesRequest, context: Any) -> pb.ListPoolImagesResponse:
+        await self._called("ListPoolImages", request.pool)
+        names = sorted(name for name in self._pool(request.pool) if name > request.after)
+        size = request.page_size or 1000
+        return pb.ListPoolImagesResponse(
+            images=[self.images[request.pool][name] for name in names[:size]], more=len(names) > size
+        )
+
+    async def ReceiveImage(
+        self, request_iterator: AsyncIterator[pb.ReceiveImageRequest], context: Any
+    ) -> AsyncIterator[pb.ReceiveImageResponse]:
+        first = await anext(request_iterator)
+        try:
+            await self._called("ReceiveImage", first.name)
+            image = wire.image_import_from_proto(first.name, first.pool, first.format, first.size_bytes)
+            pool, data, told = self._pool(first.pool), first.data, first.sha256
+            if first.name in pool:
+                raise DroverError(RefusalReason.ALREADY_EXISTS, f"there is an image {first.name}", field="image.name")
+            async for each in request_iterator:
+                data, told = data + each.data, each.sha256
+            if wrong := content_error(image, data[:HEADER_BYTES]):
+                raise DroverError(RefusalReason.INVALID_ARGUMENT, wrong, field="image.format")
+            if len(data) != image.size_bytes or told != hashlib.sha256(data).digest():
+                raise DroverError(RefusalReason.INVALID_ARGUMENT, "not what was to come", field="data")
+        except DroverError:
+            yield pb.ReceiveImageResponse(stop=True)
+            async for _ in request_iterator:
+                pass
+            raise
+        self.received[first.name] = data
+        header = header_of(data[:HEADER_BYTES], len(data))
+        pool[first.name] = types_pb2.Image(
+            name=first.name,
+            pool=first.pool,
+            host=self.host,
+            format=wire.disk_format_to_proto(header.format),
+            size_bytes=header.size_bytes,
+            used_bytes=len(data),
+        )
+        yield pb.ReceiveImageResponse(image=pool[first.name])
 
     async def PassInstruction(self, request: pb.PassInstructionRequest, context: Any) -> pb.PassInstructionResponse:
         await self._called("PassInstruction", request.guest_uuid)

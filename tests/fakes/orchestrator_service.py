@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from orchestrator import wire
-from orchestrator.api import decisions, evacuations, guests, hosts, limits, lists, migrations, placements, views
+from orchestrator.api import decisions, evacuations, guests, hosts, images, limits, lists, migrations, placements, views
 from orchestrator.api.calls import digest
 from orchestrator.api.listing import Field, Kind, Listing
 from orchestrator.api.reads import no_place, not_found
@@ -35,8 +36,10 @@ from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
+from orchestrator.core.images import HEADER_BYTES, content_error, header_of
+from orchestrator.core.offers import Offer
 from orchestrator.core.placement import GuestInput, HostView, choose, need_for, plan
-from orchestrator.core.records import GuestSpec, RequestRecord
+from orchestrator.core.records import GuestSpec, HostFeature, Pool, PoolKind, RequestRecord
 from orchestrator.rpc.channels import MAX_REQUEST_BYTES, aio_server, listen
 from orchestrator.rpc.errors import Errors
 from protos.drover.v1 import orchestrator_pb2 as pb
@@ -90,6 +93,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     """Guests whose records the ledger has lost, by name."""
     history: list[pb.HistoryEntry] | None = None
     """What is forgotten; None: no history is kept."""
+    images: dict[tuple[str, str, str], types.Image] = field(default_factory=dict[tuple[str, str, str], types.Image])
+    """By pool, host and name."""
     wish: int = pb.WISH_STATE_APPLIED
     instructions: bool = True
 
@@ -211,6 +216,82 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         del self.hosts[host.name]
         return pb.RemoveHostResponse()
 
+    # --- images
+
+    def _pools(self, name: str, kind: types.PoolKind.ValueType | None = None) -> list[str]:
+        return [
+            host.name
+            for host in self.hosts.values()
+            for pool in host.pools
+            if pool.name == name and kind in (None, pool.kind)
+        ]
+
+    def _used(self, image: types.Image) -> list[str]:
+        local = image.host in self._pools(image.pool, types.POOL_KIND_LOCAL)
+        return sorted(
+            guest.name
+            for guest in self.guests.values()
+            for disk in guest.spec.disks
+            if (disk.pool, disk.image) == (image.pool, image.name) and (not local or guest.host == image.host)
+        )
+
+    async def ListImages(self, request: pb.ListImagesRequest, context: object) -> pb.ListImagesResponse:
+        await self._called("ListImages", request)
+        at, after = images.check(request)
+        if request.host:
+            self._host(request.host)
+        if request.pool and not self._pools(request.pool):
+            raise not_found("pool", request.pool, field="pool")
+        found: list[types.Image] = []
+        for key in sorted(self.images):
+            pool, host, _ = key
+            first = request.host or min(self._pools(pool))
+            if host == first or (host in self._pools(pool, types.POOL_KIND_LOCAL) and not request.host):
+                found.append(self.images[key])
+        found = [each for each in found if request.pool in ("", each.pool)]
+        if at is not None:
+            found = [each for each in found if (each.pool, each.host, each.name) > (at.pool, at.host, after)]
+        size = request.page_size or 100
+        answer = pb.ListImagesResponse(images=found[:size])
+        for each in answer.images:
+            each.guests.extend(self._used(each))
+        if len(found) > size:
+            last = answer.images[-1]
+            answer.next_page_token = f"{last.pool}/{last.host}/{last.name}"
+        return answer
+
+    async def ImportImage(self, request_iterator: AsyncIterator[pb.ImportImageRequest], context: object) -> types.Image:
+        first = await anext(request_iterator)
+        await self._called("ImportImage", first.image)
+        image = images.check_import(first)
+        if first.image.host:
+            self._known(self.hosts, first.image.host, "host", "image.host")
+        having = [name for name in self._pools(image.pool) if first.image.host in ("", name)]
+        if not having:
+            raise DroverError(R.POOL_NOT_FOUND, f"no host has a pool {image.pool}", field="image.pool")
+        if len(having) > 1 and self._pools(image.pool, types.POOL_KIND_LOCAL):
+            raise invalid([("image.host", "is missing")])
+        host, data, told = having[0], first.data, first.sha256
+        async for each in request_iterator:
+            data, told = data + each.data, each.sha256
+        if (image.pool, host, image.name) in self.images:
+            raise DroverError(R.ALREADY_EXISTS, f"there is an image {image.name}", field="image.name")
+        if wrong := content_error(image, data[:HEADER_BYTES]):
+            raise DroverError(R.INVALID_ARGUMENT, wrong, field="image.format")
+        if len(data) != image.size_bytes or told != hashlib.sha256(data).digest():
+            raise DroverError(R.INVALID_ARGUMENT, "what came is not what was to come", field="data")
+        header = header_of(data[:HEADER_BYTES], len(data))
+        made = types.Image(
+            name=image.name,
+            pool=image.pool,
+            host=host,
+            format=wire.disk_format_to_proto(header.format),
+            size_bytes=header.size_bytes,
+            used_bytes=len(data),
+        )
+        self.images[image.pool, host, image.name] = made
+        return made
+
     def _views(self) -> list[HostView]:
         return [
             HostView(
@@ -222,6 +303,11 @@ class FakeOrchestrator(OrchestratorServiceServicer):
                 cordoned=each.cordoned,
                 cordon_reason=each.cordon_reason,
                 machine_types=tuple(each.machine_types),
+                offer=Offer(
+                    each.name,
+                    {pool.name: Pool(pool.name, PoolKind[types.PoolKind.Name(pool.kind)[10:]]) for pool in each.pools},
+                    features=frozenset(HostFeature),
+                ),
             )
             for each in self.hosts.values()
         ]

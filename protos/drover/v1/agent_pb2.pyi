@@ -833,6 +833,121 @@ class CheckGuestsResponse(_message.Message):
 Global___CheckGuestsResponse: _TypeAlias = CheckGuestsResponse  # noqa: Y015
 
 @_typing.final
+class ListPoolImagesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    after: _builtins.str
+    """Only names after this one."""
+    page_size: _builtins.int
+    """0, or more than 1000: 1000."""
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+        after: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "page_size", b"page_size", "pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPoolImagesRequest: _TypeAlias = ListPoolImagesRequest  # noqa: Y015
+
+@_typing.final
+class ListPoolImagesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    more: _builtins.bool
+    """There are more after these."""
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Image]:
+        """Without `guests`, which the agent does not know."""
+
+    def __init__(
+        self,
+        *,
+        images: _abc.Iterable[_types_pb2.Image] | None = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "more", b"more"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPoolImagesResponse: _TypeAlias = ListPoolImagesResponse  # noqa: Y015
+
+@_typing.final
+class ReceiveImageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    """On the first message."""
+    name: _builtins.str
+    format: _types_pb2.DiskFormat.ValueType
+    size_bytes: _builtins.int
+    data: _builtins.bytes
+    sha256: _builtins.bytes
+    """On the last message."""
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+        name: _builtins.str = ...,
+        format: _types_pb2.DiskFormat.ValueType = ...,
+        size_bytes: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "format", b"format", "name", b"name", "pool", b"pool", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReceiveImageRequest: _TypeAlias = ReceiveImageRequest  # noqa: Y015
+
+@_typing.final
+class ReceiveImageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    stop: _builtins.bool
+    """Send nothing more: the call ends with an error."""
+    @_builtins.property
+    def image(self) -> _types_pb2.Image:
+        """It is there, whole and durable. The last message."""
+
+    def __init__(
+        self,
+        *,
+        image: _types_pb2.Image | None = ...,
+        stop: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReceiveImageResponse: _TypeAlias = ReceiveImageResponse  # noqa: Y015
+
+@_typing.final
 class AttemptTag(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

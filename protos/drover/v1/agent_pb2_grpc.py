@@ -96,6 +96,16 @@ class AgentServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsResponse.FromString,
                 _registered_method=True)
+        self.ListPoolImages = channel.unary_unary(
+                '/drover.v1.AgentService/ListPoolImages',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesResponse.FromString,
+                _registered_method=True)
+        self.ReceiveImage = channel.stream_stream(
+                '/drover.v1.AgentService/ReceiveImage',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer:
@@ -189,6 +199,21 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListPoolImages(self, request, context):
+        """Images in one pool of this host, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReceiveImage(self, request_iterator, context):
+        """See ImportImage of OrchestratorService. A refusal is announced by `stop`, so that the caller ends its stream; its status
+        follows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -251,6 +276,16 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.CheckGuests,
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsResponse.SerializeToString,
+            ),
+            'ListPoolImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPoolImages,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesResponse.SerializeToString,
+            ),
+            'ReceiveImage': grpc.stream_stream_rpc_method_handler(
+                    servicer.ReceiveImage,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -579,6 +614,60 @@ class AgentService:
             '/drover.v1.AgentService/CheckGuests',
             protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPoolImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.AgentService/ListPoolImages',
+            protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReceiveImage(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/drover.v1.AgentService/ReceiveImage',
+            protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageResponse.FromString,
             options,
             channel_credentials,
             insecure,

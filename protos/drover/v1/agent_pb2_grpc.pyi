@@ -63,6 +63,12 @@ class AgentServiceStub:
     """For a device of a guest that runs here: see InstructDevice of OrchestratorService."""
     CheckGuests: _grpc.UnaryUnaryMultiCallable[_agent_pb2.CheckGuestsRequest, _agent_pb2.CheckGuestsResponse]
     """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing."""
+    ListPoolImages: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListPoolImagesRequest, _agent_pb2.ListPoolImagesResponse]
+    """Images in one pool of this host, by name."""
+    ReceiveImage: _grpc.StreamStreamMultiCallable[_agent_pb2.ReceiveImageRequest, _agent_pb2.ReceiveImageResponse]
+    """See ImportImage of OrchestratorService. A refusal is announced by `stop`, so that the caller ends its stream; its status
+    follows.
+    """
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -99,6 +105,12 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """For a device of a guest that runs here: see InstructDevice of OrchestratorService."""
     CheckGuests: _aio.UnaryUnaryMultiCallable[_agent_pb2.CheckGuestsRequest, _agent_pb2.CheckGuestsResponse]  # type: ignore[assignment]
     """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing."""
+    ListPoolImages: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListPoolImagesRequest, _agent_pb2.ListPoolImagesResponse]  # type: ignore[assignment]
+    """Images in one pool of this host, by name."""
+    ReceiveImage: _aio.StreamStreamMultiCallable[_agent_pb2.ReceiveImageRequest, _agent_pb2.ReceiveImageResponse]  # type: ignore[assignment]
+    """See ImportImage of OrchestratorService. A refusal is announced by `stop`, so that the caller ends its stream; its status
+    follows.
+    """
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Control calls. Mutating calls carry the coordinator's epoch; a lower one than the agent has seen is refused
@@ -204,6 +216,24 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.CheckGuestsResponse, _abc.Awaitable[_agent_pb2.CheckGuestsResponse]]:
         """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing."""
+
+    @_abc_1.abstractmethod
+    def ListPoolImages(
+        self,
+        request: _agent_pb2.ListPoolImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.ListPoolImagesResponse, _abc.Awaitable[_agent_pb2.ListPoolImagesResponse]]:
+        """Images in one pool of this host, by name."""
+
+    @_abc_1.abstractmethod
+    def ReceiveImage(
+        self,
+        request_iterator: _MaybeAsyncIterator[_agent_pb2.ReceiveImageRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_agent_pb2.ReceiveImageResponse], _abc.AsyncIterator[_agent_pb2.ReceiveImageResponse]]:
+        """See ImportImage of OrchestratorService. A refusal is announced by `stop`, so that the caller ends its stream; its status
+        follows.
+        """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

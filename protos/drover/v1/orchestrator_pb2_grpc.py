@@ -85,6 +85,16 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementResponse.FromString,
                 _registered_method=True)
+        self.ListImages = channel.unary_unary(
+                '/drover.v1.OrchestratorService/ListImages',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ListImagesRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ListImagesResponse.FromString,
+                _registered_method=True)
+        self.ImportImage = channel.stream_unary(
+                '/drover.v1.OrchestratorService/ImportImage',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ImportImageRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Image.FromString,
+                _registered_method=True)
         self.CreateGuest = channel.unary_unary(
                 '/drover.v1.OrchestratorService/CreateGuest',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CreateGuestRequest.SerializeToString,
@@ -252,6 +262,23 @@ class OrchestratorServiceServicer:
 
     def CheckPlacement(self, request, context):
         """Where a guest could run or move now, with the verdict on every host. Changes nothing; an answer is no promise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListImages(self, request, context):
+        """The disk images in the pools of hosts, by pages; of a shared pool once. Asks the agents: those that are silent are
+        named. Block pools are left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportImage(self, request_iterator, context):
+        """Brings an image into a pool, by chunks; the first message says what it is to be, the last has its checksum. It is there
+        under its name, whole and durable, or not at all. Refused before anything is written: ALREADY_EXISTS, POOL_NOT_FOUND,
+        POOL_FULL, and INVALID_ARGUMENT for what is not of the format that it is said to be.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -443,6 +470,16 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.CheckPlacement,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementResponse.SerializeToString,
+            ),
+            'ListImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListImages,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ListImagesRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ListImagesResponse.SerializeToString,
+            ),
+            'ImportImage': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportImage,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ImportImageRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Image.SerializeToString,
             ),
             'CreateGuest': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateGuest,
@@ -810,6 +847,60 @@ class OrchestratorService:
             '/drover.v1.OrchestratorService/CheckPlacement',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/ListImages',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.ListImagesRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.ListImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportImage(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/drover.v1.OrchestratorService/ImportImage',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.ImportImageRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_types__pb2.Image.FromString,
             options,
             channel_credentials,
             insecure,

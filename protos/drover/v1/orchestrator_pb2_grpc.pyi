@@ -65,6 +65,15 @@ class OrchestratorServiceStub:
     """Forgets a host that is not live, has no guests, and is certified dead or cordoned."""
     CheckPlacement: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CheckPlacementRequest, _orchestrator_pb2.CheckPlacementResponse]
     """Where a guest could run or move now, with the verdict on every host. Changes nothing; an answer is no promise."""
+    ListImages: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListImagesRequest, _orchestrator_pb2.ListImagesResponse]
+    """The disk images in the pools of hosts, by pages; of a shared pool once. Asks the agents: those that are silent are
+    named. Block pools are left out.
+    """
+    ImportImage: _grpc.StreamUnaryMultiCallable[_orchestrator_pb2.ImportImageRequest, _types_pb2.Image]
+    """Brings an image into a pool, by chunks; the first message says what it is to be, the last has its checksum. It is there
+    under its name, whole and durable, or not at all. Refused before anything is written: ALREADY_EXISTS, POOL_NOT_FOUND,
+    POOL_FULL, and INVALID_ARGUMENT for what is not of the format that it is said to be.
+    """
     CreateGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateGuestRequest, _types_pb2.Guest]
     """Creates and starts a guest. Repeat-safe by request_id."""
     GetGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetGuestRequest, _types_pb2.Guest]
@@ -132,6 +141,15 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """Forgets a host that is not live, has no guests, and is certified dead or cordoned."""
     CheckPlacement: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CheckPlacementRequest, _orchestrator_pb2.CheckPlacementResponse]  # type: ignore[assignment]
     """Where a guest could run or move now, with the verdict on every host. Changes nothing; an answer is no promise."""
+    ListImages: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListImagesRequest, _orchestrator_pb2.ListImagesResponse]  # type: ignore[assignment]
+    """The disk images in the pools of hosts, by pages; of a shared pool once. Asks the agents: those that are silent are
+    named. Block pools are left out.
+    """
+    ImportImage: _aio.StreamUnaryMultiCallable[_orchestrator_pb2.ImportImageRequest, _types_pb2.Image]  # type: ignore[assignment]
+    """Brings an image into a pool, by chunks; the first message says what it is to be, the last has its checksum. It is there
+    under its name, whole and durable, or not at all. Refused before anything is written: ALREADY_EXISTS, POOL_NOT_FOUND,
+    POOL_FULL, and INVALID_ARGUMENT for what is not of the format that it is said to be.
+    """
     CreateGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """Creates and starts a guest. Repeat-safe by request_id."""
     GetGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
@@ -256,6 +274,27 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_pb2.CheckPlacementResponse, _abc.Awaitable[_orchestrator_pb2.CheckPlacementResponse]]:
         """Where a guest could run or move now, with the verdict on every host. Changes nothing; an answer is no promise."""
+
+    @_abc_1.abstractmethod
+    def ListImages(
+        self,
+        request: _orchestrator_pb2.ListImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.ListImagesResponse, _abc.Awaitable[_orchestrator_pb2.ListImagesResponse]]:
+        """The disk images in the pools of hosts, by pages; of a shared pool once. Asks the agents: those that are silent are
+        named. Block pools are left out.
+        """
+
+    @_abc_1.abstractmethod
+    def ImportImage(
+        self,
+        request_iterator: _MaybeAsyncIterator[_orchestrator_pb2.ImportImageRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.Image, _abc.Awaitable[_types_pb2.Image]]:
+        """Brings an image into a pool, by chunks; the first message says what it is to be, the last has its checksum. It is there
+        under its name, whole and durable, or not at all. Refused before anything is written: ALREADY_EXISTS, POOL_NOT_FOUND,
+        POOL_FULL, and INVALID_ARGUMENT for what is not of the format that it is said to be.
+        """
 
     @_abc_1.abstractmethod
     def CreateGuest(

@@ -1054,6 +1054,95 @@ class Boot(_message.Message):
 Global___Boot: _TypeAlias = Boot  # noqa: Y015
 
 @_typing.final
+class Image(_message.Message):
+    """A disk image in a pool, by what its own header says. Nothing that the header points to is ever opened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    GUESTS_FIELD_NUMBER: _builtins.int
+    BACKING_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    pool: _builtins.str
+    host: _builtins.str
+    """Where it was seen; of a shared pool one of its hosts."""
+    format: Global___DiskFormat.ValueType
+    """RAW: there is no header that says otherwise."""
+    size_bytes: _builtins.int
+    """As a guest sees it."""
+    used_bytes: _builtins.int
+    """What it takes of the pool."""
+    backing: _builtins.str
+    """The image that it is based on, as its header names it. Empty: none."""
+    message: _builtins.str
+    """Why its header cannot be read, or what is odd about it. Empty: nothing."""
+    @_builtins.property
+    def guests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Guests that have a disk with it, by name."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        host: _builtins.str = ...,
+        format: Global___DiskFormat.ValueType = ...,
+        size_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        guests: _abc.Iterable[_builtins.str] | None = ...,
+        backing: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backing", b"backing", "format", b"format", "guests", b"guests", "host", b"host", "message", b"message", "name", b"name", "pool", b"pool", "size_bytes", b"size_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Image: _TypeAlias = Image  # noqa: Y015
+
+@_typing.final
+class ImageImport(_message.Message):
+    """What an image is to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    pool: _builtins.str
+    host: _builtins.str
+    """Empty: any host that has the pool, if that is shared."""
+    format: Global___DiskFormat.ValueType
+    size_bytes: _builtins.int
+    """Of the file that follows."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        host: _builtins.str = ...,
+        format: Global___DiskFormat.ValueType = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "host", b"host", "name", b"name", "pool", b"pool", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageImport: _TypeAlias = ImageImport  # noqa: Y015
+
+@_typing.final
 class DiskSpec(_message.Message):
     """A disk: an image in a pool of the host's."""
 
