@@ -33,7 +33,6 @@ from orchestrator.core.records import (
     Network,
     Pool,
     Proof,
-    Reservations,
 )
 from orchestrator.ledger import paths
 from orchestrator.ledger.layout import WrongLayout
@@ -263,7 +262,7 @@ class Registration:
         ]
         for child, content in (
             (paths.cordon(record.name), Cordon()),
-            (paths.reservations(record.name), Reservations()),
+            (paths.reservations(record.name), None),
             (paths.host_guests(record.name), None),
         ):
             if await self._store.read(child) is None:

@@ -22,7 +22,6 @@ from orchestrator.core.records import (
     GuestSpec,
     HostDeath,
     HostRecord,
-    Reservations,
     host_ref,
 )
 from orchestrator.ledger import markers, paths
@@ -235,9 +234,9 @@ class Deaths:
                 f"{len(there)} guests are recorded on {name}: {', '.join(there[:_SOME])}{more}; end or move them first"
             )
             raise DroverError(RefusalReason.HOST_NOT_EMPTY, said, details={"guests": str(len(there))})
-        promised = await self._tools.ledger.read(Reservations, paths.reservations(name))
-        if promised is not None and promised[0].memory_mib:
-            said = f"memory of {name} is promised to {len(promised[0].memory_mib)} migrations: wait for their ends"
+        promised = await store.children(paths.reservations(name))
+        if promised:
+            said = f"memory of {name} is promised to {len(promised)} migrations: wait for their ends"
             raise DroverError(RefusalReason.HOST_NOT_EMPTY, said)
         cordon = await store.read(paths.cordon(name))
         drained = cordon is not None and bool(cordon.data) and decode(Cordon, cordon.data).on

@@ -31,11 +31,11 @@ from orchestrator.core.guest import name_error
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.placement import GuestInput, choose, need_of
 from orchestrator.core.policy import MigrationPolicy, policy_errors
-from orchestrator.core.records import HostRecord, MigrationSpec, Reservations
+from orchestrator.core.records import HostRecord, MigrationSpec
 from orchestrator.ledger import active, paths
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.migrations import creation, free_of_others
-from orchestrator.ledger.store import Check, Done, Op, StoreUnavailable
+from orchestrator.ledger.store import Check, Delete, Done, Op, StoreUnavailable
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
 
@@ -180,10 +180,9 @@ class Migrations:
 
     async def _release(self, migration: str, host: str) -> list[Op]:
         """Between two attempts a migration keeps the memory that is promised to it."""
-        found = await self._tools.ledger.read(Reservations, paths.reservations(host)) if host else None
-        if found is None or migration not in found[0].memory_mib:
-            return []
-        return [op_set(paths.reservations(host), found[0].without(migration), found[1])]
+        path = paths.reservation(host, migration)
+        found = await self._tools.store.read(path) if host else None
+        return [] if found is None else [Delete(path, found.version)]
 
     def _cancel_ops(self, step: CancelStep, read: MigrationRead, writer: str) -> list[Op]:
         spec, standing = read.spec, read.standing

@@ -71,9 +71,10 @@ async def _connect(store: Store) -> None:
 class MigrationWorker:
     """Drives migrations as coroutines, over one ledger session and one set of channels."""
 
-    def __init__(self, config: CoordinatorConfig) -> None:
+    def __init__(self, config: CoordinatorConfig, seat: int = 0) -> None:
         configure_logging(config.log_level)
         descriptors.raise_limit()
+        self._seat = seat
         self._store: Store | None = None
         self._ready: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         self._task = asyncio.get_running_loop().create_task(self._start(config))
@@ -82,7 +83,10 @@ class MigrationWorker:
     async def _start(self, config: CoordinatorConfig) -> None:
         store = self._store = make_store(config)
         await _connect(store)
-        self._ready.set_result(Worker(store, make_agents(config), max_arrivals=config.max_arrivals))
+        worker = Worker(
+            store, make_agents(config), max_arrivals=config.max_arrivals, lane=self._seat, lanes=config.workers
+        )
+        self._ready.set_result(worker)
 
     async def drive(self, migration: str, epoch: int, shard: int = 0) -> str:
         """The migration's terminal phase, or "DEPOSED"."""
@@ -101,7 +105,9 @@ class RayWorker(WorkerPort):
 
     def __init__(self, config: CoordinatorConfig, seat: int, before: int) -> None:
         name = f"{WORKER}{seat}-{before}"
-        self._handle: Any = ray.remote(MigrationWorker).options(**_options(config, name), **_SPREAD).remote(config)
+        self._handle: Any = (
+            ray.remote(MigrationWorker).options(**_options(config, name), **_SPREAD).remote(config, seat)
+        )
         self._told: dict[str, Any] = {}
 
     async def drive(self, migration: str, epoch: int, shard: int = 0) -> str:

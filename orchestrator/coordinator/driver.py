@@ -36,9 +36,9 @@ from orchestrator.core.records import (
     MigrationSpec,
     MigrationState,
     Requests,
-    Reservations,
+    Reservation,
 )
-from orchestrator.ledger import active, markers, paths
+from orchestrator.ledger import active, births, markers, paths
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import decode, encode, encode_attempts
 from orchestrator.ledger.snapshot import HostEntry, Snapshot
@@ -46,6 +46,7 @@ from orchestrator.ledger.store import (
     Check,
     Conflict,
     Create,
+    Delete,
     Done,
     Op,
     OutcomeUnknown,
@@ -464,6 +465,7 @@ class Driver:
             prefer=command.prefer,
             avoid=command.avoid,
             later=self._tools.placing.busy,
+            lane=self._tools.placing.lane,
             max_arrivals=self._tools.max_arrivals,
             salt=spec.id,
         )
@@ -483,7 +485,7 @@ class Driver:
             *(await self._release(nodes.state.destination) if moved else []),
             Check(paths.cordon(choice.destination.host), entry.cordon_version),
             SetData(paths.guest(spec.guest), encode(opened), nodes.guest.version),
-            _reserve(entry, spec.id, guest_spec),
+            *await self._reserve(entry, guest_spec),
             SetData(paths.migration_state(spec.id), encode(state), nodes.state_version),
             *await self._missing_ack_nodes(likely=guess and nodes.state.attempt == 0),
             await markers.marked(self._tools.store, choice.destination.host, spec.guest),
@@ -614,12 +616,21 @@ class Driver:
                 ops.append(active.migration_leaves(spec.id))
         return ops
 
+    async def _promise(self, host: str) -> Versioned | None:
+        return await self._tools.index.nodes.one_below(paths.reservations(host), self._spec.id)
+
+    async def _reserve(self, entry: HostEntry, guest: GuestSpec) -> list[Op]:
+        """Memory, and room for the guest's disks in the host's local pools. What was promised before stands."""
+        name, path = entry.input.record.name, paths.reservation(entry.input.record.name, self._spec.id)
+        disk_bytes = local_bytes(hardware_need(guest), offer_of(entry.input.record, None, ()))
+        promise = Reservation(guest.memory_mib, disk_bytes)
+        known = self._spec.id in entry.reservations.memory_mib
+        before = await self._promise(name) if known else None
+        return [births.room_taken(name, entry), _put(path, encode(promise), before)]
+
     async def _release(self, host: str) -> list[Op]:
-        node = await self._tools.index.nodes.read(paths.reservations(host))
-        known = _decode_or(Reservations, node, Reservations())
-        if node is None or self._spec.id not in known.memory_mib:
-            return []
-        return [SetData(paths.reservations(host), encode(known.without(self._spec.id)), node.version)]
+        node = await self._promise(host)
+        return [] if node is None else [Delete(paths.reservation(host, self._spec.id), node.version)]
 
     # --- calls to agents ----------------------------------------------------------------------------------------------
 
@@ -750,16 +761,6 @@ def _decode_or(kind: type[T], node: Versioned | None, default: T) -> T:
 
 def _put(path: str, data: bytes, node: Versioned | None) -> Op:
     return Create(path, data) if node is None else SetData(path, data, node.version)
-
-
-def _reserve(entry: HostEntry, mig: str, guest: GuestSpec) -> Op:
-    """Memory, and room for the guest's disks in the host's local pools."""
-    name = entry.input.record.name
-    disk_bytes = local_bytes(hardware_need(guest), offer_of(entry.input.record, None, ()))
-    data = encode(entry.reservations.given(mig, guest.memory_mib, disk_bytes))
-    if entry.reservations_version < 0:
-        return Create(paths.reservations(name), data)
-    return SetData(paths.reservations(name), data, entry.reservations_version)
 
 
 def _peer(host: HostRecord) -> Endpoint:

@@ -2,7 +2,8 @@
 
 A placement is a compare-and-set on what its destination has promised. Two for the same host at once would lose a race
 against each other; two for different hosts have nothing to do with each other, and a write takes as long as the quorum
-takes. So whoever judges has the turn, and gives it up before the write.
+takes. So whoever judges has the turn, and gives it up before the write. Several workers do not know of each other: of
+hosts that will do alike each prefers those of its own lane, and who loses a race all the same looks again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Generator
 class Placing:
     """One per worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, lane: int = 0, lanes: int = 1) -> None:
+        self.lane = lane, lanes
+        """Which of the hosts that will do alike come first here: others have lanes of their own."""
         self.turn = asyncio.Lock()
         """To be held from the look at the fleet until `writing` has been entered."""
         self._writing: dict[str, asyncio.Event] = {}

@@ -1,7 +1,7 @@
-"""Turns a tree of layout 1 into one of layout 2, before the leader does anything else.
+"""Turns a tree of layout 1 or 2 into one of layout 3, before the leader does anything else.
 
 Node by node, in transactions that check the epoch and the versions of what they move, so that it goes on from wherever
-a crash left it; what is done already is found done. The last transaction writes `/layout`. Meanwhile nobody else
+a crash left it; what is done already is found done. The last of each layout's writes `/layout`. Meanwhile nobody else
 touches the tree: APIs and agents of this version wait for that node, and the upgrade waits until no agent has a
 session. Guests run on all the time: that takes no agent.
 """
@@ -16,7 +16,14 @@ import structlog
 from orchestrator.coordinator.driver import STORE_RETRY_S, epoch_write
 from orchestrator.core.death import hosts_of
 from orchestrator.core.handover import GuestRecord
-from orchestrator.core.records import Cordon, EvacuationSpec, EvacuationState, MigrationSpec, MigrationState
+from orchestrator.core.records import (
+    Cordon,
+    EvacuationSpec,
+    EvacuationState,
+    MigrationSpec,
+    MigrationState,
+    Reservations,
+)
 from orchestrator.ledger import layout, paths
 from orchestrator.ledger.gather import each, members
 from orchestrator.ledger.records import BadRecord, decode, encode
@@ -74,13 +81,16 @@ class Upgrade:
             await asyncio.sleep(AGAIN_S)
             return
         log.info("upgrading the ledger", to=layout.OURS)
-        for root in paths.ROOTS:
-            await self._store.ensure(root)
-        for root, place in _PLACES.items():
-            await self._move_all(root, place)
-        await self._mark_guests(set(hosts))
-        await self._mark_active()
-        await self._write([layout.written()])
+        if await layout.of_tree(self._store) < 2:
+            for root in paths.ROOTS:
+                await self._store.ensure(root)
+            for root, place in _PLACES.items():
+                await self._move_all(root, place)
+            await self._mark_guests(set(hosts))
+            await self._mark_active()
+        for host in hosts:
+            await self._split_reservations(host)
+        await self._write([await layout.put(self._store)])
 
     # --- shards -------------------------------------------------------------------------------------------------------
 
@@ -186,6 +196,28 @@ class Upgrade:
         except BadRecord as error:
             log.warning("taken for one that is not over", evacuation=name, error=str(error))
         return [] if await self._store.read(path) is not None else [Create(path, encode(host))]
+
+    # --- what hosts have promised -------------------------------------------------------------------------------------
+
+    async def _split_reservations(self, host: str) -> None:
+        """A node for each promise. One that cannot be read would be lost: it stops the upgrade until somebody mends or
+        empties it."""
+        above = paths.reservations(host)
+        node = await self._store.read(above)
+        if node is None or not node.data:
+            return
+        try:
+            promised = decode(Reservations, node.data, path=above).each()
+        except BadRecord as error:
+            self._tell(f"{error}: mend it, or empty it once no migration to {host} is under way")
+            await asyncio.sleep(AGAIN_S)
+            raise StoreUnavailable("what a host has promised cannot be read") from error
+        there = await self._store.children(above)
+        left = {migration: one for migration, one in promised.items() if migration not in there}
+        await self._write_all(
+            [Create(paths.reservation(host, migration), encode(one))] for migration, one in left.items()
+        )
+        await self._write([SetData(above, b"", node.version)])
 
     async def _write_all(self, groups: Iterable[list[Op]]) -> None:
         for ops in packed(groups):

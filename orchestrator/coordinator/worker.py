@@ -24,7 +24,10 @@ class Worker:
     request for it joins the first, unless it comes from a newer epoch, which ends the older drivers.
     """
 
-    def __init__(self, store: Store, agents: AgentDirectory, *, max_arrivals: int = 0) -> None:
+    def __init__(
+        self, store: Store, agents: AgentDirectory, *, max_arrivals: int = 0, lane: int = 0, lanes: int = 1
+    ) -> None:
+        """One of `lanes` that place side by side: hosts that will do alike are first looked for in its own `lane`."""
         self._store = store
         self._agents = agents
         self._max_arrivals = max_arrivals
@@ -33,7 +36,7 @@ class Worker:
         """By shard of the fleet."""
         self._running: dict[tuple[int, str], asyncio.Task[str]] = {}
         """By shard and migration."""
-        self._placing = Placing()
+        self._placing = Placing(lane, lanes)
 
     @property
     def driving(self) -> int:

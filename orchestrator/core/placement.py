@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop
 
@@ -196,12 +196,14 @@ def choose(
     max_arrivals: int = 0,
     every: bool = False,
     salt: str = "",
+    lane: tuple[int, int] = (0, 1),
 ) -> Choice:
     """The eligible host with most memory left, then with fewest arrivals, then by name.
 
-    With a `salt`, hosts that could take as many such guests are equal, and which of them is first differs from salt to
-    salt: several who place at the same time, each with its own, do not all choose the same host. Those in `later` stand
-    behind their equals.
+    With a `salt`, hosts that could take about as many such guests are equal, and which of them is first differs from
+    salt to salt: several who place at the same time, each with its own, do not all choose the same host. Those in
+    `later` stand behind their equals, and so do those that are not in the `lane` (number, how many there are): `hosts`
+    are dealt out to lanes in their order.
 
     Hosts are judged in that order until one will do, whose verdict alone is in the choice; `every` asks for the verdict
     on each host all the same. Where none will do the verdict on each host is there in any case.
@@ -214,11 +216,8 @@ def choose(
     candidates = [host for host in hosts if not wanted or host.ref.host == wanted]
     if wanted and not candidates:
         return Choice(None, (), RefusalReason.NOT_FOUND, f"there is no host {wanted}")
-    order = _order(candidates, need, prefer=prefer, avoid=frozenset(avoid), later=later, salt=salt)
-    heapify(order)
     full = False
-    while order:
-        host = candidates[heappop(order)[-1]]
+    for host in _order(candidates, need, prefer=prefer, avoid=frozenset(avoid), later=later, salt=salt, lane=lane):
         if 0 < max_arrivals <= host.arrivals:
             full = full or judge(host, need, source=source).eligible
         elif (verdict := judge(host, need, source=source)).eligible:
@@ -232,23 +231,37 @@ def choose(
 
 
 def _order(
-    hosts: Sequence[HostView], need: Need, *, prefer: str, avoid: Collection[str], later: Collection[str], salt: str
-) -> list[tuple[bool, bool, int, bool, int, int, str, int]]:
-    """For each host how it stands, the best first once sorted, and last its place in `hosts`."""
-    size_mib = need.memory_mib + GUEST_OVERHEAD_MIB if salt else 1
-    return [
-        (
-            host.ref.host in avoid,
-            host.ref.host != prefer,
-            -(host.free_mib // size_mib),
-            host.ref.host in later,
-            host.arrivals,
-            zlib.crc32(f"{salt}{host.ref.host}".encode()) if salt else 0,
-            host.ref.host,
-            number,
-        )
-        for number, host in enumerate(hosts)
-    ]
+    hosts: Sequence[HostView],
+    need: Need,
+    *,
+    prefer: str,
+    avoid: Collection[str],
+    later: Collection[str],
+    salt: str,
+    lane: tuple[int, int],
+) -> Iterator[HostView]:
+    """The best first. Which of equals is first is worked out only when it is their turn: there may be thousands."""
+    size_mib = need.memory_mib + GUEST_OVERHEAD_MIB
+    number, lanes = lane
+    alike: dict[tuple[bool, bool, int, bool, bool, int], list[HostView]] = {}
+    for at, host in enumerate(hosts):
+        name = host.ref.host
+        room = -_about(host.free_mib // size_mib) if salt else -host.free_mib
+        key = (name in avoid, name != prefer, room, at % lanes != number, name in later, host.arrivals)
+        alike.setdefault(key, []).append(host)
+    keys = list(alike)
+    heapify(keys)
+    while keys:
+        equals = sorted(alike[heappop(keys)], key=lambda host: host.ref.host)
+        turned = 1 + zlib.crc32(salt.encode()) % len(equals) if salt else 0
+        yield from equals[-turned:]
+        yield from equals[:-turned] if turned else ()
+
+
+def _about(count: int) -> int:
+    """To four binary digits: hosts with room for 200 guests or for 201 are equal, with room for 10 or for 11 not."""
+    spare = max(0, count.bit_length() - 4)
+    return count >> spare << spare
 
 
 def _each(hosts: Iterable[HostView], need: Need, source: HostView | None) -> tuple[Verdict, ...]:

@@ -5,7 +5,8 @@ The guest record and its transitions have a file of their own, `handover.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from orchestrator.core.errors import AbortReason, FailureReason
@@ -421,28 +422,37 @@ class FencerTable(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Reservation(Record):
+    """`/hosts/<h>/resv/<migration>`: what is promised to one migration on its way here. Never changed."""
+
+    memory_mib: int = 0
+    disk_bytes: dict[str, int] = field(default_factory=dict[str, int])
+    """Room in local pools, by pool."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reservations(Record):
-    """`/hosts/<h>/resv`: memory, and room in local pools, promised to migrations on their way here."""
+    """All that is promised to migrations on their way to one host. Until layout 2 the content of `/hosts/<h>/resv`."""
 
     memory_mib: dict[str, int] = field(default_factory=dict[str, int])
     """By migration id."""
     disk_bytes: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     """By migration id and pool."""
 
-    def given(self, migration: str, memory_mib: int, disk_bytes: dict[str, int]) -> Reservations:
-        """With what one migration needs; `disk_bytes` by pool."""
-        memory = {**self.memory_mib, migration: memory_mib}
-        others = {mig: pools for mig, pools in self.disk_bytes.items() if mig != migration}
-        return replace(self, memory_mib=memory, disk_bytes={**others, migration: disk_bytes} if disk_bytes else others)
-
-    def without(self, migration: str) -> Reservations:
-        """With what was promised to one migration free again."""
-        memory = {mig: mib for mig, mib in self.memory_mib.items() if mig != migration}
-        return replace(
-            self,
-            memory_mib=memory,
-            disk_bytes={mig: pools for mig, pools in self.disk_bytes.items() if mig != migration},
+    @staticmethod
+    def of(each: Mapping[str, Reservation]) -> Reservations:
+        """By migration id."""
+        return Reservations(
+            {migration: one.memory_mib for migration, one in each.items()},
+            {migration: one.disk_bytes for migration, one in each.items() if one.disk_bytes},
         )
+
+    def each(self) -> dict[str, Reservation]:
+        """By migration id."""
+        return {
+            migration: Reservation(memory_mib, self.disk_bytes.get(migration, {}))
+            for migration, memory_mib in self.memory_mib.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)

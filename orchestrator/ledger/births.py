@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from orchestrator.core.handover import GuestRecord
-from orchestrator.core.records import GuestSpec, Reservations, WantRun
+from orchestrator.core.records import GuestSpec, WantRun
 from orchestrator.ledger import paths
-from orchestrator.ledger.ledger import op_create, op_set
+from orchestrator.ledger.ledger import op_create
 from orchestrator.ledger.snapshot import HostEntry
-from orchestrator.ledger.store import Check, Create, Op
+from orchestrator.ledger.store import Check, Create, Op, SetData
 
 
 def birth_ops(uuid: str, record: GuestRecord, spec: GuestSpec, wish: WantRun, entry: HostEntry) -> list[Op]:
     """The nodes of a life, for one transaction with the caller's own operations on its name.
 
-    `entry` is what the choice of the host was made from: its reservations are written as they are, so that their
-    version moves and two who saw the same free memory cannot both take it.
+    `entry` is what the choice of the host was made from.
     """
     host = record.owner.host
-    path = paths.reservations(host)
-    taken = op_set(path, entry.reservations, entry.reservations_version)
-    if entry.reservations_version < 0:
-        taken = op_create(path, Reservations())
     return [
         op_create(paths.guest(uuid), record),
         op_create(paths.guest_spec(uuid), spec),
         op_create(paths.want_run(uuid), wish),
         Check(paths.cordon(host), entry.cordon_version),
-        taken,
+        room_taken(host, entry),
         Create(paths.host_guest(host, uuid), b""),
     ]
+
+
+def room_taken(host: str, entry: HostEntry) -> Op:
+    """Part of whatever takes room on a host, of which `entry` is what was seen: two who saw the same cannot both."""
+    path = paths.reservations(host)
+    return Create(path, b"") if entry.reservations_version < 0 else SetData(path, b"", entry.reservations_version)

@@ -1,8 +1,9 @@
 """Which layout the tree of znodes has. Nobody touches a guest in a tree whose layout is not his own.
 
 `/layout` says it. A tree without that node is empty, and whoever comes first writes it down; or it is of layout 1, in
-which guests, evacuations and requests lay directly below their roots, without an active set or the guests of a host.
-The leading coordinator turns that into layout 2 (`coordinator/upgrade.py`).
+which guests, evacuations and requests lay directly below their roots, without an active set or the guests of a host;
+or of layout 2, in which all that a host had promised was the content of one node. The leading coordinator turns either
+into layout 3 (`coordinator/upgrade.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 from orchestrator.core.record import Record
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode, encode
-from orchestrator.ledger.store import Create, Store
+from orchestrator.ledger.store import Create, Op, SetData, Store
 
-OURS = 2
+OURS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,12 @@ class WrongLayout(Exception):
 def written() -> Create:
     """What makes a tree one of our layout."""
     return Create(paths.LAYOUT, encode(Layout()))
+
+
+async def put(store: Store) -> Op:
+    """What makes a tree of an older layout one of ours, unless it moves meanwhile. Raises StoreUnavailable."""
+    node = await store.read(paths.LAYOUT)
+    return written() if node is None else SetData(paths.LAYOUT, encode(Layout()), node.version)
 
 
 async def of_tree(store: Store) -> int:

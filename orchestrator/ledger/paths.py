@@ -171,8 +171,14 @@ def live(host_name: str) -> str:
 
 
 def reservations(host_name: str) -> str:
-    """Memory promised to migrations on their way to the host."""
+    """Above what is promised to migrations on their way to the host. Empty; its version moves with whatever takes room
+    there, so that two who saw the same free memory cannot both take it, and with nothing that frees it."""
     return f"{HOSTS}/{host_name}/resv"
+
+
+def reservation(host_name: str, migration_id: str) -> str:
+    """What is promised to one migration: from the opening of its attempt until its end, or until it goes elsewhere."""
+    return f"{reservations(host_name)}/{migration_id}"
 
 
 def space(host_name: str) -> str:
@@ -241,7 +247,8 @@ def host_of(path: str) -> str:
     """The host whose record, cordon, session, reservations, space or certificates stand at `path`; empty: none's."""
     root, _, rest = path[1:].partition("/")
     name, _, child = rest.partition("/")
-    return name if f"/{root}" == FENCE or (f"/{root}" == HOSTS and child in _OF_A_HOST) else ""
+    of_host = child in _OF_A_HOST or child.startswith("resv/")
+    return name if f"/{root}" == FENCE or (f"/{root}" == HOSTS and of_host) else ""
 
 
 def active_of(path: str, root: str) -> str:

@@ -16,9 +16,9 @@ from orchestrator.core.handover import GuestRecord
 from orchestrator.core.ids import HostRef
 from orchestrator.core.placement import GuestInput, HostInput, HostView, host_views
 from orchestrator.core.record import Record
-from orchestrator.core.records import Cordon, GuestSpec, HostRecord, HostSpace, Reservations, WantRun
+from orchestrator.core.records import Cordon, GuestSpec, HostRecord, HostSpace, Reservation, Reservations, WantRun
 from orchestrator.ledger import paths
-from orchestrator.ledger.nodes import Nodes
+from orchestrator.ledger.nodes import Nodes, below
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Store, Versioned
 
@@ -30,7 +30,7 @@ class HostEntry:
     input: HostInput
     cordon_version: int
     reservations_version: int
-    """-1: the node does not exist yet."""
+    """-1: the node does not exist yet. Moves with whatever takes room on the host."""
     reservations: Reservations
     """As they stand in the ledger. Those of `input` may have more: room for guests that cannot be read."""
 
@@ -106,6 +106,8 @@ class Reader:
         self._store = store
         self._nodes = nodes
         self._specs: dict[str, GuestSpec] = {}
+        self._promises: dict[str, dict[str, tuple[Versioned, Reservation]]] = {}
+        """By host and migration, decoded once."""
 
     async def _node(self, path: str, *, keep: bool = True) -> Versioned | None:
         if self._nodes is None:
@@ -121,10 +123,9 @@ class Reader:
             self._node(paths.live(name)),
         )
         if record is None or not record.data or cordon is None:
+            self._promises.pop(name, None)
             return None
-        promised = Reservations()
-        if reservations and reservations.data:
-            promised = decode(Reservations, reservations.data, path=paths.reservations(name))
+        promised = await self._promised(name)  # after their version: so none that belongs to it is missed
         known = decode(HostRecord, record.data, path=paths.host(name))
         space = await self._node(paths.space(name)) if known.pools else None
         over = live is None and await self._store.read(paths.fence(name, known.boot_id)) is not None
@@ -141,6 +142,18 @@ class Reader:
             reservations_version=reservations.version if reservations else -1,
             reservations=promised,
         )
+
+    async def _promised(self, host: str) -> Reservations:
+        above = paths.reservations(host)
+        found = await (below(self._store, above) if self._nodes is None else self._nodes.below(above))
+        before = self._promises.get(host, {})
+        known = self._promises[host] = {
+            name: before[name]
+            if name in before and before[name][0] == node
+            else (node, decode(Reservation, node.data, path=f"{above}/{name}"))
+            for name, node in found.items()
+        }
+        return Reservations.of({name: promise for name, (_, promise) in known.items()})
 
     async def whereabouts(self, uuid: str) -> UnreadableGuest:
         """What can be made out of a guest whose record is not readable."""

@@ -14,7 +14,7 @@ import pytest
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.placement import host_views
-from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations, WantRun
+from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservation, WantRun
 from orchestrator.ledger import index as index_module
 from orchestrator.ledger import paths
 from orchestrator.ledger.index import Index
@@ -68,7 +68,7 @@ async def register(store: Store, name: str, memory_mib: int = 1024) -> None:
         store,
         op_create(paths.host(name), record),
         op_create(paths.cordon(name), Cordon()),
-        op_create(paths.reservations(name), Reservations()),
+        Create(paths.reservations(name), b""),
         Create(paths.live(name), b"", ephemeral=True),
     )
 
@@ -191,8 +191,18 @@ async def _one_change(store: Store, rng: random.Random, alive: list[str], turn: 
             if what == "cordon":
                 await done(store, op_set(paths.cordon(host), Cordon(on=rng.random() < 0.5), known.cordon_version))
             else:
-                promised = Reservations(memory_mib={f"mig{turn}": 64, "m": 32} if rng.random() < 0.6 else {})
-                await done(store, op_set(paths.reservations(host), promised, known.reservations_version))
+                await _promise(store, host, rng.choice(["m", f"mig{turn}"]), known.reservations_version)
+
+
+async def _promise(store: Store, host: str, migration: str, version: int) -> None:
+    """As drivers do: what takes room moves the version above it, what frees it does not."""
+    path = paths.reservation(host, migration)
+    node = await store.read(path)
+    if node is not None:
+        await done(store, Delete(path, node.version))
+    else:
+        taken = SetData(paths.reservations(host), b"", version)
+        await done(store, taken, op_create(path, Reservation(64, {"fast": version})))
 
 
 async def _blink(store: Store, host: str) -> None:
@@ -237,7 +247,7 @@ async def test_memory_that_a_guest_took_is_never_given_away_twice(store: Store) 
     """A reservation is released; the guest that it was for is recorded on the host, but that is not read yet."""
     uuid = "00000001-aaaa-4aaa-8aaa-aaaaaaaaaaaa"
     await store.ensure(paths.guest(uuid).rpartition("/")[0])
-    await done(store, *guest(uuid, "h0"), op_set(paths.reservations("h1"), Reservations(memory_mib={"m": 64}), 0))
+    await done(store, *guest(uuid, "h0"), op_create(paths.reservation("h1", "m"), Reservation(64)))
     counted = Counted(store)
     index = Index(counted)  # type: ignore[arg-type]
 
@@ -250,7 +260,7 @@ async def test_memory_that_a_guest_took_is_never_given_away_twice(store: Store) 
     entry = await Reader(store).guest(uuid)
     assert entry is not None
     moved = replace(entry.input.record, owner=HostRef("h1", "boot-h1"))
-    both = [op_set(paths.guest(uuid), moved, entry.version), op_set(paths.reservations("h1"), Reservations(), 1)]
+    both = [op_set(paths.guest(uuid), moved, entry.version), Delete(paths.reservation("h1", "m"), 0)]
     await done(store, *both)
     looking = asyncio.ensure_future(index.recent())
     for _ in range(50):

@@ -26,7 +26,6 @@ from orchestrator.core.records import (
     HostRecord,
     MigrationPhase,
     MigrationState,
-    Reservations,
     WantRun,
 )
 from orchestrator.ledger import evacuations as layout
@@ -87,7 +86,7 @@ def host(name: str, memory_mib: int, cordon: Cordon) -> list[Op]:
     return [
         op_create(paths.host(name), HostRecord(name, f"boot-{name}", "127.0.0.1:1", "127.0.0.1:2", memory_mib, 1000)),
         op_create(paths.cordon(name), cordon),
-        op_create(paths.reservations(name), Reservations()),
+        Create(paths.reservations(name), b""),
         Create(paths.host_guests(name), b""),
         Create(paths.live(name), b""),
     ]

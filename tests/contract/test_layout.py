@@ -1,4 +1,4 @@
-"""A ledger of layout 1 becomes one of layout 2, wherever the upgrade is cut off; on ZooKeeper and in memory."""
+"""A ledger of layout 1 or 2 becomes one of layout 3, wherever the upgrade is cut off; on ZooKeeper and in memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.coordinator import upgrade as upgrade_module
 from orchestrator.coordinator.driver import Deposed
 from orchestrator.coordinator.upgrade import Upgrade
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -21,10 +22,12 @@ from orchestrator.core.records import (
     EvacuationSpec,
     EvacuationState,
     GuestSpec,
+    HostRecord,
     MigrationPhase,
     MigrationSpec,
     MigrationState,
     RequestRecord,
+    Reservations,
     WantRun,
 )
 from orchestrator.ledger import layout, paths
@@ -32,13 +35,25 @@ from orchestrator.ledger.gather import members
 from orchestrator.ledger.layout import Layout, WrongLayout
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.records import encode
-from orchestrator.ledger.store import Create, Delete, Done, Op, OutcomeUnknown, Store, StoreUnavailable, WriteResult
+from orchestrator.ledger.snapshot import Reader
+from orchestrator.ledger.store import (
+    Create,
+    Delete,
+    Done,
+    Op,
+    OutcomeUnknown,
+    SetData,
+    Store,
+    StoreUnavailable,
+    WriteResult,
+)
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from tests.fakes.coordination import MemoryStore
 from tests.fakes.zookeeper import ZooKeeperServer, missing
 
 H1, H2 = HostRef("h1", "b1"), HostRef("h2", "b2")
 WORD = "x" * 250
+PROMISED = {"m2-open": 64, "m3": 8, "m4": 8, "m5": 8}
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +99,12 @@ def old_nodes() -> dict[str, bytes]:
         "/evac/h2-ended/state": EvacuationState(EvacuationPhase.SUCCEEDED),
         "/requests/r-1": RequestRecord("guests/aa-1", "d", 1.0),
         "/requests/8f": RequestRecord("guests/aa-2", "d", 2.0),
-        "/hosts/h1": {"name": "h1"},
+        "/hosts/h1": HostRecord("h1", "b1", "h1:1", "h1:2", 1024, 1000),
         "/hosts/h1/cordon": Cordon(True, "work"),
-        "/hosts/h2": {"name": "h2"},
+        "/hosts/h1/resv": Reservations(PROMISED, {"m2-open": {"fast": 1 << 30}}),
+        "/hosts/h2": HostRecord("h2", "b2", "h2:1", "h2:2", 1024, 1000),
         "/hosts/h2/cordon": Cordon(),
+        "/hosts/h2/resv": Reservations(),
         "/names/web": "aa-1",
     }
     for number in range(40):  # more than one transaction
@@ -135,7 +152,12 @@ def moved(old: str) -> str:
 async def check(store: Store) -> None:
     found = await snapshot(store)
     for path, data in old_nodes().items():
-        assert found.get(moved(path)) == data, path
+        assert found.get(moved(path)) == (b"" if path.endswith("/resv") else data), path
+    for host, promised in (("h1", PROMISED), ("h2", {})):
+        entry = await Reader(store).host(host)
+        assert entry is not None
+        assert entry.reservations.memory_mib == promised
+        assert entry.reservations.disk_bytes == ({"m2-open": {"fast": 1 << 30}} if promised else {})
     for root, wanted in (
         (paths.GUESTS, {"aa-1", "aa-2", "bb-3"}),
         (paths.EVACUATIONS, {"h1-under-way", "h1-ended", "h2-ended"}),
@@ -203,6 +225,66 @@ async def test_an_upgrade_that_is_cut_off_at_any_write_is_finished_by_the_next_l
     assert writes > 10
 
 
+async def as_layout_2_left_it(store: Store) -> None:
+    """Everything is in its place but what hosts have promised."""
+    await fill(store, old_nodes())
+    await upgrade(store).run()
+    for host, promised in (("h1", old_nodes()["/hosts/h1/resv"]), ("h2", old_nodes()["/hosts/h2/resv"])):
+        above = paths.reservations(host)
+        for name in await store.children(above):
+            assert isinstance(await store.multi([Delete(f"{above}/{name}", 0)]), Done)
+        node = await store.read(above)
+        assert node is not None
+        assert isinstance(await store.multi([SetData(above, promised, node.version)]), Done)
+    node = await store.read(paths.LAYOUT)
+    assert node is not None
+    assert isinstance(await store.multi([SetData(paths.LAYOUT, encode(Layout(2)), node.version)]), Done)
+
+
+async def test_a_ledger_of_layout_2_gets_a_node_for_each_promise(store: Store) -> None:
+    await as_layout_2_left_it(store)
+    with pytest.raises(WrongLayout, match="has layout 2; waiting for a coordinator"):
+        await layout.must_be_ours(store)
+    await upgrade(store).run()
+    await check(store)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+async def test_no_promise_is_lost_wherever_the_upgrade_from_layout_2_is_cut_off(
+    applied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upgrade_module, "MAX_OPS", 3)
+    writes = 0
+    while True:
+        store = MemoryStore()
+        await as_layout_2_left_it(store)
+        try:
+            await upgrade(Cut(store, writes, applied=applied)).run()
+            break
+        except Crash:
+            pass
+        await upgrade(store).run()
+        await check(store)
+        writes += 1
+    assert writes >= 4
+
+
+async def test_promises_that_cannot_be_read_are_waited_for_and_named() -> None:
+    store, said = MemoryStore(), list[str]()
+    await as_layout_2_left_it(store)
+    path = paths.reservations("h1")
+    good, node = old_nodes()["/hosts/h1/resv"], store.tree.nodes[path]
+    assert isinstance(await store.multi([SetData(path, b"{", node.version)]), Done)
+    task = asyncio.create_task(upgrade(store, said=said).run())
+    async with asyncio.timeout(30):
+        while not any("/hosts/h1/resv: content: Invalid JSON" in each for each in said):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert await layout.of_tree(store) == 2
+        assert isinstance(await store.multi([SetData(path, good, node.version + 1)]), Done)
+        await task
+    await check(store)
+
+
 async def test_an_answer_that_is_lost_changes_nothing(store: Store) -> None:
     await fill(store, old_nodes())
 
@@ -255,7 +337,7 @@ async def test_nobody_touches_a_tree_of_another_layout(store: Store) -> None:
     assert await snapshot(store) == before
 
 
-@pytest.mark.parametrize("data", [encode(Layout(3)), b"{"])
+@pytest.mark.parametrize("data", [encode(Layout(layout.OURS + 1)), b"{"])
 async def test_a_newer_layout_is_refused(store: Store, data: bytes) -> None:
     assert isinstance(await store.multi([Create(paths.LAYOUT, data)]), Done)
     with pytest.raises(WrongLayout) as wrong:

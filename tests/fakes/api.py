@@ -14,7 +14,7 @@ import pytest
 from orchestrator.api.config import ApiConfig
 from orchestrator.api.server import ApiServer
 from orchestrator.core.errors import DroverError
-from orchestrator.core.records import Cordon, Reservations
+from orchestrator.core.records import Cordon
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_create
 from orchestrator.ledger.store import Create, Done, Store, StoreUnavailable
@@ -54,7 +54,7 @@ class ApiCluster(Calling):
         ops = [
             op_create(paths.host(name), replace(agent.record(memory_mib), **offered)),
             op_create(paths.cordon(name), Cordon()),
-            op_create(paths.reservations(name), Reservations()),
+            Create(paths.reservations(name), b""),
             Create(paths.host_guests(name), b""),
             *([Create(paths.live(name), b"")] if live else []),
         ]

@@ -32,7 +32,7 @@ from orchestrator.core.records import (
     HostRecord,
     MigrationSpec,
     MigrationState,
-    Reservations,
+    Reservation,
 )
 from orchestrator.ledger import paths
 from orchestrator.ledger.layout import Layout
@@ -376,7 +376,7 @@ class World:
     def host(self, name: str, memory_mib: int = 1024) -> None:
         self.put(paths.host(name), HostRecord(name, f"boot-{name}", f"{name}:1", "127.0.0.1:2", memory_mib, 1000))
         self.put(paths.cordon(name), Cordon())
-        self.put(paths.reservations(name), Reservations())
+        self.put(paths.reservations(name), "")
         self.put(paths.live(name), Cordon())
         self.put(paths.host_guests(name), "")
 
@@ -481,7 +481,15 @@ class World:
         return decode(Attempts, self.store.tree.nodes[paths.attempts(migration)].data).reports
 
     def reserved(self, host: str) -> dict[str, int]:
-        return decode(Reservations, self.store.tree.nodes[paths.reservations(host)].data).memory_mib
+        """MiB by migration."""
+        above, tree = paths.reservations(host), self.store.tree
+        promised = {name: tree.nodes[f"{above}/{name}"].data for name in tree.children(above)}
+        return {name: decode(Reservation, data).memory_mib for name, data in promised.items()}
+
+    def promise(self, host: str, **memory_mib: int) -> None:
+        """To migrations by name."""
+        for migration, mib in memory_mib.items():
+            self.put(paths.reservation(host, migration), Reservation(mib))
 
     def job(self, job: str) -> EvacuationState:
         """With its guests."""

@@ -23,11 +23,12 @@ from orchestrator.core.records import (
     GuestSpec,
     OnHostDeath,
     Proof,
-    Reservations,
+    Reservation,
 )
 from orchestrator.fencing.base import Fenced, Fencers, Power
 from orchestrator.ledger import paths
 from orchestrator.ledger.index import Index
+from orchestrator.ledger.ledger import op_create
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Delete, Done, SetData, Versioned
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
@@ -279,10 +280,9 @@ async def test_a_silent_host_is_only_forgotten_when_it_was_drained(
     error = await api.refused(client.remove_host, "h1")
     assert (error.reason, "neither cordoned" in error.message) == (R.HOST_NOT_EMPTY, True)
     await api.call(client.cordon_host, "h1", "old")
-    path = paths.reservations("h1")
-    node = store.tree.nodes[path]
-    store.tree.nodes[path] = replace(node, data=encode(Reservations({"m": 64})))
+    promise = paths.reservation("h1", "m")
+    await store.multi([op_create(promise, Reservation(64))])
     assert (await api.refused(client.remove_host, "h1")).reason is R.HOST_NOT_EMPTY
-    store.tree.nodes[path] = node
+    await store.multi([Delete(promise, 0)])
     await api.call(client.remove_host, "h1")
     assert [host.name for host in await api.call(client.list_hosts)] == ["h2", "h3"]

@@ -29,7 +29,6 @@ from orchestrator.core.records import (
     OnHostDeath,
     Pool,
     PoolKind,
-    Reservations,
     ShimKind,
     WantRun,
 )
@@ -82,7 +81,7 @@ def nodes(store: MemoryStore, below: str) -> list[str]:
 
 async def test_hosts_show_what_they_carry(api: ApiCluster, client: OrchestratorClient, world: World) -> None:
     await api.call(client.create_guest, replace(WEB, memory_mib=100), "h2")
-    world.put(paths.reservations("h2"), Reservations({"m1": 50}))
+    world.promise("h2", m1=50)
     await api.host("h9", live=False)
     hosts = {host.name: host for host in await api.call(client.list_hosts)}
     assert list(hosts) == ["h1", "h2", "h3", "h9"]

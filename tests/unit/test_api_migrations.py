@@ -33,7 +33,6 @@ from orchestrator.core.records import (
     MigrationPhase,
     MigrationSpec,
     MigrationState,
-    Reservations,
     TimelineEntry,
 )
 from orchestrator.ledger import paths
@@ -445,7 +444,7 @@ async def test_cancel_in_retry_wait_closes_the_record_at_once(
 ) -> None:
     name = (await api.call(client.create_migration, "web")).name
     at(world, web, name, "retry")
-    world.put(paths.reservations("h2"), Reservations({name: 64, "other": 1}))
+    world.promise("h2", **{name: 64, "other": 1})
     cancelled = await api.call(client.cancel_migration, name)
     assert (wire.word(cancelled, "phase"), cancelled.attempts[0].reason) == ("CANCELLED", "LATE_SWITCHOVER_ACK")
     assert world.record(web).phase is Ownership.IDLE

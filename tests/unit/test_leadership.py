@@ -245,10 +245,12 @@ async def test_no_host_is_safe_to_power_off_that_an_unreadable_guest_may_be_on(
         await until(lambda: world.job("e1").safe_to_power_off)
 
 
-async def test_what_a_newer_version_promised_survives_our_rewrite_of_a_host_s_promises(world: World) -> None:
+async def test_what_a_newer_version_promised_is_left_alone(world: World) -> None:
     for host in ("h2", "h3"):
-        garble(world, paths.reservations(host), bandwidth_mbps={"other": 5})
+        world.promise(host, other=64)
+        garble(world, paths.reservation(host, "other"), bandwidth_mbps=5)
     async with leading(world):
         await until(lambda: world.state("m1").phase is MigrationPhase.SUCCEEDED)
     for host in ("h2", "h3"):
-        assert json.loads(world.store.tree.nodes[paths.reservations(host)].data)["bandwidth_mbps"] == {"other": 5}
+        promised = json.loads(world.store.tree.nodes[paths.reservation(host, "other")].data)
+        assert (promised["bandwidth_mbps"], promised["memory_mib"]) == (5, 64)

@@ -41,6 +41,7 @@ from orchestrator.core.records import (
     Pool,
     PoolFence,
     PoolKind,
+    Reservation,
     Reservations,
     Tpm,
 )
@@ -367,10 +368,10 @@ def test_room_in_local_pools_is_what_is_free_less_what_is_promised() -> None:
         RefusalReason.POOL_FULL,
         "pool fast of h2 has 7167 MiB free, the disks of shop need 7168 MiB",
     )
-    promised = Reservations().given("m", 64, {"fast": (1 << 30) + 1})
+    promised = Reservations.of({"m": Reservation(64, {"fast": (1 << 30) + 1})})
     assert judged(WHOLE, resv=promised)[0] is RefusalReason.POOL_FULL
-    assert judged(WHOLE, resv=promised.without("m"))[0] is None
-    assert promised.without("m") == Reservations()
+    assert promised.each() == {"m": Reservation(64, {"fast": (1 << 30) + 1})}
+    assert judged(WHOLE, resv=Reservations.of({}))[0] is None
 
 
 def test_a_cpu_that_is_another_one_on_each_host_does_not_move() -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from orchestrator.coordinator.placing import Placing
 from orchestrator.coordinator.worker import Worker
 from orchestrator.core.ids import HostRef
-from orchestrator.core.placement import HostView, Need, choose
+from orchestrator.core.placement import GUEST_OVERHEAD_MIB, GuestInput, HostInput, HostView, Need, choose, host_views
+from orchestrator.core.records import Cordon, GuestSpec, HostRecord, Reservations
 from orchestrator.ledger import paths
-from orchestrator.ledger.store import Conflict
-from tests.fakes.coordination import World
+from orchestrator.ledger.records import decode
+from orchestrator.ledger.store import Conflict, Op, SetData, WriteResult
+from tests.fakes.coordination import MemoryStore, Tree, World
 
 HOSTS, GUESTS = 12, 10
 
@@ -110,3 +113,62 @@ async def test_attempts_to_different_hosts_are_opened_side_by_side() -> None:
 
 async def test_attempts_to_one_host_are_opened_one_after_the_other() -> None:
     assert await _opened(1) == (1, 0)
+
+
+class Session(MemoryStore):
+    """One worker's: what it writes takes a while to get there, and what was refused is kept."""
+
+    def __init__(self, tree: Tree) -> None:
+        super().__init__(tree)
+        self.refused: list[tuple[Op, ...]] = []
+        self.after: Callable[[], None] = lambda: None
+
+    async def multi(self, ops: Sequence[Op], timeout_s: float = 2.0) -> WriteResult:
+        await asyncio.sleep(0.01)
+        result = await super().multi(ops, timeout_s)
+        if isinstance(result, Conflict):
+            self.refused.append(tuple(ops))
+        self.after()
+        return result
+
+
+def no_host_is_crowded(world: World, hosts: Sequence[str]) -> None:
+    """What is promised and what is there, from the nodes themselves, is never more than a host has."""
+    nodes = world.store.tree.nodes
+    guests = [
+        GuestInput(uuid, world.record(uuid), decode(GuestSpec, nodes[paths.guest_spec(uuid)].data))
+        for uuid in {paths.guest_of(path) for path in nodes}
+        if uuid and nodes[paths.guest(uuid)].data
+    ]
+    for host in hosts:
+        record = decode(HostRecord, nodes[paths.host(host)].data)
+        promised = Reservations(world.reserved(host))
+        (view,) = host_views([HostInput(record, True, Cordon(), promised)], guests)
+        assert view.free_mib >= 0, (host, promised)
+
+
+@pytest.mark.parametrize("hosts", [1, 3])
+async def test_two_workers_refuse_each_other_no_more_than_once_per_migration(hosts: int) -> None:
+    """The worst case: whatever they do is done on the same hosts, where not all have room. Nobody loses a race for
+    giving room back, and no room is given twice."""
+    guests, room = 24, 18
+    world = World()
+    world.host("source", 4096)
+    world.put(paths.epoch(), "")
+    for number in range(hosts):
+        world.host(f"h{number}", room // hosts * (64 + GUEST_OVERHEAD_MIB))
+    for number in range(guests):
+        world.guest(f"g{number}", "source")
+        world.migration(f"m{number}", f"g{number}")
+    sessions = [Session(world.store.tree) for _ in range(2)]
+    for session in sessions:
+        session.after = lambda: no_host_is_crowded(world, [f"h{number}" for number in range(hosts)])
+    workers = [Worker(session, world, lane=lane, lanes=2) for lane, session in enumerate(sessions)]
+    async with asyncio.timeout(60):
+        ended = await asyncio.gather(*(workers[number % 2].drive(f"m{number}", 0) for number in range(guests)))
+    await world.close()
+    assert Counter(ended) == {"SUCCEEDED": room, "FAILED": guests - room}
+    refused = [ops for session in sessions for ops in session.refused]
+    opening = [ops for ops in refused if any(isinstance(op, SetData) and op.path.endswith("/resv") for op in ops)]
+    assert opening == refused, "only what takes room"
+    assert len(refused) <= guests

@@ -23,10 +23,10 @@ from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind, WantRun
+from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, Reservation, ShimKind, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import encode
-from orchestrator.ledger.store import Done, SetData
+from orchestrator.ledger.store import Create, Delete, Done, SetData
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
@@ -295,7 +295,7 @@ def put(scene: Scene, path: str, content: bytes) -> None:
     scene.reach(written, f"a write of {path}")
 
 
-@pytest.mark.parametrize("node", ["record", "wish", "specification", "host", "promises"])
+@pytest.mark.parametrize("node", ["record", "wish", "specification", "host", "promise"])
 def test_a_node_that_cannot_be_read(scene: Scene, node: str) -> None:
     """Nothing is done to what it is about, and it is named; once it is mended everything goes on."""
     guest, other = scene.guest(device()), scene.guest()
@@ -304,8 +304,11 @@ def test_a_node_that_cannot_be_read(scene: Scene, node: str) -> None:
         "wish": paths.want_run(guest.uuid),
         "specification": paths.guest_spec(guest.uuid),
         "host": paths.host(scene.there),
-        "promises": paths.reservations(scene.there),
+        "promise": paths.reservation(scene.there, "somebody"),
     }[node]
+    if node == "promise":
+        made = scene.observer.run(scene.observer.store.multi([Create(path, encode(Reservation(1)))]))
+        assert isinstance(made, Done)
     found = scene.observer.run(scene.observer.store.read(path))
     assert found
     for content in (b"", b"{", b'{"phase": "OPEN"}', os.urandom(50)):
@@ -325,6 +328,9 @@ def test_a_node_that_cannot_be_read(scene: Scene, node: str) -> None:
     for each in (guest, other):
         scene.succeeded(scene.reach(lambda each=each: scene.migrate(each, scene.there), "a migration"))
     print(wire.word(scene.client.pause_guest(guest.name), "wish"))
+    if node == "promise":
+        there = scene.observer.run(scene.observer.store.read(path))
+        assert isinstance(scene.observer.run(scene.observer.store.multi([Delete(path, there.version)])), Done)
 
 
 def test_an_agent_sees_what_is_written_after_what_it_could_not_read(scene: Scene) -> None:
