@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop
+from operator import attrgetter
 
 from orchestrator.core.compatibility import ack_mode, common_machine, real_machine
 from orchestrator.core.errors import RefusalReason
@@ -243,19 +244,29 @@ def _order(
     """The best first. Which of equals is first is worked out only when it is their turn: there may be thousands."""
     size_mib = need.memory_mib + GUEST_OVERHEAD_MIB
     number, lanes = lane
+    rooms: dict[int, int] = {}
     alike: dict[tuple[bool, bool, int, bool, bool, int], list[HostView]] = {}
     for at, host in enumerate(hosts):
-        name = host.ref.host
-        room = -_about(host.free_mib // size_mib) if salt else -host.free_mib
+        name, free_mib = host.ref.host, host.free_mib
+        room = rooms.get(free_mib)
+        if room is None:
+            room = rooms[free_mib] = -_about(free_mib // size_mib) if salt else -free_mib
         key = (name in avoid, name != prefer, room, at % lanes != number, name in later, host.arrivals)
-        alike.setdefault(key, []).append(host)
+        found = alike.get(key)
+        if found is None:
+            alike[key] = [host]
+        else:
+            found.append(host)
     keys = list(alike)
     heapify(keys)
     while keys:
-        equals = sorted(alike[heappop(keys)], key=lambda host: host.ref.host)
+        equals = sorted(alike[heappop(keys)], key=_NAME)
         turned = 1 + zlib.crc32(salt.encode()) % len(equals) if salt else 0
         yield from equals[-turned:]
         yield from equals[:-turned] if turned else ()
+
+
+_NAME = attrgetter("ref.host")
 
 
 def _about(count: int) -> int:

@@ -13,7 +13,7 @@ moved before it has been announced (`Store.watch_tree`), and is read before the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import structlog
 
@@ -60,8 +60,10 @@ class View:
         self._stale: set[str] = set()
         """Hosts whose view has to be made again."""
         self._shown: dict[str, HostEntry] = {}
-        """With room for guests that cannot be read."""
+        """With room for guests that cannot be read; by name, like `_seen`."""
         self._seen: dict[str, HostView] = {}
+        self._promised: dict[str, frozenset[str]] = {}
+        """By what a promise is made to: hosts that have made one."""
         self._shot: Snapshot | None = None
 
     def put_guest(self, uuid: str, entry: GuestEntry | None) -> None:
@@ -78,6 +80,7 @@ class View:
         self._unreadable.pop(paths.host(name), None)
         self._shot = None
         if entry is None:
+            self._show_promises(name, ())
             for known in (self.hosts, self._shown, self._seen):
                 known.pop(name, None)
             return
@@ -103,19 +106,35 @@ class View:
     def snapshot(self) -> Snapshot:
         """As of now; the same object until something moves."""
         if self._shot is None:
-            for name in self._stale & self.hosts.keys():
-                self._shown[name] = entry = with_room(self.hosts[name], self._hidden.values())
+            known = len(self._shown)
+            for name in [name for name in self._stale if name in self.hosts]:
+                entry = with_room(self.hosts[name], self._hidden.values())
+                self._show_promises(name, entry.input.reservations.memory_mib)
                 here = [self._inputs[uuid] for uuid in self._on.get(name, ())]
-                self._seen[name] = host_views([entry.input], here)[0]
+                self._shown[name], self._seen[name] = entry, host_views([entry.input], here)[0]
             self._stale.clear()
+            if len(self._shown) != known:  # hosts that were known keep their places
+                self._shown, self._seen = dict(sorted(self._shown.items())), dict(sorted(self._seen.items()))
             self._shot = Snapshot(
-                hosts=dict(sorted(self._shown.items())),
+                hosts=dict(self._shown),
                 guests=dict(self._inputs),
                 unreadable=dict(self._unreadable),
-                seen=dict(sorted(self._seen.items())),
+                seen=dict(self._seen),
                 concerned=dict(self._on),
+                promised=dict(self._promised),
             )
         return self._shot
+
+    def _show_promises(self, host: str, promised: Collection[str]) -> None:
+        """In place of those that its entry has shown so far."""
+        shown = self._shown.get(host)
+        before = shown.input.reservations.memory_mib if shown is not None else {}
+        for one in before:
+            if one not in promised and (left := self._promised.pop(one) - {host}):
+                self._promised[one] = left
+        for one in promised:
+            if one not in before:
+                self._promised[one] = self._promised.get(one, frozenset()) | {host}
 
     def _show(self, uuid: str) -> None:
         """It is not hidden any more."""

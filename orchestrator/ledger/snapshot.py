@@ -59,14 +59,15 @@ class Snapshot:
     """Every host as a placement sees it."""
     concerned: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
     """Uuids of the guests whose record names a host as owner, source or destination, by host."""
+    promised: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
+    """Hosts that have promised something to a migration, by migration."""
 
     def views(self, *, but: str = "") -> tuple[HostView, ...]:
         """`but`: a migration whose own promise is not counted. Looks at no guest unless it has such a promise."""
         if not but:
             return tuple(self.seen.values())
-        own = [name for name, entry in self.hosts.items() if but in entry.input.reservations.memory_mib]
-        changed = {name: self._view(name, but) for name in own}
-        return tuple(changed.get(name, view) for name, view in self.seen.items())
+        changed = {name: self._view(name, but) for name in self.promised.get(but, ()) if name in self.seen}
+        return tuple({**self.seen, **changed}.values())
 
     def _view(self, name: str, but: str) -> HostView:
         return host_views([self.hosts[name].input], self.on(name), but=but)[0]
