@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from tests.bench import soak
 from tests.bench.fleet import figures, fill, scenes
 from tests.bench.fleet.figures import Figure
 from tests.bench.fleet.plane import isolated, running
+from tests.fakes.cluster import ROOT
 from tests.fakes.zookeeper import missing
 
 pytestmark = [
@@ -72,6 +77,42 @@ def test_a_placement_reads_no_fleet_and_each_migration_writes_alike(tmp_path: Pa
     assert all({"name", "value", "unit", "target", "met"} <= set(one) for one in written["figures"])
     assert {one["met"] for one in written["figures"]} <= {True, False, None}
     assert all(one["target"] for one in written["figures"] if one["met"] is not None)
+
+
+BENCH = """
+import asyncio
+from tests.bench.ending import ends_well
+from tests.bench.fleet import fill
+from tests.bench.fleet.plane import isolate, running
+
+async def bench():
+    ends_well()
+    async with running() as plane:
+        await fill.make_tree(plane.store)
+        await plane.start_agents(2, 0)
+        print(plane.layout.dir, flush=True)
+        await asyncio.sleep(600)
+
+isolate()
+asyncio.run(bench())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_bench_that_is_ended_leaves_nothing(number: signal.Signals) -> None:
+    bench = subprocess.Popen([sys.executable, "-c", BENCH], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
+    try:
+        assert bench.stdout is not None
+        layout = Layout.of(Path(bench.stdout.readline().decode().strip()))
+        assert len(teardown.find(layout)) >= 3, "ZooKeeper and light agents"
+        bench.send_signal(number)
+        bench.wait(120)
+    finally:
+        bench.kill()
+    deadline = time.monotonic() + 120
+    while (layout.dir.exists() or teardown.find(layout)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    must_be_gone(layout)
 
 
 async def _soaked() -> tuple[dict[str, Any], Layout]:

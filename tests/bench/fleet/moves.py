@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.core.records import MigrationState
+from orchestrator.core.records import Attempts, MigrationState
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode
 from orchestrator.ledger.store import Store, StoreUnavailable
@@ -101,6 +101,21 @@ async def until(
                 said = Counter(state.message for state in followed.states.values() if state.message).most_common(3)
                 raise TimeoutError(f"{len(ids)} within {timeout_s:g} s: {dict(followed.phases())}, {said}")
             await asyncio.sleep(every_s)
+
+
+async def repeated(plane: Plane, followed: Followed) -> str:
+    """How many had more than one attempt, and why the ones before the last ended; empty when none had."""
+    again = [one for one, state in followed.states.items() if state.attempt > 1]
+    why: Counter[str] = Counter()
+    for one in again:
+        node = await plane.store.read(paths.attempts(one), 10.0)
+        reports = decode(Attempts, node.data).reports if node is not None and node.data else ()
+        why.update(
+            f"{each.outcome} {each.reason or ''} {each.message}".strip()
+            for each in reports
+            if each.outcome != "COMMITTED"
+        )
+    return f"{len(again)} had more than one attempt: {dict(why.most_common(3))}" if again else ""
 
 
 def begun(state: MigrationState) -> bool:

@@ -113,6 +113,15 @@ def isolated(work: Callable[[], T]) -> T:
         return threads.submit(run).result()
 
 
+def _guarded(layout: Layout) -> subprocess.Popen[bytes]:
+    """See `guard.py`. It has no mark, so that it does not end itself."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.bench.fleet.guard", str(layout.dir)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
 def _seat(number: int) -> Server:
     ray_port, client_port = free_port(RAY_ADDRESS), free_port(RAY_ADDRESS)
     return Server(numbered("coordinator", number), number, "127.0.0.1", None, ray_port, client_port)
@@ -179,6 +188,7 @@ class Plane:
         self.api_port = free_port("127.0.0.1")
         self._cpu_s: dict[tuple[str, int], float] = {}
         self._keeping: asyncio.Task[None] | None = None
+        self._guard = _guarded(self.layout)
         self._channel: grpc.aio.Channel | None = None
 
     # --- parts --------------------------------------------------------------------------------------------------------
@@ -403,19 +413,19 @@ class Plane:
     async def close(self) -> None:
         if self._keeping is not None:
             self._keeping.cancel()
-        if self._channel is not None:
-            await self._channel.close()
-        await self.store.close()
         for process in self.running.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        await asyncio.to_thread(teardown.kill_ray, self.layout)
         self.zookeeper.kill()
-        await asyncio.to_thread(teardown.kill, set(teardown.find(self.layout)))
+        if self._channel is not None:
+            await self._channel.close()
+        await self.store.close()
         if keep := os.environ.get("DROVER_KEEP_LOGS"):
             shutil.copytree(self.layout.logs, Path(keep) / self.layout.dir.name, dirs_exist_ok=True)
-        shutil.rmtree(self.layout.dir, ignore_errors=True)
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()  # it ends what is left: the same as if this process had been killed
+        await asyncio.to_thread(self._guard.wait)
 
 
 @contextlib.asynccontextmanager

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from deploy.lab.devices import PROGRAM
 from orchestrator import wire
+from orchestrator.coordinator.driver import RESYNC_S
 from orchestrator.core.handover import Ownership
 from orchestrator.core.placement import GuestInput, choose, need_of
 from orchestrator.core.records import DeviceSpec, ShimKind
@@ -319,8 +320,7 @@ async def flat(plane: Plane, counts: Sequence[int]) -> list[Figure]:
         cpu_ms.append(max(0.1, busy_s / count * 1000))
         writes.append(spent.writes / count)
         said = "" if set(followed.phases()) == {"SUCCEEDED"} else f"ended {dict(followed.phases())}"
-        repeated = sum(state.attempt > 1 for state in followed.states.values())
-        said += f"; {repeated} had more than one attempt" if repeated else ""
+        said += f"; {repeated}" if (repeated := await moves.repeated(plane, followed)) else ""
         found.append(beside(f"{count} in flight: coordinator CPU per migration", cpu_ms[-1], "ms", said))
         found.append(beside(f"{count} in flight: coordinator RSS", memory[-1], "MiB"))
         found.append(beside(f"{count} in flight: writes per migration", writes[-1], "writes"))
@@ -348,10 +348,13 @@ async def fail_over(plane: Plane, count: int) -> list[Figure]:
     await moves.until(plane, ids, moves.begun, 60 + count / 20)
     await asyncio.sleep(3.0)
     leads_s, adopted_s = await _until_adopted(plane, count)
+    await asyncio.sleep(RESYNC_S + 1.0)  # every driver has looked at everything since
+    adopted = await moves.until(plane, ids, moves.begun, 60.0)
+    again = sum(state.attempt > 1 for state in adopted.states.values())
+    said = f"before their pre-copies ended; {await moves.repeated(plane, adopted)}" if again else ""
     await plane.go()
     followed = await moves.until(plane, ids, moves.over, 60 + count / 15)
-    again = sum(state.attempt > 1 for state in followed.states.values())
-    said = f"ended {dict(followed.phases())}"
+    said = f"{said}ended {dict(followed.phases())}; {await moves.repeated(plane, followed)}"
     return [
         at_most(f"fail-over with {count} in flight: all re-adopted, after the kill", adopted_s, "s", 15),
         at_most("fail-over: all re-adopted, after the successor leads", adopted_s - leads_s, "s", 5),
