@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 
+_NAMED = re.compile(rb"\0-name\0guest=")
+"""Of a VMM's command line, whatever its program is called."""
 _GONE = frozenset({errno.ENOENT, errno.ESRCH})
 _PARENT, _START_TIME, _FIELDS = 1, 19, 20
 """Of the fields that follow the name; the state is the first of them."""
@@ -78,8 +81,9 @@ def vmms_below(directories: Iterable[str]) -> list[int]:
                 continue
             raise LivenessUnknown(f"process {name}: {error}") from error
         program = words.partition(b"\0")[0].rpartition(b"/")[2]
-        # What writes the images of a guest that is to come runs no vCPU.
-        if b"qemu" in program and b"storage-daemon" not in program and any(below in words for below in sought):
+        # What writes the images of a guest that is to come runs no vCPU; whoever waits for the note of a VMM is none.
+        is_vmm = (b"qemu" in program and b"storage-daemon" not in program) or _NAMED.search(words) is not None
+        if is_vmm and b"\0gate\0" not in words and any(below in words for below in sought):
             found.append(int(name))
     return sorted(found)
 

@@ -59,7 +59,8 @@ class Births:
 
     def failed(self) -> None:
         """Remove what was made. Idempotent. Raises OSError when something is left; to be repeated then."""
-        for each in self._noted():
+        noted = self._noted()
+        for each in noted:
             Path(each.fresh).unlink(missing_ok=True)
             path = Path(each.path)
             with contextlib.suppress(FileNotFoundError):
@@ -69,7 +70,8 @@ class Births:
                     log.error("an image of a guest that was not born is open: it is left", image=each.path)
                     continue
                 path.unlink()
-        self._note.unlink(missing_ok=True)
+        if noted:
+            self._note.unlink(missing_ok=True)
 
     def _noted(self) -> list[Made]:
         try:

@@ -38,6 +38,7 @@ class Duties:
 
     async def _bury(self, duty: Duty, record: GuestRecord) -> None:
         await self._must_be_over(record)
+        await self._must_not_run_unnoted(record)
         await self._guest.ledger.buried(self._tools.here)
 
     def _attempt_ledger(self, record: GuestRecord) -> AttemptLedger:
@@ -57,21 +58,23 @@ class Duties:
     async def _declare_crashed(self, duty: Duty, record: GuestRecord) -> None:
         await self._must_be_over(record)
         host_died = record.owner.boot_id != self._tools.here.boot_id
-        if not host_died:
-            await self._must_not_run_unnoted()
+        await self._must_not_run_unnoted(record)
         await self._settled(self._attempt_ledger(record).crashed(host_died=host_died))
 
-    async def _must_not_run_unnoted(self) -> None:
-        """A VMM whose note is lost is alive all the same. Raises INTERNAL, and LivenessUnknown."""
+    async def _must_not_run_unnoted(self, record: GuestRecord) -> None:
+        """A VMM of this power cycle whose note is lost is alive all the same. Raises INTERNAL, and LivenessUnknown."""
+        if record.owner.boot_id != self._tools.here.boot_id:
+            return
         known = {copy.vmm.metadata.pid for copy in self._guest.copies.values()}
         unnoted = set(await asyncio.to_thread(self._files.vmms)) - known
         if unnoted:
-            said = f"process {min(unnoted)} of it runs here, and no note names it: it is not declared crashed"
+            said = f"process {min(unnoted)} of it runs here, and no note names it: it is not given up"
             raise self._guest.refused(
                 RefusalReason.INTERNAL, f"{said}; end that process if the guest is to be given up"
             )
 
     async def _give_back(self, duty: Duty, record: GuestRecord) -> None:
+        await self._must_not_run_unnoted(record)
         await self._settled(self._attempt_ledger(record).roll_back(vmm_seen_dead=True, marker=False))
 
     async def _settled(self, write: Awaitable[Seen]) -> None:

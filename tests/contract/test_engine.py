@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -357,9 +358,9 @@ async def test_a_caller_that_is_cut_off_leaves_no_vmm(tmp_path: Path, monkeypatc
     """Even while the process is being made, in a thread that nothing stops."""
     popen = process.popen
 
-    def slow(*words: Any) -> subprocess.Popen[bytes]:
+    def slow(*words: Any, **how: Any) -> subprocess.Popen[bytes]:
         time.sleep(0.2)
-        return popen(*words)
+        return popen(*words, **how)
 
     pair = Pair(QemuEngine(image=image()), tmp_path)
     await pair.engine.probe()
@@ -370,6 +371,31 @@ async def test_a_caller_that_is_cut_off_leaves_no_vmm(tmp_path: Path, monkeypatc
     assert isinstance((await asyncio.gather(starting, return_exceptions=True))[0], asyncio.CancelledError)
     await asyncio.sleep(0.3)
     assert vmms_of(tmp_path) == []
+
+
+_KILLED_BEFORE_THE_NOTE = """
+import asyncio, os, pathlib, signal, sys
+from agents.engine.base import VmmSpec
+from agents.engine.qemu import process
+from agents.engine.qemu.engine import QemuEngine
+from orchestrator.core.records import GuestSpec
+directory = pathlib.Path(sys.argv[1])
+process.write_metadata = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+spec = VmmSpec("guest-1", "s", GuestSpec("g"), directory, directory / "s.con", None, "127.0.0.1")
+asyncio.run(QemuEngine(pathlib.Path(sys.argv[2])).start(spec))
+"""
+
+
+@no_qemu
+def test_a_vmm_whose_agent_was_killed_before_it_noted_it_down_does_not_stay(tmp_path: Path) -> None:
+    """Nobody would find it: it would hold its guest's images for ever."""
+    command = [sys.executable, "-c", _KILLED_BEFORE_THE_NOTE, str(tmp_path), str(image())]
+    killed = subprocess.run(command, timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    until_s = time.monotonic() + 20
+    while left := vmms_of(tmp_path):
+        assert time.monotonic() < until_s, left
+        time.sleep(0.05)
 
 
 @no_qemu

@@ -143,3 +143,19 @@ def test_nobody_else_may_look_into_a_guests_directory(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert files.directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_vmm_is_known_by_its_command_line_whatever_its_program_is_called(tmp_path: Path) -> None:
+    """`kvm`, a wrapper, a build of somebody's own: `qemu` of the configuration names any program."""
+    config = agent_config(tmp_path)
+    files = GuestFiles(config, G, GuestSpec("web"))
+    words = ["kvm", "-c", "import time; time.sleep(60)", "-name", "guest=web", f"unix:{files.directory / 'i.qmp'}"]
+    running = subprocess.Popen(words, executable=sys.executable)
+    try:
+        deadline = time.monotonic() + 10
+        while files.vmms() != [running.pid]:  # until it is what it was started as
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        running.kill()
+        running.wait()

@@ -608,7 +608,7 @@ class QemuEngine(base.MigrationEngine):
         )
         command = process.command_line(launch, spec, incoming=role == "incoming")
         environment = process.environment(launch, spec)
-        child = await processes.spawned(lambda: process.popen(command, process.log_path(spec), environment))
+        child = await processes.spawned(lambda: process.popen_gated(command, process.log_path(spec), environment))
         try:
             watched, start_time = await processes.Watched.adopt_child(child)
         except LivenessUnknown as error:
@@ -617,6 +617,7 @@ class QemuEngine(base.MigrationEngine):
         vmm = QemuVmm(metadata, spec, watched, features)
         try:
             process.write_metadata(process.metadata_path(spec), metadata)
+            processes.let_in(child)
         except OSError as error:
             await vmm.destroy()  # a VMM without a note would be nobody's
             raise EngineError(f"cannot note down the VMM of {spec.spec.name}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from typing import IO
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
 from agents.engine.qemu import arguments, vfio
 from agents.engine.qemu.images import Images
+from agents.host.processes import gated
 from orchestrator.core.guest import command_line_of
 from orchestrator.core.records import Firmware, ShimKind
 
@@ -162,18 +164,22 @@ def write_metadata(path: Path, metadata: VmmMetadata) -> None:
     temporary.replace(path)
 
 
-def popen(command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+def popen_gated(command: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A VMM that begins once it is noted down (`let_in`), and never if its agent is killed before. Blocking."""
+    if shutil.which(command[0]) is None:
+        raise EngineError(f"cannot run {command[0]}: there is no such program; is QEMU installed?")
+    # Its environment is for it alone: nothing is preloaded into who waits for it.
+    words = ["env", *(f"{name}={value}" for name, value in environment.items()), *command]
+    return popen(gated(words), log, stdin=subprocess.PIPE)
+
+
+def popen(command: list[str], log: Path, *, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     """Blocking. The session of its own lets the VMM outlive this process."""
     sink: IO[bytes]
     with log.open("ab") as sink:
         try:
             child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, **(environment or {})},
+                command, stdin=stdin, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
             )
         except OSError as error:
             raise EngineError(f"cannot run {command[0]}: {error}; is QEMU installed?") from error
