@@ -377,6 +377,10 @@ class Agent:
         """See `HostedGuest.end`. A caller that is cut off does not stop it half-way."""
         await self._to_its_end(self._kept(uuid, lambda guest: guest.end()))
 
+    async def keep_guest(self, uuid: str, *, only_ended: bool) -> None:
+        """See `HostedGuest.keep`. A caller that is cut off does not stop it half-way."""
+        await self._to_its_end(self._kept(uuid, lambda guest: guest.keep(only_ended=only_ended)))
+
     async def _kept(self, uuid: str, call: Callable[[HostedGuest], Awaitable[T]]) -> T:
         """By the guest's keeper, or by the next one when it has just ended."""
         while True:

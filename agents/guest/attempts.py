@@ -16,6 +16,7 @@ from agents.engine import base as engine
 from agents.guest import copies as making
 from agents.guest import hardware
 from agents.guest.copies import Copy
+from agents.guest.files import GuestFiles
 from agents.guest.held import HeldGuest
 from agents.handover import preflight
 from agents.handover.attempt import Arrival, Departure
@@ -58,15 +59,20 @@ class Attempts:
         """`turn` is held while anything begins for the guest; each attempt runs as one of `tasks`."""
         self._guest = guest
         self._tools = guest.tools
-        self._files = guest.files
         self._turn = turn
         self._tasks = tasks
+
+    @property
+    def _files(self) -> GuestFiles:
+        return self._guest.files
 
     async def prepare(self, order: PrepareOrder) -> Prepared:
         """A paused copy that waits for the stream of this attempt. The same attempt gets the same answer."""
         ref = order.attempt
         async with self._turn:
             self._guest.must_keep()
+            if not self._guest.copies:
+                await self._guest.described()
             known = self._guest.arrivals.get((ref.migration, ref.attempt))
             if known is not None and known.prepared is None:
                 raise self._guest.stale(ref, "is being ended: this agent was restarted")

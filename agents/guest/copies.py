@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,7 @@ from agents.nets.taps import NetsError, Taps
 from agents.shims.base import DestinationShim, InVmmDevices, SourceShim
 from orchestrator.core.hardware import has_hardware
 from orchestrator.core.liveness import Liveness
-from orchestrator.core.records import LiveMachine
+from orchestrator.core.records import DiskSpec, LiveMachine
 
 MIGRATING = frozenset(
     {
@@ -177,7 +177,7 @@ class Copy:
         if self.devices is not None:
             await self.devices.destroy()
         if self.hardware is not None:
-            await self.hardware.remove()
+            await self.hardware.remove(kept=None if self.incoming else standing.Kept(self.files.directory))
         await self.taps.remove()
         self.files.drop_marker(self.inc)
         self.removed = True
@@ -232,10 +232,18 @@ async def _on(hardware: Hardware | None) -> AsyncGenerator[None]:
         raise
 
 
-async def start(engine: MigrationEngine, files: GuestFiles, inc: str) -> Copy:
-    """A new guest, running. Raises DroverError, EngineError, ShimError and OSError; nothing is left behind then."""
+async def start(
+    engine: MigrationEngine, files: GuestFiles, inc: str, *, had: Sequence[DiskSpec] = (), again: bool = False
+) -> Copy:
+    """A new guest, running; or one that has run before (`again`), on the disks that it `had`.
+
+    Raises DroverError, EngineError, ShimError and OSError; nothing is left behind then.
+    """
     files.make()
-    hardware = await standing.born(files, inc, await engine.probe()) if has_hardware(files.spec) else None
+    hardware = None
+    if has_hardware(files.spec):
+        kept = standing.Kept(files.directory) if again else None
+        hardware = await standing.born(files, inc, await engine.probe(), had=had, kept=kept)
     async with _on(hardware), _plugged(files.taps(inc)) as taps:
         devices = await holding.launch(files, inc, incoming=False)
         vmm = await _with_devices(devices, engine.start(_vmm_spec(files, inc, hardware)))
@@ -291,7 +299,7 @@ async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadat
         if devices is not None:
             await devices.destroy()
         if hardware is not None:
-            await hardware.remove()
+            await hardware.remove(kept=None if metadata.role == "incoming" else standing.Kept(files.directory))
         await files.taps(metadata.inc).remove()
     except BaseException:
         for held in filter(None, (vmm, devices)):

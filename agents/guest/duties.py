@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from agents.guest.attempts import Attempts
 from agents.guest.duty import Do, Duty
+from agents.guest.files import GuestFiles
 from agents.guest.held import HeldGuest
 from agents.handover.ledger import AttemptLedger
 from agents.handover.words import Seen
@@ -26,8 +27,11 @@ class Duties:
     def __init__(self, guest: HeldGuest, attempts: Attempts) -> None:
         self._guest = guest
         self._tools = guest.tools
-        self._files = guest.files
         self._attempts = attempts
+
+    @property
+    def _files(self) -> GuestFiles:
+        return self._guest.files
 
     async def carry_out(self, duty: Duty, record: GuestRecord) -> None:
         """Do the one thing that is owed; to be called in the guest's turn."""
@@ -37,15 +41,15 @@ class Duties:
         await self._guest.begun()
 
     async def _bury(self, duty: Duty, record: GuestRecord) -> None:
-        await self._must_be_over(record)
+        await self.must_be_over(record)
         await self._must_not_run_unnoted(record)
-        await self._guest.ledger.buried(self._tools.here)
+        await self._guest.ledger.not_started(self._tools.here)
 
     def _attempt_ledger(self, record: GuestRecord) -> AttemptLedger:
         ref = AttemptRef(self._guest.uuid, record.migration, record.attempt)
         return AttemptLedger(self._tools.store, ref, record.owner, record.inc, self._tools.writer)
 
-    async def _must_be_over(self, record: GuestRecord) -> None:
+    async def must_be_over(self, record: GuestRecord) -> None:
         """A guest of a former power cycle is over only if that is certified (H11): whoever bears this host's name is
         not the host for that. Raises FENCER_REQUIRED."""
         owner = record.owner
@@ -56,7 +60,7 @@ class Duties:
             raise self._guest.refused(RefusalReason.FENCER_REQUIRED, said)
 
     async def _declare_crashed(self, duty: Duty, record: GuestRecord) -> None:
-        await self._must_be_over(record)
+        await self.must_be_over(record)
         host_died = record.owner.boot_id != self._tools.here.boot_id
         await self._must_not_run_unnoted(record)
         await self._settled(self._attempt_ledger(record).crashed(host_died=host_died))

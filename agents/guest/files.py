@@ -21,7 +21,7 @@ import functools
 import json
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -182,11 +182,19 @@ class GuestFiles:
         """Idempotent. Raises OSError when the disk is full."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.directory.chmod(0o700)  # whatever the umask was when it was made
+        if not (self.directory / "guest.json").exists():
+            self.note()
+
+    def with_spec(self, spec: GuestSpec) -> GuestFiles:
+        """The files of the guest once it is something else. Writes nothing."""
+        return replace(self, spec=spec)
+
+    def note(self) -> None:
+        """Write down what the guest is, for a later agent. Raises OSError."""
         note = self.directory / "guest.json"
-        if not note.exists():
-            temporary = note.with_suffix(".tmp")
-            temporary.write_bytes(encode(_Note(self.uuid, self.spec)))
-            temporary.replace(note)
+        temporary = note.with_suffix(".tmp")
+        temporary.write_bytes(encode(_Note(self.uuid, self.spec)))
+        temporary.replace(note)
 
     def remove(self) -> None:
         """The note last: an agent that is killed in the middle leaves a guest that its successor knows. The images of a

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -47,6 +47,24 @@ _IMAGE_S = 60.0
 _NO_FIRMWARE = FirmwareFiles()
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a guest leaves on its host besides its disks, for its next start there."""
+
+    directory: Path
+    """The guest's own."""
+
+    @property
+    def nvram(self) -> Path:
+        """Its UEFI variables."""
+        return self.directory / "kept.nvram"
+
+    @property
+    def tpm(self) -> Path:
+        """The state of its TPM."""
+        return self.directory / "kept.tpmstate"
+
+
 @dataclass
 class Hardware:
     """Of one copy. Made by `make` or `adopt`."""
@@ -71,13 +89,16 @@ class Hardware:
             seed_path=self.seed_path,
         )
 
-    async def remove(self) -> None:
-        """Nothing of it is left but the images of its disks, which are nobody's to remove here. Idempotent.
+    async def remove(self, kept: Kept | None = None) -> None:
+        """Nothing of it is left but the images of its disks, which are nobody's to remove here. Idempotent. With `kept`
+        its firmware's variables and its TPM's state are put aside: to be called once its VMM is gone.
 
         Raises EngineError and OSError when something is left; to be repeated then.
         """
         if self.tpm is not None:
-            await self.tpm.destroy()
+            await self.tpm.destroy(keep=kept.tpm if kept is not None else None)
+        if kept is not None and self.firmware.nvram is not None and self.firmware.nvram.exists():
+            self.firmware.nvram.replace(kept.nvram)
         for path in self.files:
             path.unlink(missing_ok=True)
 
@@ -92,8 +113,17 @@ def note_path(files: GuestFiles, inc: str) -> Path:
     return files.directory / f"{inc}.machine.json"
 
 
-async def born(files: GuestFiles, inc: str, probed: Mapping[str, str]) -> Hardware | None:
+async def born(
+    files: GuestFiles,
+    inc: str,
+    probed: Mapping[str, str],
+    *,
+    had: Sequence[DiskSpec] = (),
+    kept: Kept | None = None,
+) -> Hardware | None:
     """Of a new guest; images that are to be made are made. None: the guest asks for none.
+
+    `had` and `kept` are those of a guest that has run before: no empty image takes the place of one that it had.
 
     Raises DroverError with the reason, EngineError and OSError; nothing is left then but images in local pools, which
     are noted (`Births`) and go with the guest's files.
@@ -117,9 +147,10 @@ async def born(files: GuestFiles, inc: str, probed: Mapping[str, str]) -> Hardwa
     made: list[Path] = []
     try:
         for disk in spec.disks:
-            if (path := await _image(files, inc, disk)) is not None:
+            again = any((disk.pool, disk.image) == (each.pool, each.image) for each in had)
+            if (path := await _image(files, inc, disk, again=again)) is not None:
                 made.append(path)
-        return await make(files, inc, machine)
+        return await make(files, inc, machine, kept)
     except BaseException:
         for path in made:
             with contextlib.suppress(OSError):
@@ -127,7 +158,7 @@ async def born(files: GuestFiles, inc: str, probed: Mapping[str, str]) -> Hardwa
         raise
 
 
-async def make(files: GuestFiles, inc: str, machine: LiveMachine) -> Hardware:
+async def make(files: GuestFiles, inc: str, machine: LiveMachine, kept: Kept | None = None) -> Hardware:
     """What the machine needs here, for a VMM that is about to be started. Raises as `born` does."""
     config, directory = files.config, files.directory
     note = note_path(files, inc)
@@ -136,13 +167,13 @@ async def make(files: GuestFiles, inc: str, machine: LiveMachine) -> Hardware:
         temporary = note.with_suffix(".tmp")
         temporary.write_bytes(encode(machine))
         temporary.replace(note)
-        made.firmware = await asyncio.to_thread(_firmware, config, machine, directory / f"{inc}.nvram")
+        made.firmware = await asyncio.to_thread(_firmware, config, machine, directory / f"{inc}.nvram", kept)
         if files.spec.cloud_init is not None:
             made.seed_path = directory / f"{inc}.seed"
             made.seed_path.write_bytes(seed.seed(files.spec.cloud_init, uuid=files.uuid, name=files.spec.name))
         made.files = tuple(filter(None, (made.firmware.nvram, made.seed_path, note)))
         if files.spec.tpm is not None:
-            made.tpm = await Tpm.launch(directory, inc)
+            made.tpm = await Tpm.launch(directory, inc, state=kept.tpm if kept is not None else None)
     except BaseException:
         with contextlib.suppress(EngineError, OSError):
             await made.remove()
@@ -199,8 +230,9 @@ def _disk_file(config: AgentConfig, disk: DiskSpec) -> DiskFile:
     return DiskFile(disk.name, path, disk.format, disk.cache, disk.read_only, pool.kind, disk.size_bytes, locks)
 
 
-async def _image(files: GuestFiles, inc: str, disk: DiskSpec) -> Path | None:
-    """Make the image unless it is there; its path if it was made in a pool that other hosts have as well.
+async def _image(files: GuestFiles, inc: str, disk: DiskSpec, *, again: bool) -> Path | None:
+    """Make the image unless it is there; its path if it was made in a pool that other hosts have as well. `again`: the
+    guest has run on it, so it must be there.
 
     Raises DISK_NOT_FOUND, and EngineError.
     """
@@ -208,6 +240,9 @@ async def _image(files: GuestFiles, inc: str, disk: DiskSpec) -> Path | None:
     file = _disk_file(config, disk)
     if await asyncio.to_thread(file.path.exists):
         return None
+    if again:
+        said = f"the image {disk.image} in pool {disk.pool} of {config.host}, on which the guest has run, is not there"
+        raise DroverError(RefusalReason.DISK_NOT_FOUND, f"{said}: put it back", field="spec.disks")
     if not disk.size_bytes or file.kind is PoolKind.BLOCK:
         said = f"there is no image {disk.image} in pool {disk.pool} of {config.host}, which disk {disk.name} names"
         hint = "give the disk a size to have one made, or put the image there"
@@ -240,7 +275,7 @@ def _roles(firmware: Firmware) -> tuple[str, ...]:
     return {Firmware.UEFI: ("uefi_code",), Firmware.BIOS: ("bios",)}.get(firmware, ())
 
 
-def _firmware(config: AgentConfig, machine: LiveMachine, nvram: Path) -> FirmwareFiles:
+def _firmware(config: AgentConfig, machine: LiveMachine, nvram: Path, kept: Kept | None) -> FirmwareFiles:
     """Blocking. Raises OSError when there is no room for the guest's variables."""
     match machine.firmware:
         case Firmware.UEFI:
@@ -248,7 +283,7 @@ def _firmware(config: AgentConfig, machine: LiveMachine, nvram: Path) -> Firmwar
             if template is None or config.firmware.uefi_code is None:
                 raise _no_firmware(config, machine)
             # At a destination what is in it comes with the stream; the right size is what counts there.
-            shutil.copyfile(template, nvram)
+            shutil.copyfile(kept.nvram if kept is not None and kept.nvram.exists() else template, nvram)
             return FirmwareFiles(uefi_code=config.firmware.uefi_code, nvram=nvram)
         case Firmware.BIOS:
             return FirmwareFiles(bios=config.firmware.bios)

@@ -100,6 +100,19 @@ class HeldGuest:
         """As its users call it; another life may bear it later."""
         return self.files.spec.name
 
+    async def described(self) -> None:
+        """What the guest is, as the ledger says it by now: it may have been edited since it was here last. To be called
+        while no copy of it is here, in the guest's turn."""
+        spec = await self.ledger.spec()
+        if spec is None or spec == self.files.spec:
+            return
+        images, self._images = self._images, None
+        if images is not None:
+            await images.detach()
+        self.files = self.files.with_spec(spec)
+        if self.files.directory.exists():
+            await asyncio.to_thread(self.files.note)
+
     def wake(self) -> None:
         """Something changed: the keeper looks as soon as it can."""
         self.woken.set()

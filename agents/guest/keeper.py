@@ -144,23 +144,28 @@ class HostedGuest(HeldGuest):
             if record.owner != self.tools.here or record.phase in (Ownership.GONE, Ownership.CRASHED):
                 raise self.refused(RefusalReason.GUEST_NOT_RUNNING, f"{record.phase}, owner {record.owner.host}")
             if record.phase is Ownership.STARTING and not self.copies:
-                await self._execute()
+                await self._execute(again=bool(record.starts))
             if record.phase is Ownership.STARTING and not await self.begun():
                 raise self.refused(RefusalReason.GUEST_NOT_RUNNING, "its record changed while it was started")
         self.wake()
         self.tools.changed()
         return self.status()
 
-    async def _execute(self) -> None:
+    async def _execute(self, *, again: bool) -> None:
+        """`again`: it has run before, so the disks that it had must be there, and a failure leaves it as it was."""
+        had = self.files.spec.disks if again else ()
         try:
+            await self.described()
             await self.tools.must_have_memory(self.uuid, self.files.spec.memory_mib)
             await preflight.must_suit(self.tools.engine, self.tools.config, self.files)
             with self.being_made():
-                self.add(await making.start(self.tools.engine, self.files, secrets.token_hex(8)))
+                inc = secrets.token_hex(8)
+                self.add(await making.start(self.tools.engine, self.files, inc, had=had, again=again))
         except (DroverError, engine.EngineError, ShimError, OSError) as error:
-            await self.ledger.buried(self.tools.here)
-            self.files.remove()
-            self.forgotten = True
+            await self.ledger.not_started(self.tools.here)
+            if not again:
+                self.files.remove()
+                self.forgotten = True
             if isinstance(error, DroverError):
                 raise
             if (full := preflight.no_room(error, self.tools.here.host, self.files.config.dir)) is not None:
@@ -189,10 +194,52 @@ class HostedGuest(HeldGuest):
         self.tools.changed()
 
     async def _clear(self) -> None:
+        await self._end_copies()
+        self._forget()
+
+    async def _end_copies(self) -> None:
         for copy in list(self.copies.values()):
             await copy.destroy()
             self.copies.pop(copy.inc, None)
-        self._forget()
+
+    async def keep(self, *, only_ended: bool = False) -> None:
+        """End what of the guest is here and keep the guest, so that it can be started again. Also of one that has
+        crashed: its record says afterwards that nothing of it is left here.
+
+        With `only_ended` a guest that runs is left alone. Raises GUEST_IS_MIGRATING, GUEST_NOT_RUNNING for one whose
+        life is over, and BUSY.
+        """
+        async with self._turn:
+            self.must_keep()
+            await self.adopt_left()
+            record = (await self.fresh()).record
+            if record.stopped and not self.copies:
+                return
+            self._may_keep(record, only_ended=only_ended)
+            await self._duties.must_be_over(record)
+            for copy in self.copies.values():
+                with contextlib.suppress(engine.EngineError):
+                    await copy.vmm.pause()
+            if record.phase is Ownership.IDLE and not await self.ledger.crashed(self.tools.here):
+                raise self.refused(RefusalReason.GUEST_IS_MIGRATING, "its record changed")
+            await self._end_copies()
+            if left := await asyncio.to_thread(self.files.vmms):
+                raise self.refused(RefusalReason.BUSY, f"process {min(left)} of it runs here, and no note names it")
+            if not await self.ledger.stopped(self.tools.here):
+                raise self.refused(RefusalReason.GUEST_IS_MIGRATING, "its record changed")
+        self.wake()
+        self.tools.changed()
+
+    def _may_keep(self, record: GuestRecord, *, only_ended: bool) -> None:
+        if record.phase is Ownership.GONE:
+            raise self.refused(RefusalReason.GUEST_NOT_RUNNING, "it has ended")
+        here = record.owner.host == self.tools.here.host
+        under_way = self.departure is not None or bool(self.arrivals)
+        if not here or under_way or record.phase not in (Ownership.IDLE, Ownership.CRASHED):
+            raise self.refused(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
+        own = self.own()
+        if only_ended and record.phase is Ownership.IDLE and own is not None and not own.ended:
+            raise self.refused(RefusalReason.BUSY, "it runs by now")
 
     # --- the operator's wish ------------------------------------------------------------------------------------------
 
@@ -310,6 +357,8 @@ class HostedGuest(HeldGuest):
         """Is a periodic look worth a write (the barrier)? At rest the watches and the processes tell everything."""
         if self.trouble is not None:
             return True
+        if self.record is not None and self.record.stopped and not self.copies:
+            return False
         own = self.own()
         settled = self.record is not None and self.record.phase is Ownership.IDLE
         if own is None or not settled or len(self.copies) > 1:

@@ -109,6 +109,32 @@ class GuestLedger:
 
         return await self._change(change, free_name=True)
 
+    async def not_started(self, here: HostRef) -> bool:
+        """STARTING has come to nothing, and nothing of the guest is left here: a guest that never ran is GONE, one that
+        was started again is kept. Whether the record says so afterwards."""
+        record, _ = await self._read()
+        return await (self.stopped(here) if record is not None and record.starts else self.buried(here))
+
+    async def crashed(self, here: HostRef) -> bool:
+        """IDLE -> CRASHED, of a guest that is to be kept: from here on nobody moves it. True when the record says
+        CRASHED afterwards, and that it is owned here."""
+
+        def change(record: GuestRecord) -> GuestRecord:
+            if record.owner.host != here.host or record.phase not in (Ownership.IDLE, Ownership.CRASHED):
+                raise Refused(f"{record.name} is {record.phase}, owned by {record.owner.host}")
+            return record if record.phase is Ownership.CRASHED else handover.crashed(record, writer=self.writer)
+
+        return await self._change(change)
+
+    async def stopped(self, here: HostRef) -> bool:
+        """-> CRASHED and stopped: nothing of the guest is left here, and it may be started again. False: the record
+        does not allow it (any more)."""
+        return await self._change(
+            lambda record: (
+                record if record.stopped else handover.stopped(record, by=here, nothing_left=True, writer=self.writer)
+            )
+        )
+
     async def _name_freed(self, record: GuestRecord) -> list[Op]:
         node = await self.store.read(paths.name(record.name))
         mine = node is not None and node.data.decode(errors="replace").strip('"') == self.uuid
@@ -126,7 +152,9 @@ class GuestLedger:
             try:
                 wanted = change(record)
             except Refused:
-                return record.phase is Ownership.GONE
+                return free_name and record.phase is Ownership.GONE
+            if wanted == record:
+                return True
             ops: list[Op] = [SetData(paths.guest(self.uuid), encode(wanted), version)]
             if free_name:
                 ops += await self._name_freed(record)

@@ -48,9 +48,11 @@ class Tpm:
         return self._path("tpm")
 
     @classmethod
-    async def launch(cls, directory: Path, inc: str) -> Tpm:
-        """It waits for its VMM. Raises TPM_NOT_AVAILABLE where there is no such program, else EngineError; no process
-        is left then."""
+    async def launch(cls, directory: Path, inc: str, *, state: Path | None = None) -> Tpm:
+        """It waits for its VMM. `state`: what another one kept, if it is there; left as it is.
+
+        Raises TPM_NOT_AVAILABLE where there is no such program, else EngineError; no process is left then.
+        """
         made = cls(directory, inc, None)
         program = shutil.which(PROGRAM)
         if program is None:
@@ -58,6 +60,8 @@ class Tpm:
             raise DroverError(RefusalReason.TPM_NOT_AVAILABLE, said)
         if len(os.fsencode(made.socket)) > _MAX_SOCKET_PATH:
             raise EngineError(f"socket path {made.socket} is longer than {_MAX_SOCKET_PATH} bytes")
+        if state is not None and state.exists():
+            await asyncio.to_thread(shutil.copyfile, state, made._path("tpmstate"))
         command = [program, "socket", "--tpm2", "--terminate"]
         command += ["--tpmstate", f"backend-uri=file://{made._path('tpmstate').absolute()}"]
         command += ["--ctrl", f"type=unixio,path={made.socket}"]
@@ -113,8 +117,11 @@ class Tpm:
             raise EngineError(f"{note}: whether the TPM lives cannot be told: {error}") from error
         return found
 
-    async def destroy(self) -> None:
-        """It is gone, with its files. Idempotent. Raises EngineError when it does not end; to be repeated then."""
+    async def destroy(self, *, keep: Path | None = None) -> None:
+        """It is gone, with its files; its state is put aside as `keep`. Idempotent.
+
+        Raises EngineError when it does not end; to be repeated then.
+        """
         if self._process is not None:
             self._process.kill()
             try:
@@ -124,6 +131,9 @@ class Tpm:
                 said = f"the TPM's process {self._process.pid} was killed and has not ended in {_END_S:g} s"
                 raise EngineError(said) from None
             self.detach()
+        if keep is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._path("tpmstate").replace(keep)
         for suffix in ("tpm", "tpmstate", "tpm.log", "tpm.note"):
             with contextlib.suppress(FileNotFoundError):
                 self._path(suffix).unlink()

@@ -60,6 +60,10 @@ class AgentServicer(rpc.AgentServiceServicer):
         await self._agent.end_guest(request.guest_uuid)
         return pb.EndGuestResponse()
 
+    async def KeepGuest(self, request: pb.KeepGuestRequest, context: Any) -> pb.KeepGuestResponse:
+        await self._agent.keep_guest(request.guest_uuid, only_ended=request.only_ended)
+        return pb.KeepGuestResponse()
+
     async def ApplyWantRun(self, request: pb.ApplyWantRunRequest, context: Any) -> pb.ApplyWantRunResponse:
         return wire.wish_applied_to_proto(await self._agent.apply_want_run(request.guest_uuid, request.sequence))
 

@@ -206,6 +206,11 @@ def run_state(record: GuestRecord, told: GuestStatus | None) -> RunState:
     return RunState.UNKNOWN if told is None else told.run_state
 
 
+def ownership(record: GuestRecord) -> str:
+    """As users are told it."""
+    return "STOPPED" if record.stopped else record.phase.value
+
+
 def present_migration(record: GuestRecord) -> str:
     """The migration that the guest is in; empty when it is in none."""
     moving = record.phase in (Ownership.OPEN, Ownership.COMMITTED, Ownership.ABORTED)
@@ -215,7 +220,8 @@ def present_migration(record: GuestRecord) -> str:
 def need_alive(record: GuestRecord) -> None:
     """Raises GUEST_NOT_RUNNING for a guest whose life is over."""
     if record.phase is Ownership.CRASHED:
-        said = f"guest {record.name} has crashed on {record.owner.host}: stop it to free its name"
+        what = "is stopped" if record.stopped else "has crashed"
+        said = f"guest {record.name} {what} on {record.owner.host}: start it again, or stop it to free its name"
         raise DroverError(RefusalReason.GUEST_NOT_RUNNING, said)
     if record.phase is Ownership.GONE:
         raise DroverError(RefusalReason.GUEST_NOT_RUNNING, f"guest {record.name} has ended")
@@ -269,6 +275,38 @@ _STOP = {
 def stop_step(record: GuestRecord) -> StopStep:
     """What a call that stops the guest has to do now; it asks again after each step."""
     return _STOP[record.phase]
+
+
+class StartStep(StrEnum):
+    """What comes next on the way to a guest that runs again."""
+
+    RUNS = "RUNS"
+    """It is on its way somewhere, so it has not ended."""
+    LOOK = "LOOK"
+    """Ask its agent whether it has shut down by itself."""
+    KEEP = "KEEP"
+    """It has crashed: its agent has to see to it that nothing of it is left."""
+    PLACE = "PLACE"
+    """Nothing of it is left: write that it starts, if its host has room."""
+    START = "START"
+    """Written: ask its agent to start it."""
+    OVER = "OVER"
+
+
+_START = {
+    Ownership.GONE: StartStep.OVER,
+    Ownership.IDLE: StartStep.LOOK,
+    Ownership.CRASHED: StartStep.KEEP,
+    Ownership.OPEN: StartStep.RUNS,
+    Ownership.ABORTED: StartStep.RUNS,
+    Ownership.COMMITTED: StartStep.RUNS,
+    Ownership.STARTING: StartStep.START,
+}
+
+
+def start_step(record: GuestRecord) -> StartStep:
+    """What a call that starts the guest again has to do now; it asks again after each step."""
+    return StartStep.PLACE if record.stopped else _START[record.phase]
 
 
 # --- hosts and evacuations --------------------------------------------------------------------------------------------

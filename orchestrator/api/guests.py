@@ -11,7 +11,7 @@ import structlog
 from orchestrator import wire
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import Caller, Tools, digest, tries, write
-from orchestrator.api.decisions import StopStep
+from orchestrator.api.decisions import StartStep, StopStep
 from orchestrator.api.migrations import Migrations
 from orchestrator.api.reads import GuestRead, guest_uuid, no_place, read_guest
 from orchestrator.api.requests import Request
@@ -23,11 +23,11 @@ from orchestrator.core.guest import MAX_INSTRUCTION_BYTES, guest_errors, name_er
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.offers import local_disks
-from orchestrator.core.placement import Choice, choose, need_for
+from orchestrator.core.placement import Choice, choose, need_again, need_for
 from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, OnHostDeath, ShimKind, WantRun
 from orchestrator.core.text import quoted
-from orchestrator.ledger import paths
-from orchestrator.ledger.births import birth_ops
+from orchestrator.ledger import markers, paths
+from orchestrator.ledger.births import again_ops, birth_ops
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.snapshot import HostEntry
 from orchestrator.ledger.store import Delete, Done, Op
@@ -197,10 +197,67 @@ class Guests:
             return (pb.WISH_STATE_APPLIED if answer.applied else pb.WISH_STATE_QUEUED), answer.run_state
         return pb.WISH_STATE_RECORDED, None
 
+    # --- again --------------------------------------------------------------------------------------------------------
+
+    async def start_again(self, name: str, caller: Caller) -> types_pb2.Guest:
+        """Run a guest that was kept, has shut down or has crashed, where it is. One that runs stays as it is.
+
+        Raises GUEST_NOT_RUNNING for one whose life is over, what a placement on its host would raise, and
+        AGENT_UNREACHABLE: nothing is started while nobody knows what is left of it.
+        """
+        uuid = await self.uuid_of(name)
+        contest = tries(caller)
+        while True:
+            await contest.another()
+            read = await self.read(uuid)
+            step = decisions.start_step(read.record)
+            if step is StartStep.OVER:
+                raise DroverError(RefusalReason.GUEST_NOT_RUNNING, f"guest {name} has ended for good: create it anew")
+            if step is StartStep.RUNS:
+                return await self.view(uuid)
+            if step is StartStep.LOOK and not await self._has_ended(read, caller):
+                return await self.view(uuid)
+            if step in (StartStep.LOOK, StartStep.KEEP):
+                await self._keep(read, caller, only_ended=True)
+                continue
+            if step is StartStep.PLACE and not await self._placed_again(read, caller):
+                continue
+            return await self._start(uuid, caller)
+
+    async def _has_ended(self, read: GuestRead, caller: Caller) -> bool:
+        """It has shut down by itself, by its agent's word. It is wished to run from here on."""
+        _, told = await self._tell(read.uuid, await self._wish(read.uuid, True, caller), caller)
+        if told is None:
+            said = f"the agent of {read.record.owner.host} does not say whether guest {read.record.name} runs"
+            raise DroverError(RefusalReason.AGENT_UNREACHABLE, said)
+        return told is RunState.ENDED
+
+    async def _keep(self, read: GuestRead, caller: Caller, *, only_ended: bool = False) -> None:
+        agent = await self._agent(read.record.owner.host)
+        await agent.keep_guest(read.uuid, only_ended=only_ended, timeout_s=caller.remaining_s(END_GUEST_S))
+
+    async def _placed_again(self, read: GuestRead, caller: Caller) -> bool:
+        """Write that it starts on its host, if that has room. False: look again."""
+        await self._wish(read.uuid, True, caller)
+        host = read.record.owner.host
+        async with self._tools.placing:
+            snapshot = await self._tools.index.recent()
+            choice = choose(snapshot.views(), need_again(read.spec), wanted=host)
+            if choice.destination is None:
+                raise no_place(choice)
+            record = handover.start_again(read.record, choice.destination, writer=f"api-{uuid.uuid4().hex}")
+            ops = again_ops(read.uuid, record, read.version, snapshot.hosts[host])
+            ops.append(await markers.marked(self._tools.store, host, read.uuid))
+            done = isinstance(await write(self._tools, ops, caller), Done)
+        if done:
+            log.info("guest starts again", guest=record.name, host=host, by=caller.by)
+        return done
+
     # --- death --------------------------------------------------------------------------------------------------------
 
-    async def stop(self, name: str, caller: Caller) -> types_pb2.Guest:
+    async def stop(self, name: str, caller: Caller, *, keep: bool = False) -> types_pb2.Guest:
         """End the guest for good: wish it stopped, cancel its migration, wait until somebody owns it alone, end it.
+        With `keep` it is not over then, and may be started again.
 
         Raises GUEST_IS_MIGRATING when that takes longer than the caller waits: the wish stands, repeat the call.
         """
@@ -214,10 +271,15 @@ class Guests:
                 moved.clear()
                 read = await self.read(uuid)
                 step = decisions.stop_step(read.record)
+                if keep and read.record.stopped:
+                    log.info("guest stopped and kept", guest=read.record.name, by=caller.by)
+                    return await self.view(uuid)
+                if keep and step is StopStep.ENDED:
+                    raise DroverError(RefusalReason.GUEST_NOT_RUNNING, f"guest {name} has ended for good")
                 if step is StopStep.ENDED:
                     log.info("guest ended", guest=read.record.name, by=caller.by)
                     return await self.view(uuid)
-                if await self._stop_once(step, read, caller):
+                if await self._stop_once(step, read, caller, keep=keep):
                     continue
                 if caller.out_of_time:
                     raise _not_ended(read.record)
@@ -229,7 +291,7 @@ class Guests:
         finally:
             unwatch()
 
-    async def _stop_once(self, step: StopStep, read: GuestRead, caller: Caller) -> bool:
+    async def _stop_once(self, step: StopStep, read: GuestRead, caller: Caller, *, keep: bool) -> bool:
         """True: look at once; False: wait for a change."""
         record = read.record
         if step is StopStep.CANCEL:
@@ -241,11 +303,12 @@ class Guests:
             return False
         if step is StopStep.WAIT:
             return False
-        agent_call = self._finish_birth if step is StopStep.FINISH_BIRTH else self._end
+        end = self._keep if keep else self._end
+        agent_call = self._finish_birth if step is StopStep.FINISH_BIRTH else end
         try:
             await agent_call(read, caller)
         except DroverError as error:
-            if step is StopStep.BURY and error.reason in _SILENT:
+            if step is StopStep.BURY and error.reason in _SILENT and not keep:
                 return await self._bury(read, caller)
             if step is StopStep.FINISH_BIRTH and error.reason not in _SILENT:
                 return False  # it did not start: the record says so, or will

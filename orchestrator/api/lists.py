@@ -117,7 +117,7 @@ def guests_listing(fleet: Fleet) -> Listing[GuestEntry]:
             "name": Field(Kind.TEXT, lambda row: row.input.record.name),
             "uuid": Field(Kind.TEXT, lambda row: row.input.uuid),
             "host": Field(Kind.TEXT, lambda row: row.input.record.owner.host),
-            "ownership": Field(Kind.TEXT, lambda row: row.input.record.phase.value),
+            "ownership": Field(Kind.TEXT, lambda row: decisions.ownership(row.input.record)),
             "run_state": Field(Kind.TEXT, state),
             "memory_mib": Field(Kind.NUMBER, lambda row: row.input.spec.memory_mib),
             "vcpus": Field(Kind.NUMBER, lambda row: row.input.spec.vcpus),

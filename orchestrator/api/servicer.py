@@ -157,6 +157,14 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         with about(guest=request.name):
             return await self._guests.stop(request.name, _caller(context))
 
+    async def StopAndKeepGuest(self, request: pb.StopAndKeepGuestRequest, context: Any) -> types_pb2.Guest:
+        with about(guest=request.name):
+            return await self._guests.stop(request.name, _caller(context), keep=True)
+
+    async def StartGuestAgain(self, request: pb.StartGuestAgainRequest, context: Any) -> types_pb2.Guest:
+        with about(guest=request.name):
+            return await self._guests.start_again(request.name, _caller(context))
+
     async def WatchGuests(self, request: pb.WatchGuestsRequest, context: Any) -> AsyncIterator[pb.WatchGuestsResponse]:
         with self._streams.one(context.peer()):
             uuids = await each(request.names, lambda name: self._guests.uuid_of(name, field="names"))

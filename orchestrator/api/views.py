@@ -108,7 +108,7 @@ def guest(read: GuestRead, fleet: Fleet) -> types_pb2.Guest:
         uuid=read.uuid,
         spec=wire.guest_spec_to_proto(read.spec),
         host=record.owner.host,
-        ownership=wire.ownership_to_proto(record.phase),
+        ownership=types_pb2.OWNERSHIP_PHASE_STOPPED if record.stopped else wire.ownership_to_proto(record.phase),
         run_state=wire.run_state_to_proto(run_state(record, told)),
         want_run=read.want_run is None or read.want_run.run,
         migration=present_migration(record),

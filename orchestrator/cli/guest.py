@@ -345,18 +345,44 @@ def resume(settings: Settings, guest: str) -> None:
 
 @guest.command()
 @guest_argument
+@click.option("--keep", is_flag=True, help="Keep it on its host, to be started again.")
 @remote
 @pass_settings
-def stop(settings: Settings, guest: str) -> None:
-    """End GUEST for good. A migration of it is cancelled first."""
+def stop(settings: Settings, guest: str, keep: bool) -> None:
+    """End GUEST for good, or until it is started again. A migration of it is cancelled first.
+
+    Its power is cut: what it has not written to its disks is lost. With --keep it stays on its host with its name and
+    its disks, and `drover guest start` boots it there.
+    """
     from orchestrator import wire
 
     with settings.client() as client:
-        each = client.stop_guest(guest)
+        each = client.stop_and_keep_guest(guest) if keep else client.stop_guest(guest)
+    if settings.printer.machine:
+        settings.printer.document(wire.to_json(each))
+    elif keep:
+        settings.printer.show(f"{each.name or guest} is stopped, and kept on {each.host}")
+    else:
+        settings.printer.show(f"{each.name or guest} has ended")
+
+
+@guest.command()
+@guest_argument
+@remote
+@pass_settings
+def start(settings: Settings, guest: str) -> None:
+    """Start GUEST again, where it is: one that was stopped with --keep, has shut down by itself, or has crashed.
+
+    It keeps its uuid, its disks and its cards' addresses, and boots anew. A guest that runs is left as it is.
+    """
+    from orchestrator import wire
+
+    with settings.client() as client:
+        each = client.start_guest_again(guest)
     if settings.printer.machine:
         settings.printer.document(wire.to_json(each))
     else:
-        settings.printer.show(f"{each.name or guest} has ended")
+        settings.printer.show(f"{each.name or guest} is {wire.word(each, 'run_state').lower()} on {each.host}")
 
 
 @guest.command()

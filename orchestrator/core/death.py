@@ -168,6 +168,8 @@ def successor_uuid(uuid: str, number: int) -> str:
 def standing(record: GuestRecord, spec: GuestSpec) -> str:
     """Where a CRASHED guest stands, as a sentence for people."""
     where = record.owner.host
+    if record.stopped:
+        return f"stopped, and kept on {where}: start it again there"
     if not record.host_died:
         return f"crashed on {where}"
     if refused := why_left(spec):

@@ -57,6 +57,11 @@ class GuestRecord(Record):
     """How many successors were created; all but the last never ran."""
     never_ran: bool = False
     """GONE straight from STARTING: no vCPU of this life ever ran."""
+    stopped: bool = False
+    """CRASHED, kept on purpose, and its owner's agent has seen that nothing of it is left there: it may be started
+    again, by that host. To a version that does not know the word it is a guest that has crashed."""
+    starts: int = 0
+    """How often it was started again. What has run before is never GONE because a start failed."""
 
 
 class Refused(Exception):
@@ -96,10 +101,53 @@ def started(record: GuestRecord, *, writer: str) -> GuestRecord:
 def gone(record: GuestRecord, *, writer: str) -> GuestRecord:
     """The guest ended for good, or never started."""
     _need(record, Ownership.STARTING, Ownership.IDLE, Ownership.CRASHED)
-    never_ran = record.phase is Ownership.STARTING
+    never_ran = record.phase is Ownership.STARTING and not record.starts
     return replace(
-        record, phase=Ownership.GONE, migration="", destination=None, inc="", never_ran=never_ran, writer=writer
+        record,
+        phase=Ownership.GONE,
+        migration="",
+        destination=None,
+        inc="",
+        never_ran=never_ran,
+        stopped=False,
+        writer=writer,
     )
+
+
+def stopped(record: GuestRecord, *, by: HostRef, nothing_left: bool, writer: str) -> GuestRecord:
+    """A guest that is kept without running. Written by its owner's host alone, once nothing of the guest is left
+    there, when it has crashed (also on purpose) or when a start has failed that was not its first."""
+    _need(record, Ownership.CRASHED, Ownership.STARTING)
+    if record.owner.host != by.host or not nothing_left:
+        raise Refused(f"guest {record.name} is owned by {record.owner.host}, or something of it is left on {by.host}")
+    if record.phase is Ownership.STARTING and not record.starts:
+        raise Refused(f"guest {record.name} has never run")
+    if record.successor:
+        raise Refused(f"guest {record.name} is followed by another life, which has its name")
+    return replace(
+        record,
+        phase=Ownership.CRASHED,
+        owner=by,
+        migration="",
+        attempt=0,
+        destination=None,
+        inc="",
+        source=None,
+        reason=None,
+        devices=(),
+        host_died=False,
+        stopped=True,
+        writer=writer,
+    )
+
+
+def start_again(record: GuestRecord, here: HostRef, *, writer: str) -> GuestRecord:
+    """STARTING once more, on the host that has seen to it that nothing of the guest is left: the same life, with
+    its uuid and its disks. `here`: that host in its present power cycle."""
+    _need(record, Ownership.CRASHED)
+    if not may_start_again(record, here):
+        raise Refused(f"nothing says that no copy of guest {record.name} is left on {record.owner.host}")
+    return replace(record, phase=Ownership.STARTING, owner=here, stopped=False, starts=record.starts + 1, writer=writer)
 
 
 def open_attempt(
@@ -220,6 +268,12 @@ def succeeded_by(record: GuestRecord, successor: str, *, writer: str) -> GuestRe
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------
+
+
+def may_start_again(record: GuestRecord, here: HostRef) -> bool:
+    """Only where the owner's own agent has written that nothing of it is left. A crash alone does not say that:
+    its word may be a certificate's, while a host that was cut off still runs the guest."""
+    return record.phase is Ownership.CRASHED and record.stopped and record.owner.host == here.host
 
 
 def may_retry(record: GuestRecord) -> bool:

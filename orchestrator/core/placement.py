@@ -90,6 +90,11 @@ def need_for(spec: GuestSpec, *, guest: str = "", source: str = "") -> Need:
     return Need(guest, spec.name, source, spec.memory_mib, spec.machine, inside, drivers, hardware_need(spec))
 
 
+def need_again(spec: GuestSpec) -> Need:
+    """What a guest asks of the host that it was on when it is started there again: its images are there already."""
+    return need_for(replace(spec, disks=tuple(replace(disk, size_bytes=0) for disk in spec.disks)))
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Whether one host may take one guest; `reason` and `message` say why not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import GuestSpec, WantRun
 from orchestrator.ledger import paths
-from orchestrator.ledger.ledger import op_create
+from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.snapshot import HostEntry
 from orchestrator.ledger.store import Check, Create, Op, SetData
 
@@ -30,3 +30,13 @@ def room_taken(host: str, entry: HostEntry) -> Op:
     """Part of whatever takes room on a host, of which `entry` is what was seen: two who saw the same cannot both."""
     path = paths.reservations(host)
     return Create(path, b"") if entry.reservations_version < 0 else SetData(path, b"", entry.reservations_version)
+
+
+def again_ops(uuid: str, record: GuestRecord, version: int, entry: HostEntry) -> list[Op]:
+    """A life that starts again on the host of `entry`, from the record of that version, in the same way."""
+    host = record.owner.host
+    return [
+        op_set(paths.guest(uuid), record, version),
+        Check(paths.cordon(host), entry.cordon_version),
+        room_taken(host, entry),
+    ]

@@ -98,6 +98,11 @@ class AgentClient:
         """Kill the VMM of an idle guest and record its end."""
         await self._call(self._stub.EndGuest, pb.EndGuestRequest(guest_uuid=guest), timeout_s)
 
+    async def keep_guest(self, guest: str, *, only_ended: bool = False, timeout_s: float = END_GUEST_S) -> None:
+        """End its VMM, and record that nothing of it is left there and that it is kept. `only_ended`: BUSY if it
+        runs."""
+        await self._call(self._stub.KeepGuest, pb.KeepGuestRequest(guest_uuid=guest, only_ended=only_ended), timeout_s)
+
     async def apply_want_run(self, guest: str, sequence: int, timeout_s: float = CALL_S) -> WishApplied:
         """The wish in the ledger has this sequence number by now: read it, apply it if the hand-over allows."""
         request = pb.ApplyWantRunRequest(guest_uuid=guest, sequence=sequence)

@@ -266,6 +266,14 @@ class OrchestratorClient:
         """End the guest for good; a migration of it is cancelled first. Returns when it is gone."""
         return self._call(self._stub.StopGuest, pb.StopGuestRequest(name=name), self._slow_s)
 
+    def stop_and_keep_guest(self, name: str) -> types_pb2.Guest:
+        """End the guest's VMM and keep the guest, for `start_guest_again`. Returns when nothing of it runs."""
+        return self._call(self._stub.StopAndKeepGuest, pb.StopAndKeepGuestRequest(name=name), self._slow_s)
+
+    def start_guest_again(self, name: str) -> types_pb2.Guest:
+        """Start a guest that was kept, has shut down or has crashed, where it is. Returns when it runs. Idempotent."""
+        return self._call(self._stub.StartGuestAgain, pb.StartGuestAgainRequest(name=name), self._slow_s)
+
     def watch_guests(self, names: Sequence[str] = ()) -> Iterator[types_pb2.Guest]:
         """The named guests, or all, as they are and then each time they change; for ever."""
         for answer in self._watch(self._stub.WatchGuests, pb.WatchGuestsRequest(names=names)):

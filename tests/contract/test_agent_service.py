@@ -176,6 +176,55 @@ async def host(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> 
     await fake.stop()
 
 
+async def test_a_guest_is_kept_without_a_copy_and_born_again(host: Host) -> None:
+    await host.born()
+    assert await refused(host.client.keep_guest(G, only_ended=True)) is R.BUSY, "it runs"
+    host.shut_down()
+    await until_ended(host)
+    await host.client.keep_guest(G, only_ended=True)
+    await host.client.keep_guest(G)
+    kept = host.world.record(G)
+    assert (kept.phase, kept.stopped, kept.owner) == (Ownership.CRASHED, True, HERE)
+    assert host.name_is_taken
+    assert not (await host.client.get_agent()).copies
+    assert await refused(host.client.start_guest(G)) is R.GUEST_NOT_RUNNING, "nobody has said that it starts"
+
+    await write(host.world, paths.guest(G), handover.start_again(kept, HERE, writer="api"))
+    assert (await host.client.start_guest(G)).run_state is RunState.RUNNING
+    assert (host.world.record(G).phase, host.world.record(G).starts) == (Ownership.IDLE, 1)
+
+
+async def test_a_start_that_fails_is_no_end_of_a_guest_that_has_run(host: Host) -> None:
+    await host.born()
+    await host.client.keep_guest(G)
+    await write(host.world, paths.guest(G), handover.start_again(host.world.record(G), HERE, writer="api"))
+    host.fail_start()
+    assert await refused(host.client.start_guest(G)) is R.INTERNAL
+    assert host.world.record(G).stopped
+    assert host.name_is_taken
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (replace(IDLE, owner=THERE), R.GUEST_IS_MIGRATING),
+        (ARRIVING, R.GUEST_IS_MIGRATING),
+        (handover.gone(IDLE, writer="a"), R.GUEST_NOT_RUNNING),
+    ],
+    ids=["elsewhere", "arriving", "gone"],
+)
+async def test_only_a_guest_at_rest_here_is_kept(host: Host, record: GuestRecord, reason: RefusalReason) -> None:
+    host.world.put(paths.guest(G), record)
+    assert await refused(host.client.keep_guest(G)) is reason
+    assert host.world.record(G) == record
+
+
+async def until_ended(host: Host) -> None:
+    async with asyncio.timeout(10):
+        while [each.run_state for each in (await host.client.get_agent()).guests] != [RunState.ENDED]:  # noqa: ASYNC110 - bounded
+            await asyncio.sleep(0.01)
+
+
 async def test_images_are_brought_in_and_listed(host: Host) -> None:
     content = b"x" * 65536
     for name in ("c", "a", "b"):

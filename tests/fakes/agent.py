@@ -103,6 +103,14 @@ class FakeAgent(AgentServiceServicer):
             raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid}")
         return decode(GuestRecord, node.data), node.version
 
+    async def _not_started(self, uuid: str) -> None:
+        record, version = await self._read(uuid)
+        if not record.starts:
+            await self._bury(uuid)
+            return
+        kept = handover.stopped(record, by=record.owner, nothing_left=True, writer=self.host)
+        assert isinstance(await self.store.multi([SetData(paths.guest(uuid), encode(kept), version)]), Done)
+
     async def _bury(self, uuid: str) -> None:
         record, version = await self._read(uuid)
         name = await self.store.read(paths.name(record.name))
@@ -132,7 +140,7 @@ class FakeAgent(AgentServiceServicer):
         try:
             await self._called("StartGuest", uuid)
         except DroverError:
-            await self._bury(uuid)
+            await self._not_started(uuid)
             raise
         async with self.turn:
             record, version = await self._read(uuid)
@@ -186,6 +194,29 @@ class FakeAgent(AgentServiceServicer):
             left = tuple(guest for guest in self.sample.guests if guest.guest != request.guest_uuid)
             self.sample = replace(self.sample, guests=left)
         return pb.EndGuestResponse()
+
+    async def KeepGuest(self, request: pb.KeepGuestRequest, context: Any) -> pb.KeepGuestResponse:
+        uuid = request.guest_uuid
+        await self._called("KeepGuest", uuid)
+        async with self.turn:
+            record, version = await self._read(uuid)
+            if record.stopped:
+                return pb.KeepGuestResponse()
+            if record.phase is Ownership.GONE:
+                raise DroverError(RefusalReason.GUEST_NOT_RUNNING, f"guest {record.name} has ended")
+            if record.owner.host != self.host or record.phase not in (Ownership.IDLE, Ownership.CRASHED):
+                raise DroverError(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
+            known = self._told(uuid)
+            runs = known is not None and known.run_state is not RunState.ENDED
+            if request.only_ended and record.phase is Ownership.IDLE and runs:
+                raise DroverError(RefusalReason.BUSY, f"guest {record.name} runs by now")
+            here = HostRef(self.host, f"boot-{self.host}")
+            if record.phase is Ownership.IDLE:
+                record = handover.crashed(record, writer=self.host)
+            kept = handover.stopped(record, by=here, nothing_left=True, writer=self.host)
+            assert isinstance(await self.store.multi([SetData(paths.guest(uuid), encode(kept), version)]), Done)
+            self.sample = replace(self.sample, guests=tuple(g for g in self.sample.guests if g.guest != uuid))
+        return pb.KeepGuestResponse()
 
     async def ApplyWantRun(self, request: pb.ApplyWantRunRequest, context: Any) -> pb.ApplyWantRunResponse:
         uuid = request.guest_uuid

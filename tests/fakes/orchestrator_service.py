@@ -401,6 +401,32 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             self.gone.append(self.guests.pop(guest.name))
         return guest
 
+    async def StopAndKeepGuest(self, request: pb.StopAndKeepGuestRequest, context: object) -> types.Guest:
+        await self._called("StopAndKeepGuest", request)
+        guest = self._guest(request.name)
+        if guest.ownership == types.OWNERSHIP_PHASE_GONE:
+            raise DroverError(R.GUEST_NOT_RUNNING, f"guest {guest.name} has ended for good")
+        if guest.ownership != types.OWNERSHIP_PHASE_STOPPED:
+            if guest.ownership != types.OWNERSHIP_PHASE_CRASHED:
+                self._carry(guest, -1)
+            guest.ownership, guest.run_state = types.OWNERSHIP_PHASE_STOPPED, types.RUN_STATE_ENDED
+            guest.want_run, guest.message = False, f"stopped, and kept on {guest.host}"
+        return guest
+
+    async def StartGuestAgain(self, request: pb.StartGuestAgainRequest, context: object) -> types.Guest:
+        await self._called("StartGuestAgain", request)
+        guest = self._guest(request.name)
+        if guest.ownership == types.OWNERSHIP_PHASE_GONE:
+            raise DroverError(R.GUEST_NOT_RUNNING, f"guest {guest.name} has ended for good")
+        if guest.run_state == types.RUN_STATE_ENDED:
+            if guest.ownership == types.OWNERSHIP_PHASE_IDLE:
+                self._carry(guest, -1)
+            self._place(wire.guest_spec_from_proto(guest.spec), "", guest.host, "")
+            guest.ownership, guest.run_state = types.OWNERSHIP_PHASE_IDLE, types.RUN_STATE_RUNNING
+            guest.want_run, guest.message = True, ""
+            self._carry(guest, 1)
+        return guest
+
     async def WatchGuests(
         self, request: pb.WatchGuestsRequest, context: object
     ) -> AsyncIterator[pb.WatchGuestsResponse]:
@@ -692,7 +718,9 @@ def _name(digit: str, number: int) -> str:
 
 def _record(guest: types.Guest) -> GuestRecord:
     """As much of the guest's record as it shows."""
-    return GuestRecord(guest.name, Ownership(wire.word(guest, "ownership")), HostRef(guest.host, ""), guest.migration)
+    stopped = guest.ownership == types.OWNERSHIP_PHASE_STOPPED
+    phase = Ownership.CRASHED if stopped else Ownership(wire.word(guest, "ownership"))
+    return GuestRecord(guest.name, phase, HostRef(guest.host, ""), guest.migration, stopped=stopped)
 
 
 def _without_time_lines(migration: types.Migration) -> types.Migration:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.core import handover
+from orchestrator.core import death, handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import GuestRecord, Ownership, Refused, Verdict
 from orchestrator.core.ids import HostRef
@@ -105,3 +105,63 @@ def test_h11_h12() -> None:
     assert handover.epoch_is_current(5, 5)
     assert not handover.epoch_is_current(5, 4)
     assert not handover.epoch_is_current(5, 6)
+
+
+# --- stopped, kept and started again ----------------------------------------------------------------------------------
+
+CRASHED = handover.crashed(IDLE, writer="w")
+KEPT = handover.stopped(CRASHED, by=S, nothing_left=True, writer="w")
+AGAIN = handover.start_again(KEPT, HostRef("s", "next"), writer="w")
+
+
+def test_a_guest_that_is_kept_lives_on_under_its_uuid() -> None:
+    assert (KEPT.phase, KEPT.stopped, KEPT.owner) == (Ownership.CRASHED, True, S)
+    assert (AGAIN.phase, AGAIN.stopped, AGAIN.owner.boot_id, AGAIN.starts) == (Ownership.STARTING, False, "next", 1)
+    running = handover.started(AGAIN, writer="w")
+    assert (running.phase, running.starts) == (Ownership.IDLE, 1)
+    second = handover.stopped(handover.crashed(running, writer="w"), by=running.owner, nothing_left=True, writer="w")
+    assert handover.start_again(second, running.owner, writer="w").starts == 2
+
+
+def test_nothing_of_an_attempt_is_left_in_a_guest_that_is_kept() -> None:
+    kept = handover.stopped(handover.crashed(COMMITTED, writer="w"), by=D, nothing_left=True, writer="w")
+    assert replace(kept, coord_epoch=0) == replace(KEPT, owner=D)
+    again = handover.start_again(kept, D, writer="w")
+    assert handover.is_over_for_destination(again, "m", 1, "i1"), "whatever was made for an attempt is to be discarded"
+    assert handover.may_discard_source(again, S, again.inc)
+    assert not handover.may_run_at_destination(again, D, "i1")
+
+
+def test_the_end_of_a_start_that_failed() -> None:
+    assert handover.stopped(AGAIN, by=AGAIN.owner, nothing_left=True, writer="w").stopped
+    assert not handover.gone(AGAIN, writer="w").never_ran, "it has run before"
+    assert handover.gone(KEPT, writer="w").stopped is False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: handover.start_again(CRASHED, S, writer=""),
+        lambda: handover.start_again(IDLE, S, writer=""),
+        lambda: handover.start_again(KEPT, D, writer=""),
+        lambda: handover.start_again(AGAIN, S, writer=""),
+        lambda: handover.start_again(handover.gone(KEPT, writer=""), S, writer=""),
+        lambda: handover.stopped(IDLE, by=S, nothing_left=True, writer=""),
+        lambda: handover.stopped(CRASHED, by=D, nothing_left=True, writer=""),
+        lambda: handover.stopped(CRASHED, by=S, nothing_left=False, writer=""),
+        lambda: handover.stopped(handover.birth("g", S, writer=""), by=S, nothing_left=True, writer=""),
+        lambda: handover.stopped(replace(CRASHED, host_died=True, successor="u"), by=S, nothing_left=True, writer=""),
+        lambda: handover.succeeded_by(KEPT, "u", writer=""),
+        lambda: handover.open_attempt(KEPT, "m", 1, D, epoch=1, writer=""),
+    ],
+)
+def test_only_what_is_proven_to_be_nowhere_starts_again(change: object) -> None:
+    assert callable(change)
+    with pytest.raises(Refused):
+        change()
+
+
+def test_a_kept_guest_of_a_host_that_died_is_not_started_elsewhere_as_well() -> None:
+    died = handover.host_died(IDLE, certificate=True, writer="w")
+    assert death.may_restart(died)
+    assert not death.may_restart(handover.stopped(died, by=HostRef("s", "next"), nothing_left=True, writer="w"))

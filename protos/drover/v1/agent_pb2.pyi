@@ -329,6 +329,44 @@ class EndGuestResponse(_message.Message):
 Global___EndGuestResponse: _TypeAlias = EndGuestResponse  # noqa: Y015
 
 @_typing.final
+class KeepGuestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    ONLY_ENDED_FIELD_NUMBER: _builtins.int
+    guest_uuid: _builtins.str
+    only_ended: _builtins.bool
+    """Leave it alone (BUSY) unless it has shut down or crashed."""
+    def __init__(
+        self,
+        *,
+        guest_uuid: _builtins.str = ...,
+        only_ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_uuid", b"guest_uuid", "only_ended", b"only_ended"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepGuestRequest: _TypeAlias = KeepGuestRequest  # noqa: Y015
+
+@_typing.final
+class KeepGuestResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepGuestResponse: _TypeAlias = KeepGuestResponse  # noqa: Y015
+
+@_typing.final
 class RestoreRecordRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

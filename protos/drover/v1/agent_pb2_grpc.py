@@ -51,6 +51,11 @@ class AgentServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestResponse.FromString,
                 _registered_method=True)
+        self.KeepGuest = channel.unary_unary(
+                '/drover.v1.AgentService/KeepGuest',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.KeepGuestRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.KeepGuestResponse.FromString,
+                _registered_method=True)
         self.RestoreRecord = channel.unary_unary(
                 '/drover.v1.AgentService/RestoreRecord',
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.RestoreRecordRequest.SerializeToString,
@@ -129,6 +134,14 @@ class AgentServiceServicer:
 
     def EndGuest(self, request, context):
         """Kills an idle guest's VMM and records its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def KeepGuest(self, request, context):
+        """Kills an idle guest's VMM, or what is left of one that has crashed, and records that the guest is kept: it may be
+        started again here. An older agent does not know this call, and so never ends the guest for good in its place.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,6 +244,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.EndGuest,
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestResponse.SerializeToString,
+            ),
+            'KeepGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepGuest,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.KeepGuestRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.KeepGuestResponse.SerializeToString,
             ),
             'RestoreRecord': grpc.unary_unary_rpc_method_handler(
                     servicer.RestoreRecord,
@@ -371,6 +389,33 @@ class AgentService:
             '/drover.v1.AgentService/EndGuest',
             protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_agent__pb2.EndGuestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.AgentService/KeepGuest',
+            protos_dot_drover_dot_v1_dot_agent__pb2.KeepGuestRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.KeepGuestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,10 @@ class AgentServiceStub:
     """Executes a guest whose record is STARTING on this host."""
     EndGuest: _grpc.UnaryUnaryMultiCallable[_agent_pb2.EndGuestRequest, _agent_pb2.EndGuestResponse]
     """Kills an idle guest's VMM and records its end."""
+    KeepGuest: _grpc.UnaryUnaryMultiCallable[_agent_pb2.KeepGuestRequest, _agent_pb2.KeepGuestResponse]
+    """Kills an idle guest's VMM, or what is left of one that has crashed, and records that the guest is kept: it may be
+    started again here. An older agent does not know this call, and so never ends the guest for good in its place.
+    """
     RestoreRecord: _grpc.UnaryUnaryMultiCallable[_agent_pb2.RestoreRecordRequest, _agent_pb2.RestoreRecordResponse]
     """An operator's order: writes the record of a guest that the ledger has lost again, from the one process that runs
     on this host. Refused where the guest may run elsewhere.
@@ -83,6 +87,10 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """Executes a guest whose record is STARTING on this host."""
     EndGuest: _aio.UnaryUnaryMultiCallable[_agent_pb2.EndGuestRequest, _agent_pb2.EndGuestResponse]  # type: ignore[assignment]
     """Kills an idle guest's VMM and records its end."""
+    KeepGuest: _aio.UnaryUnaryMultiCallable[_agent_pb2.KeepGuestRequest, _agent_pb2.KeepGuestResponse]  # type: ignore[assignment]
+    """Kills an idle guest's VMM, or what is left of one that has crashed, and records that the guest is kept: it may be
+    started again here. An older agent does not know this call, and so never ends the guest for good in its place.
+    """
     RestoreRecord: _aio.UnaryUnaryMultiCallable[_agent_pb2.RestoreRecordRequest, _agent_pb2.RestoreRecordResponse]  # type: ignore[assignment]
     """An operator's order: writes the record of a guest that the ledger has lost again, from the one process that runs
     on this host. Refused where the guest may run elsewhere.
@@ -140,6 +148,16 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.EndGuestResponse, _abc.Awaitable[_agent_pb2.EndGuestResponse]]:
         """Kills an idle guest's VMM and records its end."""
+
+    @_abc_1.abstractmethod
+    def KeepGuest(
+        self,
+        request: _agent_pb2.KeepGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.KeepGuestResponse, _abc.Awaitable[_agent_pb2.KeepGuestResponse]]:
+        """Kills an idle guest's VMM, or what is left of one that has crashed, and records that the guest is kept: it may be
+        started again here. An older agent does not know this call, and so never ends the guest for good in its place.
+        """
 
     @_abc_1.abstractmethod
     def RestoreRecord(

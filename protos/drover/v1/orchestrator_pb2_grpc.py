@@ -125,6 +125,16 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.StopGuestRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
                 _registered_method=True)
+        self.StopAndKeepGuest = channel.unary_unary(
+                '/drover.v1.OrchestratorService/StopAndKeepGuest',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.StopAndKeepGuestRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+                _registered_method=True)
+        self.StartGuestAgain = channel.unary_unary(
+                '/drover.v1.OrchestratorService/StartGuestAgain',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.StartGuestAgainRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+                _registered_method=True)
         self.WatchGuests = channel.unary_stream(
                 '/drover.v1.OrchestratorService/WatchGuests',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchGuestsRequest.SerializeToString,
@@ -326,6 +336,22 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StopAndKeepGuest(self, request, context):
+        """Ends its VMM and keeps the guest on its host, with its name, uuid and disks: StartGuestAgain runs it again. A running
+        migration is cancelled first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartGuestAgain(self, request, context):
+        """Starts a guest that was kept, has shut down by itself, or has crashed, where it is: the same life, booted anew. One
+        that runs is left as it is. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchGuests(self, request, context):
         """Each guest as it is, then again whenever it changed.
         """
@@ -509,6 +535,16 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
             'StopGuest': grpc.unary_unary_rpc_method_handler(
                     servicer.StopGuest,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.StopGuestRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.SerializeToString,
+            ),
+            'StopAndKeepGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopAndKeepGuest,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.StopAndKeepGuestRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.SerializeToString,
+            ),
+            'StartGuestAgain': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartGuestAgain,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.StartGuestAgainRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.SerializeToString,
             ),
             'WatchGuests': grpc.unary_stream_rpc_method_handler(
@@ -1062,6 +1098,60 @@ class OrchestratorService:
             target,
             '/drover.v1.OrchestratorService/StopGuest',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.StopGuestRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopAndKeepGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/StopAndKeepGuest',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.StopAndKeepGuestRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartGuestAgain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/StartGuestAgain',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.StartGuestAgainRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
             options,
             channel_credentials,

@@ -86,6 +86,14 @@ class OrchestratorServiceStub:
     """Takes back the wish that PauseGuest recorded, in the same way."""
     StopGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.StopGuestRequest, _types_pb2.Guest]
     """Ends the guest for good. A running migration is cancelled first."""
+    StopAndKeepGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.StopAndKeepGuestRequest, _types_pb2.Guest]
+    """Ends its VMM and keeps the guest on its host, with its name, uuid and disks: StartGuestAgain runs it again. A running
+    migration is cancelled first.
+    """
+    StartGuestAgain: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.StartGuestAgainRequest, _types_pb2.Guest]
+    """Starts a guest that was kept, has shut down by itself, or has crashed, where it is: the same life, booted anew. One
+    that runs is left as it is. Idempotent.
+    """
     WatchGuests: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.WatchGuestsRequest, _orchestrator_pb2.WatchGuestsResponse]
     """Each guest as it is, then again whenever it changed."""
     RepairGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RepairGuestRequest, _orchestrator_pb2.RepairGuestResponse]
@@ -162,6 +170,14 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """Takes back the wish that PauseGuest recorded, in the same way."""
     StopGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.StopGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """Ends the guest for good. A running migration is cancelled first."""
+    StopAndKeepGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.StopAndKeepGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
+    """Ends its VMM and keeps the guest on its host, with its name, uuid and disks: StartGuestAgain runs it again. A running
+    migration is cancelled first.
+    """
+    StartGuestAgain: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.StartGuestAgainRequest, _types_pb2.Guest]  # type: ignore[assignment]
+    """Starts a guest that was kept, has shut down by itself, or has crashed, where it is: the same life, booted anew. One
+    that runs is left as it is. Idempotent.
+    """
     WatchGuests: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.WatchGuestsRequest, _orchestrator_pb2.WatchGuestsResponse]  # type: ignore[assignment]
     """Each guest as it is, then again whenever it changed."""
     RepairGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.RepairGuestRequest, _orchestrator_pb2.RepairGuestResponse]  # type: ignore[assignment]
@@ -343,6 +359,26 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]:
         """Ends the guest for good. A running migration is cancelled first."""
+
+    @_abc_1.abstractmethod
+    def StopAndKeepGuest(
+        self,
+        request: _orchestrator_pb2.StopAndKeepGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]:
+        """Ends its VMM and keeps the guest on its host, with its name, uuid and disks: StartGuestAgain runs it again. A running
+        migration is cancelled first.
+        """
+
+    @_abc_1.abstractmethod
+    def StartGuestAgain(
+        self,
+        request: _orchestrator_pb2.StartGuestAgainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]:
+        """Starts a guest that was kept, has shut down by itself, or has crashed, where it is: the same life, booted anew. One
+        that runs is left as it is. Idempotent.
+        """
 
     @_abc_1.abstractmethod
     def WatchGuests(

@@ -280,6 +280,8 @@ class _OwnershipPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Owners
     OWNERSHIP_PHASE_ABORTED: _OwnershipPhase.ValueType  # 5
     OWNERSHIP_PHASE_CRASHED: _OwnershipPhase.ValueType  # 6
     OWNERSHIP_PHASE_GONE: _OwnershipPhase.ValueType  # 7
+    OWNERSHIP_PHASE_STOPPED: _OwnershipPhase.ValueType  # 8
+    """Kept on its host without running, until StartGuestAgain."""
 
 class OwnershipPhase(_OwnershipPhase, metaclass=_OwnershipPhaseEnumTypeWrapper):
     """Who may run the guest, from its record."""
@@ -292,6 +294,8 @@ OWNERSHIP_PHASE_COMMITTED: OwnershipPhase.ValueType  # 4
 OWNERSHIP_PHASE_ABORTED: OwnershipPhase.ValueType  # 5
 OWNERSHIP_PHASE_CRASHED: OwnershipPhase.ValueType  # 6
 OWNERSHIP_PHASE_GONE: OwnershipPhase.ValueType  # 7
+OWNERSHIP_PHASE_STOPPED: OwnershipPhase.ValueType  # 8
+"""Kept on its host without running, until StartGuestAgain."""
 Global___OwnershipPhase: _TypeAlias = OwnershipPhase  # noqa: Y015
 
 class _RunState:
