@@ -37,7 +37,7 @@ qemu-11:  ## QEMU 11.1 in build/qemu-11.1, for devices inside the VMM (`drover u
 ##@ Check
 .PHONY: test
 test: setup  ## all tests, two at a time (ARGS="-k late_ack" for some of them, TEST_PROCESSES=0 for one at a time)
-	$(PYTEST) -n $(TEST_PROCESSES) --dist loadfile tests $(ARGS)
+	$(PYTEST) -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 .PHONY: test-fast
 test-fast: venv  ## unit, property and contract tests that need no QEMU, ZooKeeper or cluster
