@@ -24,8 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _ORDER = ("integration/handover", "integration", "oracle", "contract", "exploration", "property", "unit")
-"""Two processes take file by file from the front. Files that share a cluster stand together, so that each process starts
-it once; what takes long comes first, and many short files last, so that no process waits for the other."""
+"""Two processes take file by file from the front. Files that share a cluster stand together, so that each process
+starts it once; what takes long comes first, and many short files last, so that neither waits for the other."""
 
 
 def _turn(item: pytest.Item) -> int:

@@ -102,10 +102,10 @@ def guest(number: int) -> list[Op]:
     ]
 
 
-async def populate(store: Store) -> None:
+async def populate(store: Store, guests: int = GUESTS) -> None:
     await put(store, [host("h1", 1 << 20, Cordon())])
     await put(store, (host(f"full-{number:02}", 64 << 10, Cordon(True, WHY)) for number in range(70)))
-    await put(store, (guest(number) for number in range(GUESTS)))
+    await put(store, (guest(number) for number in range(guests)))
 
 
 async def fail(store: Store, job: layout.Job) -> None:
@@ -164,14 +164,19 @@ async def test_two_thousand_guests_that_cannot_go_anywhere(api: ApiCluster, stor
     assert not shown.safe_to_power_off
 
 
-async def test_a_large_job_is_cancelled_between_two_of_its_writes(api: ApiCluster, store: Store) -> None:
+async def test_a_large_job_is_cancelled_between_two_of_its_writes(
+    api: ApiCluster, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The wish is never written over, whatever of the job's rows was stored by then."""
-    await populate(store)
+    guests = 400
+    monkeypatch.setattr(layout, "MAX_TRANSACTION", 20_000)
+    await populate(store, guests)
     name = (await api.call(api.client.create_evacuation, "h1", 900)).evacuation.name
     runner = EvacuationRunner(store, Index(store), 0, asyncio.Event(), api.server.tools.agents)
     job = await read(store, name)
     assert not await runner.turn(name)
     stale = layout.transactions(job, replace(job.state, message="late"))
+    assert len(layout.transactions(job, (await read(store, name)).state)) > 1
     assert (await api.call(api.client.cancel_evacuation, name)).cancel_requested
     for ops in stale:
         assert not isinstance(await store.multi(ops), Done)
@@ -181,7 +186,7 @@ async def test_a_large_job_is_cancelled_between_two_of_its_writes(api: ApiCluste
                 await api.call(api.client.cancel_migration, row.migration)
     job = await read(store, name)
     assert (job.head.phase, job.head.failure) == (EvacuationPhase.CANCELLED, FailureReason.CANCELLED)
-    assert len(job.guests) == GUESTS
+    assert len(job.guests) == guests
 
 
 async def test_a_job_of_an_older_version_goes_on_with_its_guests(api: ApiCluster, store: Store) -> None:

@@ -252,6 +252,8 @@ def test_each_part_in_turn(crowd: Crowd) -> None:
         zookeeper_leader_frozen,
         api_frozen,
     )
+    if crowd.cluster.places.management_namespace is None and "DROVER_LONG" not in os.environ:
+        blows = blows[:2]  # what they prove does not depend on namespaces; that the parts find each other does
     for blow in blows:
         begun = time.monotonic()
         print(f"--- {blow.__name__}")
