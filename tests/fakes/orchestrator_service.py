@@ -2,7 +2,7 @@
 
 `serve` runs it in a thread of its own, with the interceptor that the real API has, so that deadlines and errors cross
 the wire as they do there. It judges requests with the product's own pure parts and passes the contract suite of the API
-(tests/contract/test_orchestrator_service.py). Nothing happens by itself: a test sets the resources, watches tell them,
+(tests/contract/test_orchestrator_*.py). Nothing happens by itself: a test sets the resources, watches tell them,
 and `frames`, where given, is told by the watches of migrations and evacuations instead.
 """
 
