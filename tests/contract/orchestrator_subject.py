@@ -22,20 +22,16 @@ from orchestrator.core.agent import AgentStatus, CopyStatus, GuestTrouble, Troub
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import HostRef
-from orchestrator.core.images import ImageImport
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import (
     AttemptReport,
     Attempts,
     DeviceSpec,
-    DiskFormat,
-    DiskSpec,
     GuestSpec,
     HostFeature,
     HostRecord,
     Leader,
     Pool,
-    PoolKind,
     Quarantined,
     QuarantineList,
     ShimKind,
@@ -44,11 +40,9 @@ from orchestrator.ledger import paths
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import SetData, Versioned
-from orchestrator.rpc.channels import channel
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2 as types
-from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
 from tests.fakes.api import ApiCluster, Calling, api_cluster, until
 from tests.fakes.coordination import World
 from tests.fakes.orchestrator_service import FakeOrchestrator, host, serve
@@ -303,136 +297,3 @@ async def everything(api: Subject) -> list[list[Any]]:
         await api.call(client.list_migrations),
         await api.call(client.list_evacuations),
     ]
-
-
-# --- again ------------------------------------------------------------------------------------------------------------
-
-
-async def test_a_guest_that_is_kept_starts_again_as_itself(
-    api: Subject, client: OrchestratorClient, web: types.Guest
-) -> None:
-    kept = await api.call(client.stop_and_keep_guest, "web")
-    assert (wire.word(kept, "ownership"), wire.word(kept, "run_state")) == ("STOPPED", "ENDED")
-    assert await api.call(client.stop_and_keep_guest, "web") == kept
-    assert "kept" in (await api.call(client.get_guest, "web")).message
-    assert (await api.refused(client.create_guest, WEB, "h2")).reason is R.ALREADY_EXISTS, "its name is its own"
-    assert (await api.refused(client.create_migration, "web")).reason is R.GUEST_NOT_RUNNING
-
-    again = await api.call(client.start_guest_again, "web")
-    assert (again.uuid, again.host, again.want_run) == (web.uuid, web.host, True)
-    assert (wire.word(again, "ownership"), wire.word(again, "run_state")) == ("IDLE", "RUNNING")
-    assert (await api.call(client.start_guest_again, "web")).uuid == web.uuid, "a second start is no error"
-    assert [each.name for each in await api.call(client.list_guests)] == ["web"]
-
-
-async def test_a_guest_that_is_kept_can_be_ended_for_good(
-    api: Subject, client: OrchestratorClient, web: types.Guest
-) -> None:
-    await api.call(client.stop_and_keep_guest, "web")
-    await api.call(client.stop_guest, "web")
-    assert not await api.call(client.list_guests)
-    for call in (client.start_guest_again, client.stop_and_keep_guest):
-        assert (await api.refused(call, web.uuid)).reason is R.GUEST_NOT_RUNNING
-    assert (await api.refused(client.start_guest_again, "web")).reason is R.NOT_FOUND
-
-
-async def test_what_is_kept_takes_no_memory_and_needs_some_to_start(
-    api: Subject, client: OrchestratorClient, web: types.Guest
-) -> None:
-    await api.call(client.stop_and_keep_guest, "web")
-    await api.call(client.create_guest, GuestSpec("big", memory_mib=1024), "h1")
-    assert (await api.refused(client.start_guest_again, "web")).reason is R.NO_CAPACITY
-    assert wire.word(await api.call(client.get_guest, "web"), "ownership") == "STOPPED"
-    await api.call(client.stop_guest, "big")
-    await api.call(client.cordon_host, "h1")
-    assert (await api.refused(client.start_guest_again, "web")).reason is R.HOST_CORDONED
-    await api.call(client.uncordon_host, "h1")
-    await api.call(client.start_guest_again, "web")
-
-
-# --- images -----------------------------------------------------------------------------------------------------------
-
-FAST, SHARED = Pool("fast", PoolKind.LOCAL), Pool("shared", PoolKind.SHARED_FILE)
-
-
-def an_image(name: str, pool: str, host: str) -> types.Image:
-    return types.Image(name=name, pool=pool, host=host, format=types.DISK_FORMAT_RAW, size_bytes=1024, used_bytes=512)
-
-
-def places_of(images: Sequence[types.Image]) -> list[tuple[str, str, str]]:
-    return [(each.pool, each.host, each.name) for each in images]
-
-
-async def test_images_come_by_pool_host_and_name_and_those_of_a_shared_pool_once(
-    api: Subject, client: OrchestratorClient
-) -> None:
-    for where in ("h1", "h2"):
-        await api.pool(where, FAST, an_image("b", "fast", where), an_image("a", "fast", where))
-        await api.pool(where, SHARED, an_image("base", "shared", where))
-    found = await api.call(client.list_images)
-    all_of_them = [("fast", "h1", "a"), ("fast", "h1", "b"), ("fast", "h2", "a"), ("fast", "h2", "b")]
-    assert places_of(found) == [*all_of_them, ("shared", "h1", "base")]
-    assert places_of(await api.call(client.list_images, "h2")) == [*all_of_them[2:], ("shared", "h2", "base")]
-    assert places_of(await api.call(client.list_images, pool="shared")) == [("shared", "h1", "base")]
-    assert places_of(await api.call(client.list_images, limit=3)) == all_of_them[:3]
-    assert (await api.refused(client.list_images, "h9")).reason is R.NOT_FOUND
-    assert (await api.refused(client.list_images, pool="other")).reason is R.NOT_FOUND
-    assert (await api.refused(client.list_images, "H 1", "..")).reason is R.INVALID_ARGUMENT
-
-
-async def test_pages_of_images_leave_nothing_out(api: Subject, client: OrchestratorClient, kind: str) -> None:
-    for where in ("h1", "h2", "h3"):
-        await api.pool(where, FAST, *(an_image(f"i{number}", "fast", where) for number in range(4)))
-    stub = OrchestratorServiceStub(channel(client.address))
-    request, seen = pb.ListImagesRequest(page_size=3), list[types.Image]()
-    for _ in range(20):
-        answer = await asyncio.to_thread(stub.ListImages, request, timeout=5)
-        assert len(answer.images) <= 3
-        seen += answer.images
-        request.page_token = answer.next_page_token
-        if not request.page_token:
-            break
-    assert places_of(seen) == [("fast", where, f"i{number}") for where in ("h1", "h2", "h3") for number in range(4)]
-
-
-async def test_an_image_says_which_guests_have_disks_of_it(api: Subject, client: OrchestratorClient) -> None:
-    for where in ("h1", "h2"):
-        await api.pool(where, FAST, an_image("data", "fast", where))
-        await api.pool(where, SHARED, an_image("data", "shared", where))
-    for name, where in (("one", "h1"), ("two", "h2")):
-        disks = tuple(DiskSpec(pool.name, pool.name, "data", DiskFormat.RAW) for pool in (FAST, SHARED))
-        await api.call(client.create_guest, GuestSpec(name, disks=disks), where)
-    found = {(each.pool, each.host): list(each.guests) for each in await api.call(client.list_images)}
-    assert found == {("fast", "h1"): ["one"], ("fast", "h2"): ["two"], ("shared", "h1"): ["one", "two"]}
-
-
-async def test_an_image_is_brought_in_whole_or_not_at_all(api: Subject, client: OrchestratorClient) -> None:
-    for where in ("h1", "h2"):
-        await api.pool(where, FAST)
-        await api.pool(where, SHARED)
-    content = bytes(range(256)) * 2048
-    image = ImageImport("new.raw", "fast", DiskFormat.RAW, len(content))
-    made = await api.call(client.import_image, image, [content[:9], content[9:]], "h2")
-    assert (made.pool, made.host, made.name, made.size_bytes) == ("fast", "h2", "new.raw", len(content))
-    assert places_of(await api.call(client.list_images)) == [("fast", "h2", "new.raw")]
-
-    again = await api.refused(client.import_image, image, [content], "h2")
-    assert again.reason is R.ALREADY_EXISTS
-    nowhere = await api.refused(client.import_image, image, [content])
-    assert (nowhere.reason, nowhere.field) == (R.INVALID_ARGUMENT, "image.host")
-    short = await api.refused(client.import_image, replace(image, name="short"), [content[:512]], "h1")
-    assert short.reason is R.INVALID_ARGUMENT
-    other = await api.refused(
-        client.import_image, replace(image, name="other", format=DiskFormat.QCOW2), [content], "h1"
-    )
-    assert other.reason is R.INVALID_ARGUMENT
-    for wrong in (replace(image, name="../x"), replace(image, name="x.moved-00000000"), replace(image, size_bytes=0)):
-        assert (await api.refused(client.import_image, wrong, [content], "h1")).reason is R.INVALID_ARGUMENT
-    assert (
-        await api.refused(client.import_image, replace(image, pool="no"), [content], "h1")
-    ).reason is R.POOL_NOT_FOUND
-    assert (await api.refused(client.import_image, image, [content], "h9")).reason is R.NOT_FOUND
-
-    anywhere = await api.call(client.import_image, replace(image, pool="shared"), [content])
-    assert anywhere.pool == "shared"
-    assert len(await api.call(client.list_images)) == 2
