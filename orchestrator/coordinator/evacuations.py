@@ -353,11 +353,10 @@ class EvacuationRunner:
         if seen is None:  # what it said before an uncordon holds no more, without a word
             await self._stop_refreshing(name)
             return
-        safe = evacuation.safe_to_power_off(host, seen, was_safe=evacuation.was_safe(head, seen))
-        if (safe, seen.cordon_version if safe else -1) == (head.safe_to_power_off, head.safe_at):
-            return
-        new = replace(head, safe_to_power_off=safe)
+        new = evacuation.step(job.spec, head, seen).state
         new = replace(new, safe_at=_safe_at(new, seen))
+        if new == head:
+            return
         write = SetData(paths.evacuation_state(name), encode(new), job.version)
         self._ended.pop(name, None)
         if await self._write([write]) and not new.guests:

@@ -166,7 +166,7 @@ def step(spec: EvacuationSpec, state: EvacuationState, facts: Facts) -> Step:
     safe = safe_to_power_off(spec.host, facts, was_safe=was_safe(state, facts))
     state = replace(state, safe_to_power_off=safe)
     if state.phase.terminal:
-        return Step(state)
+        return Step(_afterwards(spec, state))
     guests = _refresh(spec, state, facts)
     if state.cancel_requested:
         return _cancelling(replace(state, guests=guests), facts)
@@ -385,12 +385,22 @@ def _emptied(spec: EvacuationSpec, state: EvacuationState, facts: Facts, *, over
     and not when nobody is there to give it."""
     left = "copies of them are still being ended" if facts.empty is False else "nobody has said that no copy is left"
     if state.safe_to_power_off or not facts.cordoned:
-        return replace(state, phase=EvacuationPhase.SUCCEEDED, failure=None, message=f"{spec.host} is empty")
+        return replace(state, phase=EvacuationPhase.SUCCEEDED, failure=None, message=_is_empty(spec))
     speaks = facts.empty is False or facts.source_live
     if speaks and not over and facts.stalled_ms < STALLED_MS:
         return replace(state, message=f"every guest has left; {left}")
     said = f"every guest has left {spec.host}, but {left}"
     return replace(state, phase=EvacuationPhase.SUCCEEDED, failure=None, message=said)
+
+
+def _is_empty(spec: EvacuationSpec) -> str:
+    return f"{spec.host} is empty"
+
+
+def _afterwards(spec: EvacuationSpec, state: EvacuationState) -> EvacuationState:
+    """A job that is over, and whose host has said by now that no copy is left, has nothing to warn of any more."""
+    succeeded = state.phase is EvacuationPhase.SUCCEEDED
+    return replace(state, message=_is_empty(spec)) if succeeded and state.safe_to_power_off else state
 
 
 def _died(spec: EvacuationSpec, state: EvacuationState, facts: Facts) -> EvacuationState:

@@ -287,6 +287,8 @@ def test_a_job_ends_when_the_host_has_said_that_no_copy_is_left() -> None:
     silent = step(SPEC, state, replace(left, source_live=False)).state
     assert (silent.phase, silent.safe_to_power_off) == (EvacuationPhase.SUCCEEDED, False)
     assert silent.message == "every guest has left h1, but nobody has said that no copy is left"
+    said_later = step(SPEC, silent, replace(left, empty=True)).state
+    assert (said_later.safe_to_power_off, said_later.message) == (True, "h1 is empty"), "nothing to warn of any more"
     for hanging in (replace(left, stalled_ms=math.inf), replace(left, empty=False, stalled_ms=math.inf)):
         late = step(SPEC, state, hanging).state
         assert (late.phase, late.safe_to_power_off) == (EvacuationPhase.SUCCEEDED, False), "no wait is without an end"
