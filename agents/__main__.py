@@ -40,6 +40,7 @@ from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.rpc import channels
 from orchestrator.rpc.errors import Errors
 from orchestrator.rpc.health import HealthService
+from orchestrator.tasks import Tasks
 from orchestrator.telemetry import configure_logging
 from protos.drover.v1.agent_pb2_grpc import add_AgentServiceServicer_to_server, add_PeerServiceServicer_to_server
 
@@ -69,12 +70,10 @@ async def _probed(engine: QemuEngine) -> None:
 
 def _follow(health: HealthService, state: SessionState, agent: Agent) -> None:
     """An agent without ZooKeeper begins no switchover, and one that lost its host's place begins nothing."""
-    task = asyncio.ensure_future(health.set(state is SessionState.CONNECTED and not agent.place.lost))
-    _following.add(task)
-    task.add_done_callback(_following.discard)
+    _following.spawn(health.set(state is SessionState.CONNECTED and not agent.place.lost), "health")
 
 
-_following: set[asyncio.Future[None]] = set()
+_following = Tasks("health of the agent")
 
 
 async def _serve(config: AgentConfig, me: AgentIdentity) -> None:

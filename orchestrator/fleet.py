@@ -21,6 +21,7 @@ from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Store, Versioned
 from orchestrator.rpc.agent_client import AgentClients
+from orchestrator.tasks import Tasks
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +59,8 @@ class Fleet:
         self._agents = agents
         self._hosts: dict[str, _Host] = {}
         self._listeners: list[Listener] = []
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks = Tasks("samples of the fleet")
+        self._following: dict[str, asyncio.Task[None]] = {}
         self._unwatch: dict[str, list[Callable[[], None]]] = {}
         self._stop_discovery: Callable[[], None] = lambda: None
 
@@ -72,10 +74,8 @@ class Fleet:
         for stops in self._unwatch.values():
             for stop in stops:
                 stop()
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        self._tasks, self._unwatch = {}, {}
+        await self._tasks.close()
+        self._following, self._unwatch = {}, {}
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -115,14 +115,16 @@ class Fleet:
                     self._store.watch(paths.host(name), lambda node, host=host: self._registered(host, node)),
                     self._store.watch(paths.live(name), lambda node, host=host: self._alive(host, node)),
                 ]
-                self._tasks[name] = asyncio.get_running_loop().create_task(self._follow(host))
+                following = self._tasks.keep(lambda host=host: self._follow(host), f"agent of {name}", again_s=RETRY_S)
+                if following is not None:
+                    self._following[name] = following
         for name in set(self._hosts) - set(names):
             self._forget(name)
 
     def _forget(self, name: str) -> None:
         for stop in self._unwatch.pop(name, []):
             stop()
-        if task := self._tasks.pop(name, None):
+        if task := self._following.pop(name, None):
             task.cancel()
         if host := self._hosts.pop(name, None):
             self._silent(host)

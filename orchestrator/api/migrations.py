@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import uuid
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from orchestrator.ledger import active, paths
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.migrations import creation, free_of_others
 from orchestrator.ledger.store import Check, Delete, Done, Op, StoreUnavailable
+from orchestrator.tasks import Tasks
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
 
@@ -47,7 +47,7 @@ class Migrations:
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
-        self._nudges: set[asyncio.Task[None]] = set()
+        self._nudges = Tasks("nudges")
 
     # --- look ---------------------------------------------------------------------------------------------------------
 
@@ -210,9 +210,7 @@ class Migrations:
         """Both agents watch the record; this only saves them the delay of the watch."""
         for host in (record.owner, record.destination):
             if host is not None:
-                task = asyncio.create_task(self._nudge_one(guest, host.host))
-                self._nudges.add(task)
-                task.add_done_callback(self._nudges.discard)
+                self._nudges.spawn(self._nudge_one(guest, host.host), "nudge")
 
     async def _nudge_one(self, guest: str, host: str) -> None:
         with contextlib.suppress(DroverError, StoreUnavailable):

@@ -12,9 +12,9 @@ import contextlib
 import random
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import structlog
 
@@ -55,6 +55,7 @@ from orchestrator.ledger.store import (
     StoreUnavailable,
     Versioned,
 )
+from orchestrator.tasks import Tasks
 
 log = structlog.get_logger(__name__)
 
@@ -197,7 +198,7 @@ class Driver:
         self._tools = tools
         self._spec = spec
         self._events: asyncio.Queue[migration.Event | BaseException | None] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(f"driver of {spec.id}")
         self._course: migration.Course | None = None
         self._fresh = False
         self._stale = False
@@ -217,14 +218,16 @@ class Driver:
             nodes = await self._look()
             if nodes.record is not None and nodes.record.phase in _AT_SOURCE:
                 unwatch.append(follow(paths.live(nodes.record.owner.host), self._changed))
-            self._start(self._keep_spent())
+            self._tasks.spawn(self._keep_spent(), "time spent", failed=self._failed)
             return await self._loop(nodes)
         finally:
             for stop in unwatch:
                 stop()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._tasks.close()
+
+    def _failed(self, error: BaseException) -> None:
+        """Whatever fails beside the driver ends it, and its migration is driven anew."""
+        self._events.put_nowait(error)
 
     def _changed(self) -> None:
         if not self._stale:  # one look sees whatever changed before it
@@ -369,19 +372,14 @@ class Driver:
         await self._write([write])
 
     def _spawn(self, command: migration.Command) -> None:
-        self._start(self._guarded(command))
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.spawn(self._guarded(command), type(command).__name__, failed=self._failed)
 
     async def _guarded(self, command: migration.Command) -> None:
-        """A failure of an effect ends the driver, it is never lost in a task."""
+        """A failure of an effect ends the driver: Deposed and StoreUnavailable are no faults of it."""
         try:
             event = await self._effect(command)
         except Exception as error:
-            self._events.put_nowait(error)
+            self._failed(error)
             return
         self._events.put_nowait(event)
         if isinstance(event, migration.Finished):
@@ -559,9 +557,7 @@ class Driver:
         """Agents also watch the record; this only saves them the delay of the watch."""
         for host in (record.owner, record.destination):
             if host is not None:
-                task = asyncio.create_task(self._nudge_one(host.host))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._tasks.spawn(self._nudge_one(host.host), "nudge")
 
     async def _nudge_one(self, host: str) -> None:
         with contextlib.suppress(DroverError, StoreUnavailable):

@@ -554,6 +554,9 @@ class ZooKeeperStore(Store):
                     self._tell(watch, seen)
             except StoreUnavailable:
                 pause_s = _RETRY_S
+            except Exception as error:  # whoever watches would hear nothing for ever
+                log.error("%s cannot be read: trying again: %r", watch.path, error)
+                pause_s = _RETRY_S
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await watch.changed.wait()
@@ -632,7 +635,9 @@ class ZooKeeperStore(Store):
                 try:
                     for root in tree.roots:
                         await self._read(lambda root=root: self._client.add_tree_watch_async(root), 2.0)
-                except StoreUnavailable:
+                except Exception as error:
+                    if not isinstance(error, StoreUnavailable):
+                        log.error("%s cannot be watched: trying again: %r", tree.roots, error)
                     await asyncio.sleep(_RETRY_S)
                     tree.connected.set()
                     continue

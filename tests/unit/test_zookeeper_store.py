@@ -83,6 +83,25 @@ async def test_a_watch_ends_also_when_its_node_changes_at_that_moment(
     assert done, f"the watch goes on {steps} turns after a change"
 
 
+async def test_a_watch_goes_on_whatever_a_look_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who watches a guest's record would hear nothing of it for ever, and nobody would know."""
+    store, looks = ZooKeeperStore("nowhere:1"), 0
+    told: asyncio.Queue[object] = asyncio.Queue()
+
+    async def look(*_: object) -> str:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise ValueError("an answer that nobody thought of")
+        return "content"
+
+    monkeypatch.setattr(store, "_look", look)
+    end = store.watch("/guests/g", told.put_nowait)
+    async with asyncio.timeout(30):
+        assert await told.get() == "content"
+    end()
+
+
 class Answering(ZooKeeperStore):
     """Its transactions are answered one by one, when the test says so."""
 
