@@ -56,6 +56,8 @@ RETRY_S = 0.3
 SAID_AGAIN_S = 60.0
 """The same trouble of a guest is logged so often."""
 WISH_S = 2.0
+START_S = 10.0
+"""From the record that says that a stopped guest is to start again, to the call that starts it."""
 """How long the answer to a pause or resume waits for its effect."""
 
 
@@ -80,6 +82,9 @@ class HostedGuest(HeldGuest):
         self._unwatch: Callable[[], None] = lambda: None
         self.may_bury = True
         """A record that says STARTING may be of a birth that is about to be asked for; only a restart is sure."""
+        self._awaited_s: float | None = None
+        """Until when the call is waited for that starts a guest which this agent has seen stopped: it comes after the
+        record. By the loop's clock; 0: the guest is stopped; None: nothing is waited for."""
         self.trouble: GuestTrouble | None = None
         """Why the guest is not kept just now; None: it is."""
         self._troubles = 0
@@ -163,7 +168,10 @@ class HostedGuest(HeldGuest):
                 self.add(await making.start(self.tools.engine, self.files, inc, had=had, again=again))
         except (DroverError, engine.EngineError, ShimError, OSError) as error:
             await self.ledger.not_started(self.tools.here)
-            if not again:
+            if again:
+                with contextlib.suppress(OSError):  # it stays: its next start finds the image
+                    await asyncio.to_thread(self.files.births.failed)
+            else:
                 self.files.remove()
                 self.forgotten = True
             if isinstance(error, DroverError):
@@ -378,18 +386,27 @@ class HostedGuest(HeldGuest):
             record, doubt = await self._record_for_duty()
             wish = self.wish = await self.ledger.want_run() if record is not None else self.wish
             duty, seen = await self._duty(record, wish)
+            if record is not None and record.phase is not Ownership.STARTING:
+                self._awaited_s = 0.0 if record.stopped else None
             if record is None:
                 raise doubt or self.refused(RefusalReason.OLD_RECORD, "it has no record")
             if duty.do is Do.ASK_AGAIN:
                 unknown = ", ".join(copy.inc for copy in seen if keeping.is_unknown(copy))
                 raise self.refused(RefusalReason.BUSY, f"it cannot be told whether its process {unknown} lives")
-            if duty.do is Do.BURY and not self.may_bury:
+            if duty.do is Do.BURY and (not self.may_bury or self._start_is_awaited()):
                 return
             self._tell(duty, record)
             if duty.do is Do.NOTHING:
                 await self._tidy(record)
                 return
             await self._duties.carry_out(duty, record)
+
+    def _start_is_awaited(self) -> bool:
+        if self._awaited_s is None:
+            return False
+        now_s = asyncio.get_running_loop().time()
+        self._awaited_s = self._awaited_s or now_s + START_S
+        return now_s < self._awaited_s
 
     async def _duty(self, record: GuestRecord | None, wish: WantRun) -> tuple[Duty, list[keeping.Copy]]:
         """What is owed by that record, and the copies as they are."""

@@ -17,6 +17,7 @@ from agents.__main__ import Peers
 from agents.agent import Agent
 from agents.config import AgentConfig, PoolConfig
 from agents.engine import base as engine
+from agents.guest import keeper
 from agents.guest.files import GuestFiles
 from agents.handover import preflight
 from agents.host.metrics import Metrics
@@ -458,4 +459,74 @@ async def test_an_image_that_somebody_else_put_there_is_left(
     with pytest.raises(DroverError, match="no such CPU"):
         await agent.start_guest(G)
     assert image.read_text() == "data"
+    await agent.stop()
+
+
+async def stopped_here(config: AgentConfig, world: World, mover: SlowEngine) -> Agent:
+    """The agent of a guest that has run here, and is kept without running."""
+    GuestFiles(config, G, GuestSpec("web")).make()
+    had = GuestRecord("web", Ownership.CRASHED, HERE, stopped=True)
+    world.put(paths.guest(G), had)
+    mover.go.set()
+    agent = made(config, world, mover)
+    await agent.start()
+    async with asyncio.timeout(20):
+        while (known := agent._guests.get(G)) is None or known.record != had:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return agent
+
+
+async def looked(agent: Agent) -> None:
+    """Its keeper has had its look, several times."""
+    for _ in range(5):
+        agent.nudge(G)
+        await asyncio.sleep(0.02)
+
+
+def start_again(world: World) -> None:
+    world.put(paths.guest(G), handover.start_again(world.record(G), HERE, writer="api"))
+
+
+async def test_a_stopped_guest_whose_record_says_that_it_is_to_start_waits_for_the_call(
+    config: AgentConfig, world: World, mover: SlowEngine
+) -> None:
+    """The keeper hears of the record before the call comes that starts it."""
+    agent = await stopped_here(config, world, mover)
+    await looked(agent)
+    start_again(world)
+    await looked(agent)
+    assert world.record(G).phase is Ownership.STARTING
+    await agent.start_guest(G)
+    assert world.record(G).phase is Ownership.IDLE
+    await agent.stop()
+
+
+async def test_a_start_that_nobody_asks_for_is_given_up(
+    config: AgentConfig, world: World, mover: SlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever wrote it died: the guest is stopped as before, and can be started."""
+    monkeypatch.setattr(keeper, "START_S", 0.2)
+    agent = await stopped_here(config, world, mover)
+    await looked(agent)
+    start_again(world)
+    async with asyncio.timeout(30):
+        while not world.record(G).stopped:
+            await looked(agent)
+    await agent.stop()
+
+
+@needs_tool
+async def test_an_image_for_a_disk_that_was_added_goes_with_the_start_that_failed(
+    pooled: AgentConfig, world: World, mover: SlowEngine
+) -> None:
+    """The guest has run before, and stays as it was."""
+    agent = await stopped_here(pooled, world, mover)
+    await looked(agent)
+    mover.fails = "no such CPU"
+    world.put(paths.guest_spec(G), GuestSpec("web", disks=(ROOT,)))
+    start_again(world)
+    with pytest.raises(DroverError, match="no such CPU"):
+        await agent.start_guest(G)
+    assert world.record(G).stopped
+    assert list(pooled.pools["fast"].path.iterdir()) == []
     await agent.stop()
