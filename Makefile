@@ -55,6 +55,10 @@ oracle: setup qemu-11  ## 200 real migrations of QEMU 11.1 against our machine o
 explore: venv  ## the exploration of the hand-over with wider bounds (some minutes)
 	DROVER_LONG=1 $(PYTEST) tests/exploration -s $(ARGS)
 
+.PHONY: libvirt
+libvirt: setup  ## every case of hosts that run their guests by libvirt (minutes; make test has the decisive ones)
+	DROVER_LONG=1 $(PYTEST) tests/contract/test_engine_libvirt.py tests/integration/test_libvirt_cluster.py $(ARGS)
+
 .PHONY: check
 check: venv  ## style, types, import rules, stubs; needs the Python environment only
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target check-types check-style check-imports check-protos

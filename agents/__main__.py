@@ -22,7 +22,8 @@ import structlog
 
 from agents.agent import Agent
 from agents.config import AgentConfig, ConfigError, load
-from agents.engine.base import EngineError
+from agents.engine.base import EngineError, MigrationEngine
+from agents.engine.libvirt.engine import LibvirtEngine
 from agents.engine.qemu.engine import QemuEngine
 from agents.handover.peer import MAX_CALL_BYTES, Peers
 from agents.host import addresses
@@ -62,7 +63,14 @@ async def _connected(store: ZooKeeperStore) -> ZooKeeperStore:
             await asyncio.sleep(CONNECT_RETRY_S)
 
 
-async def _probed(engine: QemuEngine) -> None:
+def _engine(config: AgentConfig) -> MigrationEngine:
+    if config.engine == "libvirt":
+        socket = config.libvirt_socket
+        return LibvirtEngine(config.guest_image, socket, config.qemu, config.accelerator, images=config.images)
+    return QemuEngine(config.guest_image, config.qemu, config.accelerator, config.vfio_preload, images=config.images)
+
+
+async def _probed(engine: MigrationEngine) -> None:
     """The engine remembers what it found; what is wrong with its VMM is told by whoever needs it."""
     with contextlib.suppress(EngineError):
         await engine.probe()
@@ -80,7 +88,7 @@ async def _serve(config: AgentConfig, me: AgentIdentity) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    engine = QemuEngine(config.guest_image, config.qemu, config.accelerator, config.vfio_preload, images=config.images)
+    engine = _engine(config)
     stores = [ZooKeeperStore(config.zookeeper, chroot=config.chroot) for _ in range(2)]
     # Side by side: guests that stand still may be waiting for an agent that was killed.
     (store, commits), _ = await asyncio.gather(asyncio.gather(*map(_connected, stores)), _probed(engine))

@@ -117,6 +117,11 @@ class AgentConfig(BaseModel):
     memory_mib: Annotated[int, Field(ge=1)]
     bandwidth_mbps: Annotated[int, Field(ge=1)] = 1000
     accelerator: Literal["tcg", "kvm"] = "kvm"
+    engine: Literal["qemu", "libvirt"] = "qemu"
+    """What runs this host's guests: QEMU processes of the agent's own, or a libvirt daemon (docs/libvirt.md). Guests
+    move between hosts of one engine only."""
+    libvirt_socket: Path = Path("/run/libvirt/libvirt-sock")
+    """Where that daemon listens (`virtqemud-sock` where the daemons are split). Only with the engine libvirt."""
     qemu: str = "qemu-system-x86_64"
     guest_image: Path | None = None
     """The kernel of guests that name none. None: each guest must name one."""

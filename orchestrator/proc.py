@@ -66,8 +66,16 @@ def vmms_below(directories: Iterable[str]) -> list[int]:
 
     For a guest whose notes are lost: no note is no proof that nothing of it runs.
     """
+    return _vmms([os.fsencode(f"{directory}/") for directory in directories])
+
+
+def vmms_naming(path: Path) -> list[int]:
+    """Pids of the VMMs whose command line names this very file. Raises LivenessUnknown."""
+    return _vmms([os.fsencode(path) + b"\0"])
+
+
+def _vmms(sought: list[bytes]) -> list[int]:
     found: list[int] = []
-    sought = [os.fsencode(f"{directory}/") for directory in directories]
     try:
         names = [path.name for path in Path("/proc").iterdir()]
     except OSError as error:

@@ -316,6 +316,8 @@ class OutgoingOptions:
     sharing: Callable[[], int] = _alone
     """How many outgoing migrations share the link, asked whenever the gate opens (also by a repeated `release`): what
     is left of the guest must fit into the downtime limit at that share of the rate."""
+    copy: str = ""
+    """The destination's copy (`inc`) that the stream is for. An engine that speaks to the agent there names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,6 +448,14 @@ class Vmm(Protocol):
         """
         ...
 
+    async def take_over(self) -> None:
+        """The ledger has given the guest to this loaded VMM: from here on it must outlive the migration that made it,
+        and its agent. Nothing runs yet. Idempotent, and without a wait where there is nothing to do.
+
+        Raises EngineError when it cannot be had any more: it never ran then, and is only good for `destroy`.
+        """
+        ...
+
     async def promote(self) -> None:
         """An incoming VMM became the guest: note that down for `adopt`. Idempotent. Raises EngineError (disk full)."""
         ...
@@ -469,7 +479,8 @@ class MigrationEngine(Protocol):
     async def probe(self) -> dict[str, str]:
         """`version`, `machine_types` (comma separated), `machine_aliases` (`pc=pc-i440fx-10.0,...`), `switchover_ack`
         (none, legacy, per-device), `accelerator`, `devices_inside` (empty: it cannot have devices inside the VMM),
-        `cpu_models` (comma separated, those that it can give in full; empty: it does not say)."""
+        `cpu_models` (comma separated, those that it can give in full; empty: it does not say), `limits` (what it cannot
+        do that the hand-over would make use of, a sentence each, separated by `; `; empty or missing: nothing)."""
         ...
 
     async def start(self, spec: VmmSpec) -> Vmm:

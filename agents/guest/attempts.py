@@ -119,6 +119,7 @@ class Attempts:
 
     def _may_come(self, record: GuestRecord, order: PrepareOrder, source: HostRecord | None) -> None:
         preflight.must_be_registered(record.owner, source, order.source_peer)
+        preflight.must_be_of_one_engine(self._files, source)
         preflight.must_have_networks(self._files, source)
 
     async def _judged(self, host: HostRef, judge: Callable[[HostRecord | None], None]) -> None:

@@ -185,6 +185,11 @@ class DestinationShell(Shell[DestinationState]):
             self._note("marker_not_written", "the VMM is dead")
             return Seen.MARKER_FAILED
         try:
+            await self.vmm.take_over()
+        except engine.EngineError as error:
+            self._note("take_over_failed", str(error))
+            return Seen.MARKER_FAILED
+        try:
             make_marker(self.marker)
         except OSError as error:
             self._note("marker_failed", str(error))

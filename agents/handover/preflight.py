@@ -18,7 +18,7 @@ from agents.guest import hardware
 from agents.guest.copies import Copy
 from agents.guest.files import GuestFiles
 from orchestrator.core.agent import ConductOrder
-from orchestrator.core.compatibility import ack_mode
+from orchestrator.core.compatibility import ack_mode, other_engine
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.hardware import has_hardware
@@ -89,6 +89,13 @@ def must_have_room(files: GuestFiles) -> None:
             said = f"{config.host} has {free >> 10} KiB and room for {files_free} files left in {directory}"
             wanted = f"a guest needs {wanted_bytes >> 10} KiB and {ROOM_FILES} files: make room, or choose another host"
             raise DroverError(RefusalReason.HOST_DISK_FULL, f"{said}; {wanted}")
+
+
+def must_be_of_one_engine(files: GuestFiles, source: HostRecord | None) -> None:
+    """At the destination: two engines do not speak to each other. Raises MACHINE_TYPE_MISMATCH."""
+    config = files.config
+    if source is not None and (said := other_engine(source.engine, config.engine)):
+        raise DroverError(RefusalReason.MACHINE_TYPE_MISMATCH, f"{config.host}: guest {files.spec.name}: {said}")
 
 
 def must_have_networks(files: GuestFiles, source: HostRecord | None) -> None:
@@ -200,4 +207,5 @@ def outgoing(
         multifd_channels=policy.multifd_channels,
         auto_converge=policy.auto_converge,
         sharing=sharing,
+        copy=order.prepared.inc,
     )

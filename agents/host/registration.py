@@ -89,6 +89,8 @@ class Offered:
     def of(cls, config: AgentConfig, probed: Mapping[str, str]) -> Offered:
         """Blocking: reads the firmware's files once."""
         features = [HostFeature.HARDWARE, HostFeature.HOTPLUG, *([HostFeature.TPM] if tpm.available() else [])]
+        if config.engine != "qemu":
+            features = []
         return cls(
             pools.published(config),
             tuple(filter(None, probed.get("cpu_models", "").split(","))),
@@ -281,7 +283,8 @@ class Registration:
             peer_address=join_address(config.address, config.peer_port),
             memory_mib=config.memory_mib,
             bandwidth_mbps=config.bandwidth_mbps,
-            engine=f"qemu {probed['version']}",
+            engine=f"{config.engine} {probed['version']}",
+            engine_limits=tuple(filter(None, probed.get("limits", "").split("; "))),
             machine_types=tuple(probed["machine_types"].split(",")),
             machine_aliases=_aliases(probed.get("machine_aliases", "")),
             accelerator=probed["accelerator"],

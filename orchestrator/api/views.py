@@ -58,6 +58,7 @@ def host(known: HostInput, view: HostView, guests: int) -> types_pb2.Host:
         firmware=record.firmware,
         extra_args=record.extra_args,
         features=record.features,
+        engine_limits=record.engine_limits,
     )
 
 

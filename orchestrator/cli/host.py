@@ -74,6 +74,7 @@ def _show(printer: Printer, each: Host) -> None:
                 ("memory", f"{each.memory_used_mib} of {each.memory_mib} MiB used{promised}, {_free_mib(each)} free"),
                 ("bandwidth", units.rate(each.bandwidth_mbps)),
                 ("engine", _engine(each)),
+                *(("engine cannot" if number == 0 else "", limit) for number, limit in enumerate(each.engine_limits)),
                 ("machine types", ", ".join(each.machine_types)),
                 ("pools", _pools(each)),
                 ("networks", ", ".join(f"{network.name} (MTU {network.mtu})" for network in each.networks)),

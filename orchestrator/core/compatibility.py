@@ -1,4 +1,4 @@
-"""Whether a guest, as it is, can move between two versions of the engine. Pure.
+"""Whether a guest, as it is, can move between two engines, or two versions of one. Pure.
 
 Two things must be the same at both ends: the machine, which a versioned machine type pins whatever QEMU provides it,
 and the way in which switchover ACKs are counted, which only matters to a guest with devices inside its VMM. QEMU before
@@ -15,6 +15,19 @@ PER_DEVICE = "per-device"
 LEGACY = "legacy"
 _PER_DEVICE_SINCE = (11, 1)
 _VERSIONED = re.compile(r"(.+)-(\d+)\.(\d+)")
+
+
+def engine_kind(engine: str) -> str:
+    """`qemu` or `libvirt`, of what a host has registered as its engine; empty: it did not say."""
+    return engine.partition(" ")[0]
+
+
+def other_engine(here: str, there: str) -> str:
+    """Why a guest cannot go from one engine to the other: they do not speak to each other. Empty: they are the same."""
+    mine, theirs = engine_kind(here), engine_kind(there)
+    if not mine or not theirs or mine == theirs:
+        return ""
+    return f"its host runs guests by {mine} and this one by {theirs}: guests move between hosts of one engine only"
 
 
 def ack_mode(engine_mode: str, machine: str) -> str:

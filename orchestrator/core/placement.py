@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop
 from operator import attrgetter
 
-from orchestrator.core.compatibility import ack_mode, common_machine, real_machine
+from orchestrator.core.compatibility import ack_mode, common_machine, other_engine, real_machine
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
@@ -145,6 +145,8 @@ def judge(host: HostView, need: Need, *, source: HostView | None = None) -> Verd
     if missing := [driver for driver in need.drivers if driver not in host.shims]:
         said = f"{name} has no program for {need.name}'s devices of driver {', '.join(missing)}"
         return no(RefusalReason.DEVICE_NOT_MIGRATABLE, said)
+    if source is not None and (said := other_engine(source.engine, host.engine)):
+        return no(RefusalReason.MACHINE_TYPE_MISMATCH, f"{name}: {said}")
     if source is not None and host.accelerator and source.accelerator and host.accelerator != source.accelerator:
         said = f"{name} runs guests with {host.accelerator}, {need.source} with {source.accelerator}"
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)

@@ -303,7 +303,7 @@ class HostRecord(Record):
     memory_mib: int
     bandwidth_mbps: int
     engine: str = ""
-    """Engine and version, for people."""
+    """Engine and version. Guests move between hosts of one engine only, see `engine_kind`."""
     machine_types: tuple[str, ...] = ()
     accelerator: str = "tcg"
     switchover_ack: str = ""
@@ -324,6 +324,8 @@ class HostRecord(Record):
     """Options of the VMM that guests may ask for here."""
     features: tuple[str, ...] = ()
     """`HostFeature`s, and perhaps words of a newer version."""
+    engine_limits: tuple[str, ...] = ()
+    """What its engine cannot do that a hand-over would make use of, a sentence each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,9 +36,9 @@ from agents.engine.base import (
     VmmState,
     stream_of,
 )
+from agents.engine.boot_images import Images
 from agents.engine.qemu import process
 from agents.engine.qemu.engine import QemuEngine, QemuVmm
-from agents.engine.qemu.images import Images
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import Boot, GuestSpec

@@ -30,6 +30,7 @@ class Script:
 
     fail_start: str = ""
     fail_outgoing: str = ""
+    fail_take_over: str = ""
     keep_in_device: bool = False
     """`proceed` stops in DEVICE, as with a frozen destination."""
     late_devices: int = 0
@@ -217,6 +218,12 @@ class FakeVmm:
             if self.peer is not None and self.peer.alive():
                 self.peer._set_status(EngineStatus.FAILED)
         return self._now()
+
+    async def take_over(self) -> None:
+        self._called("take_over")
+        why, self.engine.script.fail_take_over = self.engine.script.fail_take_over, ""
+        if why:
+            raise EngineError(why)
 
     async def promote(self) -> None:
         self._called("promote")

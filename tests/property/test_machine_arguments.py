@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.engine.base import DiskFile, FirmwareFiles, Tap, VmmSpec
+from agents.engine.boot_images import Images
 from agents.engine.qemu import arguments
-from agents.engine.qemu.images import Images
 from agents.engine.qemu.process import Launch, command_line
 from agents.guest import machine, plugging
 from agents.guest.machine import Facts

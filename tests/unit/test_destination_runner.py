@@ -97,3 +97,22 @@ async def test_a_guest_that_arrived_ended_is_done_and_not_tried_again(tmp_path: 
     record = await moves.record()
     assert (record.phase, record.owner, record.inc) == (Ownership.IDLE, D, "i1")
     assert "guest_ended" in [entry.event for entry in moves.destination.timeline]
+
+
+async def test_a_copy_that_cannot_be_had_any_more_gets_no_marker(tmp_path: Path) -> None:
+    """It never ran then, and the guest is given back: a marker would declare it crashed."""
+    engine = FakeEngine()
+    vmm = await engine.prepare_incoming(VmmSpec("g", "i", GuestSpec("web"), tmp_path, tmp_path / "c", None), "m", 1)
+
+    async def want_run() -> bool:
+        return True
+
+    ledger = AttemptLedger(MemoryStore(), REF, HERE, "i", "w")
+    peer, marker = cast(SourcePeer, None), tmp_path / "marker"
+    shell = DestinationShell(DestinationState(REF, HERE, "i"), vmm, (), ledger, peer, marker, want_run)
+    shell._began = 0.0
+    engine.script.fail_take_over = "given up"
+    assert await shell._write_marker() is Seen.MARKER_FAILED
+    assert not marker.exists()
+    assert await shell._write_marker() is Seen.MARKER_WRITTEN
+    assert vmm.calls.count("take_over") == 2

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.engine.base import Segment, VmmSpec
-from agents.engine.qemu.images import Images
+from agents.engine.boot_images import Images
 from agents.engine.qemu.process import Launch, command_line
 from agents.shims.net import mac_address, nics, segment_of
 from orchestrator.core.records import DeviceSpec, GuestSpec, ShimKind

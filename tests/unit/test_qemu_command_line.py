@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agents.engine.base import EngineError, VmmSpec
-from agents.engine.qemu.images import Images
+from agents.engine.boot_images import Images
 from agents.engine.qemu.process import Launch, command_line, environment
 from orchestrator.core.records import Boot, DeviceSpec, GuestSpec, ShimKind
 

@@ -25,9 +25,9 @@ from agents.engine.base import (
     VmmMetadata,
     VmmState,
 )
+from agents.engine.boot_images import Images
 from agents.engine.qemu import arguments, process, stream, verdict
 from agents.engine.qemu.block import QemuDisks, own_job
-from agents.engine.qemu.images import Images
 from agents.engine.qemu.qmp import QmpConnection
 from agents.host import processes
 from orchestrator.core.endpoint import Endpoint, join_address, parse_ip
@@ -385,6 +385,9 @@ class QemuVmm(base.Vmm):
         async with _bounded("clean-up after a migration", timeout_s):
             while {"type": "migration"} in await self._execute("query-yank"):  # noqa: ASYNC110 - as above
                 await asyncio.sleep(_POLL_S)
+
+    async def take_over(self) -> None:
+        """A loaded QEMU depends on nobody."""
 
     async def promote(self) -> None:
         """The note was written by `reserve`; to put it in its place takes no room on the disk."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
+from agents.engine.boot_images import Images
 from agents.engine.qemu import arguments, vfio
-from agents.engine.qemu.images import Images
 from agents.host.processes import gated
 from orchestrator.core.guest import command_line_of
 from orchestrator.core.records import Firmware, ShimKind

@@ -44,6 +44,8 @@ class LocalConfig(BaseModel):
     qemu: str = "qemu-system-x86_64"
     qemu_on: dict[str, str] = Field(default_factory=dict[str, str])
     """Another QEMU on some hosts, by name: a cluster in the middle of an upgrade."""
+    libvirt_on: dict[str, Path] = Field(default_factory=dict[str, Path])
+    """Hosts whose guests a libvirt daemon runs, by name: its socket. Their agents need its Python binding."""
     guest_image: Path | None = None
     """Of guests that name no kernel. None: $DROVER_GUEST_IMAGE, else the one built from deploy/lab/guest_image."""
     images: Path | None = None
@@ -72,9 +74,9 @@ class LocalConfig(BaseModel):
 
     @model_validator(mode="after")
     def _knows_its_hosts(self) -> LocalConfig:
-        unknown = sorted(set(self.qemu_on) - {f"host-{n}" for n in range(1, self.hosts + 1)})
+        unknown = sorted({*self.qemu_on, *self.libvirt_on} - {f"host-{n}" for n in range(1, self.hosts + 1)})
         if unknown:
-            raise ValueError(f"there is no host {', '.join(unknown)} to give another QEMU to")
+            raise ValueError(f"there is no host {', '.join(unknown)} to give another QEMU or libvirt to")
         return self
 
     @field_validator("bandwidth")

@@ -190,6 +190,7 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "device_program": PROGRAM,
         "shims": {name: socket.format(host=place.name) for name, socket in config.shims.items()},
         "qemu": config.qemu_on.get(place.name, config.qemu),
+        **_libvirt(config, place.name),
         "guest_image": str(image),
         "images": str(_images(config, layout)),
         "pools": _pools(layout, place.name),
@@ -199,6 +200,11 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "instructions": config.chaos,
         "log_level": config.log_level,
     }
+
+
+def _libvirt(config: LocalConfig, host: str) -> dict[str, Any]:
+    socket = config.libvirt_on.get(host)
+    return {} if socket is None else {"engine": "libvirt", "libvirt_socket": str(socket)}
 
 
 def _images(config: LocalConfig, layout: Layout) -> Path:

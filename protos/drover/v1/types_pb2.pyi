@@ -556,6 +556,7 @@ class Host(_message.Message):
     FIRMWARE_FIELD_NUMBER: _builtins.int
     EXTRA_ARGS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    ENGINE_LIMITS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___HostState.ValueType
     boot_id: _builtins.str
@@ -598,6 +599,10 @@ class Host(_message.Message):
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """HARDWARE (it knows disks, nics and the like at all), TPM"""
 
+    @_builtins.property
+    def engine_limits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What its engine cannot do that a migration would make use of, a sentence each."""
+
     def __init__(
         self,
         *,
@@ -624,10 +629,11 @@ class Host(_message.Message):
         firmware: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         extra_args: _abc.Iterable[_builtins.str] | None = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
+        engine_limits: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "agent", b"agent", "bandwidth_mbps", b"bandwidth_mbps", "boot_id", b"boot_id", "control_address", b"control_address", "cordon_reason", b"cordon_reason", "cordoned", b"cordoned", "cpu_models", b"cpu_models", "engine", b"engine", "extra_args", b"extra_args", "features", b"features", "firmware", b"firmware", "guests", b"guests", "machine_types", b"machine_types", "memory_mib", b"memory_mib", "memory_reserved_mib", b"memory_reserved_mib", "memory_used_mib", b"memory_used_mib", "name", b"name", "networks", b"networks", "peer_address", b"peer_address", "pools", b"pools", "state", b"state", "switchover_ack", b"switchover_ack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "agent", b"agent", "bandwidth_mbps", b"bandwidth_mbps", "boot_id", b"boot_id", "control_address", b"control_address", "cordon_reason", b"cordon_reason", "cordoned", b"cordoned", "cpu_models", b"cpu_models", "engine", b"engine", "engine_limits", b"engine_limits", "extra_args", b"extra_args", "features", b"features", "firmware", b"firmware", "guests", b"guests", "machine_types", b"machine_types", "memory_mib", b"memory_mib", "memory_reserved_mib", b"memory_reserved_mib", "memory_used_mib", b"memory_used_mib", "name", b"name", "networks", b"networks", "peer_address", b"peer_address", "pools", b"pools", "state", b"state", "switchover_ack", b"switchover_ack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
