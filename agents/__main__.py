@@ -180,7 +180,7 @@ def main(path: Path) -> None:
         if not me.machine:
             log.warning("this hardware has no number of its own: after a loss of power the host must be declared dead")
         asyncio.run(_serve(config, me))
-    except (ConfigError, DroverError, LivenessUnknown, OSError) as error:
+    except (ConfigError, DroverError, EngineError, LivenessUnknown, OSError) as error:
         click.echo(f"drover-agent: {error}", err=True)
         sys.exit(2)
 

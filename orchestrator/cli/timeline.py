@@ -61,6 +61,7 @@ _TEXTS = {
     "resume_failed": "the guest could not be let run again",
     "pause_failed": "the guest could not be stopped",
     "marker_not_written": "this copy is not used: {detail}",
+    "take_over_failed": "libvirt has given up the copy, which never ran",
     "marker_failed": "no marker could be written, so this copy is not used",
     "marker_unknown": "whether this copy had an effect could not be looked up; it is asked again",
     "activation_failed": "the devices could not be activated, tried again",
