@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -31,7 +32,7 @@ from orchestrator.coordinator.seat import Seat
 from orchestrator.coordinator.shares import Shares, share_limits, shares_of
 from orchestrator.coordinator.supervisor import Status, Supervisor
 from orchestrator.coordinator.wiring import CoordinatorConfig, fencers_of, history_of, make_agents, make_store
-from orchestrator.coordinator.worker import LINGER_S, Worker
+from orchestrator.coordinator.worker import Worker
 from orchestrator.core.shards import Share
 from orchestrator.ledger import paths
 from orchestrator.ledger.index import Index
@@ -56,6 +57,19 @@ def _die_with(task: asyncio.Task[None]) -> None:
         log.error("actor dies", exc_info=task.exception())
         flush()
         os._exit(70)
+
+
+LEADER_LINGER_S = 10.0
+"""What moved in the fleet is read by the leader when it asks, and otherwise this late: it seldom asks."""
+_YOUNG = 10_000
+"""Objects that are made before Python looks for garbage among them, in place of 700: each migration makes thousands."""
+
+
+def _settle_memory() -> None:
+    """What start-up made, Ray's many modules above all, lives for ever: no later collection need look at it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG, 20, 20)
 
 
 async def _connect(store: Store) -> None:
@@ -86,6 +100,7 @@ class MigrationWorker:
         worker = Worker(
             store, make_agents(config), max_arrivals=config.max_arrivals, lane=self._seat, lanes=config.workers
         )
+        _settle_memory()
         self._ready.set_result(worker)
 
     async def drive(self, migration: str, epoch: int, shard: int = 0) -> str:
@@ -163,6 +178,7 @@ class Coordinator:
             self._tasks.keep(probe.look, "probe of the ledger", again_s=PROBE_S)
             self._tasks.spawn(serve_on(REGISTRY, self._config.metrics_listen), "metrics")
         await _connect(store)
+        _settle_memory()
         shares = self._shares = self._share_out(store, pool)
         self._tasks.keep(Seat(store, self._config.name).tend, "this coordinator's seat", again_s=1.0, every_s=0.0)
         self._tasks.keep(shares.tend, "what each seat leads", again_s=1.0, every_s=0.0)
@@ -170,7 +186,7 @@ class Coordinator:
 
     def _share_out(self, store: Store, pool: Pool) -> Shares:
         config = self._config
-        agents, fencers, index = make_agents(config), fencers_of(config), Index(store, linger_s=LINGER_S)
+        agents, fencers, index = make_agents(config), fencers_of(config), Index(store, linger_s=LEADER_LINGER_S)
         history = history_of(config)
 
         def supervisor(share: Share) -> Supervisor:

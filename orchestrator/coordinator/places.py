@@ -49,6 +49,10 @@ class _Waiting:
     told_at_s: float = field(default=float("-inf"))
 
 
+def _nothing() -> None:
+    pass
+
+
 class Places:
     """Of one coordinator. Everything it waits for in the ledger is tried again in the next turn."""
 
@@ -99,7 +103,9 @@ class Places:
         def seen(node: Versioned | None) -> None:
             self._look(waiting, node)
 
-        unwatch = self._store.watch(paths.migration_state(spec.id), seen)
+        unwatch = _nothing
+        if not waiting.called.done():  # as a rule it is, and nobody need be heard meanwhile
+            unwatch = self._store.watch(paths.migration_state(spec.id), seen)
         try:
             left_s = max(0.0, spec.policy.total_timeout_ms - waiting.spent_ms) / 1000
             await asyncio.wait([waiting.called], timeout=left_s)

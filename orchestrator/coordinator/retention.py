@@ -37,7 +37,7 @@ BATCH = 20
 SLICE_PACE_S = 0.5
 """Between two slices of the rows that a new leader learns: it has migrations to adopt first."""
 
-LINGER_S = 5.0
+LINGER_S = 30.0
 """What moved is read this late, unless a pass begins: it may move again within that, and no burst of reads follows."""
 
 

@@ -495,8 +495,8 @@ class Supervisor:
             stop()
 
     async def _found(self, news: _News) -> list[str]:
-        """Nodes of the active set that are not known yet. Reads something in any case: a leader to whom the ledger does
-        not answer makes no progress. On StoreUnavailable what was announced is looked at the next time."""
+        """Nodes of the active set that are not known yet. Without news it reads as well: a leader to whom the ledger
+        does not answer makes no progress. On StoreUnavailable what was announced is looked at the next time."""
         roots = (paths.ACTIVE_MIGRATIONS, paths.ACTIVE_EVACUATIONS)
         announced, news.moved = news.moved, set()
         whole = news.everything or time.monotonic() >= news.net_at_s
@@ -505,7 +505,8 @@ class Supervisor:
                 found = [f"{root}/{name}" for root in roots for name in await self._store.children(root)]
                 self._others.intersection_update(found)
             else:
-                await self._store.children(paths.ACTIVE)
+                if not announced:
+                    await self._store.children(paths.ACTIVE)
                 found = [path for path in announced if path not in roots]
             found = [path for path in found if path not in self._known and path not in self._others]
             if not whole or self._share.shards > 1:

@@ -17,7 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from kazoo import client as kazoo_client
 from kazoo.client import KazooClient
+from kazoo.protocol.paths import _prefix_root
 from kazoo.protocol.serialization import write_string
 
 from orchestrator.ledger.kazoo_connection import Connection, Handler
@@ -25,6 +27,17 @@ from orchestrator.ledger.kazoo_connection import Connection, Handler
 _PERSISTENT_RECURSIVE = 1
 CONNECT_S = 1.5
 """For a server to answer a connection; several of them fit into a session's time."""
+
+
+def _rooted(root: str, path: str, trailing: bool = False) -> str:
+    """As kazoo's, which takes both to pieces and puts them together again for each operation."""
+    plain = path.startswith("/") and not path.endswith("/") and "//" not in path and "/." not in path
+    if not plain or trailing or (root and (not root.startswith("/") or root.endswith("/"))):
+        return str(_prefix_root(root, path, trailing))
+    return root + path
+
+
+kazoo_client._prefix_root = _rooted
 
 TreeListener = Callable[[str], None]
 """Called with the path, below the chroot, of a node that was created, changed or deleted; on kazoo's connection thread,

@@ -296,7 +296,8 @@ class ZooKeeperStore(Store):
         """Await a kazoo result on our loop. Raises its exception, or TimeoutError after cutting a connection on which
         nothing is answered. `of_s`: the whole time-out, of which some was spent waiting for a turn."""
         sent_at = time.monotonic()
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
         post = self._here()
 
         def here() -> None:
@@ -307,15 +308,21 @@ class ZooKeeperStore(Store):
         def arrived(_: Any) -> None:
             post(here)
 
+        def late() -> None:
+            if not future.done():
+                future.set_exception(TimeoutError(f"no answer within {timeout_s:g} s"))
+
         result.rawlink(arrived)
+        timer = loop.call_later(timeout_s, late)
         try:
-            async with asyncio.timeout(timeout_s):
-                await future
+            await future
         except TimeoutError:
             silent_s = time.monotonic() - max(sent_at, self._answered_at)
             if silent_s > _SILENT * max(timeout_s, of_s):
                 self._cut()
             raise
+        finally:
+            timer.cancel()
         return result.get(block=False)
 
     def _cut(self) -> None:
@@ -330,8 +337,7 @@ class ZooKeeperStore(Store):
         """`timeout_s` counts from its turn. In a burst of thousands the turn itself may take as long as _TURN_S, but
         not for a caller who is in a hurry."""
         try:
-            async with asyncio.timeout(_TURN_S if timeout_s >= _PATIENT_S else timeout_s):
-                await self._reads.acquire()
+            await _turn(self._reads, _TURN_S if timeout_s >= _PATIENT_S else timeout_s)
         except TimeoutError as error:
             raise StoreUnavailable("too many other reads wait for ZooKeeper's answers") from error
         try:
@@ -417,8 +423,7 @@ class ZooKeeperStore(Store):
             return OutcomeUnknown(sent=False, why=str(error))
         began = time.monotonic()
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._writes.acquire()
+            await _turn(self._writes, timeout_s)
         except TimeoutError:
             return OutcomeUnknown(sent=False, why="too many other writes wait for ZooKeeper's answers")
         try:
@@ -655,6 +660,15 @@ class ZooKeeperStore(Store):
             tree.callback(path)
         except Exception as error:
             log.error("what moved at %s is not taken in: %s", path or tree.roots, error)
+
+
+async def _turn(turns: asyncio.Semaphore, timeout_s: float) -> None:
+    """Nearly always at once, and then without a timer. Raises TimeoutError."""
+    if not turns.locked():
+        await turns.acquire()
+        return
+    async with asyncio.timeout(timeout_s):
+        await turns.acquire()
 
 
 def _add(transaction: Any, op: Op) -> None:
