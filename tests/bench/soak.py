@@ -42,6 +42,7 @@ from tests.bench.ending import ends_well
 from tests.bench.fleet import fill, plane
 from tests.bench.fleet.figures import ROOT, Figure, at_most, beside, write
 from tests.bench.fleet.plane import Plane, is_actor, rss_of
+from tests.bench.guard import guarded
 from tests.fakes.cluster import Cluster, make_config, running_cluster, short_directory
 from tests.fakes.zookeeper import metrics_of
 
@@ -412,7 +413,7 @@ async def _real(seconds: float) -> dict[str, Any]:
         return GuestSpec(name, memory_mib=32, boot=boot_of(quiet))
 
     try:
-        with running_cluster(make_config(directory, hosts=3, bandwidth="10gbit")) as cluster:
+        with guarded(directory), running_cluster(make_config(directory, hosts=3, bandwidth="10gbit")) as cluster:
             ground = RealGround(cluster)
             names = [f"g{number}" for number in range(8)]
             channel = channels.aio_channel(ground.api)

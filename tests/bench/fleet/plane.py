@@ -39,6 +39,7 @@ from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
 from tests.bench.fleet import fill, txnlog
 from tests.bench.fleet.agents import Share
+from tests.bench.guard import guarded
 from tests.fakes.zookeeper import ZooKeeperServer
 
 MEMORY = Path("/dev/shm")
@@ -113,15 +114,6 @@ def isolated(work: Callable[[], T]) -> T:
         return threads.submit(run).result()
 
 
-def _guarded(layout: Layout) -> subprocess.Popen[bytes]:
-    """See `guard.py`. It has no mark, so that it does not end itself."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.bench.fleet.guard", str(layout.dir)],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
 def _seat(number: int) -> Server:
     ray_port, client_port = free_port(RAY_ADDRESS), free_port(RAY_ADDRESS)
     return Server(numbered("coordinator", number), number, "127.0.0.1", None, ray_port, client_port)
@@ -188,7 +180,8 @@ class Plane:
         self.api_port = free_port("127.0.0.1")
         self._cpu_s: dict[tuple[str, int], float] = {}
         self._keeping: asyncio.Task[None] | None = None
-        self._guard = _guarded(self.layout)
+        self._guard = contextlib.ExitStack()
+        self._guard.enter_context(guarded(self.layout.dir))
         self._channel: grpc.aio.Channel | None = None
 
     # --- parts --------------------------------------------------------------------------------------------------------
@@ -423,9 +416,7 @@ class Plane:
         await self.store.close()
         if keep := os.environ.get("DROVER_KEEP_LOGS"):
             shutil.copytree(self.layout.logs, Path(keep) / self.layout.dir.name, dirs_exist_ok=True)
-        assert self._guard.stdin is not None
-        self._guard.stdin.close()  # it ends what is left: the same as if this process had been killed
-        await asyncio.to_thread(self._guard.wait)
+        await asyncio.to_thread(self._guard.close)  # ends what is left, as if this process had been killed
 
 
 @contextlib.asynccontextmanager
