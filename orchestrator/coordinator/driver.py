@@ -27,6 +27,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef
 from orchestrator.core.offers import hardware_need, local_bytes, offer_of
 from orchestrator.core.placement import GuestInput, choose, need_of
+from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import (
     AttemptReport,
     Attempts,
@@ -85,7 +86,9 @@ T = TypeVar("T")
 
 
 SPENT_S = 10.0
-"""A driver that takes over counts at most so much of a budget again."""
+SPENT_PART = 0.1
+"""A driver that takes over counts at most so much of a budget again: SPENT_S, or this part of it if that is more. What
+thousands have spent of an hour each need not be written down every ten seconds."""
 
 WAITING = "WAITING"
 """In place of a terminal phase: the migration waits for room, and is to be driven again later."""
@@ -353,19 +356,20 @@ class Driver:
     async def _keep_spent(self) -> None:
         """Write down now and then how much of the budget is used up, so that a driver which takes over in the middle of
         an attempt does not begin to count anew. A write that fails is made up for by the next one."""
+        every_s = spent_every_s(self._spec.policy)
         while True:
-            await asyncio.sleep(SPENT_S)
+            await asyncio.sleep(every_s)
             try:
-                await self._write_spent()
+                await self._write_spent(every_s)
             except StoreUnavailable:
                 continue
             except Exception as error:  # ends the driver, as a failure of any effect
                 self._events.put_nowait(error)
                 return
 
-    async def _write_spent(self) -> None:
+    async def _write_spent(self, every_s: float) -> None:
         nodes = await self._read()
-        if nodes.state.phase.terminal or self._spent_ms() - nodes.state.spent_ms < SPENT_S * 1000:
+        if nodes.state.phase.terminal or self._spent_ms() - nodes.state.spent_ms < every_s * 1000:
             return
         state = replace(nodes.state, spent_ms=self._spent_ms())
         write = SetData(paths.migration_state(self._spec.id), encode(state), nodes.state_version)
@@ -745,6 +749,11 @@ class Driver:
             requests=report.requests or requests.entries,
             acks=report.acks or acks.entries,
         )
+
+
+def spent_every_s(policy: MigrationPolicy) -> float:
+    """How often what is spent of a migration's budgets is written down."""
+    return max(SPENT_S, SPENT_PART * min(policy.precopy_timeout_ms, policy.total_timeout_ms) / 1000)
 
 
 def _writer() -> str:

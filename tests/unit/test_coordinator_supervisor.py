@@ -417,6 +417,7 @@ async def test_a_driver_that_takes_over_in_an_attempt_goes_on_counting(
 ) -> None:
     """The time since the attempt was opened was lost with each driver: no budget ran out while they were replaced."""
     monkeypatch.setattr(driver, "SPENT_S", 0.1)
+    monkeypatch.setattr(driver, "SPENT_PART", 0.0)
     world.hold = asyncio.Event()
     for least_ms in (300, 600):
         async with leading(world):
@@ -800,3 +801,11 @@ async def test_nodes_that_are_there_already_are_looked_up_after_a_guess_that_fai
     world.put(paths.requests("m1"), Requests())
     world.put(paths.acks("m1"), Requests())
     assert await drive(world) == "SUCCEEDED"
+
+
+def test_what_is_spent_is_written_down_as_often_as_the_budgets_are_short() -> None:
+    """Three thousand migrations with an hour each would be three hundred writes per second."""
+    assert driver.spent_every_s(MigrationPolicy()) == driver.SPENT_S
+    long = MigrationPolicy(total_timeout_ms=3_600_000, precopy_timeout_ms=3_600_000)
+    assert driver.spent_every_s(long) == 360
+    assert driver.spent_every_s(replace(long, precopy_timeout_ms=200_000)) == 20

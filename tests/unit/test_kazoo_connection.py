@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from kazoo.protocol.paths import _prefix_root
 from kazoo.protocol.serialization import GetData
 
+from orchestrator.ledger import kazoo_client
 from orchestrator.ledger.kazoo_client import TreeClient
 from orchestrator.ledger.kazoo_connection import AtOnce, Connection, Wake
 from orchestrator.ledger.zookeeper import _Post
@@ -192,3 +194,15 @@ async def test_a_call_that_fails_does_not_keep_the_others_from_the_loop(caplog: 
     post(fails)
     post(over.set)
     await asyncio.wait_for(over.wait(), 5.0)
+
+
+@pytest.mark.parametrize("root", ["", "/", "/drover/v1", "drover/v1", "/drover/v1/"])
+@pytest.mark.parametrize("path", ["/", "", "/a", "/a/b-1", "a/b", "/a/", "//a", "/a//b", "/a.b", "/.a"])
+def test_a_path_below_the_root_is_as_kazoo_makes_it(root: str, path: str) -> None:
+    assert kazoo_client._rooted(root, path) == _prefix_root(root, path)
+
+
+@pytest.mark.parametrize("path", ["/a/../b", "/./a", ".."])
+def test_a_path_that_leaves_the_root_is_refused_as_by_kazoo(path: str) -> None:
+    with pytest.raises(ValueError, match="relative paths"):
+        kazoo_client._rooted("/drover/v1", path)
