@@ -438,6 +438,7 @@ class Driver:
         is likely to be so need not be looked up, since a write of it has not failed yet."""
         fresh = False
         while True:
+            self._tools.placing.look()
             snapshot = await (self._tools.index.snapshot() if fresh else self._tools.index.recent())
             found = await self._judge(command, snapshot, await self._read(), guess=guess and not fresh)
             if isinstance(found, (migration.NoPlace, migration.SourceSilent)) and not fresh:
@@ -490,7 +491,7 @@ class Driver:
             *await self._reserve(entry, guest_spec),
             SetData(paths.migration_state(spec.id), encode(state), nodes.state_version),
             *await self._missing_ack_nodes(likely=guess and nodes.state.attempt == 0),
-            await markers.marked(self._tools.store, choice.destination.host, spec.guest),
+            await self._marked(choice.destination.host, likely=guess and nodes.state.attempt == 0),
         ]
         return _Opening(choice.destination.host, ops)
 
@@ -517,6 +518,12 @@ class Driver:
             if likely or await self._tools.store.read(path) is None:
                 missing.append(Create(path, encode(Requests())))
         return missing
+
+    async def _marked(self, host: str, *, likely: bool) -> Op:
+        """The guest in the list of its destination. `likely`: it is not there, as for ACKs."""
+        if likely:
+            return Create(paths.host_guest(host, self._spec.guest), b"")
+        return await markers.marked(self._tools.store, host, self._spec.guest)
 
     async def _wait(self, command: migration.Wait) -> migration.Event:
         for _ in range(WRITE_TRIES):

@@ -22,11 +22,17 @@ class Placing:
         self.turn = asyncio.Lock()
         """To be held from the look at the fleet until `writing` has been entered."""
         self._writing: dict[str, asyncio.Event] = {}
+        self._written = set[str]()
+
+    def look(self) -> None:
+        """In one's turn: whoever looks at the fleet does it from here on."""
+        self._written.clear()
 
     @property
     def busy(self) -> frozenset[str]:
-        """Hosts that a placement is being written for: what they have promised is about to move."""
-        return frozenset(self._writing)
+        """Hosts that a placement is being written for, or was since the look began: what they have promised is not, or
+        need not be, what was seen."""
+        return frozenset(self._writing) | self._written
 
     @contextlib.contextmanager
     def writing(self, host: str) -> Generator[None]:
@@ -38,6 +44,7 @@ class Placing:
             yield
         finally:
             del self._writing[host]
+            self._written.add(host)
             over.set()
 
     async def idle(self, host: str) -> None:

@@ -55,6 +55,7 @@ async def test_a_host_that_is_written_for_is_waited_for() -> None:
         await placing.idle("h1")
         told.append("idle")
 
+    placing.look()
     with placing.writing("h1"):
         assert placing.busy == {"h1"}
         await placing.idle("h2")
@@ -64,11 +65,14 @@ async def test_a_host_that_is_written_for_is_waited_for() -> None:
             pass
         assert not told
     await waiting
+    assert placing.busy == {"h1"}, "what was seen before is not what it has promised now"
+    placing.look()
     assert not placing.busy
 
 
-async def _opened(hosts: int) -> tuple[int, int]:
-    """The most attempts that were being opened at one time, and how many lost a race, with so many destinations."""
+async def _opened(hosts: int, *, were_there: bool = False) -> tuple[int, int]:
+    """The most attempts that were being opened at one time, and how many writes were refused; so many destinations.
+    `were_there`: the guests were there lately, which each finds out by a write that is refused."""
     world = World(hold=asyncio.Event())
     world.host("source", 4096)
     world.put(paths.epoch(), "")
@@ -77,6 +81,8 @@ async def _opened(hosts: int) -> tuple[int, int]:
     for number in range(GUESTS):
         world.guest(f"g{number}", "source")
         world.migration(f"m{number}", f"g{number}")
+        for host in (f"h{at:02}" for at in range(hosts if were_there else 0)):
+            world.put(paths.host_guest(host, f"g{number}"), "")
     real, opening, most, lost = world.store.multi, 0, 0, 0
 
     async def slow(ops, timeout_s: float = 2.0):
@@ -91,7 +97,14 @@ async def _opened(hosts: int) -> tuple[int, int]:
         lost += isinstance(result, Conflict)
         return result
 
-    world.store.multi = slow
+    read = world.store.read
+
+    async def slow_read(path, timeout_s: float = 2.0):
+        if path.startswith(f"{paths.HOSTS}/") and "/guests/" in path:  # between a driver's choice and its write
+            await asyncio.sleep(0.03)
+        return await read(path, timeout_s)
+
+    world.store.multi, world.store.read = slow, slow_read
     worker = Worker(world.store, world)
     driving = [asyncio.create_task(worker.drive(f"m{number}", 0)) for number in range(GUESTS)]
     async with asyncio.timeout(10):
@@ -113,6 +126,13 @@ async def test_attempts_to_different_hosts_are_opened_side_by_side() -> None:
 
 async def test_attempts_to_one_host_are_opened_one_after_the_other() -> None:
     assert await _opened(1) == (1, 0)
+
+
+@pytest.mark.parametrize("hosts", [1, HOSTS])
+async def test_a_guest_that_was_at_its_destination_lately_costs_one_refused_write(hosts: int) -> None:
+    """Its next try looks its node up, during which placements on the same host are written."""
+    _, refused = await _opened(hosts, were_there=True)
+    assert refused == GUESTS
 
 
 class Session(MemoryStore):

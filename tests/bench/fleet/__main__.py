@@ -4,7 +4,7 @@ Light agents hold the real code of agents over a fake engine; ZooKeeper, Ray, co
 ones. Every figure is bounded in time; one that cannot be taken says why, and the others go on. Status 0 whatever was
 met.
 
-    python -m tests.bench.fleet [--only at_rest,start] [--scale 0.1] [--report FILE]
+    python -m tests.bench.fleet [--only at_rest,start] [--scale 0.1] [--minutes 12] [--report FILE]
 """
 
 from __future__ import annotations
@@ -50,8 +50,16 @@ class Run:
         print(f"  ({name}: {time.monotonic() - begun:.0f} s)", flush=True)
 
 
-async def _bench(run: Run) -> None:
+async def _bench(run: Run, minutes: float | None) -> None:
     ends_well()
+    try:
+        async with asyncio.timeout(minutes * 60 if minutes else None):
+            await _scenes(run)
+    except TimeoutError:
+        print(f"the {minutes:g} minutes are over: what is missing was not taken", flush=True)
+
+
+async def _scenes(run: Run) -> None:
     for scene, names in scenes.SCENES.items():
         if run.wants(*names):
             begun = time.monotonic()
@@ -67,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full fleet")
     parser.add_argument("--only", default="", help=f"some of {','.join(known)}")
+    parser.add_argument("--minutes", type=float, help="longest of all; what is not taken by then says so")
     parser.add_argument("--report", type=Path, default=ROOT / "build" / "bench-fleet.json")
     asked = parser.parse_args()
     only = frozenset(filter(None, asked.only.split(",")))
@@ -77,7 +86,7 @@ def main() -> None:
     plane.isolate()
     try:
         with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(_bench(run))
+            asyncio.run(_bench(run, asked.minutes))
     finally:
         figures.write(asked.report, run.found, scale=asked.scale, load_before=load, load_after=os.getloadavg()[0])
 
