@@ -16,6 +16,7 @@ from agents.config import AgentConfig
 from agents.disks import pools
 from agents.disks.imports import PoolImages
 from agents.engine.base import MigrationEngine
+from agents.guest.console import Consoles, Session
 from agents.guest.files import GuestFiles, forget_stale_links, found_on_disk, note_roots
 from agents.guest.held import Forgotten
 from agents.guest.keeper import HostedGuest
@@ -132,6 +133,7 @@ class Agent:
         self._all_found = False
         """Every guest that earlier agents wrote down on this disk is known."""
         self.images = PoolImages(config)
+        self._consoles = Consoles()
         self._measure(metrics)
 
     def _measure(self, metrics: Metrics) -> None:
@@ -472,6 +474,17 @@ class Agent:
             said = f"{self.here.host} lets nobody instruct devices: `instructions` in its configuration allows it"
             raise DroverError(RefusalReason.INSTRUCTIONS_DISABLED, said)
         return await self._known(uuid).instruct(device, instruction)
+
+    @contextlib.asynccontextmanager
+    async def console(self, uuid: str, inc: str) -> AsyncIterator[Session]:
+        """A session with the console of a copy; `inc` empty: of the one that is the guest. Raises NOT_FOUND while it is
+        not here, and CONSOLE_NOT_AVAILABLE."""
+        guest = self._known(uuid)
+        copy = guest.copies.get(inc) if inc else guest.own()
+        if copy is None or copy.is_gone:
+            raise DroverError(RefusalReason.NOT_FOUND, f"no such copy of guest {guest.name} is on {self.here.host}")
+        async with self._consoles.attach(copy.inc, copy.files.console(copy.inc)) as session:
+            yield session
 
     def status(self) -> AgentStatus:
         """Everything at once: guests, attempts, copies, and which guest is not kept and why."""

@@ -111,6 +111,9 @@ class AgentConfig(BaseModel):
     dir: Path
     """The agent's own: guests' sockets and notes, journal. Survives a restart of the agent and a loss of power."""
     console_dir: Path
+    console_server: Path | None = None
+    """Unix socket of a console server of this host, which holds every console below `console_dir` and lends them
+    (docs/operations.md). None: the agent connects to a console itself while somebody has a session with it."""
     volatile_dir: Path
     """Markers. Must vanish with the power."""
     identity: IdentityConfig = IdentityConfig()

@@ -30,6 +30,7 @@ import structlog
 from agents.config import AgentConfig
 from agents.disks.births import Births
 from agents.engine.base import Tap, VmmMetadata, VmmSpec
+from agents.guest.console import ConsoleAt
 from agents.nets.ports import Owner, Port, tap_name
 from agents.nets.taps import Taps, root_of
 from agents.shims import net
@@ -275,6 +276,14 @@ class GuestFiles:
             nic.mtu,
         )
 
+    def console_name(self, inc: str) -> str:
+        """What whoever holds consoles knows the copy's by."""
+        return f"{self.config.host}.{self.spec.name}.{inc}"
+
+    def console(self, inc: str) -> ConsoleAt:
+        """Where the copy's console is."""
+        return ConsoleAt(self.directory / f"{inc}.com1", self.config.console_server, self.console_name(inc))
+
     def vmm_spec(self, inc: str, *, multifd_channels: int = 0) -> VmmSpec:
         """What the copy `inc` is started from on this host, as owner or as destination. Writes nothing."""
         return VmmSpec(
@@ -282,7 +291,7 @@ class GuestFiles:
             inc=inc,
             spec=self.spec,
             directory=self.directory,
-            console_path=self.config.console_dir / f"{self.config.host}.{self.spec.name}.{inc}.sock",
+            console_path=self.config.console_dir / f"{self.console_name(inc)}.sock",
             device_path=self.directory / f"{inc}.dev" if self.companions else None,
             listen_address=self.config.listen or self.config.address,
             multifd_channels=multifd_channels,

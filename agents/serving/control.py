@@ -93,6 +93,28 @@ class AgentServicer(rpc.AgentServiceServicer):
             answer.guests.add(guest_uuid=uuid, obstacles=map(wire.obstacle_to_proto, found))
         return answer
 
+    async def HoldConsole(
+        self, request_iterator: AsyncIterator[pb.HoldConsoleRequest], context: Any
+    ) -> AsyncIterator[pb.HoldConsoleResponse]:
+        first = await anext(request_iterator, None)
+        if first is None:
+            raise DroverError(RefusalReason.INVALID_ARGUMENT, "nothing was sent: the first message names the guest")
+        async with self._agent.console(first.guest_uuid, first.inc) as session:
+
+            async def type_on() -> None:
+                async for each in request_iterator:
+                    session.type(each.data)
+                session.end()
+
+            typing = asyncio.create_task(type_on())
+            try:
+                yield pb.HoldConsoleResponse(attached=True)
+                async for said in session.output():
+                    yield pb.HoldConsoleResponse(data=said.data, lost_bytes=said.lost_bytes)
+            finally:
+                typing.cancel()
+                await asyncio.wait({typing}, timeout=1.0)
+
     async def ListPoolImages(self, request: pb.ListPoolImagesRequest, context: Any) -> pb.ListPoolImagesResponse:
         found, more = await self._agent.images.listed(request.pool, request.after, request.page_size)
         images = [self._image(request.pool, each) for each in found]

@@ -36,8 +36,10 @@ MAX_NAME = 253
 """Characters of any name or id. What kinds of names there are is judged later, with better words."""
 MAX_WATCHED = 1_000
 MAX_REASON = 1_024
+MAX_TYPED_BYTES = 16 << 10
 
 BOUNDS: dict[str, int] = {
+    "AttachConsoleRequest.data": MAX_TYPED_BYTES,
     "Boot.append": MAX_APPEND_BYTES,
     "CloudInit.meta_data": MAX_CLOUD_INIT_BYTES,
     "CloudInit.network_config": MAX_CLOUD_INIT_BYTES,

@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.api import past
 from orchestrator.api.calls import Caller, Tools
+from orchestrator.api.consoles import Consoles
 from orchestrator.api.deaths import Deaths
 from orchestrator.api.evacuations import Evacuations
 from orchestrator.api.guests import Guests
@@ -65,6 +66,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         self._repairs = Repairs(tools)
         self._placements = Placements(tools)
         self._images = Images(tools)
+        self._consoles = Consoles(tools)
         self._migrations = Migrations(tools)
         self._guests = Guests(tools, self._migrations)
         self._evacuations = Evacuations(tools)
@@ -164,6 +166,14 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     async def StartGuestAgain(self, request: pb.StartGuestAgainRequest, context: Any) -> types_pb2.Guest:
         with about(guest=request.name):
             return await self._guests.start_again(request.name, _caller(context))
+
+    async def AttachConsole(
+        self, request_iterator: AsyncIterator[pb.AttachConsoleRequest], context: Any
+    ) -> AsyncIterator[pb.AttachConsoleResponse]:
+        with self._streams.one(context.peer()):
+            async with aclosing(self._consoles.attach(request_iterator, _caller(context))) as said:
+                async for each in said:
+                    yield each
 
     async def WatchGuests(self, request: pb.WatchGuestsRequest, context: Any) -> AsyncIterator[pb.WatchGuestsResponse]:
         with self._streams.one(context.peer()):

@@ -385,6 +385,22 @@ def start(settings: Settings, guest: str) -> None:
         settings.printer.show(f"{each.name or guest} is {wire.word(each, 'run_state').lower()} on {each.host}")
 
 
+@guest.command(short_help="Sit at its console, wherever it goes.")
+@guest_argument
+@remote
+@pass_settings
+def console(settings: Settings, guest: str) -> None:
+    """Sit at the console of GUEST (its first serial port) until it has ended, or you type Ctrl-].
+
+    The session goes with the guest when it moves. What is typed goes there as it is, Ctrl-C too. Without a terminal,
+    standard input is typed to its end, and the session goes on until Ctrl-C.
+    """
+    from orchestrator.cli.terminal import sit
+
+    with settings.client() as client, client.attach_console(guest) as session:
+        sit(session)
+
+
 @guest.command()
 @guest_argument
 @click.argument("device")

@@ -128,6 +128,8 @@ class RefusalReason(StrEnum):
     """The host, or the version of its agent, cannot give the guest something else that it asks for."""
     EXTRA_ARGS_NOT_ALLOWED = "EXTRA_ARGS_NOT_ALLOWED"
     """The host's configuration does not allow an option of the VMM that the guest asks for."""
+    CONSOLE_NOT_AVAILABLE = "CONSOLE_NOT_AVAILABLE"
+    """Nobody lets the host's agent in at a guest's console, or too many are there."""
     HOST_DISK_FULL = "HOST_DISK_FULL"
     """The host has no room for the few files of a guest: nothing was begun there."""
     VOLATILE_DIRECTORY_UNSAFE = "VOLATILE_DIRECTORY_UNSAFE"

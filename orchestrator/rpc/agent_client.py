@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -38,6 +38,7 @@ CALL_S = 3.0
 START_GUEST_S = 30.0
 END_GUEST_S = 15.0
 PREPARE_MARGIN_S = 1.0
+CONSOLE_S = 24 * 3600.0
 WATCH_S = 600.0
 """A watch is renewed that often, so that neither side can keep one that the other has forgotten."""
 
@@ -158,6 +159,28 @@ class AgentClient:
         out."""
         answer = await self._call(self._stub.CheckGuests, pb.CheckGuestsRequest(guest_uuids=guests), timeout_s)
         return {each.guest_uuid: tuple(map(wire.obstacle_from_proto, each.obstacles)) for each in answer.guests}
+
+    async def hold_console(
+        self, guest: str, inc: str, typed: AsyncIterator[bytes], timeout_s: float = CONSOLE_S
+    ) -> AsyncGenerator[tuple[bytes, int]]:
+        """The console of one copy (`inc` empty: of the guest's own): data, and how much was lost before it. The first
+        one is empty: from there on everything is heard. Ends when the VMM has ended, or `typed` has; raises DroverError
+        when the agent goes away, or has no such copy."""
+
+        async def requests() -> AsyncIterator[pb.HoldConsoleRequest]:
+            yield pb.HoldConsoleRequest(guest_uuid=guest, inc=inc)
+            async for data in typed:
+                yield pb.HoldConsoleRequest(data=data)
+
+        stream = self._stub.HoldConsole(requests(), timeout=timeout_s)
+        try:
+            async for answer in stream:
+                yield answer.data, answer.lost_bytes
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+        finally:
+            with contextlib.suppress(Exception):
+                stream.cancel()
 
     async def list_pool_images(
         self, pool: str, after: str, page_size: int, timeout_s: float = CALL_S

@@ -16,6 +16,7 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.images import CHUNK_BYTES, ImageImport
 from orchestrator.core.records import GuestSpec
 from orchestrator.rpc.channels import channel
+from orchestrator.rpc.console import ConsoleSession
 from orchestrator.rpc.errors import from_rpc_error
 from orchestrator.rpc.several import SeveralChannel, addresses
 from protos.drover.v1 import orchestrator_pb2 as pb
@@ -273,6 +274,10 @@ class OrchestratorClient:
     def start_guest_again(self, name: str) -> types_pb2.Guest:
         """Start a guest that was kept, has shut down or has crashed, where it is. Returns when it runs. Idempotent."""
         return self._call(self._stub.StartGuestAgain, pb.StartGuestAgainRequest(name=name), self._slow_s)
+
+    def attach_console(self, guest: str) -> ConsoleSession:
+        """A session with the guest's console. Nothing is called before it is iterated."""
+        return ConsoleSession(self._stub.AttachConsole, guest, self._failed)
 
     def watch_guests(self, names: Sequence[str] = ()) -> Iterator[types_pb2.Guest]:
         """The named guests, or all, as they are and then each time they change; for ever."""

@@ -167,6 +167,10 @@ class _Heard:
         self._stream = stream
         self._broken = broken
 
+    def cancel(self) -> None:
+        """Whoever reads it comes to an end."""
+        self._stream.cancel()
+
     def __iter__(self) -> Iterator[Any]:
         try:
             yield from self._stream

@@ -43,6 +43,7 @@ from orchestrator.ledger.store import SetData, Versioned
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2 as types
+from tests.fakes.agent import FakeConsole
 from tests.fakes.api import ApiCluster, Calling, api_cluster, until
 from tests.fakes.coordination import World
 from tests.fakes.orchestrator_service import FakeOrchestrator, host, serve
@@ -72,6 +73,14 @@ class Subject(Calling, ABC):
     @abstractmethod
     async def pool(self, host: str, pool: Pool, *images: types.Image) -> None:
         """The host has a pool with these images. Its other pools stay."""
+
+    @abstractmethod
+    async def says_on_console(self, guest: types.Guest, data: bytes) -> None:
+        """As soon as a session hears it, the guest says this where it is."""
+
+    @abstractmethod
+    def typed(self, guest: types.Guest) -> bytes:
+        """On the console of the guest where it is."""
 
     @abstractmethod
     async def loses(self, guest: types.Guest) -> None:
@@ -143,6 +152,18 @@ class Real(Subject):
         record = decode(HostRecord, node.data)
         record = replace(record, pools=(*record.pools, pool), features=tuple(HostFeature))
         await self.world.store.multi([SetData(paths.host(host), encode(record), node.version)])
+
+    def _console(self, guest: types.Guest) -> FakeConsole:
+        record = self.world.record(guest.uuid)
+        agent, moved = self.cluster.agents[record.owner.host], (guest.uuid, record.inc)
+        return agent.consoles[moved] if moved in agent.consoles else agent.console(guest.uuid)
+
+    async def says_on_console(self, guest: types.Guest, data: bytes) -> None:
+        await until(lambda: bool(self._console(guest).sessions))
+        self._console(guest).say(data)
+
+    def typed(self, guest: types.Guest) -> bytes:
+        return bytes(self._console(guest).typed)
 
     async def loses(self, guest: types.Guest) -> None:
         uuid = guest.uuid
@@ -219,6 +240,14 @@ class Fake(Subject):
     async def pool(self, host: str, pool: Pool, *images: types.Image) -> None:
         self.service.hosts[host].pools.append(wire.pool_to_proto(pool))
         self.service.images |= {(pool.name, host, each.name): each for each in images}
+
+    async def says_on_console(self, guest: types.Guest, data: bytes) -> None:
+        await until(lambda: bool(self.service.listening.get(guest.name)))
+        for said in self.service.listening[guest.name]:
+            self.service.loop.call_soon_threadsafe(said.put_nowait, data)
+
+    def typed(self, guest: types.Guest) -> bytes:
+        return bytes(self.service.typed.get(guest.name, b""))
 
     async def loses(self, guest: types.Guest) -> None:
         self.service.lost[guest.name] = self.service.guests.pop(guest.name)

@@ -39,6 +39,18 @@ from protos.drover.v1.agent_pb2_grpc import AgentServiceServicer, add_AgentServi
 
 
 @dataclass
+class FakeConsole:
+    """Of one copy: what was typed there, and those who listen."""
+
+    typed: bytearray = field(default_factory=bytearray)
+    sessions: list[asyncio.Queue[bytes]] = field(default_factory=list[asyncio.Queue[bytes]])
+
+    def say(self, data: bytes) -> None:
+        for said in self.sessions:
+            said.put_nowait(data)
+
+
+@dataclass
 class FakeAgent(AgentServiceServicer):
     """`start` it; `address` says where. `refusals` and `delays_s` are by method."""
 
@@ -58,6 +70,8 @@ class FakeAgent(AgentServiceServicer):
     """What its pools have, by name."""
     received: dict[str, bytes] = field(default_factory=dict[str, bytes])
     """The content of images that were brought in."""
+    consoles: dict[tuple[str, str], FakeConsole] = field(default_factory=dict[tuple[str, str], FakeConsole])
+    """By guest and `inc`."""
     calls: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     sample: AgentSample = field(default_factory=AgentSample)
     """What a new watch begins with."""
@@ -282,6 +296,36 @@ class FakeAgent(AgentServiceServicer):
         if pool not in self.images:
             raise DroverError(RefusalReason.POOL_NOT_FOUND, f"{self.host} has no pool {pool}", field="pool")
         return self.images[pool]
+
+    def console(self, uuid: str, inc: str = "") -> FakeConsole:
+        """Of a copy; `inc` empty: of the one that is the guest here."""
+        return self.consoles.setdefault((uuid, inc), FakeConsole())
+
+    async def HoldConsole(
+        self, request_iterator: AsyncIterator[pb.HoldConsoleRequest], context: Any
+    ) -> AsyncIterator[pb.HoldConsoleResponse]:
+        first = await anext(request_iterator)
+        await self._called("HoldConsole", f"{first.guest_uuid} {first.inc}".rstrip())
+        record, _ = await self._read(first.guest_uuid)
+        coming = record.destination is not None and record.destination.host == self.host
+        if record.owner.host != self.host and not (coming and first.inc):
+            raise DroverError(RefusalReason.NOT_FOUND, f"guest {record.name} is not on {self.host}")
+        console = self.console(first.guest_uuid, first.inc)
+        said: asyncio.Queue[bytes] = asyncio.Queue()
+        console.sessions.append(said)
+
+        async def type_on() -> None:
+            async for each in request_iterator:
+                console.typed += each.data
+
+        typing = asyncio.create_task(type_on())
+        try:
+            yield pb.HoldConsoleResponse(attached=True)
+            while True:
+                yield pb.HoldConsoleResponse(data=await said.get())
+        finally:
+            console.sessions.remove(said)
+            typing.cancel()
 
     async def ListPoolImages(self, request: pb.ListPoolImagesRequest, context: Any) -> pb.ListPoolImagesResponse:
         await self._called("ListPoolImages", request.pool)

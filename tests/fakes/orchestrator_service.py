@@ -95,6 +95,12 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     """What is forgotten; None: no history is kept."""
     images: dict[tuple[str, str, str], types.Image] = field(default_factory=dict[tuple[str, str, str], types.Image])
     """By pool, host and name."""
+    listening: dict[str, list[asyncio.Queue[bytes]]] = field(default_factory=dict[str, list[asyncio.Queue[bytes]]])
+    """Sessions with the consoles of guests, by name."""
+    loop: asyncio.AbstractEventLoop = field(init=False)
+    """That it is served on."""
+    typed: dict[str, bytearray] = field(default_factory=dict[str, bytearray])
+    """On their consoles."""
     wish: int = pb.WISH_STATE_APPLIED
     instructions: bool = True
 
@@ -427,6 +433,42 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             self._carry(guest, 1)
         return guest
 
+    async def AttachConsole(
+        self, request_iterator: AsyncIterator[pb.AttachConsoleRequest], context: object
+    ) -> AsyncIterator[pb.AttachConsoleResponse]:
+        first = await anext(request_iterator)
+        await self._called("AttachConsole", first)
+        if not first.guest:
+            raise invalid([("guest", "is missing")])
+        guest = self._guest(first.guest, "guest")
+        over = (types.OWNERSHIP_PHASE_STOPPED, types.OWNERSHIP_PHASE_CRASHED, types.OWNERSHIP_PHASE_GONE)
+        if guest.ownership in over:
+            raise DroverError(R.GUEST_NOT_RUNNING, f"guest {guest.name} does not run")
+        said: asyncio.Queue[bytes] = asyncio.Queue()
+        self.listening.setdefault(guest.name, []).append(said)
+        self.typed.setdefault(guest.name, bytearray()).extend(first.data)
+
+        async def type_on() -> None:
+            async for each in request_iterator:
+                self.typed[guest.name] += each.data
+
+        typing = asyncio.create_task(type_on())
+        try:
+            host = ""
+            while guest.ownership not in over and not typing.done():
+                if guest.host != host:
+                    host = guest.host
+                    yield pb.AttachConsoleResponse(host=host)
+                if said.empty():
+                    await asyncio.sleep(LOOK_S)
+                else:
+                    yield pb.AttachConsoleResponse(data=said.get_nowait())
+            if not typing.done():
+                yield pb.AttachConsoleResponse(message=f"guest {guest.name} has ended")
+        finally:
+            typing.cancel()
+            self.listening[guest.name].remove(said)
+
     async def WatchGuests(
         self, request: pb.WatchGuestsRequest, context: object
     ) -> AsyncIterator[pb.WatchGuestsResponse]:
@@ -749,7 +791,7 @@ async def _follow(
 @contextlib.contextmanager
 def serve(service: FakeOrchestrator, address: str) -> Iterator[str]:
     """The service behind a server at `address` (`unix:PATH` or `127.0.0.1:0`) while the context lasts."""
-    loop = asyncio.new_event_loop()
+    loop = service.loop = asyncio.new_event_loop()
     worker = threading.Thread(target=loop.run_forever, name="fake-api", daemon=True)
     worker.start()
 

@@ -243,3 +243,22 @@ def test_a_client_that_does_not_read_costs_nobody_else(rig: Rig) -> None:
     lazy.settimeout(5)
     with lazy.makefile("rb") as replies:
         assert all(len(json.loads(replies.readline())["lines"]) == 200 for _ in range(10))
+
+
+def test_a_console_is_lent_in_both_directions_while_it_is_heard(rig: Rig) -> None:
+    guest = rig.guest("host-1.web.a")
+    guest.say(b"one\n")
+    rig.written("host-1.web.a", 2)
+    borrower = rig.client()
+    borrower.sendall(b"attach host-1.web.a\ntyped")
+    with borrower.makefile("rb") as said:
+        assert said.readline() == b"ok\n"
+        assert guest.connection.recv(100) == b"typed"
+        guest.say(b"two\npart")
+        assert said.read(8) == b"two\npart"
+        assert rig.texts("host-1.web.a", 3)[2] == "two"
+        guest.end()
+        assert said.read() == b"", "it ends with the console"
+    absent = rig.client()
+    absent.sendall(b"attach host-9.web.a\n")
+    assert absent.recv(100) == b""

@@ -158,7 +158,7 @@ def test_an_installation_that_names_no_plugins_says_how_to_get_them(
     told = capsys.readouterr().err
     assert told.startswith("drover: no such command 'up'\n")
     assert "make venv" in told
-    assert main.run(["guest", "console", "web"]) == Exit.USAGE
+    assert main.run(["guest", "serial", "web"]) == Exit.USAGE
     assert main.run(["--help"]) == Exit.OK
 
 
@@ -182,7 +182,7 @@ def test_this_installation_knows_the_lab() -> None:
         "chaos",
         "host.power-cycle",
         "host.power-on",
-        "guest.console",
+        "guest.serial",
         "guest.verify",
     }
     assert lab <= plugins.offered().keys()

@@ -14,7 +14,9 @@ A guest's line that looks like one of these is written with `? ` before it. A li
 is stamped when both are read, up to 4 ms late; the lines of a heart that beats at 200 Hz or slower are not concerned.
 
 It answers on `collector.sock` (console_client.py): list the consoles, send text to a guest, ask and wait for an answer,
-show the last lines. One loop over one epoll does everything: an event loop of a library would cost more than the rest.
+show the last lines. To a line `attach <host>.<guest>.<inc>` it answers `ok`, and passes bytes on from there in both
+directions: the agents borrow the consoles so (their `console_server`). One loop over one epoll does everything: an
+event loop of a library would cost more than the rest.
 """
 
 from __future__ import annotations
@@ -46,6 +48,9 @@ LAG_MS = 5
 """Below this the collector's own delay is not worth a line: evidence.TOLERANCE_NS allows for it."""
 ASK_MOST_S = 600.0
 REQUEST_MOST_BYTES = 64 << 10
+UNSENT_MOST_BYTES = 256 << 10
+"""For one that has borrowed a console and does not take in what it says."""
+_ATTACH = b"attach "
 
 log = logging.getLogger("collector")
 
@@ -68,6 +73,8 @@ class Client:
     received: bytearray = field(default_factory=bytearray)
     unsent: bytearray = field(default_factory=bytearray)
     waits: Wait | None = None
+    borrowed: Console | None = None
+    """What it is attached to; then its connection carries nothing else."""
 
     @property
     def busy(self) -> bool:
@@ -92,7 +99,7 @@ class Collector:
         self._layout = layout
         self._epoll = select.epoll()
         self._consoles = Consoles(layout, self._epoll, self._heard)
-        self._socket = layout.dir / "collector.sock"
+        self._socket = layout.collector_socket
         self._clients: dict[int, Client] = {}
         self._stopping = False
 
@@ -169,22 +176,61 @@ class Collector:
                 if not data or len(client.received) > REQUEST_MOST_BYTES:
                     raise ConnectionError
             self._serve(client)
+            self._type_on(client)
         except BlockingIOError:
             pass
         except OSError:  # it went away, or sent a line without end
-            del self._clients[descriptor]
-            client.connection.close()
+            self._drop(client)
 
     def _serve(self, client: Client) -> None:
         """Answer what was asked, in order. Raises OSError."""
-        while not client.busy and b"\n" in client.received:
+        while not client.busy and client.borrowed is None and b"\n" in client.received:
             line, _, client.received = client.received.partition(b"\n")
+            if line.startswith(_ATTACH):
+                self._lend(client, line.removeprefix(_ATTACH).decode(errors="replace"))
+                continue
             try:
                 reply = self._answer(client, bytes(line))
             except BadRequestError as error:
                 reply = {"ok": False, "error": error.reason}
             if reply is not None:
                 self._reply(client, reply)
+
+    def _lend(self, client: Client, name: str) -> None:
+        """Raises OSError when there is no such console, or nobody holds it yet."""
+        console = self._consoles.known.get(f"{name}.sock")
+        if console is None or not console.connected:
+            raise ConnectionError(f"no console {name}")
+        client.borrowed = console
+        console.borrowers.append(lambda data: self._lent(client, data))
+        client.unsent += b"ok\n"
+        self._send(client)
+
+    def _lent(self, client: Client, data: bytes) -> bool:
+        """What a console said; empty: it is closed. False: nobody listens any more."""
+        if self._clients.get(client.connection.fileno()) is not client:
+            return False
+        client.unsent += data
+        try:
+            self._send(client)
+            if not data:
+                raise ConnectionError
+        except OSError:
+            self._drop(client)
+            return False
+        del client.unsent[:-UNSENT_MOST_BYTES]  # of one that takes nothing in, the oldest
+        return True
+
+    def _type_on(self, client: Client) -> None:
+        """Raises OSError when the VMM takes no input any more."""
+        if client.borrowed is not None and client.received:
+            data = bytes(client.received)
+            client.received.clear()
+            client.borrowed.type(data)
+
+    def _drop(self, client: Client) -> None:
+        self._clients.pop(client.connection.fileno(), None)
+        client.connection.close()
 
     def _reply(self, client: Client, reply: dict[str, Any]) -> None:
         client.unsent += json.dumps(reply).encode() + b"\n"

@@ -112,6 +112,8 @@ class Console:
         self.next_try_s = 0.0
         self.retry_s = RETRY_FIRST_S
         self.connection: socket.socket | None = None
+        self.borrowers: list[Callable[[bytes], bool]] = []
+        """Told all that the console says, as it comes, and `b""` when it is closed; False: they listen no more."""
         self._on_line = on_line
         self._partial = b""
         self._partial_ns = 0
@@ -153,6 +155,16 @@ class Console:
         assert self.connection, "only a connected console takes input"
         self.connection.sendall(text.encode("ascii", "replace"))
 
+    def type(self, data: bytes) -> None:
+        """Type bytes, for one that has borrowed it; what the VMM does not take in at once is lost. Raises OSError."""
+        if self.connection is not None:
+            with contextlib.suppress(BlockingIOError):
+                self.connection.send(data)
+
+    def _lend(self, data: bytes) -> None:
+        if self.borrowers:
+            self.borrowers = [borrower for borrower in self.borrowers if borrower(data)]
+
     def read(self, begun_ns: int, buffer: bytearray) -> bool:
         """Take what has come; it began to come at `begun_ns`. False: the VMM closed the console."""
         assert self.connection, "only a connected console is read"
@@ -165,6 +177,8 @@ class Console:
         if not count:
             self.close("EOF")
             return False
+        if self.borrowers:
+            self._lend(bytes(buffer[:count]))
         stamp = self._partial_ns if self._partial else begun_ns
         *lines, self._partial = (self._partial + buffer[:count]).split(b"\n")
         for line in lines:
@@ -180,6 +194,8 @@ class Console:
     def close(self, why: str) -> None:
         """Note the end of the connection: EOF, or DETACHED if the collector ends and the VMM does not."""
         if self.connection:
+            self._lend(b"")
+            self.borrowers.clear()
             self._end_torn()
             self.mark(why)
             self.connection.close()

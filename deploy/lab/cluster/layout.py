@@ -133,6 +133,11 @@ class Layout:
         return self.api_socket if server.number <= 1 else self.dir / f"api-{server.number}.sock"
 
     @property
+    def collector_socket(self) -> Path:
+        """Of the collector, which holds the consoles of all VMMs and lends them to the agents."""
+        return self.dir / "collector.sock"
+
+    @property
     def console(self) -> Path:
         """Directory of links to the consoles of VMMs, one for each, which agents make and the collector connects to."""
         return self.dir / "console"

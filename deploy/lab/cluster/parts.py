@@ -182,6 +182,7 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "chroot": paths.CHROOT,
         "dir": str(layout.host(place.name)),
         "console_dir": str(layout.console),
+        "console_server": str(layout.collector_socket),
         "volatile_dir": str(layout.volatile(place.name)),
         "identity": {"kind": "simulated", "file": str(layout.power_cycle(place.name))},
         "memory_mib": config.memory_mib,
@@ -255,7 +256,7 @@ def build(config: LocalConfig, layout: Layout, places: Places) -> list[PartSpec]
         make.part(
             "collector",
             [sys.executable, "-m", "deploy.lab.cluster.collector", "--dir", str(layout.dir)],
-            _unix_probe(layout.dir / "collector.sock"),
+            _unix_probe(layout.collector_socket),
         ),
         *(make.agent(place) for place in places.hosts),
         *(make.coordinator(seat) for seat in places.seats),

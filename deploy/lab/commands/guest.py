@@ -1,4 +1,4 @@
-"""`drover guest console`, `drover guest verify`: what guests of the local cluster say on their consoles."""
+"""`drover guest serial`, `drover guest verify`: what guests of the local cluster say on their consoles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--lines", type=click.IntRange(1, 200), default=20, show_default=True, help="How many.")
 @local
 @pass_settings
-def console(settings: Settings, guest: str, lines: int) -> None:
+def serial(settings: Settings, guest: str, lines: int) -> None:
     """Show the last lines that GUEST wrote on its console (local cluster only), and how long ago."""
     import asyncio
 

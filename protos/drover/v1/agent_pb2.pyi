@@ -960,6 +960,61 @@ class ReceiveImageRequest(_message.Message):
 Global___ReceiveImageRequest: _TypeAlias = ReceiveImageRequest  # noqa: Y015
 
 @_typing.final
+class HoldConsoleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    INC_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    guest_uuid: _builtins.str
+    """On the first message."""
+    inc: _builtins.str
+    """Of the copy. Empty: the one that is the guest."""
+    data: _builtins.bytes
+    """What is typed."""
+    def __init__(
+        self,
+        *,
+        guest_uuid: _builtins.str = ...,
+        inc: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "guest_uuid", b"guest_uuid", "inc", b"inc"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldConsoleRequest: _TypeAlias = HoldConsoleRequest  # noqa: Y015
+
+@_typing.final
+class HoldConsoleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTACHED_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    LOST_BYTES_FIELD_NUMBER: _builtins.int
+    attached: _builtins.bool
+    """The first message has nothing else: from here on what the console says is heard."""
+    data: _builtins.bytes
+    lost_bytes: _builtins.int
+    """So much was said before it, or typed, and lost."""
+    def __init__(
+        self,
+        *,
+        attached: _builtins.bool = ...,
+        data: _builtins.bytes = ...,
+        lost_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "data", b"data", "lost_bytes", b"lost_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldConsoleResponse: _TypeAlias = HoldConsoleResponse  # noqa: Y015
+
+@_typing.final
 class ReceiveImageResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -106,6 +106,11 @@ class AgentServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesResponse.FromString,
                 _registered_method=True)
+        self.HoldConsole = channel.stream_stream(
+                '/drover.v1.AgentService/HoldConsole',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.HoldConsoleRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.HoldConsoleResponse.FromString,
+                _registered_method=True)
         self.ReceiveImage = channel.stream_stream(
                 '/drover.v1.AgentService/ReceiveImage',
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageRequest.SerializeToString,
@@ -219,6 +224,13 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HoldConsole(self, request_iterator, context):
+        """See AttachConsole of OrchestratorService: of one copy, until its VMM ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReceiveImage(self, request_iterator, context):
         """See ImportImage of OrchestratorService. A refusal is announced by `stop`, so that the caller ends its stream; its status
         follows.
@@ -299,6 +311,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.ListPoolImages,
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesResponse.SerializeToString,
+            ),
+            'HoldConsole': grpc.stream_stream_rpc_method_handler(
+                    servicer.HoldConsole,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.HoldConsoleRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.HoldConsoleResponse.SerializeToString,
             ),
             'ReceiveImage': grpc.stream_stream_rpc_method_handler(
                     servicer.ReceiveImage,
@@ -686,6 +703,33 @@ class AgentService:
             '/drover.v1.AgentService/ListPoolImages',
             protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_agent__pb2.ListPoolImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldConsole(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/drover.v1.AgentService/HoldConsole',
+            protos_dot_drover_dot_v1_dot_agent__pb2.HoldConsoleRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.HoldConsoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

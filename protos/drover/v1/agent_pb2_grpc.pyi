@@ -69,6 +69,8 @@ class AgentServiceStub:
     """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing."""
     ListPoolImages: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListPoolImagesRequest, _agent_pb2.ListPoolImagesResponse]
     """Images in one pool of this host, by name."""
+    HoldConsole: _grpc.StreamStreamMultiCallable[_agent_pb2.HoldConsoleRequest, _agent_pb2.HoldConsoleResponse]
+    """See AttachConsole of OrchestratorService: of one copy, until its VMM ends."""
     ReceiveImage: _grpc.StreamStreamMultiCallable[_agent_pb2.ReceiveImageRequest, _agent_pb2.ReceiveImageResponse]
     """See ImportImage of OrchestratorService. A refusal is announced by `stop`, so that the caller ends its stream; its status
     follows.
@@ -115,6 +117,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing."""
     ListPoolImages: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListPoolImagesRequest, _agent_pb2.ListPoolImagesResponse]  # type: ignore[assignment]
     """Images in one pool of this host, by name."""
+    HoldConsole: _aio.StreamStreamMultiCallable[_agent_pb2.HoldConsoleRequest, _agent_pb2.HoldConsoleResponse]  # type: ignore[assignment]
+    """See AttachConsole of OrchestratorService: of one copy, until its VMM ends."""
     ReceiveImage: _aio.StreamStreamMultiCallable[_agent_pb2.ReceiveImageRequest, _agent_pb2.ReceiveImageResponse]  # type: ignore[assignment]
     """See ImportImage of OrchestratorService. A refusal is announced by `stop`, so that the caller ends its stream; its status
     follows.
@@ -242,6 +246,14 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.ListPoolImagesResponse, _abc.Awaitable[_agent_pb2.ListPoolImagesResponse]]:
         """Images in one pool of this host, by name."""
+
+    @_abc_1.abstractmethod
+    def HoldConsole(
+        self,
+        request_iterator: _MaybeAsyncIterator[_agent_pb2.HoldConsoleRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_agent_pb2.HoldConsoleResponse], _abc.AsyncIterator[_agent_pb2.HoldConsoleResponse]]:
+        """See AttachConsole of OrchestratorService: of one copy, until its VMM ends."""
 
     @_abc_1.abstractmethod
     def ReceiveImage(

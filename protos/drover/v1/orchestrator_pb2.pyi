@@ -894,6 +894,61 @@ class StartGuestAgainRequest(_message.Message):
 Global___StartGuestAgainRequest: _TypeAlias = StartGuestAgainRequest  # noqa: Y015
 
 @_typing.final
+class AttachConsoleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    guest: _builtins.str
+    """On the first message, and on no other."""
+    data: _builtins.bytes
+    """What is typed, at most 16 KiB."""
+    def __init__(
+        self,
+        *,
+        guest: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "guest", b"guest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachConsoleRequest: _TypeAlias = AttachConsoleRequest  # noqa: Y015
+
+@_typing.final
+class AttachConsoleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    LOST_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    lost_bytes: _builtins.int
+    """So much was said before it, or typed, and lost: a reader that is slow never makes the guest wait."""
+    host: _builtins.str
+    """Set when what follows comes from this host: on the first message, and when the guest has moved."""
+    message: _builtins.str
+    """Why nothing is heard just now, or why the stream ends. Empty: nothing to say."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        lost_bytes: _builtins.int = ...,
+        host: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "host", b"host", "lost_bytes", b"lost_bytes", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachConsoleResponse: _TypeAlias = AttachConsoleResponse  # noqa: Y015
+
+@_typing.final
 class WatchGuestsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

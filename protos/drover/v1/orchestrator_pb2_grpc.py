@@ -135,6 +135,11 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.StartGuestAgainRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
                 _registered_method=True)
+        self.AttachConsole = channel.stream_stream(
+                '/drover.v1.OrchestratorService/AttachConsole',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleResponse.FromString,
+                _registered_method=True)
         self.WatchGuests = channel.unary_stream(
                 '/drover.v1.OrchestratorService/WatchGuests',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchGuestsRequest.SerializeToString,
@@ -352,6 +357,14 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AttachConsole(self, request_iterator, context):
+        """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
+        nothing of the guest runs any more. Several may read and type at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchGuests(self, request, context):
         """Each guest as it is, then again whenever it changed.
         """
@@ -546,6 +559,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.StartGuestAgain,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.StartGuestAgainRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.SerializeToString,
+            ),
+            'AttachConsole': grpc.stream_stream_rpc_method_handler(
+                    servicer.AttachConsole,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleResponse.SerializeToString,
             ),
             'WatchGuests': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchGuests,
@@ -1153,6 +1171,33 @@ class OrchestratorService:
             '/drover.v1.OrchestratorService/StartGuestAgain',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.StartGuestAgainRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttachConsole(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/drover.v1.OrchestratorService/AttachConsole',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

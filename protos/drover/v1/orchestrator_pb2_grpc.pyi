@@ -94,6 +94,10 @@ class OrchestratorServiceStub:
     """Starts a guest that was kept, has shut down by itself, or has crashed, where it is: the same life, booted anew. One
     that runs is left as it is. Idempotent.
     """
+    AttachConsole: _grpc.StreamStreamMultiCallable[_orchestrator_pb2.AttachConsoleRequest, _orchestrator_pb2.AttachConsoleResponse]
+    """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
+    nothing of the guest runs any more. Several may read and type at a time.
+    """
     WatchGuests: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.WatchGuestsRequest, _orchestrator_pb2.WatchGuestsResponse]
     """Each guest as it is, then again whenever it changed."""
     RepairGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RepairGuestRequest, _orchestrator_pb2.RepairGuestResponse]
@@ -177,6 +181,10 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     StartGuestAgain: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.StartGuestAgainRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """Starts a guest that was kept, has shut down by itself, or has crashed, where it is: the same life, booted anew. One
     that runs is left as it is. Idempotent.
+    """
+    AttachConsole: _aio.StreamStreamMultiCallable[_orchestrator_pb2.AttachConsoleRequest, _orchestrator_pb2.AttachConsoleResponse]  # type: ignore[assignment]
+    """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
+    nothing of the guest runs any more. Several may read and type at a time.
     """
     WatchGuests: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.WatchGuestsRequest, _orchestrator_pb2.WatchGuestsResponse]  # type: ignore[assignment]
     """Each guest as it is, then again whenever it changed."""
@@ -378,6 +386,16 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]:
         """Starts a guest that was kept, has shut down by itself, or has crashed, where it is: the same life, booted anew. One
         that runs is left as it is. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def AttachConsole(
+        self,
+        request_iterator: _MaybeAsyncIterator[_orchestrator_pb2.AttachConsoleRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.AttachConsoleResponse], _abc.AsyncIterator[_orchestrator_pb2.AttachConsoleResponse]]:
+        """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
+        nothing of the guest runs any more. Several may read and type at a time.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,154 @@
+"""What operators do with a guest all day, on a whole cluster: an image is brought in, a guest runs on it, somebody sits
+at its console while it moves, and it is stopped, kept and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import wire
+from orchestrator.cli import main
+from orchestrator.cli.exits import Exit
+from orchestrator.rpc.orchestrator_client import OrchestratorClient
+from tests.fakes.cluster import Cluster, make_config, missing, running_cluster, short_directory
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.zookeeper,
+    pytest.mark.qemu,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed"),
+]
+GUEST = """
+name: sat-at
+memory: 64MiB
+machine: q35
+disks:
+  - {name: data, pool: shared, image: brought-in.raw, format: raw}
+labels: {team: blue}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    directory = short_directory()
+    try:
+        with running_cluster(make_config(directory, hosts=2)) as cluster:
+            yield cluster
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Seat:
+    """At a guest's console, read by a thread of its own."""
+
+    def __init__(self, client: OrchestratorClient, guest: str) -> None:
+        self.session = client.attach_console(guest)
+        self.heard = ""
+        self.hosts: list[str] = []
+        self.lost = 0
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        for said in self.session:
+            self.heard += said.data.decode("ascii", "replace")
+            self.hosts += [said.host] if said.host else []
+            self.lost += said.lost_bytes
+
+    def beats(self) -> list[int]:
+        """Numbers of the heartbeats that were heard whole."""
+        return [int(number, 16) for number in re.findall(r"^H ([0-9a-f]+) .*\r?\n", self.heard, re.MULTILINE)]
+
+    def verified(self) -> int:
+        """How often the guest said that all of its memory is right."""
+        return len(re.findall(r"^V ok", self.heard, re.MULTILINE))
+
+    def leave(self) -> None:
+        self.session.close()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+def until(what: str, question: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not question():
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def run(cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`drover ARGUMENTS` against the cluster; its result as a document."""
+    monkeypatch.setenv("DROVER_API", cluster.api)
+
+    def call(*arguments: str, ends: Exit = Exit.OK) -> Any:
+        code = main.run([*arguments, "-o", "json"])
+        told = capsys.readouterr()
+        assert code == ends, told.err
+        return json.loads(told.out.splitlines()[-1] if "--watch" in arguments else told.out or "{}") | {"err": told.err}
+
+    return call
+
+
+def test_a_day_of_a_guest(cluster: Cluster, run: Callable[..., Any], tmp_path: Path) -> None:
+    content = os.urandom(64 << 10) + bytes(8 << 20)
+    (tmp_path / "disk").write_bytes(content)
+    made = run("image", "import", str(tmp_path / "disk"), "--pool", "shared", "--name", "brought-in.raw")
+    assert (made["format"], made["size_bytes"]) == ("RAW", len(content))
+    image = cluster.layout.shared_pool / "brought-in.raw"
+    assert image.read_bytes() == content
+    refused = run(
+        "image", "import", str(tmp_path / "disk"), "--pool", "shared", "--name", "brought-in.raw", ends=Exit.REFUSED
+    )
+    assert "ALREADY_EXISTS" in refused["err"]
+
+    (tmp_path / "guest.yaml").write_text(GUEST)
+    born = run("guest", "create", "-f", str(tmp_path / "guest.yaml"), "--host", "host-1")["guests"][0]
+    (listed,) = [each for each in run("image", "list", "--pool", "shared")["images"] if each["name"] == image.name]
+    assert listed["guests"] == ["sat-at"]
+
+    with OrchestratorClient(cluster.api) as client:
+        seat, beside = Seat(client, "sat-at"), Seat(client, "sat-at")
+        until("both hear it", lambda: len(seat.beats()) > 5 and len(beside.beats()) > 5)
+        seat.session.type(b"v")
+        until("it answers", lambda: seat.verified() == 1 and beside.verified() == 1)
+
+        run("migrate", "sat-at", "--to", "host-2", "--watch")
+        until("the session has gone along", lambda: seat.hosts == ["host-1", "host-2"])
+        before = len(seat.beats())
+        until("it is heard there", lambda: len(seat.beats()) > before + 20)
+        beside.session.type(b"v")
+        until("it answers there", lambda: seat.verified() == 2 and beside.verified() == 2)
+        beats = seat.beats()
+        assert beats == list(range(beats[0], beats[0] + len(beats))), "not a heartbeat of the migration is missing"
+
+        kept = run("guest", "stop", "sat-at", "--keep")
+        assert (kept["ownership"], kept["run_state"]) == ("STOPPED", "ENDED")
+        until("sessions end with what they were with", lambda: not seat.thread.is_alive())
+        assert "GUEST_NOT_RUNNING" in run("guest", "pause", "sat-at", ends=Exit.REFUSED)["err"]
+        again = run("guest", "start", "sat-at")
+        assert (again["uuid"], again["host"], again["run_state"]) == (born["uuid"], "host-2", "RUNNING")
+        assert run("guest", "start", "sat-at")["uuid"] == born["uuid"]
+        anew = Seat(client, "sat-at")
+        until("it has booted anew", lambda: len(anew.beats()) > 5)
+        assert anew.beats()[0] < beats[-1]
+        anew.leave()
+        beside.leave()
+
+        (vmm,) = cluster.guests()
+        os.kill(vmm.pid, 9)
+        until("it has crashed", lambda: wire.word(client.get_guest("sat-at"), "ownership") == "CRASHED")
+        assert run("guest", "start", "sat-at")["run_state"] == "RUNNING"
+        run("guest", "stop", "sat-at")
+    assert image.read_bytes() == content
