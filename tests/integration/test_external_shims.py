@@ -62,7 +62,7 @@ def site() -> Iterator[Site]:
             program = subprocess.Popen(command)
             stack.callback(program.wait)
             stack.callback(program.kill)
-        until(lambda: all((sockets / host).exists() for host in HOSTS), 20)
+        until(lambda: all((sockets / host).exists() for host in HOSTS), 60)
         config = make_config(directory, hosts=len(HOSTS), shims={"flows": f"{sockets}/{{host}}"}, chaos=True)
         cluster = stack.enter_context(running_cluster(config))
         yield Site(cluster, stack.enter_context(OrchestratorClient(cluster.api)), sockets)
@@ -84,11 +84,11 @@ def moved(site: Site, name: str, to: str) -> list[str]:
 def test_an_external_device_moves_with_its_guest_and_may_ask_late(site: Site) -> None:
     spec = guest("flows", flows=300, changes_per_s=200, asks_again_at="freeze", asks_again=2)
     site.client.create_guest(spec, "host-1")
-    until(lambda: [one.live for one in site.held("host-1")] == [True], 10)
+    until(lambda: [one.live for one in site.held("host-1")] == [True], 60)
     assert moved(site, "flows", "host-2") == ["ABORTED LATE_SWITCHOVER_ACK"] * 2 + ["COMMITTED"]
     (there,) = site.held("host-2")
     assert (there.tag.device, there.state, there.live) == ("table", "RUNNING", True)
-    until(lambda: site.held("host-1") == [], 10)
+    until(lambda: site.held("host-1") == [], 60)
     assert moved(site, "flows", "host-1") == ["COMMITTED"]
     assert [one.live for one in site.held("host-1")] == [True]
 

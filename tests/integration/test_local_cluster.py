@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -214,15 +215,21 @@ def test_a_port_that_is_taken_later_shows_in_the_status(directory: Path) -> None
         address, port = cluster.places.management_address, cluster.places.api_port
 
         def take() -> socket.socket:
-            """As fast as it can, between the death of the API and its next start."""
-            pid = cluster.kill("api")
-            until(lambda: processes.look(pid) is None, 1)
-            return socket.create_server((address, port))
+            """Between the death of the API and its next start, which waits as long as the supervisor stands still."""
+            pid, supervisor = cluster.part("api").pid, cluster.record.supervisor
+            assert pid
+            processes.send(supervisor, signal.SIGSTOP)
+            try:
+                os.kill(pid, signal.SIGKILL)
+                until(lambda: processes.look(pid) is None, 60)
+                return socket.create_server((address, port))
+            finally:
+                processes.send(supervisor, signal.SIGCONT)
 
         with cluster.inside(take):
-            until(lambda: "is in use by python" in cluster.part("api").health, 10)
+            until(lambda: "is in use by python" in cluster.part("api").health, 60)
             assert not cluster.status().healthy
-        until(lambda: cluster.part("api").health == "ok", 20)
+        until(lambda: cluster.part("api").health == "ok", 60)
 
 
 # --- parts and guests ------------------------------------------------------------------------------------------------
@@ -282,7 +289,7 @@ def test_the_node_of_a_dead_process_is_no_sign_of_life(directory: Path) -> None:
             assert look() is None
             holder.kill()
             holder.wait()
-            until(lambda: look() == "not registered", 1)
+            until(lambda: look() == "not registered", 60)
 
 
 @pytest.mark.qemu
@@ -307,12 +314,12 @@ def test_real_guests_outlive_agent_and_supervisor_and_end_with_down(directory: P
         return evidence.parse_log(vmm, (directory / "serial" / f"{vmm.name}.log").read_text().splitlines())
 
     def beat(beyond: int = 0) -> int:
-        until(lambda: all(each.last_line for each in console_client.list_consoles_sync(directory)), 5)
-        until(lambda: all((beats := log(host).beats) and beats[-1].number > beyond for host in hosts), 5)
+        until(lambda: all(each.last_line for each in console_client.list_consoles_sync(directory)), 60)
+        until(lambda: all((beats := log(host).beats) and beats[-1].number > beyond for host in hosts), 60)
         return max(log(host).beats[-1].number for host in hosts)
 
     hosts = ("host-1", "host-2")
-    until(lambda: len(console_client.list_consoles_sync(directory)) == 2, 5)
+    until(lambda: len(console_client.list_consoles_sync(directory)) == 2, 60)
     guests, last = cluster.guests(), beat()
     cluster.came_back("agent-host-1", cluster.kill("agent-host-1"))
     last = beat(last + 10)
@@ -498,7 +505,7 @@ def test_down_clears_a_network_that_was_made_half(directory: Path) -> None:
     subprocess.run(["ip", "netns", "add", layout.namespace(1)], check=True)
     stray = subprocess.Popen(network.command_in(layout.namespace(1), ["sleep", "600"]))
     (network.NAMESPACES / layout.namespace(2)).touch()  # where `ip netns add` was killed between its two steps
-    until(lambda: len(commands.leftovers(directory)) >= 3, 5)
+    until(lambda: len(commands.leftovers(directory)) >= 3, 60)
     left = commands.down(directory)
     assert not any(word in line for line in left for word in ("process", "namespace", "mount"))
     assert stray.wait(5) < 0

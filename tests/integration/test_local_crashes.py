@@ -151,7 +151,7 @@ def test_ctrl_c_at_many_moments(chance: random.Random, monkeypatch: pytest.Monke
 
 def test_ctrl_c_while_ray_starts_leaves_nothing(directory: Path) -> None:
     starting = start_up(a_config(directory, hosts=1, ray=True))
-    until(lambda: (directory / "ray").exists() and any((directory / "ray").iterdir()), 10)
+    until(lambda: (directory / "ray").exists() and any((directory / "ray").iterdir()), 60)
     starting.send_signal(signal.SIGINT)
     end(starting)
     assert starting.returncode == 130
@@ -161,13 +161,13 @@ def test_ctrl_c_while_ray_starts_leaves_nothing(directory: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_the_end_of_a_foreground_cluster_ends_all_of_it(directory: Path, number: signal.Signals) -> None:
     staying = start_up(a_config(directory, hosts=1), "--foreground")
-    until(lambda: commands.status(directory).state == "ready", 30)
+    until(lambda: commands.status(directory).state == "ready", 60)
     time.sleep(0.3)
     assert staying.poll() is None
     staying.send_signal(number)
     end(staying)
     if number is signal.SIGKILL:
-        until(lambda: all(line.startswith("file ") for line in commands.leftovers(directory)), 10)
+        until(lambda: all(line.startswith("file ") for line in commands.leftovers(directory)), 60)
         assert commands.status(directory).state == "stopped"
         commands.down(directory)
     assert_nothing_stays(directory, "")
@@ -175,7 +175,7 @@ def test_the_end_of_a_foreground_cluster_ends_all_of_it(directory: Path, number:
 
 def test_a_foreground_cluster_that_ends_by_itself_says_so(directory: Path) -> None:
     staying = start_up(a_config(directory, hosts=1), "--foreground")
-    until(lambda: commands.status(directory).state == "ready", 30)
+    until(lambda: commands.status(directory).state == "ready", 60)
     Cluster(a_config(directory), "").kill_supervisor()
     said = end(staying)
     assert "the cluster process ended: signal 9" in said
@@ -324,14 +324,14 @@ def test_a_supervisor_that_cannot_write_goes_on_and_writes_again_once_it_can(dir
         time.sleep(2)  # for it to start another agent, which it cannot write down
         assert processes.is_alive(supervisor)
         cluster.layout.cluster_json.rmdir()
-        until(cluster.layout.cluster_json.is_file, 30)
-        until(lambda: cluster.part("agent-host-1").pid not in {None, agent}, 30)
+        until(cluster.layout.cluster_json.is_file, 60)
+        until(lambda: cluster.part("agent-host-1").pid not in {None, agent}, 60)
         assert cluster.record.supervisor == supervisor
 
 
 def test_down_asks_an_up_that_is_under_way_to_stop(directory: Path, chance: random.Random) -> None:
     starting = start_up(a_config(directory))
-    until((directory / "lock").exists, 5)
+    until((directory / "lock").exists, 60)
     time.sleep(chance.uniform(0, 0.5))
     assert commands.down(directory) == []
     end(starting)
@@ -365,7 +365,7 @@ def test_ray_head_and_its_driver_come_back_together(directory: Path) -> None:
         driver, head = cluster.part("coordinator").pid, cluster.part("ray").pid
         assert driver
         assert head
-        until(lambda: "raylet" in ray_processes(cluster.layout), 30)
+        until(lambda: "raylet" in ray_processes(cluster.layout), 60)
         old = ray_processes(cluster.layout)
         kill(old["gcs_server"].pid)
         print(f"GCS killed: Ray serves again after {cluster.came_back('ray', head):.2f} s")
@@ -388,7 +388,7 @@ def test_another_ray_than_expected_is_started_by_its_own_command(directory: Path
         assert launcher
         assert "ray.scripts.scripts" in launcher.arguments()
         assert "using `ray start`" in (cluster.layout.logs / "ray.log").read_text()
-        until(lambda: "raylet" in ray_processes(cluster.layout), 30)
+        until(lambda: "raylet" in ray_processes(cluster.layout), 60)
 
 
 def test_after_supervisor_and_launcher_were_killed_nothing_of_ray_stays(
@@ -397,7 +397,7 @@ def test_after_supervisor_and_launcher_were_killed_nothing_of_ray_stays(
     """Without namespaces, where Ray's agents can be told by nothing but the directory that they were started in."""
     monkeypatch.setenv(network.NO_NAMESPACES_VARIABLE, "1")
     with running_cluster(a_config(directory, hosts=1, ray=True)) as cluster:
-        until(lambda: any(name.startswith("ray::") for name in ray_processes(cluster.layout)), 30)
+        until(lambda: any(name.startswith("ray::") for name in ray_processes(cluster.layout)), 60)
         launcher = cluster.part("ray").pid
         cluster.kill_supervisor()
         kill(launcher)

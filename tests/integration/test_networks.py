@@ -73,7 +73,7 @@ def answered_again(peer: Peer, since_ns: int) -> None:
         seen = peer.outage(GUEST, since_ns, time.monotonic_ns())
         return seen.udp_ms is not None and seen.tcp_ms is not None
 
-    until("it answers both ways", both, 30)
+    until("it answers both ways", both, 60)
     seen = peer.outage(GUEST, since_ns, time.monotonic_ns())
     assert (seen.wrong, seen.breaks) == (0, 0)
 

@@ -204,7 +204,7 @@ def test_status_shows_every_part_and_both_seats_are_there(crowd: Crowd) -> None:
     names = {part.name for part in crowd.cluster.status().parts}
     pairs = {f"{kind}-{n}" for kind in ("api", "ray", "coordinator") for n in (1, 2)}
     assert names >= {"zookeeper-1", "zookeeper-2", "zookeeper-3", *pairs}
-    until(lambda: crowd.cluster.status().healthy, 30)
+    until(lambda: crowd.cluster.status().healthy, 60)
     assert crowd.seats() == ("coordinator-1", "coordinator-2")
     assert crowd.leader() in crowd.seats()
     if crowd.cluster.places.management_namespace:
@@ -240,7 +240,7 @@ def test_each_part_in_turn(crowd: Crowd) -> None:
         seat = crowd.led()
         crowd.freeze(*teardown.find_ray(layout, seat.ray_head))
         begun = time.monotonic()
-        until(lambda: crowd.leader() not in ("", seat.name), 30, "the other seat to lead")
+        until(lambda: crowd.leader() not in ("", seat.name), 60, "the other seat to lead")
         print(f"the other seat leads {time.monotonic() - begun:.1f} s after the freeze")
         crowd.thaw()  # what the old leader still wants to write is refused
 

@@ -148,7 +148,7 @@ def test_a_lock_that_somebody_else_has_at_the_take_over_is_waited_for(
         def waits() -> bool:
             return client.get_guest(guest.name).host == "host-2"
 
-        until("the guest is committed to its destination", waits, 40)
+        until("the guest is committed to its destination", waits, 60)
         before = guest.promised()
         time.sleep(1.0)
         assert guest.promised() == before  # it stands still, whole, at a destination that may not start it yet
