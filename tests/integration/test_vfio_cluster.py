@@ -102,7 +102,7 @@ def test_attempts_at_a_device_that_is_always_late_are_bounded(scene: Scene) -> N
 
 
 def test_the_successor_of_a_killed_agent_keeps_guest_and_devices(scene: Scene) -> None:
-    guest = scene.guest(inside("nic", "delays: [{call: load, ms: 1500, times: 1}]"))
+    guest = scene.guest(inside("nic", "delays: [{call: load, ms: 2500, times: 1}]"))
     migration = scene.migrate(guest, "host-2")
     scene.reach_phase(migration, "PRECOPY")
     scene.kill_agent("host-1")

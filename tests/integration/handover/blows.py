@@ -16,7 +16,7 @@ from orchestrator.core.records import DeviceSpec
 from tests.integration.handover.judge import judge, nothing_is_left
 from tests.integration.handover.scene import Born, Scene, device
 
-ROUNDS = int(os.environ.get("DROVER_ROUNDS") or 8)
+ROUNDS = int(os.environ.get("DROVER_ROUNDS") or 6)
 WITHIN_S = 0.8
 """A migration of such a guest takes about so long on a quiet machine."""
 END_S = 90.0

@@ -10,6 +10,6 @@ from tests.integration.handover.scene import Scene
 pytestmark = [pytest.mark.integration, pytest.mark.qemu, pytest.mark.zookeeper]
 
 
-@pytest.mark.timeout(60 * blows.ROUNDS)
+@pytest.mark.timeout(120 * blows.ROUNDS)
 def test_blows(scene: Scene) -> None:
     blows.some_rounds(scene, blows.ROUNDS, blows.companions)

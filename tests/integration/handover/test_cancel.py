@@ -96,7 +96,7 @@ def held_in_precopy(scene: Scene) -> tuple[Born, str]:
 
 
 def held_parked(scene: Scene) -> tuple[Born, str]:
-    guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1500}]"))
+    guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1800}]"))
     migration = scene.migrate(guest, scene.there)
     scene.reach_device(guest, scene.here, "PRE_COPY_P2P")
     return guest, migration
@@ -112,7 +112,7 @@ def held_after_continue(scene: Scene) -> tuple[Born, str]:
 
 def held_in_device(scene: Scene) -> tuple[Born, str]:
     """The engine's last pass is under way and the destination's VMM takes nothing: only the second monitor helps."""
-    guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1500}]"))
+    guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1800}]"))
     migration = scene.migrate(guest, scene.there)
     scene.reach_device(guest, scene.here, "PRE_COPY_P2P")
     scene.freeze(scene.incoming(guest))

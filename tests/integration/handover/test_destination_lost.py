@@ -98,7 +98,7 @@ def test_parked(scene: Scene, lose: Lose) -> None:
 @both
 def test_after_continue(scene: Scene, lose: Lose) -> None:
     """The engine's last pass cannot end, since the destination's VMM takes nothing."""
-    guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1000, times: 1}]"))
+    guest = scene.guest(device("dpu", "delays: [{call: stop_copy, ms: 1800, times: 1}]"))
     migration = scene.migrate(guest)
     scene.reach_device(guest, scene.here, "PRE_COPY_P2P")
     vmm = scene.incoming(guest)

@@ -106,7 +106,7 @@ def test_a_device_that_asks_after_the_check_is_served_in_stop_copy(scene: Scene)
 
 def test_a_request_through_the_ledger_after_the_check_wins_before_the_commit(scene: Scene) -> None:
     """H14: nobody but the ledger says whether it came in time."""
-    guest = scene.guest(device("dpu", "delays: [{call: validate, ms: 1500, times: 1}]"))
+    guest = scene.guest(device("dpu", "delays: [{call: validate, ms: 3000, times: 1}]"))
     migration = scene.migrate(guest, scene.there)
     scene.reach_device(guest, scene.here, "STOP_COPY")
     request_through_the_ledger(scene, guest, migration)

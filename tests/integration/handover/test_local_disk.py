@@ -76,10 +76,10 @@ def test_late_acks_copy_nothing_twice(scene: Scene) -> None:
 
 
 def test_the_destination_process_dies_behind_the_drain(scene: Scene) -> None:
-    guest = with_disk(scene, "delays: [{call: validate, ms: 1500, times: 1}]")
-    migration = scene.migrate(guest, scene.there)
+    guest = with_disk(scene, "delays: [{call: validate, ms: 3000, times: 1}]")
+    migration = scene.migrate(guest, scene.there, switchover_timeout_ms=15_000)
     scene.reach_device(guest, scene.here, "STOP_COPY")
-    scene.hold_on(0.3)
+    scene.hold_on(1.0)  # for the drain, which is over before validating begins
     scene.kill_if_alive(scene.incoming(guest))
     over = moved(scene, guest, migration)
     assert copied(over) == ["full", "increment"]
