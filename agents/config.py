@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from orchestrator.core.endpoint import zookeeper_servers
 from orchestrator.core.guest import name_error
 from orchestrator.core.hardware import MAX_MTU, MIN_MTU, extra_arg_error
+from orchestrator.core.naming import file_error
 from orchestrator.core.records import NetworkKind, PoolFence, PoolKind
 
 
@@ -42,6 +43,16 @@ def _extra_arg(argument: str) -> str:
     return argument
 
 
+def _image_name(name: str) -> str:
+    if wrong := file_error(name, "the pool"):
+        raise ValueError(wrong)
+    return name
+
+
+MAX_BASES = 16
+"""Of one pool: what a host tells of them is small."""
+
+
 class PoolConfig(BaseModel):
     """A directory of disk images (or of block devices) that guests' disks may be in."""
 
@@ -55,6 +66,14 @@ class PoolConfig(BaseModel):
     """`none`: the operator accepts that nothing but the ledger keeps two hosts off one image."""
     grace_s: Annotated[int, Field(ge=0)] = 3600
     """How long the image of a disk that has moved away is kept, under another name."""
+    bases: Annotated[tuple[Annotated[str, AfterValidator(_image_name)], ...], Field(max_length=MAX_BASES)] = ()
+    """Images in it that those of disks may lie on, and that nobody writes to. Their content is read once, and told."""
+
+    @model_validator(mode="after")
+    def _bases_are_files(self) -> PoolConfig:
+        if self.bases and self.kind is PoolKind.BLOCK:
+            raise ValueError("bases are files: a pool of volumes has none")
+        return self
 
 
 class NetworkConfig(BaseModel):

@@ -54,6 +54,7 @@ from orchestrator.core.records import (
     EvacuationPhase,
     Firmware,
     GuestSpec,
+    HostSpace,
     LiveDevice,
     LiveMachine,
     MigrationPhase,
@@ -252,6 +253,9 @@ def disk_to_proto(disk: DiskSpec) -> types_pb2.DiskSpec:
         cache=_DISK_CACHE[disk.cache],
         read_only=disk.read_only,
         boot=disk.boot,
+        iothread=disk.iothread,
+        base=disk.base,
+        base_format=_DISK_FORMAT[disk.base_format],
     )
 
 
@@ -266,6 +270,9 @@ def disk_from_proto(message: types_pb2.DiskSpec, *, field: str = "disk") -> Disk
         cache=_meant(_DISK_CACHE, message.cache, DiskCache.NONE, f"{field}.cache"),
         read_only=message.read_only,
         boot=message.boot,
+        iothread=message.iothread,
+        base=message.base,
+        base_format=_meant(_DISK_FORMAT, message.base_format, DiskFormat.QCOW2, f"{field}.base_format"),
     )
 
 
@@ -348,6 +355,7 @@ def machine_to_proto(machine: LiveMachine) -> agent_pb2.LiveMachine:
         ],
         max_memory_mib=machine.max_memory_mib,
         max_vcpus=machine.max_vcpus,
+        base_sha256=machine.base_sha256,
     )
 
 
@@ -363,6 +371,7 @@ def machine_from_proto(message: agent_pb2.LiveMachine) -> LiveMachine:
         tuple(map(_live_device, message.devices)),
         message.max_memory_mib,
         message.max_vcpus,
+        dict(message.base_sha256),
     )
 
 
@@ -373,15 +382,17 @@ def _live_device(each: agent_pb2.LiveDevice) -> LiveDevice:
     )
 
 
-def pool_to_proto(pool: Pool, free_bytes: int | None = None) -> types_pb2.Pool:
-    """A pool of a host's; `free_bytes`: a newer figure than the one in the host's record."""
+def pool_to_proto(pool: Pool, space: HostSpace | None = None) -> types_pb2.Pool:
+    """A pool of a host's. `space`: what moved since the host's record was written."""
+    space = space or HostSpace()
     return types_pb2.Pool(
         name=pool.name,
         kind=_POOL_KIND[pool.kind],
         fence=_POOL_FENCE[pool.fence],
         accepts_no_locks=pool.accepts_no_locks,
         size_bytes=pool.size_bytes,
-        free_bytes=pool.free_bytes if free_bytes is None else free_bytes,
+        free_bytes=space.free_bytes.get(pool.name, pool.free_bytes),
+        bases=space.bases.get(pool.name, {}),
     )
 
 

@@ -104,12 +104,16 @@ class DiskDaemon:
         """Open the disk's image and let one connection write to it, under the name `image`. Raises DiskError."""
         await self.release(disk.name, image)  # what is left of one that was given up in the middle
         direct = disk.cache is DiskCache.NONE
-        cache = {"direct": direct, "no-flush": False}
-        file = {"driver": "file", "filename": str(disk.path), "cache": cache, "discard": "unmap"}
-        node = {"driver": disk.format.value, "node-name": f"n-{disk.name}", "cache": cache, "discard": "unmap"}
+        cache: dict[str, object] = {"direct": direct, "no-flush": False}
+        node: dict[str, object] = {"driver": disk.format.value, "node-name": f"n-{disk.name}", "cache": cache}
+        node["file"] = {"driver": "file", "filename": str(disk.path), "cache": cache, "discard": "unmap"}
+        node["discard"] = "unmap"
+        if disk.base is not None:
+            below = {"driver": "file", "filename": str(disk.base), "cache": cache, "read-only": True}
+            node["backing"] = {"driver": disk.base_format.value, "file": below, "cache": cache, "read-only": True}
         export = {"type": "nbd", "id": image, "node-name": f"n-{disk.name}", "name": image, "writable": True}
         with _as_disk_error(f"disk {disk.name}"):
-            await self._qmp.execute("blockdev-add", {**node, "file": file})
+            await self._qmp.execute("blockdev-add", node)
             await self._qmp.execute("block-export-add", export)
 
     async def release(self, disk: str, image: str) -> None:

@@ -81,9 +81,8 @@ class Images:
         image = Image(f"i{uuid.uuid4().hex}", str(disk.path), disk.size_bytes)
         self._write({**known, disk.name: image})
         await asyncio.to_thread(disk.path.unlink, missing_ok=True)  # of a large file it takes seconds
-        size = str(disk.size_bytes)
         try:
-            await ran(_TOOL, "create", "-q", "-f", disk.format.value, str(disk.path), size, timeout_s=_MAKE_S)
+            await make(disk, disk.path, timeout_s=_MAKE_S)
         except CommandFailed as error:
             raise DiskError(f"disk {disk.name}: its image cannot be made: {error}") from error
         return image
@@ -136,6 +135,21 @@ class Images:
                 _synced(self._note.parent)
         except OSError as error:
             raise DiskError(f"{self._note}: cannot note the guest's images: {error}") from error
+
+
+async def make(disk: DiskFile, path: Path, *, timeout_s: float) -> None:
+    """An empty image at `path` as the disk is described: nothing of what it lies on is in it. Raises CommandFailed."""
+    below: list[str] = []
+    if disk.base is not None:  # by its name alone: the pool has another path on each host
+        below = ["-b", disk.base.name, "-F", disk.base_format.value]
+    command = [_TOOL, "create", "-q", "-f", disk.format.value, *below, str(path), str(disk.size_bytes)]
+    await ran(*command, timeout_s=timeout_s)
+
+
+async def base_of(image: Path) -> str:
+    """Name of the image that this one lies on, as it says itself; empty: on nothing. Raises CommandFailed."""
+    told = json.loads(await ran(_TOOL, "info", "-U", "-f", "qcow2", "--output=json", str(image), timeout_s=_MAKE_S))
+    return str(told.get("backing-filename", "")).rpartition("/")[2]
 
 
 def _synced(path: Path) -> None:

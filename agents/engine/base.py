@@ -190,6 +190,11 @@ class DiskFile:
     """As the guest sees it; 0: what the image says."""
     locks: bool = True
     """A shared image is not opened where it cannot be locked. False: the operator accepts that."""
+    base: Path | None = None
+    """What the image lies on, which nobody writes to; None: on nothing."""
+    base_format: DiskFormat = DiskFormat.QCOW2
+    iothread: bool = False
+    """The device's requests are handled by a thread of their own."""
 
     @property
     def node(self) -> str:

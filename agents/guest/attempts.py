@@ -98,7 +98,7 @@ class Attempts:
         except PeerUnavailable as error:
             said = f"its source does not say what its machine is: {error}"
             raise self._guest.refused(RefusalReason.AGENT_UNREACHABLE, said) from error
-        await asyncio.to_thread(hardware.must_agree, self._tools.config, machine, self._guest.name)
+        await asyncio.to_thread(hardware.must_agree, self._tools.config, self._files.spec, machine)
         await asyncio.to_thread(pools.must_be_the_same, self._tools.config, self._files.spec, tokens)
         return machine
 

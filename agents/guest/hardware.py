@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agents.config import AgentConfig
+from agents.disks import images
 from agents.disks.births import Births
 from agents.engine.base import DiskFile, EngineError, FirmwareFiles, VmmSpec
 from agents.guest import machine as machines
@@ -21,7 +22,7 @@ from agents.guest import seed
 from agents.guest.files import GuestFiles
 from agents.guest.tpm import Tpm, available
 from agents.host import pools
-from agents.host.commands import CommandFailed, ran
+from agents.host.commands import CommandFailed
 from agents.shims.net import mac_address
 from orchestrator.core.compatibility import real_machine
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -29,7 +30,6 @@ from orchestrator.core.hardware import has_hardware
 from orchestrator.core.naming import file_error
 from orchestrator.core.records import (
     DiskCache,
-    DiskFormat,
     DiskSpec,
     Firmware,
     GuestSpec,
@@ -39,7 +39,6 @@ from orchestrator.core.records import (
 )
 from orchestrator.ledger.records import BadRecord, decode, encode
 
-IMAGE_TOOL = "qemu-img"
 _IMAGE_S = 60.0
 """For making an image, which is sparse: nothing is written but its tables."""
 
@@ -132,6 +131,7 @@ async def born(
         return None
     config, spec = files.config, files.spec
     hashes = await asyncio.to_thread(pools.firmware_hashes, config)
+    bases = await asyncio.to_thread(_bases, config, spec)
     try:
         machine = machines.born(
             spec,
@@ -140,6 +140,7 @@ async def born(
                 accelerator=probed["accelerator"],
                 firmware_sha256={role: hashes[role] for role in _roles(spec.boot.firmware) if role in hashes},
                 mac_of=lambda name: mac_address(files.uuid, name),
+                base_sha256={disk.name: bases[disk.pool, disk.base] for disk in spec.disks if disk.base},
             ),
         )
     except machines.MachineError as error:
@@ -227,7 +228,13 @@ def _disk_file(config: AgentConfig, disk: DiskSpec) -> DiskFile:
     if wrong := file_error(disk.image, f"pool {disk.pool}"):  # what stands between a record and the files of the host
         raise DroverError(RefusalReason.INVALID_ARGUMENT, f"the image of disk {disk.name} {wrong}")
     path, locks = pool.path / disk.image, pool.locks == "required"
-    return DiskFile(disk.name, path, disk.format, disk.cache, disk.read_only, pool.kind, disk.size_bytes, locks)
+    made = DiskFile(disk.name, path, disk.format, disk.cache, disk.read_only, pool.kind, disk.size_bytes, locks)
+    made = replace(made, iothread=disk.iothread)
+    if not disk.base:
+        return made
+    if wrong := file_error(disk.base, f"pool {disk.pool}"):
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, f"the base of disk {disk.name} {wrong}")
+    return replace(made, base=pool.path / disk.base, base_format=disk.base_format)
 
 
 async def _image(files: GuestFiles, inc: str, disk: DiskSpec, *, again: bool) -> Path | None:
@@ -239,6 +246,8 @@ async def _image(files: GuestFiles, inc: str, disk: DiskSpec, *, again: bool) ->
     config = files.config
     file = _disk_file(config, disk)
     if await asyncio.to_thread(file.path.exists):
+        if file.base is not None:
+            await _must_lie_on(file.path, disk)
         return None
     if again:
         said = f"the image {disk.image} in pool {disk.pool} of {config.host}, on which the guest has run, is not there"
@@ -250,11 +259,10 @@ async def _image(files: GuestFiles, inc: str, disk: DiskSpec, *, again: bool) ->
     # Under another name first, and never over one that is there: somebody else may make the same image.
     fresh = file.path.with_name(f".{disk.image}.{inc}.new")
     births = Births(files.directory) if file.kind is PoolKind.LOCAL else None
-    kind = "raw" if disk.format is DiskFormat.RAW else "qcow2"
     try:
         if births is not None:
             births.begins(file.path, fresh)
-        await ran(IMAGE_TOOL, "create", "-q", "-f", kind, str(fresh), str(disk.size_bytes), timeout_s=_IMAGE_S)
+        await images.make(file, fresh, timeout_s=_IMAGE_S)
         if births is not None:
             births.made(file.path, fresh)
         await asyncio.to_thread(file.path.hardlink_to, fresh)
@@ -265,6 +273,20 @@ async def _image(files: GuestFiles, inc: str, disk: DiskSpec, *, again: bool) ->
     finally:
         await asyncio.to_thread(fresh.unlink, missing_ok=True)  # the pool may be on another machine
     return None if births is not None else file.path
+
+
+async def _must_lie_on(path: Path, disk: DiskSpec) -> None:
+    """An image that was made on another base holds what differs from that one: on this one it would be another disk.
+
+    Raises BASE_NOT_AVAILABLE, and EngineError when the image cannot be read.
+    """
+    try:
+        found = await images.base_of(path)
+    except (CommandFailed, ValueError) as error:
+        raise EngineError(f"the image {disk.image} of disk {disk.name} cannot be read: {error}") from error
+    if found != disk.base:
+        said = f"the image {disk.image} of disk {disk.name} lies on {found or 'no other image'}, not on {disk.base}"
+        raise DroverError(RefusalReason.BASE_NOT_AVAILABLE, said, field="spec.disks")
 
 
 # --- firmware ---------------------------------------------------------------------------------------------------------
@@ -309,6 +331,7 @@ def must_be_possible(config: AgentConfig, spec: GuestSpec, cpu_models: tuple[str
     for disk in spec.disks:
         _disk_file(config, disk)
         _pool_must_fit(config, disk)
+    _bases(config, spec)
     if spec.cpu.model and cpu_models and spec.cpu.model not in cpu_models:
         said = f"{host} cannot give all of the CPU model {spec.cpu.model} that guest {spec.name} is to see"
         raise DroverError(RefusalReason.CPU_NOT_AVAILABLE, said)
@@ -335,8 +358,33 @@ def _pool_must_fit(config: AgentConfig, disk: DiskSpec) -> None:
         raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="spec.disks")
 
 
-def must_agree(config: AgentConfig, machine: LiveMachine, name: str) -> None:
-    """The machine as it is at its source can be built here. Blocking. Raises FIRMWARE_NOT_AVAILABLE."""
+def _bases(config: AgentConfig, spec: GuestSpec) -> dict[tuple[str, str], str]:
+    """Content of the images that the guest's disks lie on, by pool and name. Blocking. Raises BASE_NOT_AVAILABLE."""
+    known = pools.bases(config)
+    found: dict[tuple[str, str], str] = {}
+    for disk in spec.disks:
+        if not disk.base:
+            continue
+        digest = known.get(disk.pool, {}).get(disk.base, "")
+        if not digest:
+            said = f"pool {disk.pool} of {config.host} has no base {disk.base}, which disk {disk.name} lies on"
+            hint = "put it there and name it in the pool's `bases`; if that is done, its content is still being read"
+            raise DroverError(RefusalReason.BASE_NOT_AVAILABLE, f"{said}: {hint}")
+        found[disk.pool, disk.base] = digest
+    return found
+
+
+def must_agree(config: AgentConfig, spec: GuestSpec, machine: LiveMachine) -> None:
+    """The machine as it is at its source can be built here. Blocking. Raises FIRMWARE_NOT_AVAILABLE, and
+    BASE_NOT_AVAILABLE."""
+    name = spec.name
+    here_bases = _bases(config, spec)
+    for disk in spec.disks:
+        born_on, found = machine.base_sha256.get(disk.name, ""), here_bases.get((disk.pool, disk.base), "")
+        if born_on != found:
+            said = f"disk {disk.name} of guest {name} lies on {disk.base} with content {born_on[:12]}"
+            have = f"in pool {disk.pool} of {config.host} it has {found[:12]}"
+            raise DroverError(RefusalReason.BASE_NOT_AVAILABLE, f"{said}, and {have}: put the same file there")
     here = pools.firmware_hashes(config)
     for role, digest in machine.firmware_sha256.items():
         if here.get(role) != digest:

@@ -7,7 +7,7 @@ sits is decided once, by the version of Drover that the guest was born under.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from orchestrator.core.hardware import can_grow
 from orchestrator.core.records import DiskSpec, Firmware, GuestSpec, LiveDevice, LiveMachine, NicSpec
@@ -15,6 +15,8 @@ from orchestrator.core.records import DiskSpec, Firmware, GuestSpec, LiveDevice,
 SPARE_PORTS = 4
 """Root ports of a q35 machine that are kept free for what is added while the guest runs."""
 MAX_DISK_QUEUES = 4
+IOTHREAD = "iothread"
+"""Property of a device: the thread of its own, which is made before it."""
 _FIRST_PORT_SLOT, _FUNCTIONS = 2, 8
 FIRST_SLOT, SLOTS = 2, 32
 """Of a pc, for disks and cards; below them are its bridge and its chipset."""
@@ -36,6 +38,8 @@ class Facts:
     """Of the files that the guest is started with, by role."""
     mac_of: Callable[[str], str]
     """The address of a network card that has none of its own, by the card's name."""
+    base_sha256: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of the images that disks' own lie on, by disk."""
 
 
 def born(spec: GuestSpec, facts: Facts) -> LiveMachine:
@@ -49,6 +53,7 @@ def born(spec: GuestSpec, facts: Facts) -> LiveMachine:
         firmware_sha256=dict(facts.firmware_sha256) if spec.boot.firmware is not Firmware.DIRECT else {},
         max_memory_mib=spec.max_memory_mib if spec.max_memory_mib > spec.memory_mib else 0,
         max_vcpus=spec.max_vcpus if spec.max_vcpus > spec.vcpus else 0,
+        base_sha256=dict(facts.base_sha256),
     )
     if can_grow(spec) and not machine.type.startswith("pc"):
         raise MachineError(f"a machine of type {machine.type} cannot be given more while it runs: choose pc or q35")
@@ -79,6 +84,8 @@ def _disk(disk: DiskSpec, spec: GuestSpec) -> LiveDevice:
 def disk_device(disk: DiskSpec, vcpus: int) -> LiveDevice:
     """A disk that has no place yet."""
     properties = {"num-queues": str(min(vcpus, MAX_DISK_QUEUES))}
+    if disk.iothread:
+        properties[IOTHREAD] = f"io-{disk.name}"
     return LiveDevice(f"{_DISK}-{disk.name}", "virtio-blk-pci", properties=properties, backend=f"{_DISK}:{disk.name}")
 
 

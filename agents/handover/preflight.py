@@ -25,7 +25,7 @@ from orchestrator.core.hardware import has_hardware
 from orchestrator.core.ids import HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.obstacles import MAX_OBSTACLES
-from orchestrator.core.offers import Obstacle
+from orchestrator.core.offers import Obstacle, thread_in_the_way
 from orchestrator.core.records import HostRecord
 
 ROOM_BYTES, ROOM_FILES = 512 << 10, 32
@@ -137,14 +137,25 @@ async def obstacles(own: Copy | None) -> tuple[Obstacle, ...]:
     if own.hardware is not None and own.hardware.machine is None:
         said = "the note of its machine is lost: the other end could not be built"
         found += ((RefusalReason.MACHINE_TYPE_MISMATCH, said),)
-    return found[:MAX_OBSTACLES]
+    return (found + _threads(own))[:MAX_OBSTACLES]
+
+
+def _threads(own: Copy) -> tuple[Obstacle, ...]:
+    """Local disks that cannot be mirrored without a danger for the guest."""
+    spec = own.files.spec
+    pools = {disk.name: disk.pool for disk in spec.disks}
+    return tuple(
+        (RefusalReason.DISK_NOT_MIGRATABLE, thread_in_the_way(spec.name, pools.get(disk.name, "")))
+        for disk in own.local_disks
+        if disk.iothread
+    )
 
 
 async def must_be_movable(engine: MigrationEngine, host: str, name: str, own: Copy, prepared: Prepared) -> None:
     """At the source, about the VMM that runs. Raises DEVICE_NOT_MIGRATABLE and MACHINE_TYPE_MISMATCH, and
     OUTCOME_UNKNOWN when the VMM does not answer."""
     try:
-        obstacles = await own.vmm.unmigratable()
+        obstacles = await own.vmm.unmigratable() + _threads(own)
     except EngineError as error:
         raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"guest {name}: {error}") from error
     if obstacles:

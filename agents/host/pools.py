@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -59,6 +61,68 @@ def firmware_hashes(config: AgentConfig) -> dict[str, str]:
     }
     found = {role: _digest(path) for role, path in files.items() if path is not None}
     return {role: digest for role, digest in found.items() if digest}
+
+
+_BASES = "bases.json"
+_read: dict[str, tuple[list[int], str]] = {}
+"""Path of a base -> what its file was when it was read, and its SHA-256."""
+
+
+def bases(config: AgentConfig) -> dict[str, dict[str, str]]:
+    """Pool -> its bases whose content has been read (`read_bases`) and has not changed since -> SHA-256. Blocking,
+    reads no content."""
+    found: dict[str, dict[str, str]] = {}
+    for pool, each in config.pools.items():
+        for name in each.bases:
+            if digest := _known(each.path / name):
+                found.setdefault(pool, {})[name] = digest
+    return found
+
+
+def read_bases(config: AgentConfig) -> None:
+    """Read the content of each base that is not known yet. Blocking, for as long as large files take.
+
+    What was read is noted down, so that a later agent need not read it again. A file that cannot be read has no
+    content that anybody could rely on, and is left out.
+    """
+    note = config.dir / _BASES
+    if not _read:
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            _read.update({path: (was, digest) for path, (was, digest) in json.loads(note.read_text()).items()})
+    fresh = False
+    for pool in config.pools.values():
+        for path in (pool.path / name for name in pool.bases):
+            if _known(path):
+                continue
+            try:
+                was = _identity(path)
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if was == _identity(path):
+                    _read[str(path)], fresh = (was, digest), True
+            except OSError as error:
+                log.warning("a base cannot be read: no guest's disk can lie on it", base=str(path), error=str(error))
+    if fresh:
+        temporary = note.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(_read))
+            temporary.replace(note)
+        except OSError as error:
+            log.warning("the content of bases is not noted down, and is read again by the next agent", error=str(error))
+
+
+def _known(path: Path) -> str:
+    was, digest = _read.get(str(path), ([], ""))
+    try:
+        return digest if was and was == _identity(path) else ""
+    except OSError:
+        return ""
+
+
+def _identity(path: Path) -> list[int]:
+    """Differs for another file, and for another content. Raises OSError."""
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _digest(path: Path) -> str:

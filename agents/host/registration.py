@@ -83,12 +83,13 @@ class Offered:
     pools: tuple[Pool, ...] = ()
     cpu_models: tuple[str, ...] = ()
     firmware: dict[str, str] = field(default_factory=dict[str, str])
-    features: tuple[str, ...] = (HostFeature.HARDWARE, HostFeature.HOTPLUG)
+    features: tuple[str, ...] = (HostFeature.HARDWARE, HostFeature.HOTPLUG, HostFeature.DISK_THREADS)
 
     @classmethod
     def of(cls, config: AgentConfig, probed: Mapping[str, str]) -> Offered:
         """Blocking: reads the firmware's files once."""
-        features = [HostFeature.HARDWARE, HostFeature.HOTPLUG, *([HostFeature.TPM] if tpm.available() else [])]
+        features = [HostFeature.HARDWARE, HostFeature.HOTPLUG, HostFeature.DISK_THREADS]
+        features += [HostFeature.TPM] if tpm.available() else []
         if config.engine != "qemu":
             features = []
         return cls(
@@ -140,6 +141,7 @@ class Registration:
         self._offered = Offered()
         self._space: HostSpace | None = None
         """As it was written last by this agent; None: it has not, and what stands there is an earlier one's."""
+        self._telling = asyncio.Lock()
         self.lost = ""
         """Why this agent starts nothing new: somebody else has the host's place. Empty: it is ours."""
         self.on_change: Callable[[], None] = lambda: None
@@ -313,17 +315,25 @@ class Registration:
         self._tasks.keep(self._hold_once, "the host's place", again_s=RETRY_S, every_s=0.0)
         if self._config.pools:
             self._tasks.keep(self._tell_space, "room in pools", again_s=SPACE_S, every_s=SPACE_S)
+        if any(pool.bases for pool in self._config.pools.values()):
+            self._tasks.keep(self._read_bases, "bases in pools", again_s=SPACE_S, every_s=SPACE_S)
 
     async def _tell_space(self) -> None:
         """Write how much room the pools have, once it has moved by more than a hundredth of a pool. Best effort: what
         counts is looked at again where a disk is made."""
         await asyncio.to_thread(pools.sweep, self._config)
+        async with self._telling:
+            await self._tell_what_moved()
+
+    async def _tell_what_moved(self) -> None:
         if self.lost:
             return
         now = await asyncio.to_thread(pools.published, self._config)
-        if self._space is not None and not any(_has_moved(self._space, pool) for pool in now):
+        bases = await asyncio.to_thread(pools.bases, self._config)
+        told = self._space
+        if told is not None and told.bases == bases and not any(_has_moved(told, pool) for pool in now):
             return
-        space = HostSpace({pool.name: pool.free_bytes for pool in now})
+        space = HostSpace({pool.name: pool.free_bytes for pool in now}, bases)
         path = paths.space(self._config.host)
         try:
             node = await self._store.read(path)
@@ -332,6 +342,12 @@ class Registration:
                 self._space = space
         except StoreUnavailable as error:
             log.warning("the room in this host's pools is not told", error=str(error))
+
+    async def _read_bases(self) -> None:
+        """What bases there are is told as soon as it is known."""
+        await asyncio.to_thread(pools.read_bases, self._config)
+        if self._space is None or self._space.bases != await asyncio.to_thread(pools.bases, self._config):
+            await self._tell_space()
 
     def wake(self) -> None:
         """Look soon: a new session has no `live` node yet."""

@@ -52,7 +52,7 @@ def host(known: HostInput, view: HostView, guests: int) -> types_pb2.Host:
         machine_types=record.machine_types,
         accelerator=record.accelerator,
         switchover_ack=record.switchover_ack,
-        pools=map(wire.pool_to_proto, record.pools),
+        pools=[wire.pool_to_proto(pool, known.space) for pool in record.pools],
         networks=map(wire.network_to_proto, record.networks),
         cpu_models=record.cpu_models,
         firmware=record.firmware,

@@ -159,6 +159,9 @@ class _Disk(Model):
     cache: Literal["none", "writeback"] = "none"
     read_only: bool = False
     boot: bool = False
+    iothread: bool = False
+    base: _Text = ""
+    base_format: Literal["raw", "qcow2"] = "qcow2"
 
     def spec(self) -> DiskSpec:
         """An image without a name gets one that no other guest has; `${name}` in it is the guest's."""
@@ -171,6 +174,9 @@ class _Disk(Model):
             cache=DiskCache(self.cache),
             read_only=self.read_only,
             boot=self.boot,
+            iothread=self.iothread,
+            base=self.base,
+            base_format=DiskFormat(self.base_format),
         )
 
 

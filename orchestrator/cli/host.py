@@ -94,7 +94,8 @@ def _pools(each: Host) -> str:
 
     def told(pool: Pool) -> str:
         room = f", {units.size(pool.free_bytes)} of {units.size(pool.size_bytes)} free" if pool.size_bytes else ""
-        return f"{pool.name} ({wire.word(pool, 'kind').lower()}{room})"
+        bases = "".join(f", base {name} {pool.bases[name][:12]}" for name in sorted(pool.bases))
+        return f"{pool.name} ({wire.word(pool, 'kind').lower()}{room}{bases})"
 
     return ", ".join(map(told, each.pools))
 

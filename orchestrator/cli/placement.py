@@ -25,6 +25,7 @@ NO_PLACE = frozenset(
         RefusalReason.DISK_NOT_MIGRATABLE,
         RefusalReason.NETWORK_NOT_FOUND,
         RefusalReason.CPU_NOT_AVAILABLE,
+        RefusalReason.BASE_NOT_AVAILABLE,
         RefusalReason.FIRMWARE_NOT_AVAILABLE,
         RefusalReason.TPM_NOT_AVAILABLE,
         RefusalReason.FEATURE_NOT_AVAILABLE,

@@ -120,6 +120,8 @@ class RefusalReason(StrEnum):
     """The host has no network of the name that a card is in, or one whose MTU is too small."""
     CPU_NOT_AVAILABLE = "CPU_NOT_AVAILABLE"
     """The host cannot give all of the guest's CPU model."""
+    BASE_NOT_AVAILABLE = "BASE_NOT_AVAILABLE"
+    """The image that a disk's own lies on is not in the host's pool, or its content is another."""
     FIRMWARE_NOT_AVAILABLE = "FIRMWARE_NOT_AVAILABLE"
     """The host has no such firmware, or another build of it than the guest was started with."""
     TPM_NOT_AVAILABLE = "TPM_NOT_AVAILABLE"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from orchestrator.core.naming import MOVED_AWAY, file_error, name_error
-from orchestrator.core.records import CloudInit, DiskSpec, Firmware, GuestSpec, NicSpec, ShimKind
+from orchestrator.core.records import CloudInit, DiskFormat, DiskSpec, Firmware, GuestSpec, NicSpec, ShimKind
 from orchestrator.core.text import quoted
 
 Problem = tuple[str, str]
@@ -100,6 +100,10 @@ def _disks(disks: Sequence[DiskSpec]) -> list[Problem]:
         if before != index and not (disk.read_only and disks[before].read_only):
             said = f"is the image of disk {quoted(disks[before].name)} as well: an image has one writer"
             bad.append((f"disks[{index}].image", said))
+    written = {(disk.pool, disk.image) for disk in disks if not disk.read_only}
+    for index, disk in enumerate(disks):
+        if disk.base and (disk.pool, disk.base) in written:
+            bad.append((f"disks[{index}].base", "is an image that the guest writes to: nothing may lie on it"))
     return bad
 
 
@@ -114,6 +118,8 @@ def _disk(disk: DiskSpec) -> list[Problem]:
     elif MOVED_AWAY.fullmatch(disk.image):
         said = "is what an image is called whose guest has moved away, and such images are removed"
         bad.append(("image", f"{said}: give it another name"))
+    if disk.base and (said := _base(disk)):
+        bad.append(("base", said))
     if not disk.size_bytes:
         return bad
     if disk.read_only:
@@ -123,6 +129,17 @@ def _disk(disk: DiskSpec) -> list[Problem]:
     elif disk.size_bytes % SECTOR_BYTES:
         bad.append(("size_bytes", f"must be a multiple of {SECTOR_BYTES} bytes, not {disk.size_bytes}"))
     return bad
+
+
+def _base(disk: DiskSpec) -> str:
+    """What is wrong with the image that a disk's own is to lie on; empty: nothing."""
+    if wrong := file_error(disk.base, "the pool"):
+        return wrong
+    if MOVED_AWAY.fullmatch(disk.base):
+        return "is what an image is called whose guest has moved away, and such images are removed"
+    if disk.format is not DiskFormat.QCOW2:
+        return "is only for an image of format qcow2: a raw one lies on nothing"
+    return "must be left out of a read-only disk: its image says what it lies on" if disk.read_only else ""
 
 
 def _nics(nics: Sequence[NicSpec]) -> list[Problem]:

@@ -15,6 +15,7 @@ REMEDIES = {
     RefusalReason.POOL_NOT_FENCED: "declare what fences the pool, or accept `locks: none`",
     RefusalReason.POOL_FULL: "make room in that host's pool",
     RefusalReason.DISK_NOT_MIGRATABLE: "start the guest anew with a disk that has a size, and `cache: none` if shared",
+    RefusalReason.BASE_NOT_AVAILABLE: "put the same file into that host's pool, and name it in the pool's `bases`",
     RefusalReason.DISK_NOT_FOUND: "put the image into the pool",
     RefusalReason.NETWORK_NOT_FOUND: "add the network to that host's configuration, with the same MTU",
     RefusalReason.TPM_NOT_AVAILABLE: "install swtpm on that host",

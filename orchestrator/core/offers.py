@@ -30,6 +30,9 @@ class DiskNeed:
     size_bytes: int
     writable: bool
     cached: bool
+    base: str = ""
+    """The image that its own lies on."""
+    iothread: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class HardwareNeed:
     extra_args: tuple[str, ...] = ()
     room: bool = False
     """For more memory or vCPUs while it runs."""
+    threads: bool = False
+    """A disk has a thread of its own."""
 
 
 NONE = HardwareNeed()
@@ -55,7 +60,9 @@ NONE = HardwareNeed()
 def hardware_need(spec: GuestSpec) -> HardwareNeed:
     """Of a guest with this specification."""
     disks = (
-        DiskNeed(disk.pool, disk.size_bytes, not disk.read_only, disk.cache is not DiskCache.NONE)
+        DiskNeed(
+            disk.pool, disk.size_bytes, not disk.read_only, disk.cache is not DiskCache.NONE, disk.base, disk.iothread
+        )
         for disk in spec.disks
     )
     return HardwareNeed(
@@ -67,6 +74,7 @@ def hardware_need(spec: GuestSpec) -> HardwareNeed:
         spec.tpm is not None,
         spec.extra_args,
         can_grow(spec),
+        any(disk.iothread for disk in spec.disks),
     )
 
 
@@ -83,6 +91,8 @@ class Offer:
     features: frozenset[str] = frozenset()
     free_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
     """Of its pools, less what is promised to migrations on their way there."""
+    bases: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    """Pool -> the images that others may lie on -> SHA-256."""
 
 
 NOTHING = Offer("")
@@ -104,6 +114,7 @@ def offer_of(record: HostRecord, space: HostSpace | None, promised: Iterable[Map
         frozenset(record.extra_args),
         frozenset(record.features),
         free,
+        space.bases if space else {},
     )
 
 
@@ -145,7 +156,11 @@ def lasting_obstacle(need: HardwareNeed, guest: str, offer: Offer, source: Offer
     if HostFeature.HARDWARE not in offer.features:
         said = f"{offer.name}'s agent is of a version that knows no disks, network cards or firmware: upgrade it"
         return RefusalReason.FEATURE_NOT_AVAILABLE, said
+    if need.threads and HostFeature.DISK_THREADS not in offer.features:
+        said = f"{offer.name}'s agent is of a version that knows no disks with a thread of their own: upgrade it"
+        return RefusalReason.FEATURE_NOT_AVAILABLE, said
     found = [_pool_obstacle(disk, guest, offer, source) for disk in need.disks]
+    found += [_base_obstacle(disk, guest, offer, source) for disk in need.disks if disk.base]
     found += [_network_obstacle(name, mtu, guest, offer, source) for name, mtu in need.networks]
     found += [_cpu_obstacle(need.cpu, guest, offer, source), _firmware_obstacle(need.firmware, guest, offer, source)]
     if need.tpm and HostFeature.TPM not in offer.features:
@@ -188,6 +203,29 @@ def _pool_obstacle(disk: DiskNeed, guest: str, offer: Offer, source: Offer | Non
     if source is not None and pool.kind is PoolKind.LOCAL and disk.writable and not disk.size_bytes:
         said = f"a disk of {guest} in the local pool {disk.pool} has no size: nobody can make its image on {offer.name}"
         return RefusalReason.DISK_NOT_MIGRATABLE, said
+    if source is not None and pool.kind is PoolKind.LOCAL and disk.writable and disk.iothread:
+        return RefusalReason.DISK_NOT_MIGRATABLE, thread_in_the_way(guest, disk.pool)
+    return None
+
+
+def thread_in_the_way(guest: str, pool: str) -> str:
+    """Why a disk in a local pool that has a thread of its own does not move: a QEMU that loses the target of a mirror
+    while it stops such a guest ends with a failed assertion (job_set_aio_context), and the guest with it."""
+    said = f"a disk of {guest} in the local pool {pool} has a thread of its own (iothread)"
+    return f"{said}: QEMU would abort, and the guest with it, if the destination were lost as the guest is stopped"
+
+
+def _base_obstacle(disk: DiskNeed, guest: str, offer: Offer, source: Offer | None) -> Obstacle | None:
+    here = offer.bases.get(disk.pool, {}).get(disk.base, "")
+    if not here:
+        said = f"pool {disk.pool} of {offer.name} has no base {disk.base}, which a disk of {guest} lies on"
+        hint = "put it there and name it in the pool's `bases`; if that is done, its content is still being read"
+        return RefusalReason.BASE_NOT_AVAILABLE, f"{said}: {hint}"
+    there = source.bases.get(disk.pool, {}).get(disk.base, "") if source is not None else ""
+    if source is not None and there and here != there:
+        where = f"on {offer.name} ({here[:12]}) than on {source.name} ({there[:12]})"
+        said = f"base {disk.base} in pool {disk.pool} has another content {where}: a disk of {guest} lies on it"
+        return RefusalReason.BASE_NOT_AVAILABLE, said
     return None
 
 

@@ -98,6 +98,12 @@ class DiskSpec(Record):
     read_only: bool = False
     boot: bool = False
     """The firmware looks here first."""
+    iothread: bool = False
+    """Its requests are handled by a thread of their own, beside the one that handles everything else."""
+    base: str = ""
+    """Name of an image in the same pool that this one lies on, and that nobody writes to: what the disk has not written
+    is read from there. Empty: none."""
+    base_format: DiskFormat = DiskFormat.QCOW2
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +224,8 @@ class LiveMachine(Record):
     """Room for modules of memory up to this much in all; 0: none."""
     max_vcpus: int = 0
     """Sockets for so many vCPUs in all; 0: no more than it was born with."""
+    base_sha256: dict[str, str] = field(default_factory=dict[str, str])
+    """Disk -> content of the image that its own lies on, as it was when the guest was born."""
 
 
 class PoolKind(StrEnum):
@@ -279,6 +287,8 @@ class HostFeature(StrEnum):
     TPM = "TPM"
     HOTPLUG = "HOTPLUG"
     """It builds machines with room for more memory and vCPUs, and adds to machines that run."""
+    DISK_THREADS = "DISK_THREADS"
+    """It knows disks with a thread of their own, and images that lie on others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,9 +340,11 @@ class HostRecord(Record):
 
 @dataclass(frozen=True, slots=True)
 class HostSpace(Record):
-    """`/hosts/<h>/space`: free bytes by pool. A node of its own, so that the host's record stays as it is."""
+    """`/hosts/<h>/space`: what moves of its pools. A node of its own, so that the host's record stays as it is."""
 
     free_bytes: dict[str, int] = field(default_factory=dict[str, int])
+    bases: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    """Pool -> the images in it that others may lie on, each with its SHA-256; those that have been read so far."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from agents.disks.daemon import DiskDaemon
-from agents.disks.images import Images
+from agents.disks.images import Images, make
 from agents.engine.base import (
     DiskFailed,
     DiskFile,
@@ -32,6 +32,7 @@ from agents.engine.base import (
     RunState,
     stream_of,
 )
+from agents.engine.qemu.arguments import disk_nodes
 from agents.engine.qemu.engine import QemuEngine, QemuVmm
 from orchestrator.core.disks import Copying, SourceSide, copying
 from orchestrator.core.disks import DestinationSide as There
@@ -41,7 +42,7 @@ from tests.contract.test_engine import Pair, image
 
 SIZE = 64 << 20
 LINK = 1 << 30
-DEVICE = "/machine/peripheral/vd/virtio-backend"
+DEVICE = "/machine/peripheral/vd-root/virtio-backend"
 pytestmark = [
     pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, reason="no qemu-storage-daemon"),
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="no QEMU"),
@@ -70,7 +71,7 @@ class Lab:
 
     async def source(self) -> QemuVmm:
         disk = self.disk(self.here)
-        run("qemu-img", "create", "-q", "-f", "qcow2", disk.path, str(SIZE))
+        await make(disk, disk.path, timeout_s=10)
         vmm = await self.engine.start(replace(self.pair.spec("s"), disks=(disk,)))
         self.vmms.append(vmm)
         await _with_disk(vmm, disk)
@@ -164,9 +165,10 @@ async def _with_disk(vmm: QemuVmm, disk: DiskFile) -> None:
     nodes = await vmm._execute("query-named-block-nodes", {"flat": True})
     if any(node["node-name"] == disk.node for node in nodes):
         return
-    file = {"driver": "file", "filename": str(disk.path)}
-    await vmm._execute("blockdev-add", {"driver": disk.format.value, "node-name": disk.node, "file": file})
-    await vmm._execute("device_add", {"driver": "virtio-blk-pci", "id": "vd", "drive": disk.node})
+    for node in disk_nodes(disk):
+        await vmm._execute("blockdev-add", node)
+    device = {"driver": "virtio-blk-pci", "id": f"vd-{disk.name}", "drive": disk.node}
+    await vmm._execute("device_add", device)
 
 
 @pytest.fixture

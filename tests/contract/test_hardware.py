@@ -10,6 +10,7 @@ import struct
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,7 @@ DATA = DiskSpec("data", "shared", "data.raw", DiskFormat.RAW, size_bytes=4 << 20
 CARDS = (NicSpec("eth0", "lab"), NicSpec("eth1", "lab", "52:54:00:12:34:56", 4, 9000))
 KINDS = {
     "disks": GuestSpec("g", disks=(ROOT, DATA)),
+    "threads": GuestSpec("g", vcpus=2, disks=(replace(ROOT, iothread=True), replace(DATA, iothread=True))),
     "cpu": GuestSpec("g", vcpus=2, cpu=Cpu("Nehalem"), extra_args=("-device virtio-rng-pci",)),
     "cards": GuestSpec("g", vcpus=2, nics=CARDS),
     "bios": GuestSpec(
@@ -322,12 +324,12 @@ async def test_firmware_of_another_build_is_refused(ends: Ends) -> None:
     spec = GuestSpec("g", memory_mib=128, boot=Boot(firmware=Firmware.UEFI), disks=(ROOT,), machine="q35")
     _, machine = await ends.born(spec)
     config = ends.files("b", spec).config
-    hardware.must_agree(config, machine, "g")
+    hardware.must_agree(config, spec, machine)
     other = ends.directory / "other.fd"
     other.write_bytes(b"another build")
     changed = config.model_copy(update={"firmware": FirmwareConfig(uefi_code=other, uefi_vars=other)})
     with pytest.raises(DroverError) as refused:
-        hardware.must_agree(changed, machine, "g")
+        hardware.must_agree(changed, spec, machine)
     assert refused.value.reason is RefusalReason.FIRMWARE_NOT_AVAILABLE
 
 

@@ -51,6 +51,7 @@ def specs(draw: st.DrawFn) -> GuestSpec:
             cache=draw(st.sampled_from(DiskCache)),
             read_only=draw(st.booleans()),
             boot=number == 0 and firmware is not Firmware.DIRECT,
+            iothread=draw(st.booleans()),
         )
         for number, name in enumerate(draw(st.lists(NAMES, max_size=16, unique=True)))
     )
@@ -123,6 +124,17 @@ def test_the_two_ends_differ_in_what_stands_behind_the_devices_and_in_nothing_el
 
 @settings(deadline=None)
 @given(specs(), st.sampled_from(TYPES))
+def test_every_thread_that_a_disk_names_is_made_before_it(spec: GuestSpec, machine_type: str) -> None:
+    words = started(vmm(spec, machine_type, "a"), incoming=True)
+    made = [value.partition("id=")[2] for word, value in pairwise(words) if word == "-object"]
+    named = [value for value in words if ",iothread=" in value]
+    assert sorted(made) == sorted(f"io-{disk.name}" for disk in spec.disks if disk.iothread)
+    assert len(named) == len(made)
+    assert not named or words.index(named[0]) > max(n for n, word in enumerate(words) if word == "-object")
+
+
+@settings(deadline=None)
+@given(specs(), st.sampled_from(TYPES))
 def test_every_device_has_a_place_of_its_own_and_something_behind_it(spec: GuestSpec, machine_type: str) -> None:
     listed = machine.born(spec, facts(machine_type)).devices
     assert len({device.id for device in listed}) == len(listed)
@@ -152,6 +164,18 @@ def test_what_was_added_or_taken_away_is_noticed(spec: GuestSpec, machine_type: 
         gone = data.draw(st.sampled_from(sorted(found)))
         assert arguments.strangers(listed, {name: kind for name, kind in found.items() if name != gone}) != []
         assert arguments.strangers(listed, {**found, gone: "e1000"}) != []
+
+
+def test_what_an_image_lies_on_is_opened_to_read_only() -> None:
+    disk = DiskFile(
+        "d", Path("/p/i"), DiskFormat.QCOW2, DiskCache.NONE, False, PoolKind.LOCAL, base=Path("/p/b"),
+        base_format=DiskFormat.RAW,
+    )  # fmt: skip
+    base_file, base, file, top = arguments.disk_nodes(disk)
+    assert (base_file["filename"], base_file["read-only"], base["driver"], base["read-only"]) == (
+        "/p/b", True, "raw", True,
+    )  # fmt: skip
+    assert (file["filename"], top["backing"], top["node-name"]) == ("/p/i", base["node-name"], "disk-d")
 
 
 def test_a_comma_in_a_value_is_one_value() -> None:

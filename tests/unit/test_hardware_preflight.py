@@ -97,5 +97,5 @@ async def test_a_tpm_that_cannot_be_had_is_refused_and_leaves_nothing(
 def test_firmware_that_is_missing_at_the_other_end_is_named(tmp_path: Path) -> None:
     machine = LiveMachine("pc-q35-10.0", "qemu64", 64, 1, Firmware.BIOS, {"bios": "a" * 64})
     with pytest.raises(DroverError, match="h1 has none") as caught:
-        hardware.must_agree(host(tmp_path), machine, "g")
+        hardware.must_agree(host(tmp_path), SOUND, machine)
     assert caught.value.reason is R.FIRMWARE_NOT_AVAILABLE

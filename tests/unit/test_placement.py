@@ -285,7 +285,7 @@ WHOLE = HostRecord(
     cpu_models=("Nehalem", "qemu64"),
     firmware={"uefi_code": "a1"},
     extra_args=("-device virtio-rng-pci",),
-    features=(HostFeature.HARDWARE, HostFeature.TPM),
+    features=(HostFeature.HARDWARE, HostFeature.TPM, HostFeature.DISK_THREADS),
 )
 
 
@@ -353,11 +353,48 @@ def test_a_disk_that_cannot_go_along_as_it_is_described_is_no_fault_of_the_host(
     assert moved(size_bytes=1 << 20) is None
     assert moved() is RefusalReason.DISK_NOT_MIGRATABLE, "nobody could make its image there"
     assert moved(read_only=True) is None
+    assert moved(size_bytes=1 << 20, iothread=True) is RefusalReason.DISK_NOT_MIGRATABLE, "QEMU could abort in it"
+    assert moved(pool="shared", iothread=True) is None
     assert moved(pool="shared") is None
     assert moved(pool="shared", cache=DiskCache.WRITEBACK) is RefusalReason.DISK_NOT_MIGRATABLE
     (fresh,) = host_views([HostInput(WHOLE, True, Cordon(), Reservations())], [])
     born = replace(SHOP, disks=(DiskSpec("root", "fast", "root"),))
     assert judge(fresh, need_for(born, guest="g")).eligible, "it may be started on an image that is there"
+
+
+def test_the_image_that_a_disk_lies_on_is_there_with_the_same_content() -> None:
+    disk = DiskSpec("root", "fast", "root", size_bytes=1 << 20, base="debian.qcow2")
+    need = need_for(replace(SHOP, disks=(disk,)), guest="g", source="h1")
+
+    def said(here: str, there: str) -> tuple[RefusalReason | None, str]:
+        inputs = [
+            HostInput(
+                replace(WHOLE, name=name),
+                True,
+                Cordon(),
+                Reservations(),
+                space=HostSpace({"fast": 8 << 30}, {"fast": {"debian.qcow2": digest}} if digest else {}),
+            )
+            for name, digest in (("h1", here), ("h2", there))
+        ]
+        source, host = host_views(inputs, [])
+        verdict = judge(host, need, source=source)
+        return verdict.reason, verdict.message
+
+    assert said("a1", "a1") == (None, "")
+    found, message = said("a1", "b2")
+    assert found is RefusalReason.BASE_NOT_AVAILABLE
+    assert "has another content on h2 (b2) than on h1 (a1)" in message
+    found, message = said("a1", "")
+    assert found is RefusalReason.BASE_NOT_AVAILABLE
+    assert "pool fast of h2 has no base debian.qcow2" in message
+
+
+def test_a_thread_for_a_disk_needs_an_agent_that_knows_it() -> None:
+    spec = replace(SHOP, disks=(DiskSpec("root", "shared", "root", iothread=True),))
+    older = replace(WHOLE, features=(HostFeature.HARDWARE, HostFeature.TPM))
+    assert judged(older, spec)[0] is RefusalReason.FEATURE_NOT_AVAILABLE
+    assert judged(WHOLE, spec)[0] is None
 
 
 def test_room_in_local_pools_is_what_is_free_less_what_is_promised() -> None:

@@ -57,7 +57,8 @@ def backend_arguments(spec: VmmSpec) -> list[str]:
     nodes: list[Json] = [node for disk in spec.disks for node in disk_nodes(disk)]
     if spec.seed_path is not None:
         nodes += _raw(_SEED, _file(_SEED, spec.seed_path, read_only=True), read_only=True)
-    arguments = [word for node in nodes for word in ("-blockdev", _json(node))]
+    arguments = [word for thread in _threads(spec) for word in ("-object", f"iothread,id={_escaped(thread)}")]
+    arguments += [word for node in nodes for word in ("-blockdev", _json(node))]
     taps = {tap.nic: tap.ifname for tap in spec.taps}
     for nic in spec.spec.nics:
         arguments += ["-netdev", _netdev(nic, taps.get(nic.name, ""))]
@@ -128,7 +129,19 @@ def disk_nodes(disk: DiskFile) -> list[Json]:
         "discard": "unmap",
         "cache": {"direct": direct, "no-flush": False},
     }
-    return [file, top]
+    if disk.base is None:
+        return [file, top]
+    # The base is opened to read only, whatever lies on it: no guest, and nobody who copies one, writes to it.
+    base = _file(f"{disk.node}-base", disk.base, read_only=True)
+    base |= {"cache": top["cache"], "locking": file["locking"]}
+    below: Json = {
+        "driver": disk.base_format.value,
+        "node-name": f"{disk.node}-base",
+        "file": base["node-name"],
+        "read-only": True,
+        "cache": top["cache"],
+    }
+    return [base, below, file, {**top, "backing": below["node-name"]}]
 
 
 def extra_arguments(spec: VmmSpec) -> list[str]:
@@ -147,6 +160,12 @@ def _file(node: str, path: Path, *, read_only: bool = False, block: bool = False
         "read-only": read_only,
         "auto-read-only": False,
     }
+
+
+def _threads(spec: VmmSpec) -> list[str]:
+    """Those that devices of the machine name."""
+    devices = spec.machine.devices if spec.machine is not None else ()
+    return [device.properties["iothread"] for device in devices if "iothread" in device.properties]
 
 
 def _raw(node: str, file: Json, *, read_only: bool | None = None) -> list[Json]:

@@ -46,6 +46,7 @@ class QemuDisks(base.DiskCopies):
 
     def __init__(self, disks: Sequence[base.DiskFile], execute: Execute, yank: Execute, emit: base.EventSink) -> None:
         self._nodes = {disk.name: disk.node for disk in disks if not disk.shared and not disk.read_only}
+        self._based = frozenset(disk.name for disk in disks if disk.base is not None)
         self._execute = execute
         self._yank = yank
         self._emit = emit
@@ -106,7 +107,9 @@ class QemuDisks(base.DiskCopies):
             return
         await self._drop_bitmaps(disk)
         self._mirrors.add(disk)
-        arguments = {"job-id": job, "device": self._nodes[disk], "target": _copy(disk), "sync": "full"}
+        # What lies below the image is at the destination already.
+        sync = "top" if disk in self._based else "full"
+        arguments = {"job-id": job, "device": self._nodes[disk], "target": _copy(disk), "sync": sync}
         errors = {"on-source-error": "report", "on-target-error": "report", "copy-mode": "background"}
         try:
             await self._execute("blockdev-mirror", {**arguments, **errors})

@@ -1367,6 +1367,26 @@ class LiveMachine(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class BaseSha256Entry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TYPE_FIELD_NUMBER: _builtins.int
     CPU_FIELD_NUMBER: _builtins.int
     MEMORY_MIB_FIELD_NUMBER: _builtins.int
@@ -1376,6 +1396,7 @@ class LiveMachine(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     MAX_MEMORY_MIB_FIELD_NUMBER: _builtins.int
     MAX_VCPUS_FIELD_NUMBER: _builtins.int
+    BASE_SHA256_FIELD_NUMBER: _builtins.int
     type: _builtins.str
     """Versioned machine type."""
     cpu: _builtins.str
@@ -1389,6 +1410,10 @@ class LiveMachine(_message.Message):
     def firmware_sha256(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___LiveDevice]: ...
+    @_builtins.property
+    def base_sha256(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Disk -> content of the image that its own lies on."""
+
     def __init__(
         self,
         *,
@@ -1401,10 +1426,11 @@ class LiveMachine(_message.Message):
         devices: _abc.Iterable[Global___LiveDevice] | None = ...,
         max_memory_mib: _builtins.int = ...,
         max_vcpus: _builtins.int = ...,
+        base_sha256: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "devices", b"devices", "firmware", b"firmware", "firmware_sha256", b"firmware_sha256", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "type", b"type", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_sha256", b"base_sha256", "cpu", b"cpu", "devices", b"devices", "firmware", b"firmware", "firmware_sha256", b"firmware_sha256", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "type", b"type", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -645,12 +645,33 @@ class Pool(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class BasesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     FENCE_FIELD_NUMBER: _builtins.int
     ACCEPTS_NO_LOCKS_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
+    BASES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     kind: Global___PoolKind.ValueType
     fence: Global___PoolFence.ValueType
@@ -658,6 +679,10 @@ class Pool(_message.Message):
     """The operator lives without locks that other hosts see."""
     size_bytes: _builtins.int
     free_bytes: _builtins.int
+    @_builtins.property
+    def bases(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Images that others may lie on: name -> SHA-256."""
+
     def __init__(
         self,
         *,
@@ -667,10 +692,11 @@ class Pool(_message.Message):
         accepts_no_locks: _builtins.bool = ...,
         size_bytes: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
+        bases: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_no_locks", b"accepts_no_locks", "fence", b"fence", "free_bytes", b"free_bytes", "kind", b"kind", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_no_locks", b"accepts_no_locks", "bases", b"bases", "fence", b"fence", "free_bytes", b"free_bytes", "kind", b"kind", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1166,6 +1192,9 @@ class DiskSpec(_message.Message):
     CACHE_FIELD_NUMBER: _builtins.int
     READ_ONLY_FIELD_NUMBER: _builtins.int
     BOOT_FIELD_NUMBER: _builtins.int
+    IOTHREAD_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    BASE_FORMAT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pool: _builtins.str
     image: _builtins.str
@@ -1179,6 +1208,14 @@ class DiskSpec(_message.Message):
     read_only: _builtins.bool
     boot: _builtins.bool
     """The firmware looks here first."""
+    iothread: _builtins.bool
+    """Its requests are handled by a thread of their own."""
+    base: _builtins.str
+    """Name of an image in the same pool that this one lies on: what the disk has not written is read from there. Empty:
+    none.
+    """
+    base_format: Global___DiskFormat.ValueType
+    """Of the base. Not set: QCOW2."""
     def __init__(
         self,
         *,
@@ -1190,10 +1227,13 @@ class DiskSpec(_message.Message):
         cache: Global___DiskCache.ValueType = ...,
         read_only: _builtins.bool = ...,
         boot: _builtins.bool = ...,
+        iothread: _builtins.bool = ...,
+        base: _builtins.str = ...,
+        base_format: Global___DiskFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cache", b"cache", "format", b"format", "image", b"image", "name", b"name", "pool", b"pool", "read_only", b"read_only", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "base_format", b"base_format", "boot", b"boot", "cache", b"cache", "format", b"format", "image", b"image", "iothread", b"iothread", "name", b"name", "pool", b"pool", "read_only", b"read_only", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
