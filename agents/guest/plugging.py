@@ -28,7 +28,9 @@ def vcpus(machine: LiveMachine) -> int:
 
 
 def disk(machine: LiveMachine, spec: DiskSpec) -> LiveDevice:
-    """A disk, in its place. Raises MachineError when there is none left."""
+    """A disk, in its place. Raises MachineError when there is none left, and for what only a birth can give."""
+    if spec.iothread or spec.base:
+        raise MachineError("a disk that is added while the guest runs has no `iothread` and no `base`: leave them out")
     return _placed(machine, disk_device(spec, vcpus(machine)))
 
 
