@@ -44,13 +44,14 @@ from orchestrator.core.agent import (
     PrepareOrder,
     WishApplied,
 )
+from orchestrator.core.changes import MachineChange
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.offers import Obstacle
-from orchestrator.core.records import LiveMachine, NetworkKind
+from orchestrator.core.records import GuestSpec, LiveMachine, NetworkKind
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
@@ -468,6 +469,12 @@ class Agent:
         found = await asyncio.gather(*(check(guest) for guest in here))
         return dict(zip((guest.uuid for guest in here), found, strict=True))
 
+    async def change_machine(self, uuid: str, wanted: MachineChange, reservations: int) -> GuestSpec:
+        """See `HostedGuest.change`. A caller that is cut off does not stop it half-way. Raises NOT_FOUND when the guest
+        is not here."""
+        self._must_take_on()
+        return await self._to_its_end(self._known(uuid).change(wanted, reservations))
+
     async def instruct(self, uuid: str, device: str, instruction: str) -> str:
         """See `HostedGuest.instruct`. Raises INSTRUCTIONS_DISABLED as well."""
         if not self._config.instructions:
@@ -541,16 +548,9 @@ class Agent:
                 return guest.departure
         return None
 
-    def machine(self, uuid: str) -> LiveMachine:
-        """Of a guest that is here, as its VMM has it. Raises NOT_FOUND, and FEATURE_NOT_AVAILABLE when it is not known
-        any more."""
-        own = self._known(uuid).own()
-        if own is None or own.hardware is None:
-            raise DroverError(RefusalReason.NOT_FOUND, f"guest {uuid} has no hardware on {self.here.host}")
-        if own.hardware.machine is None:
-            said = f"the note of the machine of guest {own.files.spec.name} is lost on {self.here.host}"
-            raise DroverError(RefusalReason.FEATURE_NOT_AVAILABLE, f"{said}: it can move after its next start")
-        return own.hardware.machine
+    async def machine(self, uuid: str) -> tuple[LiveMachine, GuestSpec]:
+        """Of a guest that is here: see `HostedGuest.as_it_runs`."""
+        return await self._known(uuid).as_it_runs()
 
     async def pool_tokens(self, uuid: str) -> Mapping[str, str]:
         """What proves which directories its shared pools are here. Raises NOT_FOUND."""

@@ -32,6 +32,7 @@ from orchestrator.core.agent import (
     Trouble,
     WishApplied,
 )
+from orchestrator.core.changes import MachineChange
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
@@ -70,7 +71,7 @@ from orchestrator.core.records import (
     Tpm,
 )
 from orchestrator.core.text import clip, quoted
-from protos.drover.v1 import agent_pb2, types_pb2
+from protos.drover.v1 import agent_pb2, orchestrator_pb2, types_pb2
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
@@ -380,6 +381,68 @@ def _live_device(each: agent_pb2.LiveDevice) -> LiveDevice:
     return LiveDevice(
         each.id, each.driver, each.bus, each.address, properties, each.backend, each.memory_mib, each.leaving
     )
+
+
+def machine_change_to_proto(uuid: str, change: MachineChange, reservations: int) -> agent_pb2.ChangeMachineRequest:
+    """What the agent of a guest's host is to do. Raises INVALID_ARGUMENT when a number does not fit its field."""
+    request = agent_pb2.ChangeMachineRequest(guest_uuid=uuid, reservations_version=reservations)
+    try:
+        if change.disk is not None:
+            request.attach_disk.CopyFrom(disk_to_proto(change.disk))
+        elif change.nic is not None:
+            request.attach_nic.CopyFrom(nic_to_proto(change.nic))
+        elif change.memory_mib:
+            request.memory_mib = change.memory_mib
+        elif change.vcpus:
+            request.vcpus = change.vcpus
+        elif change.detach_disk:
+            request.detach_disk = change.detach_disk
+        else:
+            request.detach_nic = change.detach_nic
+    except (ValueError, OverflowError) as error:
+        raise _wrong("change", f"a number is too large: {error}") from error
+    return request
+
+
+def machine_change_from_proto(message: agent_pb2.ChangeMachineRequest) -> MachineChange:
+    """Raises INVALID_ARGUMENT for a change that this version does not know."""
+    match message.WhichOneof("change"):
+        case "attach_disk":
+            return MachineChange(disk=disk_from_proto(message.attach_disk, field="disk"))
+        case "attach_nic":
+            return MachineChange(nic=nic_from_proto(message.attach_nic))
+        case "memory_mib":
+            return MachineChange(memory_mib=message.memory_mib)
+        case "vcpus":
+            return MachineChange(vcpus=message.vcpus)
+        case "detach_disk":
+            return MachineChange(detach_disk=message.detach_disk)
+        case "detach_nic":
+            return MachineChange(detach_nic=message.detach_nic)
+        case _:
+            raise _wrong("change", "one of them must be set, and known to this version")
+
+
+def attachment_from_proto(message: orchestrator_pb2.AttachToGuestRequest) -> MachineChange:
+    """Raises INVALID_ARGUMENT when nothing is to be added, or what this version does not know."""
+    match message.WhichOneof("what"):
+        case "disk":
+            return MachineChange(disk=disk_from_proto(message.disk, field="disk"))
+        case "nic":
+            return MachineChange(nic=nic_from_proto(message.nic))
+        case "memory_mib" if message.memory_mib > 0:
+            return MachineChange(memory_mib=message.memory_mib)
+        case "vcpus" if message.vcpus > 0:
+            return MachineChange(vcpus=message.vcpus)
+        case _:
+            raise _wrong("what", "say a disk, a nic, memory_mib or vcpus, more than 0")
+
+
+def detachment_from_proto(message: orchestrator_pb2.DetachFromGuestRequest) -> MachineChange:
+    """Raises INVALID_ARGUMENT when nothing is named."""
+    if not (message.disk or message.nic):
+        raise _wrong("what", "name a disk or a nic")
+    return MachineChange(detach_disk=message.disk, detach_nic=message.nic)
 
 
 def pool_to_proto(pool: Pool, space: HostSpace | None = None) -> types_pb2.Pool:

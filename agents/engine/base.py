@@ -22,7 +22,7 @@ from orchestrator.core.disks import SourceSide
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.offers import Obstacle
-from orchestrator.core.records import DiskCache, DiskFormat, GuestSpec, LiveMachine, PoolKind
+from orchestrator.core.records import DiskCache, DiskFormat, GuestSpec, LiveDevice, LiveMachine, PoolKind
 
 
 class EngineError(Exception):
@@ -138,7 +138,16 @@ class DiskFailed:
     error: str
 
 
-EngineEvent = StatusChanged | SwitchoverAckLate | RunStateChanged | GuestEnded | VmmDied | DiskReady | DiskFailed
+@dataclass(frozen=True, slots=True)
+class DeviceGone:
+    """The guest has let go of a device (its id) that it was asked for, and nobody waits for that any more."""
+
+    device: str
+
+
+EngineEvent = (
+    StatusChanged | SwitchoverAckLate | RunStateChanged | GuestEnded | VmmDied | DiskReady | DiskFailed | DeviceGone
+)
 EventSink = Callable[[EngineEvent], None]
 
 
@@ -411,6 +420,35 @@ class Vmm(Protocol):
         Devices whose state the VMM would leave behind without a word count as well as those that it refuses to move,
         and so does a job on one of its disks that is not of a migration. Raises EngineError.
         """
+        ...
+
+    async def devices(self) -> Mapping[str, str]:
+        """Every device that has a name, id -> driver. Asked of the VMM now. Raises EngineError."""
+        ...
+
+    async def attach(self, device: LiveDevice, spec: VmmSpec) -> LiveDevice:
+        """Add a device to the guest, and what stands behind it; `spec` has the disk, or the card and its tap.
+
+        Returns the device as it is there: a module of memory has its address then. Raises EngineError (DiskLocked),
+        and all is as it was; after an EngineTimeout `devices` says whether it is there.
+        """
+        ...
+
+    async def as_it_is(self, device: LiveDevice) -> LiveDevice:
+        """What `attach` would have returned for a device that is there. Raises EngineError."""
+        ...
+
+    async def let_go(self, device: LiveDevice, timeout_s: float) -> bool:
+        """Ask the guest for a device, and wait. True: it is gone, and so is what stood behind it. False: the guest has
+        not let go of it in time, and may do so later (DeviceGone). Idempotent. Raises EngineError."""
+        ...
+
+    async def drop(self, device: LiveDevice) -> None:
+        """Remove what stood behind a device that is not there. Idempotent. Raises EngineError."""
+        ...
+
+    def described(self, spec: VmmSpec) -> None:
+        """The VMM is this from now on: its machine and its disks have changed."""
         ...
 
     async def pause(self) -> None:

@@ -35,6 +35,7 @@ from orchestrator.core.agent import (
     ConductOrder,
     PrepareOrder,
 )
+from orchestrator.core.changes import with_machine_of
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -42,7 +43,7 @@ from orchestrator.core.hardware import has_hardware
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
-from orchestrator.core.records import HostRecord, LiveMachine
+from orchestrator.core.records import GuestSpec, HostRecord, LiveMachine
 from orchestrator.core.switchover import AckLedger
 from orchestrator.tasks import Tasks
 
@@ -80,9 +81,12 @@ class Attempts:
                 return known.prepared
             record = await self._record_to_arrive_by(ref)
             preflight.must_have_room(self._files)
-            await self._judged(record.owner, lambda source: self._may_come(record, order, source))
-            await preflight.must_fit(self._tools.engine, self._tools.config, self._files)
+            owner, peer = record.owner, order.source_peer
+            await self._judged(owner, lambda source: preflight.must_be_registered(owner, source, peer))
+            await self._judged(owner, lambda source: preflight.must_be_of_one_engine(self._files, source))
             machine = await self._machine_at(order)
+            await self._judged(owner, lambda source: preflight.must_have_networks(self._files, source))
+            await preflight.must_fit(self._tools.engine, self._tools.config, self._files)
             arrival, prepared, first = await self._make_arrival(order, machine)
             self._receive(arrival, first)
         self._tools.changed()
@@ -94,13 +98,24 @@ class Attempts:
             return None
         peer = self._tools.peers.source(str(order.source_peer), order.attempt, "")
         try:
-            machine, tokens = await peer.machine()
+            machine, tokens, there = await peer.machine()
         except PeerUnavailable as error:
             said = f"its source does not say what its machine is: {error}"
             raise self._guest.refused(RefusalReason.AGENT_UNREACHABLE, said) from error
+        if there is not None:
+            await self._as_it_is_there(there)
         await asyncio.to_thread(hardware.must_agree, self._tools.config, self._files.spec, machine)
         await asyncio.to_thread(pools.must_be_the_same, self._tools.config, self._files.spec, tokens)
         return machine
+
+    async def _as_it_is_there(self, there: GuestSpec) -> None:
+        """The ledger as our server has it may be behind what was added to the guest, or taken away, a moment ago."""
+        spec = with_machine_of(self._files.spec, there)
+        if spec.memory_mib > self._files.spec.memory_mib:
+            await self._tools.must_have_memory(self._guest.uuid, spec.memory_mib)
+        if spec != self._files.spec:
+            self._files.make()
+            await self._guest.respecify(spec)
 
     async def _record_to_arrive_by(self, ref: AttemptRef) -> GuestRecord:
         """One that leads here and is not bound. An old one will do (H13): a copy that waits in vain is given up once
@@ -116,11 +131,6 @@ class Attempts:
 
     def _leads_here(self, record: GuestRecord, ref: AttemptRef) -> bool:
         return _is_open(record, ref) and record.destination == self._tools.here and not record.inc
-
-    def _may_come(self, record: GuestRecord, order: PrepareOrder, source: HostRecord | None) -> None:
-        preflight.must_be_registered(record.owner, source, order.source_peer)
-        preflight.must_be_of_one_engine(self._files, source)
-        preflight.must_have_networks(self._files, source)
 
     async def _judged(self, host: HostRef, judge: Callable[[HostRecord | None], None]) -> None:
         """Raises what `judge` raises of what the host has registered; but nobody is refused for what our server of the

@@ -12,6 +12,7 @@ from typing import Any
 from agents.disks.images import DiskError, retire
 from agents.disks.local import images_of, local
 from agents.engine.base import (
+    DeviceGone,
     DiskFile,
     EngineError,
     EngineEvent,
@@ -73,6 +74,8 @@ class Copy:
         self.in_session = False
         self.disks_engaged = False
         """Its VMM may copy local disks, or note what is written to them, for an attempt that is to come."""
+        self.asked = bool(hardware and hardware.machine and any(each.leaving for each in hardware.machine.devices))
+        """It may have let go of a device that it was asked for."""
         self.removed = False
         """It was destroyed, and nothing of it is left."""
         self.on_change: Callable[[], None] = lambda: None
@@ -96,9 +99,30 @@ class Copy:
                 self.ended = how
             case VmmDied():
                 self.running = False
+            case DeviceGone():
+                self.asked = True
             case _:
                 return
         self.on_change()
+
+    def described(self, files: GuestFiles) -> VmmSpec:
+        """What its VMM would be started from, with the guest as `files` have it. Raises POOL_NOT_FOUND."""
+        spec = _vmm_spec(files, self.inc, self.hardware)
+        return replace(spec, disks=standing.disk_files(files.config, files.spec))
+
+    def note_machine(self, machine: LiveMachine) -> None:
+        """Its machine is this from now on. Raises OSError."""
+        if self.hardware is not None:
+            standing.write_note(self.files, self.inc, machine)
+            self.hardware.machine = machine
+            self.vmm.described(self.described(self.files))
+
+    def respecified(self, files: GuestFiles) -> None:
+        """The guest's specification has changed: its disks, or its cards, are others."""
+        self.files, self.taps = files, files.taps(self.inc)
+        if self.hardware is not None:
+            self.hardware.disks = standing.disk_files(files.config, files.spec)
+            self.vmm.described(self.described(files))
 
     @property
     def local_disks(self) -> tuple[DiskFile, ...]:
@@ -285,7 +309,7 @@ async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadat
 
     Raises EngineError or ShimError when a process lives and does not answer: it is left as it is, to be asked again.
     """
-    hardware = standing.adopt(files, metadata.inc)
+    hardware, taps = standing.adopt(files, metadata.inc), files.taps(metadata.inc)
     spec = _vmm_spec(files, metadata.inc, hardware)
     devices = await holding.adopt(files, metadata.inc)
     vmm: Vmm | None = None
@@ -300,7 +324,7 @@ async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadat
             await devices.destroy()
         if hardware is not None:
             await hardware.remove(kept=None if metadata.role == "incoming" else standing.Kept(files.directory))
-        await files.taps(metadata.inc).remove()
+        await taps.remove()
     except BaseException:
         for held in filter(None, (vmm, devices)):
             await held.detach()

@@ -5,6 +5,8 @@
                               birth.images      images made for it, until it runs
                               <inc>.json        one VMM process (VmmMetadata)
                               <inc>.machine.json its machine (LiveMachine), of a guest with hardware
+                              <inc>.cards.json  which of its taps is whose, once its cards have changed
+                              change.json       a change of its machine that was begun (changes.py)
                               <inc>.nvram .seed .tpm*   its UEFI variables, its cloud-init disk, its TPM
                               <inc>.owner       the same, as it will be once an incoming one is the guest
                               <inc>.qmp .oob .com1 .dev .ctl .vfio   sockets
@@ -31,8 +33,8 @@ from agents.config import AgentConfig
 from agents.disks.births import Births
 from agents.engine.base import Tap, VmmMetadata, VmmSpec
 from agents.guest.console import ConsoleAt
-from agents.nets.ports import Owner, Port, tap_name
-from agents.nets.taps import Taps, root_of
+from agents.nets.ports import MAX_PORTS, Owner, Port, tap_name
+from agents.nets.taps import NetsError, Taps, root_of
 from agents.shims import net
 from agents.shims.companion import DevicesSpec
 from orchestrator.core.liveness import LivenessUnknown
@@ -44,7 +46,8 @@ from orchestrator.proc import vmms_below
 log = structlog.get_logger(__name__)
 
 
-_OTHER_NOTES = (".devices.json", ".machine.json")
+_OTHER_NOTES = (".devices.json", ".machine.json", ".cards.json")
+_OF_THE_GUEST = ("guest.json", "change.json")
 
 _LONGEST_ROOT = 107 - len("/0123456789abcdef/0123456789abcdef.vfio")
 """In bytes. Below it lie sockets, whose paths the kernel bounds."""
@@ -191,7 +194,7 @@ class GuestFiles:
         return replace(self, spec=spec)
 
     def note(self) -> None:
-        """Write down what the guest is, for a later agent. Raises OSError."""
+        """Write down what the guest is, for a later agent, over what was noted before. Raises OSError."""
         note = self.directory / "guest.json"
         temporary = note.with_suffix(".tmp")
         temporary.write_bytes(encode(_Note(self.uuid, self.spec)))
@@ -260,7 +263,48 @@ class GuestFiles:
         return Taps(Owner(root_of(self.config.dir), self.uuid, inc), self._ports(inc))
 
     def _ports(self, inc: str) -> list[Port]:
-        return [self._port(inc, number, nic) for number, nic in enumerate(self.spec.nics)]
+        cards = self._cards(inc)
+        return [self._port(inc, cards[nic.name], nic) for nic in self.spec.nics if nic.name in cards]
+
+    def cards_path(self, inc: str) -> Path:
+        """The numbers that a copy's cards have in the names of their taps, once these may differ from their order."""
+        return self.directory / f"{inc}.cards.json"
+
+    def _cards(self, inc: str) -> dict[str, int]:
+        try:
+            return {str(name): int(number) for name, number in json.loads(self.cards_path(inc).read_bytes()).items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {nic.name: number for number, nic in enumerate(self.spec.nics)}
+
+    def note_cards(self, inc: str, cards: dict[str, int] | None = None) -> None:
+        """Keep the numbers that they have, so that a card which is taken away changes no other's. Raises OSError."""
+        if cards is None and self.cards_path(inc).exists():
+            return
+        temporary = self.cards_path(inc).with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._cards(inc) if cards is None else cards))
+        temporary.replace(self.cards_path(inc))
+
+    async def plug(self, inc: str, nic: NicSpec) -> None:
+        """Make the tap of a card that the copy is to have; its numbers are noted. Raises NetsError, OSError."""
+        cards = self._cards(inc)
+        number = cards.get(nic.name)
+        if number is None:
+            number = min(set(range(MAX_PORTS)) - set(cards.values()))
+            self.note_cards(inc, {**cards, nic.name: number})
+        taps = self._tap(inc, number, nic)
+        await taps.make()
+        with contextlib.suppress(NetsError):  # whoever controls the bridge may be away: the card is there all the same
+            await taps.bind()
+
+    async def unplug(self, inc: str, nic: NicSpec) -> None:
+        """Remove the tap of a card that the copy does not have. Idempotent. Raises NetsError, OSError."""
+        cards = self._cards(inc)
+        if (number := cards.pop(nic.name, None)) is not None:
+            await self._tap(inc, number, nic).remove()
+            self.note_cards(inc, cards)
+
+    def _tap(self, inc: str, number: int, nic: NicSpec) -> Taps:
+        return Taps(Owner(root_of(self.config.dir), self.uuid, inc), [self._port(inc, number, nic)])
 
     def _port(self, inc: str, number: int, nic: NicSpec) -> Port:
         here = self.config.networks.get(nic.network)
@@ -335,7 +379,7 @@ class GuestFiles:
         """The VMM processes that were noted down; any may be dead by now. Raises BadRecord: and that one alive."""
         found: list[VmmMetadata] = []
         for path in self._listed():
-            if path.suffix != ".json" or path.name == "guest.json" or path.name.endswith(_OTHER_NOTES):
+            if path.suffix != ".json" or path.name in _OF_THE_GUEST or path.name.endswith(_OTHER_NOTES):
                 continue
             try:
                 found.append(VmmMetadata(**json.loads(path.read_bytes())))

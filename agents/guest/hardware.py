@@ -112,6 +112,14 @@ def note_path(files: GuestFiles, inc: str) -> Path:
     return files.directory / f"{inc}.machine.json"
 
 
+def write_note(files: GuestFiles, inc: str, machine: LiveMachine) -> None:
+    """Note down a copy's machine, over what was noted before. Raises OSError."""
+    note = note_path(files, inc)
+    temporary = note.with_suffix(".tmp")
+    temporary.write_bytes(encode(machine))
+    temporary.replace(note)
+
+
 async def born(
     files: GuestFiles,
     inc: str,
@@ -149,7 +157,7 @@ async def born(
     try:
         for disk in spec.disks:
             again = any((disk.pool, disk.image) == (each.pool, each.image) for each in had)
-            if (path := await _image(files, inc, disk, again=again)) is not None:
+            if (path := await image(files, inc, disk, again=again)) is not None:
                 made.append(path)
         return await make(files, inc, machine, kept)
     except BaseException:
@@ -165,14 +173,12 @@ async def make(files: GuestFiles, inc: str, machine: LiveMachine, kept: Kept | N
     note = note_path(files, inc)
     made = Hardware(machine, disk_files(config, files.spec), files=(note,))
     try:
-        temporary = note.with_suffix(".tmp")
-        temporary.write_bytes(encode(machine))
-        temporary.replace(note)
+        write_note(files, inc, machine)
         made.firmware = await asyncio.to_thread(_firmware, config, machine, directory / f"{inc}.nvram", kept)
         if files.spec.cloud_init is not None:
             made.seed_path = directory / f"{inc}.seed"
             made.seed_path.write_bytes(seed.seed(files.spec.cloud_init, uuid=files.uuid, name=files.spec.name))
-        made.files = tuple(filter(None, (made.firmware.nvram, made.seed_path, note)))
+        made.files = tuple(filter(None, (made.firmware.nvram, made.seed_path, files.cards_path(inc), note)))
         if files.spec.tpm is not None:
             made.tpm = await Tpm.launch(directory, inc, state=kept.tpm if kept is not None else None)
     except BaseException:
@@ -202,7 +208,7 @@ def adopt(files: GuestFiles, inc: str) -> Hardware | None:
         firmware=FirmwareFiles(nvram=nvram) if files.spec.boot.firmware is Firmware.UEFI else FirmwareFiles(),
         tpm=Tpm.adopt(files.directory, inc) if files.spec.tpm is not None else None,
         seed_path=seed_path if files.spec.cloud_init is not None else None,
-        files=(nvram, seed_path, note),
+        files=(nvram, seed_path, files.cards_path(inc), note),
     )
 
 
@@ -237,7 +243,7 @@ def _disk_file(config: AgentConfig, disk: DiskSpec) -> DiskFile:
     return replace(made, base=pool.path / disk.base, base_format=disk.base_format)
 
 
-async def _image(files: GuestFiles, inc: str, disk: DiskSpec, *, again: bool) -> Path | None:
+async def image(files: GuestFiles, inc: str, disk: DiskSpec, *, again: bool) -> Path | None:
     """Make the image unless it is there; its path if it was made in a pool that other hosts have as well. `again`: the
     guest has run on it, so it must be there.
 

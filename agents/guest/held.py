@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Generator
+from dataclasses import replace
 
 import structlog
 
@@ -33,7 +34,7 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef
 from orchestrator.core.liveness import Liveness
-from orchestrator.core.records import HostRecord, WantRun
+from orchestrator.core.records import GuestSpec, HostRecord, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode
 
@@ -195,6 +196,19 @@ class HeldGuest:
         """Remember it, also for later agents of this host."""
         self.tools.journal.saw_record(self.uuid, found)
         self.record = found.record
+
+    async def respecify(self, spec: GuestSpec) -> None:
+        """What the guest is has changed: note it down, and know it from here on. Raises OSError."""
+        if spec == self.files.spec:
+            return
+        files = replace(self.files, spec=spec)
+        files.note()
+        self.files = files
+        if self._images is not None:
+            await self._images.detach()
+            self._images = None
+        for copy in self.copies.values():
+            copy.respecified(files)
 
     async def registered(self, host: str) -> HostRecord | None:
         """What the host has registered, as our server of the ledger has it. Raises StoreUnavailable and BadRecord."""

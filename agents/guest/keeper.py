@@ -18,6 +18,7 @@ from agents.engine import base as engine
 from agents.guest import copies as making
 from agents.guest import duty as keeping
 from agents.guest.attempts import Attempts, reason_of
+from agents.guest.changes import Changes
 from agents.guest.devices import options_refused
 from agents.guest.duties import Duties
 from agents.guest.duty import Do, Duty
@@ -35,12 +36,13 @@ from orchestrator.core.agent import (
     Trouble,
     WishApplied,
 )
+from orchestrator.core.changes import MachineChange
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.liveness import LivenessUnknown
 from orchestrator.core.offers import Obstacle
-from orchestrator.core.records import WantRun
+from orchestrator.core.records import GuestSpec, LiveMachine, WantRun
 from orchestrator.ledger import markers
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import StoreUnavailable
@@ -55,6 +57,8 @@ RESYNC_S = 5.0
 RETRY_S = 0.3
 SAID_AGAIN_S = 60.0
 """The same trouble of a guest is logged so often."""
+DESCRIBED_S = 2.0
+"""How long another host waits for what changes a guest's machine just now."""
 WISH_S = 2.0
 START_S = 10.0
 """From the record that says that a stopped guest is to start again, to the call that starts it."""
@@ -79,6 +83,7 @@ class HostedGuest(HeldGuest):
         self._tasks = Tasks(f"guest {files.spec.name}")
         self.attempts = Attempts(self, self._turn, self._tasks)
         self._duties = Duties(self, self.attempts)
+        self.changes = Changes(self)
         self._unwatch: Callable[[], None] = lambda: None
         self.may_bury = True
         """A record that says STARTING may be of a birth that is about to be asked for; only a restart is sure."""
@@ -192,6 +197,8 @@ class HostedGuest(HeldGuest):
                 return
             if record.owner.host != self.tools.here.host or record.phase not in (Ownership.IDLE, Ownership.CRASHED):
                 raise self.refused(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
+            with contextlib.suppress(*_EXPECTED):
+                await self.changes.settle()  # what was made for it is its own, or is not
             for copy in self.copies.values():
                 with contextlib.suppress(engine.EngineError):
                     await copy.vmm.pause()
@@ -282,6 +289,36 @@ class HostedGuest(HeldGuest):
     async def obstacles(self) -> tuple[Obstacle, ...]:
         """See `preflight.obstacles`."""
         return await preflight.obstacles(self.own())
+
+    # --- its machine --------------------------------------------------------------------------------------------------
+
+    async def change(self, wanted: MachineChange, reservations: int) -> GuestSpec:
+        """See `Changes.make`."""
+        async with self._turn:
+            self.must_keep()
+            spec = await self.changes.make(wanted, reservations)
+        self.tools.changed()
+        return spec
+
+    async def as_it_runs(self) -> tuple[LiveMachine, GuestSpec]:
+        """The machine and the specification as the guest's VMM has them, with no change half-done.
+
+        Raises BUSY, NOT_FOUND, and FEATURE_NOT_AVAILABLE when the machine is not known any more.
+        """
+        try:
+            async with asyncio.timeout(DESCRIBED_S), self._turn:
+                await self.changes.settle()
+        except TimeoutError:
+            raise self.refused(RefusalReason.BUSY, "its machine is being changed") from None
+        except engine.EngineError as error:
+            raise self.refused(RefusalReason.BUSY, f"its machine is not known just now: {error}") from error
+        own = self.own()
+        if own is None or own.hardware is None:
+            raise self.refused(RefusalReason.NOT_FOUND, f"it has no hardware on {self.tools.here.host}")
+        if own.hardware.machine is None:
+            said = f"the note of its machine is lost on {self.tools.here.host}: it can move after its next start"
+            raise self.refused(RefusalReason.FEATURE_NOT_AVAILABLE, said)
+        return own.hardware.machine, self.files.spec
 
     # --- devices ------------------------------------------------------------------------------------------------------
 
@@ -380,6 +417,8 @@ class HostedGuest(HeldGuest):
 
     async def _keep_once(self) -> None:
         thorough, self._thorough = self._thorough or self.trouble is not None, False
+        if self.changes.pending and not self._spoken_for():
+            await self.changes.settle()
         while not self._spoken_for() and not self.forgotten:
             if not thorough and await self._nothing_is_owed():
                 return

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agents.host.journal import KnownRecord
 from orchestrator.core import handover
+from orchestrator.core.changes import with_machine_of
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership, Refused
 from orchestrator.core.ids import HostRef
 from orchestrator.core.records import GuestSpec, WantRun
@@ -82,6 +84,40 @@ class GuestLedger:
             await self.store.barrier()
             node = await self.store.read(path)
         return decode(GuestSpec, node.data, path=path) if node else None
+
+    async def respecified(self, spec: GuestSpec, here: HostRef, reservations: int | None = None) -> bool:
+        """What the guest's machine is in the ledger, from its owner's notes. The record's version moves along, so that
+        whoever has placed the guest by the old specification looks again. False: the record does not name this host.
+
+        `reservations`: the version that what this host has promised must still have, and that moves as well. Raises
+        OUTCOME_UNKNOWN when it does not, StoreUnavailable and BadRecord.
+        """
+        path, promised = paths.guest_spec(self.uuid), paths.reservations(here.host)
+        said = f"the specification of guest {self.uuid} could not be written in {_TRIES} tries"
+        tries = Tries(lambda: StoreUnavailable(said), at_most=_TRIES)
+        while True:
+            await tries.another()
+            node, (record, version) = await self.store.read(path), await self._read()
+            if node is None or record is None or record.owner.host != here.host:
+                return False
+            known = decode(GuestSpec, node.data, path=path)
+            wanted = with_machine_of(known, spec)
+            if known == wanted:
+                return True
+            ops: list[Op] = [SetData(path, encode(wanted), node.version)]
+            if record.phase in (Ownership.OPEN, Ownership.COMMITTED):  # its version belongs to whoever conducts it
+                ops.append(Check(paths.guest(self.uuid), version))
+            else:
+                ops.append(SetData(paths.guest(self.uuid), encode(replace(record, writer=self.writer)), version))
+            if reservations is not None:
+                taken = await self.store.read(promised)
+                if (taken.version if taken else -1) != reservations:
+                    said = f"what {here.host} has promised has changed: look again"
+                    raise DroverError(RefusalReason.OUTCOME_UNKNOWN, said, details={"moved": "reservations"})
+                ops.append(SetData(promised, b"", taken.version) if taken else Create(promised, b""))
+            if isinstance(await self.store.multi(ops), Done):
+                return True
+            await self.store.barrier()
 
     async def want_run(self, at_least: int = 0) -> WantRun:
         """The operator's wish, not older than sequence `at_least`."""

@@ -20,7 +20,7 @@ from agents.shims.base import Frame, FrameKind, Load
 from orchestrator import wire
 from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
 from orchestrator.core.ids import AckRequest, AttemptRef
-from orchestrator.core.records import LiveMachine, TimelineEntry
+from orchestrator.core.records import GuestSpec, LiveMachine, TimelineEntry
 from orchestrator.rpc import channels
 from orchestrator.rpc.errors import told
 from orchestrator.tasks import Tasks
@@ -60,9 +60,10 @@ class DestinationPeer(Protocol):
 class SourcePeer(Protocol):
     """What a destination says to its source."""
 
-    async def machine(self) -> tuple[LiveMachine, Mapping[str, str]]:
-        """The guest's machine as the source has it now, and the word in each shared pool that its disks are in, as the
-        source reads it. Raises DroverError when the source has none to tell."""
+    async def machine(self) -> tuple[LiveMachine, Mapping[str, str], GuestSpec | None]:
+        """The guest's machine as the source has it now, the word in each shared pool that its disks are in, as the
+        source reads it, and the specification that belongs to it (None: an older version, which changes none). Raises
+        DroverError when the source has none to tell."""
         ...
 
     async def ack(self, entry: AckRequest) -> None:
@@ -229,7 +230,7 @@ class GrpcSourcePeer(SourcePeer):
         with contextlib.suppress(PeerUnavailable):
             await _answered(self._stub.Ping(pb.PingRequest(tag=self._tag), timeout=_CALL_S))
 
-    async def machine(self) -> tuple[LiveMachine, Mapping[str, str]]:
+    async def machine(self) -> tuple[LiveMachine, Mapping[str, str], GuestSpec | None]:
         request = pb.DescribeMachineRequest(guest_uuid=self._tag.guest_uuid)
         try:
             reply = await _answered(self._stub.DescribeMachine(request, timeout=_MACHINE_S))
@@ -237,7 +238,8 @@ class GrpcSourcePeer(SourcePeer):
             if isinstance(error.__cause__, grpc.RpcError) and (refusal := told(error.__cause__)):
                 raise refusal from error
             raise
-        return wire.machine_from_proto(reply.machine), dict(reply.pool_tokens)
+        spec = wire.guest_spec_from_proto(reply.spec) if reply.HasField("spec") else None
+        return wire.machine_from_proto(reply.machine), dict(reply.pool_tokens), spec
 
     async def ack(self, entry: AckRequest) -> None:
         """Put it into `acks`, from which the served device stream takes it to the source. Sends nothing itself."""

@@ -530,6 +530,8 @@ class SourceShell(Shell[SourceState]):
                 self.feed(Seen.GUEST_ENDED)
             case engine.VmmDied():
                 self.feed(Seen.VMM_DIED)
+            case engine.DeviceGone(device):
+                self._note("device_gone", device)  # its keeper takes it off the list after the attempt
 
     def _disks_heard(self, event: engine.EngineEvent) -> None:
         if self.disks is not None:

@@ -87,6 +87,11 @@ class AgentServicer(rpc.AgentServiceServicer):
         async for sample in self._agent.watch():
             yield wire.agent_sample_to_proto(sample)
 
+    async def ChangeMachine(self, request: pb.ChangeMachineRequest, context: Any) -> pb.ChangeMachineResponse:
+        wanted = wire.machine_change_from_proto(request)
+        spec = await self._agent.change_machine(request.guest_uuid, wanted, request.reservations_version)
+        return pb.ChangeMachineResponse(spec=wire.guest_spec_to_proto(spec))
+
     async def CheckGuests(self, request: pb.CheckGuestsRequest, context: Any) -> pb.CheckGuestsResponse:
         answer = pb.CheckGuestsResponse()
         for uuid, found in (await self._agent.check_guests(request.guest_uuids)).items():

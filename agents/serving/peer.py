@@ -14,7 +14,7 @@ from agents.handover.peer import FROM_KIND, MAX_DIGEST_BYTES, MAX_FRAME_BYTES, A
 from agents.shims.base import Frame, Load
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.core.records import LiveMachine
+from orchestrator.core.records import GuestSpec, LiveMachine
 from protos.drover.v1 import agent_pb2 as pb
 from protos.drover.v1 import agent_pb2_grpc as rpc
 
@@ -30,8 +30,8 @@ class Attempts(Protocol):
         """The attempt's destination half, if it is conducted here."""
         ...
 
-    def machine(self, uuid: str) -> LiveMachine:
-        """Of a guest that is here. Raises DroverError."""
+    async def machine(self, uuid: str) -> tuple[LiveMachine, GuestSpec]:
+        """Of a guest that is here, with its specification. Raises DroverError."""
         ...
 
     async def pool_tokens(self, uuid: str) -> Mapping[str, str]:
@@ -51,9 +51,11 @@ class PeerServicer(rpc.PeerServiceServicer):
         return pb.PingResponse(known=known)
 
     async def DescribeMachine(self, request: pb.DescribeMachineRequest, context: Any) -> pb.DescribeMachineResponse:
-        machine = self._attempts.machine(request.guest_uuid)
+        machine, spec = await self._attempts.machine(request.guest_uuid)
         tokens = await self._attempts.pool_tokens(request.guest_uuid)
-        return pb.DescribeMachineResponse(machine=wire.machine_to_proto(machine), pool_tokens=tokens)
+        return pb.DescribeMachineResponse(
+            machine=wire.machine_to_proto(machine), pool_tokens=tokens, spec=wire.guest_spec_to_proto(spec)
+        )
 
     async def TransferDevices(
         self, request_iterator: AsyncIterator[pb.TransferDevicesRequest], context: Any

@@ -17,12 +17,13 @@ from orchestrator.api.reads import GuestRead, guest_uuid, no_place, read_guest
 from orchestrator.api.requests import Request
 from orchestrator.core import handover
 from orchestrator.core.agent import RunState
+from orchestrator.core.changes import MachineChange, changed
 from orchestrator.core.compatibility import real_machine
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import MAX_INSTRUCTION_BYTES, guest_errors, name_error
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
-from orchestrator.core.offers import local_disks
+from orchestrator.core.offers import hardware_need, lasting_obstacle, local_disks, more_than, passing_obstacle
 from orchestrator.core.placement import Choice, choose, need_again, need_for
 from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, OnHostDeath, ShimKind, WantRun
 from orchestrator.core.text import quoted
@@ -31,7 +32,7 @@ from orchestrator.ledger.births import again_ops, birth_ops
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.snapshot import HostEntry
 from orchestrator.ledger.store import Delete, Done, Op
-from orchestrator.rpc.agent_client import CALL_S, END_GUEST_S, START_GUEST_S, AgentClient
+from orchestrator.rpc.agent_client import CALL_S, CHANGE_MACHINE_S, END_GUEST_S, START_GUEST_S, AgentClient
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
 
@@ -334,6 +335,59 @@ class Guests:
         if named is not None and named[0] == read.uuid:
             ops.append(Delete(path, named[1]))
         return isinstance(await write(self._tools, ops, caller), Done)
+
+    # --- its machine --------------------------------------------------------------------------------------------------
+
+    async def attach(self, request: pb.AttachToGuestRequest, caller: Caller) -> types_pb2.Guest:
+        """The guest has it when this returns. Raises what stands against it, and then all is as it was."""
+        return await self._change(request.guest, wire.attachment_from_proto(request), caller)
+
+    async def detach(self, request: pb.DetachFromGuestRequest, caller: Caller) -> types_pb2.Guest:
+        """The guest has let go of it when this returns. Raises DEVICE_NOT_RELEASED when it does not."""
+        return await self._change(request.guest, wire.detachment_from_proto(request), caller)
+
+    async def _change(self, name: str, change: MachineChange, caller: Caller) -> types_pb2.Guest:
+        """By the agent of the guest's host, which alone knows its VMM and writes the specification."""
+        contest = tries(caller)
+        uuid = await self.uuid_of(name, field="guest")
+        while True:
+            await contest.another()
+            read = await self.read(uuid)
+            decisions.need_movable(read.record)
+            after = changed(read.spec, change)
+            promised = await self._must_suit(read, after)
+            agent = await self._agent(read.record.owner.host)
+            try:
+                await agent.change_machine(uuid, change, promised, caller.remaining_s(CHANGE_MACHINE_S))
+            except DroverError as error:
+                if error.reason is RefusalReason.OUTCOME_UNKNOWN and error.details.get("moved") == "reservations":
+                    continue
+                raise
+            log.info("the machine of a guest was changed", guest=read.record.name, uuid=uuid, by=caller.by)
+            return await self.view(uuid)
+
+    async def _must_suit(self, read: GuestRead, after: GuestSpec) -> int:
+        """Its host has what the guest is to have; the version of what the host had promised then. Raises NO_CAPACITY,
+        and what stands against the guest's hardware there."""
+        snapshot = await self._tools.index.recent()
+        name = read.record.owner.host
+        entry = snapshot.hosts.get(name)
+        view = next((host for host in snapshot.views() if host.ref.host == name), None)
+        if entry is None or view is None:
+            raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{name} has not registered an agent")
+        _pinned(after, entry)
+        need = hardware_need(after)
+        if (found := lasting_obstacle(need, read.record.name, view.offer, None)) is not None:
+            raise DroverError(*found)
+        new = more_than(need, hardware_need(read.spec))
+        if (full := passing_obstacle(new, read.record.name, view.offer)) is not None:
+            raise DroverError(*full)
+        more = after.memory_mib - read.spec.memory_mib
+        if more > view.free_mib:
+            said = f"{name} has {max(0, view.free_mib)} MiB free, {read.record.name} is to have {more} MiB more"
+            hint = "free memory there, or move the guest to a host that has more"
+            raise DroverError(RefusalReason.NO_CAPACITY, f"{said}: {hint}", field="memory_mib")
+        return entry.reservations_version
 
     # --- devices ------------------------------------------------------------------------------------------------------
 

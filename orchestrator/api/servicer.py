@@ -232,6 +232,14 @@ class OrchestratorServicer(OrchestratorServiceServicer):
                 async for evacuation in evacuations:
                     yield pb.WatchEvacuationsResponse(evacuation=evacuation)
 
+    async def AttachToGuest(self, request: pb.AttachToGuestRequest, context: Any) -> types_pb2.Guest:
+        with about(guest=request.guest):
+            return await self._guests.attach(request, _caller(context))
+
+    async def DetachFromGuest(self, request: pb.DetachFromGuestRequest, context: Any) -> types_pb2.Guest:
+        with about(guest=request.guest):
+            return await self._guests.detach(request, _caller(context))
+
     # --- devices ------------------------------------------------------------------------------------------------------
 
     async def InstructDevice(self, request: pb.InstructDeviceRequest, context: Any) -> pb.InstructDeviceResponse:

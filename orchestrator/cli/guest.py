@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli import units
+from orchestrator.cli.attaching import attach, detach
 from orchestrator.cli.context import Settings, complete_guest, complete_host, list_options, pass_settings, remote
 from orchestrator.cli.exits import CliError, Ended, Exit, explain
 from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled, table
@@ -32,6 +33,8 @@ def guest() -> None:
     """Guests: run, list, pause, resume and stop them."""
 
 
+guest.add_command(attach)
+guest.add_command(detach)
 guest_argument = click.argument("guest", shell_complete=complete_guest)
 
 

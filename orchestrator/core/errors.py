@@ -132,6 +132,8 @@ class RefusalReason(StrEnum):
     """The host's configuration does not allow an option of the VMM that the guest asks for."""
     CONSOLE_NOT_AVAILABLE = "CONSOLE_NOT_AVAILABLE"
     """Nobody lets the host's agent in at a guest's console, or too many are there."""
+    DEVICE_NOT_RELEASED = "DEVICE_NOT_RELEASED"
+    """The guest has not let go of a device that it was asked for: it has all of it, and may still let go later."""
     HOST_DISK_FULL = "HOST_DISK_FULL"
     """The host has no room for the few files of a guest: nothing was begun there."""
     VOLATILE_DIRECTORY_UNSAFE = "VOLATILE_DIRECTORY_UNSAFE"

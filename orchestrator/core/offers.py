@@ -78,6 +78,11 @@ def hardware_need(spec: GuestSpec) -> HardwareNeed:
     )
 
 
+def more_than(need: HardwareNeed, before: HardwareNeed) -> HardwareNeed:
+    """What of a guest's disks is not in its host's pools yet."""
+    return replace(need, disks=tuple(disk for disk in need.disks if disk not in before.disks))
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """What a host gives to guests' hardware."""

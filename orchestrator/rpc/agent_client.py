@@ -20,11 +20,13 @@ from orchestrator.core.agent import (
     PrepareOrder,
     WishApplied,
 )
+from orchestrator.core.changes import MachineChange
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.ids import AttemptRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.offers import Obstacle
+from orchestrator.core.records import GuestSpec
 from orchestrator.rpc.channels import aio_channel
 from orchestrator.rpc.errors import from_rpc_error
 from protos.drover.v1 import agent_pb2 as pb
@@ -37,6 +39,7 @@ if TYPE_CHECKING:  # stands in the type stubs only
 CALL_S = 3.0
 START_GUEST_S = 30.0
 END_GUEST_S = 15.0
+CHANGE_MACHINE_S = 30.0
 PREPARE_MARGIN_S = 1.0
 CONSOLE_S = 24 * 3600.0
 WATCH_S = 600.0
@@ -218,6 +221,13 @@ class AgentClient:
         """Tell a device of a guest something in its own program's words; what the program says to it."""
         request = pb.PassInstructionRequest(guest_uuid=guest, device=device, instruction=instruction)
         return (await self._call(self._stub.PassInstruction, request, timeout_s)).answer
+
+    async def change_machine(
+        self, guest: str, change: MachineChange, reservations: int = 0, timeout_s: float = CHANGE_MACHINE_S
+    ) -> GuestSpec:
+        """Add to a guest's machine, or take from it; what the guest is afterwards. See `MachineChange`."""
+        request = wire.machine_change_to_proto(guest, change, reservations)
+        return wire.guest_spec_from_proto((await self._call(self._stub.ChangeMachine, request, timeout_s)).spec)
 
 
 class AgentClients:

@@ -14,7 +14,7 @@ import grpc
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.images import CHUNK_BYTES, ImageImport
-from orchestrator.core.records import GuestSpec
+from orchestrator.core.records import DiskSpec, GuestSpec, NicSpec
 from orchestrator.rpc.channels import channel
 from orchestrator.rpc.console import ConsoleSession
 from orchestrator.rpc.errors import from_rpc_error
@@ -278,6 +278,39 @@ class OrchestratorClient:
     def attach_console(self, guest: str) -> ConsoleSession:
         """A session with the guest's console. Nothing is called before it is iterated."""
         return ConsoleSession(self._stub.AttachConsole, guest, self._failed)
+
+    def attach_to_guest(
+        self,
+        guest: str,
+        *,
+        disk: DiskSpec | None = None,
+        nic: NicSpec | None = None,
+        memory_mib: int = 0,
+        vcpus: int = 0,
+    ) -> types_pb2.Guest:
+        """Add one of these to a guest that runs; memory and vCPUs are what it is to have in all. Repeat-safe."""
+        _fits("memory_mib", memory_mib, 31)
+        _fits("vcpus", vcpus, 31)
+        request = pb.AttachToGuestRequest(guest=guest)
+        if disk is not None:
+            request.disk.CopyFrom(wire.disk_to_proto(disk))
+        elif nic is not None:
+            request.nic.CopyFrom(wire.nic_to_proto(nic))
+        elif memory_mib:
+            request.memory_mib = memory_mib
+        else:
+            request.vcpus = vcpus
+        return self._call(self._stub.AttachToGuest, request, self._slow_s)
+
+    def detach_from_guest(self, guest: str, *, disk: str = "", nic: str = "") -> types_pb2.Guest:
+        """Take a disk or a network card from a guest that runs, by its name. DEVICE_NOT_RELEASED: the guest's system
+        has not let go of it, and it is all there. NOT_FOUND: it has none of that name (any more)."""
+        request = pb.DetachFromGuestRequest(guest=guest)
+        if disk:
+            request.disk = disk
+        else:
+            request.nic = nic
+        return self._call(self._stub.DetachFromGuest, request, self._slow_s)
 
     def watch_guests(self, names: Sequence[str] = ()) -> Iterator[types_pb2.Guest]:
         """The named guests, or all, as they are and then each time they change; for ever."""

@@ -19,6 +19,7 @@ from typing import Any
 from orchestrator import wire
 from orchestrator.core import handover
 from orchestrator.core.agent import AgentSample, AgentStatus, CopyStatus, GuestStatus, GuestTrouble, RunState
+from orchestrator.core.changes import changed
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -170,6 +171,20 @@ class FakeAgent(AgentServiceServicer):
         elif status.run_state is RunState.STARTING:
             status = replace(status, inc="inc", run_state=RunState.RUNNING)  # the sample that says so comes later
         return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
+
+    async def ChangeMachine(self, request: pb.ChangeMachineRequest, context: Any) -> pb.ChangeMachineResponse:
+        uuid = request.guest_uuid
+        await self._called("ChangeMachine", uuid)
+        async with self.turn:
+            record, _ = await self._read(uuid)
+            if record.phase is not Ownership.IDLE:
+                raise DroverError(RefusalReason.GUEST_IS_MIGRATING, f"its record says {record.phase}")
+            path = paths.guest_spec(uuid)
+            node = await self.store.read(path)
+            assert node is not None
+            spec = changed(decode(GuestSpec, node.data), wire.machine_change_from_proto(request))
+            assert isinstance(await self.store.multi([SetData(path, encode(spec), node.version)]), Done)
+        return pb.ChangeMachineResponse(spec=wire.guest_spec_to_proto(spec))
 
     async def RestoreRecord(self, request: pb.RestoreRecordRequest, context: Any) -> pb.RestoreRecordResponse:
         """Only of guests that the test has called `lost`."""

@@ -23,7 +23,7 @@ from orchestrator.core.disks import ImageThere, SyncPoint
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
-from orchestrator.core.records import LiveMachine, Requests
+from orchestrator.core.records import GuestSpec, LiveMachine, Requests
 from orchestrator.core.switchover import AckLedger
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger, op_create, op_set
@@ -59,7 +59,7 @@ class Link:
         self.destination.go(self.destination.state.inc, want_run)
         return self.destination.started.is_set()
 
-    async def machine(self) -> tuple[LiveMachine, Mapping[str, str]]:
+    async def machine(self) -> tuple[LiveMachine, Mapping[str, str], GuestSpec | None]:
         raise NotImplementedError("asked before there is an attempt")
 
     async def ack(self, entry: AckRequest) -> None:

@@ -20,6 +20,7 @@ from orchestrator.core.disks import SourceSide
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.offers import Obstacle
+from orchestrator.core.records import LiveDevice
 
 _UNDER_WAY = (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.PARKED, EngineStatus.DEVICE)
 
@@ -36,6 +37,9 @@ class Script:
     late_devices: int = 0
     """So many devices inside the VMM ask after the decision, once: `proceed` ends in the VMM's own verdict."""
     unmigratable: tuple[Obstacle, ...] = ()
+    fail_attach: str = ""
+    holds_on: bool = False
+    """The guest lets go of no device that it is asked for."""
     blind: bool = False
     """Of no process can be told whether it lives."""
 
@@ -106,6 +110,9 @@ class FakeVmm:
         self.peer: FakeVmm | None = None
         self._sinks: list[base.EventSink] = []
         self._disks = FakeDisks([disk.name for disk in spec.disks if not disk.shared], self._emit)
+        listed = spec.machine.devices if spec.machine is not None else ()
+        self._devices = {device.id: device.driver for device in listed}
+        self._asked: set[str] = set()
         self._before = run
         self._dead = False
         self._late = 0
@@ -149,6 +156,46 @@ class FakeVmm:
     async def unmigratable(self) -> tuple[Obstacle, ...]:
         self._called("unmigratable")
         return self.engine.script.unmigratable
+
+    async def devices(self) -> Mapping[str, str]:
+        self._called("devices")
+        return dict(self._devices)
+
+    async def attach(self, device: LiveDevice, spec: base.VmmSpec) -> LiveDevice:
+        self._called("attach")
+        why, self.engine.script.fail_attach = self.engine.script.fail_attach, ""
+        if why or device.id in self._devices:
+            raise EngineError(why or f"Duplicate device ID '{device.id}'")
+        self._devices[device.id] = device.driver
+        return await self.as_it_is(device)
+
+    async def as_it_is(self, device: LiveDevice) -> LiveDevice:
+        if device.id not in self._devices:
+            raise EngineError(f"there is no {device.id}")
+        return replace(device, address=hex(len(self._devices) << 30)) if device.memory_mib else device
+
+    async def let_go(self, device: LiveDevice, timeout_s: float) -> bool:
+        self._called("let_go")
+        if device.id in self._devices and self.engine.script.holds_on:
+            self._asked.add(device.id)
+            return False
+        self._devices.pop(device.id, None)
+        return True
+
+    async def drop(self, device: LiveDevice) -> None:
+        self._called("drop")
+        if device.id in self._devices:
+            raise EngineError(f"{device.id} is in use")
+
+    def described(self, spec: base.VmmSpec) -> None:
+        self.spec = spec
+        self._disks = FakeDisks([disk.name for disk in spec.disks if not disk.shared], self._emit)
+
+    def lets_go(self, device: str) -> None:
+        """As a guest that restarts, long after it was asked."""
+        assert device in self._asked
+        del self._devices[device]
+        self._emit(base.DeviceGone(device))
 
     async def pause(self) -> None:
         self._called("pause")

@@ -29,7 +29,7 @@ from orchestrator.api import decisions, evacuations, guests, hosts, images, limi
 from orchestrator.api.calls import digest
 from orchestrator.api.listing import Field, Kind, Listing
 from orchestrator.api.reads import no_place, not_found
-from orchestrator.core import repair
+from orchestrator.core import changes, repair
 from orchestrator.core.agent import AgentStatus
 from orchestrator.core.death import issued_at_s
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
@@ -685,6 +685,21 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         await self._called("WatchEvacuations", request)
         async for evacuation in self._watch(self.evacuations, request.names):
             yield pb.WatchEvacuationsResponse(evacuation=evacuation)
+
+    async def AttachToGuest(self, request: pb.AttachToGuestRequest, context: object) -> types.Guest:
+        await self._called("AttachToGuest", request)
+        return self._changed(request.guest, wire.attachment_from_proto(request))
+
+    async def DetachFromGuest(self, request: pb.DetachFromGuestRequest, context: object) -> types.Guest:
+        await self._called("DetachFromGuest", request)
+        return self._changed(request.guest, wire.detachment_from_proto(request))
+
+    def _changed(self, name: str, change: changes.MachineChange) -> types.Guest:
+        guest = self._guest(name, "guest")
+        decisions.need_movable(_record(guest))
+        spec = changes.changed(wire.guest_spec_from_proto(guest.spec), change)
+        guest.spec.CopyFrom(wire.guest_spec_to_proto(spec))
+        return guest
 
     # --- devices
 

@@ -26,6 +26,7 @@ from orchestrator.core.records import (
     GuestSpec,
     HostFeature,
     MigrationPhase,
+    NicSpec,
     OnHostDeath,
     Pool,
     PoolKind,
@@ -649,3 +650,76 @@ async def test_an_unreadable_record_names_its_node_and_hides_no_other(
     error = await api.refused(client.get_host, "h1")
     assert error.reason is R.INTERNAL
     assert "/hosts/h1/cordon" in error.message
+
+
+# --- machines that run ------------------------------------------------------------------------------------------------
+
+GROWING = GuestSpec("web", memory_mib=64, max_memory_mib=1024, max_vcpus=4)
+EXTRA = DiskSpec("data", "fast", "data.img")
+
+
+@pytest.fixture
+async def growing(api: ApiCluster, client: OrchestratorClient) -> str:
+    """A guest with room for more, on a host that has a pool."""
+    features = (HostFeature.HARDWARE, HostFeature.HOTPLUG)
+    await api.host("grows", pools=(Pool("fast", PoolKind.LOCAL),), features=features)
+    return str((await api.call(client.create_guest, GROWING, "grows")).uuid)
+
+
+async def test_what_a_running_guest_is_given_is_counted(
+    api: ApiCluster, client: OrchestratorClient, growing: str
+) -> None:
+    guest = await api.call(lambda: client.attach_to_guest("web", memory_mib=64 + 256))
+    assert guest.spec.memory_mib == 64 + 256
+    assert (await api.call(client.get_host, "grows")).memory_used_mib == 64 + 256
+    await api.call(lambda: client.attach_to_guest("web", vcpus=3))
+    await api.call(lambda: client.attach_to_guest("web", disk=EXTRA))
+    guest = await api.call(client.get_guest, "web")
+    assert (guest.spec.vcpus, [disk.name for disk in guest.spec.disks]) == (3, ["data"])
+    again = await api.call(lambda: client.attach_to_guest("web", disk=EXTRA))
+    assert again.spec == guest.spec
+    guest = await api.call(lambda: client.detach_from_guest("web", disk="data"))
+    assert not guest.spec.disks
+    assert [about for method, about in api.agents["grows"].calls if method == "ChangeMachine"] == [growing] * 5
+
+
+async def test_what_a_host_does_not_have_is_not_asked_of_its_agent(
+    api: ApiCluster, client: OrchestratorClient, growing: str, world: World
+) -> None:
+    refusals = [
+        (R.POOL_NOT_FOUND, lambda: client.attach_to_guest("web", disk=replace(EXTRA, pool="none"))),
+        (R.NETWORK_NOT_FOUND, lambda: client.attach_to_guest("web", nic=NicSpec("n", "none"))),
+        (R.INVALID_ARGUMENT, lambda: client.attach_to_guest("web", disk=replace(EXTRA, image="../x"))),
+        (R.INVALID_ARGUMENT, lambda: client.attach_to_guest("web", memory_mib=65)),
+        (R.INVALID_ARGUMENT, lambda: client.attach_to_guest("web")),
+        (R.NOT_FOUND, lambda: client.attach_to_guest("nobody", vcpus=2)),
+        (R.NOT_FOUND, lambda: client.detach_from_guest("web", nic="none")),
+        (R.INVALID_ARGUMENT, lambda: client.detach_from_guest("web")),
+    ]
+    for reason, call in refusals:
+        with pytest.raises(DroverError) as refused:
+            await api.call(call)
+        assert refused.value.reason is reason
+    world.promise("grows", m1=900)
+    with pytest.raises(DroverError, match="has 60 MiB free, web is to have 128 MiB more") as refused:
+        await api.call(lambda: client.attach_to_guest("web", memory_mib=64 + 128))
+    assert refused.value.reason is R.NO_CAPACITY
+    assert "ChangeMachine" not in {method for method, _ in api.agents["grows"].calls}
+
+
+async def test_what_the_agent_refuses_comes_through_and_a_race_for_memory_is_run_again(
+    api: ApiCluster, client: OrchestratorClient, growing: str
+) -> None:
+    agent = api.agents["grows"]
+    agent.refusals["ChangeMachine"] = DroverError(R.DEVICE_NOT_RELEASED, "guest web has not let go of disk-data")
+    with pytest.raises(DroverError, match="has not let go") as refused:
+        await api.call(lambda: client.attach_to_guest("web", vcpus=2))
+    assert refused.value.reason is R.DEVICE_NOT_RELEASED
+    moved = DroverError(R.OUTCOME_UNKNOWN, "look again", details={"moved": "reservations"})
+    agent.refusals["ChangeMachine"] = moved
+    agent.delays_s["ChangeMachine"] = 0.1
+    call = asyncio.create_task(api.call(lambda: client.attach_to_guest("web", memory_mib=64 + 128)))
+    while [method for method, _ in agent.calls].count("ChangeMachine") < 3:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    agent.refusals.clear()
+    assert (await call).spec.memory_mib == 64 + 128

@@ -24,7 +24,7 @@ from agents.serving.peer import PeerServicer
 from agents.shims.base import Frame, FrameKind
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.ids import AckRequest, AttemptRef
-from orchestrator.core.records import LiveMachine
+from orchestrator.core.records import GuestSpec, LiveMachine
 from orchestrator.rpc import channels
 from orchestrator.rpc.errors import Errors
 from protos.drover.v1 import agent_pb2 as pb
@@ -59,7 +59,7 @@ class Agent:
     def arrival(self, key: AttemptKey) -> Arrival | None:
         return self.known if key == ("m", 1, INC) else None
 
-    def machine(self, uuid: str) -> LiveMachine:
+    async def machine(self, uuid: str) -> tuple[LiveMachine, GuestSpec]:
         raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid} here")
 
     async def pool_tokens(self, uuid: str) -> Mapping[str, str]:

@@ -39,6 +39,7 @@ from orchestrator.core.disks import SourceSide
 from orchestrator.core.endpoint import join_address
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 from orchestrator.core.offers import Obstacle
+from orchestrator.core.records import LiveDevice
 
 LIMITS = (
     "no check before the last pass: a late ACK is found when libvirt has sealed the guest",
@@ -55,6 +56,7 @@ _RESUME_S = 40.0
 _GONE_S = 5.0
 _SETTLE_S = 10.0
 _POLL_S = 0.01
+_NO_CHANGES = "a guest that libvirt runs is not changed through Drover"
 _FINISHED = "finished"
 _SEALED = "sealed"
 """Words in a VMM's note, for an agent that adopts it."""
@@ -199,6 +201,25 @@ class LibvirtVmm(base.Vmm):
         return ()
 
     # --- stop and start -----------------------------------------------------------------------------------------------
+
+    async def devices(self) -> Mapping[str, str]:
+        """None that are Drover's own: such guests have no list of devices, and are not changed."""
+        return {}
+
+    async def attach(self, device: LiveDevice, spec: base.VmmSpec) -> LiveDevice:
+        raise EngineError(_NO_CHANGES)
+
+    async def as_it_is(self, device: LiveDevice) -> LiveDevice:
+        raise EngineError(_NO_CHANGES)
+
+    async def let_go(self, device: LiveDevice, timeout_s: float) -> bool:
+        raise EngineError(_NO_CHANGES)
+
+    async def drop(self, device: LiveDevice) -> None:
+        raise EngineError(_NO_CHANGES)
+
+    def described(self, spec: base.VmmSpec) -> None:
+        self._spec = spec
 
     async def pause(self) -> None:
         if self._incoming is not None and not self._on_its_own:

@@ -83,14 +83,19 @@ def device_arguments(machine: LiveMachine) -> list[str]:
 
 def device_argument(device: LiveDevice) -> str:
     """What `-device` is told."""
-    options = {"id": device.id}
+    driver, *options = options_of(device).items()
+    return ",".join([driver[1], *(f"{name}={_escaped(value)}" for name, value in options)])
+
+
+def options_of(device: LiveDevice) -> dict[str, str]:
+    """What `-device` and `device_add` are told, by name; the driver first."""
+    options = {"driver": device.driver, "id": device.id}
     if device.bus:
         options["bus"] = device.bus
     if device.address:
         options["addr"] = device.address
     options |= _backend(device.backend)
-    options |= dict(sorted(device.properties.items()))
-    return ",".join([device.driver, *(f"{name}={_escaped(value)}" for name, value in options.items())])
+    return options | dict(sorted(device.properties.items()))
 
 
 def devices_of(arguments: Sequence[str]) -> tuple[LiveDevice, ...]:

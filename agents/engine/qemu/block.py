@@ -45,8 +45,9 @@ class QemuDisks(base.DiskCopies):
     """The local disks of one VMM on their way. `execute` is QMP's main connection, `yank` the one out of band."""
 
     def __init__(self, disks: Sequence[base.DiskFile], execute: Execute, yank: Execute, emit: base.EventSink) -> None:
-        self._nodes = {disk.name: disk.node for disk in disks if not disk.shared and not disk.read_only}
-        self._based = frozenset(disk.name for disk in disks if disk.base is not None)
+        self._nodes: dict[str, str] = {}
+        self._based: frozenset[str] = frozenset()
+        self.of(disks)
         self._execute = execute
         self._yank = yank
         self._emit = emit
@@ -58,6 +59,11 @@ class QemuDisks(base.DiskCopies):
         self._ends: dict[str, asyncio.Future[str]] = {}
         """Job -> its error, empty for a good end; for jobs that somebody waits for."""
         self._guard: asyncio.Task[None] | None = None
+
+    def of(self, disks: Sequence[base.DiskFile]) -> None:
+        """The VMM has these disks from now on."""
+        self._nodes = {disk.name: disk.node for disk in disks if not disk.shared and not disk.read_only}
+        self._based = frozenset(disk.name for disk in disks if disk.base is not None)
 
     @property
     def connected(self) -> bool:

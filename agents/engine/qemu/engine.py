@@ -28,12 +28,15 @@ from agents.engine.base import (
 from agents.engine.boot_images import Images
 from agents.engine.qemu import arguments, process, stream, verdict
 from agents.engine.qemu.block import QemuDisks, own_job
+from agents.engine.qemu.plug import QemuPlugs
 from agents.engine.qemu.qmp import QmpConnection
+from agents.engine.qemu.verdict import locked
 from agents.host import processes
 from orchestrator.core.endpoint import Endpoint, join_address, parse_ip
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 from orchestrator.core.offers import Obstacle
+from orchestrator.core.records import LiveDevice
 
 log = structlog.get_logger(__name__)
 
@@ -110,6 +113,7 @@ class QemuVmm(base.Vmm):
         self._arrived = False
         """This QEMU told that it has loaded the guest, and has not been asked to send it since."""
         self._disks = QemuDisks(spec.disks, self._execute, self._urgently, self._emit)
+        self._plugs = QemuPlugs(self._execute, self._emit)
         watched.on_death = lambda: self._emit(base.VmmDied())
 
     @property
@@ -149,7 +153,7 @@ class QemuVmm(base.Vmm):
                 if self.liveness() is Liveness.GONE:
                     words = processes.tail_of(process.log_path(self._spec))
                     ended = EngineError(f"QEMU ended at its start: {words}")
-                    raise _locked(ended) or ended from None
+                    raise locked(ended) or ended from None
                 await asyncio.sleep(0.01)
 
     async def state(self, timeout_s: float = 2.0) -> VmmState:
@@ -197,10 +201,26 @@ class QemuVmm(base.Vmm):
         """What of the machine is not as it was noted down: the other end would be built from the note."""
         if self._spec.machine is None:
             return []
-        entries = await self._execute("qom-list", {"path": "/machine/peripheral"})
-        kinds = {str(each["name"]): str(each["type"]) for each in entries}
-        found = {name: kind.removeprefix("child<").removesuffix(">") for name, kind in kinds.items() if "<" in kind}
-        return arguments.strangers(self._spec.machine, found)
+        return arguments.strangers(self._spec.machine, await self._plugs.devices())
+
+    async def devices(self) -> Mapping[str, str]:
+        return await self._plugs.devices()
+
+    async def attach(self, device: LiveDevice, spec: base.VmmSpec) -> LiveDevice:
+        return await self._plugs.attach(device, spec)
+
+    async def as_it_is(self, device: LiveDevice) -> LiveDevice:
+        return await self._plugs.as_it_is(device)
+
+    async def let_go(self, device: LiveDevice, timeout_s: float) -> bool:
+        return await self._plugs.detach(device, timeout_s)
+
+    async def drop(self, device: LiveDevice) -> None:
+        await self._plugs.drop(device)
+
+    def described(self, spec: base.VmmSpec) -> None:
+        self._spec = spec
+        self._disks.of(spec.disks)
 
     async def pause(self) -> None:
         await self._execute("stop")
@@ -219,7 +239,7 @@ class QemuVmm(base.Vmm):
             # Asked only now: in the blackout nothing is asked that a guest which is well does not need.
             if (await self.state()).run_state is RunState.ENDED:
                 raise GuestHasEnded(f"the guest has shut down: {error}") from error
-            raise _locked(error) or error from error
+            raise locked(error) or error from error
 
     async def _now_stands(self, stands: bool) -> None:
         """Of a migration under way this changes the limit; that it cannot be told must not undo a stop or a start."""
@@ -498,6 +518,8 @@ class QemuVmm(base.Vmm):
                 self._emit(base.StatusChanged(status))
         elif name.startswith("BLOCK_JOB_"):
             self._disks.on_event(name, data)
+        elif name in ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR"):
+            self._plugs.on_event(name, data)
         elif name in ("STOP", "RESUME"):
             self._emit(base.RunStateChanged(name == "RESUME", at_s))
         elif name == "GUEST_PANICKED" or (name == "SHUTDOWN" and data.get("guest")):
@@ -511,13 +533,6 @@ class QemuVmm(base.Vmm):
             error = str(info.get("error-desc", "")) if _status(info) is EngineStatus.FAILED else ""
         late = verdict.late_devices(error)
         self._emit(base.StatusChanged(EngineStatus.FAILED, error) if late is None else base.SwitchoverAckLate(late))
-
-
-def _locked(error: EngineError) -> base.DiskLocked | None:
-    """The same error as the word for an image that somebody else has open; None: it is about something else."""
-    said = str(error)
-    refused = 'Failed to get "' in said and '" lock' in said
-    return base.DiskLocked(said) if refused or "Failed to lock byte" in said else None
 
 
 @contextlib.asynccontextmanager

@@ -1041,6 +1041,77 @@ class ReceiveImageResponse(_message.Message):
 Global___ReceiveImageResponse: _TypeAlias = ReceiveImageResponse  # noqa: Y015
 
 @_typing.final
+class ChangeMachineRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    ATTACH_DISK_FIELD_NUMBER: _builtins.int
+    ATTACH_NIC_FIELD_NUMBER: _builtins.int
+    MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    VCPUS_FIELD_NUMBER: _builtins.int
+    DETACH_DISK_FIELD_NUMBER: _builtins.int
+    DETACH_NIC_FIELD_NUMBER: _builtins.int
+    RESERVATIONS_VERSION_FIELD_NUMBER: _builtins.int
+    guest_uuid: _builtins.str
+    memory_mib: _builtins.int
+    """In all."""
+    vcpus: _builtins.int
+    """In all."""
+    detach_disk: _builtins.str
+    """Its name."""
+    detach_nic: _builtins.str
+    """Its name."""
+    reservations_version: _builtins.int
+    """Of memory: version of what the host had promised to guests on their way there when it was found to have the room."""
+    @_builtins.property
+    def attach_disk(self) -> _types_pb2.DiskSpec: ...
+    @_builtins.property
+    def attach_nic(self) -> _types_pb2.NicSpec: ...
+    def __init__(
+        self,
+        *,
+        guest_uuid: _builtins.str = ...,
+        attach_disk: _types_pb2.DiskSpec | None = ...,
+        attach_nic: _types_pb2.NicSpec | None = ...,
+        memory_mib: _builtins.int = ...,
+        vcpus: _builtins.int = ...,
+        detach_disk: _builtins.str = ...,
+        detach_nic: _builtins.str = ...,
+        reservations_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach_disk", b"attach_disk", "attach_nic", b"attach_nic", "change", b"change", "detach_disk", b"detach_disk", "detach_nic", b"detach_nic", "memory_mib", b"memory_mib", "vcpus", b"vcpus"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach_disk", b"attach_disk", "attach_nic", b"attach_nic", "change", b"change", "detach_disk", b"detach_disk", "detach_nic", b"detach_nic", "guest_uuid", b"guest_uuid", "memory_mib", b"memory_mib", "reservations_version", b"reservations_version", "vcpus", b"vcpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["attach_disk", "attach_nic", "memory_mib", "vcpus", "detach_disk", "detach_nic"]  # noqa: Y015
+    _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
+
+Global___ChangeMachineRequest: _TypeAlias = ChangeMachineRequest  # noqa: Y015
+
+@_typing.final
+class ChangeMachineResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> _types_pb2.GuestSpec:
+        """As it is now, in the ledger as well."""
+
+    def __init__(
+        self,
+        *,
+        spec: _types_pb2.GuestSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChangeMachineResponse: _TypeAlias = ChangeMachineResponse  # noqa: Y015
+
+@_typing.final
 class AttemptTag(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1255,21 +1326,27 @@ class DescribeMachineResponse(_message.Message):
 
     MACHINE_FIELD_NUMBER: _builtins.int
     POOL_TOKENS_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def machine(self) -> Global___LiveMachine: ...
     @_builtins.property
     def pool_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The word in each shared pool that its disks are in: another one at the destination is another directory."""
 
+    @_builtins.property
+    def spec(self) -> _types_pb2.GuestSpec:
+        """The guest as the source has it: of its disks, cards, memory and vCPUs it is newer than what the ledger may still say."""
+
     def __init__(
         self,
         *,
         machine: Global___LiveMachine | None = ...,
         pool_tokens: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        spec: _types_pb2.GuestSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine", "pool_tokens", b"pool_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine", "pool_tokens", b"pool_tokens", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

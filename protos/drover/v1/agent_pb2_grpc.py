@@ -96,6 +96,11 @@ class AgentServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionResponse.FromString,
                 _registered_method=True)
+        self.ChangeMachine = channel.unary_unary(
+                '/drover.v1.AgentService/ChangeMachine',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ChangeMachineRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ChangeMachineResponse.FromString,
+                _registered_method=True)
         self.CheckGuests = channel.unary_unary(
                 '/drover.v1.AgentService/CheckGuests',
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.CheckGuestsRequest.SerializeToString,
@@ -210,6 +215,14 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangeMachine(self, request, context):
+        """Adds to the machine of a guest that runs here, or takes a disk or card away: see AttachToGuest and DetachFromGuest of
+        OrchestratorService. An addition that is repeated finds that it was done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CheckGuests(self, request, context):
         """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing.
         """
@@ -301,6 +314,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.PassInstruction,
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionResponse.SerializeToString,
+            ),
+            'ChangeMachine': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeMachine,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ChangeMachineRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ChangeMachineResponse.SerializeToString,
             ),
             'CheckGuests': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckGuests,
@@ -649,6 +667,33 @@ class AgentService:
             '/drover.v1.AgentService/PassInstruction',
             protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_agent__pb2.PassInstructionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeMachine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.AgentService/ChangeMachine',
+            protos_dot_drover_dot_v1_dot_agent__pb2.ChangeMachineRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.ChangeMachineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -65,6 +65,10 @@ class AgentServiceStub:
     """
     PassInstruction: _grpc.UnaryUnaryMultiCallable[_agent_pb2.PassInstructionRequest, _agent_pb2.PassInstructionResponse]
     """For a device of a guest that runs here: see InstructDevice of OrchestratorService."""
+    ChangeMachine: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ChangeMachineRequest, _agent_pb2.ChangeMachineResponse]
+    """Adds to the machine of a guest that runs here, or takes a disk or card away: see AttachToGuest and DetachFromGuest of
+    OrchestratorService. An addition that is repeated finds that it was done.
+    """
     CheckGuests: _grpc.UnaryUnaryMultiCallable[_agent_pb2.CheckGuestsRequest, _agent_pb2.CheckGuestsResponse]
     """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing."""
     ListPoolImages: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListPoolImagesRequest, _agent_pb2.ListPoolImagesResponse]
@@ -113,6 +117,10 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """
     PassInstruction: _aio.UnaryUnaryMultiCallable[_agent_pb2.PassInstructionRequest, _agent_pb2.PassInstructionResponse]  # type: ignore[assignment]
     """For a device of a guest that runs here: see InstructDevice of OrchestratorService."""
+    ChangeMachine: _aio.UnaryUnaryMultiCallable[_agent_pb2.ChangeMachineRequest, _agent_pb2.ChangeMachineResponse]  # type: ignore[assignment]
+    """Adds to the machine of a guest that runs here, or takes a disk or card away: see AttachToGuest and DetachFromGuest of
+    OrchestratorService. An addition that is repeated finds that it was done.
+    """
     CheckGuests: _aio.UnaryUnaryMultiCallable[_agent_pb2.CheckGuestsRequest, _agent_pb2.CheckGuestsResponse]  # type: ignore[assignment]
     """What stands against moving guests of this host, as far as only its VMMs know. Changes nothing."""
     ListPoolImages: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListPoolImagesRequest, _agent_pb2.ListPoolImagesResponse]  # type: ignore[assignment]
@@ -230,6 +238,16 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.PassInstructionResponse, _abc.Awaitable[_agent_pb2.PassInstructionResponse]]:
         """For a device of a guest that runs here: see InstructDevice of OrchestratorService."""
+
+    @_abc_1.abstractmethod
+    def ChangeMachine(
+        self,
+        request: _agent_pb2.ChangeMachineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.ChangeMachineResponse, _abc.Awaitable[_agent_pb2.ChangeMachineResponse]]:
+        """Adds to the machine of a guest that runs here, or takes a disk or card away: see AttachToGuest and DetachFromGuest of
+        OrchestratorService. An addition that is repeated finds that it was done.
+        """
 
     @_abc_1.abstractmethod
     def CheckGuests(

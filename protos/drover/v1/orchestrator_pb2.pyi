@@ -949,6 +949,72 @@ class AttachConsoleResponse(_message.Message):
 Global___AttachConsoleResponse: _TypeAlias = AttachConsoleResponse  # noqa: Y015
 
 @_typing.final
+class AttachToGuestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
+    NIC_FIELD_NUMBER: _builtins.int
+    MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    VCPUS_FIELD_NUMBER: _builtins.int
+    guest: _builtins.str
+    memory_mib: _builtins.int
+    """What it is to have in all, up to max_memory_mib of its spec, by multiples of 128 MiB."""
+    vcpus: _builtins.int
+    """What it is to have in all, up to max_vcpus of its spec."""
+    @_builtins.property
+    def disk(self) -> _types_pb2.DiskSpec: ...
+    @_builtins.property
+    def nic(self) -> _types_pb2.NicSpec: ...
+    def __init__(
+        self,
+        *,
+        guest: _builtins.str = ...,
+        disk: _types_pb2.DiskSpec | None = ...,
+        nic: _types_pb2.NicSpec | None = ...,
+        memory_mib: _builtins.int = ...,
+        vcpus: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "memory_mib", b"memory_mib", "nic", b"nic", "vcpus", b"vcpus", "what", b"what"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "guest", b"guest", "memory_mib", b"memory_mib", "nic", b"nic", "vcpus", b"vcpus", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["disk", "nic", "memory_mib", "vcpus"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___AttachToGuestRequest: _TypeAlias = AttachToGuestRequest  # noqa: Y015
+
+@_typing.final
+class DetachFromGuestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
+    NIC_FIELD_NUMBER: _builtins.int
+    guest: _builtins.str
+    disk: _builtins.str
+    """Its name."""
+    nic: _builtins.str
+    """Its name."""
+    def __init__(
+        self,
+        *,
+        guest: _builtins.str = ...,
+        disk: _builtins.str = ...,
+        nic: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "nic", b"nic", "what", b"what"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "guest", b"guest", "nic", b"nic", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["disk", "nic"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___DetachFromGuestRequest: _TypeAlias = DetachFromGuestRequest  # noqa: Y015
+
+@_typing.final
 class WatchGuestsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

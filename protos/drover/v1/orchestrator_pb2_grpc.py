@@ -140,6 +140,16 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleResponse.FromString,
                 _registered_method=True)
+        self.AttachToGuest = channel.unary_unary(
+                '/drover.v1.OrchestratorService/AttachToGuest',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachToGuestRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+                _registered_method=True)
+        self.DetachFromGuest = channel.unary_unary(
+                '/drover.v1.OrchestratorService/DetachFromGuest',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.DetachFromGuestRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+                _registered_method=True)
         self.WatchGuests = channel.unary_stream(
                 '/drover.v1.OrchestratorService/WatchGuests',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.WatchGuestsRequest.SerializeToString,
@@ -365,6 +375,22 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AttachToGuest(self, request, context):
+        """Adds a disk, a network card, memory or vCPUs to a guest while it runs. Returns when the guest has it, at this host and
+        wherever it moves from then on. Repeated, it finds that it was done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DetachFromGuest(self, request, context):
+        """Takes a disk or a network card from a guest while it runs. The guest's own system has to let go of it: refused with
+        DEVICE_NOT_RELEASED when it does not, and then the device is all there. A disk's image stays in its pool.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchGuests(self, request, context):
         """Each guest as it is, then again whenever it changed.
         """
@@ -564,6 +590,16 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.AttachConsole,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleResponse.SerializeToString,
+            ),
+            'AttachToGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.AttachToGuest,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachToGuestRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.SerializeToString,
+            ),
+            'DetachFromGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.DetachFromGuest,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.DetachFromGuestRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.SerializeToString,
             ),
             'WatchGuests': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchGuests,
@@ -1198,6 +1234,60 @@ class OrchestratorService:
             '/drover.v1.OrchestratorService/AttachConsole',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttachToGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/AttachToGuest',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachToGuestRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DetachFromGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/DetachFromGuest',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.DetachFromGuestRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
             options,
             channel_credentials,
             insecure,

@@ -98,6 +98,14 @@ class OrchestratorServiceStub:
     """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
     nothing of the guest runs any more. Several may read and type at a time.
     """
+    AttachToGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.AttachToGuestRequest, _types_pb2.Guest]
+    """Adds a disk, a network card, memory or vCPUs to a guest while it runs. Returns when the guest has it, at this host and
+    wherever it moves from then on. Repeated, it finds that it was done.
+    """
+    DetachFromGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.DetachFromGuestRequest, _types_pb2.Guest]
+    """Takes a disk or a network card from a guest while it runs. The guest's own system has to let go of it: refused with
+    DEVICE_NOT_RELEASED when it does not, and then the device is all there. A disk's image stays in its pool.
+    """
     WatchGuests: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.WatchGuestsRequest, _orchestrator_pb2.WatchGuestsResponse]
     """Each guest as it is, then again whenever it changed."""
     RepairGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RepairGuestRequest, _orchestrator_pb2.RepairGuestResponse]
@@ -185,6 +193,14 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     AttachConsole: _aio.StreamStreamMultiCallable[_orchestrator_pb2.AttachConsoleRequest, _orchestrator_pb2.AttachConsoleResponse]  # type: ignore[assignment]
     """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
     nothing of the guest runs any more. Several may read and type at a time.
+    """
+    AttachToGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.AttachToGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
+    """Adds a disk, a network card, memory or vCPUs to a guest while it runs. Returns when the guest has it, at this host and
+    wherever it moves from then on. Repeated, it finds that it was done.
+    """
+    DetachFromGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.DetachFromGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
+    """Takes a disk or a network card from a guest while it runs. The guest's own system has to let go of it: refused with
+    DEVICE_NOT_RELEASED when it does not, and then the device is all there. A disk's image stays in its pool.
     """
     WatchGuests: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.WatchGuestsRequest, _orchestrator_pb2.WatchGuestsResponse]  # type: ignore[assignment]
     """Each guest as it is, then again whenever it changed."""
@@ -396,6 +412,26 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.AttachConsoleResponse], _abc.AsyncIterator[_orchestrator_pb2.AttachConsoleResponse]]:
         """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
         nothing of the guest runs any more. Several may read and type at a time.
+        """
+
+    @_abc_1.abstractmethod
+    def AttachToGuest(
+        self,
+        request: _orchestrator_pb2.AttachToGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]:
+        """Adds a disk, a network card, memory or vCPUs to a guest while it runs. Returns when the guest has it, at this host and
+        wherever it moves from then on. Repeated, it finds that it was done.
+        """
+
+    @_abc_1.abstractmethod
+    def DetachFromGuest(
+        self,
+        request: _orchestrator_pb2.DetachFromGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]:
+        """Takes a disk or a network card from a guest while it runs. The guest's own system has to let go of it: refused with
+        DEVICE_NOT_RELEASED when it does not, and then the device is all there. A disk's image stays in its pool.
         """
 
     @_abc_1.abstractmethod

@@ -282,3 +282,25 @@ def test_a_device_is_instructed_in_its_programs_own_words(drover: Drover, servic
     told = drover("guest", "instruct", "db", "flows", "add 3", "-o", "json").json
     assert told == {"guest": "db", "device": "flows", "answer": "flows was told: add 3"}
     assert drover("guest", "instruct", "db", "disk", "add 3").code == 3
+
+
+# --- guests that run --------------------------------------------------------------------------------------------------
+
+
+def test_a_running_guest_is_given_more(drover: Drover, service: FakeOrchestrator) -> None:
+    ran = drover("guest", "attach", "db", "disk", "--name", "data", "--pool", "fast", "--size", "20GiB")
+    assert ran.out == "db on host-1 has disk data (fast/db-data.qcow2)\n"
+    (asked,) = service.requests("AttachToGuest")
+    assert (asked.guest, asked.disk.name, asked.disk.image) == ("db", "data", "db-data.qcow2")
+    assert asked.disk.size_bytes == 20 << 30
+    assert drover("guest", "attach", "db", "memory", "2GiB").code != Exit.OK
+    told = drover("guest", "attach", "db", "memory", "2Gib?")
+    assert (told.code, "write a size such as" in told.err) == (Exit.USAGE, True)
+    assert drover("guest", "attach", "db", "vcpus", "0").code == Exit.USAGE
+
+
+def test_a_running_guest_is_relieved_of_something(drover: Drover, service: FakeOrchestrator) -> None:
+    assert drover("guest", "attach", "db", "disk", "--name", "d", "--pool", "fast").code == Exit.OK
+    assert drover("guest", "detach", "db", "disk", "d").out == "db on host-1 has no disk d any more\n"
+    assert "has no disk 'd'" in drover("guest", "detach", "db", "disk", "d").err
+    assert drover("guest", "detach", "db", "memory", "n").code == Exit.USAGE
