@@ -106,6 +106,7 @@ class Offered:
         return cls(
             tuple(Pool(name, pool.kind, pool.fence, pool.locks == "none") for name, pool in names),
             tuple(filter(None, probed.get("cpu_models", "").split(","))),
+            features=cls().features if config.engine == "qemu" else (),
         )
 
 
