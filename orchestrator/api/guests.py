@@ -19,6 +19,7 @@ from orchestrator.core import handover
 from orchestrator.core.agent import RunState
 from orchestrator.core.changes import MachineChange, changed
 from orchestrator.core.compatibility import real_machine
+from orchestrator.core.editing import edit_errors, edited_fields, needs_a_stop
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import MAX_INSTRUCTION_BYTES, guest_errors, name_error
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -31,7 +32,7 @@ from orchestrator.ledger import markers, paths
 from orchestrator.ledger.births import again_ops, birth_ops
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.snapshot import HostEntry
-from orchestrator.ledger.store import Delete, Done, Op
+from orchestrator.ledger.store import Check, Delete, Done, Op
 from orchestrator.rpc.agent_client import CALL_S, CHANGE_MACHINE_S, END_GUEST_S, START_GUEST_S, AgentClient
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
@@ -197,6 +198,34 @@ class Guests:
                 continue
             return (pb.WISH_STATE_APPLIED if answer.applied else pb.WISH_STATE_QUEUED), answer.run_state
         return pb.WISH_STATE_RECORDED, None
+
+    # --- edit ---------------------------------------------------------------------------------------------------------
+
+    async def edit(self, request: pb.EditGuestRequest, caller: Caller) -> types_pb2.Guest:
+        """Write what the guest is from now on, by compare-and-set on what it was. Raises INVALID_ARGUMENT, NOT_FOUND,
+        GUEST_NOT_RUNNING for one whose life is over, GUEST_IS_RUNNING and EDIT_STALE."""
+        wanted = checked_edit(request)
+        uuid = await self.uuid_of(request.name)
+        contest = tries(caller)
+        while True:
+            await contest.another()
+            read = await self.read(uuid)
+            if request.etag and request.etag != read.etag:
+                said = f"guest {read.record.name} was edited meanwhile: look at it again"
+                raise DroverError(RefusalReason.EDIT_STALE, said, field="etag")
+            must_be_editable(read.record, read.spec, wanted)
+            entry = (await self._tools.index.recent()).hosts.get(read.record.owner.host)
+            spec = _pinned(wanted, entry) if entry is not None else wanted
+            if request.validate_only or spec == read.spec:
+                view = await self.view(uuid)
+                view.spec.CopyFrom(wire.guest_spec_to_proto(spec))
+                return view
+            ops: list[Op] = [op_set(paths.guest_spec(uuid), spec, read.spec_version)]
+            if needs_a_stop(read.spec, spec):
+                ops.append(Check(paths.guest(uuid), read.version))  # nobody starts it meanwhile, from what it was
+            if isinstance(await write(self._tools, ops, caller), Done):
+                log.info("guest edited", guest=spec.name, fields=edited_fields(read.spec, spec), by=caller.by)
+                return await self.view(uuid)
 
     # --- again --------------------------------------------------------------------------------------------------------
 
@@ -425,6 +454,37 @@ def checked(request: pb.CreateGuestRequest) -> GuestSpec:
     if bad:
         raise invalid(bad)
     return spec
+
+
+def checked_edit(request: pb.EditGuestRequest) -> GuestSpec:
+    """The specification. Raises INVALID_ARGUMENT with everything that is wrong with the request."""
+    bad: list[tuple[str, str]] = []
+    if said := name_error(request.name):
+        bad.append(("name", said))
+    if not request.HasField("spec"):
+        raise invalid([*bad, ("spec", "is missing")])
+    try:
+        spec = wire.guest_spec_from_proto(request.spec)
+    except DroverError as error:
+        raise invalid([*bad, *error.violations]) from error
+    if bad := bad + [(f"spec.{field}", said) for field, said in guest_errors(spec)]:
+        raise invalid(bad)
+    return spec
+
+
+def must_be_editable(record: GuestRecord, before: GuestSpec, after: GuestSpec) -> None:
+    """Raises GUEST_NOT_RUNNING, INVALID_ARGUMENT for what never changes, and GUEST_IS_RUNNING with every field that can
+    be changed only while the guest is stopped."""
+    if record.phase is Ownership.GONE:
+        raise DroverError(RefusalReason.GUEST_NOT_RUNNING, f"guest {record.name} has ended")
+    if bad := edit_errors(before, after):
+        raise invalid([(f"spec.{field}", said) for field, said in bad])
+    changed = needs_a_stop(before, after)
+    if changed and not record.stopped:
+        said = f"guest {record.name} is made of it: stop it and keep it, edit it, and start it again"
+        fields = [(f"spec.{field}", said) for field in changed]
+        what = f"{', '.join(changed)} of guest {record.name} can be changed only while it is stopped and kept"
+        raise DroverError(RefusalReason.GUEST_IS_RUNNING, what, violations=fields)
 
 
 def _pinned(spec: GuestSpec, entry: HostEntry) -> GuestSpec:

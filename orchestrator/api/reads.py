@@ -48,6 +48,13 @@ class GuestRead:
     spec: GuestSpec
     want_run: WantRun | None
     want_version: int
+    spec_version: int = -1
+    """Of the specification's node; -1: not read here."""
+
+    @property
+    def etag(self) -> str:
+        """Names this content of the specification; empty: not known here."""
+        return f"{self.uuid}.{self.spec_version}" if self.spec_version >= 0 else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,8 @@ async def read_guest(ledger: Ledger, uuid: str) -> GuestRead:
         raise not_found("guest", uuid)
     want = await ledger.read(WantRun, paths.want_run(uuid))
     record, version, mzxid = found
-    return GuestRead(uuid, record, version, mzxid, spec[0], want[0] if want else None, want[1] if want else -1)
+    wish, wish_version = want if want else (None, -1)
+    return GuestRead(uuid, record, version, mzxid, spec[0], wish, wish_version, spec[1])
 
 
 async def read_migration(ledger: Ledger, migration: str) -> MigrationRead:

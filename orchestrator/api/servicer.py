@@ -167,6 +167,10 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         with about(guest=request.name):
             return await self._guests.start_again(request.name, _caller(context))
 
+    async def EditGuest(self, request: pb.EditGuestRequest, context: Any) -> types_pb2.Guest:
+        with about(guest=request.name):
+            return await self._guests.edit(request, _caller(context))
+
     async def AttachConsole(
         self, request_iterator: AsyncIterator[pb.AttachConsoleRequest], context: Any
     ) -> AsyncIterator[pb.AttachConsoleResponse]:

@@ -113,6 +113,7 @@ def guest(read: GuestRead, fleet: Fleet) -> types_pb2.Guest:
         run_state=wire.run_state_to_proto(run_state(record, told)),
         want_run=read.want_run is None or read.want_run.run,
         migration=present_migration(record),
+        etag=read.etag,
         message=standing(record, read.spec) if record.phase is Ownership.CRASHED else "",
     )
 

@@ -83,7 +83,7 @@ def create(settings: Settings, files: tuple[str, ...], host: str, validate_only:
 def _make(settings: Settings, files: tuple[str, ...], host: str, validate_only: bool) -> None:
     from orchestrator import wire
 
-    specs = _specs(files)
+    specs = specs_of(files)
     with settings.client() as client:
         results = _create_all(client, specs, host, validate_only)
         refused = [(spec, r) for spec, r in zip(specs, results, strict=True) if isinstance(r, CliError)]
@@ -112,7 +112,8 @@ def _make(settings: Settings, files: tuple[str, ...], host: str, validate_only: 
         raise Ended(refused[0][1].code)
 
 
-def _specs(files: Iterable[str]) -> list[GuestSpec]:
+def specs_of(files: Iterable[str]) -> list[GuestSpec]:
+    """The guests of these files; - is standard input. Raises CliError with everything that is wrong."""
     from orchestrator.cli import guest_file
 
     texts: list[tuple[str, str]] = []
@@ -386,6 +387,26 @@ def start(settings: Settings, guest: str) -> None:
         settings.printer.document(wire.to_json(each))
     else:
         settings.printer.show(f"{each.name or guest} is {wire.word(each, 'run_state').lower()} on {each.host}")
+
+
+@guest.command(short_help="Change what it is, in your editor or from a file.")
+@guest_argument
+@click.option(
+    "-f", "--file", "file", type=click.Path(dir_okay=False, allow_dash=True), help="Take it from this guest file."
+)
+@click.option("--validate-only", "--dry-run", is_flag=True, help="Only say whether it would be taken.")
+@remote
+@pass_settings
+def edit(settings: Settings, guest: str, file: str | None, validate_only: bool) -> None:
+    """Change what GUEST is: opens its guest file in $EDITOR, or takes FILE's (- is standard input).
+
+    Labels, policy and on_host_death hold at once. Everything else can be changed while the guest is stopped with
+    `drover guest stop --keep`, and holds from its next start. What somebody else changed meanwhile is never lost.
+    """
+    from orchestrator.cli import editor
+
+    with settings.client() as client:
+        editor.edit(settings, client, guest, file, validate_only=validate_only)
 
 
 @guest.command(short_help="Sit at its console, wherever it goes.")

@@ -155,7 +155,7 @@ class OnHostDeath(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GuestSpec(Record):
-    """Immutable description of a guest, `/guests/<uuid>/spec`."""
+    """Description of a guest, `/guests/<uuid>/spec`. Edited as `core.editing` allows."""
 
     name: str
     memory_mib: int = 64

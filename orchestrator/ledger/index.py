@@ -218,7 +218,7 @@ class Index:
         return self._gone
 
     async def spec(self, uuid: str) -> GuestSpec | None:
-        """Immutable, so read once. Raises StoreUnavailable, BadRecord."""
+        """As of the last round. Raises StoreUnavailable, BadRecord."""
         known = self._view.guests.get(uuid)
         return known.input.spec if known is not None else await self._reader.spec(uuid)
 
@@ -283,8 +283,6 @@ class Index:
                 self._moved_hosts.add(name)
             elif uuid := paths.guest_of(path):
                 self._moved_guests.add(uuid)
-                if path == paths.guest_spec(uuid):
-                    self._reader.forget(uuid)  # no product writes it twice; who mends a ledger by hand may
             else:
                 return
         self._askers.wake.set()

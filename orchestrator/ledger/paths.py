@@ -76,7 +76,7 @@ def guest(uuid: str) -> str:
 
 
 def guest_spec(uuid: str) -> str:
-    """What the guest is; immutable."""
+    """What the guest is. Written by its birth and by edits, each a compare-and-set."""
     return f"{guest(uuid)}/spec"
 
 

@@ -106,7 +106,7 @@ class Reader:
         """`nodes` are told of every node that moves, before the answer that shows it."""
         self._store = store
         self._nodes = nodes
-        self._specs: dict[str, GuestSpec] = {}
+        self._specs: dict[str, tuple[bytes, GuestSpec]] = {}
         self._promises: dict[str, dict[str, tuple[Versioned, Reservation]]] = {}
         """By host and migration, decoded once."""
 
@@ -186,19 +186,22 @@ class Reader:
         )
 
     async def spec(self, uuid: str) -> GuestSpec | None:
-        """Immutable, so read once."""
-        if uuid not in self._specs:
-            node = await self._store.read(paths.guest_spec(uuid))
-            if node is None:
-                return None
-            self._specs[uuid] = decode(GuestSpec, node.data, path=paths.guest_spec(uuid))
-        return self._specs[uuid]
+        """Seldom edited, so decoded once for each content."""
+        path = paths.guest_spec(uuid)
+        node = await self._node(path)
+        if node is None:
+            return None
+        known = self._specs.get(uuid)
+        if known is None or known[0] != node.data:
+            known = self._specs[uuid] = node.data, decode(GuestSpec, node.data, path=path)
+        return known[1]
 
     def forget(self, uuid: str) -> None:
         """Its life is over, or it is gone."""
         self._specs.pop(uuid, None)
         if self._nodes is not None:
             self._nodes.forget(paths.want_run(uuid))
+            self._nodes.forget(paths.guest_spec(uuid))
 
 
 def with_room(entry: HostEntry, hidden: Iterable[UnreadableGuest]) -> HostEntry:

@@ -275,6 +275,13 @@ class OrchestratorClient:
         """Start a guest that was kept, has shut down or has crashed, where it is. Returns when it runs. Idempotent."""
         return self._call(self._stub.StartGuestAgain, pb.StartGuestAgainRequest(name=name), self._slow_s)
 
+    def edit_guest(self, name: str, spec: GuestSpec, etag: str = "", *, validate_only: bool = False) -> types_pb2.Guest:
+        """Replace what the guest is. `etag`: of the guest as it was read, so that no other edit is lost."""
+        request = pb.EditGuestRequest(
+            name=name, spec=wire.guest_spec_to_proto(spec), etag=etag, validate_only=validate_only
+        )
+        return self._call(self._stub.EditGuest, request)
+
     def attach_console(self, guest: str) -> ConsoleSession:
         """A session with the guest's console. Nothing is called before it is iterated."""
         return ConsoleSession(self._stub.AttachConsole, guest, self._failed)

@@ -101,6 +101,8 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     """That it is served on."""
     typed: dict[str, bytearray] = field(default_factory=dict[str, bytearray])
     """On their consoles."""
+    edits: dict[str, int] = field(default_factory=dict[str, int])
+    """How often guests were edited, by uuid."""
     wish: int = pb.WISH_STATE_APPLIED
     instructions: bool = True
 
@@ -353,6 +355,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         guest = types.Guest(name=spec.name, spec=request.spec, host=host, want_run=True)
         if not request.validate_only:
             guest.uuid = str(uuid.uuid4())
+            guest.etag = self._etag(guest)
             guest.ownership, guest.run_state = types.OWNERSHIP_PHASE_IDLE, types.RUN_STATE_RUNNING
             self.guests[guest.name] = guest
             self._carry(guest, 1)
@@ -378,7 +381,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         if request.host:
             self._known(self.hosts, request.host, "host", "host")
         found = [guest for guest in self.guests.values() if request.host in ("", guest.host)]
-        page = lists.page(_GUESTS, found, request)
+        page = lists.page(_GUESTS, [_without_etag(guest) for guest in found], request)
         return pb.ListGuestsResponse(guests=page.rows, unreadable=self.unreadable, next_page_token=page.next_page_token)
 
     async def PauseGuest(self, request: pb.PauseGuestRequest, context: object) -> pb.ChangeRunStateResponse:
@@ -432,6 +435,26 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             guest.want_run, guest.message = True, ""
             self._carry(guest, 1)
         return guest
+
+    async def EditGuest(self, request: pb.EditGuestRequest, context: object) -> types.Guest:
+        await self._called("EditGuest", request)
+        spec = guests.checked_edit(request)
+        guest = self._guest(request.name)
+        if request.etag and request.etag != self._etag(guest):
+            raise DroverError(R.EDIT_STALE, f"guest {guest.name} was edited meanwhile", field="etag")
+        guests.must_be_editable(_record(guest), wire.guest_spec_from_proto(guest.spec), spec)
+        edited = types.Guest()
+        edited.CopyFrom(guest)
+        edited.spec.CopyFrom(wire.guest_spec_to_proto(spec))
+        if not request.validate_only and edited.spec != guest.spec:
+            self.edits[guest.uuid] = self.edits.get(guest.uuid, 0) + 1
+            guest.spec.CopyFrom(edited.spec)
+            edited = guest
+        edited.etag = guest.etag = self._etag(guest)
+        return edited
+
+    def _etag(self, guest: types.Guest) -> str:
+        return f"{guest.uuid}.{self.edits.get(guest.uuid, 0)}"
 
     async def AttachConsole(
         self, request_iterator: AsyncIterator[pb.AttachConsoleRequest], context: object
@@ -778,6 +801,12 @@ def _record(guest: types.Guest) -> GuestRecord:
     stopped = guest.ownership == types.OWNERSHIP_PHASE_STOPPED
     phase = Ownership.CRASHED if stopped else Ownership(wire.word(guest, "ownership"))
     return GuestRecord(guest.name, phase, HostRef(guest.host, ""), guest.migration, stopped=stopped)
+
+
+def _without_etag(guest: types.Guest) -> types.Guest:
+    listed = deepcopy(guest)
+    listed.etag = ""
+    return listed
 
 
 def _without_time_lines(migration: types.Migration) -> types.Migration:

@@ -3,6 +3,7 @@ at its console while it moves, and it is stopped, kept and started again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.integration,
     pytest.mark.zookeeper,
     pytest.mark.qemu,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(bool(missing()), reason=missing()),
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed"),
 ]
@@ -80,6 +81,17 @@ class Seat:
         assert not self.thread.is_alive()
 
 
+def command_line(name: str) -> list[str]:
+    """Of the one VMM of the guest."""
+    found: list[list[str]] = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = process.read_bytes().decode(errors="replace").split("\0")
+            found += [words] if f"guest={name}" in words else []
+    (only,) = found
+    return only
+
+
 def until(what: str, question: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not question():
@@ -113,8 +125,9 @@ def test_a_day_of_a_guest(cluster: Cluster, run: Callable[..., Any], tmp_path: P
     )
     assert "ALREADY_EXISTS" in refused["err"]
 
-    (tmp_path / "guest.yaml").write_text(GUEST)
-    born = run("guest", "create", "-f", str(tmp_path / "guest.yaml"), "--host", "host-1")["guests"][0]
+    given = str(tmp_path / "guest.yaml")
+    Path(given).write_text(GUEST)
+    born = run("guest", "create", "-f", given, "--host", "host-1")["guests"][0]
     (listed,) = [each for each in run("image", "list", "--pool", "shared")["images"] if each["name"] == image.name]
     assert listed["guests"] == ["sat-at"]
 
@@ -137,12 +150,17 @@ def test_a_day_of_a_guest(cluster: Cluster, run: Callable[..., Any], tmp_path: P
         assert (kept["ownership"], kept["run_state"]) == ("STOPPED", "ENDED")
         until("sessions end with what they were with", lambda: not seat.thread.is_alive())
         assert "GUEST_NOT_RUNNING" in run("guest", "pause", "sat-at", ends=Exit.REFUSED)["err"]
+        (tmp_path / "edited.yaml").write_text(GUEST.replace("64MiB", "96MiB").replace("blue", "red"))
+        edited = run("guest", "edit", "sat-at", "-f", str(tmp_path / "edited.yaml"))
+        assert (edited["spec"]["memory_mib"], edited["spec"]["labels"]) == (96, {"team": "red"})
         again = run("guest", "start", "sat-at")
         assert (again["uuid"], again["host"], again["run_state"]) == (born["uuid"], "host-2", "RUNNING")
         assert run("guest", "start", "sat-at")["uuid"] == born["uuid"]
         anew = Seat(client, "sat-at")
         until("it has booted anew", lambda: len(anew.beats()) > 5)
         assert anew.beats()[0] < beats[-1]
+        assert "GUEST_IS_RUNNING" in run("guest", "edit", "sat-at", "-f", given, ends=Exit.REFUSED)["err"]
+        assert "-m 96" in " ".join(command_line("sat-at"))
         anew.leave()
         beside.leave()
 

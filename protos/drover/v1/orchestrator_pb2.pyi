@@ -894,6 +894,38 @@ class StartGuestAgainRequest(_message.Message):
 Global___StartGuestAgainRequest: _TypeAlias = StartGuestAgainRequest  # noqa: Y015
 
 @_typing.final
+class EditGuestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    etag: _builtins.str
+    """Of the guest as it was read: EDIT_STALE when it has been edited since. Empty: whatever it is now."""
+    validate_only: _builtins.bool
+    @_builtins.property
+    def spec(self) -> _types_pb2.GuestSpec:
+        """All of it, not only what changes."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        spec: _types_pb2.GuestSpec | None = ...,
+        etag: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "spec", b"spec", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EditGuestRequest: _TypeAlias = EditGuestRequest  # noqa: Y015
+
+@_typing.final
 class AttachConsoleRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

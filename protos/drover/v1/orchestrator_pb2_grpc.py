@@ -135,6 +135,11 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.StartGuestAgainRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
                 _registered_method=True)
+        self.EditGuest = channel.unary_unary(
+                '/drover.v1.OrchestratorService/EditGuest',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.EditGuestRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+                _registered_method=True)
         self.AttachConsole = channel.stream_stream(
                 '/drover.v1.OrchestratorService/AttachConsole',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleRequest.SerializeToString,
@@ -367,6 +372,14 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EditGuest(self, request, context):
+        """Replaces what the guest is. Labels, policy and on_host_death at any time; everything else, but its name, only while it is
+        stopped and kept (GUEST_IS_RUNNING): its next start makes it so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AttachConsole(self, request_iterator, context):
         """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
         nothing of the guest runs any more. Several may read and type at a time.
@@ -584,6 +597,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
             'StartGuestAgain': grpc.unary_unary_rpc_method_handler(
                     servicer.StartGuestAgain,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.StartGuestAgainRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.SerializeToString,
+            ),
+            'EditGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.EditGuest,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.EditGuestRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.SerializeToString,
             ),
             'AttachConsole': grpc.stream_stream_rpc_method_handler(
@@ -1206,6 +1224,33 @@ class OrchestratorService:
             target,
             '/drover.v1.OrchestratorService/StartGuestAgain',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.StartGuestAgainRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EditGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/EditGuest',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.EditGuestRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
             options,
             channel_credentials,

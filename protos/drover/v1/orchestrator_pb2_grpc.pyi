@@ -94,6 +94,10 @@ class OrchestratorServiceStub:
     """Starts a guest that was kept, has shut down by itself, or has crashed, where it is: the same life, booted anew. One
     that runs is left as it is. Idempotent.
     """
+    EditGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.EditGuestRequest, _types_pb2.Guest]
+    """Replaces what the guest is. Labels, policy and on_host_death at any time; everything else, but its name, only while it is
+    stopped and kept (GUEST_IS_RUNNING): its next start makes it so.
+    """
     AttachConsole: _grpc.StreamStreamMultiCallable[_orchestrator_pb2.AttachConsoleRequest, _orchestrator_pb2.AttachConsoleResponse]
     """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
     nothing of the guest runs any more. Several may read and type at a time.
@@ -189,6 +193,10 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     StartGuestAgain: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.StartGuestAgainRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """Starts a guest that was kept, has shut down by itself, or has crashed, where it is: the same life, booted anew. One
     that runs is left as it is. Idempotent.
+    """
+    EditGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.EditGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
+    """Replaces what the guest is. Labels, policy and on_host_death at any time; everything else, but its name, only while it is
+    stopped and kept (GUEST_IS_RUNNING): its next start makes it so.
     """
     AttachConsole: _aio.StreamStreamMultiCallable[_orchestrator_pb2.AttachConsoleRequest, _orchestrator_pb2.AttachConsoleResponse]  # type: ignore[assignment]
     """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
@@ -402,6 +410,16 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]:
         """Starts a guest that was kept, has shut down by itself, or has crashed, where it is: the same life, booted anew. One
         that runs is left as it is. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def EditGuest(
+        self,
+        request: _orchestrator_pb2.EditGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]:
+        """Replaces what the guest is. Labels, policy and on_host_death at any time; everything else, but its name, only while it is
+        stopped and kept (GUEST_IS_RUNNING): its next start makes it so.
         """
 
     @_abc_1.abstractmethod

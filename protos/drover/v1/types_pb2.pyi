@@ -1462,6 +1462,7 @@ class Guest(_message.Message):
     WANT_RUN_FIELD_NUMBER: _builtins.int
     MIGRATION_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     uuid: _builtins.str
     host: _builtins.str
@@ -1471,6 +1472,8 @@ class Guest(_message.Message):
     migration: _builtins.str
     """Present migration, if any: migrations/{migration}"""
     message: _builtins.str
+    etag: _builtins.str
+    """Names this content of `spec`, for EditGuest. Not in lists."""
     @_builtins.property
     def spec(self) -> Global___GuestSpec: ...
     def __init__(
@@ -1485,10 +1488,11 @@ class Guest(_message.Message):
         want_run: _builtins.bool = ...,
         migration: _builtins.str = ...,
         message: _builtins.str = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "message", b"message", "migration", b"migration", "name", b"name", "ownership", b"ownership", "run_state", b"run_state", "spec", b"spec", "uuid", b"uuid", "want_run", b"want_run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "host", b"host", "message", b"message", "migration", b"migration", "name", b"name", "ownership", b"ownership", "run_state", b"run_state", "spec", b"spec", "uuid", b"uuid", "want_run", b"want_run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
