@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from orchestrator.core.records import Boot, DeviceSpec, DiskSpec, GuestSpec, NicSpec
 
@@ -41,9 +41,9 @@ _DEFAULTS: dict[type, Any] = {DiskSpec: DiskSpec("", "", ""), NicSpec: NicSpec("
 
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, tuple):
-        return [_plain(name, each) for each in value]
+        return [_plain(name, each) for each in cast("tuple[Any, ...]", value)]
     if isinstance(value, dict):
-        return dict(sorted(value.items()))
+        return dict(sorted(cast("dict[str, Any]", value).items()))
     if hasattr(value, "__dataclass_fields__"):
         return _mapping(value, _default_of(value))
     if hasattr(value, "value"):  # a word of an enumeration
