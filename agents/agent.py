@@ -16,6 +16,7 @@ from agents.config import AgentConfig
 from agents.disks import pools
 from agents.disks.imports import PoolImages
 from agents.engine.base import MigrationEngine
+from agents.guest import adopting
 from agents.guest.console import Consoles, Session
 from agents.guest.files import GuestFiles, forget_stale_links, found_on_disk, note_roots
 from agents.guest.held import Forgotten
@@ -383,6 +384,19 @@ class Agent:
     async def keep_guest(self, uuid: str, *, only_ended: bool) -> None:
         """See `HostedGuest.keep`. A caller that is cut off does not stop it half-way."""
         await self._to_its_end(self._kept(uuid, lambda guest: guest.keep(only_ended=only_ended)))
+
+    async def examine_vmm(self, name: str, pid: int, qmp: str, wished: GuestSpec | None) -> adopting.Found:
+        """See `adopting.examine`. A process that is a guest's here already is refused with ALREADY_EXISTS."""
+        self._must_take_on()
+        for guest in self._guests.values():
+            if any(copy.vmm.metadata.pid == pid and not copy.is_gone for copy in guest.copies.values()):
+                said = f"process {pid} of {self.here.host} is guest {guest.name} already"
+                raise DroverError(RefusalReason.ALREADY_EXISTS, said, field="pid")
+        return await adopting.examine(self._tools.engine, self._config, name, (pid, qmp), wished)
+
+    async def release_vmm(self, uuid: str) -> None:
+        """See `HostedGuest.release`. A caller that is cut off does not stop it half-way."""
+        await self._to_its_end(self._kept(uuid, lambda guest: guest.release()))
 
     async def _kept(self, uuid: str, call: Callable[[HostedGuest], Awaitable[T]]) -> T:
         """By the guest's keeper, or by the next one when it has just ended."""

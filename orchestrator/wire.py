@@ -357,6 +357,8 @@ def machine_to_proto(machine: LiveMachine) -> agent_pb2.LiveMachine:
         max_memory_mib=machine.max_memory_mib,
         max_vcpus=machine.max_vcpus,
         base_sha256=machine.base_sha256,
+        serials=machine.serials,
+        uuid=machine.uuid,
     )
 
 
@@ -373,6 +375,8 @@ def machine_from_proto(message: agent_pb2.LiveMachine) -> LiveMachine:
         message.max_memory_mib,
         message.max_vcpus,
         dict(message.base_sha256),
+        message.serials if message.HasField("serials") else 2,
+        message.uuid,
     )
 
 

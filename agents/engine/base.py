@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from orchestrator.core.disks import SourceSide
 from orchestrator.core.endpoint import Endpoint
@@ -35,6 +35,10 @@ class ImageNotFound(EngineError):
 
 class DiskLocked(EngineError):
     """Somebody else holds the lock of a disk's image. The guest is as it was; it may be tried again."""
+
+
+class MonitorBusy(EngineError):
+    """The monitor of a VMM that somebody else started answers to somebody else."""
 
 
 class EngineTimeout(EngineError):
@@ -204,11 +208,13 @@ class DiskFile:
     base_format: DiskFormat = DiskFormat.QCOW2
     iothread: bool = False
     """The device's requests are handled by a thread of their own."""
+    called: str = ""
+    """The node, where somebody else named it: in a VMM that was adopted."""
 
     @property
     def node(self) -> str:
         """The engine's name for what the guest's device writes to; the file below it is `<node>-file`."""
-        return f"disk-{self.name}"
+        return self.called or f"disk-{self.name}"
 
     @property
     def shared(self) -> bool:
@@ -539,4 +545,39 @@ class MigrationEngine(Protocol):
 
         Raises EngineError when it is not gone and does not answer, and when it cannot be told whether it is gone.
         """
+        ...
+
+
+ADOPTED_QMP = "adopted_qmp"
+"""In `VmmMetadata.extra`: the monitor of a VMM that somebody else started. Drover made none of its files and sockets."""
+NODE_OF = "node:"
+"""In `VmmMetadata.extra`, before a disk's name: the node of the disk in such a VMM."""
+PATH_OF = "path:"
+"""In `VmmMetadata.extra`, before a live device's id: its path in such a VMM."""
+
+
+@runtime_checkable
+class AdoptingEngine(Protocol):
+    """An engine that can take over VMMs that somebody else started. Each is asked through its own monitor."""
+
+    async def look_at(self, pid: int, monitor: Path) -> Mapping[str, Any]:
+        """What such a VMM says of itself; changes nothing. Raises MonitorBusy, and EngineError also when the monitor is
+        not that process's."""
+        ...
+
+    async def try_out(self, spec: VmmSpec) -> Mapping[str, Any]:
+        """The machine that a destination would be given, as a VMM says of itself that is made, asked and ended: in the
+        words of `look_at`. No guest runs. Raises EngineError with the VMM's words when it does not start."""
+        ...
+
+    async def take_over(self, metadata: VmmMetadata, spec: VmmSpec) -> Vmm:
+        """The VMM of a process that `look_at` has seen, as a guest's own from here on; `adopt` finds it later.
+
+        It survives its guest's end, as every VMM of ours does. Raises EngineError; it is let go then.
+        """
+        ...
+
+    async def let_go(self, vmm: Vmm) -> None:
+        """Give such a VMM back: it runs on as it was, and nothing of ours is left. Idempotent. Raises EngineError and
+        OSError."""
         ...

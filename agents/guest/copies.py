@@ -12,6 +12,8 @@ from typing import Any
 from agents.disks.images import DiskError, retire
 from agents.disks.local import images_of, local
 from agents.engine.base import (
+    ADOPTED_QMP,
+    NODE_OF,
     DeviceGone,
     DiskFile,
     EngineError,
@@ -67,7 +69,7 @@ class Copy:
         self.devices = devices
         self.hardware = hardware
         """What its machine stands on; None: a guest that asks for no hardware."""
-        self.taps = files.taps(vmm.metadata.inc)
+        self.taps = files.taps(vmm.metadata.inc, made=ADOPTED_QMP not in vmm.metadata.extra)
         self.running = running
         self.ended = ""
         """How the guest ended by itself; empty while it did not."""
@@ -90,6 +92,11 @@ class Copy:
     def incoming(self) -> bool:
         """Made to receive the guest, and not promoted yet."""
         return self.vmm.metadata.role == "incoming"
+
+    @property
+    def adopted(self) -> bool:
+        """Somebody else started its VMM."""
+        return ADOPTED_QMP in self.vmm.metadata.extra
 
     def _event(self, event: EngineEvent) -> None:
         match event:
@@ -166,6 +173,7 @@ class Copy:
             metadata.attempt,
             liveness=self.vmm.liveness(),
             in_session=self.in_session,
+            adopted=self.adopted,
         )
         if self.in_session:
             return replace(seen, running=self.running)
@@ -304,12 +312,20 @@ def _vmm_spec(files: GuestFiles, inc: str, hardware: Hardware | None, *, multifd
     return spec if hardware is None else hardware.into(spec)
 
 
+def named(disks: tuple[DiskFile, ...], metadata: VmmMetadata) -> tuple[DiskFile, ...]:
+    """With the nodes that the VMM has for them, where somebody else named those."""
+    nodes = metadata.extra
+    return tuple(replace(disk, called=nodes.get(NODE_OF + disk.name, disk.called)) for disk in disks)
+
+
 async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadata) -> Copy | None:
     """The copy of an earlier agent; None when the VMM is gone, and then nothing of it is left.
 
     Raises EngineError or ShimError when a process lives and does not answer: it is left as it is, to be asked again.
     """
     hardware, taps = standing.adopt(files, metadata.inc), files.taps(metadata.inc)
+    if hardware is not None:
+        hardware.disks = named(hardware.disks, metadata)
     spec = _vmm_spec(files, metadata.inc, hardware)
     devices = await holding.adopt(files, metadata.inc)
     vmm: Vmm | None = None

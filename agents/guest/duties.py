@@ -103,6 +103,9 @@ class Duties:
             await copy.retire_disks()
         await self._guest.destroyed(self._guest.copies[duty.inc])
 
+    async def _let_go(self, duty: Duty, record: GuestRecord) -> None:
+        await self._guest.let_go(self._guest.copies[duty.inc])
+
     async def _run(self, duty: Duty, record: GuestRecord) -> None:
         """A guest that arrived paused is announced now: QEMU sends nothing while the vCPUs stand."""
         copy = self._guest.copies[duty.inc]
@@ -131,6 +134,7 @@ class Duties:
         Do.END_AS_SOURCE: _end_as_source,
         Do.END_AS_DESTINATION: _end_as_destination,
         Do.DISCARD: _discard,
+        Do.LET_GO: _let_go,
         Do.REFUSE_OWNER: _refuse_owner,
         Do.RUN: _run,
         Do.STOP: _stop,

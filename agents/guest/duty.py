@@ -37,6 +37,8 @@ class Copy:
     """A migration is under way in it, parked ones included."""
     in_session: bool = False
     """A session conducts it: hands off, alive or not."""
+    adopted: bool = False
+    """Somebody else started it."""
 
 
 class Do(StrEnum):
@@ -58,6 +60,8 @@ class Do(StrEnum):
     """An attempt without its conductor: a restarted source session ends it (H7)."""
     END_AS_DESTINATION = "end_as_destination"
     DISCARD = "discard"
+    LET_GO = "let_go"
+    """It was given back to whoever had started it: forget it, and leave its process as it is."""
     REFUSE_OWNER = "refuse_owner"
     """The record gives the guest to a host that this one never gave it to: keep the copy, and say so."""
     RUN = "run"
@@ -120,7 +124,7 @@ def _owned(record: GuestRecord, here: HostRef, copies: Sequence[Copy], *, marker
         alive = own is not None and record.owner == here
         return Duty(Do.FINISH_BIRTH, own.inc) if alive and own is not None else Duty(Do.BURY)
     if record.phase in (Ownership.CRASHED, Ownership.GONE):
-        return _over(copies)
+        return _over(copies, released=record.released)
     if record.phase is Ownership.COMMITTED:
         return _committed_to_us(record, here, copies, marker=marker)
     if handover.must_declare_crashed(record, here, vmm_alive=own is not None, marker=marker):
@@ -136,11 +140,14 @@ def _owned(record: GuestRecord, here: HostRef, copies: Sequence[Copy], *, marker
     return Duty()
 
 
-def _over(copies: Sequence[Copy]) -> Duty:
+def _over(copies: Sequence[Copy], *, released: bool) -> Duty:
     """This life is over. A copy that is alive all the same was cut off while its host was declared dead on somebody's
-    word: the guest may run elsewhere by now, so this one ends, whatever it is doing."""
+    word: the guest may run elsewhere by now, so this one ends, whatever it is doing. One that was `released` never ran
+    elsewhere, and is somebody else's again."""
     left = next((copy for copy in copies if not copy.in_session), None)
-    return Duty() if left is None else Duty(Do.DISCARD, left.inc)
+    if left is None:
+        return Duty()
+    return Duty(Do.LET_GO if released and left.adopted and not left.sealed else Do.DISCARD, left.inc)
 
 
 def _unconducted(record: GuestRecord, here: HostRef, own: Copy, *, want_run: bool) -> Duty:

@@ -41,7 +41,7 @@ from orchestrator.core.liveness import LivenessUnknown
 from orchestrator.core.record import Record
 from orchestrator.core.records import DeviceSpec, GuestSpec, NetworkKind, NicSpec, ShimKind
 from orchestrator.ledger.records import BadRecord, decode, encode
-from orchestrator.proc import vmms_below
+from orchestrator.proc import start_time_of, vmms_below
 
 log = structlog.get_logger(__name__)
 
@@ -180,7 +180,11 @@ class GuestFiles:
             roots = known_roots(self.config)
         except OSError as error:
             raise LivenessUnknown(f"where processes of the guest would be is not known: {error}") from error
-        return vmms_below(f"{root}/{self.uuid[:16]}" for root in roots)
+        found = vmms_below(f"{root}/{self.uuid[:16]}" for root in roots)
+        taken = self.spec.adopted
+        if taken is not None and start_time_of(taken.pid) == taken.start_time:  # its command line names nothing of ours
+            found.append(taken.pid)
+        return found
 
     def make(self) -> None:
         """Idempotent. Raises OSError when the disk is full."""
@@ -258,9 +262,9 @@ class GuestFiles:
         devices = (*self.companions, *self.in_vmm)
         return DevicesSpec(self.uuid, inc, self.directory, devices, seed_of(self.uuid), self.config.device_program)
 
-    def taps(self, inc: str) -> Taps:
-        """Of the copy `inc`: its network cards' ends on this host. Makes none."""
-        return Taps(Owner(root_of(self.config.dir), self.uuid, inc), self._ports(inc))
+    def taps(self, inc: str, *, made: bool = True) -> Taps:
+        """Of the copy `inc`: its network cards' ends on this host. Makes none. Not `made`: somebody else made them."""
+        return Taps(Owner(root_of(self.config.dir), self.uuid, inc), self._ports(inc) if made else [])
 
     def _ports(self, inc: str) -> list[Port]:
         cards = self._cards(inc)

@@ -242,6 +242,12 @@ class HeldGuest:
         await copy.destroy()
         self.copies.pop(copy.inc, None)
 
+    async def let_go(self, copy: Copy) -> None:
+        """Give an adopted copy back to whoever had started it. What raises here is tried again."""
+        if isinstance(self.tools.engine, engine.AdoptingEngine):
+            await self.tools.engine.let_go(copy.vmm)
+        self.copies.pop(copy.inc, None)
+
     def status(self) -> GuestStatus:
         """The guest as this host sees it, without asking its VMM."""
         own = self.own()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import structlog
 
 from agents.engine import base as engine
+from agents.guest import adopting
 from agents.guest import copies as making
 from agents.guest import duty as keeping
 from agents.guest.attempts import Attempts, reason_of
@@ -42,7 +43,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.liveness import LivenessUnknown
 from orchestrator.core.offers import Obstacle
-from orchestrator.core.records import GuestSpec, LiveMachine, WantRun
+from orchestrator.core.records import DiskSpec, GuestSpec, LiveMachine, WantRun
 from orchestrator.ledger import markers
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import StoreUnavailable
@@ -166,11 +167,11 @@ class HostedGuest(HeldGuest):
         had = self.files.spec.disks if again else ()
         try:
             await self.described()
-            await self.tools.must_have_memory(self.uuid, self.files.spec.memory_mib)
+            if again or self.files.spec.adopted is None:  # the memory of one that is adopted is taken already
+                await self.tools.must_have_memory(self.uuid, self.files.spec.memory_mib)
             await preflight.must_suit(self.tools.engine, self.tools.config, self.files)
             with self.being_made():
-                inc = secrets.token_hex(8)
-                self.add(await making.start(self.tools.engine, self.files, inc, had=had, again=again))
+                self.add(await self._made(secrets.token_hex(8), had, again=again))
         except (DroverError, engine.EngineError, ShimError, OSError) as error:
             await self.ledger.not_started(self.tools.here)
             if again:
@@ -187,6 +188,36 @@ class HostedGuest(HeldGuest):
                 raise options_refused(error, self.files.spec) from error
             said = f"guest {self.name} did not start on {self.tools.here.host}: {error}"
             raise DroverError(reason_of(error), said) from error
+
+    async def _made(self, inc: str, had: tuple[DiskSpec, ...], *, again: bool) -> making.Copy:
+        """Its first copy: a process that is started, or the one that somebody else has started already. A guest that is
+        started again has no process of somebody else's any more."""
+        taken = self.files.spec.adopted
+        if again or taken is None:
+            return await making.start(self.tools.engine, self.files, inc, had=had, again=again)
+        return await adopting.take(self.tools.engine, self.files, inc, taken)
+
+    async def release(self) -> None:
+        """Give an adopted guest back to whoever had started its process, which runs on. Its name is free then.
+
+        Raises NOT_ADOPTABLE for one that has moved since, or that Drover started: its process is Drover's own.
+        """
+        async with self._turn:
+            self.must_keep()
+            record = (await self.fresh()).record
+            if record.phase is Ownership.GONE and record.released:
+                return
+            if record.owner != self.tools.here or record.phase is not Ownership.IDLE or self.departure is not None:
+                raise self.refused(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
+            own = self.own()
+            if own is None or not own.adopted or own.incoming or len(self.copies) > 1:
+                said = "it is no process of somebody else's (any more): nobody is there to give it back to"
+                raise self.refused(RefusalReason.NOT_ADOPTABLE, said)
+            if not await self.ledger.released(self.tools.here):
+                raise self.refused(RefusalReason.GUEST_IS_MIGRATING, "its record changed")
+            await self.let_go(own)
+            self._forget()
+        self.tools.changed()
 
     async def end(self) -> None:
         """Stop the guest for good. It is stopped before its name is free, so that no two lives overlap."""

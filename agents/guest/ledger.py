@@ -171,6 +171,18 @@ class GuestLedger:
             )
         )
 
+    async def released(self, here: HostRef) -> bool:
+        """IDLE -> GONE, its process being given back, and the name is free. False: the record does not allow it."""
+
+        def change(record: GuestRecord) -> GuestRecord:
+            if record.owner != here:
+                raise Refused(f"{record.name} is owned by {record.owner.host}")
+            return handover.released(record, writer=self.writer)
+
+        await self._change(change, free_name=True)
+        record, _ = await self._read()
+        return record is not None and record.released
+
     async def _name_freed(self, record: GuestRecord) -> list[Op]:
         node = await self.store.read(paths.name(record.name))
         mine = node is not None and node.data.decode(errors="replace").strip('"') == self.uuid

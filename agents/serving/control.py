@@ -158,6 +158,20 @@ class AgentServicer(rpc.AgentServiceServicer):
             message=found.header.message,
         )
 
+    async def ExamineVmm(self, request: pb.ExamineVmmRequest, context: Any) -> pb.ExamineVmmResponse:
+        wished = wire.guest_spec_from_proto(request.wished) if request.HasField("wished") else None
+        found = await self._agent.examine_vmm(request.name, request.pid, request.qmp, wished)
+        return pb.ExamineVmmResponse(
+            spec=wire.guest_spec_to_proto(found.examined.spec),
+            start_time=found.start_time,
+            running=found.examined.running,
+            obstacles=map(wire.obstacle_to_proto, found.examined.obstacles),
+        )
+
+    async def ReleaseVmm(self, request: pb.ReleaseVmmRequest, context: Any) -> pb.ReleaseVmmResponse:
+        await self._agent.release_vmm(request.guest_uuid)
+        return pb.ReleaseVmmResponse()
+
     async def PassInstruction(self, request: pb.PassInstructionRequest, context: Any) -> pb.PassInstructionResponse:
         answer = await self._agent.instruct(request.guest_uuid, request.device, request.instruction)
         return pb.PassInstructionResponse(answer=answer)

@@ -81,16 +81,18 @@ class Guests:
         spec = checked(request)
         asked = Request.of("" if request.validate_only else request.request_id, digest("CreateGuest", request))
         if earlier := await asked.earlier(self._tools):
-            return await self._start(earlier.rpartition("/")[2], caller)
+            return await self.started(earlier.rpartition("/")[2], caller)
         if earlier := await self._name_taken(spec, asked):
-            return await self._start(earlier, caller)
+            return await self.started(earlier, caller)
         if request.validate_only:
             host, entry = await self._place(spec, request.host)
             _pinned(spec, entry)
             return types_pb2.Guest(name=spec.name, spec=wire.guest_spec_to_proto(spec), host=host.host, want_run=True)
-        return await self._start(await self._record(spec, request.host, asked, caller), caller)
+        return await self.started(await self.recorded(spec, request.host, asked, caller), caller)
 
-    async def _record(self, spec: GuestSpec, wanted: str, asked: Request, caller: Caller) -> str:
+    async def recorded(
+        self, spec: GuestSpec, wanted: str, asked: Request, caller: Caller, *, want_run: bool = True
+    ) -> str:
         """Write the birth of a guest; its uuid, or that of an earlier call with the same request id."""
         contest = tries(caller)
         while True:
@@ -98,7 +100,7 @@ class Guests:
             born = str(uuid.uuid4())
             async with self._tools.placing:
                 host, entry = await self._place(spec, wanted)
-                birth = _birth(_pinned(spec, entry), born, host, entry, caller)
+                birth = _birth(_pinned(spec, entry), born, host, entry, WantRun(want_run, by=caller.by))
                 await self._tools.store.ensure(paths.shard(paths.guest(born)))
                 created = await asked.create(self._tools, f"guests/{born}", birth, caller)
             if created:
@@ -129,12 +131,12 @@ class Guests:
             raise no_place(choice, field="host" if wanted else "")
         return choice.destination, snapshot.hosts[choice.destination.host]
 
-    async def _start(self, uuid: str, caller: Caller) -> types_pb2.Guest:
+    async def started(self, uuid: str, caller: Caller) -> types_pb2.Guest:
         """See to it that a recorded guest runs. May be repeated."""
         read = await self.read(uuid)
         decisions.need_alive(read.record)
         if read.record.phase is Ownership.STARTING:
-            agent = await self._agent(read.record.owner.host)
+            agent = await self.agent(read.record.owner.host)
             try:
                 status = await agent.start_guest(uuid, caller.remaining_s(START_GUEST_S))
             except DroverError as error:
@@ -145,7 +147,8 @@ class Guests:
             return view
         return await self.view(uuid)
 
-    async def _agent(self, host: str) -> AgentClient:
+    async def agent(self, host: str) -> AgentClient:
+        """Raises AGENT_UNREACHABLE for a host that has registered none."""
         found = await self._tools.ledger.read(HostRecord, paths.host(host))
         if found is None:
             raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} has not registered an agent")
@@ -191,7 +194,7 @@ class Guests:
                 break
             asked.add(owner)
             try:
-                agent = await self._agent(owner.host)
+                agent = await self.agent(owner.host)
                 answer = await agent.apply_want_run(uuid, sequence, caller.remaining_s(CALL_S))
             except DroverError as error:
                 log.info("wish is only recorded so far", uuid=uuid, host=owner.host, why=str(error))
@@ -349,11 +352,11 @@ class Guests:
         return True
 
     async def _end(self, read: GuestRead, caller: Caller) -> None:
-        agent = await self._agent(read.record.owner.host)
+        agent = await self.agent(read.record.owner.host)
         await agent.end_guest(read.uuid, caller.remaining_s(END_GUEST_S))
 
     async def _finish_birth(self, read: GuestRead, caller: Caller) -> None:
-        agent = await self._agent(read.record.owner.host)
+        agent = await self.agent(read.record.owner.host)
         await agent.start_guest(read.uuid, caller.remaining_s(START_GUEST_S))
 
     async def _bury(self, read: GuestRead, caller: Caller) -> bool:
@@ -429,7 +432,7 @@ class Guests:
         read = await self.read(await self.uuid_of(request.guest, field="guest"))
         decisions.need_alive(read.record)
         need_device(read.spec, request.device)
-        agent = await self._agent(read.record.owner.host)
+        agent = await self.agent(read.record.owner.host)
         log.warning("device instructed", guest=read.record.name, device=request.device, by=caller.by)
         return await agent.pass_instruction(read.uuid, request.device, request.instruction, caller.remaining_s(CALL_S))
 
@@ -500,10 +503,10 @@ def _pinned(spec: GuestSpec, entry: HostEntry) -> GuestSpec:
     return replace(spec, machine=real_machine(spec.machine, entry.input.record.machine_aliases))
 
 
-def _birth(spec: GuestSpec, born: str, host: HostRef, entry: HostEntry, caller: Caller) -> list[Op]:
+def _birth(spec: GuestSpec, born: str, host: HostRef, entry: HostEntry, wish: WantRun) -> list[Op]:
     """Everything that a new guest is, in one transaction."""
     record = handover.birth(spec.name, host, writer=f"api-{born}")
-    return [op_create(paths.name(spec.name), born), *birth_ops(born, record, spec, WantRun(by=caller.by), entry)]
+    return [op_create(paths.name(spec.name), born), *birth_ops(born, record, spec, wish, entry)]
 
 
 def _not_started(error: DroverError, record: GuestRecord) -> DroverError:

@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from orchestrator.api import past
+from orchestrator.api.adoptions import Adoptions
 from orchestrator.api.calls import Caller, Tools
 from orchestrator.api.consoles import Consoles
 from orchestrator.api.deaths import Deaths
@@ -69,6 +70,7 @@ class OrchestratorServicer(OrchestratorServiceServicer):
         self._consoles = Consoles(tools)
         self._migrations = Migrations(tools)
         self._guests = Guests(tools, self._migrations)
+        self._adoptions = Adoptions(tools, self._guests, self._migrations)
         self._evacuations = Evacuations(tools)
         self.guest_feed = Feed[GuestRead, types_pb2.Guest](GuestSource(tools), tools.store, tools.fleet)
         self.migration_feed = Feed[MigrationRead, types_pb2.Migration](MigrationSource(tools), tools.store, tools.fleet)
@@ -140,6 +142,14 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     async def CreateGuest(self, request: pb.CreateGuestRequest, context: Any) -> types_pb2.Guest:
         with about(guest=request.spec.name):
             return await self._guests.create(request, _caller(context))
+
+    async def AdoptGuest(self, request: pb.AdoptGuestRequest, context: Any) -> pb.AdoptGuestResponse:
+        with about(guest=request.name, host=request.host):
+            return await self._adoptions.adopt(request, _caller(context))
+
+    async def ReleaseGuest(self, request: pb.ReleaseGuestRequest, context: Any) -> types_pb2.Guest:
+        with about(guest=request.name):
+            return await self._adoptions.release(request.name, _caller(context))
 
     async def GetGuest(self, request: pb.GetGuestRequest, context: Any) -> types_pb2.Guest:
         return await self._guests.get(request.name)

@@ -9,7 +9,19 @@ from collections.abc import Sequence
 
 import click
 
-from orchestrator.cli import evacuation, explain, guest, health, history, host, image, importing, migration, repair
+from orchestrator.cli import (
+    adopting,
+    evacuation,
+    explain,
+    guest,
+    health,
+    history,
+    host,
+    image,
+    importing,
+    migration,
+    repair,
+)
 from orchestrator.cli.context import api_option, dir_option
 from orchestrator.cli.exits import CliError, Ended, Exit
 from orchestrator.cli.exits import explain as told
@@ -70,6 +82,8 @@ for command in (
     history.history,
 ):
     root.add_command(command)
+for command in (adopting.adopt, adopting.release):
+    guest.guest.add_command(command)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -78,7 +78,7 @@ def migrate(
             else:
                 printer.show(f"{made.guest} can go from {made.source} to {made.destination}")
         elif watch:
-            _watch(client, printer, [made.name])
+            watch_migrations(client, printer, [made.name])
         elif printer.machine:
             printer.document(wire.to_json(made))
         else:
@@ -227,11 +227,11 @@ def watch(settings: Settings, migrations: tuple[str, ...]) -> None:
     """
     with settings.client() as client:
         names = [find_migration(client, each).name for each in migrations]
-        _watch(client, settings.printer, names)
+        watch_migrations(client, settings.printer, names)
 
 
-def _watch(client: OrchestratorClient, printer: Printer, names: list[str]) -> None:
-    """Raises Ended with the code of the worst end."""
+def watch_migrations(client: OrchestratorClient, printer: Printer, names: list[str]) -> None:
+    """Follow them to their ends. Raises Ended with the code of the worst end."""
     from orchestrator import wire
     from orchestrator.cli import watch as watching
 

@@ -11,8 +11,9 @@ from enum import StrEnum
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
+from orchestrator.core.offers import Obstacle
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import AttemptReport, DeviceProgress, MigrationPhase
+from orchestrator.core.records import AttemptReport, DeviceProgress, GuestSpec, MigrationPhase
 
 
 class RunState(StrEnum):
@@ -187,3 +188,15 @@ class WishApplied:
 
     applied: bool
     run_state: RunState
+
+
+@dataclass(frozen=True, slots=True)
+class VmmExamined:
+    """The guest that a VMM is which somebody else started, as its host's agent sees it."""
+
+    spec: GuestSpec
+    start_time: int
+    """Of the process: a recycled pid is another one."""
+    running: bool
+    obstacles: tuple[Obstacle, ...]
+    """Against taking it over; empty: none."""

@@ -62,6 +62,8 @@ class GuestRecord(Record):
     again, by that host. To a version that does not know the word it is a guest that has crashed."""
     starts: int = 0
     """How often it was started again. What has run before is never GONE because a start failed."""
+    released: bool = False
+    """GONE because its process was given back to whoever had started it: that runs on, and is nobody here."""
 
 
 class Refused(Exception):
@@ -148,6 +150,13 @@ def start_again(record: GuestRecord, here: HostRef, *, writer: str) -> GuestReco
     if not may_start_again(record, here):
         raise Refused(f"nothing says that no copy of guest {record.name} is left on {record.owner.host}")
     return replace(record, phase=Ownership.STARTING, owner=here, stopped=False, starts=record.starts + 1, writer=writer)
+
+
+def released(record: GuestRecord, *, writer: str) -> GuestRecord:
+    """IDLE -> GONE: its process goes back to whoever had started it, and runs on. Raises Refused in any other phase:
+    from CRASHED the guest may run elsewhere already."""
+    _need(record, Ownership.IDLE)
+    return replace(record, phase=Ownership.GONE, migration="", destination=None, inc="", released=True, writer=writer)
 
 
 def open_attempt(

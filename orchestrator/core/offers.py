@@ -142,8 +142,8 @@ def local_disks(spec: GuestSpec, record: HostRecord) -> list[str]:
 
 def for_another_life(spec: GuestSpec) -> GuestSpec:
     """The specification of a guest that is started again elsewhere: its images must be there, and none is made in the
-    place of one that is not."""
-    return replace(spec, disks=tuple(replace(disk, size_bytes=0) for disk in spec.disks))
+    place of one that is not. The process that it once was adopted from is not its own."""
+    return replace(spec, adopted=None, disks=tuple(replace(disk, size_bytes=0) for disk in spec.disks))
 
 
 Obstacle = tuple[RefusalReason, str]

@@ -154,6 +154,18 @@ class OnHostDeath(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted(Record):
+    """The process that a guest was before Drover had it (docs/import.md). Its birth takes that process over, and never
+    starts another one."""
+
+    pid: int
+    start_time: int
+    """Of /proc/<pid>/stat: a recycled pid is another process."""
+    qmp: str
+    """Unix socket of its monitor, on its host."""
+
+
+@dataclass(frozen=True, slots=True)
 class GuestSpec(Record):
     """Description of a guest, `/guests/<uuid>/spec`. Edited as `core.editing` allows."""
 
@@ -178,6 +190,8 @@ class GuestSpec(Record):
     """What its memory can grow to while it runs; 0: not at all."""
     max_vcpus: int = 0
     """What its number of vCPUs can grow to while it runs; 0: not at all."""
+    adopted: Adopted | None = None
+    """None: Drover started it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +240,10 @@ class LiveMachine(Record):
     """Sockets for so many vCPUs in all; 0: no more than it was born with."""
     base_sha256: dict[str, str] = field(default_factory=dict[str, str])
     """Disk -> content of the image that its own lies on, as it was when the guest was born."""
+    serials: int = 2
+    """Serial ports. The first is the guest's console, the second leads to its device process."""
+    uuid: str = ""
+    """What the guest reads as its system's uuid; empty: none."""
 
 
 class PoolKind(StrEnum):

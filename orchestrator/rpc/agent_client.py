@@ -18,6 +18,7 @@ from orchestrator.core.agent import (
     ConductOrder,
     GuestStatus,
     PrepareOrder,
+    VmmExamined,
     WishApplied,
 )
 from orchestrator.core.changes import MachineChange
@@ -40,6 +41,7 @@ CALL_S = 3.0
 START_GUEST_S = 30.0
 END_GUEST_S = 15.0
 CHANGE_MACHINE_S = 30.0
+EXAMINE_S = 30.0
 PREPARE_MARGIN_S = 1.0
 CONSOLE_S = 24 * 3600.0
 WATCH_S = 600.0
@@ -216,6 +218,25 @@ class AgentClient:
             with contextlib.suppress(Exception):
                 stream.cancel()
         raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"the agent at {self.address} did not say what came of it")
+
+    async def examine_vmm(
+        self, name: str, pid: int, qmp: str, wished: GuestSpec | None, timeout_s: float = EXAMINE_S
+    ) -> VmmExamined:
+        """Which guest a VMM is that somebody else started there, and what stands against taking it over."""
+        request = pb.ExamineVmmRequest(name=name, pid=pid, qmp=qmp)
+        if wished is not None:
+            request.wished.CopyFrom(wire.guest_spec_to_proto(wished))
+        answer = await self._call(self._stub.ExamineVmm, request, timeout_s)
+        return VmmExamined(
+            wire.guest_spec_from_proto(answer.spec),
+            answer.start_time,
+            answer.running,
+            tuple(map(wire.obstacle_from_proto, answer.obstacles)),
+        )
+
+    async def release_vmm(self, guest: str, timeout_s: float = CALL_S) -> None:
+        """Give the process of a guest that was adopted, and has not moved, back to whoever started it."""
+        await self._call(self._stub.ReleaseVmm, pb.ReleaseVmmRequest(guest_uuid=guest), timeout_s)
 
     async def pass_instruction(self, guest: str, device: str, instruction: str, timeout_s: float = CALL_S) -> str:
         """Tell a device of a guest something in its own program's words; what the program says to it."""

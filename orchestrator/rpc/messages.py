@@ -6,6 +6,7 @@
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from protos.drover.v1.orchestrator_pb2 import (
+    AdoptGuestResponse,
     ChangeRunStateResponse,
     CheckPlacementResponse,
     ClusterHealth,
@@ -37,6 +38,7 @@ from protos.drover.v1.types_pb2 import (
 )
 
 __all__ = [
+    "AdoptGuestResponse",
     "AttemptReport",
     "ChangeRunStateResponse",
     "CheckPlacementResponse",

@@ -238,6 +238,37 @@ class OrchestratorClient:
         )
         return self._call(self._stub.CreateGuest, request, self._slow_s)
 
+    def adopt_guest(
+        self,
+        name: str,
+        host: str,
+        pid: int,
+        qmp: str,
+        spec: GuestSpec | None = None,
+        destination: str = "",
+        *,
+        validate_only: bool = False,
+        request_id: str | None = None,
+    ) -> pb.AdoptGuestResponse:
+        """Make a QEMU that somebody else started on `host` a guest and move it at once; returns when the move was asked
+        for. `spec` is for what cannot be seen. With `validate_only` the answer has what stands against it."""
+        request = pb.AdoptGuestRequest(
+            request_id=_request_id(request_id),
+            name=name,
+            host=host,
+            pid=pid,
+            qmp=qmp,
+            destination=destination,
+            validate_only=validate_only,
+        )
+        if spec is not None:
+            request.spec.CopyFrom(wire.guest_spec_to_proto(spec))
+        return self._call(self._stub.AdoptGuest, request, self._slow_s)
+
+    def release_guest(self, name: str) -> types_pb2.Guest:
+        """Give a guest that was adopted and has not moved since back to whoever started its process."""
+        return self._call(self._stub.ReleaseGuest, pb.ReleaseGuestRequest(name=name), self._slow_s)
+
     def get_guest(self, name: str) -> types_pb2.Guest:
         """By name, or by the uuid of a life."""
         return self._call(self._stub.GetGuest, pb.GetGuestRequest(name=name))

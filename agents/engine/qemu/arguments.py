@@ -35,6 +35,8 @@ def machine_arguments(spec: VmmSpec, machine: LiveMachine) -> list[str]:
     if machine.firmware is Firmware.BIOS and firmware.bios is not None:
         arguments += ["-bios", str(firmware.bios)]
     arguments += ["-M", ",".join(options), "-cpu", f"{machine.cpu},enforce"]
+    if machine.uuid:
+        arguments += ["-uuid", machine.uuid]
     return [*arguments, "-m", _memory(machine), "-smp", _vcpus(machine)]
 
 

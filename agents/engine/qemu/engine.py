@@ -26,7 +26,7 @@ from agents.engine.base import (
     VmmState,
 )
 from agents.engine.boot_images import Images
-from agents.engine.qemu import arguments, process, stream, verdict
+from agents.engine.qemu import arguments, foreign, process, stream, verdict
 from agents.engine.qemu.block import QemuDisks, own_job
 from agents.engine.qemu.plug import QemuPlugs
 from agents.engine.qemu.qmp import QmpConnection
@@ -114,6 +114,8 @@ class QemuVmm(base.Vmm):
         """This QEMU told that it has loaded the guest, and has not been asked to send it since."""
         self._disks = QemuDisks(spec.disks, self._execute, self._urgently, self._emit)
         self._plugs = QemuPlugs(self._execute, self._emit)
+        self._monitor = metadata.extra.get(base.ADOPTED_QMP, "")
+        """Of a QEMU that somebody else started; it takes commands out of band as well. Empty: it is ours."""
         watched.on_death = lambda: self._emit(base.VmmDied())
 
     @property
@@ -135,6 +137,9 @@ class QemuVmm(base.Vmm):
         """Both QMP connections; retried until QEMU has made its sockets. Raises EngineError with QEMU's last words."""
         try:
             async with asyncio.timeout(timeout_s):
+                if self._monitor:
+                    self._main = self._oob = await self._connected(Path(self._monitor), self._on_event)
+                    return
                 self._main = await self._connected(process.qmp_path(self._spec), self._on_event)
                 self._oob = await self._connected(process.oob_path(self._spec), None)
         except TimeoutError as error:
@@ -201,6 +206,8 @@ class QemuVmm(base.Vmm):
         """What of the machine is not as it was noted down: the other end would be built from the note."""
         if self._spec.machine is None:
             return []
+        if self._monitor:
+            return await foreign.strangers(self._execute, self._metadata)
         return arguments.strangers(self._spec.machine, await self._plugs.devices())
 
     async def devices(self) -> Mapping[str, str]:
@@ -449,6 +456,26 @@ class QemuVmm(base.Vmm):
         for path in (*sockets, process.reserved_path(spec), process.metadata_path(spec)):
             path.unlink(missing_ok=True)
 
+    async def learn(self) -> None:
+        """What this very QEMU offers: one that somebody else started may be of another version than ours."""
+        version = await self._execute("query-version")
+        machines = await self._execute("query-machines")
+        schema = await self._execute("query-qmp-schema", timeout_s=4.0)
+        self._features = _features(version, machines, schema, set())
+
+    async def survive_its_guest(self) -> None:
+        """A guest that shuts down or starts anew must not look like a VMM that died: whatever QEMU was told at its
+        start, it is told now."""
+        await self._execute("set-action", {"shutdown": "pause", "reboot": "reset"})
+
+    async def hand_back(self) -> None:
+        """Of a QEMU that somebody else started: as it was told at its start, and known here no more."""
+        told = {name: self._metadata.extra[name] for name in ("shutdown", "reboot") if name in self._metadata.extra}
+        if self.liveness() is not Liveness.GONE and told:
+            await self._execute("set-action", told)
+        await self.detach()
+        process.metadata_path(self._spec).unlink(missing_ok=True)
+
     async def note_machine(self) -> None:
         """Keep what machine type this really is, for the other end to compare; link the console. May raise OSError."""
         process.link_console(self._spec)
@@ -615,9 +642,41 @@ class QemuEngine(base.MigrationEngine):
                 return None
             raise
         with contextlib.suppress(EngineError):
+            if base.ADOPTED_QMP in metadata.extra:
+                await vmm.learn()
             await vmm.set_capabilities({"events": True})
             await vmm.disks.known()
         return vmm
+
+    async def look_at(self, pid: int, monitor: Path) -> Mapping[str, Any]:
+        return await foreign.look_at(pid, monitor)
+
+    async def try_out(self, spec: base.VmmSpec) -> Mapping[str, Any]:
+        features = await self._known()
+        launch = process.Launch(self._binary, self._images, self._accelerator, features.reconnect_ms)
+        return await foreign.tried_out(process.command_line(launch, spec, incoming=True), spec)
+
+    async def take_over(self, metadata: VmmMetadata, spec: base.VmmSpec) -> QemuVmm:
+        watched = processes.Watched.find(metadata.pid, metadata.start_time)
+        if watched is None:
+            raise EngineError(f"process {metadata.pid} has ended")
+        vmm = QemuVmm(metadata, spec, watched, await self._known())
+        try:
+            await vmm.connect(4.0)
+            await vmm.learn()
+            await vmm.set_capabilities({"events": True})
+            await vmm.survive_its_guest()
+            process.write_metadata(process.metadata_path(spec), metadata)
+        except BaseException as error:
+            await vmm.detach()
+            if isinstance(error, OSError):
+                raise EngineError(f"cannot note down the VMM of {spec.spec.name}: {error}") from error
+            raise
+        return vmm
+
+    async def let_go(self, vmm: base.Vmm) -> None:
+        if isinstance(vmm, QemuVmm):
+            await vmm.hand_back()
 
     async def _spawn(self, spec: base.VmmSpec, role: str, migration: str, attempt: int) -> QemuVmm:
         features = await self._known()

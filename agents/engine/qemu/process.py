@@ -111,7 +111,7 @@ def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     for path in (qmp_path(spec), oob_path(spec)):
         command += ["-qmp", f"unix:{_escaped(path)},server=on,wait=off"]
     command += ["-chardev", f"socket,id=console,path={_escaped(console_socket(spec))},server=on,wait=off"]
-    command += ["-serial", "chardev:console", "-chardev", device, "-serial", "chardev:device"]
+    command += ["-chardev", device, *_serials(spec)]
     if spec.machine is not None:
         command += arguments.backend_arguments(spec) + arguments.device_arguments(spec.machine)
     command += _network(spec)
@@ -129,6 +129,13 @@ def _machine(spec: VmmSpec) -> list[str]:
     if spec.machine is not None:
         return arguments.machine_arguments(spec, spec.machine)
     return ["-M", spec.spec.machine, "-m", str(spec.spec.memory_mib), "-smp", str(spec.spec.vcpus)]
+
+
+def _serials(spec: VmmSpec) -> list[str]:
+    """As many as the guest's machine has: one that was adopted may have fewer, or more, than those born here."""
+    count = spec.machine.serials if spec.machine is not None else 2
+    behind = ["chardev:console", "chardev:device"]
+    return [word for number in range(count) for word in ("-serial", behind[number] if number < 2 else "null")]
 
 
 def _boot(images: Images, spec: VmmSpec) -> list[str]:

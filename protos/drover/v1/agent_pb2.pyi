@@ -1112,6 +1112,106 @@ class ChangeMachineResponse(_message.Message):
 Global___ChangeMachineResponse: _TypeAlias = ChangeMachineResponse  # noqa: Y015
 
 @_typing.final
+class ExamineVmmRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    QMP_FIELD_NUMBER: _builtins.int
+    WISHED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    pid: _builtins.int
+    qmp: _builtins.str
+    """Unix socket of its monitor, as this host has it."""
+    @_builtins.property
+    def wished(self) -> _types_pb2.GuestSpec:
+        """For what cannot be seen: labels, policy, names of disks and cards."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        qmp: _builtins.str = ...,
+        wished: _types_pb2.GuestSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wished", b"wished"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "pid", b"pid", "qmp", b"qmp", "wished", b"wished"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExamineVmmRequest: _TypeAlias = ExamineVmmRequest  # noqa: Y015
+
+@_typing.final
+class ExamineVmmResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    OBSTACLES_FIELD_NUMBER: _builtins.int
+    start_time: _builtins.int
+    """Of the process: a recycled pid is another one."""
+    running: _builtins.bool
+    """False: it is paused."""
+    @_builtins.property
+    def spec(self) -> _types_pb2.GuestSpec: ...
+    @_builtins.property
+    def obstacles(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Obstacle]:
+        """Empty: it can be taken over."""
+
+    def __init__(
+        self,
+        *,
+        spec: _types_pb2.GuestSpec | None = ...,
+        start_time: _builtins.int = ...,
+        running: _builtins.bool = ...,
+        obstacles: _abc.Iterable[_types_pb2.Obstacle] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["obstacles", b"obstacles", "running", b"running", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExamineVmmResponse: _TypeAlias = ExamineVmmResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseVmmRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    guest_uuid: _builtins.str
+    def __init__(
+        self,
+        *,
+        guest_uuid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_uuid", b"guest_uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseVmmRequest: _TypeAlias = ReleaseVmmRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseVmmResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseVmmResponse: _TypeAlias = ReleaseVmmResponse  # noqa: Y015
+
+@_typing.final
 class AttemptTag(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1474,6 +1574,8 @@ class LiveMachine(_message.Message):
     MAX_MEMORY_MIB_FIELD_NUMBER: _builtins.int
     MAX_VCPUS_FIELD_NUMBER: _builtins.int
     BASE_SHA256_FIELD_NUMBER: _builtins.int
+    SERIALS_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
     type: _builtins.str
     """Versioned machine type."""
     cpu: _builtins.str
@@ -1483,6 +1585,10 @@ class LiveMachine(_message.Message):
     max_memory_mib: _builtins.int
     """Room for more memory and vCPUs; 0: none."""
     max_vcpus: _builtins.int
+    serials: _builtins.int
+    """Serial ports; an agent of an older version does not say, and means 2."""
+    uuid: _builtins.str
+    """What the guest reads as its system's uuid; empty: none."""
     @_builtins.property
     def firmware_sha256(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -1504,12 +1610,16 @@ class LiveMachine(_message.Message):
         max_memory_mib: _builtins.int = ...,
         max_vcpus: _builtins.int = ...,
         base_sha256: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        serials: _builtins.int | None = ...,
+        uuid: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_serials", b"_serials", "serials", b"serials"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_sha256", b"base_sha256", "cpu", b"cpu", "devices", b"devices", "firmware", b"firmware", "firmware_sha256", b"firmware_sha256", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "type", b"type", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_serials", b"_serials", "base_sha256", b"base_sha256", "cpu", b"cpu", "devices", b"devices", "firmware", b"firmware", "firmware_sha256", b"firmware_sha256", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "serials", b"serials", "type", b"type", "uuid", b"uuid", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__serials: _TypeAlias = _typing.Literal["serials"]  # noqa: Y015
+    _WhichOneofArgType__serials: _TypeAlias = _typing.Literal["_serials", b"_serials"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__serials) -> _WhichOneofReturnType__serials | None: ...
 
 Global___LiveMachine: _TypeAlias = LiveMachine  # noqa: Y015
 

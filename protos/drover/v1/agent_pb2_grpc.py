@@ -121,6 +121,16 @@ class AgentServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageResponse.FromString,
                 _registered_method=True)
+        self.ExamineVmm = channel.unary_unary(
+                '/drover.v1.AgentService/ExamineVmm',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ExamineVmmRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ExamineVmmResponse.FromString,
+                _registered_method=True)
+        self.ReleaseVmm = channel.unary_unary(
+                '/drover.v1.AgentService/ReleaseVmm',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer:
@@ -252,6 +262,21 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExamineVmm(self, request, context):
+        """A VMM on this host that somebody else started: which guest it is, and what stands against taking it over. Changes
+        nothing. A guest whose specification names such a process is taken over by StartGuest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseVmm(self, request, context):
+        """Gives the process of a guest that was taken over and has not moved since back to whoever started it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -339,6 +364,16 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.ReceiveImage,
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageResponse.SerializeToString,
+            ),
+            'ExamineVmm': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExamineVmm,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ExamineVmmRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ExamineVmmResponse.SerializeToString,
+            ),
+            'ReleaseVmm': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseVmm,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -802,6 +837,60 @@ class AgentService:
             '/drover.v1.AgentService/ReceiveImage',
             protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_agent__pb2.ReceiveImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExamineVmm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.AgentService/ExamineVmm',
+            protos_dot_drover_dot_v1_dot_agent__pb2.ExamineVmmRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.ExamineVmmResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseVmm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.AgentService/ReleaseVmm',
+            protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -79,6 +79,12 @@ class AgentServiceStub:
     """See ImportImage of OrchestratorService. A refusal is announced by `stop`, so that the caller ends its stream; its status
     follows.
     """
+    ExamineVmm: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ExamineVmmRequest, _agent_pb2.ExamineVmmResponse]
+    """A VMM on this host that somebody else started: which guest it is, and what stands against taking it over. Changes
+    nothing. A guest whose specification names such a process is taken over by StartGuest.
+    """
+    ReleaseVmm: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ReleaseVmmRequest, _agent_pb2.ReleaseVmmResponse]
+    """Gives the process of a guest that was taken over and has not moved since back to whoever started it."""
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -131,6 +137,12 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """See ImportImage of OrchestratorService. A refusal is announced by `stop`, so that the caller ends its stream; its status
     follows.
     """
+    ExamineVmm: _aio.UnaryUnaryMultiCallable[_agent_pb2.ExamineVmmRequest, _agent_pb2.ExamineVmmResponse]  # type: ignore[assignment]
+    """A VMM on this host that somebody else started: which guest it is, and what stands against taking it over. Changes
+    nothing. A guest whose specification names such a process is taken over by StartGuest.
+    """
+    ReleaseVmm: _aio.UnaryUnaryMultiCallable[_agent_pb2.ReleaseVmmRequest, _agent_pb2.ReleaseVmmResponse]  # type: ignore[assignment]
+    """Gives the process of a guest that was taken over and has not moved since back to whoever started it."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Control calls. Mutating calls carry the coordinator's epoch; a lower one than the agent has seen is refused
@@ -282,6 +294,24 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         """See ImportImage of OrchestratorService. A refusal is announced by `stop`, so that the caller ends its stream; its status
         follows.
         """
+
+    @_abc_1.abstractmethod
+    def ExamineVmm(
+        self,
+        request: _agent_pb2.ExamineVmmRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.ExamineVmmResponse, _abc.Awaitable[_agent_pb2.ExamineVmmResponse]]:
+        """A VMM on this host that somebody else started: which guest it is, and what stands against taking it over. Changes
+        nothing. A guest whose specification names such a process is taken over by StartGuest.
+        """
+
+    @_abc_1.abstractmethod
+    def ReleaseVmm(
+        self,
+        request: _agent_pb2.ReleaseVmmRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.ReleaseVmmResponse, _abc.Awaitable[_agent_pb2.ReleaseVmmResponse]]:
+        """Gives the process of a guest that was taken over and has not moved since back to whoever started it."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

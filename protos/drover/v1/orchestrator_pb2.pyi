@@ -1172,6 +1172,107 @@ class RepairGuestResponse(_message.Message):
 Global___RepairGuestResponse: _TypeAlias = RepairGuestResponse  # noqa: Y015
 
 @_typing.final
+class AdoptGuestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    QMP_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    name: _builtins.str
+    """What the guest is called from here on."""
+    host: _builtins.str
+    """Where the process runs."""
+    pid: _builtins.int
+    qmp: _builtins.str
+    """Unix socket of its monitor, a path on that host. Nobody else may be connected to it."""
+    destination: _builtins.str
+    """Where it moves to; empty: chosen by free memory."""
+    validate_only: _builtins.bool
+    """Only examine: the answer has every obstacle."""
+    @_builtins.property
+    def spec(self) -> _types_pb2.GuestSpec:
+        """For what cannot be seen: labels, policy, on_host_death, names of disks (by pool and image) and cards (by MAC)."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        host: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        qmp: _builtins.str = ...,
+        spec: _types_pb2.GuestSpec | None = ...,
+        destination: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "host", b"host", "name", b"name", "pid", b"pid", "qmp", b"qmp", "request_id", b"request_id", "spec", b"spec", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdoptGuestRequest: _TypeAlias = AdoptGuestRequest  # noqa: Y015
+
+@_typing.final
+class AdoptGuestResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    OBSTACLES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def guest(self) -> _types_pb2.Guest:
+        """As it is examined, or as it is kept from here on."""
+
+    @_builtins.property
+    def migration(self) -> _types_pb2.Migration:
+        """The move that was begun at once. Not set with validate_only."""
+
+    @_builtins.property
+    def obstacles(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Obstacle]:
+        """What stands against it; with validate_only."""
+
+    def __init__(
+        self,
+        *,
+        guest: _types_pb2.Guest | None = ...,
+        migration: _types_pb2.Migration | None = ...,
+        obstacles: _abc.Iterable[_types_pb2.Obstacle] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest", "migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest", "migration", b"migration", "obstacles", b"obstacles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdoptGuestResponse: _TypeAlias = AdoptGuestResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseGuestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseGuestRequest: _TypeAlias = ReleaseGuestRequest  # noqa: Y015
+
+@_typing.final
 class CreateMigrationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -100,6 +100,16 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CreateGuestRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
                 _registered_method=True)
+        self.AdoptGuest = channel.unary_unary(
+                '/drover.v1.OrchestratorService/AdoptGuest',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AdoptGuestRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AdoptGuestResponse.FromString,
+                _registered_method=True)
+        self.ReleaseGuest = channel.unary_unary(
+                '/drover.v1.OrchestratorService/ReleaseGuest',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ReleaseGuestRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+                _registered_method=True)
         self.GetGuest = channel.unary_unary(
                 '/drover.v1.OrchestratorService/GetGuest',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.GetGuestRequest.SerializeToString,
@@ -316,6 +326,22 @@ class OrchestratorServiceServicer:
 
     def CreateGuest(self, request, context):
         """Creates and starts a guest. Repeat-safe by request_id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AdoptGuest(self, request, context):
+        """Makes a VMM that somebody else started on a host a guest, without stopping it, and moves it at once: only then is it
+        a guest like any other. Repeat-safe by request_id. Refused with everything that stands against it, before anything
+        is written (docs/import.md).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseGuest(self, request, context):
+        """Gives a guest that was adopted and has not moved since back to whoever started it: its process runs on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -562,6 +588,16 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
             'CreateGuest': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateGuest,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CreateGuestRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.SerializeToString,
+            ),
+            'AdoptGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdoptGuest,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AdoptGuestRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AdoptGuestResponse.SerializeToString,
+            ),
+            'ReleaseGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseGuest,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.ReleaseGuestRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Guest.SerializeToString,
             ),
             'GetGuest': grpc.unary_unary_rpc_method_handler(
@@ -1035,6 +1071,60 @@ class OrchestratorService:
             target,
             '/drover.v1.OrchestratorService/CreateGuest',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.CreateGuestRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdoptGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/AdoptGuest',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.AdoptGuestRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.AdoptGuestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/ReleaseGuest',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.ReleaseGuestRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_types__pb2.Guest.FromString,
             options,
             channel_credentials,

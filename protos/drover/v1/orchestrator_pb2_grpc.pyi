@@ -76,6 +76,13 @@ class OrchestratorServiceStub:
     """
     CreateGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateGuestRequest, _types_pb2.Guest]
     """Creates and starts a guest. Repeat-safe by request_id."""
+    AdoptGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.AdoptGuestRequest, _orchestrator_pb2.AdoptGuestResponse]
+    """Makes a VMM that somebody else started on a host a guest, without stopping it, and moves it at once: only then is it
+    a guest like any other. Repeat-safe by request_id. Refused with everything that stands against it, before anything
+    is written (docs/import.md).
+    """
+    ReleaseGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ReleaseGuestRequest, _types_pb2.Guest]
+    """Gives a guest that was adopted and has not moved since back to whoever started it: its process runs on."""
     GetGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetGuestRequest, _types_pb2.Guest]
     """The guest as the ledger has it, with its run state as its agent last said."""
     ListGuests: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListGuestsRequest, _orchestrator_pb2.ListGuestsResponse]
@@ -176,6 +183,13 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """
     CreateGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CreateGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """Creates and starts a guest. Repeat-safe by request_id."""
+    AdoptGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.AdoptGuestRequest, _orchestrator_pb2.AdoptGuestResponse]  # type: ignore[assignment]
+    """Makes a VMM that somebody else started on a host a guest, without stopping it, and moves it at once: only then is it
+    a guest like any other. Repeat-safe by request_id. Refused with everything that stands against it, before anything
+    is written (docs/import.md).
+    """
+    ReleaseGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ReleaseGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
+    """Gives a guest that was adopted and has not moved since back to whoever started it: its process runs on."""
     GetGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """The guest as the ledger has it, with its run state as its agent last said."""
     ListGuests: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListGuestsRequest, _orchestrator_pb2.ListGuestsResponse]  # type: ignore[assignment]
@@ -351,6 +365,25 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]:
         """Creates and starts a guest. Repeat-safe by request_id."""
+
+    @_abc_1.abstractmethod
+    def AdoptGuest(
+        self,
+        request: _orchestrator_pb2.AdoptGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.AdoptGuestResponse, _abc.Awaitable[_orchestrator_pb2.AdoptGuestResponse]]:
+        """Makes a VMM that somebody else started on a host a guest, without stopping it, and moves it at once: only then is it
+        a guest like any other. Repeat-safe by request_id. Refused with everything that stands against it, before anything
+        is written (docs/import.md).
+        """
+
+    @_abc_1.abstractmethod
+    def ReleaseGuest(
+        self,
+        request: _orchestrator_pb2.ReleaseGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.Guest, _abc.Awaitable[_types_pb2.Guest]]:
+        """Gives a guest that was adopted and has not moved since back to whoever started it: its process runs on."""
 
     @_abc_1.abstractmethod
     def GetGuest(
