@@ -169,7 +169,7 @@ def _here(config: AgentConfig, process: Process, answers: Mapping[str, Any], acc
     boots = {
         file: name
         for what, file in files.items()
-        if what != "bios" and (name := _image_of(config, process.pid, file)) is not None
+        if what != "bios" and (name := _image_of(config, process.pid, what, file)) is not None
     }
     bios = config.firmware.bios
     same = bios is None and "bios" not in files
@@ -207,11 +207,14 @@ def _in_a_pool(config: AgentConfig, pid: int, file: str) -> tuple[str, str] | No
     return None
 
 
-def _image_of(config: AgentConfig, pid: int, file: str) -> str | None:
-    """Name of a boot image of this host that has the same content."""
+def _image_of(config: AgentConfig, pid: int, what: str, file: str) -> str | None:
+    """Name of a boot image of this host that has the same content; empty: the kernel of guests that name none."""
+    path = _path_of(pid, file)
+    default = config.guest_image if what == "kernel" else None
+    if default is not None and (wanted := _digest(path)) and _digest(default) == wanted:
+        return ""
     if config.images is None:
         return None
-    path = _path_of(pid, file)
     with contextlib.suppress(OSError):
         size = path.stat().st_size
         entries = sorted(config.images.iterdir(), key=lambda entry: (entry.name != path.name, entry.name))

@@ -579,7 +579,7 @@ def _status(info: Mapping[str, Any]) -> EngineStatus:
     return _STATUSES.get(info.get("status", "none"), EngineStatus.ACTIVE)
 
 
-class QemuEngine(base.MigrationEngine):
+class QemuEngine(base.MigrationEngine, base.AdoptingEngine):
     """`image` is the kernel of guests that name none, `images` the directory of those that guests may name,
     `accelerator` tcg or kvm, `vfio_preload` what gives QEMU devices without VFIO.
     """
