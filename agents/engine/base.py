@@ -549,7 +549,7 @@ class MigrationEngine(Protocol):
 
 
 ADOPTED_QMP = "adopted_qmp"
-"""In `VmmMetadata.extra`: the monitor of a VMM that somebody else started. None of its files is ours."""
+"""In `VmmMetadata.extra`: the monitor of a VMM that somebody else started. Its files are not ours."""
 NODE_OF = "node:"
 """In `VmmMetadata.extra`, before a disk's name: the node of the disk in such a VMM."""
 PATH_OF = "path:"

@@ -124,7 +124,7 @@ def _owned(record: GuestRecord, here: HostRef, copies: Sequence[Copy], *, marker
         alive = own is not None and record.owner == here
         return Duty(Do.FINISH_BIRTH, own.inc) if alive and own is not None else Duty(Do.BURY)
     if record.phase in (Ownership.CRASHED, Ownership.GONE):
-        return _over(copies, released=record.released)
+        return _over(copies, released=record.released or record.never_ran)
     if record.phase is Ownership.COMMITTED:
         return _committed_to_us(record, here, copies, marker=marker)
     if handover.must_declare_crashed(record, here, vmm_alive=own is not None, marker=marker):
@@ -142,8 +142,8 @@ def _owned(record: GuestRecord, here: HostRef, copies: Sequence[Copy], *, marker
 
 def _over(copies: Sequence[Copy], *, released: bool) -> Duty:
     """This life is over. A copy that is alive all the same was cut off while its host was declared dead on somebody's
-    word: the guest may run elsewhere by now, so this one ends, whatever it is doing. One that was `released` never ran
-    elsewhere, and is somebody else's again."""
+    word: the guest may run elsewhere by now, so this one ends, whatever it is doing. One that was `released`, or
+    whose adoption was given up before it was a guest, never ran elsewhere, and is somebody else's again."""
     left = next((copy for copy in copies if not copy.in_session), None)
     if left is None:
         return Duty()

@@ -604,7 +604,7 @@ def _unattached(answers: Mapping[str, Any]) -> list[str]:
 
 
 def differences(live: Mapping[str, Any], built: Mapping[str, Any], examined: Examined) -> list[Obstacle]:
-    """What the machine that another host would build, tried out here, lacks or has too much beside the one that runs."""
+    """What the machine that another host would build, tried out here, has more or less than the one that runs."""
     found: list[str] = []
     there, here = Counter(_unattached(live)), Counter(_unattached(built))
     for kind in sorted((there - here) | (here - there)):

@@ -15,7 +15,7 @@ from orchestrator.api.decisions import (
     run_state,
 )
 from orchestrator.api.reads import EvacuationRead, GuestRead, MigrationRead
-from orchestrator.core.agent import AgentStatus, AttemptStatus, CopyStatus
+from orchestrator.core.agent import AgentStatus, AttemptStatus, CopyStatus, GuestStatus
 from orchestrator.core.death import standing
 from orchestrator.core.errors import DroverError
 from orchestrator.core.handover import Ownership
@@ -114,8 +114,16 @@ def guest(read: GuestRead, fleet: Fleet) -> types_pb2.Guest:
         want_run=read.want_run is None or read.want_run.run,
         migration=present_migration(record),
         etag=read.etag,
-        message=standing(record, read.spec) if record.phase is Ownership.CRASHED else "",
+        message=standing(record, read.spec) if record.phase is Ownership.CRASHED else _as_found(read, told),
     )
+
+
+def _as_found(read: GuestRead, told: GuestStatus | None) -> str:
+    """That it still is the process that somebody else started; empty: it is none, or not for all that is known."""
+    taken = read.spec.adopted
+    if taken is None or told is None or told.pid != taken.pid:
+        return ""
+    return f"still runs in process {taken.pid}, which it was adopted from: move it, or release it"
 
 
 def without_texts(guest: types_pb2.Guest) -> types_pb2.Guest:

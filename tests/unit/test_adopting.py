@@ -369,6 +369,7 @@ def test_a_guest_is_released_from_idle_only() -> None:
     ("record", "copy_", "do"),
     [
         (handover.released(RECORD, writer=""), Copy("a", False, adopted=True, running=True), Do.LET_GO),
+        (replace(RECORD, phase=Ownership.GONE, never_ran=True), Copy("a", False, adopted=True), Do.LET_GO),
         (replace(RECORD, phase=Ownership.GONE), Copy("a", False, adopted=True, running=True), Do.DISCARD),
         (replace(RECORD, phase=Ownership.CRASHED), Copy("a", False, adopted=True, running=True), Do.DISCARD),
         (handover.released(RECORD, writer=""), Copy("a", False, adopted=True, sealed=True), Do.DISCARD),
