@@ -255,7 +255,7 @@ class Guests:
                 continue
             if step is StartStep.PLACE and not await self._placed_again(read, caller):
                 continue
-            return await self._start(uuid, caller)
+            return await self.started(uuid, caller)
 
     async def _has_ended(self, read: GuestRead, caller: Caller) -> bool:
         """It has shut down by itself, by its agent's word. It is wished to run from here on."""
@@ -266,7 +266,7 @@ class Guests:
         return told is RunState.ENDED
 
     async def _keep(self, read: GuestRead, caller: Caller, *, only_ended: bool = False) -> None:
-        agent = await self._agent(read.record.owner.host)
+        agent = await self.agent(read.record.owner.host)
         await agent.keep_guest(read.uuid, only_ended=only_ended, timeout_s=caller.remaining_s(END_GUEST_S))
 
     async def _placed_again(self, read: GuestRead, caller: Caller) -> bool:

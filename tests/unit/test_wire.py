@@ -86,6 +86,7 @@ GUESTS = records(
     tpm=st.none() | records(Tpm, version=st.text(min_size=1, max_size=5)),
     cloud_init=st.none() | records(CloudInit),
     extra_args=st.lists(TEXT, max_size=3).map(tuple),
+    adopted=st.none(),  # the ledger's word alone: no caller may name a process
     devices=st.lists(DEVICES, max_size=3).map(tuple),
     labels=st.dictionaries(TEXT, TEXT, max_size=3),
     policy=POLICIES,
