@@ -115,7 +115,7 @@ class Copy:
     def described(self, files: GuestFiles) -> VmmSpec:
         """What its VMM would be started from, with the guest as `files` have it. Raises POOL_NOT_FOUND."""
         spec = _vmm_spec(files, self.inc, self.hardware)
-        return replace(spec, disks=standing.disk_files(files.config, files.spec))
+        return replace(spec, disks=named(standing.disk_files(files.config, files.spec), self.vmm.metadata))
 
     def note_machine(self, machine: LiveMachine) -> None:
         """Its machine is this from now on. Raises OSError."""
@@ -126,9 +126,9 @@ class Copy:
 
     def respecified(self, files: GuestFiles) -> None:
         """The guest's specification has changed: its disks, or its cards, are others."""
-        self.files, self.taps = files, files.taps(self.inc)
+        self.files, self.taps = files, files.taps(self.inc, made=not self.adopted)
         if self.hardware is not None:
-            self.hardware.disks = standing.disk_files(files.config, files.spec)
+            self.hardware.disks = named(standing.disk_files(files.config, files.spec), self.vmm.metadata)
             self.vmm.described(self.described(files))
 
     @property

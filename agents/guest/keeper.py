@@ -324,9 +324,12 @@ class HostedGuest(HeldGuest):
     # --- its machine --------------------------------------------------------------------------------------------------
 
     async def change(self, wanted: MachineChange, reservations: int) -> GuestSpec:
-        """See `Changes.make`."""
+        """See `Changes.make`. Raises NOT_ADOPTABLE for a guest that has not moved since it was adopted."""
         async with self._turn:
             self.must_keep()
+            if (own := self.own()) is not None and own.adopted:
+                said = "it still runs in the process that it was adopted from: move it first"
+                raise self.refused(RefusalReason.NOT_ADOPTABLE, said)
             spec = await self.changes.make(wanted, reservations)
         self.tools.changed()
         return spec
