@@ -164,7 +164,8 @@ class HostedGuest(HeldGuest):
 
     async def _execute(self, *, again: bool) -> None:
         """`again`: it has run before, so the disks that it had must be there, and a failure leaves it as it was."""
-        had = self.files.spec.disks if again else ()
+        before = self.files
+        had = before.spec.disks if again else ()
         try:
             await self.described()
             if again or self.files.spec.adopted is None:  # the memory of one that is adopted is taken already
@@ -175,8 +176,10 @@ class HostedGuest(HeldGuest):
         except (DroverError, engine.EngineError, ShimError, OSError) as error:
             await self.ledger.not_started(self.tools.here)
             if again:
-                with contextlib.suppress(OSError):  # it stays: its next start finds the image
+                with contextlib.suppress(OSError):
                     await asyncio.to_thread(self.files.births.failed)
+                    self.files = before  # what it has run with, not what it was to become
+                    await asyncio.to_thread(self.files.note)
             else:
                 self.files.remove()
                 self.forgotten = True
@@ -263,6 +266,8 @@ class HostedGuest(HeldGuest):
                 return
             self._may_keep(record, only_ended=only_ended)
             await self._duties.must_be_over(record)
+            with contextlib.suppress(*_EXPECTED):
+                await self.changes.settle()  # what was made for it is its own, or is not
             for copy in self.copies.values():
                 with contextlib.suppress(engine.EngineError):
                     await copy.vmm.pause()
