@@ -48,7 +48,7 @@ UUID = "5f1c0000-0000-4000-8000-0000000000{:02d}"
 LINK = 1 << 30
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="no QEMU"),
 ]
 
@@ -134,7 +134,7 @@ def options(destination: Vmm, hold: HoldStart = HoldStart.OPEN) -> OutgoingOptio
     return OutgoingOptions(stream_of(destination.metadata), hold, 0, LINK, 300, copy=destination.metadata.inc)
 
 
-async def until(vmm: Vmm, holds: Callable[[VmmState], bool], timeout_s: float = 15.0) -> VmmState:
+async def until(vmm: Vmm, holds: Callable[[VmmState], bool], timeout_s: float = 60.0) -> VmmState:
     now = None
     try:
         async with asyncio.timeout(timeout_s):
@@ -155,7 +155,7 @@ async def beats(pair: Pair, inc: str) -> bool:
     """The guest itself says that it runs: its console has two lines that differ."""
     reader, writer = await asyncio.open_unix_connection(pair.directory / f"{inc}.con")
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await reader.readline() != await reader.readline()
     finally:
         writer.close()

@@ -1,7 +1,7 @@
 """Hosts that run their guests by libvirt, in a cluster of real agents. Guests judge their own moves.
 
-The daemons come up in the hosts' own network namespaces while the cluster starts. `make test` has one guest that is
-late and then moves; with DROVER_LONG=1 (`make libvirt`) agents and daemons are killed around the COMMIT as well.
+The daemons come up in the hosts' own network namespaces while the cluster starts. With DROVER_LONG=1 (`make libvirt`);
+what decides of the engine alone is in tests/contract/test_engine_libvirt.py, which `make test` runs in its short form.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ from tests.fakes.cluster import Cluster, make_config, missing, running_cluster, 
 from tests.integration.handover.judge import judge, nothing_is_left
 from tests.integration.handover.scene import Observer, Scene, device, reach
 
-pytestmark = [pytest.mark.integration, pytest.mark.qemu, pytest.mark.zookeeper, pytest.mark.timeout(300)]
-long = [pytest.mark.long, pytest.mark.skipif("DROVER_LONG" not in os.environ, reason="`make libvirt`: DROVER_LONG=1")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.qemu,
+    pytest.mark.zookeeper,
+    pytest.mark.long,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif("DROVER_LONG" not in os.environ, reason="a cluster of its own: `make libvirt`, DROVER_LONG=1"),
+]
 
 BY_LIBVIRT, OTHER = ("host-1", "host-2"), "host-3"
 ROOT = Path(__file__).parents[2]
@@ -136,20 +142,19 @@ def test_a_guest_is_late_once_and_moves_then(scene: Scene) -> None:
     assert "one engine only" in refused.value.message
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(1, marks=long)])
-def test_a_guest_that_is_suspended_with_an_ack_pending_is_not_late(scene: Scene, seconds: int) -> None:
+def test_a_guest_that_is_suspended_with_an_ack_pending_is_not_late(scene: Scene) -> None:
     """The founding case: `virsh migrate --timeout` stops the guest while a device still owes its ACK."""
     guest = scene.guest(device("dpu", NEVER_ACKED))
-    order = scene.migrate(guest, scene.there, precopy_timeout_ms=seconds * 1000, on_timeout="suspend")
+    order = scene.migrate(guest, scene.there, precopy_timeout_ms=1000, on_timeout="suspend")
     assert outcomes(scene.succeeded(order, 120.0)) == [MOVED]
     assert scene.want_run(guest)
     reach(lambda: scene.beats(guest, scene.there) > 0, "it runs there")
 
 
-@pytest.mark.parametrize("which", [pytest.param("here", marks=long), pytest.param("there", marks=long)])
+@pytest.mark.parametrize("which", ["here", "there"])
 def test_an_agent_is_killed_around_the_commit(scene: Scene, which: str) -> None:
     guest = scene.guest(device("dpu"))
-    for _ in range(3):
+    for _ in range(2):
         there = next(host for host in BY_LIBVIRT if host != scene.record(guest).owner.host)
         here = next(host for host in BY_LIBVIRT if host != there)
         order = scene.migrate(guest, there)
@@ -161,7 +166,7 @@ def test_an_agent_is_killed_around_the_commit(scene: Scene, which: str) -> None:
         reach(lambda: scene.beats(guest) > 0, "it runs")
 
 
-@pytest.mark.parametrize("which", [pytest.param("here", marks=long), pytest.param("there", marks=long)])
+@pytest.mark.parametrize("which", ["here", "there"])
 def test_a_daemon_is_killed_around_the_commit(scene: Scene, daemons: Daemons, which: str) -> None:
     guest = scene.guest(device("dpu"))
     order = scene.migrate(guest, scene.there)

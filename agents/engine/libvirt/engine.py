@@ -51,6 +51,7 @@ LIMITS = (
 """What it cannot do, for `probe`: shown for every host that runs it."""
 
 _START_S = 60.0
+_ASK_S = 5.0
 _RESUME_S = 40.0
 """libvirt itself waits up to 30 s for a domain that a migration holds."""
 _GONE_S = 5.0
@@ -197,7 +198,7 @@ class LibvirtVmm(base.Vmm):
         return replace(self._last, status=self._status)
 
     async def unmigratable(self) -> tuple[Obstacle, ...]:
-        await self._run_state(2.0)
+        await self._run_state(_ASK_S)
         return ()
 
     # --- stop and start -----------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ class LibvirtVmm(base.Vmm):
     async def pause(self) -> None:
         if self._incoming is not None and not self._on_its_own:
             return
-        if await self._run_state(2.0) is RunState.RUNNING:
+        if await self._run_state(_ASK_S) is RunState.RUNNING:
             await self._domain("pause", lambda found: found.suspend())
         self._stands = True
 
@@ -234,7 +235,7 @@ class LibvirtVmm(base.Vmm):
         elif self._status is EngineStatus.PARKED:
             raise EngineError("libvirt has stopped the guest for its migration: end that first")
         await self._released()
-        run = await self._run_state(2.0)
+        run = await self._run_state(_ASK_S)
         if run is RunState.ENDED:
             raise GuestHasEnded("the guest has shut down")
         if run is not RunState.RUNNING:
@@ -254,7 +255,7 @@ class LibvirtVmm(base.Vmm):
         if options.stream is None:
             raise EngineError("there is no destination to send to")
         await self._released()
-        self._stands = await self._run_state(2.0) is not RunState.RUNNING
+        self._stands = await self._run_state(_ASK_S) is not RunState.RUNNING
         self._error, self._last = "", base.Progress()
         await self._domain("downtime", lambda found: found.migrateSetMaxDowntime(options.downtime_limit_ms))
         sockets = notes.client_sockets(self._spec)
@@ -286,7 +287,7 @@ class LibvirtVmm(base.Vmm):
             return await self._left_behind()
         if not outgoing.sealed:
             with contextlib.suppress(EngineError):
-                await self._domain("abort", lambda found: found.abortJob(), 2.0)
+                await self._domain("abort", lambda found: found.abortJob(), _ASK_S)
         if self._sealed:
             return VmmState(RunState.SEALED, EngineStatus.COMPLETED)
         self._status = EngineStatus.CANCELLING
@@ -302,7 +303,7 @@ class LibvirtVmm(base.Vmm):
         if self._sealed or self._incoming is not None:
             return await self.state()
         with contextlib.suppress(EngineError):
-            await self._domain("abort", lambda found: found.abortJob(), 2.0)
+            await self._domain("abort", lambda found: found.abortJob(), _ASK_S)
         return await self.state()
 
     async def _as_before(self, timeout_s: float) -> RunState:
@@ -310,7 +311,7 @@ class LibvirtVmm(base.Vmm):
         async with _bounded("abort", timeout_s):
             while True:
                 with contextlib.suppress(EngineTimeout):
-                    run = await self._run_state(2.0)
+                    run = await self._run_state(_ASK_S)
                     if run is not RunState.PAUSED or self._stands:
                         return run
                     await self._domain("resume", lambda found: found.resume(), _RESUME_S)
