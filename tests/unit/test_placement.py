@@ -427,3 +427,14 @@ def test_what_dies_with_its_host_is_known_and_never_made_anew() -> None:
     assert local_disks(shared, WHOLE) == []
     assert [disk.size_bytes for disk in for_another_life(shared).disks] == [0]
     assert replace(for_another_life(shared), disks=shared.disks) == shared
+
+
+def test_a_guest_stays_with_its_engine() -> None:
+    """libvirt's hosts and QEMU's do not speak to each other, however alike they are."""
+    by_libvirt, by_qemu = view("h2", engine="libvirt 11.3.0"), view("h3", engine="qemu 10.0.2")
+    source = view("h1", engine="libvirt 11.3.0")
+    refused = judge(by_qemu, NEED, source=source)
+    assert (refused.eligible, refused.reason) == (False, RefusalReason.MACHINE_TYPE_MISMATCH)
+    assert "one engine only" in refused.message
+    assert judge(by_libvirt, NEED, source=source).eligible
+    assert judge(by_qemu, NEED).eligible, "at its birth it may be either's"
