@@ -20,7 +20,6 @@ QUICK = (
     Bounds(requests=0, cancels=1, faults=1),
     Bounds(requests=0, cancels=0, faults=1, power=1),
     Bounds(requests=0, cancels=0, faults=0, wishes=2),
-    Bounds(requests=0, cancels=1, faults=0, attempts=2),
     Bounds(requests=1, cancels=0, faults=0, devices=False, inside=True),
     Bounds(requests=0, cancels=0, faults=0, wishes=2, devices=False, inside=True),
     Bounds(requests=0, cancels=0, faults=1, off=True),

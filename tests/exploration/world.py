@@ -193,8 +193,50 @@ BEFORE_SUBMIT = frozenset(
 )
 
 Move = tuple[str, bool, World]
-steps: dict[tuple[object, ...], tuple[object, object, tuple[Command, ...]]] = {}
-"""What a machine answered, by the identity of its state (held here, so that no other state gets it) and the event."""
+Step = Callable[[Any, Any], Any]
+
+
+class Memory:
+    """What a search has seen, so that it is worked out once. By identity where hashing costs; what it is known by is
+    held, so that nothing else gets the same identity."""
+
+    def __init__(self) -> None:
+        self.answers: dict[tuple[int, object], tuple[object, Event, object, tuple[Command, ...]]] = {}
+        """What a machine answered in a state to an event."""
+        self.deaf: dict[int, tuple[object, bool]] = {}
+        """Whether a state of a machine takes no ring of a timer that was cancelled."""
+        self.watched: dict[int, words.RecordSeen] = {}
+        """By record."""
+
+    def clear(self) -> None:
+        for known in (self.answers, self.deaf, self.watched):
+            known.clear()
+
+    def answer(self, step: Step, state: object, event: Event) -> tuple[object, tuple[Command, ...]]:
+        by_identity = type(event) is Seen or type(event) is words.RecordSeen
+        key = (id(state), id(event) if by_identity else event)
+        found = self.answers.get(key)
+        if found is None:
+            found = self.answers[key] = (state, event, *_stepped(step, state, event))
+        return found[2], found[3]
+
+    def is_deaf(self, step: Step, state: object) -> bool:
+        if state is None:
+            return True
+        found = self.deaf.get(id(state))
+        if found is None:
+            answers = (self.answer(step, state, Rang(timer, 0)) for timer in Timer)
+            found = self.deaf[id(state)] = (state, all(after is state and not do for after, do in answers))
+        return found[1]
+
+    def watch_of(self, record: GuestRecord) -> words.RecordSeen:
+        found = self.watched.get(id(record))
+        if found is None:
+            found = self.watched[id(record)] = words.RecordSeen(record)
+        return found
+
+
+memory = Memory()
 
 
 def ref(attempt: int) -> AttemptRef:
@@ -264,10 +306,7 @@ def sent(world: World, commands: tuple[Command, ...]) -> World:
 def feed_source(world: World, event: Event) -> World:
     if world.source is None:
         return world
-    key = (id(world.source), event)
-    if key not in steps:
-        steps[key] = (world.source, *_stepped(source_step, world.source, event))
-    _, state, commands = steps[key]
+    state, commands = memory.answer(source_step, world.source, event)
     if isinstance(state, InvalidTransition):
         return world._replace(flaw=f"{INVALID}: source {state.stage} {state.event}")
     assert isinstance(state, SourceState)
@@ -319,10 +358,7 @@ ASIDE: dict[object, str] = {Do.RETRY_LATER: "retry", Do.SYNC_DISKS: "disks"}
 def feed_destination(world: World, event: Event) -> World:
     if world.destination is None:
         return world
-    key = (id(world.destination), event)
-    if key not in steps:
-        steps[key] = (world.destination, *_stepped(destination_step, world.destination, event))
-    _, state, commands = steps[key]
+    state, commands = memory.answer(destination_step, world.destination, event)
     if isinstance(state, InvalidTransition):
         return world._replace(flaw=f"{INVALID}: destination {state.stage} {state.event}")
     assert isinstance(state, DestinationState)
@@ -834,10 +870,9 @@ def message_moves(world: World) -> Iterator[Move]:
                     yield "late COMMIT arrives", True, after
             case _:
                 pass
-    yield "S watch", True, feed_source(world, words.RecordSeen(world.record))
-    yield "D watch", True, feed_destination(world, words.RecordSeen(world.record))
-    yield "S old watch", True, feed_source(world, words.RecordSeen(BORN))
-    yield "D old watch", True, feed_destination(world, words.RecordSeen(BORN))
+    for which, watch in (("watch", memory.watch_of(world.record)), ("old watch", memory.watch_of(BORN))):
+        yield f"S {which}", True, feed_source(world, watch)
+        yield f"D {which}", True, feed_destination(world, watch)
     yield from _request_moves(world)
 
 
@@ -928,6 +963,8 @@ def time_moves(world: World, bounds: Bounds) -> Iterator[Move]:
             yield f"S {timer} is over", True, feed_source(world, Rang(timer, number))
     for timer, number in destination.timers.running if destination is not None else ():
         yield f"D {timer} is over", True, feed_destination(world, Rang(timer, number))
+    if memory.is_deaf(source_step, source) and memory.is_deaf(destination_step, destination):
+        return
     for timer in Timer:
         late = feed_destination(feed_source(world, Rang(timer, 0)), Rang(timer, 0))
         yield f"{timer} rings late", False, late if late is world else late._replace(flaw="A STALE TIMER ACTED")
