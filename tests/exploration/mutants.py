@@ -22,6 +22,7 @@ from orchestrator.core import death, disks, handover
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.liveness import Liveness
+from tests.exploration import keepers
 from tests.exploration import world as world_module
 from tests.exploration.world import BORN, Bounds, World
 
@@ -52,7 +53,7 @@ def resume_restarted() -> list[Patch]:
         state = SourceState(ref, here, inc, want_run=want_run, stage=SourceStage.ROLLING_BACK)
         return state, (Do.ROLL_BACK_SHIMS,)
 
-    return [(world_module, "restarted_source", restarted)]
+    return [(keepers, "restarted_source", restarted)]
 
 
 def dest_commits() -> list[Patch]:
@@ -109,7 +110,7 @@ def restart_continues() -> list[Patch]:
         state = SourceState(ref, here, inc, want_run=want_run, stage=SourceStage.LAST_PASS, sealed=sealed, sent=True)
         return state, (Do.PROCEED,)
 
-    return [(world_module, "restarted_source", restarted)]
+    return [(keepers, "restarted_source", restarted)]
 
 
 def parked_forgotten() -> list[Patch]:
@@ -120,7 +121,7 @@ def parked_forgotten() -> list[Patch]:
             return SourceState(ref, here, inc, want_run=want_run), ()
         return production(ref, here, inc, want_run=want_run, parked=parked, sealed=sealed)
 
-    return [(world_module, "restarted_source", restarted)]
+    return [(keepers, "restarted_source", restarted)]
 
 
 def discard_at_com() -> list[Patch]:

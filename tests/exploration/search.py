@@ -6,9 +6,22 @@ lead to an end.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.exploration.world import Bounds, Strictness, World, flaw, is_end, memory, start, successors
+from tests.exploration.keepers import recovery_moves
+from tests.exploration.moves import (
+    coordinator_moves,
+    disk_moves,
+    engine_moves,
+    fault_moves,
+    message_moves,
+    time_moves,
+    wish_moves,
+)
+from tests.exploration.sessions import run_destination, run_source
+from tests.exploration.verdict import flaw, is_end
+from tests.exploration.world import Bounds, Move, Strictness, World, memory, start
 
 
 @dataclass
@@ -19,6 +32,21 @@ class Result:
     """Flaw and the shortest way to it."""
     dead_ends: list[list[str]]
     complete: bool
+
+
+def successors(world: World, bounds: Bounds) -> Iterator[Move]:
+    if world.source is not None and world.todo_source:
+        yield from run_source(world, bounds)
+    if world.destination is not None and world.todo_destination:
+        yield from run_destination(world, bounds)
+    yield from engine_moves(world)
+    yield from coordinator_moves(world, bounds)
+    yield from message_moves(world)
+    yield from wish_moves(world)
+    yield from disk_moves(world)
+    yield from time_moves(world, bounds)
+    yield from fault_moves(world, bounds)
+    yield from recovery_moves(world)
 
 
 class Parts:

@@ -12,7 +12,8 @@ from agents.handover.words import RecordSeen
 from orchestrator.core.handover import GuestRecord, Ownership
 from tests.exploration.mutants import MUTANTS, Mutant
 from tests.exploration.search import explore, follow
-from tests.exploration.world import D1, MIGRATION, S1, Bounds, flaw, ref
+from tests.exploration.verdict import flaw
+from tests.exploration.world import D1, MIGRATION, S1, Bounds, ref
 
 QUICK = (
     Bounds(requests=1, cancels=0, faults=0, gate_wait=True),
