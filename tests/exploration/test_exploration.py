@@ -15,6 +15,9 @@ from tests.exploration.search import explore, follow
 from tests.exploration.verdict import flaw
 from tests.exploration.world import D1, MIGRATION, S1, Bounds, ref
 
+pytestmark = pytest.mark.timeout(900)
+"""They compute for up to ten seconds, which a busy machine makes minutes of."""
+
 QUICK = (
     Bounds(requests=1, cancels=0, faults=0, gate_wait=True),
     Bounds(requests=1, cancels=1, faults=0),
