@@ -163,7 +163,7 @@ class Guests:
         sequence = await self._wish(uuid, run, caller)
         wish, told = await self._tell(uuid, sequence, caller)
         if told is RunState.ENDED:
-            said = f"guest {name} has shut down and does not run again: stop it to free its name"
+            said = f"guest {name} has shut down: start it again, or stop it to free its name"
             raise DroverError(RefusalReason.GUEST_NOT_RUNNING, said)
         guest = await self.view(uuid)
         if told is not None:
