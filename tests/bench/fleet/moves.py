@@ -21,7 +21,13 @@ from tests.bench.fleet.plane import Plane
 
 AT_ONCE = 32
 CALL_S = 30.0
-LONG = {"total_timeout_ms": 3_600_000, "precopy_timeout_ms": 3_600_000, "prepare_timeout_ms": 120_000}
+LONG = {
+    "total_timeout_ms": 3_600_000,
+    "precopy_timeout_ms": 3_600_000,
+    "prepare_timeout_ms": 120_000,
+    "switchover_timeout_ms": 60_000,
+}
+"""For many at a time: all of their agents are on the cores of one machine, where an attempt may wait for its turn."""
 
 
 @dataclass

@@ -313,8 +313,9 @@ class Plane:
     async def tell_agents(self, command: str) -> list[dict[str, Any]]:
         return list(await asyncio.gather(*(agents.tell(command) for agents in self.agents)))
 
-    async def go(self, per_s: float = 60.0) -> None:
-        """Let the pre-copies end that are held, so many per second in all."""
+    async def go(self, per_s: float = 20.0) -> None:
+        """Let the pre-copies end that are held, so many per second in all: no more than two cores bring to their end, or
+        attempts time out, and what is measured are their repetitions."""
         await self.tell_agents(f"go {per_s / len(self.agents)}")
 
     async def kill_ray(self, seat: Server | None = None) -> None:

@@ -314,7 +314,7 @@ async def flat(plane: Plane, counts: Sequence[int]) -> list[Figure]:
         await asyncio.sleep(10.0)
         memory.append(plane.rss_mib()["coordinator"])
         await plane.go()
-        followed = await moves.until(plane, ids, moves.over, 60 + count / 15)
+        followed = await moves.until(plane, ids, moves.over, 60 + count / 10)
         spent = (await plane.counted()).since(before)
         busy_s = plane.cpu_s()["coordinator"] - cpu - rest * spent.seconds
         cpu_ms.append(max(0.1, busy_s / count * 1000))
@@ -353,7 +353,7 @@ async def fail_over(plane: Plane, count: int) -> list[Figure]:
     again = sum(state.attempt > 1 for state in adopted.states.values())
     said = f"before their pre-copies ended; {await moves.repeated(plane, adopted)}" if again else ""
     await plane.go()
-    followed = await moves.until(plane, ids, moves.over, 60 + count / 15)
+    followed = await moves.until(plane, ids, moves.over, 60 + count / 10)
     said = f"{said}ended {dict(followed.phases())}; {await moves.repeated(plane, followed)}"
     return [
         at_most(f"fail-over with {count} in flight: all re-adopted, after the kill", adopted_s, "s", 15),
