@@ -314,8 +314,8 @@ class Plane:
         return list(await asyncio.gather(*(agents.tell(command) for agents in self.agents)))
 
     async def go(self, per_s: float = 20.0) -> None:
-        """Let the pre-copies end that are held, so many per second in all: no more than two cores bring to their end, or
-        attempts time out, and what is measured are their repetitions."""
+        """Let the pre-copies end that are held, so many per second in all. More than two cores bring to their end would
+        time out, and what was measured then were the repetitions."""
         await self.tell_agents(f"go {per_s / len(self.agents)}")
 
     async def kill_ray(self, seat: Server | None = None) -> None:

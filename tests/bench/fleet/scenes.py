@@ -64,7 +64,7 @@ async def fleet(scale: float, take: Take) -> None:
         await take("placement", lambda: placement(plane, guests))
         await take("lists", lambda: lists(plane, guests))
         await take("watches", lambda: watches(plane, _many(1_000, scale, 50)))
-        await take("start", lambda: start(plane, _many(1_000, scale, 20), guests))
+        await take("start", lambda: start(plane, _many(1_000, scale, 20), guests), 480.0)
 
 
 async def settle(plane: Plane, guests: int, least_s: float) -> None:
@@ -161,7 +161,7 @@ async def start(plane: Plane, count: int, guests: int) -> list[Figure]:
         spent = ", ".join(f"{role} {now.get(role, 0) - cpu.get(role, 0):.1f}" for role in now)
         print(f"  {took_s:.1f} s of {os.cpu_count()} cores until they had begun, CPU s: {spent}", flush=True)
         await plane.go()
-    await moves.until(plane, ids, moves.over, 120.0)
+    await moves.until(plane, ids, moves.over, 60 + count / 10)
     return [
         at_most(f"start {count} migrations until each is PREPARING", took_s, "s", 15, f"CPU s: {spent}"),
         beside("start: until the API had taken them all", asked_s, "s"),
