@@ -18,6 +18,8 @@ async def each(items: Iterable[I], read: Callable[[I], Awaitable[T]], *, at_once
     """`read` of every item, in their order, at most `at_once` under way. The first failure ends the others, and is
     raised."""
     todo = list(items)
+    if len(todo) == 1:  # as often as not, and no task is needed for it
+        return [await read(todo[0])]
     found: dict[int, T] = {}
     rest = iter(enumerate(todo))
 

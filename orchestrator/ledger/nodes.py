@@ -102,6 +102,10 @@ class Nodes:
             return family.known[name]
         return await self.read(f"{path}/{name}")
 
+    def knows(self, path: str) -> bool:
+        """Whether it costs no read now."""
+        return path in self._known
+
     def _read(self, path: str, done: asyncio.Task[Versioned | None]) -> None:
         failed = done.cancelled() or done.exception() is not None
         if self._reading.get(path) is not done:

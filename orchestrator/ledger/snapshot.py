@@ -115,13 +115,17 @@ class Reader:
             return await self._store.read(path)
         return await self._nodes.read(path, keep=keep)
 
+    async def _several(self, *wanted: str) -> list[Versioned | None]:
+        """Side by side, as far as they have to be read at all."""
+        unknown = [path for path in wanted if self._nodes is None or not self._nodes.knows(path)]
+        if len(unknown) > 1:
+            return list(await asyncio.gather(*map(self._node, wanted)))
+        return [await self._node(path) for path in wanted]
+
     async def host(self, name: str) -> HostEntry | None:
         """None when the host is not registered, or not completely yet. Raises StoreUnavailable, BadRecord."""
-        record, cordon, reservations, live = await asyncio.gather(
-            self._node(paths.host(name)),
-            self._node(paths.cordon(name)),
-            self._node(paths.reservations(name)),
-            self._node(paths.live(name)),
+        record, cordon, reservations, live = await self._several(
+            paths.host(name), paths.cordon(name), paths.reservations(name), paths.live(name)
         )
         if record is None or not record.data or cordon is None:
             self._promises.pop(name, None)
