@@ -317,6 +317,7 @@ async def flat(plane: Plane, counts: Sequence[int]) -> list[Figure]:
         followed = await moves.until(plane, ids, moves.over, 60 + count / 10)
         spent = (await plane.counted()).since(before)
         busy_s = plane.cpu_s()["coordinator"] - cpu - rest * spent.seconds
+        _tell_writes(plane, before, count)
         cpu_ms.append(max(0.1, busy_s / count * 1000))
         writes.append(spent.writes / count)
         said = "" if set(followed.phases()) == {"SUCCEEDED"} else f"ended {dict(followed.phases())}"
