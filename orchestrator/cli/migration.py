@@ -97,7 +97,8 @@ migration_argument = click.argument("migration", shell_complete=complete_migrati
 def _reason(each: Migration) -> str:
     from orchestrator.cli.watch import last_abort
 
-    return each.failure or last_abort(each.attempts)
+    waits = f"waits: {each.message}" if each.waiting_for and each.message and not each.end_time.seconds else ""
+    return each.failure or waits or last_abort(each.attempts)
 
 
 def _columns(short: dict[str, str], now_s: float) -> list[Column[Migration]]:

@@ -180,6 +180,13 @@ def test_lists_abbreviate_ids_and_prefixes_are_accepted(drover: Drover, service:
     assert drover("migration", "show", "7" * 32).code == 3
 
 
+def test_a_list_says_what_a_migration_waits_for(drover: Drover, service: FakeOrchestrator) -> None:
+    said = "1 of 1 migrations leave host-1 at a time"
+    waiting = migration("a" * 32, "PENDING", waiting_for="PLACE", message=said)
+    service.migrations = {waiting.name: waiting}
+    assert drover("migration", "list").rows()[1][-1] == f"waits: {said}"
+
+
 def test_show_and_cancel(drover: Drover, service: FakeOrchestrator) -> None:
     name = "ab" * 16
     policy = types.MigrationPolicy(max_attempts=8)
