@@ -36,12 +36,20 @@ def test_exit_codes_are_documented() -> None:
     assert told == {int(code) for code in Exit}
 
 
+def _arguments_before_commands(command: Any) -> list[str]:
+    """Of a group that takes some, such as `attach GUEST disk`."""
+    if not hasattr(command, "commands"):
+        return []
+    return [str(each.name).upper() for each in command.params if each.param_type_name == "argument"]
+
+
 def test_each_command_is_documented() -> None:
     page = (ROOT / "docs" / "cli.md").read_text()
 
     def walk(command: Any, path: str) -> Iterator[str]:
         for name, child in getattr(command, "commands", {}).items():
-            yield from walk(child, f"{path} {name}") if hasattr(child, "commands") else [f"{path} {name}"]
+            here = " ".join([path, name, *_arguments_before_commands(child)])
+            yield from walk(child, here) if hasattr(child, "commands") else [here]
 
     assert [path for path in walk(main.root, "drover") if f"`{path}" not in page] == []
 
