@@ -216,6 +216,9 @@ class HostedGuest(HeldGuest):
             if own is None or not own.adopted or own.incoming or len(self.copies) > 1:
                 said = "it is no process of somebody else's (any more): nobody is there to give it back to"
                 raise self.refused(RefusalReason.NOT_ADOPTABLE, said)
+            if own.local_disks:  # of a move that came to nothing
+                await own.vmm.disks.forget()
+                own.disks_engaged = False
             if not await self.ledger.released(self.tools.here):
                 raise self.refused(RefusalReason.GUEST_IS_MIGRATING, "its record changed")
             await self.let_go(own)

@@ -113,19 +113,18 @@ class Adoptions:
             raise DroverError(RefusalReason.NOT_ADOPTABLE, said)
         if read.record.migration and read.record.phase in (Ownership.OPEN, Ownership.ABORTED):
             await self._migrations.ensure_cancelled(read.record.migration, caller)
-            await self._closed(uuid_, caller)
+        while True:
             read = await self._guests.read(uuid_)
-        agent = await self._guests.agent(read.record.owner.host)
-        await agent.release_vmm(uuid_, caller.remaining_s(CALL_S))
+            agent = await self._guests.agent(read.record.owner.host)
+            try:
+                await agent.release_vmm(uuid_, caller.remaining_s(CALL_S))
+                break
+            except DroverError as error:  # the attempt that was cancelled is still being ended there
+                if error.reason is not RefusalReason.GUEST_IS_MIGRATING or caller.out_of_time:
+                    raise
+            await pause(caller)
         log.info("guest released", guest=name, uuid=uuid_, host=read.record.owner.host, by=caller.by)
         return await self._guests.view(uuid_)
-
-    async def _closed(self, guest: str, caller: Caller) -> None:
-        """Until no attempt is open, or the caller waits no longer; the agent refuses then."""
-        while not caller.out_of_time:
-            if (await self._guests.read(guest)).record.phase not in (Ownership.OPEN, Ownership.ABORTED):
-                return
-            await pause(caller)
 
 
 def check(request: pb.AdoptGuestRequest) -> GuestSpec | None:

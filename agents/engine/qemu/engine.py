@@ -473,6 +473,7 @@ class QemuVmm(base.Vmm):
         told = {name: self._metadata.extra[name] for name in ("shutdown", "reboot") if name in self._metadata.extra}
         if self.liveness() is not Liveness.GONE and told:
             await self._execute("set-action", told)
+            await self.set_capabilities({"events": False, "return-path": False, "pause-before-switchover": False})
         await self.detach()
         process.metadata_path(self._spec).unlink(missing_ok=True)
 
