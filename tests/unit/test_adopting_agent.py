@@ -1,0 +1,224 @@
+"""An agent that takes over a process: whatever happens in between, no other one is started, and it is not ended.
+
+The engine is a fake; the process is real, and is called like a QEMU that was started without any option.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from agents.__main__ import Peers
+from agents.agent import Agent
+from agents.config import AgentConfig
+from agents.engine import base as engine
+from agents.guest import adopting
+from agents.host.metrics import Metrics
+from orchestrator.core import handover
+from orchestrator.core.agent import RunState
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.ids import HostRef
+from orchestrator.core.records import Adopted, GuestSpec, WantRun
+from orchestrator.ledger import paths
+from orchestrator.ledger.records import decode
+from orchestrator.proc import start_time_of
+from tests.fakes.config import agent_config, agent_identity
+from tests.fakes.coordination import MemoryStore, World
+from tests.fakes.engine import FakeEngine, FakeVmm
+
+HERE = HostRef("h2", "boot-h2")
+G = "0f0e0d0c-0b0a-4987-8654-321001234567"
+RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "adopted" / "by_hand.json").read_text())["answers"]
+
+
+def _bare() -> dict[str, Any]:
+    answers = copy.deepcopy(RECORDED)
+    answers |= {"query-block": [], "devices": {}, "accelerator": "none"}
+    answers["machine"]["type"] = "pc-machine"
+    return answers
+
+
+@dataclass(slots=True)
+class AdoptingFake(FakeEngine):
+    """Says of a process what a QEMU without disks, cards and other devices says."""
+
+    answers: dict[str, Any] = field(default_factory=_bare)
+    started: list[str] = field(default_factory=list[str])
+    let_go_of: list[int] = field(default_factory=list[int])
+    fails: str = ""
+
+    async def look_at(self, pid: int, monitor: Path) -> Mapping[str, Any]:
+        return self.answers
+
+    async def try_out(self, spec: engine.VmmSpec) -> Mapping[str, Any]:
+        return self.answers
+
+    async def take_over(self, metadata: engine.VmmMetadata, spec: engine.VmmSpec) -> FakeVmm:
+        if self.fails:
+            raise engine.EngineError(self.fails)
+        vmm = FakeVmm(self, metadata, spec, RunState.RUNNING)
+        self.processes[metadata.pid] = vmm
+        (spec.directory / f"{spec.inc}.json").write_text(json.dumps(_as_note(metadata)))
+        return vmm
+
+    async def let_go(self, vmm: engine.Vmm) -> None:
+        self.let_go_of.append(vmm.metadata.pid)
+        self.processes.pop(vmm.metadata.pid, None)
+
+    async def start(self, spec: engine.VmmSpec) -> FakeVmm:
+        self.started.append(spec.inc)
+        return await FakeEngine.start(self, spec)
+
+
+def _as_note(metadata: engine.VmmMetadata) -> dict[str, Any]:
+    return {name: getattr(metadata, name) for name in metadata.__dataclass_fields__}
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    cat = shutil.which("cat")
+    assert cat
+    made = subprocess.Popen(["qemu-system-x86_64"], executable=cat, stdin=subprocess.PIPE)
+    yield made
+    made.kill()
+    made.wait()
+    if made.stdin is not None:
+        made.stdin.close()
+
+
+@pytest.fixture
+def mover() -> AdoptingFake:
+    return AdoptingFake()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> AgentConfig:
+    return agent_config(tmp_path)
+
+
+@pytest.fixture
+async def world(config: AgentConfig, mover: AdoptingFake, process: subprocess.Popen[bytes]) -> World:
+    """A guest that is about to be adopted: all is written, and its agent has not been asked yet."""
+    found = await adopting.examine(cast(engine.MigrationEngine, mover), config, "web", (process.pid, "/run/q"))
+    assert found.examined.obstacles == ()
+    taken = Adopted(process.pid, found.start_time, "/run/q")
+    world = World(MemoryStore())
+    for root in paths.ROOTS:
+        world.put(root, WantRun())
+    world.put(paths.epoch(), WantRun())
+    world.put(paths.guest_spec(G), replace(found.examined.spec, adopted=taken))
+    world.put(paths.want_run(G), WantRun())
+    world.put(paths.name("web"), G)
+    world.put(paths.guest(G), handover.birth("web", HERE, writer="api"))
+    return world
+
+
+def made(config: AgentConfig, world: World, mover: AdoptingFake) -> Agent:
+    stores = (world.store, MemoryStore(world.store.tree))
+    moves = cast(engine.MigrationEngine, mover)
+    return Agent(config, agent_identity(HERE), moves, stores, Peers(), Metrics(CollectorRegistry()))
+
+
+@pytest.fixture
+async def agent(config: AgentConfig, world: World, mover: AdoptingFake) -> AsyncIterator[Agent]:
+    agent = made(config, world, mover)
+    await agent.start()
+    yield agent
+    await agent.stop()
+
+
+def record(world: World) -> GuestRecord:
+    return world.record(G)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not true():  # noqa: ASYNC110 - the ledger is looked at from outside
+            await asyncio.sleep(0.01)
+
+
+async def test_a_birth_takes_the_process_over_and_starts_none(
+    agent: Agent, world: World, mover: AdoptingFake, process: subprocess.Popen[bytes]
+) -> None:
+    for _ in range(2):  # may be repeated
+        assert (await agent.start_guest(G)).pid == process.pid
+    assert record(world).phase is Ownership.IDLE
+    assert mover.started == []
+
+
+async def test_what_cannot_be_taken_is_left_as_it_was(
+    agent: Agent, world: World, mover: AdoptingFake, process: subprocess.Popen[bytes]
+) -> None:
+    mover.fails = "the monitor has gone"
+    with pytest.raises(DroverError, match="the monitor has gone"):
+        await agent.start_guest(G)
+    assert (record(world).phase, record(world).never_ran) == (Ownership.GONE, True)
+    assert (mover.started, process.poll()) == ([], None)
+
+
+async def test_one_that_has_changed_since_is_not_taken(agent: Agent, world: World, mover: AdoptingFake) -> None:
+    mover.answers["machine"]["memory"]["size"] += 1 << 20
+    with pytest.raises(DroverError) as caught:
+        await agent.start_guest(G)
+    assert caught.value.reason is RefusalReason.NOT_ADOPTABLE
+    assert record(world).phase is Ownership.GONE
+
+
+async def test_another_process_under_the_same_pid_is_not_taken(
+    agent: Agent, world: World, process: subprocess.Popen[bytes]
+) -> None:
+    path = paths.guest_spec(G)
+    spec = decode(GuestSpec, world.store.tree.nodes[path].data, path=path)
+    assert spec.adopted is not None
+    other = replace(spec.adopted, start_time=spec.adopted.start_time - 1)
+    world.put(paths.guest_spec(G), replace(spec, adopted=other))
+    with pytest.raises(DroverError) as caught:
+        await agent.start_guest(G)
+    assert caught.value.reason is RefusalReason.NOT_FOUND
+    assert start_time_of(process.pid) == spec.adopted.start_time
+
+
+async def test_an_agent_that_died_behind_the_note_goes_on(
+    config: AgentConfig, world: World, mover: AdoptingFake, process: subprocess.Popen[bytes]
+) -> None:
+    first = made(config, world, mover)
+    await first.start()
+    await first.start_guest(G)
+    await first.stop()
+    world.put(paths.guest(G), handover.birth("web", HERE, writer="api"))  # it died before this was written over
+    second = made(config, world, mover)
+    await second.start()
+    await until(lambda: record(world).phase is Ownership.IDLE)
+    assert (mover.started, process.poll()) == ([], None)
+    await second.stop()
+
+
+async def test_given_back_it_is_let_go_and_its_name_is_free(
+    agent: Agent, world: World, mover: AdoptingFake, process: subprocess.Popen[bytes]
+) -> None:
+    await agent.start_guest(G)
+    await agent.release_vmm(G)
+    assert record(world).released
+    assert (mover.let_go_of, process.poll()) == ([process.pid], None)
+    assert agent.status().guests == ()
+    await agent.release_vmm(G)  # may be repeated
+
+
+async def test_a_process_that_is_a_guest_already_is_not_examined_again(
+    agent: Agent, process: subprocess.Popen[bytes]
+) -> None:
+    await agent.start_guest(G)
+    with pytest.raises(DroverError) as caught:
+        await agent.examine_vmm("other", process.pid, "/run/q", None)
+    assert caught.value.reason is RefusalReason.ALREADY_EXISTS
