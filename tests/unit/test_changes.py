@@ -14,6 +14,7 @@ import pytest
 from agents.config import PoolConfig
 from agents.guest import plugging
 from agents.guest.changes import Change, outcome
+from agents.guest.files import GuestFiles
 from agents.guest.keeper import HostedGuest
 from orchestrator.core import handover
 from orchestrator.core.changes import MachineChange, changed
@@ -22,6 +23,7 @@ from orchestrator.core.handover import Ownership
 from orchestrator.core.records import DiskFormat, DiskSpec, GuestSpec, LiveMachine, NicSpec, PoolKind
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode
+from tests.fakes.config import agent_config
 from tests.unit.test_lost_ledger import HERE, THERE, G, House, until
 
 R = RefusalReason
@@ -307,3 +309,16 @@ def test_the_outcome_follows_from_what_the_vmm_has_however_often_it_is_asked() -
     whole = outcome(change, machine, {"vcpu1": "x", "vcpu2": "x"})
     assert whole == outcome(change, whole[0], {"vcpu1": "x", "vcpu2": "x"})
     assert (plugging.vcpus(whole[0]), whole[1].vcpus) == (3, 3)
+
+
+def test_a_card_that_is_taken_away_changes_no_other_cards_tap(tmp_path: Path) -> None:
+    nics = (NicSpec("a", "n"), NicSpec("b", "n"))
+    files = GuestFiles(agent_config(tmp_path), G, GuestSpec("web", nics=nics))
+    files.make()
+    before = {tap.nic: tap.ifname for tap in files.vmm_spec("0123456789abcdef").taps}
+    files.note_cards("0123456789abcdef")
+    left = replace(files, spec=GuestSpec("web", nics=nics[1:]))
+    assert {tap.nic: tap.ifname for tap in left.vmm_spec("0123456789abcdef").taps} == {"b": before["b"]}
+    fresh = replace(files, spec=GuestSpec("web", nics=nics[1:]))
+    (tap,) = fresh.vmm_spec("fedcba9876543210").taps  # another copy begins anew
+    assert tap.ifname.endswith("-0")
