@@ -487,7 +487,10 @@ class Agent:
         """See `HostedGuest.change`. A caller that is cut off does not stop it half-way. Raises NOT_FOUND when the guest
         is not here."""
         self._must_take_on()
-        return await self._to_its_end(self._known(uuid).change(wanted, reservations))
+        try:
+            return await self._to_its_end(self._known(uuid).change(wanted, reservations))
+        except Forgotten:
+            raise DroverError(RefusalReason.NOT_FOUND, f"guest {uuid} has left {self.here.host}") from None
 
     async def instruct(self, uuid: str, device: str, instruction: str) -> str:
         """See `HostedGuest.instruct`. Raises INSTRUCTIONS_DISABLED as well."""

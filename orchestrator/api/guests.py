@@ -384,19 +384,31 @@ class Guests:
         uuid = await self.uuid_of(name, field="guest")
         while True:
             await contest.another()
-            read = await self.read(uuid)
-            decisions.need_movable(read.record)
-            after = changed(read.spec, change)
+            read, after = await self._changed(uuid, change)
             promised = await self._must_suit(read, after)
             agent = await self._agent(read.record.owner.host)
             try:
-                await agent.change_machine(uuid, change, promised, caller.remaining_s(CHANGE_MACHINE_S))
+                spec = await agent.change_machine(uuid, change, promised, caller.remaining_s(CHANGE_MACHINE_S))
             except DroverError as error:
                 if error.reason is RefusalReason.OUTCOME_UNKNOWN and error.details.get("moved") == "reservations":
                     continue
                 raise
             log.info("the machine of a guest was changed", guest=read.record.name, uuid=uuid, by=caller.by)
-            return await self.view(uuid)
+            guest = await self.view(uuid)
+            guest.spec.CopyFrom(wire.guest_spec_to_proto(spec))  # our server of the ledger may be behind the agent's
+            return guest
+
+    async def _changed(self, uuid: str, change: MachineChange) -> tuple[GuestRead, GuestSpec]:
+        """The guest, and what it is to be. Nobody is refused for what our server of the ledger has not heard yet."""
+        try:
+            read = await self.read(uuid)
+            decisions.need_movable(read.record)
+            return read, changed(read.spec, change)
+        except DroverError:
+            await self._tools.store.barrier()
+        read = await self.read(uuid)
+        decisions.need_movable(read.record)
+        return read, changed(read.spec, change)
 
     async def _must_suit(self, read: GuestRead, after: GuestSpec) -> int:
         """Its host has what the guest is to have; the version of what the host had promised then. Raises NO_CAPACITY,
