@@ -386,7 +386,7 @@ class Guests:
             await contest.another()
             read, after = await self._changed(uuid, change)
             promised = await self._must_suit(read, after)
-            agent = await self._agent(read.record.owner.host)
+            agent = await self.agent(read.record.owner.host)
             try:
                 spec = await agent.change_machine(uuid, change, promised, caller.remaining_s(CHANGE_MACHINE_S))
             except DroverError as error:
