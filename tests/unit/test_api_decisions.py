@@ -141,7 +141,7 @@ def test_after_a_cancel_no_coordinator_opens_an_attempt(
         return  # not answered "cancelled"
     after = _written(step, before)
     course = migration.start(MigrationSpec(M, "g", "web"), now_ms=0.0)
-    event: migration.Event = migration.Seen(after.record, after.state, after.reports)
+    event: migration.Event = migration.Read(after.record, after.state, after.reports)
     for _ in range(5):
         done = migration.step(course, event, now_ms=0.0)
         course = done.course
