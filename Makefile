@@ -51,6 +51,10 @@ rules: setup  ## the tests of each rule (R1-R31, H1-H16), and a table of them (d
 oracle: setup qemu-11  ## 200 real migrations of QEMU 11.1 against our machine of its ACKs (DROVER_SEED=n repeats one)
 	DROVER_LONG=1 $(PYTEST) tests/oracle $(ARGS)
 
+.PHONY: matrix
+matrix: setup  ## the kill matrix of guests with disks: each part, at each step (about 25 minutes; table in build/matrix.json)
+	DROVER_LONG=1 $(PYTEST) tests/integration/handover/test_matrix.py -s $(ARGS)
+
 .PHONY: explore
 explore: venv  ## the exploration of the hand-over with wider bounds (some minutes)
 	DROVER_LONG=1 $(PYTEST) tests/exploration -s $(ARGS)

@@ -386,6 +386,15 @@ class DiskCopies(Protocol):
         """Bytes of each local disk that is written to, as the guest sees it. Asked of the VMM now."""
         ...
 
+    def limit(self, bytes_per_s: int) -> None:
+        """From here on at most so much is sent of each disk while the guest runs; 0: no bound. A drain has none."""
+        ...
+
+    def sent(self) -> Mapping[str, int]:
+        """Bytes of each disk that were copied since it was connected last, those that a mirror goes on from left out.
+        Complete once a drain is over."""
+        ...
+
     async def forget(self) -> None:
         """End all copying, and note writes no longer. Idempotent."""
         ...

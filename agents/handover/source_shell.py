@@ -214,6 +214,7 @@ class SourceShell(Shell[SourceState]):
     async def _synced(self) -> None:
         """Beside everything else: it takes as long as the disks are large, and the guest is obeyed meanwhile."""
         assert self.disks is not None
+        self.disks.limit(self.policy.max_bandwidth_mbps * 125_000)
         try:
             await self.disks.sync(await self.peer.images())
         except (DiskTrouble, PeerUnavailable) as error:
@@ -228,7 +229,10 @@ class SourceShell(Shell[SourceState]):
     async def _drain_disks(self) -> Event | None:
         assert self.disks is not None
         try:
-            return words.Drained(await self.disks.drain(self.policy.switchover_timeout_ms / 1000))
+            drained = await self.disks.drain(self.policy.switchover_timeout_ms / 1000)
+            for disk, count in sorted(self.disks.sent.items()):
+                self._note("disk_sent", f"{disk}: {count} bytes")
+            return words.Drained(drained)
         except DiskTrouble as error:
             self._note("disk_failed", str(error))
             return words.DiskFailed(error.disk)

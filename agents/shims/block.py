@@ -29,6 +29,7 @@ class SourceDisks:
         self._inc = inc
         self._ready: dict[str, asyncio.Future[None]] = {}
         self._sizes: Mapping[str, int] = {}
+        self._limit = 0
         self.copied: dict[str, Copying] = {}
         """How each was brought up to date, for the report."""
 
@@ -44,6 +45,15 @@ class SourceDisks:
         else:
             waiting.set_exception(DiskTrouble(event.disk, event.error))
 
+    def limit(self, bytes_per_s: int) -> None:
+        """What all of them together may send while the guest runs; 0: no bound."""
+        self._limit = bytes_per_s
+
+    @property
+    def sent(self) -> Mapping[str, int]:
+        """Bytes of each disk that were sent in this attempt; complete once it is drained."""
+        return self._copies.sent()
+
     async def sync(self, images: Iterable[ImageThere]) -> None:
         """Every disk is up to date, but for what is being written. Not bounded; cancel it. Raises DiskTrouble."""
         there = {image.disk: image for image in images}
@@ -54,6 +64,8 @@ class SourceDisks:
         for disk in known:
             if disk not in there:
                 raise DiskTrouble(disk, "the destination has no image for it")
+        if known and self._limit:
+            self._copies.limit(max(1, self._limit // len(known)))
         works = [asyncio.ensure_future(self._synced(disk, known[disk], there[disk])) for disk in known]
         try:
             await asyncio.gather(*works)

@@ -218,6 +218,7 @@ async def test_a_late_ack_costs_no_byte_of_the_disk(lab: Lab) -> None:
     await first.destroy()
     known = (await source.disks.known())["root"]
     assert copying(known, There(target.image)) is Copying.GOES_ON
+    assert source.disks.sent() == {"root": 0}
     before = (await source._execute("query-block-jobs"))[0]["offset"]
     await source.disks.connect_disk(target)
     await source.disks.start_mirror("root")
@@ -226,6 +227,7 @@ async def test_a_late_ack_costs_no_byte_of_the_disk(lab: Lab) -> None:
     await lab.write(source, 20, 1, 3)
     await lab.parked(source, "e")
     await source.disks.drain(5.0)
+    assert source.disks.sent()["root"] == 1 << 20, "what was written since, and nothing again"
     await lab.sealed(source)
     await daemon.release("root", target.image)
     assert lab.identical()
@@ -249,10 +251,26 @@ async def test_an_abort_behind_the_drain_costs_an_increment(lab: Lab) -> None:
     await lab.parked(source, "e")
     await source.disks.drain(5.0)
     await source.disks.mark("two")
+    assert source.disks.sent()["root"] == 3 << 20
     await lab.sealed(source)
     await daemon.release("root", target.image)
     assert lab.identical()
     assert (await source.disks.known())["root"].since == "two"
+
+
+async def test_a_bound_of_the_bandwidth_holds_while_the_guest_runs_and_not_in_the_drain(lab: Lab) -> None:
+    source, (_, target) = await lab.source(), await lab.target()
+    source.disks.limit(2 << 20)
+    await source.disks.connect_disk(target)
+    began = time.monotonic()
+    await source.disks.start_mirror("root")
+    await lab.until(DiskReady)
+    assert time.monotonic() - began > 2, "8 MiB at 2 MiB/s"
+    await lab.parked(source)
+    (job,) = await source._execute("query-block-jobs")
+    assert job["speed"] == 2 << 20
+    await source.disks.drain(5.0)
+    assert source.disks.sent()["root"] >= 8 << 20
 
 
 async def test_a_daemon_that_dies_ends_the_mirror_and_nothing_else(lab: Lab) -> None:

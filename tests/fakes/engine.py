@@ -86,6 +86,12 @@ class FakeDisks:
     async def sizes(self) -> Mapping[str, int]:
         return dict.fromkeys(self._known, 1 << 20)
 
+    def limit(self, bytes_per_s: int) -> None:
+        self.calls.append(f"limit {bytes_per_s}")
+
+    def sent(self) -> Mapping[str, int]:
+        return dict.fromkeys(self._known, 0)
+
     async def forget(self) -> None:
         self._known = {disk: SourceSide() for disk in self._known}
         self._connected.clear()

@@ -59,6 +59,16 @@ class QemuDisks(base.DiskCopies):
         self._ends: dict[str, asyncio.Future[str]] = {}
         """Job -> its error, empty for a good end; for jobs that somebody waits for."""
         self._guard: asyncio.Task[None] | None = None
+        self._bytes_per_s = 0
+        self._sent: dict[str, int] = {}
+        self._before: dict[str, int] = {}
+        """Disk -> what its mirror had copied when this attempt found it."""
+
+    def limit(self, bytes_per_s: int) -> None:
+        self._bytes_per_s = bytes_per_s
+
+    def sent(self) -> Mapping[str, int]:
+        return dict(self._sent)
 
     def of(self, disks: Sequence[base.DiskFile]) -> None:
         """The VMM has these disks from now on."""
@@ -88,6 +98,7 @@ class QemuDisks(base.DiskCopies):
 
     async def connect_disk(self, target: base.DiskTarget) -> None:
         disk = target.disk
+        self._sent[disk] = self._before[disk] = 0
         if self._images.get(disk) == target.image and disk in self._mirrors:
             return
         await self._disconnect(disk)
@@ -108,6 +119,8 @@ class QemuDisks(base.DiskCopies):
             if job not in states:
                 self._mirrors.discard(disk)
                 raise EngineError(f"the mirror of disk {disk} has ended")
+            self._before[disk] = int(states[job]["offset"])
+            await self._execute("block-job-set-speed", {"device": job, "speed": self._bytes_per_s})
             if states[job].get("ready"):
                 self._emit(base.DiskReady(disk))
             return
@@ -116,6 +129,7 @@ class QemuDisks(base.DiskCopies):
         # What lies below the image is at the destination already.
         sync = "top" if disk in self._based else "full"
         arguments = {"job-id": job, "device": self._nodes[disk], "target": _copy(disk), "sync": sync}
+        arguments |= {"speed": self._bytes_per_s}
         errors = {"on-source-error": "report", "on-target-error": "report", "copy-mode": "background"}
         try:
             await self._execute("blockdev-mirror", {**arguments, **errors})
@@ -128,6 +142,7 @@ class QemuDisks(base.DiskCopies):
         await self._pass(disk)
 
     async def drain(self, bound_s: float) -> None:
+        self._bytes_per_s = 0  # the guest waits for it
         disks = sorted(self._mirrors | set(self._passes))
         works = [asyncio.ensure_future(self._drained(disk)) for disk in disks]
         try:
@@ -147,6 +162,7 @@ class QemuDisks(base.DiskCopies):
         else:
             job = _MIRROR + disk
             ended = self._end_of(job)
+            await self._execute("block-job-set-speed", {"device": job, "speed": 0})
             # Not forced: a mirror that is ready ends with its target equal to its source.
             await self._execute("block-job-cancel", {"device": job, "force": False})
             if error := await ended:
@@ -162,6 +178,7 @@ class QemuDisks(base.DiskCopies):
         ended = self._end_of(job)
         arguments = {"job-id": job, "device": self._nodes[disk], "target": _copy(disk), "sync": "bitmap"}
         bitmap = {"bitmap": self._passes[disk], "bitmap-mode": "on-success", "on-target-error": "report"}
+        arguments |= {"speed": self._bytes_per_s}
         await self._execute("blockdev-backup", {**arguments, **bitmap})
         if error := await ended:
             raise EngineError(f"a pass over disk {disk} has failed: {error}")
@@ -243,6 +260,7 @@ class QemuDisks(base.DiskCopies):
             self._emit(base.DiskReady(disk))
         if name not in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"):
             return
+        self._count(job, int(data.get("offset", 0)))
         error = str(data.get("error", "")) or ("cancelled" if name == "BLOCK_JOB_CANCELLED" else "")
         waited = self._ends.pop(job, None)
         if waited is not None and not waited.done():
@@ -251,6 +269,15 @@ class QemuDisks(base.DiskCopies):
             self._mirrors.discard(disk)
             if waited is None or error:
                 self._emit(base.DiskFailed(disk, error or "the mirror has ended"))
+
+    def _count(self, job: str, copied: int) -> None:
+        """A job has ended, which had copied so much."""
+        if job.startswith(_PASS):
+            disk = job.removeprefix(_PASS)
+            self._sent[disk] = self._sent.get(disk, 0) + copied
+        elif job.startswith(_MIRROR):
+            disk = job.removeprefix(_MIRROR)
+            self._sent[disk] = self._sent.get(disk, 0) + copied - self._before.get(disk, 0)
 
     def close(self) -> None:
         """Watch no longer; what is under way in QEMU goes on."""

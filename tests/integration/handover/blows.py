@@ -128,16 +128,24 @@ def companions(chance: random.Random) -> list[DeviceSpec]:
     return [device(f"dev{n}", chance.choice(SCENARIOS)) for n in range(chance.choice([0, 1, 1, 2]))]
 
 
-def some_rounds(scene: Scene, rounds: int, draw: Callable[[random.Random], list[DeviceSpec]]) -> None:
-    """Each with a guest of its own, whose devices are drawn. Whatever comes of a migration, it comes to an end, and the
-    judge is content."""
+def some_rounds(
+    scene: Scene,
+    rounds: int,
+    draw: Callable[[random.Random], list[DeviceSpec]],
+    *,
+    born: Callable[..., Born] = Scene.guest,
+    also: Callable[[Scene, Born], object] | None = None,
+    within_s: float = WITHIN_S,
+) -> None:
+    """Each with a guest of its own (`born` makes it), whose devices are drawn. Whatever comes of a migration, it comes
+    to an end, and the judge is content, and so is `also`."""
     chance = drawn()
     for number in range(rounds):
         begun = time.monotonic()
-        guest = scene.guest(*draw(chance))
+        guest = born(scene, *draw(chance))
         if chance.random() < 0.15:
             scene.client.pause_guest(guest.name)
-        after_s = [chance.uniform(0, WITHIN_S) for _ in range(chance.choice([1, 1, 2]))]
+        after_s = [chance.uniform(0, within_s) for _ in range(chance.choice([1, 1, 2]))]
         blows = [chance.choice(BLOWS) for _ in after_s]
         said = [f"{blow.__name__} after {s:.3f} s" for blow, s in zip(blows, after_s, strict=True)]
         devices = [f"{each.shim}: {each.options}" for each in guest.spec.devices]
@@ -155,6 +163,8 @@ def some_rounds(scene: Scene, rounds: int, draw: Callable[[random.Random], list[
         print(f"round {number}: {wire.word(over, 'phase')} {over.failure} on {record.owner.host}")
         for verdict in judge(scene, [guest]):
             print(f"stopped for {list(verdict.stops_ms)} ms, {time.monotonic() - begun:.1f} s")
+        if also is not None:
+            print(f"round {number}: {also(scene, guest)}")
         scene.end_guests([guest])
         nothing_is_left(scene, [guest])
         scene.guests.remove(guest)

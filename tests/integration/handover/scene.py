@@ -28,7 +28,7 @@ from deploy.lab.workload import Workload, boot_of
 from orchestrator import wire
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord
-from orchestrator.core.records import DeviceSpec, DiskSpec, GuestSpec, HostRecord, ShimKind, WantRun
+from orchestrator.core.records import Boot, DeviceSpec, DiskSpec, GuestSpec, HostRecord, NicSpec, ShimKind, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import StoreUnavailable
@@ -43,6 +43,8 @@ T = TypeVar("T")
 
 REACH_S = 40.0
 """Bound of every wait for an instant; a loaded machine is slow, and a test that waits so long has failed."""
+BOOT_S = 180.0
+"""Of a guest with a whole operating system, on a machine that does much else."""
 RAY_S = 60.0
 """Ray starts anew, and its processes are many."""
 POLL_S = 0.004
@@ -202,15 +204,19 @@ class Scene:
         workload: Workload = QUIET,
         machine: str = "pc",
         disks: Sequence[DiskSpec] = (),
+        nics: Sequence[NicSpec] = (),
+        boot: Boot | None = None,
     ) -> Born:
-        """A guest with a name of its own, running `here` or on `host`, its heartbeat seen."""
+        """A guest with a name of its own, running `here` or on `host`, its heartbeat seen. `boot`: in place of what
+        `workload` makes."""
         spec = GuestSpec(
             f"{self._prefix}-{self._made}",
             memory_mib=memory_mib,
             machine=machine,
-            boot=boot_of(workload, devices),
+            boot=boot or boot_of(workload, devices),
             devices=tuple(devices),
             disks=tuple(disks),
+            nics=tuple(nics),
         )
         request_id = f"birth-{secrets.token_hex(8)}"
         # The API may have to find an agent again that was away a moment ago.
@@ -221,7 +227,7 @@ class Scene:
         self._made += 1
         born = Born(spec.name, made.uuid, spec)
         self.guests.append(born)
-        reach(lambda: self.beats(born) > 1, f"{born.name} beats")
+        reach(lambda: self.beats(born) > 1, f"{born.name} beats", REACH_S if boot is None else BOOT_S)
         return born
 
     def beats(self, guest: Born, host: str = "") -> int:
