@@ -15,6 +15,7 @@ import structlog
 from agents.config import AgentConfig
 from agents.disks import pools
 from agents.disks.imports import PoolImages
+from agents.disks.locks import PoolLocks
 from agents.engine.base import MigrationEngine
 from agents.guest import adopting
 from agents.guest.console import Consoles, Session
@@ -120,6 +121,7 @@ class Agent:
             link_shared=self._link_shared,
             changed=self._notice,
             must_have_memory=self._must_have_memory,
+            pool_locks=PoolLocks(config),
         )
         self._guests: dict[str, HostedGuest] = {}
         self._tasks = Tasks(f"agent of {here.host}")
@@ -572,6 +574,10 @@ class Agent:
     async def pool_tokens(self, uuid: str) -> Mapping[str, str]:
         """What proves which directories its shared pools are here. Raises NOT_FOUND."""
         return await asyncio.to_thread(pools.tokens, self._config, self._known(uuid).files.spec)
+
+    async def hold_locks(self, uuid: str) -> tuple[str, ...]:
+        """For whoever is to see them (`agents.disks.locks`). Raises NOT_FOUND."""
+        return await self._tools.pool_locks.held(self._known(uuid).files.spec)
 
     def arrival(self, key: AttemptKey) -> Arrival | None:
         """The attempt under way with this host as its destination; None: it is not, or no longer."""

@@ -84,7 +84,7 @@ class Attempts:
             owner, peer = record.owner, order.source_peer
             await self._judged(owner, lambda source: preflight.must_be_registered(owner, source, peer))
             await self._judged(owner, lambda source: preflight.must_be_of_one_engine(self._files, source))
-            machine = await self._machine_at(order)
+            machine = await self._machine_at(order, owner)
             await self._judged(owner, lambda source: preflight.must_have_networks(self._files, source))
             await preflight.must_fit(self._tools.engine, self._tools.config, self._files)
             arrival, prepared, first = await self._make_arrival(order, machine)
@@ -92,21 +92,24 @@ class Attempts:
         self._tools.changed()
         return prepared
 
-    async def _machine_at(self, order: PrepareOrder) -> LiveMachine | None:
+    async def _machine_at(self, order: PrepareOrder, source: HostRef) -> LiveMachine | None:
         """The guest's machine as its source has it; None: a guest that asks for no hardware. Raises DroverError."""
         if not has_hardware(self._files.spec):
             return None
         peer = self._tools.peers.source(str(order.source_peer), order.attempt, "")
+        locks, spec = self._tools.pool_locks, self._files.spec
         try:
-            machine, tokens, there = await peer.machine()
+            described = await peer.machine(hold_locks=locks.unproven(spec, source))
         except PeerUnavailable as error:
             said = f"its source does not say what its machine is: {error}"
             raise self._guest.refused(RefusalReason.AGENT_UNREACHABLE, said) from error
-        if there is not None:
-            await self._as_it_is_there(there)
-        await asyncio.to_thread(hardware.must_agree, self._tools.config, self._files.spec, machine)
-        await asyncio.to_thread(pools.must_be_the_same, self._tools.config, self._files.spec, tokens)
-        return machine
+        if described.spec is not None:
+            await self._as_it_is_there(described.spec)
+        spec = self._files.spec
+        await asyncio.to_thread(hardware.must_agree, self._tools.config, spec, described.machine)
+        await asyncio.to_thread(pools.must_be_the_same, self._tools.config, spec, described.pool_tokens)
+        await locks.must_be_seen(spec, source, described.locked_pools)
+        return described.machine
 
     async def _as_it_is_there(self, there: GuestSpec) -> None:
         """The ledger as our server has it may be behind what was added to the guest, or taken away, a moment ago."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agents.config import AgentConfig
+from agents.disks.locks import PoolLocks
 from agents.engine.base import MigrationEngine
 from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer
 from agents.host.journal import Journal
@@ -50,3 +51,4 @@ class AgentShared:
     """For one more copy of this guest, of so many MiB, beside what is on this host. Raises NO_CAPACITY."""
     changed: Callable[[], None]
     """Something that watchers of this agent want to know."""
+    pool_locks: PoolLocks

@@ -32,6 +32,19 @@ class PeerUnavailable(Exception):
     """No answer in time: the call may have arrived. Repeat it or let the ledger decide."""
 
 
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A guest's machine, as its source tells of it."""
+
+    machine: LiveMachine
+    pool_tokens: Mapping[str, str]
+    """The word in each shared pool that its disks are in, as the source reads it."""
+    locked_pools: tuple[str, ...] = ()
+    """The pools in which the source holds a lock just now; none from an agent that does not know of it."""
+    spec: GuestSpec | None = None
+    """The specification that belongs to the machine; None: from an older version, which changes none."""
+
+
 class DestinationPeer(Protocol):
     """What a source says to its destination, for one attempt and `inc`."""
 
@@ -60,10 +73,12 @@ class DestinationPeer(Protocol):
 class SourcePeer(Protocol):
     """What a destination says to its source."""
 
-    async def machine(self) -> tuple[LiveMachine, Mapping[str, str], GuestSpec | None]:
-        """The guest's machine as the source has it now, the word in each shared pool that its disks are in, as the
-        source reads it, and the specification that belongs to it (None: an older version, which changes none). Raises
-        DroverError when the source has none to tell."""
+    async def machine(self, *, hold_locks: bool = False) -> Described:
+        """The guest's machine as the source has it now, and what tells of the shared pools that its disks are in.
+
+        `hold_locks`: the source holds a lock in each of them for some seconds from now on. Raises DroverError when the
+        source has no machine to tell.
+        """
         ...
 
     async def ack(self, entry: AckRequest) -> None:
@@ -230,8 +245,8 @@ class GrpcSourcePeer(SourcePeer):
         with contextlib.suppress(PeerUnavailable):
             await _answered(self._stub.Ping(pb.PingRequest(tag=self._tag), timeout=_CALL_S))
 
-    async def machine(self) -> tuple[LiveMachine, Mapping[str, str], GuestSpec | None]:
-        request = pb.DescribeMachineRequest(guest_uuid=self._tag.guest_uuid)
+    async def machine(self, *, hold_locks: bool = False) -> Described:
+        request = pb.DescribeMachineRequest(guest_uuid=self._tag.guest_uuid, hold_locks=hold_locks)
         try:
             reply = await _answered(self._stub.DescribeMachine(request, timeout=_MACHINE_S))
         except PeerUnavailable as error:
@@ -239,7 +254,8 @@ class GrpcSourcePeer(SourcePeer):
                 raise refusal from error
             raise
         spec = wire.guest_spec_from_proto(reply.spec) if reply.HasField("spec") else None
-        return wire.machine_from_proto(reply.machine), dict(reply.pool_tokens), spec
+        machine = wire.machine_from_proto(reply.machine)
+        return Described(machine, dict(reply.pool_tokens), tuple(reply.locked_pools), spec)
 
     async def ack(self, entry: AckRequest) -> None:
         """Put it into `acks`, from which the served device stream takes it to the source. Sends nothing itself."""

@@ -38,6 +38,10 @@ class Attempts(Protocol):
         """Of the shared pools of a guest that is here. Raises DroverError."""
         ...
 
+    async def hold_locks(self, uuid: str) -> tuple[str, ...]:
+        """For some seconds, in the shared pools of a guest that is here; in which. Raises DroverError."""
+        ...
+
 
 class PeerServicer(rpc.PeerServiceServicer):
     """Serves the other agents. Handlers only pass on."""
@@ -53,8 +57,12 @@ class PeerServicer(rpc.PeerServiceServicer):
     async def DescribeMachine(self, request: pb.DescribeMachineRequest, context: Any) -> pb.DescribeMachineResponse:
         machine, spec = await self._attempts.machine(request.guest_uuid)
         tokens = await self._attempts.pool_tokens(request.guest_uuid)
+        locked = await self._attempts.hold_locks(request.guest_uuid) if request.hold_locks else ()
         return pb.DescribeMachineResponse(
-            machine=wire.machine_to_proto(machine), pool_tokens=tokens, spec=wire.guest_spec_to_proto(spec)
+            machine=wire.machine_to_proto(machine),
+            pool_tokens=tokens,
+            spec=wire.guest_spec_to_proto(spec),
+            locked_pools=locked,
         )
 
     async def TransferDevices(

@@ -65,6 +65,9 @@ class Agent:
     async def pool_tokens(self, uuid: str) -> Mapping[str, str]:
         raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid} here")
 
+    async def hold_locks(self, uuid: str) -> tuple[str, ...]:
+        raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid} here")
+
 
 async def serve(address: str) -> grpc.aio.Server:
     server = channels.aio_server([Errors(require_deadline=False)])

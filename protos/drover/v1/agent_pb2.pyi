@@ -1386,15 +1386,19 @@ class DescribeMachineRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GUEST_UUID_FIELD_NUMBER: _builtins.int
+    HOLD_LOCKS_FIELD_NUMBER: _builtins.int
     guest_uuid: _builtins.str
+    hold_locks: _builtins.bool
+    """Hold a lock in each shared pool that its disks are in, for some seconds, so that the destination can look for it."""
     def __init__(
         self,
         *,
         guest_uuid: _builtins.str = ...,
+        hold_locks: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_uuid", b"guest_uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_uuid", b"guest_uuid", "hold_locks", b"hold_locks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1427,6 +1431,7 @@ class DescribeMachineResponse(_message.Message):
     MACHINE_FIELD_NUMBER: _builtins.int
     POOL_TOKENS_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    LOCKED_POOLS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def machine(self) -> Global___LiveMachine: ...
     @_builtins.property
@@ -1437,16 +1442,21 @@ class DescribeMachineResponse(_message.Message):
     def spec(self) -> _types_pb2.GuestSpec:
         """The guest as the source has it: of its disks, cards, memory and vCPUs it is newer than what the ledger may still say."""
 
+    @_builtins.property
+    def locked_pools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The pools in which a lock is held now."""
+
     def __init__(
         self,
         *,
         machine: Global___LiveMachine | None = ...,
         pool_tokens: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         spec: _types_pb2.GuestSpec | None = ...,
+        locked_pools: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine", "pool_tokens", b"pool_tokens", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["locked_pools", b"locked_pools", "machine", b"machine", "pool_tokens", b"pool_tokens", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
