@@ -31,6 +31,7 @@ from agents.engine.qemu.engine import QemuEngine, QemuVmm
 from agents.guest import hardware
 from agents.guest.files import GuestFiles
 from agents.guest.hardware import Hardware
+from agents.host.commands import ran
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import (
     Boot,
@@ -173,6 +174,17 @@ KINDS = {
     ),
     "uefi": GuestSpec("g", memory_mib=128, boot=Boot(firmware=Firmware.UEFI), disks=(ROOT,)),
     "tpm": GuestSpec("g", disks=(ROOT,), tpm=Tpm()),
+    "extras": GuestSpec(
+        "g",
+        vcpus=2,
+        disks=(ROOT,),
+        # A file system of the host's that the guest has not mounted moves; QEMU refuses once it is mounted.
+        extra_args=(
+            "-device virtio-balloon-pci",
+            "-device VGA,romfile=",
+            "-virtfs local,path=/tmp,mount_tag=t,security_model=none",
+        ),
+    ),
 }
 
 
@@ -230,12 +242,17 @@ async def test_a_device_that_somebody_added_by_hand_stands_in_the_way(ends: Ends
     [
         (("-device nvme,serial=x",), "nvme"),
         (("-object memory-backend-ram,id=shm,size=1M,share=on", "-device ivshmem-plain,memdev=shm"), "ivshmem"),
+        (("-blockdev driver=vvfat,node-name=fat,dir={dir},rw=on", "-device virtio-blk-pci,drive=fat"), "vvfat"),
+        (("-drive file={dir}/d.vmdk,format=vmdk,if=virtio",), "vmdk"),
     ],
 )
 async def test_a_device_that_qemu_does_not_move_is_said_of_a_guest_at_rest(
     ends: Ends, arguments: tuple[str, ...], said: str
 ) -> None:
-    source, _ = await ends.born(GuestSpec("g", disks=(ROOT,), extra_args=arguments))
+    (directory := ends.directory / "fat").mkdir()
+    await ran("qemu-img", "create", "-q", "-f", "vmdk", str(directory / "d.vmdk"), "1M", timeout_s=30)
+    told = tuple(argument.format(dir=directory) for argument in arguments)
+    source, _ = await ends.born(GuestSpec("g", disks=(ROOT,), extra_args=told))
     found = await source.unmigratable()
     assert [reason for reason, _ in found] == [RefusalReason.DEVICE_NOT_MIGRATABLE]
     assert said in found[0][1]

@@ -18,10 +18,10 @@ from orchestrator.telemetry import configure_logging
 from tests.bench.ending import ends_well
 from tests.bench.fleet import figures
 from tests.bench.fleet.figures import ROOT, Figure
-from tests.bench.guests import disks, floor, link, outage
+from tests.bench.guests import disks, floor, link, outage, whole
 from tests.bench.guests.registry import Asked, Scene
 
-MODULES = (floor, link, outage, disks)
+MODULES = (floor, link, outage, disks, whole)
 FIGURES: dict[str, Scene] = {name: scene for module in MODULES for name, scene in module.FIGURES.items()}
 
 

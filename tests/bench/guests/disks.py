@@ -42,7 +42,7 @@ ABORTS = {1, 4, 7}
 
 
 @contextmanager
-def _hosts() -> Iterator[lab.Scene]:
+def hosts() -> Iterator[lab.Scene]:
     """Two of them, with a place for guests to be moved. Raises NotHere."""
     directory = short_directory()
     config = make_config(directory, hosts=2, chaos=True)
@@ -118,7 +118,7 @@ WAYS: dict[str, tuple[str, Way]] = {
 }
 
 
-def _over(scene: lab.Scene, migration: str) -> types_pb2.Migration:
+def over(scene: lab.Scene, migration: str) -> types_pb2.Migration:
     def ended() -> types_pb2.Migration | None:
         now = scene.client.get_migration(migration)
         return now if wire.word(now, "phase") in ("SUCCEEDED", "FAILED", "CANCELLED") else None
@@ -130,8 +130,8 @@ def _told(report: types_pb2.AttemptReport, event: str) -> str:
     return next((entry.detail.partition(": ")[2] for entry in report.timeline if entry.event == event), "")
 
 
-def _note_again(seen: Seen, way: str, over: types_pb2.Migration) -> None:
-    for before, after in zip(over.attempts, over.attempts[1:], strict=False):
+def _note_again(seen: Seen, way: str, ended: types_pb2.Migration) -> None:
+    for before, after in zip(ended.attempts, ended.attempts[1:], strict=False):
         if before.reason == AbortReason.CANCELLED or not (how := _told(after, "disk_copied")):
             continue
         sent = int((_told(after, "disk_sent") or "0").split()[0])
@@ -146,18 +146,18 @@ def _moved(scene: lab.Scene, guest: Born, seen: Seen, way: str) -> None:
         scene.client.instruct_device(guest.name, "dpu", instruction)
     migration = scene.migrate(guest, scene.there)
     act(scene, guest, migration)
-    over = _over(scene, migration)
-    if wire.word(over, "phase") == "CANCELLED":
+    ended = over(scene, migration)
+    if wire.word(ended, "phase") == "CANCELLED":
         seen.aborts[way] += 1
-        over = _over(scene, scene.migrate(guest, scene.there))
+        ended = over(scene, scene.migrate(guest, scene.there))
     elif way:
-        seen.aborts[way] += len(over.attempts) > 1
-    if wire.word(over, "phase") != "SUCCEEDED":
-        raise RuntimeError(f"a move ended {wire.word(over, 'phase')}: {over.message}")
+        seen.aborts[way] += len(ended.attempts) > 1
+    if wire.word(ended, "phase") != "SUCCEEDED":
+        raise RuntimeError(f"a move ended {wire.word(ended, 'phase')}: {ended.message}")
     if way:
-        _note_again(seen, way, over)
+        _note_again(seen, way, ended)
     seen.moves += 1
-    seen.blackouts.append(over.attempts[-1].blackout_ms)
+    seen.blackouts.append(ended.attempts[-1].blackout_ms)
 
 
 def _compared(scene: lab.Scene, guest: Born, seen: Seen) -> None:
@@ -184,7 +184,7 @@ def _judged(scene: lab.Scene, guest: Born, seen: Seen) -> None:
 
 def _take_moves(count: int) -> Seen:
     seen, ways = Seen(), list(WAYS)
-    with _hosts() as scene:
+    with hosts() as scene:
         load = LinuxWorkload(records_per_s=50, load_mib=16, load_kib_per_s=2000, mem_mib=4)
         guest = _linux(scene, load, DISK_MIB)
         lab.reach(lambda: lab_disks.promised(scene, guest) > 5, "a promise", lab.BOOT_S)
@@ -238,15 +238,15 @@ async def disk_moves(asked: Asked) -> list[Figure]:
 
 def _take_blackouts(rounds: int) -> tuple[list[float], list[float]]:
     with_disk, without = [], []
-    with _hosts() as scene:
+    with hosts() as scene:
         quiet = LinuxWorkload(records_per_s=25, mem_mib=4)
         guests = [_linux(scene, quiet, DISK_MIB, device=False), _linux(scene, quiet, 0, device=False)]
         for _ in range(rounds):
             for guest, into in zip(guests, (with_disk, without), strict=True):
-                over = _over(scene, scene.migrate(guest, scene.there))
-                if wire.word(over, "phase") != "SUCCEEDED":
-                    raise RuntimeError(f"a move ended {wire.word(over, 'phase')}: {over.message}")
-                into.append(over.attempts[-1].blackout_ms)
+                ended = over(scene, scene.migrate(guest, scene.there))
+                if wire.word(ended, "phase") != "SUCCEEDED":
+                    raise RuntimeError(f"a move ended {wire.word(ended, 'phase')}: {ended.message}")
+                into.append(ended.attempts[-1].blackout_ms)
             for left in (scene.layout.host(scene.here) / "pools" / "fast").glob("*.moved-*"):
                 left.unlink()
             scene.here, scene.there = scene.there, scene.here

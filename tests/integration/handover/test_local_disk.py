@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.core.errors import AbortReason
-from orchestrator.core.records import DiskSpec
+from orchestrator.core.records import DiskFormat, DiskSpec
 from protos.drover.v1 import types_pb2
 from tests.integration.handover.scene import Born, Scene, device
 
@@ -122,3 +122,51 @@ def test_a_destination_that_is_given_up_keeps_no_image(scene: Scene) -> None:
     scene.client.cancel_migration(migration)
     scene.reach(lambda: hosts_with_image(scene, guest) == {scene.here}, "the end of the image that is not needed")
     scene.reach(lambda: not daemons(scene, guest), "the end of the storage daemon")
+
+
+def several(scene: Scene) -> tuple[Born, dict[Path, bytes]]:
+    """Two local disks, the second with a content of its own, a shared one, and one that is only read; and what the
+    images that this made here hold."""
+    name = secrets.token_hex(4)
+    content = os.urandom(1 << 20) + bytes(SIZE - (2 << 20)) + os.urandom(1 << 20)
+    fast = {host: scene.layout.host(host) / "pools" / "fast" for host in (scene.here, scene.there)}
+    held = {fast[scene.here] / f"data-{name}.raw": content}
+    held |= {pool / f"tools-{name}.raw": content[: 1 << 20] for pool in fast.values()}
+    for path, data in held.items():
+        path.write_bytes(data)
+    disks = [
+        DiskSpec("root", "fast", f"root-{name}.qcow2", size_bytes=SIZE),
+        DiskSpec("data", "fast", f"data-{name}.raw", DiskFormat.RAW, size_bytes=SIZE),
+        DiskSpec("all", "shared", f"all-{name}.qcow2", size_bytes=SIZE),
+        DiskSpec("tools", "fast", f"tools-{name}.raw", DiskFormat.RAW, read_only=True),
+    ]
+    return scene.guest(disks=disks), held
+
+
+def test_several_disks_move_in_one_migration(scene: Scene) -> None:
+    guest, held = several(scene)
+    over = moved(scene, guest, scene.migrate(guest, scene.there))
+    assert copied(over) == ["full", "full"], "of the local ones that are written to, and of no other"
+    data = next(path for path in held if path.name.startswith("data"))
+    came = scene.layout.host(scene.there) / "pools" / "fast" / data.name
+    assert came.read_bytes() == held[data]
+    assert not data.exists()
+    assert all(path.read_bytes() == kept for path, kept in held.items() if path.name.startswith("tools"))
+
+
+def test_one_disk_that_cannot_go_keeps_all_of_them_where_they_are(scene: Scene) -> None:
+    """The name of its image is taken at the destination."""
+    guest, held = several(scene)
+    data = next(path for path in held if path.name.startswith("data"))
+    taken = scene.layout.host(scene.there) / "pools" / "fast" / data.name
+    taken.write_bytes(b"somebody else's")
+    beats = scene.beats(guest)
+    over = scene.ended(scene.migrate(guest, scene.there, max_attempts=1), 60.0)
+    assert over.failure, "it was not moved"
+    assert scene.record(guest).owner.host == scene.here
+    scene.reach(lambda: scene.beats(guest, scene.here) > beats + 10, "it runs on where it was")
+    scene.reach(lambda: hosts_with_image(scene, guest) == {scene.here}, "nothing of the other disk is left there")
+    assert taken.read_bytes() == b"somebody else's"
+    assert data.read_bytes() == held[data]
+    taken.unlink()
+    moved(scene, guest, scene.migrate(guest, scene.there))
