@@ -224,18 +224,22 @@ class SourceShell(Shell[SourceState]):
             return
         for disk, how in sorted(self.disks.copied.items()):
             self._note("disk_copied", f"{disk}: {how}")
+        self._note_sent()
         self.feed(Seen.DISKS_READY)
 
     async def _drain_disks(self) -> Event | None:
         assert self.disks is not None
         try:
             drained = await self.disks.drain(self.policy.switchover_timeout_ms / 1000)
-            for disk, count in sorted(self.disks.sent.items()):
-                self._note("disk_sent", f"{disk}: {count} bytes")
+            self._note_sent()
             return words.Drained(drained)
         except DiskTrouble as error:
             self._note("disk_failed", str(error))
             return words.DiskFailed(error.disk)
+
+    def _note_sent(self) -> None:
+        for disk, count in sorted(self.disks.sent.items()) if self.disks is not None else ():
+            self._note("disk_sent", f"{disk}: {count} bytes")
 
     async def _release_disks(self) -> Event | None:
         self._spawn(self._repeat_release(), "release of the images")

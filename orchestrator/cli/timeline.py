@@ -68,7 +68,7 @@ _TEXTS = {
     "bind_failed": "whoever controls the host's bridges could not be told of it; it runs all the same",
     "disks_ready": "every local disk is copied, but for what is being written: pre-copy may begin",
     "disk_copied": "a local disk is at the destination",
-    "disk_sent": "so much of a local disk was sent in this attempt",
+    "disk_sent": "so much of a local disk was sent in this attempt by now",
     "disk_failed": "a local disk cannot be copied",
     "drained": "the last writes of the local disks are at the destination",
     "disks_released": "the images of the local disks are closed, for its VMM",

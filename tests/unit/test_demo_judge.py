@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from deploy.lab.cluster.evidence import ConsoleLog, NoiseFloor, Vmm, Window, parse_log
+from deploy.lab.demo import judge
 from deploy.lab.demo.incidents import Sight
 from deploy.lab.demo.judge import (
     Answer,
@@ -412,5 +413,15 @@ def test_the_report_has_the_outage_beside_the_downtime() -> None:
     told = guest_document(linux().report(), [])
     assert told["outage_ms"] == {"udp": 31.0, "tcp": 204.0}
     assert (told["promised_records"], told["device_answers"]) == (100, 0)
-    assert told["disks"] == [{"name": "data", "pool": "fast", "image": {"promised": 100, "missing": 0}}]
+    (disk,) = told["disks"]
+    assert disk | {"sent_bytes": 0, "sent_again_bytes": 0} == disk
+    assert disk["image"] == {"promised": 100, "missing": 0}
     assert guest_document(Story().report(), [])["outage_ms"] is None
+
+
+def test_what_was_sent_of_a_disk_is_told_and_what_of_it_again() -> None:
+    attempts = [Attempt(1, "ABORTED", disk_bytes={"data": 900}), Attempt(2, "COMMITTED", disk_bytes={"data": 40})]
+    told = judge._disk(DiskSpec("data", "fast", "d"), None, attempts)
+    assert (told["sent_bytes"], told["sent_again_bytes"]) == (940, 40)
+    shared = judge._disk(DiskSpec("all", "shared", "d"), None, attempts)
+    assert (shared["sent_bytes"], shared["sent_again_bytes"]) == (0, 0)

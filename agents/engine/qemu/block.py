@@ -257,6 +257,7 @@ class QemuDisks(base.DiskCopies):
         job = str(data.get("device", ""))
         disk = job.removeprefix(_MIRROR)
         if name == "BLOCK_JOB_READY" and disk in self._mirrors:
+            self._count(job, int(data.get("offset", 0)))
             self._emit(base.DiskReady(disk))
         if name not in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"):
             return
@@ -271,13 +272,13 @@ class QemuDisks(base.DiskCopies):
                 self._emit(base.DiskFailed(disk, error or "the mirror has ended"))
 
     def _count(self, job: str, copied: int) -> None:
-        """A job has ended, which had copied so much."""
+        """A mirror has copied so much by now, or a pass has ended that has."""
         if job.startswith(_PASS):
             disk = job.removeprefix(_PASS)
             self._sent[disk] = self._sent.get(disk, 0) + copied
         elif job.startswith(_MIRROR):
             disk = job.removeprefix(_MIRROR)
-            self._sent[disk] = self._sent.get(disk, 0) + copied - self._before.get(disk, 0)
+            self._sent[disk] = copied - self._before.get(disk, 0)
 
     def close(self) -> None:
         """Watch no longer; what is under way in QEMU goes on."""

@@ -175,6 +175,12 @@ def _took_s(migration: Migration) -> float:
     return took_s(migration) or 0.0
 
 
+def _sent(detail: str) -> tuple[str, int]:
+    """Disk and bytes, as `root: 1024 bytes` says; what stands last in a time line counts."""
+    disk, _, count = detail.partition(": ")
+    return disk, int(count.split()[0])
+
+
 def _attempt(report: AttemptReport) -> Attempt:
     return Attempt(
         number=report.attempt,
@@ -187,4 +193,5 @@ def _attempt(report: AttemptReport) -> Attempt:
         pending_when_stopped=tuple(dict.fromkeys(ack.device for ack in report.requested_while_stopped)),
         blackout_ms=report.blackout_ms,
         suspended=any(entry.event == "suspend" for entry in report.timeline),
+        disk_bytes=dict(_sent(entry.detail) for entry in report.timeline if entry.event == "disk_sent"),
     )

@@ -79,6 +79,8 @@ class Attempt:
     destination: str = ""
     zxid: int = 0
     sent_bytes: int = 0
+    disk_bytes: dict[str, int] = field(default_factory=dict[str, int])
+    """Of each local disk, sent in this attempt."""
     pending_when_stopped: tuple[str, ...] = ()
     """Devices whose ACK was pending when the guest was stopped on purpose."""
     suspended: bool = False
@@ -445,7 +447,7 @@ def guest_document(guest: GuestReport, serial_logs: Sequence[str]) -> dict[str, 
         "page_errors": evidence.page_errors,
         "device_answers": 0 if guest.role.linux else evidence.device_rings,
         "promised_records": evidence.device_rings if guest.role.linux else 0,
-        "disks": [_disk(*each) for each in zip_longest(guest.role.disks, guest.images)],
+        "disks": [_disk(*each, guest.answer.attempts) for each in zip_longest(guest.role.disks, guest.images)],
         "device_errors": evidence.device_errors,
         "overlapping_copies": evidence.overlap.copies,
         "stopped_by": guest.role.stopped_by,
@@ -460,9 +462,12 @@ def guest_document(guest: GuestReport, serial_logs: Sequence[str]) -> dict[str, 
     }
 
 
-def _disk(disk: DiskSpec, image: Verdict | None) -> dict[str, Any]:
+def _disk(disk: DiskSpec, image: Verdict | None, attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """What was sent of it, and how much of that by attempts after the first one that sent any of it."""
     found = {"promised": image.checked, "missing": len(image.missing)} if image else None
-    return {"name": disk.name, "pool": disk.pool, "image": found}
+    sent = [attempt.disk_bytes[disk.name] for attempt in attempts if disk.name in attempt.disk_bytes]
+    told = {"sent_bytes": sum(sent), "sent_again_bytes": sum(sent[1:])}
+    return {"name": disk.name, "pool": disk.pool, "image": found, **told}
 
 
 def _outage(outage: Outage | None) -> dict[str, float | None] | None:

@@ -127,7 +127,9 @@ def over(scene: lab.Scene, migration: str) -> types_pb2.Migration:
 
 
 def _told(report: types_pb2.AttemptReport, event: str) -> str:
-    return next((entry.detail.partition(": ")[2] for entry in report.timeline if entry.event == event), "")
+    """What stands last."""
+    found = [entry.detail.partition(": ")[2] for entry in report.timeline if entry.event == event]
+    return found[-1] if found else ""
 
 
 def _note_again(seen: Seen, way: str, ended: types_pb2.Migration) -> None:
