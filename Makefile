@@ -90,7 +90,7 @@ bench-fleet: setup  ## what a large fleet costs the control plane (about 20 minu
 	$(PY) -m tests.bench.fleet $(ARGS)
 
 .PHONY: bench-guests
-bench-guests: setup  ## what moving real guests costs (about 10 minutes; ARGS="--only floor --scale 0.1")
+bench-guests: setup  ## what moving real guests costs (about 40 minutes; ARGS="--only floor --scale 0.1")
 	$(PY) -m tests.bench.guests $(ARGS)
 
 .PHONY: soak
