@@ -391,8 +391,8 @@ class DiskCopies(Protocol):
         ...
 
     def sent(self) -> Mapping[str, int]:
-        """Bytes of each disk that were copied since it was connected last, those that a mirror goes on from left out:
-        up to READY, and once a drain is over all of them."""
+        """Bytes of each disk that were copied since it was connected last, holes included, those that a mirror goes on
+        from left out: up to READY, and once a drain is over all of them."""
         ...
 
     async def forget(self) -> None:

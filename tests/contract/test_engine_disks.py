@@ -218,7 +218,6 @@ async def test_a_late_ack_costs_no_byte_of_the_disk(lab: Lab) -> None:
     await first.destroy()
     known = (await source.disks.known())["root"]
     assert copying(known, There(target.image)) is Copying.GOES_ON
-    assert source.disks.sent() == {"root": 0}
     before = (await source._execute("query-block-jobs"))[0]["offset"]
     await source.disks.connect_disk(target)
     await source.disks.start_mirror("root")

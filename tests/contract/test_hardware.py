@@ -254,8 +254,8 @@ async def test_a_device_that_qemu_does_not_move_is_said_of_a_guest_at_rest(
     told = tuple(argument.format(dir=directory) for argument in arguments)
     source, _ = await ends.born(GuestSpec("g", disks=(ROOT,), extra_args=told))
     found = await source.unmigratable()
-    assert [reason for reason, _ in found] == [RefusalReason.DEVICE_NOT_MIGRATABLE]
-    assert said in found[0][1]
+    assert {reason for reason, _ in found} == {RefusalReason.DEVICE_NOT_MIGRATABLE}
+    assert any(said in sentence for _, sentence in found)
 
 
 async def test_a_job_of_somebody_else_on_a_disk_is_said_until_it_is_over(ends: Ends) -> None:
