@@ -37,6 +37,8 @@ from tests.integration.handover.scene import Born, Observer
 DISK_MIB = 64
 MOVES, EVERY_PAUSED = 200, 10
 MOVE_S = 120.0
+SLOW = "delays: [{call: load, ms: 300}, {call: validate, ms: 400}]"
+"""A device that holds each attempt in pre-copy and once everything was sent, so that it can be hit there."""
 ABORTS = {1, 4, 7}
 """Of each ten moves, those in which an attempt is ended."""
 
@@ -63,7 +65,7 @@ def hosts() -> Iterator[lab.Scene]:
 def _linux(scene: lab.Scene, workload: LinuxWorkload, disk_mib: int, *, device: bool = True) -> Born:
     image = f"b-{secrets.token_hex(4)}.raw"
     disks = [DiskSpec("root", "fast", image, DiskFormat.RAW, size_bytes=disk_mib << 20)] if disk_mib else []
-    shims = [lab.device("dpu")] if device else []
+    shims = [lab.device("dpu", SLOW)] if device else []
     boot = linux_boot_of(workload, disks=len(disks))
     return scene.guest(*shims, memory_mib=128, machine="q35", disks=disks, boot=boot)
 
@@ -78,7 +80,6 @@ class Seen:
     lost_records: int = 0
     compared: int = 0
     differing: int = 0
-    blackouts: list[float] = field(default_factory=list[float])
     again: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     """Way of an abort -> share of the disk that the next attempt sent."""
     copied_anew: Counter[str] = field(default_factory=Counter[str])
@@ -109,12 +110,18 @@ def _cancelled(scene: lab.Scene, guest: Born, migration: str) -> None:
     scene.client.cancel_migration(migration)
 
 
+def _agent_dies(scene: lab.Scene, guest: Born, migration: str) -> None:
+    scene.reach_device(guest, scene.here, "STOP_COPY")
+    scene.kill_agent(scene.there)
+    scene.agents_are_back()
+
+
 WAYS: dict[str, tuple[str, Way]] = {
     "late ACK": ("asks: [{at: freeze, times: 1}]", _none),
-    "refused after everything was sent": ("faults: [{call: validate, times: 1}]", _none),
-    "destination died behind the drain": ("delays: [{call: validate, ms: 700, times: 1}]", _destination_dies),
-    "daemon died in pre-copy": ("delays: [{call: load, ms: 700, times: 1}]", _daemon_dies),
-    "cancelled in pre-copy": ("delays: [{call: load, ms: 700, times: 1}]", _cancelled),
+    "destination's agent died once everything was sent": ("", _agent_dies),
+    "destination died behind the drain": ("", _destination_dies),
+    "daemon died in pre-copy": ("", _daemon_dies),
+    "cancelled in pre-copy": ("", _cancelled),
 }
 
 
@@ -159,7 +166,6 @@ def _moved(scene: lab.Scene, guest: Born, seen: Seen, way: str) -> None:
     if way:
         _note_again(seen, way, ended)
     seen.moves += 1
-    seen.blackouts.append(ended.attempts[-1].blackout_ms)
 
 
 def _compared(scene: lab.Scene, guest: Born, seen: Seen) -> None:
@@ -226,7 +232,6 @@ async def disk_moves(asked: Asked) -> list[Figure]:
         at_most(
             "images that differed, of those that were compared", seen.differing, "", 0, f"{seen.compared} compared"
         ),
-        beside("blackout under write load, median", middle(seen.blackouts), "ms", spread(seen.blackouts)),
     ]
     if late:
         found.append(at_most("copies from the start after a late ACK", seen.copied_anew["late ACK"], "", 0))
