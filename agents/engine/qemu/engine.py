@@ -28,9 +28,9 @@ from agents.engine.base import (
 from agents.engine.boot_images import Images
 from agents.engine.qemu import arguments, foreign, process, stream, verdict
 from agents.engine.qemu.block import QemuDisks, own_job
+from agents.engine.qemu.locked import locked
 from agents.engine.qemu.plug import QemuPlugs
 from agents.engine.qemu.qmp import QmpConnection
-from agents.engine.qemu.verdict import locked
 from agents.host import processes
 from orchestrator.core.endpoint import Endpoint, join_address, parse_ip
 from orchestrator.core.errors import RefusalReason

@@ -16,7 +16,7 @@ from agents.engine import base
 from agents.engine.base import EngineError, EngineTimeout
 from agents.engine.qemu import arguments
 from agents.engine.qemu.arguments import Json
-from agents.engine.qemu.verdict import locked
+from agents.engine.qemu.locked import locked
 from orchestrator.core.records import LiveDevice, NicSpec
 
 Execute = Callable[..., Awaitable[Any]]

@@ -1,10 +1,8 @@
-"""PURE. What QEMU's own words mean to us: about a failed migration, and about an image that is locked."""
+"""PURE. What QEMU's own words mean to us about a failed migration."""
 
 from __future__ import annotations
 
 import re
-
-from agents.engine.base import DiskLocked, EngineError
 
 _LATE = re.compile(r"Switchover ACK was requested by (\d+) devices during switchover")
 
@@ -17,10 +15,3 @@ def late_devices(error: str) -> int | None:
     """
     found = _LATE.fullmatch(error.strip())
     return int(found[1]) if found else None
-
-
-def locked(error: EngineError) -> DiskLocked | None:
-    """The same error as the word for an image that somebody else has open; None: it is about something else."""
-    said = str(error)
-    refused = 'Failed to get "' in said and '" lock' in said
-    return DiskLocked(said) if refused or "Failed to lock byte" in said else None
