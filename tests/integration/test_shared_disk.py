@@ -52,14 +52,17 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Linux:
-    """A Linux guest of the cluster with one shared disk and one card."""
+    """A Linux guest of the cluster with one shared disk and one card; with `room` it can be given memory and vCPUs. A
+    kernel that may see memory above 4 GiB takes 64 MiB for bounce buffers at once."""
 
-    def __init__(self, cluster: Cluster, client: OrchestratorClient, name: str) -> None:
+    def __init__(self, cluster: Cluster, client: OrchestratorClient, name: str, *, room: bool = False) -> None:
         self.cluster, self.client, self.name = cluster, client, name
         self.image = cluster.layout.shared_pool / f"{name}.raw"
         spec = GuestSpec(
             name,
-            memory_mib=128,
+            memory_mib=256 if room else 128,
+            max_memory_mib=512 if room else 0,
+            max_vcpus=2 if room else 0,
             machine="q35",
             boot=linux_boot_of(LinuxWorkload(records_per_s=50, mem_mib=4), disks=1),
             disks=(DiskSpec("data", "shared", f"{name}.raw", DiskFormat.RAW, size_bytes=24 << 20),),
@@ -110,14 +113,59 @@ def client(cluster: Cluster) -> Iterator[OrchestratorClient]:
         yield made
 
 
+def command_line(client: OrchestratorClient, name: str) -> str:
+    """Of its VMM, wherever that is."""
+    each = client.get_guest(name)
+    agent = client.get_host(each.host, ask_agent=True).agent
+    (pid,) = (copy.pid for copy in agent.copies if copy.guest_uuid == each.uuid and copy.pid and not copy.incoming)
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def given_more(client: OrchestratorClient, name: str) -> None:
+    """A disk in a local pool, a card, memory and a vCPU, while it runs."""
+    client.attach_to_guest(name, disk=DiskSpec("more", "fast", f"{name}-more.qcow2", size_bytes=8 << 20))
+    client.attach_to_guest(name, nic=NicSpec("eth1", "lab"))
+    client.attach_to_guest(name, memory_mib=384)
+    spec = client.attach_to_guest(name, vcpus=2).spec
+    assert [disk.name for disk in spec.disks] == ["data", "more"]
+    assert ([nic.name for nic in spec.nics], spec.memory_mib, spec.vcpus) == (["eth0", "eth1"], 384, 2)
+
+
+def taken_away(client: OrchestratorClient, name: str, **what: str) -> None:
+    """Its system lets go of it, in its own time: a command that was too early is given again."""
+
+    def let_go() -> bool:
+        try:
+            client.detach_from_guest(name, **what)
+        except DroverError as error:
+            if error.reason is not RefusalReason.DEVICE_NOT_RELEASED:
+                raise
+            return False
+        return True
+
+    until(f"it lets go of {what}", let_go, 120)
+
+
+MORE = ("virtio-blk-pci,id=disk-more,", "virtio-net-pci,id=nic-eth1,", "pc-dimm,id=dimm0,", "-x86_64-cpu,id=vcpu1,")
+
+
 def test_every_promise_is_kept_there_and_back(cluster: Cluster, client: OrchestratorClient) -> None:
-    guest = Linux(cluster, client, "there-and-back")
+    """Also with what it is given before its first move, which goes along, and is taken away before the last."""
+    guest = Linux(cluster, client, "there-and-back", room=True)
+    assert not any(word in command_line(client, guest.name) for word in MORE)
+    given_more(client, guest.name)
     for host in ("host-2", "host-1", "host-2"):
+        if host == "host-1":
+            assert all(word in command_line(client, guest.name) for word in MORE)
+            taken_away(client, guest.name, disk="more")
+            taken_away(client, guest.name, nic="eth1")
         before = guest.promised()
         over = guest.over(guest.migrate(host))
         assert wire.word(over, "phase") == "SUCCEEDED", over.message
         until("it promises more", lambda before=before: guest.promised() > before + 20)
         assert client.get_guest(guest.name).host == host
+    there = command_line(client, guest.name)
+    assert [word in there for word in MORE] == [False, False, True, True]
     verdict, promised = guest.outside()
     assert verdict.kept, verdict.missing
     assert verdict.checked == min(promised, 1023) or verdict.checked >= 100
