@@ -410,8 +410,8 @@ async def ended(scale: float, take: Take) -> None:
             if what in if_few
         ]
 
-    await take("ended", few, 180.0)
-    await take("ended", compared, 540.0)
+    await take("ended", few, 300.0)
+    await take("ended", compared, 660.0)
 
 
 async def _with_ended(count: int) -> dict[str, float]:
