@@ -135,12 +135,18 @@ def options(destination: Vmm, hold: HoldStart = HoldStart.OPEN) -> OutgoingOptio
 
 
 async def until(vmm: Vmm, holds: Callable[[VmmState], bool], timeout_s: float = 60.0) -> VmmState:
-    now = None
+    """A daemon that was just restarted may be asked through a connection that has not been found dead yet."""
+    now: VmmState | EngineError | None = None
     try:
         async with asyncio.timeout(timeout_s):
-            while not holds(now := await vmm.state(10.0)):  # noqa: ASYNC110
+            while True:
+                try:
+                    now = await vmm.state(10.0)
+                    if holds(now):
+                        return now
+                except EngineError as error:
+                    now = error
                 await asyncio.sleep(0.02)
-            return now
     except TimeoutError:
         raise AssertionError(f"it stays {now}") from None
 
