@@ -76,6 +76,7 @@ _TEXTS = {
     "images_unknown": "whether an image of a local disk is there already cannot be told",
     "images_not_finished": "the images of the local disks could not be put in order, the next agent does it",
     "images_not_retired": "the images of the disks that have left could not be put aside, the next agent does it",
+    "device_gone": "the guest let go of a device that is being taken away: {detail}",
     "disk_locked": "DISK_LOCKED: somebody else has the image of a disk open, tried again",
     "start_failed": "the guest could not be started, tried again",
     "roll_back_failed": "a device lost its state on the way back",
