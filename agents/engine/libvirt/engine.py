@@ -92,6 +92,12 @@ class NoCopies(base.DiskCopies):
     async def forget(self) -> None:
         """There is nothing to forget."""
 
+    def limit(self, bytes_per_s: int) -> None:
+        """There is nothing to limit."""
+
+    def sent(self) -> Mapping[str, int]:
+        return {}
+
 
 class LibvirtVmm(base.Vmm):
     """One domain: the guest, or the copy that one attempt makes of it."""
