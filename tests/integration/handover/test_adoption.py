@@ -10,8 +10,10 @@ import contextlib
 import json
 import secrets
 import shutil
+import signal
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from deploy.lab.workload import boot_of
 from orchestrator import wire
 from orchestrator.cli import main
 from orchestrator.cli.exits import Exit
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.handover import Ownership
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import GuestSpec
 from protos.drover.v1 import orchestrator_pb2 as pb
@@ -70,6 +74,15 @@ class ByHand:
         born = Born(self.name, answer.guest.uuid, replace(spec, name=self.name))
         self.scene.guests.append(born)
         return born
+
+    def monitor_greets(self) -> bool:
+        """Its monitor serves whoever comes."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asked:
+            asked.settimeout(2.0)
+            with contextlib.suppress(OSError):
+                asked.connect(self.qmp)
+                return asked.recv(64).startswith(b'{"QMP"')
+        return False
 
 
 @contextlib.contextmanager
@@ -167,3 +180,60 @@ def test_source_agent_dies_while_it_moves(scene: Scene, tmp_path: Path) -> None:
         scene.incoming(guest)
         scene.kill_agent(scene.here)
         arrived(scene, hand, guest, answer.migration.name)
+
+
+def refused(hand: ByHand) -> Sequence[str]:
+    """Reasons that the answer of a dry run has; an adoption in earnest is refused, and changes nothing."""
+    found = [each.reason for each in hand.adopt(validate_only=True).obstacles]
+    with pytest.raises(DroverError) as error:
+        hand.adopt()
+    assert {reason for reason, _ in error.value.violations} == set(found)
+    assert hand.runs
+    assert not hand.scene.client.list_guests(filter=f'name = "{hand.name}"')
+    return found
+
+
+def test_everything_against_it_is_told_and_nothing_is_done(
+    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = ["-object", "rng-random,id=r0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=r0", "-vga", "std"]
+    odd += ["-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0", "-cpu", "max"]
+    with by_hand(scene, tmp_path, *odd) as hand:
+        reasons = refused(hand)
+        wanted = {"NOT_ADOPTABLE", "DEVICE_NOT_MIGRATABLE", "NETWORK_NOT_FOUND", "CPU_NOT_AVAILABLE"}
+        assert set(reasons) >= wanted | {"EXTRA_ARGS_NOT_ALLOWED"}
+        told = ["--host", scene.here, "--pid", str(hand.process.pid), "--qmp", hand.qmp, "--dry-run"]
+        assert main.run(["--api", scene.cluster.api, "guest", "adopt", hand.name, *told]) == Exit.REFUSED
+        assert "NETWORK_NOT_FOUND" in capsys.readouterr().out
+
+
+def test_machine_that_cannot_be_built_is_found_by_building_it(scene: Scene, tmp_path: Path) -> None:
+    """`-usb` says nothing that could be refused, and what it adds is in no list of devices: only the trial shows it."""
+    with by_hand(scene, tmp_path, "-usb") as hand:
+        assert set(refused(hand)) == {"NOT_ADOPTABLE"}
+
+
+def test_who_is_asked_must_be_free_and_the_one_that_is_meant(scene: Scene, tmp_path: Path) -> None:
+    with by_hand(scene, tmp_path) as hand:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as somebody:
+            somebody.connect(hand.qmp)
+            assert somebody.recv(16)
+            assert scene.answer(hand.adopt) == RefusalReason.MONITOR_BUSY
+        scene.reach(hand.monitor_greets, "a monitor that is free again")
+        client, here = scene.client, scene.here
+        asked = [(1 << 22, RefusalReason.NOT_FOUND), (hand.scene.agent(here).pid, RefusalReason.NOT_ADOPTABLE)]
+        for pid, reason in asked:
+            assert scene.answer(lambda pid=pid: client.adopt_guest(hand.name, here, pid, hand.qmp)) == reason
+        answer = hand.adopt(slow=True)
+        guest = hand.judged(answer)
+        again = scene.answer(lambda: client.adopt_guest(f"{hand.name}-2", here, hand.process.pid, hand.qmp))
+        assert again in (RefusalReason.ALREADY_EXISTS, RefusalReason.NOT_FOUND)
+        arrived(scene, hand, guest, answer.migration.name)
+
+
+def test_process_that_dies_as_a_guest_is_said_to_be_dead(scene: Scene, tmp_path: Path) -> None:
+    with by_hand(scene, tmp_path) as hand, scene.frozen(scene.agent(scene.there)):
+        guest = hand.judged(hand.adopt())
+        guest.may_crash = True
+        hand.process.send_signal(signal.SIGKILL)
+        scene.reach(lambda: scene.record(guest).phase is Ownership.CRASHED, "CRASHED")
