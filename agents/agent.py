@@ -7,7 +7,7 @@ import contextlib
 import random
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -502,7 +502,7 @@ class Agent:
         return await self._known(uuid).instruct(device, instruction)
 
     @contextlib.asynccontextmanager
-    async def console(self, uuid: str, inc: str) -> AsyncIterator[Session]:
+    async def console(self, uuid: str, inc: str) -> AsyncGenerator[Session]:
         """A session with the console of a copy; `inc` empty: of the one that is the guest. Raises NOT_FOUND while it is
         not here, and CONSOLE_NOT_AVAILABLE."""
         guest = self._known(uuid)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +115,7 @@ class Console:
         self._opening = asyncio.Lock()
 
     @contextlib.asynccontextmanager
-    async def attach(self) -> AsyncIterator[Session]:
+    async def attach(self) -> AsyncGenerator[Session]:
         """Raises CONSOLE_NOT_AVAILABLE when nobody answers there, or all sessions are taken."""
         if len(self._sessions) >= MAX_SESSIONS:
             said = f"{MAX_SESSIONS} sessions with this console are open: end one of them"
@@ -198,7 +198,7 @@ class Consoles:
         self._count: dict[str, int] = {}
 
     @contextlib.asynccontextmanager
-    async def attach(self, inc: str, at: ConsoleAt) -> AsyncIterator[Session]:
+    async def attach(self, inc: str, at: ConsoleAt) -> AsyncGenerator[Session]:
         """See `Console.attach`."""
         console = self._open.setdefault(inc, Console(at))
         self._count[inc] = self._count.get(inc, 0) + 1

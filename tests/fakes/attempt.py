@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from agents.engine.base import OutgoingOptions, Vmm
 from agents.handover.destination import DestinationState
 from agents.handover.destination_shell import DestinationShell
 from agents.handover.ledger import AttemptLedger
+from agents.handover.peer import Described
 from agents.handover.source import SourceState
 from agents.handover.source_shell import SourceShell
 from agents.handover.words import Seen
@@ -23,7 +24,7 @@ from orchestrator.core.disks import ImageThere, SyncPoint
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.policy import MigrationPolicy, OnTimeout
-from orchestrator.core.records import GuestSpec, LiveMachine, Requests
+from orchestrator.core.records import Requests
 from orchestrator.core.switchover import AckLedger
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger, op_create, op_set
@@ -59,7 +60,7 @@ class Link:
         self.destination.go(self.destination.state.inc, want_run)
         return self.destination.started.is_set()
 
-    async def machine(self) -> tuple[LiveMachine, Mapping[str, str], GuestSpec | None]:
+    async def machine(self, *, hold_locks: bool = False) -> Described:
         raise NotImplementedError("asked before there is an attempt")
 
     async def ack(self, entry: AckRequest) -> None:

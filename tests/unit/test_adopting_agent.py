@@ -25,7 +25,6 @@ from agents.engine import base as engine
 from agents.guest import adopting
 from agents.host.metrics import Metrics
 from orchestrator.core import handover
-from orchestrator.core.agent import RunState
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
@@ -67,7 +66,7 @@ class AdoptingFake(FakeEngine):
     async def take_over(self, metadata: engine.VmmMetadata, spec: engine.VmmSpec) -> FakeVmm:
         if self.fails:
             raise engine.EngineError(self.fails)
-        vmm = FakeVmm(self, metadata, spec, RunState.RUNNING)
+        vmm = FakeVmm(self, metadata, spec, engine.RunState.RUNNING)
         self.processes[metadata.pid] = vmm
         (spec.directory / f"{spec.inc}.json").write_text(json.dumps(_as_note(metadata)))
         return vmm

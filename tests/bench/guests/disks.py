@@ -12,6 +12,7 @@ import asyncio
 import os
 import secrets
 import shutil
+import signal
 import statistics
 import subprocess
 from collections import Counter
@@ -102,7 +103,7 @@ def _destination_dies(scene: lab.Scene, guest: Born, migration: str) -> None:
 def _daemon_dies(scene: lab.Scene, guest: Born, migration: str) -> None:
     scene.reach_device(guest, scene.here, "PRE_COPY")
     for identity in lab_disks.daemons(scene, guest).values():
-        lab_processes.send(identity, 9)
+        lab_processes.send(identity, signal.SIGKILL)
 
 
 def _cancelled(scene: lab.Scene, guest: Born, migration: str) -> None:

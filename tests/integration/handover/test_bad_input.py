@@ -330,6 +330,7 @@ def test_a_node_that_cannot_be_read(scene: Scene, node: str) -> None:
     print(wire.word(scene.client.pause_guest(guest.name), "wish"))
     if node == "promise":
         there = scene.observer.run(scene.observer.store.read(path))
+        assert there is not None
         assert isinstance(scene.observer.run(scene.observer.store.multi([Delete(path, there.version)])), Done)
 
 

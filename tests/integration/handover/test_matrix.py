@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ def strike(scene: Scene, guest: Born, victim: str) -> None:
     side = scene.here if victim.startswith("source") else scene.there
     if victim == "daemon":
         for identity in disks.daemons(scene, guest).values():
-            processes.send(identity, 9)
+            processes.send(identity, signal.SIGKILL)
     elif victim.endswith("agent"):
         scene.kill_agent(side)
     elif victim.endswith("VMM"):
@@ -149,7 +150,9 @@ def test_a_part_is_killed_at_a_step(scene: Scene, kind: str) -> None:
         for cell in todo:
             guest = guest or disks.linux_guest(scene, device("dpu", SLOW), local=kind == "local")
             print(f"== {kind}: {' '.join(cell)}")
-            line = {"kind": kind, "result": "FAILED"} | dict(zip(("step", "victim"), cell, strict=True))
+            line: dict[str, object] = {"kind": kind, "result": "FAILED"} | dict(
+                zip(("step", "victim"), cell, strict=True)
+            )
             table.append(line)
             line |= one(scene, guest, cell) | {"result": "ok"}
             print(f"   {line}")
