@@ -276,6 +276,7 @@ class Fake(Subject):
         if failed:
             moving.failure, moving.phase = "ATTEMPTS_EXHAUSTED", types.MIGRATION_PHASE_FAILED
         else:
+            self.service.process_ends(guest)
             guest.host = moving.destination = moving.destination or "h2"
             moving.phase = types.MIGRATION_PHASE_SUCCEEDED
 

@@ -2,7 +2,8 @@
 
 It keeps the contract of AgentService as far as the API can see it (tests/contract/test_agent_service.py): a guest that
 it refuses to start is GONE and its name is free; it ends idle and crashed guests only; a watch begins with everything
-and then tells what changes and what is said. Calls of the coordinator are only noted.
+and then tells what changes and what is said; it takes over the `vmms` that it knows, and gives them back. Calls of the
+coordinator are only noted.
 """
 
 # Handlers are named as the .proto names the calls.
@@ -12,13 +13,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator import wire
 from orchestrator.core import handover
-from orchestrator.core.agent import AgentSample, AgentStatus, CopyStatus, GuestStatus, GuestTrouble, RunState
+from orchestrator.core.agent import (
+    AgentSample,
+    AgentStatus,
+    CopyStatus,
+    GuestStatus,
+    GuestTrouble,
+    RunState,
+    VmmExamined,
+)
 from orchestrator.core.changes import changed
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -71,6 +80,10 @@ class FakeAgent(AgentServiceServicer):
     """What its pools have, by name."""
     received: dict[str, bytes] = field(default_factory=dict[str, bytes])
     """The content of images that were brought in."""
+    vmms: dict[int, VmmExamined | DroverError] = field(default_factory=dict[int, VmmExamined | DroverError])
+    """What an examination of a process comes to that somebody else has started, by pid."""
+    adopted: dict[str, int] = field(default_factory=dict[str, int])
+    """Pids of the processes that it has taken over, by guest."""
     consoles: dict[tuple[str, str], FakeConsole] = field(default_factory=dict[tuple[str, str], FakeConsole])
     """By guest and `inc`."""
     calls: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
@@ -126,10 +139,10 @@ class FakeAgent(AgentServiceServicer):
         kept = handover.stopped(record, by=record.owner, nothing_left=True, writer=self.host)
         assert isinstance(await self.store.multi([SetData(paths.guest(uuid), encode(kept), version)]), Done)
 
-    async def _bury(self, uuid: str) -> None:
+    async def _bury(self, uuid: str, change: Callable[..., GuestRecord] = handover.gone) -> None:
         record, version = await self._read(uuid)
         name = await self.store.read(paths.name(record.name))
-        ops: list[Op] = [SetData(paths.guest(uuid), encode(handover.gone(record, writer=self.host)), version)]
+        ops: list[Op] = [SetData(paths.guest(uuid), encode(change(record, writer=self.host)), version)]
         if name is not None and decode(str, name.data) == uuid:
             ops.append(Delete(paths.name(record.name), name.version))
         assert isinstance(await self.store.multi(ops), Done)
@@ -159,24 +172,85 @@ class FakeAgent(AgentServiceServicer):
             raise
         async with self.turn:
             record, version = await self._read(uuid)
+            pid, state = 4711, RunState.RUNNING
             if record.owner.host != self.host or record.phase in (Ownership.CRASHED, Ownership.GONE):
                 raise DroverError(RefusalReason.GUEST_NOT_RUNNING, f"{record.phase}, owner {record.owner.host}")
             if record.phase is Ownership.STARTING:
+                pid, state = await self._process(uuid)
                 started = SetData(paths.guest(uuid), encode(handover.started(record, writer=self.host)), version)
                 assert isinstance(await self.store.multi([started]), Done)
         status = self._told(uuid)
         if status is None:
-            status = GuestStatus(uuid, record.name, "inc", RunState.RUNNING, 4711)
+            status = GuestStatus(uuid, record.name, "inc", state, pid)
             self.say(AgentSample(guests=(status,)))
         elif status.run_state is RunState.STARTING:
             status = replace(status, inc="inc", run_state=RunState.RUNNING)  # the sample that says so comes later
         return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
+
+    async def _process(self, uuid: str) -> tuple[int, RunState]:
+        """That it is born in. Of a guest that is adopted: the one that its specification names, or no other."""
+        node = await self.store.read(paths.guest_spec(uuid))
+        taken = decode(GuestSpec, node.data).adopted if node is not None else None
+        if taken is None:
+            return 4711, RunState.RUNNING
+        found = self.vmms.get(taken.pid)
+        if not isinstance(found, VmmExamined) or found.start_time != taken.start_time:
+            await self._bury(uuid)
+            raise DroverError(RefusalReason.NOT_FOUND, f"process {taken.pid} is another one", field="pid")
+        self.adopted[uuid] = taken.pid
+        return taken.pid, RunState.RUNNING if found.running else RunState.PAUSED
+
+    def _process_ends(self, uuid: str) -> None:
+        self.vmms.pop(self.adopted.pop(uuid, 0), None)
+
+    async def ExamineVmm(self, request: pb.ExamineVmmRequest, context: Any) -> pb.ExamineVmmResponse:
+        await self._called("ExamineVmm", request.name)
+        pid = request.pid
+        if pid in self.adopted.values():
+            raise DroverError(RefusalReason.ALREADY_EXISTS, f"process {pid} is a guest already", field="pid")
+        if pid < 2 or not request.qmp.startswith("/"):
+            raise DroverError(RefusalReason.INVALID_ARGUMENT, "a pid, and the whole path of a socket, are needed")
+        found = self.vmms.get(pid, DroverError(RefusalReason.NOT_FOUND, f"there is no process {pid}", field="pid"))
+        if isinstance(found, DroverError):
+            raise found
+        spec = replace(found.spec, name=request.name)
+        if request.HasField("wished"):
+            wished = wire.guest_spec_from_proto(request.wished)
+            spec = replace(spec, labels=wished.labels, policy=wished.policy, on_host_death=wished.on_host_death)
+        return pb.ExamineVmmResponse(
+            spec=wire.guest_spec_to_proto(spec),
+            start_time=found.start_time,
+            running=found.running,
+            obstacles=map(wire.obstacle_to_proto, found.obstacles),
+        )
+
+    async def ReleaseVmm(self, request: pb.ReleaseVmmRequest, context: Any) -> pb.ReleaseVmmResponse:
+        uuid = request.guest_uuid
+        await self._called("ReleaseVmm", uuid)
+        async with self.turn:
+            record, _ = await self._read(uuid)
+            if record.released:
+                return pb.ReleaseVmmResponse()
+            if record.phase in (Ownership.GONE, Ownership.CRASHED):
+                raise DroverError(RefusalReason.GUEST_NOT_RUNNING, f"guest {record.name} is {record.phase}")
+            if record.owner.host != self.host or record.phase is not Ownership.IDLE:
+                raise DroverError(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
+            if uuid not in self.adopted:
+                raise DroverError(RefusalReason.NOT_ADOPTABLE, f"guest {record.name} is in no process of others")
+            await self._bury(uuid, handover.released)
+            del self.adopted[uuid]
+            self.sample = replace(self.sample, guests=tuple(g for g in self.sample.guests if g.guest != uuid))
+        return pb.ReleaseVmmResponse()
 
     async def ChangeMachine(self, request: pb.ChangeMachineRequest, context: Any) -> pb.ChangeMachineResponse:
         uuid = request.guest_uuid
         await self._called("ChangeMachine", uuid)
         async with self.turn:
             record, _ = await self._read(uuid)
+            if uuid in self.adopted:
+                raise DroverError(RefusalReason.NOT_ADOPTABLE, f"guest {record.name} has not moved since its adoption")
+            if record.owner.host != self.host or record.phase in (Ownership.GONE, Ownership.CRASHED):
+                raise DroverError(RefusalReason.GUEST_NOT_RUNNING, f"{record.phase}, owner {record.owner.host}")
             if record.phase is not Ownership.IDLE:
                 raise DroverError(RefusalReason.GUEST_IS_MIGRATING, f"its record says {record.phase}")
             path = paths.guest_spec(uuid)
@@ -220,6 +294,7 @@ class FakeAgent(AgentServiceServicer):
             if record.owner.host != self.host or record.phase not in (Ownership.IDLE, Ownership.CRASHED):
                 raise DroverError(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
             await self._bury(request.guest_uuid)
+            self._process_ends(request.guest_uuid)
             left = tuple(guest for guest in self.sample.guests if guest.guest != request.guest_uuid)
             self.sample = replace(self.sample, guests=left)
         return pb.EndGuestResponse()
@@ -244,6 +319,7 @@ class FakeAgent(AgentServiceServicer):
                 record = handover.crashed(record, writer=self.host)
             kept = handover.stopped(record, by=here, nothing_left=True, writer=self.host)
             assert isinstance(await self.store.multi([SetData(paths.guest(uuid), encode(kept), version)]), Done)
+            self._process_ends(uuid)
             self.sample = replace(self.sample, guests=tuple(g for g in self.sample.guests if g.guest != uuid))
         return pb.KeepGuestResponse()
 

@@ -17,7 +17,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,12 +25,24 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from orchestrator import wire
-from orchestrator.api import decisions, evacuations, guests, hosts, images, limits, lists, migrations, placements, views
+from orchestrator.api import (
+    adoptions,
+    decisions,
+    evacuations,
+    guests,
+    hosts,
+    images,
+    limits,
+    lists,
+    migrations,
+    placements,
+    views,
+)
 from orchestrator.api.calls import digest
 from orchestrator.api.listing import Field, Kind, Listing
 from orchestrator.api.reads import no_place, not_found
 from orchestrator.core import changes, repair
-from orchestrator.core.agent import AgentStatus
+from orchestrator.core.agent import AgentStatus, VmmExamined
 from orchestrator.core.death import issued_at_s
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
@@ -103,6 +115,14 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     """On their consoles."""
     edits: dict[str, int] = field(default_factory=dict[str, int])
     """How often guests were edited, by uuid."""
+    vmms: dict[tuple[str, int], VmmExamined | DroverError] = field(
+        default_factory=dict[tuple[str, int], VmmExamined | DroverError]
+    )
+    """What an examination of a process comes to that somebody else has started, by host and pid."""
+    adopted: dict[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
+    """Hosts and pids of the processes that were taken over, by the guests' uuids."""
+    released: set[str] = field(default_factory=set[str])
+    """Guests whose processes were given back, by uuid."""
     wish: int = pb.WISH_STATE_APPLIED
     instructions: bool = True
 
@@ -362,6 +382,87 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             self._remember("CreateGuest", request, f"guests/{guest.uuid}")
         return guest
 
+    async def AdoptGuest(self, request: pb.AdoptGuestRequest, context: object) -> pb.AdoptGuestResponse:
+        await self._called("AdoptGuest", request)
+        wished = adoptions.check(request)
+        if earlier := self._earlier("AdoptGuest", request):
+            return self._adopted(request, self._guest(earlier))
+        if request.name in self.guests:
+            raise DroverError(R.ALREADY_EXISTS, f"there is a guest {request.name} already", field="name")
+        found = self._examined(request)
+        spec = replace(found.spec, name=request.name)
+        if wished is not None:
+            spec = replace(spec, labels=wished.labels, policy=wished.policy, on_host_death=wished.on_host_death)
+        against = list(found.obstacles)
+        choice = choose(self._views(), need_for(spec, source=request.host), wanted=request.destination)
+        if choice.destination is None:
+            error = no_place(choice)
+            against.append((error.reason, f"no other host can take it: {error.message}"))
+        told = wire.guest_spec_to_proto(spec)
+        guest = types.Guest(name=spec.name, spec=told, host=request.host, want_run=found.running)
+        if request.validate_only:
+            return pb.AdoptGuestResponse(guest=guest, obstacles=map(wire.obstacle_to_proto, against))
+        if against:
+            raise adoptions._refused(request, against)
+        self._place(spec, "", request.host, "host")
+        guest.uuid = str(uuid.uuid4())
+        guest.etag = self._etag(guest)
+        guest.ownership = types.OWNERSHIP_PHASE_IDLE
+        guest.run_state = types.RUN_STATE_RUNNING if found.running else types.RUN_STATE_PAUSED
+        self.guests[guest.name] = guest
+        self.adopted[guest.uuid] = (request.host, request.pid)
+        self._carry(guest, 1)
+        self._remember("AdoptGuest", request, f"guests/{guest.uuid}")
+        return self._adopted(request, guest)
+
+    def _examined(self, request: pb.AdoptGuestRequest) -> VmmExamined:
+        self._known(self.hosts, request.host, "host", "host")
+        process = (request.host, request.pid)
+        found = self.vmms.get(process, not_found("process", str(request.pid), field="pid"))
+        if isinstance(found, DroverError):
+            raise found
+        if process in self.adopted.values():
+            raise DroverError(R.ALREADY_EXISTS, f"process {request.pid} is a guest already", field="pid")
+        return found
+
+    def process_ends(self, guest: types.Guest) -> None:
+        """That it was adopted in, if it was."""
+        if guest.uuid in self.adopted:
+            self.vmms.pop(self.adopted[guest.uuid], None)
+
+    def _adopted(self, request: pb.AdoptGuestRequest, guest: types.Guest) -> pb.AdoptGuestResponse:
+        """And its first move asked for, once."""
+        decisions.need_alive(_record(guest))
+        move = pb.CreateMigrationRequest(
+            request_id=str(uuid.uuid5(uuid.NAMESPACE_OID, request.request_id)),
+            guest=request.name,
+            destination=request.destination,
+        )
+        try:
+            migration = self._created(move)
+        except DroverError as error:
+            raise adoptions._stays(guest, error) from error
+        return pb.AdoptGuestResponse(guest=guest, migration=migration)
+
+    async def ReleaseGuest(self, request: pb.ReleaseGuestRequest, context: object) -> types.Guest:
+        await self._called("ReleaseGuest", request)
+        guest = self._guest(request.name)
+        if guest.uuid in self.released:
+            return guest
+        if guest.uuid not in self.adopted:
+            raise DroverError(R.NOT_ADOPTABLE, f"guest {guest.name} was started by Drover")
+        moving = self.migrations.get(guest.migration)
+        if moving is not None and not _over(moving):
+            self._cancelled(moving)
+            guest.ownership, guest.migration = types.OWNERSHIP_PHASE_IDLE, ""
+        if guest.ownership != types.OWNERSHIP_PHASE_IDLE:
+            raise DroverError(R.GUEST_NOT_RUNNING, f"guest {guest.name} is {wire.word(guest, 'ownership')}")
+        if guest.host != self.adopted[guest.uuid][0]:
+            raise DroverError(R.NOT_ADOPTABLE, f"guest {guest.name} has moved: its process is Drover's own")
+        del self.adopted[guest.uuid]
+        self.released.add(guest.uuid)
+        return self._ended(guest)
+
     async def CheckPlacement(self, request: pb.CheckPlacementRequest, context: object) -> pb.CheckPlacementResponse:
         await self._called("CheckPlacement", request)
         need = placements.check(request)
@@ -403,11 +504,16 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     async def StopGuest(self, request: pb.StopGuestRequest, context: object) -> types.Guest:
         await self._called("StopGuest", request)
         guest = self._guest(request.name)
-        if guest.ownership != types.OWNERSHIP_PHASE_GONE:
-            guest.ownership, guest.run_state = types.OWNERSHIP_PHASE_GONE, types.RUN_STATE_ENDED
-            guest.want_run = False
-            self._carry(guest, -1)
-            self.gone.append(self.guests.pop(guest.name))
+        if guest.ownership == types.OWNERSHIP_PHASE_GONE:
+            return guest
+        self.process_ends(guest)
+        return self._ended(guest)
+
+    def _ended(self, guest: types.Guest) -> types.Guest:
+        guest.ownership, guest.run_state = types.OWNERSHIP_PHASE_GONE, types.RUN_STATE_ENDED
+        guest.want_run = False
+        self._carry(guest, -1)
+        self.gone.append(self.guests.pop(guest.name))
         return guest
 
     async def StopAndKeepGuest(self, request: pb.StopAndKeepGuestRequest, context: object) -> types.Guest:
@@ -420,6 +526,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
                 self._carry(guest, -1)
             guest.ownership, guest.run_state = types.OWNERSHIP_PHASE_STOPPED, types.RUN_STATE_ENDED
             guest.want_run, guest.message = False, f"stopped, and kept on {guest.host}"
+            self.process_ends(guest)
         return guest
 
     async def StartGuestAgain(self, request: pb.StartGuestAgainRequest, context: object) -> types.Guest:
@@ -550,6 +657,9 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def CreateMigration(self, request: pb.CreateMigrationRequest, context: object) -> types.Migration:
         await self._called("CreateMigration", request)
+        return self._created(request)
+
+    def _created(self, request: pb.CreateMigrationRequest) -> types.Migration:
         migrations.check(request)
         if earlier := self._earlier("CreateMigration", request):
             return self.migrations[earlier]
@@ -599,7 +709,10 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: object) -> types.Migration:
         await self._called("CancelMigration", request)
-        migration = self._known(self.migrations, request.name, "migration")
+        return self._cancelled(self._known(self.migrations, request.name, "migration"))
+
+    @staticmethod
+    def _cancelled(migration: types.Migration) -> types.Migration:
         if migration.phase == types.MIGRATION_PHASE_FAILED:
             raise DroverError(R.ALREADY_ENDED, f"migration {migration.name} has failed: {migration.failure}")
         if migration.phase in _COMMITTED:
