@@ -209,7 +209,9 @@ class Changes:
         if change is None:
             return
         if own is None or own.hardware is None or own.hardware.machine is None:
-            self._note.unlink(missing_ok=True)  # the VMM is gone, and its machine with it
+            # The VMM is gone, and its machine with it. The guest may have written to an image that was made for it.
+            await asyncio.to_thread(guest.files.births.succeeded)
+            self._note.unlink(missing_ok=True)
             return
         own.asked = False  # before the VMM is asked: what it tells from here on is to be looked at again
         found = await own.vmm.devices()
@@ -222,11 +224,12 @@ class Changes:
         gone += [each for each in known.values() if each.id == change.leaving and each.id not in found]
         for device in gone:
             await own.vmm.drop(device)
+        # Before anything says that the guest has the disk: from there on nobody may remove its image.
+        births = guest.files.births
+        await asyncio.to_thread(births.failed if change.devices and gone else births.succeeded)
         self.now("noting")
         own.note_machine(machine)
         await guest.respecify(spec)
-        births = guest.files.births
-        await asyncio.to_thread(births.failed if change.devices and gone else births.succeeded)
         await self._unplug(own, change, spec)
         self.now("recording")
         await guest.ledger.respecified(spec, self._shared.here)

@@ -274,6 +274,7 @@ class HostedGuest(HeldGuest):
             for copy in self.copies.values():
                 with contextlib.suppress(engine.EngineError):
                     await copy.vmm.pause()
+            await asyncio.to_thread(self.files.births.succeeded)  # as in `end`
             if record.phase is Ownership.IDLE and not await self.ledger.crashed(self.tools.here):
                 raise self.refused(RefusalReason.GUEST_IS_MIGRATING, "its record changed")
             await self._end_copies()

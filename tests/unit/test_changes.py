@@ -6,12 +6,15 @@ The agent is the real one, over a fake engine and a ledger in memory, and is kil
 from __future__ import annotations
 
 import asyncio
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agents.config import PoolConfig
+from agents.engine.base import EngineError
 from agents.guest import plugging
 from agents.guest.changes import Change, outcome
 from agents.guest.files import GuestFiles
@@ -199,7 +202,39 @@ async def test_an_agent_that_dies_while_it_takes_something_away_finds_the_truth_
     assert house.recorded.disks == ((ROOT,) if step == "device_del" else ())
 
 
-async def _dies(house: Changing, monkeypatch: pytest.MonkeyPatch, change: MachineChange, step: str) -> None:
+@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="no qemu-img")
+@pytest.mark.parametrize("died", [True, False])
+async def test_no_failed_start_removes_an_image_that_the_guest_could_write_to(
+    house: Changing, monkeypatch: pytest.MonkeyPatch, died: bool
+) -> None:
+    """It was made for a disk that was added; the agent died before it could say that the guest has it, and the VMM
+    died with it, or does not answer the next agent."""
+    (vmm,) = house.mover.processes.values()
+
+    async def silent() -> dict[str, str]:
+        raise EngineError("no answer")
+
+    if not died:
+        monkeypatch.setattr(vmm, "devices", silent)
+    added = MachineChange(disk=replace(DATA, image="new.img", size_bytes=1 << 20))
+    await _dies(house, monkeypatch, added, "attached", with_it=vmm.die if died else None)
+    image = house.pool / "new.img"
+    image.write_bytes(b"written by the guest")
+    await house.agent.keep_guest(G, only_ended=died)
+    house.world.put(paths.guest(G), handover.start_again(house.world.record(G), HERE, writer="api"))
+    house.mover.script.fail_start = "no such CPU"
+    with pytest.raises(DroverError, match="no such CPU"):
+        await house.agent.start_guest(G)
+    assert image.read_bytes() == b"written by the guest"
+
+
+async def _dies(
+    house: Changing,
+    monkeypatch: pytest.MonkeyPatch,
+    change: MachineChange,
+    step: str,
+    with_it: Callable[[], None] | None = None,
+) -> None:
     """The agent, at that step; another one follows."""
 
     def killed(at: str) -> None:
@@ -215,6 +250,8 @@ async def _dies(house: Changing, monkeypatch: pytest.MonkeyPatch, change: Machin
         with pytest.raises(asyncio.CancelledError):
             await house.guest.change(change, house.promised)
         await house.agent.stop()
+    if with_it is not None:
+        with_it()
     assert (house.guest.files.directory / "change.json").exists()
     house.agent = house.made()
     await house.agent.start()
