@@ -10,14 +10,16 @@ together take a few threads of their own: guests do not wait for any of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import heapq
 import os
 import re
 import secrets
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,15 +162,17 @@ class PoolImages:
         return await self._within(image.pool, LOOK_S, lambda: _found(pool / image.name))
 
     async def _filled(self, path: Path, image: ImageImport, incoming: _Incoming) -> None:
-        descriptor = await self._within(image.pool, LOOK_S, lambda: _created(path, image.size_bytes))
+        file = _File(path)
         try:
+            await self._within(image.pool, LOOK_S, lambda: file.create(image.size_bytes))
             at = 0
             async for block in incoming.blocks():
-                await self._within(image.pool, SYNC_S, lambda at=at, block=block: _written(descriptor, block, at))
+                await self._within(image.pool, SYNC_S, lambda at=at, block=block: file.write(block, at))
                 at += len(block)
-            await self._within(image.pool, SYNC_S, lambda: os.fsync(descriptor))
+            await self._within(image.pool, SYNC_S, file.sync)
         finally:
-            self._threads.submit(os.close, descriptor)
+            if file.close():  # nothing is done with it just now
+                self._threads.submit(file.close_now)
 
     def sweep(self) -> None:
         """Remove what imports left that nobody carries on: this host's own, and old ones of others. Blocking."""
@@ -296,23 +300,65 @@ def _found(path: Path) -> FoundImage:
         os.close(descriptor)
 
 
-def _created(path: Path, size_bytes: int) -> int:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.ftruncate(descriptor, size_bytes)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+class _File:
+    """One image that comes in. Whoever waits for the pool may give up, and then closes it, while a thread is still at
+    it: the descriptor is closed behind that thread, never under it, where its number could be another file's by then."""
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+        self._guard = threading.Lock()
+        """For the two words below; nobody does anything with the file meanwhile."""
+        self._at_it = False
+        self._over = False
 
-def _written(descriptor: int, block: bytes, at: int) -> None:
-    """Zeros stay a hole."""
-    if not any(block):
-        return
-    done = 0
-    while done < len(block):
-        done += os.pwrite(descriptor, memoryview(block)[done:], at + done)
+    def create(self, size_bytes: int) -> None:
+        """Of that size, without content."""
+        with self._using():
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            os.ftruncate(self._descriptor, size_bytes)
+
+    def write(self, block: bytes, at: int) -> None:
+        """Zeros stay a hole."""
+        if not any(block):
+            return
+        with self._using():
+            done = 0
+            while done < len(block):
+                done += os.pwrite(self._descriptor, memoryview(block)[done:], at + done)
+
+    def sync(self) -> None:
+        """Once it returns the content is durable."""
+        with self._using():
+            os.fsync(self._descriptor)
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        with self._guard:
+            if self._over:
+                raise OSError(errno.EBADF, "it was given up", str(self._path))
+            self._at_it = True
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._at_it = False
+                over = self._over
+            if over:
+                self.close_now()
+
+    def close(self) -> bool:
+        """Nothing is begun with it any more. True: nothing is under way, and `close_now` is the caller's. Does not
+        wait."""
+        with self._guard:
+            self._over = True
+            return not self._at_it
+
+    def close_now(self) -> None:
+        """Idempotent. The pool may be on another machine."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _named(path: Path, name: Path, image: ImageImport, host: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import shutil
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -123,8 +125,6 @@ async def test_images_are_listed_by_pages_and_nothing_else_is(tmp_path: Path, po
 async def test_a_pool_that_does_not_answer_is_given_up(
     pools: PoolImages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import threading
-
     hangs = threading.Event()
     monkeypatch.setattr(imports, "_listed", lambda *_: hangs.wait(60))
     monkeypatch.setattr(imports, "LOOK_S", 0.05)
@@ -204,6 +204,38 @@ async def test_a_sender_that_is_cut_off_leaves_nothing(tmp_path: Path, pools: Po
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
+    await swept(tmp_path / "fast")
+    assert not left(tmp_path / "fast")
+
+
+async def test_a_write_that_hangs_never_goes_to_another_file(
+    tmp_path: Path, pools: PoolImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was given up, and whatever is opened next may get the number that its descriptor had."""
+    hangs, goes_on, written = threading.Event(), threading.Event(), threading.Event()
+    pwrite = os.pwrite
+
+    def slow(descriptor: int, block: bytes, at: int) -> int:
+        if hangs.is_set():
+            return pwrite(descriptor, block, at)
+        hangs.set()
+        done = pwrite(descriptor, block[:512], at)  # a short write: there will be another one
+        goes_on.wait(30)
+        threading.Timer(0.2, written.set).start()
+        return done
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    monkeypatch.setattr(imports, "SYNC_S", 0.2)
+    with pytest.raises(DroverError, match="did not answer"):
+        await pools.receive(RAW, parts(CONTENT))
+    assert hangs.is_set()
+    await asyncio.sleep(0.2)  # what it leaves behind is put away
+    others = [(tmp_path / f"other{n}").open("w+b") for n in range(16)]
+    goes_on.set()
+    await asyncio.to_thread(written.wait, 30)
+    assert [other.read() for other in others] == [b""] * len(others)
+    for other in others:
+        other.close()
     await swept(tmp_path / "fast")
     assert not left(tmp_path / "fast")
 
