@@ -121,6 +121,8 @@ class Agent:
             link_shared=self._link_shared,
             changed=self._notice,
             must_have_memory=self._must_have_memory,
+            must_be_nobodys=self._must_be_nobodys,
+            adopting=asyncio.Lock(),
             pool_locks=PoolLocks(config),
         )
         self._guests: dict[str, HostedGuest] = {}
@@ -390,11 +392,14 @@ class Agent:
     async def examine_vmm(self, name: str, pid: int, qmp: str, wished: GuestSpec | None) -> adopting.Found:
         """See `adopting.examine`. A process that is a guest's here already is refused with ALREADY_EXISTS."""
         self._must_take_on()
+        self._must_be_nobodys(pid)
+        return await adopting.examine(self._tools.engine, self._config, name, (pid, qmp), wished)
+
+    def _must_be_nobodys(self, pid: int) -> None:
         for guest in self._guests.values():
             if any(copy.vmm.metadata.pid == pid and not copy.is_gone for copy in guest.copies.values()):
                 said = f"process {pid} of {self.here.host} is guest {guest.name} already"
                 raise DroverError(RefusalReason.ALREADY_EXISTS, said, field="pid")
-        return await adopting.examine(self._tools.engine, self._config, name, (pid, qmp), wished)
 
     async def release_vmm(self, uuid: str) -> None:
         """See `HostedGuest.release`. A caller that is cut off does not stop it half-way."""

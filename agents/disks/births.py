@@ -2,8 +2,8 @@
 
 A note in the guest's directory names them before they are there, and is gone, durably, before the ledger may say that
 the guest runs: an image that it names has never been a running guest's. For a disk that is added to a guest that runs
-it is gone before anything says that the guest has the disk, and with the VMM at the latest. A name alone proves nothing, so it says the
-inode too; and an image that somebody has open is left alone. Blocking.
+it is gone before anything says that the guest has the disk, and with the VMM at the latest. A name alone proves
+nothing, so it says the inode too; and an image that somebody has open is left alone. Blocking.
 """
 
 from __future__ import annotations

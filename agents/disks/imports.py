@@ -19,7 +19,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,8 +301,8 @@ def _found(path: Path) -> FoundImage:
 
 
 class _File:
-    """One image that comes in. Whoever waits for the pool may give up, and then closes it, while a thread is still at
-    it: the descriptor is closed behind that thread, never under it, where its number could be another file's by then."""
+    """One image that comes in. Whoever waits for the pool may give up, and closes it then, while a thread is still at
+    it: the descriptor is closed behind that thread, never under it, where its number could soon be another file's."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -333,7 +333,7 @@ class _File:
             os.fsync(self._descriptor)
 
     @contextlib.contextmanager
-    def _using(self) -> Iterator[None]:
+    def _using(self) -> Generator[None]:
         with self._guard:
             if self._over:
                 raise OSError(errno.EBADF, "it was given up", str(self._path))

@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from agents.guest import examine as judging
 from agents.guest import hardware as standing
 from agents.guest.copies import Copy, named
 from agents.guest.examine import Examined, Here, Process
-from agents.guest.files import GuestFiles
+from agents.guest.files import GuestFiles, known_roots
 from agents.guest.hardware import Hardware
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.offers import Obstacle
@@ -62,15 +62,15 @@ async def examine(
 ) -> Found:
     """The guest that a process is: pid, and the socket of its monitor. Changes nothing.
 
-    Raises INVALID_ARGUMENT, NOT_FOUND, MONITOR_BUSY, NOT_ADOPTABLE and FEATURE_NOT_AVAILABLE when so little can be seen
-    of it that nothing can be said of the guest; everything else is among its obstacles.
+    Raises INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, MONITOR_BUSY, NOT_ADOPTABLE and FEATURE_NOT_AVAILABLE when so
+    little can be seen of it that nothing can be said of the guest; everything else is among its obstacles.
     """
     pid, monitor = process
     if not isinstance(engine, AdoptingEngine):
         raise DroverError(RefusalReason.FEATURE_NOT_AVAILABLE, f"the engine of {config.host} takes over no process")
     if pid < 2 or not monitor.startswith("/"):
         raise DroverError(RefusalReason.INVALID_ARGUMENT, "a pid, and the whole path of a socket, are needed")
-    seen = await asyncio.to_thread(_seen, config.host, pid)
+    seen = await asyncio.to_thread(_seen, config, pid)
     try:
         answers = await engine.look_at(pid, Path(monitor))
         accelerator = (await engine.probe())["accelerator"]
@@ -126,8 +126,10 @@ def _unsuitable(config: AgentConfig, spec: GuestSpec) -> list[Obstacle]:
 # --- what the kernel says ---------------------------------------------------------------------------------------------
 
 
-def _seen(host: str, pid: int) -> Process:
-    """Blocking. Raises NOT_FOUND, and NOT_ADOPTABLE when the kernel does not let this agent look."""
+def _seen(config: AgentConfig, pid: int) -> Process:
+    """Blocking. Raises NOT_FOUND, ALREADY_EXISTS for a VMM that Drover started, whatever has become of its note, and
+    NOT_ADOPTABLE when the kernel does not let this agent look."""
+    host = config.host
     try:
         start_time = start_time_of(pid)
         if start_time is None:
@@ -143,7 +145,19 @@ def _seen(host: str, pid: int) -> Process:
     if not arguments or "qemu" not in arguments[0].rpartition("/")[2]:
         said = f"process {pid} of {host} is no QEMU: {arguments[0] if arguments else 'it has no command line'}"
         raise DroverError(RefusalReason.NOT_ADOPTABLE, said, field="pid")
+    if _is_ours(config, arguments):
+        raise DroverError(RefusalReason.ALREADY_EXISTS, f"process {pid} of {host} is a guest of Drover's", field="pid")
     return Process(pid, start_time, arguments, taps, same_network)
+
+
+def _is_ours(config: AgentConfig, arguments: Sequence[str]) -> bool:
+    """Its command line names something of a guest of this installation. Raises INTERNAL when that cannot be told."""
+    try:
+        below = tuple(f"{root}/" for root in known_roots(config))
+    except OSError as error:
+        said = f"where the guests of {config.host} are is not known: {error}"
+        raise DroverError(RefusalReason.INTERNAL, said) from error
+    return any(root in word.replace(",,", ",") for word in arguments for root in below)
 
 
 def _taps(pid: int) -> Iterable[str]:
@@ -225,9 +239,12 @@ def _image_of(config: AgentConfig, pid: int, what: str, file: str) -> str | None
 
 
 def _digest(path: Path) -> str:
-    """Empty when it cannot be read."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Empty when it cannot be read, or is no file: a pipe or a device would never end."""
+    with contextlib.suppress(OSError):
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     return ""
 
 

@@ -198,7 +198,9 @@ class HostedGuest(HeldGuest):
         taken = self.files.spec.adopted
         if again or taken is None:
             return await making.start(self.tools.engine, self.files, inc, had=had, again=again)
-        return await adopting.take(self.tools.engine, self.files, inc, taken)
+        async with self.tools.adopting:  # whoever comes next finds it among this guest's copies
+            self.tools.must_be_nobodys(taken.pid)
+            return await adopting.take(self.tools.engine, self.files, inc, taken)
 
     async def release(self) -> None:
         """Give an adopted guest back to whoever had started its process, which runs on. Its name is free then.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -51,4 +52,8 @@ class AgentShared:
     """For one more copy of this guest, of so many MiB, beside what is on this host. Raises NO_CAPACITY."""
     changed: Callable[[], None]
     """Something that watchers of this agent want to know."""
+    must_be_nobodys: Callable[[int], None]
+    """The process of that pid is no guest's here. Raises ALREADY_EXISTS."""
+    adopting: asyncio.Lock
+    """Held while a process that somebody else started becomes a guest's: never two guests'."""
     pool_locks: PoolLocks

@@ -6,10 +6,12 @@ The engine is a fake; the process is real, and is called like a QEMU that was st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from agents.__main__ import Peers
 from agents.agent import Agent
 from agents.config import AgentConfig
 from agents.engine import base as engine
-from agents.guest import adopting
+from agents.guest import adopting, files
 from agents.host.metrics import Metrics
 from orchestrator.core import handover
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -221,3 +223,54 @@ async def test_a_process_that_is_a_guest_already_is_not_examined_again(
     with pytest.raises(DroverError) as caught:
         await agent.examine_vmm("other", process.pid, "/run/q", None)
     assert caught.value.reason is RefusalReason.ALREADY_EXISTS
+
+
+async def test_of_two_guests_that_are_to_be_the_same_process_one_is(
+    agent: Agent, world: World, mover: AdoptingFake, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were examined before either was taken over, and each names a monitor of its own."""
+    other = G.replace("0f0e", "1f1e")
+    spec = decode(GuestSpec, world.store.tree.nodes[paths.guest_spec(G)].data)
+    assert spec.adopted is not None
+    second = replace(spec, name="web2", adopted=replace(spec.adopted, qmp="/run/q2"))
+    world.put(paths.guest_spec(other), second)
+    world.put(paths.want_run(other), WantRun())
+    world.put(paths.name("web2"), other)
+    world.put(paths.guest(other), handover.birth("web2", HERE, writer="api"))
+    begun = asyncio.Barrier(2)
+    take_over = AdoptingFake.take_over
+
+    async def together(self: AdoptingFake, metadata: engine.VmmMetadata, spec: engine.VmmSpec) -> FakeVmm:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await begun.wait()
+        return await take_over(self, metadata, spec)
+
+    monkeypatch.setattr(AdoptingFake, "take_over", together)
+    answers = await asyncio.gather(agent.start_guest(G), agent.start_guest(other), return_exceptions=True)
+    (refused,) = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert isinstance(refused, DroverError)
+    assert refused.reason is RefusalReason.ALREADY_EXISTS
+    assert sorted(world.record(uuid).phase for uuid in (G, other)) == [Ownership.GONE, Ownership.IDLE]
+    assert process.poll() is None
+
+
+def _below(socket: Path) -> subprocess.Popen[bytes]:
+    """Called like a QEMU with that monitor."""
+    command = ["qemu-system-x86_64", "-c", "import time; time.sleep(60)", f"unix:{socket},server=on,wait=off"]
+    return subprocess.Popen(command, executable=sys.executable)
+
+
+async def test_a_process_of_a_guest_of_drover_s_own_is_not_examined(
+    config: AgentConfig, world: World, mover: AdoptingFake
+) -> None:
+    """Its note may be lost: its guest is not given up, and would run twice under two names."""
+    socket = files.guests_root(config.dir / "guests") / G[:16] / "i.qmp"
+    with _below(socket) as child:
+        agent = made(config, world, mover)
+        await agent.start()
+        with pytest.raises(DroverError) as caught:
+            await agent.examine_vmm("other", child.pid, str(socket), None)
+        assert caught.value.reason is RefusalReason.ALREADY_EXISTS
+        await agent.stop()
+        child.kill()
