@@ -206,12 +206,15 @@ class HostedGuest(HeldGuest):
         """Give an adopted guest back to whoever had started its process, which runs on. Its name is free then.
 
         Raises NOT_ADOPTABLE for one that has moved since, or that Drover started: its process is Drover's own.
+        GUEST_NOT_RUNNING: there is nothing to give back (any more), or the guest may run elsewhere by now.
         """
         async with self._turn:
             self.must_keep()
             record = (await self.fresh()).record
             if record.phase is Ownership.GONE and record.released:
                 return
+            if record.phase in (Ownership.GONE, Ownership.CRASHED):
+                raise self.refused(RefusalReason.GUEST_NOT_RUNNING, f"its record says {record.phase}")
             if record.owner != self.tools.here or record.phase is not Ownership.IDLE or self.departure is not None:
                 raise self.refused(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
             own = self.own()

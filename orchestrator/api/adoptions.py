@@ -103,7 +103,7 @@ class Adoptions:
 
     async def release(self, name: str, caller: Caller) -> types_pb2.Guest:
         """Give a guest that was adopted and has not moved since back to whoever started its process. A move of it is
-        cancelled first. Raises NOT_ADOPTABLE for any other guest."""
+        cancelled first. Raises NOT_ADOPTABLE for any other guest, GUEST_NOT_RUNNING when it has ended or crashed."""
         uuid_ = await self._guests.uuid_of(name)
         read = await self._guests.read(uuid_)
         if read.record.phase is Ownership.GONE and read.record.released:

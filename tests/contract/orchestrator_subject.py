@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 from orchestrator import wire
 from orchestrator.coordinator.evacuations import EvacuationRunner
 from orchestrator.coordinator.worker import Worker
-from orchestrator.core.agent import AgentStatus, CopyStatus, GuestTrouble, Trouble
+from orchestrator.core.agent import AgentStatus, CopyStatus, GuestTrouble, Trouble, VmmExamined
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import HostRef
@@ -73,6 +73,10 @@ class Subject(Calling, ABC):
     @abstractmethod
     async def pool(self, host: str, pool: Pool, *images: types.Image) -> None:
         """The host has a pool with these images. Its other pools stay."""
+
+    @abstractmethod
+    async def by_hand(self, host: str, pid: int, found: VmmExamined | DroverError) -> None:
+        """Somebody has started a VMM there; what an examination of it comes to."""
 
     @abstractmethod
     async def says_on_console(self, guest: types.Guest, data: bytes) -> None:
@@ -152,6 +156,9 @@ class Real(Subject):
         record = decode(HostRecord, node.data)
         record = replace(record, pools=(*record.pools, pool), features=tuple(HostFeature))
         await self.world.store.multi([SetData(paths.host(host), encode(record), node.version)])
+
+    async def by_hand(self, host: str, pid: int, found: VmmExamined | DroverError) -> None:
+        self.cluster.agents[host].vmms[pid] = found
 
     def _console(self, guest: types.Guest) -> FakeConsole:
         record = self.world.record(guest.uuid)
@@ -240,6 +247,9 @@ class Fake(Subject):
     async def pool(self, host: str, pool: Pool, *images: types.Image) -> None:
         self.service.hosts[host].pools.append(wire.pool_to_proto(pool))
         self.service.images |= {(pool.name, host, each.name): each for each in images}
+
+    async def by_hand(self, host: str, pid: int, found: VmmExamined | DroverError) -> None:
+        self.service.vmms[host, pid] = found
 
     async def says_on_console(self, guest: types.Guest, data: bytes) -> None:
         await until(lambda: bool(self.service.listening.get(guest.name)))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -28,23 +29,36 @@ from agents.serving.control import AgentServicer, translate
 from orchestrator import wire
 from orchestrator.coordinator.ports import AgentPort
 from orchestrator.core import handover
-from orchestrator.core.agent import AgentSample, AttemptSeen, ConductOrder, GuestStatus, RunState
+from orchestrator.core.agent import AgentSample, AttemptSeen, ConductOrder, GuestStatus, RunState, VmmExamined
+from orchestrator.core.changes import MachineChange, changed
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.policy import MigrationPolicy
-from orchestrator.core.records import Boot, DiskFormat, GuestSpec, HostRecord, PoolKind, WantRun
+from orchestrator.core.records import (
+    Adopted,
+    Boot,
+    DiskFormat,
+    DiskSpec,
+    GuestSpec,
+    HostRecord,
+    OnHostDeath,
+    PoolKind,
+    WantRun,
+)
 from orchestrator.ledger import paths
-from orchestrator.ledger.records import encode
+from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Done, SetData, Versioned
+from orchestrator.proc import start_time_of
 from orchestrator.rpc.agent_client import AgentClient
 from orchestrator.rpc.channels import aio_server, listen
 from orchestrator.rpc.errors import Errors
 from protos.drover.v1 import agent_pb2 as pb
 from protos.drover.v1 import types_pb2
 from protos.drover.v1.agent_pb2_grpc import add_AgentServiceServicer_to_server
+from tests.fakes.adopting import AdoptingFake, started_by_hand
 from tests.fakes.agent import FakeAgent
 from tests.fakes.config import agent_config, agent_identity
 from tests.fakes.coordination import World
@@ -115,14 +129,31 @@ async def refused(call: Awaitable[object]) -> RefusalReason:
 # --- guests: what the API relies on -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ByHand:
+    """A VMM that somebody else has started on h2, and what is done to it."""
+
+    pid: int
+    be_odd: Callable[[], None]
+    """No other host would build its machine."""
+    be_busy: Callable[[], None]
+    """Somebody is connected to its monitor."""
+
+
 class Host:
     """The agent of h2, and what is done to it."""
 
     def __init__(
-        self, client: AgentClient, world: World, fail_start: Callable[[], None], shut_down: Callable[[], None]
+        self,
+        client: AgentClient,
+        world: World,
+        fail_start: Callable[[], None],
+        shut_down: Callable[[], None],
+        by_hand: ByHand,
     ) -> None:
         self.client = client
         self.world = world
+        self.by_hand = by_hand
         self.fail_start = fail_start
         """The next guest cannot be started."""
         self.shut_down = shut_down
@@ -131,6 +162,28 @@ class Host:
     async def born(self) -> GuestStatus:
         self.world.put(paths.guest(G), BIRTH)
         return await self.client.start_guest(G)
+
+    async def examined(self, *, wished: GuestSpec | None = None, name: str = "web") -> VmmExamined:
+        return await self.client.examine_vmm(name, self.by_hand.pid, "/run/q", wished)
+
+    async def adopted(self, *, later_s: int = 0) -> GuestStatus:
+        """`later_s`: its specification names a process under the same pid that was started so much later."""
+        found = await self.examined()
+        taken = Adopted(self.by_hand.pid, found.start_time + later_s, "/run/q")
+        self.world.put(paths.guest_spec(G), replace(found.spec, adopted=taken))
+        return await self.born()
+
+    async def change(self, change: MachineChange) -> GuestSpec:
+        return await self.client.change_machine(G, change, self.promised)
+
+    @property
+    def promised(self) -> int:
+        """Version of what the host has promised."""
+        return self.world.store.tree.nodes[paths.reservations(HERE.host)].version
+
+    @property
+    def spec(self) -> GuestSpec:
+        return decode(GuestSpec, self.world.store.tree.nodes[paths.guest_spec(G)].data)
 
     async def wish(self, run: bool, sequence: int) -> None:
         await write(self.world, paths.want_run(G), WantRun(run, "op", sequence))
@@ -150,20 +203,33 @@ class Host:
         return paths.name("web") in self.world.store.tree.nodes
 
 
+@pytest.fixture
+def process() -> Iterator[int]:
+    """Pid of a VMM that somebody else has started."""
+    with started_by_hand() as made:
+        yield made.pid
+
+
 @pytest.fixture(params=["fake", "agent"])
-async def host(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> AsyncIterator[Host]:
+async def host(request: pytest.FixtureRequest, world: World, tmp_path: Path, process: int) -> AsyncIterator[Host]:
     if request.param == "agent":
-        engine = FakeEngine()
+        engine = AdoptingFake()
         async with real(world, engine, tmp_path) as client:
 
             def shut_down() -> None:
                 (vmm,) = engine.processes.values()
                 vmm.end_guest("shutdown")
 
-            yield Host(client, world, lambda: setattr(engine.script, "fail_start", "no memory"), shut_down)
+            by_hand = ByHand(process, engine.built["ram"].clear, lambda: setattr(engine, "is_busy", True))
+            fail_start = partial(setattr, engine.script, "fail_start", "no memory")
+            yield Host(client, world, fail_start, shut_down, by_hand)
         return
     fake = FakeAgent("h2", world.store)
     fake.images["fast"] = {}
+    start_time = start_time_of(process)
+    assert start_time is not None
+    seen = VmmExamined(GuestSpec("hand"), start_time, True, ())
+    fake.vmms[process] = seen
     await fake.start()
     client = AgentClient(fake.address)
     no_memory = DroverError(R.INTERNAL, "no memory")
@@ -171,7 +237,10 @@ async def host(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> 
     def say_so() -> None:
         fake.say(AgentSample(guests=(GuestStatus(G, "web", "inc", RunState.ENDED),)))
 
-    yield Host(client, world, lambda: fake.refusals.update(StartGuest=no_memory), say_so)
+    odd = replace(seen, obstacles=((R.NOT_ADOPTABLE, "it is odd"),))
+    busy = DroverError(R.MONITOR_BUSY, "it does not greet")
+    by_hand = ByHand(process, lambda: fake.vmms.update({process: odd}), lambda: fake.vmms.update({process: busy}))
+    yield Host(client, world, lambda: fake.refusals.update(StartGuest=no_memory), say_so, by_hand)
     await client.close()
     await fake.stop()
 
@@ -379,6 +448,153 @@ async def test_a_watch_does_not_begin_with_a_guest_that_has_ended(host: Host) ->
     async for first in host.client.watch_agent(timeout_s=5):
         assert first == AgentSample()
         break
+
+
+# --- guests that somebody else has started ----------------------------------------------------------------------------
+
+
+async def test_an_examination_tells_of_the_guest_and_changes_nothing(host: Host) -> None:
+    before = dict(host.world.store.tree.nodes)
+    wished = GuestSpec("shop", labels={"tier": "db"}, on_host_death=OnHostDeath.RESTART)
+    found = await host.examined(wished=wished, name="shop")
+    assert (found.start_time, found.running) == (start_time_of(host.by_hand.pid), True)
+    assert (found.spec.name, found.spec.labels, found.spec.memory_mib) == ("shop", {"tier": "db"}, 64)
+    assert (found.spec.on_host_death, found.spec.adopted) == (OnHostDeath.RESTART, None)
+    assert found.obstacles == ()
+    host.by_hand.be_odd()
+    assert {reason for reason, _ in (await host.examined()).obstacles} == {R.NOT_ADOPTABLE}
+    now = host.world.store.tree.nodes
+    assert all(path.startswith("/hosts/") for path in now if now[path] != before.get(path))
+    assert (await host.client.get_agent()).guests == ()
+
+
+async def test_what_cannot_be_examined_is_refused(host: Host) -> None:
+    examine = host.client.examine_vmm
+    assert await refused(examine("web", 1, "/run/q", None)) is R.INVALID_ARGUMENT
+    assert await refused(examine("web", host.by_hand.pid, "q", None)) is R.INVALID_ARGUMENT
+    assert await refused(examine("web", 1 << 22, "/run/q", None)) is R.NOT_FOUND
+    host.by_hand.be_busy()
+    assert await refused(host.examined()) is R.MONITOR_BUSY
+
+
+async def test_a_guest_that_is_adopted_is_born_in_the_process_that_there_is(host: Host) -> None:
+    status = await host.adopted()
+    assert (status.pid, status.run_state) == (host.by_hand.pid, RunState.RUNNING)
+    assert await host.client.start_guest(G) == status
+    assert (host.world.record(G).phase, (await host.client.get_agent()).guests) == (Ownership.IDLE, (status,))
+    assert await refused(host.examined(name="other")) is R.ALREADY_EXISTS
+    assert await refused(host.client.change_machine(G, MachineChange(vcpus=2))) is R.NOT_ADOPTABLE, (
+        "not before it moved"
+    )
+
+
+async def test_another_process_under_the_same_pid_is_not_taken_over(host: Host) -> None:
+    assert await refused(host.adopted(later_s=1)) is R.NOT_FOUND
+    assert host.world.record(G).phase is Ownership.GONE
+    assert not host.name_is_taken
+    await host.examined()
+
+
+async def test_what_is_given_back_is_no_guest_and_can_be_adopted_again(host: Host) -> None:
+    await host.adopted()
+    for _ in range(2):
+        await host.client.release_vmm(G)
+        assert (host.world.record(G).phase, host.world.record(G).released) == (Ownership.GONE, True)
+        assert not host.name_is_taken
+    assert (await host.client.get_agent()).guests == ()
+    assert (await host.examined()).obstacles == ()
+
+
+async def test_a_guest_that_was_started_here_is_given_back_to_nobody(host: Host) -> None:
+    await host.born()
+    assert await refused(host.client.release_vmm(G)) is R.NOT_ADOPTABLE
+    assert host.world.record(G).phase is Ownership.IDLE
+    assert await refused(host.client.release_vmm(UNKNOWN)) is R.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (replace(IDLE, owner=THERE), R.GUEST_IS_MIGRATING),
+        (LEAVING, R.GUEST_IS_MIGRATING),
+        (handover.crashed(IDLE, writer="a"), R.GUEST_NOT_RUNNING),
+        (handover.gone(IDLE, writer="a"), R.GUEST_NOT_RUNNING),
+    ],
+    ids=["elsewhere", "leaving", "crashed", "gone"],
+)
+async def test_only_a_guest_at_rest_here_is_given_back(host: Host, record: GuestRecord, reason: RefusalReason) -> None:
+    host.world.put(paths.guest(G), record)
+    assert await refused(host.client.release_vmm(G)) is reason
+    assert host.world.record(G) == record
+
+
+# --- machines that run ------------------------------------------------------------------------------------------------
+
+GROWING = GuestSpec("web", memory_mib=64, max_memory_mib=1024, max_vcpus=4)
+DATA = DiskSpec("data", "fast", "data.img", DiskFormat.RAW)
+
+
+@pytest.fixture
+async def growing(host: Host) -> Host:
+    """With a guest that has room for more, and an image in the host's pool."""
+    if paths.reservations("h2") not in host.world.store.tree.nodes:  # a real agent has made it
+        host.world.put(paths.reservations("h2"), {})
+    host.world.put(paths.guest_spec(G), GROWING)
+    await host.import_image(DATA.image, b"x" * 65536)
+    await host.born()
+    return host
+
+
+async def test_what_is_attached_is_recorded_and_what_is_detached_as_well(growing: Host) -> None:
+    wanted = GROWING
+    for change in (MachineChange(disk=DATA), MachineChange(memory_mib=64 + 256), MachineChange(vcpus=3)):
+        wanted = changed(wanted, change)
+        for _ in range(2):  # may be repeated
+            assert await growing.change(change) == wanted == growing.spec
+    assert await growing.change(MachineChange(detach_disk="data")) == replace(wanted, disks=()) == growing.spec
+    assert await refused(growing.change(MachineChange(detach_disk="data"))) is R.NOT_FOUND
+    assert (await growing.client.list_pool_images("fast", "", 2))[0], "its image stays"
+
+
+async def test_a_change_that_makes_no_sense_changes_nothing(growing: Host) -> None:
+    await growing.change(MachineChange(disk=DATA))
+    before = growing.spec
+    for change, reason in (
+        (MachineChange(memory_mib=65), R.INVALID_ARGUMENT),
+        (MachineChange(vcpus=5), R.INVALID_ARGUMENT),
+        (MachineChange(disk=replace(DATA, image="other.img")), R.ALREADY_EXISTS),
+        (MachineChange(detach_nic="none"), R.NOT_FOUND),
+    ):
+        assert await refused(growing.change(change)) is reason
+    assert growing.spec == before
+
+
+async def test_memory_that_the_host_has_promised_meanwhile_is_not_given_away(growing: Host) -> None:
+    more = MachineChange(memory_mib=64 + 256)
+    seen = growing.promised
+    with pytest.raises(DroverError) as stale:
+        await growing.client.change_machine(G, more, seen + 7)
+    assert (stale.value.reason, stale.value.details) == (R.OUTCOME_UNKNOWN, {"moved": "reservations"})
+    assert growing.spec == GROWING
+    await growing.change(more)
+    assert growing.promised > seen, "whoever placed by it looks again"
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (replace(IDLE, owner=THERE), R.GUEST_NOT_RUNNING),
+        (LEAVING, R.GUEST_IS_MIGRATING),
+        (handover.crashed(IDLE, writer="a"), R.GUEST_NOT_RUNNING),
+    ],
+    ids=["elsewhere", "leaving", "crashed"],
+)
+async def test_only_the_machine_of_a_guest_at_rest_is_changed(
+    growing: Host, record: GuestRecord, reason: RefusalReason
+) -> None:
+    await write(growing.world, paths.guest(G), record)
+    assert await refused(growing.change(MachineChange(vcpus=2))) is reason
+    assert growing.spec == GROWING
 
 
 # --- attempts: what the coordinator relies on -------------------------------------------------------------------------

@@ -256,8 +256,16 @@ class FakeAgent(AgentServiceServicer):
             path = paths.guest_spec(uuid)
             node = await self.store.read(path)
             assert node is not None
-            spec = changed(decode(GuestSpec, node.data), wire.machine_change_from_proto(request))
-            assert isinstance(await self.store.multi([SetData(path, encode(spec), node.version)]), Done)
+            before = decode(GuestSpec, node.data)
+            spec = changed(before, wire.machine_change_from_proto(request))
+            promised = await self.store.read(paths.reservations(self.host))
+            ops: list[Op] = [SetData(path, encode(spec), node.version)]
+            if spec.memory_mib > before.memory_mib and promised is not None:
+                if promised.version != request.reservations_version:
+                    said = f"what {self.host} has promised has changed: look again"
+                    raise DroverError(RefusalReason.OUTCOME_UNKNOWN, said, details={"moved": "reservations"})
+                ops.append(SetData(paths.reservations(self.host), promised.data, promised.version))
+            assert isinstance(await self.store.multi(ops), Done)
         return pb.ChangeMachineResponse(spec=wire.guest_spec_to_proto(spec))
 
     async def RestoreRecord(self, request: pb.RestoreRecordRequest, context: Any) -> pb.RestoreRecordResponse:

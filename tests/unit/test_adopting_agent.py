@@ -1,21 +1,18 @@
 """An agent that takes over a process: whatever happens in between, no other one is started, and it is not ended.
 
-The engine is a fake; the process is real, and is called like a QEMU that was started without any option.
+The engine is a fake; the process is real.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
-import json
-import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -34,68 +31,19 @@ from orchestrator.core.records import Adopted, GuestSpec, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode
 from orchestrator.proc import start_time_of
+from tests.fakes.adopting import AdoptingFake, started_by_hand
 from tests.fakes.config import agent_config, agent_identity
 from tests.fakes.coordination import MemoryStore, World
-from tests.fakes.engine import FakeEngine, FakeVmm
+from tests.fakes.engine import FakeVmm
 
 HERE = HostRef("h2", "boot-h2")
 G = "0f0e0d0c-0b0a-4987-8654-321001234567"
-RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "adopted" / "by_hand.json").read_text())["answers"]
-
-
-def _bare() -> dict[str, Any]:
-    answers = copy.deepcopy(RECORDED)
-    answers |= {"query-block": [], "devices": {}, "accelerator": "none"}
-    answers["machine"]["type"] = "pc-machine"
-    return answers
-
-
-@dataclass(slots=True)
-class AdoptingFake(FakeEngine):
-    """Says of a process what a QEMU without disks, cards and other devices says."""
-
-    answers: dict[str, Any] = field(default_factory=_bare)
-    started: list[str] = field(default_factory=list[str])
-    let_go_of: list[int] = field(default_factory=list[int])
-    fails: str = ""
-
-    async def look_at(self, pid: int, monitor: Path) -> Mapping[str, Any]:
-        return self.answers
-
-    async def try_out(self, spec: engine.VmmSpec) -> Mapping[str, Any]:
-        return self.answers
-
-    async def take_over(self, metadata: engine.VmmMetadata, spec: engine.VmmSpec) -> FakeVmm:
-        if self.fails:
-            raise engine.EngineError(self.fails)
-        vmm = FakeVmm(self, metadata, spec, engine.RunState.RUNNING)
-        self.processes[metadata.pid] = vmm
-        (spec.directory / f"{spec.inc}.json").write_text(json.dumps(_as_note(metadata)))
-        return vmm
-
-    async def let_go(self, vmm: engine.Vmm) -> None:
-        self.let_go_of.append(vmm.metadata.pid)
-        self.processes.pop(vmm.metadata.pid, None)
-
-    async def start(self, spec: engine.VmmSpec) -> FakeVmm:
-        self.started.append(spec.inc)
-        return await FakeEngine.start(self, spec)
-
-
-def _as_note(metadata: engine.VmmMetadata) -> dict[str, Any]:
-    return {name: getattr(metadata, name) for name in metadata.__dataclass_fields__}
 
 
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[bytes]]:
-    cat = shutil.which("cat")
-    assert cat
-    made = subprocess.Popen(["qemu-system-x86_64"], executable=cat, stdin=subprocess.PIPE)
-    yield made
-    made.kill()
-    made.wait()
-    if made.stdin is not None:
-        made.stdin.close()
+    with started_by_hand() as made:
+        yield made
 
 
 @pytest.fixture
