@@ -171,18 +171,12 @@ class HostedGuest(HeldGuest):
             if again or self.files.spec.adopted is None:  # the memory of one that is adopted is taken already
                 await self.tools.must_have_memory(self.uuid, self.files.spec.memory_mib)
             await preflight.must_suit(self.tools.engine, self.tools.config, self.files)
+            if again:
+                await self._must_not_linger()
             with self.being_made():
                 self.add(await self._made(secrets.token_hex(8), had, again=again))
         except (DroverError, engine.EngineError, ShimError, OSError) as error:
-            await self.ledger.not_started(self.tools.here)
-            if again:
-                with contextlib.suppress(OSError):
-                    await asyncio.to_thread(self.files.births.failed)
-                    self.files = before  # what it has run with, not what it was to become
-                    await asyncio.to_thread(self.files.note)
-            else:
-                self.files.remove()
-                self.forgotten = True
+            await self._not_executed(before, again=again)
             if isinstance(error, DroverError):
                 raise
             if (full := preflight.no_room(error, self.tools.here.host, self.files.config.dir)) is not None:
@@ -191,6 +185,34 @@ class HostedGuest(HeldGuest):
                 raise options_refused(error, self.files.spec) from error
             said = f"guest {self.name} did not start on {self.tools.here.host}: {error}"
             raise DroverError(reason_of(error), said) from error
+
+    async def _must_not_linger(self) -> None:
+        """Of a start that failed, or of an earlier life of this one, no process is left. Raises BUSY."""
+        try:
+            left = await asyncio.to_thread(self.files.vmms)
+        except LivenessUnknown as error:
+            raise self.refused(RefusalReason.BUSY, str(error)) from error
+        if left:
+            raise self.refused(RefusalReason.BUSY, f"process {min(left)} of it runs here, and no note names it")
+
+    async def _not_executed(self, before: GuestFiles, *, again: bool) -> None:
+        """The record says what has come of the start. While a process of it is left it says nothing: the keeper looks
+        until none is."""
+        if not again:
+            await self.ledger.not_started(self.tools.here)
+            self.files.remove()
+            self.forgotten = True
+            return
+        try:
+            await self._must_not_linger()
+        except DroverError:
+            self.wake()
+            return
+        await self.ledger.not_started(self.tools.here)
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self.files.births.failed)
+            self.files = before  # what it has run with, not what it was to become
+            await asyncio.to_thread(self.files.note)
 
     async def _made(self, inc: str, had: tuple[DiskSpec, ...], *, again: bool) -> making.Copy:
         """Its first copy: a process that is started, or the one that somebody else has started already. A guest that is
@@ -283,8 +305,7 @@ class HostedGuest(HeldGuest):
             if record.phase is Ownership.IDLE and not await self.ledger.crashed(self.tools.here):
                 raise self.refused(RefusalReason.GUEST_IS_MIGRATING, "its record changed")
             await self._end_copies()
-            if left := await asyncio.to_thread(self.files.vmms):
-                raise self.refused(RefusalReason.BUSY, f"process {min(left)} of it runs here, and no note names it")
+            await self._must_not_linger()
             if not await self.ledger.stopped(self.tools.here):
                 raise self.refused(RefusalReason.GUEST_IS_MIGRATING, "its record changed")
         self.wake()

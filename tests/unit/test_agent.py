@@ -501,6 +501,37 @@ async def test_a_stopped_guest_whose_record_says_that_it_is_to_start_waits_for_t
     await agent.stop()
 
 
+async def test_a_guest_is_not_started_again_while_a_process_of_it_is_left(
+    config: AgentConfig, world: World, mover: SlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a start which failed, and which could not be ended in time."""
+    agent = await stopped_here(config, world, mover)
+    await looked(agent)
+    start_again(world)
+    left: list[int] = []
+
+    async def starts(self: SlowEngine, spec: engine.VmmSpec) -> None:
+        left.append(4711)
+        raise engine.EngineError("destroy: not over after 5 s")
+
+    monkeypatch.setattr(GuestFiles, "vmms", lambda _: list(left))
+    with monkeypatch.context() as patched:
+        patched.setattr(SlowEngine, "start", starts)
+        with pytest.raises(DroverError, match="destroy: not over"):
+            await agent.start_guest(G)
+    with pytest.raises(DroverError, match="process 4711 of it runs here"):
+        await agent.start_guest(G)
+    await looked(agent)
+    assert not world.record(G).stopped, "nobody may say that nothing of it is left"
+    left.clear()
+    async with asyncio.timeout(30):
+        while not world.record(G).stopped:
+            await looked(agent)
+    start_again(world)
+    assert (await agent.start_guest(G)).run_state is RunState.RUNNING
+    await agent.stop()
+
+
 async def test_a_start_that_nobody_asks_for_is_given_up(
     config: AgentConfig, world: World, mover: SlowEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
