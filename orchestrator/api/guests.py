@@ -207,12 +207,13 @@ class Guests:
     async def edit(self, request: pb.EditGuestRequest, caller: Caller) -> types_pb2.Guest:
         """Write what the guest is from now on, by compare-and-set on what it was. Raises INVALID_ARGUMENT, NOT_FOUND,
         GUEST_NOT_RUNNING for one whose life is over, GUEST_IS_RUNNING and EDIT_STALE."""
-        wanted = checked_edit(request)
+        described = checked_edit(request)
         uuid = await self.uuid_of(request.name)
         contest = tries(caller)
         while True:
             await contest.another()
             read = await self.read(uuid)
+            wanted = replace(described, adopted=read.spec.adopted)  # which no caller sees or says
             if request.etag and request.etag != read.etag:
                 said = f"guest {read.record.name} was edited meanwhile: look at it again"
                 raise DroverError(RefusalReason.EDIT_STALE, said, field="etag")

@@ -18,6 +18,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.policy import MigrationPolicy
 from orchestrator.core.records import (
+    Adopted,
     Boot,
     DeviceSpec,
     DiskSpec,
@@ -90,6 +91,18 @@ async def test_hosts_show_what_they_carry(api: ApiCluster, client: OrchestratorC
     assert (h2.memory_mib, h2.memory_used_mib, h2.memory_reserved_mib, h2.guests) == (1024, 100, 50, 1)
     assert [wire.word(hosts[name], "state") for name in ("h1", "h9")] == ["LIVE", "SILENT"]
     assert await api.call(client.get_host, "h2") == h2
+
+
+async def test_an_edit_of_a_guest_that_was_adopted_keeps_where_it_came_from(
+    api: ApiCluster, client: OrchestratorClient, store: MemoryStore, world: World
+) -> None:
+    """No caller sees it, so none can give it back."""
+    born = await api.call(client.create_guest, WEB, "h2")
+    taken = replace(WEB, adopted=Adopted(4711, 12, "/run/web.qmp"))
+    world.put(paths.guest_spec(born.uuid), taken)
+    await api.call(client.edit_guest, "web", replace(WEB, labels={"team": "red"}))
+    written = decode(GuestSpec, store.tree.nodes[paths.guest_spec(born.uuid)].data)
+    assert written == replace(taken, labels={"team": "red"})
 
 
 async def test_cordon_and_uncordon(api: ApiCluster, client: OrchestratorClient, store: MemoryStore) -> None:
