@@ -235,7 +235,8 @@ def _offers(known: Known) -> Sequence[Offer]:
     owner = known.hosts.get(record.owner.host)
     orphan = known.migration is None or known.migration.phase.terminal
     offers: list[Offer] = []
-    if record.phase is Ownership.STARTING and _is_nowhere(owner) and not known.owner_certified:
+    never_ran = record.phase is Ownership.STARTING and not record.starts  # its agent keeps one that was started again
+    if never_ran and _is_nowhere(owner) and not known.owner_certified:
         offers.append(Offer(Action.BURY, f"record that {record.name} never started, and free its name"))
     if record.phase is Ownership.OPEN and orphan:
         offers.append(Offer(Action.ABORT, f"end attempt {record.attempt}, which belongs to no migration under way"))

@@ -56,6 +56,7 @@ def known(
         (known(IDLE, replace(RUNS, trouble="its note cannot be read")), [Action.RESUME], ""),
         (known(IDLE, replace(RUNS, run_state=RunState.ENDED)), [], "shut down by itself"),
         (known(STARTING, NOTHING), [Action.BURY], ""),
+        (known(replace(STARTING, starts=1), NOTHING), [], "finishes the start or ends it itself"),
         (known(STARTING, SILENT), [], "is silent"),
         (known(STARTING, replace(NOTHING, complete=False)), [], "at work on it"),
         (known(STARTING, replace(NOTHING, run_state=RunState.STARTING)), [], "at work on it"),
