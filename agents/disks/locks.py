@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import struct
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -56,7 +57,7 @@ class PoolLocks:
             with contextlib.suppress(OSError):
                 probe = probe_of(self._config.pools[name].path, self._config.host)
                 descriptor = await asyncio.to_thread(hold, probe)
-                asyncio.get_running_loop().call_later(_HELD_S, os.close, descriptor)
+                asyncio.get_running_loop().call_later(_HELD_S, _let_go, descriptor)
                 found.append(name)
         return tuple(found)
 
@@ -96,6 +97,11 @@ def hold(probe: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _let_go(descriptor: int) -> None:
+    """In a thread: to close a file gives its lock back, which waits for whoever serves the pool."""
+    threading.Thread(target=os.close, args=(descriptor,), name="lock of a pool", daemon=True).start()
 
 
 def is_locked(probe: Path) -> bool:

@@ -5,8 +5,10 @@ Hosts of a test share one kernel. A pool whose locks are not seen is made as ope
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +52,32 @@ async def test_a_lock_that_the_source_holds_is_seen_and_believed_for_a_while(
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 3_700)
     assert destination.unproven(SPEC, SOURCE)
+
+
+async def test_a_pool_that_hangs_when_its_lock_is_given_back_stops_no_agent(
+    tmp_path: Path, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To close a file of a network's file system waits for its server."""
+    begun, goes_on, close = threading.Event(), threading.Event(), os.close
+    loop_thread = threading.get_ident()
+    closed_by: list[int] = []
+
+    def slow(descriptor: int) -> None:
+        closed_by.append(threading.get_ident())
+        begun.set()
+        if threading.get_ident() != loop_thread:
+            goes_on.wait(30)
+        close(descriptor)
+
+    monkeypatch.setattr(locks, "_HELD_S", 0.0)
+    assert await PoolLocks(config_of(tmp_path, "h1", pool)).held(SPEC) == ("shared",)
+    with monkeypatch.context() as patched:
+        patched.setattr(locks.os, "close", slow)
+        async with asyncio.timeout(30):
+            while not begun.is_set():  # noqa: ASYNC110 - the loop is what must go on
+                await asyncio.sleep(0.01)
+    goes_on.set()
+    assert loop_thread not in closed_by
 
 
 async def test_two_guests_at_once_do_not_take_each_other_s_lock_away(tmp_path: Path, pool: Path) -> None:
