@@ -124,6 +124,8 @@ class Console:
         self._sessions.append(session)
         try:
             async with self._opening:
+                if self._reading is not None and self._reading.done():  # others still hear its last words
+                    await self._close()
                 if self._reading is None:
                     await self._open()
             yield session

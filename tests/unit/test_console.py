@@ -127,6 +127,19 @@ async def test_the_end_of_the_vmm_comes_after_its_last_words(tmp_path: Path) -> 
             assert [said.data async for said in session.output()] == [b"bye"]
 
 
+async def test_who_comes_while_others_hear_the_last_words_gets_what_there_is_now(tmp_path: Path) -> None:
+    """A console server that was started anew, say: nothing would ever come through the connection that was lost."""
+    known, at = Consoles(), ConsoleAt(tmp_path / "com1")
+    async with listening(at.socket) as vmm, known.attach("i", at) as first:
+        await until(lambda: vmm.writer is not None)
+        vmm.die()
+        await until(lambda: first.over and vmm.writer is None)
+        async with known.attach("i", at) as second:
+            await until(lambda: vmm.writer is not None)
+            vmm.say(b"anew")
+            assert await heard(second, 4) == b"anew"
+
+
 async def test_nobody_waits_for_ever_to_be_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consoles, "CONNECT_S", 0.1)
     known, at = Consoles(), ConsoleAt(tmp_path / "com1")
