@@ -85,11 +85,11 @@ class Session:
         self._news.set()
 
     async def output(self) -> AsyncIterator[ConsoleOutput]:
-        """What the console says, until it is closed."""
+        """What the console says, in pieces of at most READ_BYTES, until it is closed."""
         while True:
             if self._held or self._lost:
-                data, lost = bytes(self._held), self._lost
-                self._held.clear()
+                data, lost = bytes(self._held[:READ_BYTES]), self._lost
+                del self._held[:READ_BYTES]
                 self._lost = 0
                 yield ConsoleOutput(data, lost)
             elif self.over:

@@ -61,9 +61,9 @@ SAID_AGAIN_S = 60.0
 DESCRIBED_S = 2.0
 """How long another host waits for what changes a guest's machine just now."""
 WISH_S = 2.0
+"""How long the answer to a pause or resume waits for its effect."""
 START_S = 10.0
 """From the record that says that a stopped guest is to start again, to the call that starts it."""
-"""How long the answer to a pause or resume waits for its effect."""
 
 
 def _said(error: Exception) -> str:

@@ -21,13 +21,15 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.records import HostRecord
 from orchestrator.core.text import clip
 from orchestrator.ledger import paths
+from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import StoreUnavailable
 from protos.drover.v1 import orchestrator_pb2 as pb
 
 log = structlog.get_logger(__name__)
 
-WAITING = 64
-"""Messages for the caller, and for each agent. Whoever does not take them in makes the other side wait, which drops."""
+WAITING = 16
+"""Messages, of at most 16 KiB, for the caller and for each agent. Whoever does not take them in makes the other side
+wait, which drops."""
 AGAIN_S = 0.3
 """Between two tries to hold the console of a copy."""
 LOOK_S = 5.0
@@ -159,7 +161,7 @@ class _Session:
             async with asyncio.timeout(LOOK_S):
                 await self._moved.wait()
         self._moved.clear()
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreUnavailable, BadRecord):  # what it said before holds until it is readable
             self._record = (await read_guest(self._tools.ledger, self._uuid)).record
 
     async def _tell(self) -> None:
@@ -185,7 +187,7 @@ class _Session:
             inc = hosts_of(self._record).get(host, inc)
             try:
                 await self._heard(line, host, inc)
-            except (DroverError, StoreUnavailable) as error:
+            except (DroverError, StoreUnavailable, BadRecord) as error:
                 if self._told == host:
                     said = clip(f"{host} does not let us in at the console just now: {error}", 300)
                     await self.said.put(pb.AttachConsoleResponse(message=said))

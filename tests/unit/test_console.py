@@ -127,6 +127,20 @@ async def test_the_end_of_the_vmm_comes_after_its_last_words(tmp_path: Path) -> 
             assert [said.data async for said in session.output()] == [b"bye"]
 
 
+async def test_what_waits_for_a_session_comes_in_small_pieces(tmp_path: Path) -> None:
+    """So many messages on their way are so many bytes at most, for everybody in between."""
+    at, said = ConsoleAt(tmp_path / "com1"), bytes(range(256)) * 512
+    async with listening(at.socket) as vmm, Consoles().attach("i", at) as session:
+        await until(lambda: vmm.writer is not None)
+        vmm.say(said)
+        await until(lambda: len(session._held) == len(said))
+        vmm.die()
+        async with asyncio.timeout(10):
+            pieces = [each.data async for each in session.output()]
+    assert b"".join(pieces) == said
+    assert max(map(len, pieces)) <= consoles.READ_BYTES
+
+
 async def test_who_comes_while_others_hear_the_last_words_gets_what_there_is_now(tmp_path: Path) -> None:
     """A console server that was started anew, say: nothing would ever come through the connection that was lost."""
     known, at = Consoles(), ConsoleAt(tmp_path / "com1")
