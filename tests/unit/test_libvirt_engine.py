@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import threading
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -12,6 +13,7 @@ import pytest
 
 from agents.engine import base
 from agents.engine.base import EngineError, Nic, VmmSpec
+from agents.engine.libvirt.binding import Daemon
 from agents.engine.libvirt.domain import domain_xml, moved, places_of
 from agents.engine.libvirt.engine import LibvirtEngine, LibvirtVmm, NoCopies
 from agents.engine.libvirt.incoming import Incoming, Stage, greet
@@ -239,3 +241,23 @@ def test_guests_move_between_hosts_of_one_engine_only() -> None:
 def test_nothing_of_the_port_is_left_to_its_empty_body(port: type, made: type) -> None:
     """A call that the port gets later would answer None here, without a word from the type checker."""
     assert [name for name in vars(port) if not name.startswith("_") and name not in vars(made)] == []
+
+
+async def test_migrations_under_way_keep_no_thread_from_anybody_else() -> None:
+    """Each waits in libvirt's client until its outcome is known, while its commit may need a thread."""
+    daemon, over = Daemon("test:///default"), threading.Event()
+    waiting = [daemon.in_thread(lambda: (over.wait(30), None)[1]) for _ in range(40)]
+    try:
+        async with asyncio.timeout(10):
+            assert await asyncio.to_thread(lambda: "done") == "done"
+    finally:
+        over.set()
+    await asyncio.gather(*waiting)
+
+
+async def test_what_libvirt_s_client_says_at_its_end_arrives() -> None:
+    def fails() -> None:
+        raise EngineError("libvirt: no")
+
+    with pytest.raises(EngineError, match="libvirt: no"):
+        await Daemon("test:///default").in_thread(fails)

@@ -101,8 +101,30 @@ class Daemon:
         return await self.call(what, lambda connection: work(connection.lookupByUUIDString(uuid)), timeout_s)
 
     def in_thread(self, work: Callable[[], None]) -> asyncio.Future[None]:
-        """For work that lasts as long as a migration."""
-        return asyncio.get_running_loop().run_in_executor(None, work)
+        """For work that lasts as long as a migration: in a thread of its own, so that nothing else of the agent's waits
+        for a place, and the agent can end meanwhile."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def tell(error: Exception | None) -> None:
+            if done.done():
+                return
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        def run() -> None:
+            failed: Exception | None = None
+            try:
+                work()
+            except Exception as error:
+                failed = error
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(tell, failed)
+
+        threading.Thread(target=run, name="libvirt migration", daemon=True).start()
+        return done
 
     def _done(self, what: str, work: Callable[[Any], Any]) -> Any:
         libvirt = self._library()

@@ -349,10 +349,10 @@ class LibvirtVmm(base.Vmm):
         if self._incoming is None:
             raise EngineError("the copy's migration ended with the agent that it came through; it never ran")
         await self._incoming.finish(_SETTLE_S)
-        await self._found()
-        if self._process is None:
-            raise EngineError("libvirt says that it has the copy, and there is no process of it")
         try:
+            await self._found()
+            if self._process is None:
+                raise EngineError("libvirt says that it has the copy, and there is no process of it")
             self._note(replace(self._metadata, extra={**self._metadata.extra, _FINISHED: "yes"}))
             notes.write(notes.owner_path(self._spec), replace(self._metadata, role="owner"))
         except OSError as error:
