@@ -278,7 +278,11 @@ class Fake(Subject):
 
     async def end(self, migration: str, *, failed: bool = False) -> None:
         moving = self.service.migrations[migration]
-        guest = self.service.guests[moving.guest]
+        guest = self.service.guests.get(moving.guest)
+        if guest is None or guest.uuid != moving.guest_uuid:
+            moving.failure, moving.phase = "GUEST_GONE", types.MIGRATION_PHASE_FAILED
+            moving.end_time.GetCurrentTime()
+            return
         guest.ownership, guest.migration = types.OWNERSHIP_PHASE_IDLE, ""
         if moving.phase == types.MIGRATION_PHASE_CANCELLED:
             return

@@ -132,6 +132,16 @@ async def test_what_has_not_moved_is_given_back_and_can_be_adopted_again(
     assert (await adopt(api)).guest.uuid != gone.uuid
 
 
+async def test_a_move_that_has_not_begun_ends_with_the_release(api: Subject, client: OrchestratorClient) -> None:
+    answer = await adopt(api)
+    await api.call(client.release_guest, "shop")
+    await api.end(answer.migration.name)
+    ended = await api.call(client.get_migration, answer.migration.name)
+    assert (phase(ended), ended.failure) == ("FAILED", "GUEST_GONE")
+    again = await adopt(api)
+    assert again.migration.name != answer.migration.name
+
+
 async def test_only_what_was_adopted_is_given_back(api: Subject, client: OrchestratorClient) -> None:
     await api.call(client.create_guest, GuestSpec("web"), "h2")
     assert (await api.refused(client.release_guest, "web")).reason is R.NOT_ADOPTABLE

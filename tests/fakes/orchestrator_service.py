@@ -666,7 +666,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         guest = self._guest(request.guest, "guest")
         decisions.need_movable(_record(guest))
         for other in self.migrations.values():
-            if other.guest == guest.name and not _over(other):
+            if other.guest_uuid == guest.uuid and not _over(other):
                 said = f"guest {guest.name} is in migration {other.name} already"
                 raise DroverError(R.GUEST_IS_MIGRATING, said, details={"migration": other.name})
         spec = wire.guest_spec_from_proto(guest.spec)
