@@ -19,6 +19,8 @@ from orchestrator.core.liveness import Liveness, LivenessUnknown
 
 _NAMED = re.compile(rb"\0-name\0guest=")
 """Of a VMM's command line, whatever its program is called."""
+_WAITS = re.compile(rb"[^\0]*/sh\0-c\0[^\0]*\0gate\0")
+"""The beginning of the command line of what waits for its note (`agents.host.processes.gated`)."""
 _GONE = frozenset({errno.ENOENT, errno.ESRCH})
 _PARENT, _START_TIME, _FIELDS = 1, 19, 20
 """Of the fields that follow the name; the state is the first of them."""
@@ -91,7 +93,7 @@ def _vmms(sought: list[bytes]) -> list[int]:
         program = words.partition(b"\0")[0].rpartition(b"/")[2]
         # What writes the images of a guest that is to come runs no vCPU; whoever waits for the note of a VMM is none.
         is_vmm = (b"qemu" in program and b"storage-daemon" not in program) or _NAMED.search(words) is not None
-        if is_vmm and b"\0gate\0" not in words and any(below in words for below in sought):
+        if is_vmm and _WAITS.match(words) is None and any(below in words for below in sought):
             found.append(int(name))
     return sorted(found)
 

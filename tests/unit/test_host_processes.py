@@ -11,6 +11,7 @@ import pytest
 
 from agents.guest.tpm import available
 from agents.host.processes import gated, let_in
+from orchestrator.proc import vmms_below
 
 _KILLED_BEFORE_THE_NOTE = """
 import asyncio, os, pathlib, signal, sys
@@ -38,6 +39,22 @@ def test_a_gated_process_whose_starter_is_gone_never_begins(tmp_path: Path) -> N
     child.stdin.close()
     assert child.wait(30) != 0
     assert not (tmp_path / "a").exists()
+
+
+def test_what_waits_is_no_vmm_and_no_word_of_a_guest_hides_one(tmp_path: Path) -> None:
+    """A word of a guest's may be any: a VMM that is overlooked runs beside the one that is started in its place."""
+    below = str(tmp_path / "guest")
+    command = ["qemu-system-x86_64", "-c", "import time; time.sleep(60)", "-append", "gate", f"{below}/i.qmp"]
+    waits = waiting(command)
+    runs = subprocess.Popen(command, executable=sys.executable)
+    try:
+        assert vmms_below([below]) == [runs.pid]
+    finally:
+        for child in (waits, runs):
+            child.kill()
+            child.wait()
+    assert waits.stdin
+    waits.stdin.close()
 
 
 @pytest.mark.skipif(not available(), reason="no swtpm")
