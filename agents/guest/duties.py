@@ -42,7 +42,8 @@ class Duties:
 
     async def _bury(self, duty: Duty, record: GuestRecord) -> None:
         await self.must_be_over(record)
-        await self._must_not_run_unnoted(record)
+        # A process that was to be adopted and was not noted down has never been the guest: it is left as it is.
+        await self._must_not_run_unnoted(record, adopted=bool(record.starts))
         await self._guest.ledger.not_started(self._tools.here)
 
     def _attempt_ledger(self, record: GuestRecord) -> AttemptLedger:
@@ -65,12 +66,12 @@ class Duties:
         await self._must_not_run_unnoted(record)
         await self._settled(self._attempt_ledger(record).crashed(host_died=host_died))
 
-    async def _must_not_run_unnoted(self, record: GuestRecord) -> None:
+    async def _must_not_run_unnoted(self, record: GuestRecord, *, adopted: bool = True) -> None:
         """A VMM of this power cycle whose note is lost is alive all the same. Raises INTERNAL, and LivenessUnknown."""
         if record.owner.boot_id != self._tools.here.boot_id:
             return
         known = {copy.vmm.metadata.pid for copy in self._guest.copies.values()}
-        unnoted = set(await asyncio.to_thread(self._files.vmms)) - known
+        unnoted = set(await asyncio.to_thread(self._files.vmms, adopted=adopted)) - known
         if unnoted:
             said = f"process {min(unnoted)} of it runs here, and no note names it: it is not given up"
             raise self._guest.refused(

@@ -174,14 +174,15 @@ class GuestFiles:
         """What must survive a power loss; holds everything of the guest on this host."""
         return guests_root(self.config.dir / "guests") / self.uuid[:16]
 
-    def vmms(self) -> list[int]:
-        """Pids of the guest's VMMs that run on this host, noted down or not. Raises LivenessUnknown."""
+    def vmms(self, *, adopted: bool = True) -> list[int]:
+        """Pids of the guest's VMMs that run on this host, noted down or not; `adopted`: also the one that somebody else
+        started, if it was, or was to be, taken over here. Raises LivenessUnknown."""
         try:
             roots = known_roots(self.config)
         except OSError as error:
             raise LivenessUnknown(f"where processes of the guest would be is not known: {error}") from error
         found = vmms_below(f"{root}/{self.uuid[:16]}" for root in roots)
-        taken = self.spec.adopted
+        taken = self.spec.adopted if adopted else None
         if taken is not None and start_time_of(taken.pid) == taken.start_time:  # its command line names nothing of ours
             found.append(taken.pid)
         return found

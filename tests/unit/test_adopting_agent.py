@@ -153,6 +153,21 @@ async def test_an_agent_that_died_behind_the_note_goes_on(
     await second.stop()
 
 
+async def test_an_agent_that_died_before_the_note_leaves_it_as_it_was(
+    config: AgentConfig, world: World, mover: AdoptingFake, process: subprocess.Popen[bytes]
+) -> None:
+    """It has never been a guest, so it is no process of one that was forgotten."""
+    spec = decode(GuestSpec, world.store.tree.nodes[paths.guest_spec(G)].data)
+    files.GuestFiles(config, G, spec).make()
+    agent = made(config, world, mover)
+    await agent.start()
+    await until(lambda: record(world).phase is Ownership.GONE)
+    assert record(world).never_ran
+    assert (mover.started, process.poll()) == ([], None)
+    assert paths.name("web") not in world.store.tree.nodes
+    await agent.stop()
+
+
 async def test_given_back_it_is_let_go_and_its_name_is_free(
     agent: Agent, world: World, mover: AdoptingFake, process: subprocess.Popen[bytes]
 ) -> None:
