@@ -135,6 +135,7 @@ async def test_it_is_taken_over_and_moves_to_a_vmm_of_ours(tmp_path: Path) -> No
             await destination.resume()
             assert (await destination.state()).run_state is RunState.RUNNING
             await again.destroy()
+            await asyncio.to_thread(hand.process.wait, 30)  # our child: whoever of us reaps it first
             assert start_time_of(hand.process.pid) is None
         finally:
             await destination.destroy()
