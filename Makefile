@@ -52,8 +52,8 @@ oracle: setup qemu-11  ## 200 real migrations of QEMU 11.1 against our machine o
 	DROVER_LONG=1 $(PYTEST) tests/oracle $(ARGS)
 
 .PHONY: matrix
-matrix: setup  ## the kill matrix of guests with disks: each part, at each step (about 25 minutes; table in build/matrix.json)
-	DROVER_LONG=1 $(PYTEST) tests/integration/handover/test_matrix.py -s $(ARGS)
+matrix: setup  ## the kill matrix of guests with disks and of adopted ones: each part, at each step (about 25 minutes; table in build/matrix.json)
+	DROVER_LONG=1 $(PYTEST) tests/integration/handover/test_matrix.py tests/integration/handover/test_adoption.py -s $(ARGS)
 
 .PHONY: explore
 explore: venv  ## the exploration of the hand-over with wider bounds (some minutes)
