@@ -186,6 +186,33 @@ def test_source_agent_dies_while_it_moves(scene: Scene, tmp_path: Path) -> None:
         arrived(scene, hand, guest, answer.migration.name)
 
 
+def test_given_back_it_runs_on_and_can_be_adopted_again(scene: Scene, tmp_path: Path) -> None:
+    """Its move has been asked for and cannot go on: the destination's agent stands still."""
+    with by_hand(scene, tmp_path) as hand:
+        with scene.frozen(scene.agent(scene.there)):
+            before = hand.adopt()
+            assert not hand.monitor_greets()
+            given_back = Born(hand.name, before.guest.uuid, GuestSpec(hand.name))
+            scene.reach(lambda: scene.record(given_back).phase is Ownership.OPEN, "an attempt")
+            gone = scene.client.release_guest(hand.name)
+            assert (gone.uuid, wire.word(gone, "ownership")) == (before.guest.uuid, "GONE")
+            record = scene.record(given_back)
+            assert (record.phase, record.released) == (Ownership.GONE, True)
+            scene.reach(hand.monitor_greets, "a monitor that is free")
+            beats = hand.beats(scene.here)
+            scene.reach(lambda: hand.beats(scene.here) > beats, "a guest that runs on")
+            assert hand.runs
+        scene.kill_agent(scene.here)  # its successor finds nothing of the guest that it would end or keep
+        scene.agents_are_back()
+        beats = hand.beats(scene.here)
+        scene.reach(lambda: hand.beats(scene.here) > beats, "a guest that runs on")
+        assert hand.runs
+        answer = scene.reach(hand.adopt, "an adoption by the agent that is back")
+        assert answer.guest.uuid != before.guest.uuid
+        arrived(scene, hand, hand.judged(answer), answer.migration.name)
+        assert scene.answer(lambda: scene.client.release_guest(hand.name)) == RefusalReason.NOT_ADOPTABLE
+
+
 def refused(hand: ByHand) -> Sequence[str]:
     """Reasons that the answer of a dry run has; an adoption in earnest is refused, and changes nothing."""
     found = [each.reason for each in hand.adopt(validate_only=True).obstacles]
