@@ -21,6 +21,8 @@ from agents.__main__ import Peers
 from agents.agent import Agent
 from agents.config import AgentConfig
 from agents.engine import base as engine
+from agents.engine.qemu import process as vmm_process
+from agents.engine.qemu.engine import QemuEngine, QemuVmm
 from agents.guest import adopting, files
 from agents.host.metrics import Metrics
 from orchestrator.core import handover
@@ -237,3 +239,34 @@ async def test_a_process_of_a_guest_of_drover_s_own_is_not_examined(
         assert caught.value.reason is RefusalReason.ALREADY_EXISTS
         await agent.stop()
         child.kill()
+
+
+async def test_a_qemu_that_cannot_be_noted_down_is_told_again_what_it_was_told_at_its_start(
+    tmp_path: Path, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever started it waits for its end when the guest shuts down."""
+    said: list[tuple[str, object]] = []
+
+    async def execute(self: QemuVmm, command: str, arguments: object = None, **_: object) -> None:
+        said.append((command, arguments))
+
+    async def nothing(self: object, *_: object) -> None:
+        pass
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(QemuVmm, "_execute", execute)
+    for name in ("connect", "learn"):
+        monkeypatch.setattr(QemuVmm, name, nothing)
+    monkeypatch.setattr(QemuEngine, "_known", nothing)
+    monkeypatch.setattr(vmm_process, "write_metadata", full)
+    extra = {engine.ADOPTED_QMP: "/run/q", "shutdown": "poweroff", "reboot": "reset"}
+    start_time = start_time_of(process.pid)
+    assert start_time is not None
+    noted = engine.VmmMetadata(G, "i", process.pid, start_time, "owner", extra=extra)
+    spec = engine.VmmSpec(G, "i", GuestSpec("web"), tmp_path, tmp_path / "c", None)
+    with pytest.raises(engine.EngineError, match="disk full"):
+        await QemuEngine(None).take_over(noted, spec)
+    actions = [arguments for command, arguments in said if command == "set-action"]
+    assert actions[-1] == {"shutdown": "poweroff", "reboot": "reset"}

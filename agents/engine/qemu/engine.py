@@ -669,7 +669,11 @@ class QemuEngine(base.MigrationEngine, base.AdoptingEngine):
             await vmm.survive_its_guest()
             process.write_metadata(process.metadata_path(spec), metadata)
         except BaseException as error:
-            await vmm.detach()
+            with contextlib.suppress(OSError):
+                try:
+                    await vmm.hand_back()
+                except EngineError:
+                    await vmm.detach()
             if isinstance(error, OSError):
                 raise EngineError(f"cannot note down the VMM of {spec.spec.name}: {error}") from error
             raise
