@@ -514,7 +514,7 @@ async def test_a_guest_is_not_started_again_while_a_process_of_it_is_left(
         left.append(4711)
         raise engine.EngineError("destroy: not over after 5 s")
 
-    monkeypatch.setattr(GuestFiles, "vmms", lambda _: list(left))
+    monkeypatch.setattr(GuestFiles, "vmms", lambda _, **_of: list(left))
     with monkeypatch.context() as patched:
         patched.setattr(SlowEngine, "start", starts)
         with pytest.raises(DroverError, match="destroy: not over"):
