@@ -538,7 +538,9 @@ class MigrationEngine(Protocol):
         """`version`, `machine_types` (comma separated), `machine_aliases` (`pc=pc-i440fx-10.0,...`), `switchover_ack`
         (none, legacy, per-device), `accelerator`, `devices_inside` (empty: it cannot have devices inside the VMM),
         `cpu_models` (comma separated, those that it can give in full; empty: it does not say), `limits` (what it cannot
-        do that the hand-over would make use of, a sentence each, separated by `; `; empty or missing: nothing)."""
+        do that the hand-over would make use of, a sentence each, separated by `; `; empty or missing: nothing),
+        `against_memory` (why no memory is added to a machine that runs; empty or missing: nothing stands against it).
+        """
         ...
 
     async def start(self, spec: VmmSpec) -> Vmm:

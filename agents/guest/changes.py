@@ -174,7 +174,17 @@ class Changes:
         files = replace(self._guest.files, spec=after)
         await preflight.must_suit(self._shared.engine, self._shared.config, files)
         if after.memory_mib > self._guest.files.spec.memory_mib:
+            await self._memory_must_be_possible()
             await self._shared.must_have_memory(self._guest.uuid, after.memory_mib)
+
+    async def _memory_must_be_possible(self) -> None:
+        try:
+            against = (await self._shared.engine.probe()).get("against_memory", "")
+        except EngineError as error:
+            raise self._guest.refused(reason_of(error), str(error)) from error
+        if against:
+            said = f"{against}; start it anew with more `memory`"
+            raise self._guest.refused(RefusalReason.FEATURE_NOT_AVAILABLE, said)
 
     async def _carry_out(self, own: Copy, change: Change, reservations: int) -> None:
         """Raises whatever goes wrong: what came of it is settled afterwards."""

@@ -126,6 +126,14 @@ async def test_what_was_added_moves_along_and_sits_where_it_sat(plug: Plug) -> N
     assert await destination.unmigratable() == ()
 
 
+@pytest.mark.qemu
+@no_qemu
+@pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+async def test_memory_is_added_only_under_an_accelerator_that_notices_every_write(accelerator: str) -> None:
+    against = (await QemuEngine(image(), accelerator=accelerator).probe())["against_memory"]
+    assert bool(against) is (accelerator == "tcg")
+
+
 async def test_what_cannot_be_added_leaves_nothing_behind(plug: Plug) -> None:
     listed = plug.born()
     source = await plug.started(listed)

@@ -369,10 +369,11 @@ class FakeEngine:
     script: Script = field(default_factory=Script)
     listening: dict[str, FakeVmm] = field(default_factory=dict[str, FakeVmm])
     processes: dict[int, FakeVmm] = field(default_factory=dict[int, FakeVmm])
+    against_memory: str = ""
 
     async def probe(self) -> dict[str, str]:
         known = {"version": "fake", "machine_types": "pc", "switchover_ack": "none", "accelerator": "none"}
-        return known | {"devices_inside": "yes"}
+        return known | {"devices_inside": "yes", "against_memory": self.against_memory}
 
     async def start(self, spec: base.VmmSpec) -> FakeVmm:
         return self._make(spec, "owner", "", 0, RunState.RUNNING)

@@ -326,6 +326,19 @@ async def test_what_cannot_be_is_refused_with_its_reason_and_nothing_changes(
     assert "attach" not in vmm.calls
 
 
+async def test_no_memory_is_added_where_the_engine_would_lose_what_is_written_to_it(house: Changing) -> None:
+    house.mover.against_memory = "its dirty pages are not noticed"
+    with pytest.raises(DroverError, match=r"dirty pages are not noticed; start it anew with more `memory`") as refused:
+        await house.change(CHANGES["memory"])
+    assert refused.value.reason is R.FEATURE_NOT_AVAILABLE
+    (vmm,) = house.mover.processes.values()
+    assert "attach" not in vmm.calls
+    assert house.recorded == SPEC
+    await house.change(CHANGES["vcpus"])
+    await house.change(CHANGES["disk"])
+    await house.agrees()
+
+
 async def test_a_guest_without_a_list_of_devices_says_what_to_do(tmp_path: Path) -> None:
     house = Changing(tmp_path)
     await house.agent.start()

@@ -44,6 +44,12 @@ _TRICKLE_BYTES_PER_S = 4096
 _TRICKLE_DOWNTIME_MS = 1
 _NO_LIMIT_MS, _NO_LIMIT_BYTES_PER_S = 2_000_000, 1 << 40
 """The most that QEMU takes for a downtime: of a guest that stands still there is none to keep short."""
+_AGAINST_MEMORY = (
+    "under tcg, QEMU does not notice all that a guest writes to added memory while it moves, and ends by an assertion"
+)
+"""physmem: cpu_physical_memory_sync_dirty_bitmap resets TLB entries by the offset in a block, where the address of the
+block's start has to be added. For a second block these are entries of the first, or the range leaves the first one:
+`tlb_reset_dirty_range_all: Assertion block == qemu_get_ram_block(end - 1)`. KVM keeps its own account."""
 _POLL_S = 0.003
 _CONNECT_S = 8.0
 _CANCEL_S = 1.0
@@ -610,6 +616,7 @@ class QemuEngine(base.MigrationEngine, base.AdoptingEngine):
             "switchover_ack": features.switchover_ack,
             "devices_inside": "yes" if features.devices_inside else "",
             "accelerator": self._accelerator,
+            "against_memory": _AGAINST_MEMORY if self._accelerator == "tcg" else "",
             "cpu_models": ",".join(features.cpu_models),
         }
 
