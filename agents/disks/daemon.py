@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Generator, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 from agents.disks.images import DiskError
 from agents.engine.base import DiskFile, EngineError
 from agents.engine.qemu.qmp import QmpConnection
-from agents.host.processes import Watched, spawned, tail_of
+from agents.host.processes import Watched, gated, let_in, note_down, spawned, tail_of
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 from orchestrator.core.records import DiskCache
@@ -60,7 +61,8 @@ class DiskDaemon:
         started = cls(directory, watched, Endpoint(ip, port))
         try:
             note = {"pid": child.pid, "start_time": start_time, "ip": ip, "port": port}
-            _path(directory, "note").write_text(json.dumps(note))
+            note_down(_path(directory, "note"), note)
+            let_in(child)
             await started._connected(_START_S)
         except (OSError, DiskError) as error:
             words = tail_of(_path(directory, "log"))
@@ -144,7 +146,7 @@ class DiskDaemon:
             except TimeoutError:
                 raise DiskError(f"{_PROGRAM} {self._process.pid} was killed and has not ended") from None
         await self.detach()
-        for suffix in ("qmp", "log", "note"):
+        for suffix in ("qmp", "log", "note", "note.tmp"):
             _path(self._directory, suffix).unlink(missing_ok=True)
 
     async def detach(self) -> None:
@@ -174,8 +176,8 @@ async def open_daemon(directory: Path, ip: str, disks: Sequence[DiskFile]) -> Di
 
 
 async def _end_unnoted(directory: Path) -> None:
-    """One whose agent died before it noted it down exports nothing yet, and would hold its port for ever. Raises
-    nothing: without an answer there is none, or the next start says what is in its way."""
+    """One whose note is lost would hold its port for ever. Raises nothing: without an answer there is none, or the next
+    start says what is in its way."""
     qmp = QmpConnection("disks", None)
     with contextlib.suppress(EngineError):
         await qmp.connect(_path(directory, "qmp"), 1.0)
@@ -196,15 +198,20 @@ def _as_disk_error(what: str) -> Generator[None]:
 
 
 def _spawn(directory: Path, descriptor: int, disks: int) -> subprocess.Popen[bytes]:
-    """Blocking. The session of its own lets it outlive this process."""
+    """One that begins once it is noted down (`let_in`). Blocking. The session of its own lets it outlive this process.
+
+    Raises DiskError.
+    """
+    if shutil.which(_PROGRAM) is None:
+        raise DiskError(f"there is no program {_PROGRAM}: install qemu-system-common")
     monitor = f"socket,id=qmp,path={str(_path(directory, 'qmp')).replace(',', ',,')},server=on,wait=off"
     server = f"addr.type=fd,addr.str={descriptor},max-connections={disks}"
     command = [_PROGRAM, "--chardev", monitor, "--monitor", "chardev=qmp", "--nbd-server", server]
     with _path(directory, "log").open("ab") as log:
         try:
             return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
+                gated(command),
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

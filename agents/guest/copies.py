@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
+
+import structlog
 
 from agents.disks.images import DiskError, retire
 from agents.disks.local import images_of, local
@@ -34,11 +36,15 @@ from agents.guest import hardware as standing
 from agents.guest.devices import Devices
 from agents.guest.files import GuestFiles
 from agents.guest.hardware import Hardware
+from agents.guest.tpm import Tpm
 from agents.nets.taps import NetsError, Taps
-from agents.shims.base import DestinationShim, InVmmDevices, SourceShim
+from agents.shims.base import DestinationShim, InVmmDevices, ShimError, SourceShim
+from agents.shims.companion import DeviceProcess
 from orchestrator.core.hardware import has_hardware
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import DiskSpec, LiveMachine
+
+log = structlog.get_logger(__name__)
 
 MIGRATING = frozenset(
     {
@@ -350,3 +356,27 @@ async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadat
     for path in (spec.console_path, files.reserved_marker(metadata.inc), *left):
         await asyncio.to_thread(path.unlink, missing_ok=True)
     return None
+
+
+async def end_unnoted(files: GuestFiles, known: Collection[str]) -> None:
+    """End what earlier agents of this host started for VMMs that they never noted down: device processes and TPMs come
+    first, and an agent may be killed in between. `known`: every copy (`inc`) that there is.
+
+    To be called when all notes were read, and before any copy is made. What does not end is left to the next agent: it
+    holds nothing that the guest needs. Raises LivenessUnknown.
+    """
+    left = files.unnoted(known)
+    if not left:
+        return
+    if running := set(await asyncio.to_thread(files.vmms)) - {one.pid for one in files.processes()}:
+        said = "a VMM runs and no note names it: what it stands on is left as it is"
+        log.error(said, guest=files.spec.name, pid=min(running))
+        return
+    for inc in sorted(left):
+        log.warning("what was started for a VMM that never came to be is ended", guest=files.spec.name, inc=inc)
+        try:
+            await DeviceProcess.end_left(files.devices_spec(inc))
+            await Tpm.adopt(files.directory, inc).end()
+            await asyncio.to_thread(files.remove_unnoted, inc)
+        except (ShimError, EngineError, OSError) as error:
+            log.error("something of a VMM that never came to be is left", guest=files.spec.name, error=str(error))

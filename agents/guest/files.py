@@ -22,7 +22,9 @@ import errno
 import functools
 import json
 import os
+import re
 import stat
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -48,6 +50,8 @@ log = structlog.get_logger(__name__)
 
 _OTHER_NOTES = (".devices.json", ".machine.json", ".cards.json")
 _OF_THE_GUEST = ("guest.json", "change.json")
+_INC = re.compile(r"[0-9a-f]{16}")
+_STATE = (".nvram", ".tpmstate")
 
 _LONGEST_ROOT = 107 - len("/0123456789abcdef/0123456789abcdef.vfio")
 """In bytes. Below it lie sockets, whose paths the kernel bounds."""
@@ -393,6 +397,22 @@ class GuestFiles:
             except (OSError, ValueError, TypeError) as error:
                 raise BadRecord(f"{path}: the note of a VMM cannot be read ({error}): mend or remove it") from error
         return found
+
+    def unnoted(self, known: Collection[str]) -> set[str]:
+        """The copies (`inc`) that something was made for here, and whose VMM no note names; `known` left out. Raises
+        BadRecord when it cannot be told."""
+        names = [path.name for path in self._listed()]
+        made = {name.partition(".")[0] for name in names}
+        noted = {one.inc for one in self.processes()}
+        return {inc for inc in made if _INC.fullmatch(inc)} - noted - set(known)
+
+    def remove_unnoted(self, inc: str) -> None:
+        """Nothing is left of a copy whose VMM never came to be, but what a guest might have written, should only its
+        note have been lost: that goes with the guest. Idempotent. Raises OSError."""
+        for path in listed(self.directory):
+            if path.name.startswith(f"{inc}.") and not path.name.endswith(_STATE):
+                path.unlink(missing_ok=True)
+        self.reserved_marker(inc).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from orchestrator.core.agent import (
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef
-from orchestrator.core.liveness import Liveness
+from orchestrator.core.liveness import Liveness, LivenessUnknown
 from orchestrator.core.records import GuestSpec, HostRecord, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode
@@ -76,6 +76,7 @@ class HeldGuest:
         """Nothing of the guest is here any more."""
         self.all_adopted = False
         """Every process that an earlier agent left was adopted, or is dead."""
+        self._adopting = asyncio.Lock()
         self._images: LocalImages | None = None
         self._making = 0
         """Processes that are being started and are not among the copies yet."""
@@ -136,8 +137,12 @@ class HeldGuest:
     async def adopt_left(self) -> None:
         """Raises BUSY while a process that was left is alive and does not answer, BadRecord for a note that cannot be
         read: what is not known is not dead, and nothing may be decided before."""
-        if self.all_adopted:
-            return
+        async with self._adopting:
+            if not self.all_adopted:
+                await self._adopt_all()
+                self.all_adopted = True
+
+    async def _adopt_all(self) -> None:
         for metadata in self.files.processes():
             if metadata.inc in self.copies:
                 continue
@@ -148,7 +153,10 @@ class HeldGuest:
                 raise self.refused(RefusalReason.BUSY, said) from error
             if copy is not None:
                 self.add(copy)
-        self.all_adopted = True
+        try:
+            await making.end_unnoted(self.files, self.copies)
+        except LivenessUnknown as error:
+            raise self.refused(RefusalReason.BUSY, str(error)) from error
 
     async def fresh(self, *, anew: bool = False) -> KnownRecord:
         """The record, not older than this call, once all processes are known. Raises Untrusted, StoreUnavailable and

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 from agents.engine.base import EngineError
-from agents.host.processes import Watched, gated, let_in, spawned, tail_of
+from agents.host.processes import Watched, gated, let_in, note_down, spawned, tail_of
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 
@@ -71,7 +71,7 @@ class Tpm:
         except LivenessUnknown as error:
             raise EngineError(f"the TPM cannot be watched, and was ended: {error}") from error
         try:
-            made._path("tpm.note").write_text(json.dumps({"pid": child.pid, "start_time": start_time}))
+            note_down(made._path("tpm.note"), {"pid": child.pid, "start_time": start_time})
             let_in(child)
             await made._listens()
         except BaseException:
@@ -117,11 +117,8 @@ class Tpm:
             raise EngineError(f"{note}: whether the TPM lives cannot be told: {error}") from error
         return found
 
-    async def destroy(self, *, keep: Path | None = None) -> None:
-        """It is gone, with its files; its state is put aside as `keep`. Idempotent.
-
-        Raises EngineError when it does not end; to be repeated then.
-        """
+    async def end(self) -> None:
+        """It is gone; its files are left. Idempotent. Raises EngineError when it does not end."""
         if self._process is not None:
             self._process.kill()
             try:
@@ -131,10 +128,17 @@ class Tpm:
                 said = f"the TPM's process {self._process.pid} was killed and has not ended in {_END_S:g} s"
                 raise EngineError(said) from None
             self.detach()
+
+    async def destroy(self, *, keep: Path | None = None) -> None:
+        """It is gone, with its files; its state is put aside as `keep`. Idempotent.
+
+        Raises EngineError when it does not end; to be repeated then.
+        """
+        await self.end()
         if keep is not None:
             with contextlib.suppress(FileNotFoundError):
                 self._path("tpmstate").replace(keep)
-        for suffix in ("tpm", "tpmstate", "tpm.log", "tpm.note"):
+        for suffix in ("tpm", "tpmstate", "tpm.log", "tpm.note", "tpm.note.tmp"):
             with contextlib.suppress(FileNotFoundError):
                 self._path(suffix).unlink()
         with contextlib.suppress(FileNotFoundError):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from orchestrator import proc
@@ -35,6 +36,13 @@ def let_in(child: subprocess.Popen[bytes]) -> None:
     assert child.stdin is not None
     with child.stdin as gate:
         gate.write(b"\n")
+
+
+def note_down(path: Path, known: Mapping[str, object]) -> None:
+    """Write what a later agent finds a process by; whole or not at all. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(known))
+    temporary.replace(path)
 
 
 async def spawned(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agents.host.processes import Watched, spawned, tail_of
+from agents.host.processes import Watched, note_down, spawned, tail_of
 from agents.shims.base import DestinationShim, InVmmDevices, OptionsRefused, ShimError, SourceShim, WrongOption
 from agents.shims.client import RemoteDestination, RemoteInside, RemoteSource, ShimClient
 from orchestrator.core.liveness import Liveness, LivenessUnknown
@@ -93,13 +93,13 @@ class DeviceProcess:
         description = _description(spec, incoming=incoming)
         steps = _Steps()
         try:
-            child = await spawned(lambda: _spawn(spec, description, steps.write_fd))
+            child = await spawned(lambda: _spawn(spec, steps.write_fd))
         except BaseException:
             steps.close()
             raise
         steps.close_write()
         try:
-            watched, _ = await Watched.adopt_child(child)
+            watched, start_time = await Watched.adopt_child(child)
         except BaseException as error:
             steps.close()
             if isinstance(error, LivenessUnknown):
@@ -107,8 +107,21 @@ class DeviceProcess:
             raise
         started = cls(spec, watched)
         started._steps = steps
+        await started._started_or_gone(started._described(child, start_time, description))
         await started._reached(b"p")
         return started
+
+    async def _described(self, child: subprocess.Popen[bytes], start_time: int, description: bytes) -> None:
+        """It is noted down before it can know what it is to hold: one that nobody would find never begins. The program
+        may write that note again. Raises ShimError."""
+        known = {"guest": self.spec.guest, "inc": self.spec.inc, "pid": child.pid, "start_time": start_time}
+        try:
+            note_down(self.spec.path("devices.json"), known)
+        except OSError as error:
+            assert child.stdin is not None
+            child.stdin.close()
+            raise ShimError(f"it cannot be noted down: {error}") from error
+        await asyncio.to_thread(_describe, child, description)
 
     async def ready(self) -> None:
         """The devices take calls. Raises ShimError; no process is left then."""
@@ -162,6 +175,12 @@ class DeviceProcess:
             raise
         return found
 
+    @classmethod
+    async def end_left(cls, spec: DevicesSpec) -> None:
+        """End the process that an earlier agent started for a VMM which never came to be, whatever it answers, and
+        remove its files. Raises ShimError and OSError when something is left."""
+        await cls(spec, _known_process(spec) or Watched(0, None)).destroy()
+
     @property
     def pid(self) -> int:
         """Of the process; its start time is needed as well to recognise it later."""
@@ -206,7 +225,16 @@ class DeviceProcess:
             except TimeoutError:
                 raise ShimError(f"the device process {self.pid} was killed and has not ended in {_END_S:g} s") from None
         await self.detach()
-        for suffix in ("dev", "ctl", "vfio", "devices.json", "devices.tmp", "devices.log", "vfio.log"):
+        for suffix in (
+            "dev",
+            "ctl",
+            "vfio",
+            "devices.json",
+            "devices.json.tmp",
+            "devices.tmp",
+            "devices.log",
+            "vfio.log",
+        ):
             self.spec.path(suffix).unlink(missing_ok=True)
 
     async def detach(self) -> None:
@@ -297,11 +325,11 @@ def _description(spec: DevicesSpec, *, incoming: bool) -> bytes:
     ).encode()
 
 
-def _spawn(spec: DevicesSpec, description: bytes, ready_fd: int) -> subprocess.Popen[bytes]:
-    """Blocking. The session of its own lets the devices outlive this process."""
+def _spawn(spec: DevicesSpec, ready_fd: int) -> subprocess.Popen[bytes]:
+    """A program that waits for its description. Blocking. Its own session lets the devices outlive this process."""
     with spec.path("devices.log").open("ab") as log:
         try:
-            child = subprocess.Popen(
+            return subprocess.Popen(
                 spec.program,
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -313,10 +341,13 @@ def _spawn(spec: DevicesSpec, description: bytes, ready_fd: int) -> subprocess.P
             )
         except OSError as error:
             raise ShimError(f"cannot run {spec.program[0]}: {error}") from error
+
+
+def _describe(child: subprocess.Popen[bytes], description: bytes) -> None:
+    """Blocking. A program that has ended already is told of elsewhere."""
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
         stdin.write(description)
-    return child
 
 
 def _known_process(spec: DevicesSpec) -> Watched | None:

@@ -4,8 +4,8 @@ It lives in a session of its own and outlives agent and VMM, as a DPU would. It 
 when its directory or its metadata file vanishes, so that nothing is ever left behind.
 
 It reads its description from standard input (JSON: `guest`, `inc`, `directory`, `seed`, `incoming`, `devices` with
-`name`, `shim`, sizes and `options`), writes `<inc>.devices.json` (pid and start time, for a later agent) and
-serves
+`name`, `shim`, sizes and `options`) and ends if that is not complete: its agent was killed. It writes
+`<inc>.devices.json` (pid and start time, for a later agent), as the agent did, and serves
 
 * `<inc>.dev`, the guest's second serial port: doorbells `R <d> <n>`, answers `A <d> <n> <answer>`
   (deploy/lab/guest_image/README.md). A device answers while it may speak; doorbells that came while it was stopped are
