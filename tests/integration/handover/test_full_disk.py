@@ -23,9 +23,16 @@ def _run(*command: object) -> None:
 
 @contextlib.contextmanager
 def small_disks(scene: Scene, host: str) -> Iterator[list[Path]]:
-    """The notes, sockets, logs and markers of the host's guests lie on 2 MiB of their own; there are no guests yet."""
+    """The notes, sockets, logs and markers of the host's guests lie on 2 MiB of their own; there are no guests yet, and
+    none at the end.
+
+    An agent that starts meanwhile registers the small disk as the place of its markers, and that is taken away: another
+    one registers the directory below it, or no later agent of this power cycle could prove that it has the markers.
+    """
     config = json.loads((scene.layout.host(host) / "agent.json").read_text())
     with contextlib.ExitStack() as mounted:
+        mounted.callback(scene.agents_are_back)
+        mounted.callback(scene.kill_agent, host)
         directories = [Path(config["dir"]) / "guests", Path(config["volatile_dir"])]
         for directory in directories:
             directory.mkdir(exist_ok=True)
