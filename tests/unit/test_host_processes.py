@@ -48,6 +48,10 @@ def test_what_waits_is_no_vmm_and_no_word_of_a_guest_hides_one(tmp_path: Path) -
     waits = waiting(command)
     runs = subprocess.Popen(command, executable=sys.executable)
     try:
+        until_s = time.monotonic() + 20
+        while not Path(f"/proc/{runs.pid}/cmdline").read_bytes():  # the kernel has it a moment after the program began
+            assert time.monotonic() < until_s
+            time.sleep(0.01)
         assert vmms_below([below]) == [runs.pid]
     finally:
         for child in (waits, runs):
