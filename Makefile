@@ -64,13 +64,13 @@ libvirt: setup  ## every case of hosts that run their guests by libvirt (minutes
 	DROVER_LONG=1 $(PYTEST) tests/contract/test_engine_libvirt.py tests/integration/test_libvirt_cluster.py $(ARGS)
 
 .PHONY: check
-check: venv  ## style, types, import rules, stubs; needs the Python environment only
+check: venv  ## style, types (of what changed; ALL=1: of every file), import rules, stubs: for each commit
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target check-types check-style check-imports check-protos
 	@echo "check: all passed"
 
 .PHONY: check-style check-types check-imports check-protos
 check-types:
-	$(VENV)/bin/pyright --threads 2
+	@$(PY) scripts/check_types.py $(if $(ALL),--all)
 check-style:
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check --quiet .
