@@ -38,6 +38,24 @@ def let_in(child: subprocess.Popen[bytes]) -> None:
         gate.write(b"\n")
 
 
+def leashed(command: Sequence[str]) -> list[str]:
+    """The command, which does not outlive its agent however that ends. Its pid is the command's own.
+
+    To be started with a pipe for its standard input, whose end is noticed by a process beside it, and in a session of
+    its own, which `end_leashed` ends. While either of the two is there the kernel gives their number to nobody else.
+    """
+    return ["/bin/sh", "-c", 'exec 3<&0; { read -r _ <&3; kill -9 $$; } & exec "$@" 3<&- </dev/null', "leash", *command]
+
+
+def end_leashed(child: subprocess.Popen[bytes]) -> None:
+    """Kill a `leashed` child with whoever watches over it, and reap it. Idempotent. Blocking."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    if child.stdin is not None:
+        child.stdin.close()
+    child.wait()
+
+
 def note_down(path: Path, known: Mapping[str, object]) -> None:
     """Write what a later agent finds a process by; whole or not at all. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")

@@ -758,7 +758,7 @@ async def _read_features(binary: str, accelerator: str) -> Features:
         "-qmp",
         f"unix:{socket},server=on,wait=off",
     ]
-    child = await processes.spawned(lambda: process.popen(command, directory / "log"))
+    child = await processes.spawned(lambda: process.popen_leashed(command, directory / "log"))
     connection = QmpConnection("probe")
     vfio: list[dict[str, Any]] = []
     cpus: list[dict[str, Any]] = []
@@ -777,8 +777,7 @@ async def _read_features(binary: str, accelerator: str) -> Features:
         raise EngineError(f"{error} ({ended}: {processes.tail_of(directory / 'log')})") from error
     finally:
         await connection.close()
-        child.kill()
-        await asyncio.to_thread(child.wait)
+        await asyncio.to_thread(processes.end_leashed, child)
         await asyncio.to_thread(shutil.rmtree, directory, True)
     found = _features(version, machines, schema, {entry["name"] for entry in vfio})
     whole = (cpu["name"] for cpu in cpus if cpu.get("unavailable-features") == [] and cpu.get("migration-safe"))

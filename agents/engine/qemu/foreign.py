@@ -148,7 +148,7 @@ def ram_blocks(said: str) -> dict[str, int]:
 
 async def tried_out(command: list[str], spec: VmmSpec) -> Mapping[str, Any]:
     """See `AdoptingEngine.try_out`."""
-    child = await processes.spawned(lambda: process.popen(command, process.log_path(spec)))
+    child = await processes.spawned(lambda: process.popen_leashed(command, process.log_path(spec)))
     connection: QmpConnection | None = None
     try:
         async with asyncio.timeout(_TRIAL_S):
@@ -169,8 +169,7 @@ async def tried_out(command: list[str], spec: VmmSpec) -> Mapping[str, Any]:
     finally:
         if connection is not None:
             await connection.close()
-        child.kill()
-        await asyncio.to_thread(child.wait)
+        await asyncio.to_thread(processes.end_leashed, child)
 
 
 async def strangers(execute: Execute, metadata: VmmMetadata) -> list[str]:

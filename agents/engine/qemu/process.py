@@ -15,7 +15,7 @@ from typing import IO
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
 from agents.engine.boot_images import Images
 from agents.engine.qemu import arguments, vfio
-from agents.host.processes import gated
+from agents.host.processes import gated, leashed
 from orchestrator.core.guest import command_line_of
 from orchestrator.core.records import Firmware, ShimKind
 
@@ -173,11 +173,21 @@ def write_metadata(path: Path, metadata: VmmMetadata) -> None:
 
 def popen_gated(command: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """A VMM that begins once it is noted down (`let_in`), and never if its agent is killed before. Blocking."""
-    if shutil.which(command[0]) is None:
-        raise EngineError(f"cannot run {command[0]}: there is no such program; is QEMU installed?")
+    _must_be_there(command[0])
     # Its environment is for it alone: nothing is preloaded into who waits for it.
     words = ["env", *(f"{name}={value}" for name, value in environment.items()), *command]
     return popen(gated(words), log, stdin=subprocess.PIPE)
+
+
+def popen_leashed(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """A QEMU that is asked something and ends with its agent at the latest (`end_leashed`). Blocking."""
+    _must_be_there(command[0])
+    return popen(leashed(command), log, stdin=subprocess.PIPE)
+
+
+def _must_be_there(program: str) -> None:
+    if shutil.which(program) is None:
+        raise EngineError(f"cannot run {program}: there is no such program; is QEMU installed?")
 
 
 def popen(command: list[str], log: Path, *, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
