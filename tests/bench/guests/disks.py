@@ -29,7 +29,7 @@ from orchestrator.core.errors import AbortReason
 from orchestrator.core.records import DiskFormat, DiskSpec
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from protos.drover.v1 import types_pb2
-from tests.bench.guests.registry import Asked, Figure, NotHere, Scene, at_most, beside, spread
+from tests.bench.guests.registry import Asked, Figure, NotHere, Scene, at_most, beside, not_taken, spread
 from tests.fakes.cluster import make_config, running_cluster, short_directory
 from tests.integration.handover import disks as lab_disks
 from tests.integration.handover import scene as lab
@@ -224,23 +224,35 @@ async def disk_moves(asked: Asked) -> list[Figure]:
     seen = await asyncio.to_thread(_take_moves, asked.many(MOVES, least=10))
     ended = sum(seen.aborts.values())
     by_way = ", ".join(f"{count} {way}" for way, count in seen.aborts.items())
-    middle = statistics.median
-    late = seen.again.get("late ACK", [])
-    behind = seen.again.get("destination died behind the drain", [])
-    found = [
+    return [
         beside("moves of a guest with a local disk under write load", seen.moves, "", f"{ended} ended: {by_way}"),
         at_most("blocks, pages and records that were wrong or lost", seen.wrong_blocks + seen.lost_records, "", 0),
-        at_most(
-            "images that differed, of those that were compared", seen.differing, "", 0, f"{seen.compared} compared"
-        ),
+        *_compared_figures(seen),
+        *_again_figures(seen),
     ]
-    if late:
-        found.append(at_most("copies from the start after a late ACK", seen.copied_anew["late ACK"], "", 0))
-        found.append(beside("sent in the attempt after a late ACK, of the disk", middle(late), "", spread(late)))
-    if behind:
-        found.append(
-            at_most("sent in the attempt after an abort behind the drain, of the disk", middle(behind), "", 0.1)
-        )
+
+
+def _compared_figures(seen: Seen) -> list[Figure]:
+    name = "images that differed, of those that were compared"
+    if not seen.compared:
+        return [not_taken(name, "no image was compared")]
+    return [at_most(name, seen.differing, "", 0, f"{seen.compared} compared")]
+
+
+def _again_figures(seen: Seen) -> list[Figure]:
+    """What the attempt after one that was ended sent, where it came to one."""
+    anew, again = "copies from the start after a late ACK", "sent in the attempt after a late ACK, of the disk"
+    behind = "sent in the attempt after an abort behind the drain, of the disk"
+    found: list[Figure] = []
+    if sent := seen.again.get("late ACK"):
+        found.append(at_most(anew, seen.copied_anew["late ACK"], "", 0, f"of {len(sent)}"))
+        found.append(beside(again, statistics.median(sent), "", spread(sent)))
+    else:
+        found.append(not_taken(anew, "no attempt came after a late ACK"))
+    if sent := seen.again.get("destination died behind the drain"):
+        found.append(at_most(behind, statistics.median(sent), "", 0.1, spread(sent)))
+    else:
+        found.append(not_taken(behind, "no attempt came after such an abort"))
     return found
 
 
@@ -254,7 +266,9 @@ def _take_blackouts(rounds: int) -> tuple[list[float], list[float]]:
                 ended = over(scene, scene.migrate(guest, scene.there))
                 if wire.word(ended, "phase") != "SUCCEEDED":
                     raise RuntimeError(f"a move ended {wire.word(ended, 'phase')}: {ended.message}")
-                into.append(ended.attempts[-1].blackout_ms)
+                if not (stood_ms := ended.attempts[-1].blackout_ms):
+                    raise RuntimeError("the report of a move does not say how long the guest stood")
+                into.append(stood_ms)
             for left in (scene.layout.host(scene.here) / "pools" / "fast").glob("*.moved-*"):
                 left.unlink()
             scene.here, scene.there = scene.there, scene.here

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tests.bench.fleet.figures import Figure, at_most, beside, percentile
 
-__all__ = ["Asked", "Figure", "NotHere", "Scene", "at_least", "at_most", "beside", "percentile", "spread"]
+__all__ = ["Asked", "Figure", "NotHere", "Scene", "at_least", "at_most", "beside", "not_taken", "percentile", "spread"]
 
 
 class NotHere(Exception):
@@ -39,6 +39,11 @@ class Scene:
 
 def at_least(name: str, value: float, unit: str, limit: float, note: str = "") -> Figure:
     return Figure(name, round(value, 2), unit, f">= {limit:g}", value >= limit, note)
+
+
+def not_taken(name: str, why: str) -> Figure:
+    """Neither met nor missed: what was to be measured did not happen."""
+    return Figure(name, None, "", note=f"not taken: {why}")
 
 
 def spread(values: list[float]) -> str:

@@ -27,7 +27,7 @@ from deploy.lab.workload import Workload, boot_of
 from orchestrator import wire
 from orchestrator.core.records import DiskCache, DiskFormat, DiskSpec, GuestSpec, PoolKind
 from tests.bench.guests.disks import hosts, over
-from tests.bench.guests.registry import Asked, Figure, Scene, at_most, beside, spread
+from tests.bench.guests.registry import Asked, Figure, NotHere, Scene, at_most, beside, spread
 from tests.contract.test_engine import image
 from tests.integration.handover import scene as lab
 
@@ -152,6 +152,8 @@ async def _by_hand(scene: lab.Scene, full: Path) -> float:
 def _taken(rounds: int) -> tuple[list[float], list[float]]:
     ours, hand = [], []
     with hosts() as scene, tempfile.TemporaryDirectory(prefix="bw-") as kept:
+        if no_limit := [note for note in scene.cluster.places.notes if "bandwidth limit" in note]:
+            raise NotHere(f"the link would not be one of 1 Gbit/s: {no_limit[0]}")
         full = Path(kept) / "full.raw"
         _write_full(full)
         name = f"w-{secrets.token_hex(4)}.raw"
