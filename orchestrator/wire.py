@@ -152,12 +152,12 @@ def policy_from_proto(
 def overrides_from_proto(message: types_pb2.MigrationPolicy, *, field: str = "policy") -> dict[str, int | bool | str]:
     """What is set in the message, as `core.policy.override` takes it."""
     given: dict[str, int | bool | str] = {
-        name: getattr(message, name) for name in (*_POLICY_NUMBERS, *_POLICY_SWITCHES) if _is_set(message, name)
+        name: getattr(message, name) for name in (*_POLICY_NUMBERS, *_POLICY_SWITCHES) if is_set(message, name)
     }
     if message.on_timeout:
         known = _ON_TIMEOUT_OF.get(message.on_timeout)
         if known is None:
-            raise _unknown_word(f"{field}.on_timeout", message.on_timeout, OnTimeout)
+            raise unknown_word(f"{field}.on_timeout", message.on_timeout, OnTimeout)
         given["on_timeout"] = known.value
     return given
 
@@ -187,28 +187,30 @@ def policy_patch(given: Mapping[str, object] | None) -> types_pb2.MigrationPolic
         if name == "on_timeout":
             known = next((word for word in OnTimeout if str(value).lower() == word.value), None)
             if known is None:
-                raise _unknown_word(field, value, OnTimeout)
+                raise unknown_word(field, value, OnTimeout)
             message.on_timeout = _ON_TIMEOUT[known]
         elif name in _POLICY_SWITCHES:
             if not isinstance(value, bool):
-                raise _wrong(field, f"must be true or false, not {quoted(value)}")
+                raise wrong(field, f"must be true or false, not {quoted(value)}")
             setattr(message, name, value)
         elif name in _POLICY_NUMBERS:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-                raise _wrong(field, f"must be a whole number from 0 to {(1 << 31) - 1}, not {quoted(value)}")
+                raise wrong(field, f"must be a whole number from 0 to {(1 << 31) - 1}, not {quoted(value)}")
             setattr(message, name, value)
         else:
             names = ", ".join(each.name for each in known_fields(MigrationPolicy))
-            raise _wrong(field, f"there is no such field; there are {names}")
+            raise wrong(field, f"there is no such field; there are {names}")
     return message
 
 
-def _wrong(field: str, said: str) -> DroverError:
+def wrong(field: str, said: str) -> DroverError:
+    """INVALID_ARGUMENT: what `field` must be, and is not."""
     return DroverError(RefusalReason.INVALID_ARGUMENT, said, field=field)
 
 
-def _unknown_word(field: str, value: object, words: Iterable[str]) -> DroverError:
-    return _wrong(field, f"must be one of {', '.join(words)}, not {quoted(value)}")
+def unknown_word(field: str, value: object, words: Iterable[str]) -> DroverError:
+    """INVALID_ARGUMENT: `field` must be one of `words`."""
+    return wrong(field, f"must be one of {', '.join(words)}, not {quoted(value)}")
 
 
 # --- guests -----------------------------------------------------------------------------------------------------------
@@ -235,8 +237,8 @@ def device_from_proto(message: types_pb2.DeviceSpec, *, field: str = "device") -
     not know; `field` names the device in that error."""
     shim = _SHIM_KIND_OF.get(message.shim)
     if shim is None:
-        raise _unknown_word(f"{field}.shim", message.shim or "", ShimKind)
-    given: dict[str, Any] = {name: getattr(message, name) for name in _DEVICE_SIZES if _is_set(message, name)}
+        raise unknown_word(f"{field}.shim", message.shim or "", ShimKind)
+    given: dict[str, Any] = {name: getattr(message, name) for name in _DEVICE_SIZES if is_set(message, name)}
     if message.dma:
         given["dma"] = message.dma
     given |= {"options": dict(message.options), "driver": message.driver}
@@ -266,14 +268,14 @@ def disk_from_proto(message: types_pb2.DiskSpec, *, field: str = "disk") -> Disk
         name=message.name,
         pool=message.pool,
         image=message.image,
-        format=_meant(_DISK_FORMAT, message.format, DiskFormat.QCOW2, f"{field}.format"),
+        format=meant(_DISK_FORMAT, message.format, DiskFormat.QCOW2, f"{field}.format"),
         size_bytes=message.size_bytes,
-        cache=_meant(_DISK_CACHE, message.cache, DiskCache.NONE, f"{field}.cache"),
+        cache=meant(_DISK_CACHE, message.cache, DiskCache.NONE, f"{field}.cache"),
         read_only=message.read_only,
         boot=message.boot,
         iothread=message.iothread,
         base=message.base,
-        base_format=_meant(_DISK_FORMAT, message.base_format, DiskFormat.QCOW2, f"{field}.base_format"),
+        base_format=meant(_DISK_FORMAT, message.base_format, DiskFormat.QCOW2, f"{field}.base_format"),
     )
 
 
@@ -282,7 +284,7 @@ def image_import_from_proto(
 ) -> ImageImport:
     """What is to be brought in; of a format that is not set it is qcow2. Raises INVALID_ARGUMENT for a format that this
     version does not know."""
-    return ImageImport(name, pool, _meant(_DISK_FORMAT, format, DiskFormat.QCOW2, field), size_bytes)
+    return ImageImport(name, pool, meant(_DISK_FORMAT, format, DiskFormat.QCOW2, field), size_bytes)
 
 
 def image_import_to_proto(image: ImageImport, host: str) -> types_pb2.ImageImport:
@@ -300,14 +302,14 @@ def disk_format_to_proto(format: DiskFormat) -> types_pb2.DiskFormat.ValueType:
 _T = TypeVar("_T", bound=StrEnum)
 
 
-def _meant(words: Mapping[_T, int], number: int, unset: _T, field: str) -> _T:
+def meant(words: Mapping[_T, int], number: int, unset: _T, field: str) -> _T:
     """Of an enumeration in a request: 0 is its default, a number that is not known is refused."""
     if not number:
         return unset
     for word, known in words.items():
         if known == number:
             return word
-    raise _unknown_word(field, number, words)
+    raise unknown_word(field, number, words)
 
 
 def nic_to_proto(nic: NicSpec) -> types_pb2.NicSpec:
@@ -328,7 +330,7 @@ def boot_to_proto(boot: Boot) -> types_pb2.Boot:
 
 def boot_from_proto(message: types_pb2.Boot, *, field: str = "boot") -> Boot:
     """Raises INVALID_ARGUMENT for a firmware that this version does not know."""
-    firmware = _meant(_FIRMWARE, message.firmware, Firmware.DIRECT, f"{field}.firmware")
+    firmware = meant(_FIRMWARE, message.firmware, Firmware.DIRECT, f"{field}.firmware")
     return Boot(message.kernel, message.initrd, message.append, firmware)
 
 
@@ -369,7 +371,7 @@ def machine_from_proto(message: agent_pb2.LiveMachine) -> LiveMachine:
         message.cpu,
         message.memory_mib,
         message.vcpus,
-        _meant(_FIRMWARE, message.firmware, Firmware.DIRECT, "machine.firmware"),
+        meant(_FIRMWARE, message.firmware, Firmware.DIRECT, "machine.firmware"),
         dict(message.firmware_sha256),
         tuple(map(_live_device, message.devices)),
         message.max_memory_mib,
@@ -404,7 +406,7 @@ def machine_change_to_proto(uuid: str, change: MachineChange, reservations: int)
         else:
             request.detach_nic = change.detach_nic
     except (ValueError, OverflowError) as error:
-        raise _wrong("change", f"a number is too large: {error}") from error
+        raise wrong("change", f"a number is too large: {error}") from error
     return request
 
 
@@ -424,7 +426,7 @@ def machine_change_from_proto(message: agent_pb2.ChangeMachineRequest) -> Machin
         case "detach_nic":
             return MachineChange(detach_nic=message.detach_nic)
         case _:
-            raise _wrong("change", "one of them must be set, and known to this version")
+            raise wrong("change", "one of them must be set, and known to this version")
 
 
 def attachment_from_proto(message: orchestrator_pb2.AttachToGuestRequest) -> MachineChange:
@@ -439,13 +441,13 @@ def attachment_from_proto(message: orchestrator_pb2.AttachToGuestRequest) -> Mac
         case "vcpus" if message.vcpus > 0:
             return MachineChange(vcpus=message.vcpus)
         case _:
-            raise _wrong("what", "say a disk, a nic, memory_mib or vcpus, more than 0")
+            raise wrong("what", "say a disk, a nic, memory_mib or vcpus, more than 0")
 
 
 def detachment_from_proto(message: orchestrator_pb2.DetachFromGuestRequest) -> MachineChange:
     """Raises INVALID_ARGUMENT when nothing is named."""
     if not (message.disk or message.nic):
-        raise _wrong("what", "name a disk or a nic")
+        raise wrong("what", "name a disk or a nic")
     return MachineChange(detach_disk=message.disk, detach_nic=message.nic)
 
 
@@ -491,7 +493,7 @@ def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
             max_vcpus=spec.max_vcpus,
         )
     except (ValueError, OverflowError) as error:
-        raise _wrong("spec", f"a number is too large: {error}") from error
+        raise wrong("spec", f"a number is too large: {error}") from error
 
 
 def _cloud_init_to_proto(files: CloudInit) -> types_pb2.CloudInit:
@@ -535,11 +537,12 @@ def _on_host_death(message: types_pb2.GuestSpec, *, field: str) -> OnHostDeath:
         return OnHostDeath.LEAVE
     known = _ON_HOST_DEATH_OF.get(message.on_host_death)
     if known is None:
-        raise _wrong(f"{field}.on_host_death", f"must be LEAVE or RESTART, not {message.on_host_death}")
+        raise wrong(f"{field}.on_host_death", f"must be LEAVE or RESTART, not {message.on_host_death}")
     return known
 
 
-def _is_set(message: Message, name: str) -> bool:
+def is_set(message: Message, name: str) -> bool:
+    """Whether an optional field is set, by a name that is not known before the program runs."""
     return message.HasField(name)
 
 
@@ -702,7 +705,7 @@ def guest_status_to_proto(status: GuestStatus) -> agent_pb2.GuestStatus:
         guest_uuid=status.guest,
         name=status.name,
         inc=status.inc,
-        run_state=_RUN_STATE[status.run_state],
+        run_state=run_state_to_proto(status.run_state),
         pid=status.pid,
     )
 
@@ -720,7 +723,7 @@ def attempt_status_to_proto(status: AttemptStatus) -> agent_pb2.AttemptStatus:
         guest_uuid=status.ref.guest,
         migration=status.ref.migration,
         attempt=status.ref.attempt,
-        phase=_PHASE[status.phase] if status.phase else types_pb2.MIGRATION_PHASE_UNSPECIFIED,
+        phase=phase_to_proto(status.phase) if status.phase else types_pb2.MIGRATION_PHASE_UNSPECIFIED,
         progress=progress_to_proto(status.progress) if status.progress else None,
         ended=status.ended,
         elapsed_ms=round(status.elapsed_ms),
@@ -828,7 +831,7 @@ def endpoint_from_proto(message: agent_pb2.Endpoint, *, field: str) -> Endpoint:
     try:
         return Endpoint(message.ip, message.port)
     except ValueError as error:
-        raise _wrong(field, str(error)) from None
+        raise wrong(field, str(error)) from None
 
 
 def prepare_order_to_proto(order: PrepareOrder) -> agent_pb2.PrepareDestinationRequest:
@@ -939,7 +942,7 @@ def attempt_seen_from_proto(message: agent_pb2.GetAttemptResponse) -> AttemptSee
 
 def wish_applied_to_proto(wish: WishApplied) -> agent_pb2.ApplyWantRunResponse:
     """Whether a pause or a resume has taken effect, and how the guest is now."""
-    return agent_pb2.ApplyWantRunResponse(applied=wish.applied, run_state=_RUN_STATE[wish.run_state])
+    return agent_pb2.ApplyWantRunResponse(applied=wish.applied, run_state=run_state_to_proto(wish.run_state))
 
 
 def wish_applied_from_proto(message: agent_pb2.ApplyWantRunResponse) -> WishApplied:
