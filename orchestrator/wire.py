@@ -10,9 +10,8 @@ where it only passes on what others said (a status), an unknown word becomes Non
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
-from enum import StrEnum
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -28,14 +27,12 @@ from orchestrator.core.agent import (
     GuestTrouble,
     PrepareOrder,
     Progress,
-    RunState,
     Trouble,
     WishApplied,
 )
 from orchestrator.core.changes import MachineChange
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
-from orchestrator.core.handover import Ownership
 from orchestrator.core.ids import AckRequest, AttemptRef, HostRef
 from orchestrator.core.images import ImageImport
 from orchestrator.core.migration import Prepared
@@ -52,13 +49,11 @@ from orchestrator.core.records import (
     DiskCache,
     DiskFormat,
     DiskSpec,
-    EvacuationPhase,
     Firmware,
     GuestSpec,
     HostSpace,
     LiveDevice,
     LiveMachine,
-    MigrationPhase,
     Network,
     NetworkKind,
     NicSpec,
@@ -71,9 +66,17 @@ from orchestrator.core.records import (
     Tpm,
 )
 from orchestrator.core.text import clip, quoted
+from orchestrator.wire_words import (
+    is_set,
+    meant,
+    phase_from_proto,
+    phase_to_proto,
+    run_state_from_proto,
+    run_state_to_proto,
+    unknown_word,
+    wrong,
+)
 from protos.drover.v1 import agent_pb2, orchestrator_pb2, types_pb2
-
-# --- words ------------------------------------------------------------------------------------------------------------
 
 _ON_TIMEOUT = {value: types_pb2.OnTimeout.Value(f"ON_TIMEOUT_{value.name}") for value in OnTimeout}
 _ON_HOST_DEATH = {value: types_pb2.OnHostDeath.Value(f"ON_HOST_DEATH_{value.name}") for value in OnHostDeath}
@@ -84,48 +87,12 @@ _DISK_CACHE = {value: types_pb2.DiskCache.Value(f"DISK_CACHE_{value.name}") for 
 _POOL_KIND = {value: types_pb2.PoolKind.Value(f"POOL_KIND_{value.name}") for value in PoolKind}
 _POOL_FENCE = {value: types_pb2.PoolFence.Value(f"POOL_FENCE_{value.name}") for value in PoolFence}
 _NETWORK_KIND = {value: types_pb2.NetworkKind.Value(f"NETWORK_KIND_{value.name}") for value in NetworkKind}
-_OWNERSHIP = {value: types_pb2.OwnershipPhase.Value(f"OWNERSHIP_PHASE_{value.name}") for value in Ownership}
-_RUN_STATE = {value: types_pb2.RunState.Value(f"RUN_STATE_{value.name}") for value in RunState}
-_PHASE = {value: types_pb2.MigrationPhase.Value(f"MIGRATION_PHASE_{value.name}") for value in MigrationPhase}
-_EVACUATION = {value: types_pb2.EvacuationPhase.Value(f"EVACUATION_PHASE_{value.name}") for value in EvacuationPhase}
 
-_RUN_STATE_OF = {number: value for value, number in _RUN_STATE.items()}
-_PHASE_OF = {number: value for value, number in _PHASE.items()}
 _ON_TIMEOUT_OF = {number: value for value, number in _ON_TIMEOUT.items()}
 _ON_HOST_DEATH_OF = {number: value for value, number in _ON_HOST_DEATH.items()}
 _SHIM_KIND_OF = {number: value for value, number in _SHIM_KIND.items()}
 MAX_OBSTACLE = 500
 """Characters of one obstacle's sentence."""
-
-
-def ownership_to_proto(phase: Ownership) -> types_pb2.OwnershipPhase.ValueType:
-    """What the guest's record says of its ownership."""
-    return _OWNERSHIP[phase]
-
-
-def run_state_to_proto(state: RunState) -> types_pb2.RunState.ValueType:
-    """Whether the guest's vCPUs run, as its agent sees it."""
-    return _RUN_STATE[state]
-
-
-def run_state_from_proto(number: int) -> RunState:
-    """A word that is not known here says nothing: UNKNOWN."""
-    return _RUN_STATE_OF.get(cast(types_pb2.RunState.ValueType, number), RunState.UNKNOWN)
-
-
-def phase_to_proto(phase: MigrationPhase) -> types_pb2.MigrationPhase.ValueType:
-    """How far a migration has come."""
-    return _PHASE[phase]
-
-
-def phase_from_proto(number: int) -> MigrationPhase | None:
-    """None for a phase of a newer version."""
-    return _PHASE_OF.get(cast(types_pb2.MigrationPhase.ValueType, number))
-
-
-def evacuation_phase_to_proto(phase: EvacuationPhase) -> types_pb2.EvacuationPhase.ValueType:
-    """How far an evacuation has come."""
-    return _EVACUATION[phase]
 
 
 # --- policy -----------------------------------------------------------------------------------------------------------
@@ -201,16 +168,6 @@ def policy_patch(given: Mapping[str, object] | None) -> types_pb2.MigrationPolic
             names = ", ".join(each.name for each in known_fields(MigrationPolicy))
             raise wrong(field, f"there is no such field; there are {names}")
     return message
-
-
-def wrong(field: str, said: str) -> DroverError:
-    """INVALID_ARGUMENT: what `field` must be, and is not."""
-    return DroverError(RefusalReason.INVALID_ARGUMENT, said, field=field)
-
-
-def unknown_word(field: str, value: object, words: Iterable[str]) -> DroverError:
-    """INVALID_ARGUMENT: `field` must be one of `words`."""
-    return wrong(field, f"must be one of {', '.join(words)}, not {quoted(value)}")
 
 
 # --- guests -----------------------------------------------------------------------------------------------------------
@@ -297,19 +254,6 @@ def image_import_to_proto(image: ImageImport, host: str) -> types_pb2.ImageImpor
 def disk_format_to_proto(format: DiskFormat) -> types_pb2.DiskFormat.ValueType:
     """How a disk's image is laid out."""
     return _DISK_FORMAT[format]
-
-
-_T = TypeVar("_T", bound=StrEnum)
-
-
-def meant(words: Mapping[_T, int], number: int, unset: _T, field: str) -> _T:
-    """Of an enumeration in a request: 0 is its default, a number that is not known is refused."""
-    if not number:
-        return unset
-    for word, known in words.items():
-        if known == number:
-            return word
-    raise unknown_word(field, number, words)
 
 
 def nic_to_proto(nic: NicSpec) -> types_pb2.NicSpec:
@@ -539,11 +483,6 @@ def _on_host_death(message: types_pb2.GuestSpec, *, field: str) -> OnHostDeath:
     if known is None:
         raise wrong(f"{field}.on_host_death", f"must be LEAVE or RESTART, not {message.on_host_death}")
     return known
-
-
-def is_set(message: Message, name: str) -> bool:
-    """Whether an optional field is set, by a name that is not known before the program runs."""
-    return message.HasField(name)
 
 
 # --- migrations -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import structlog
 
-from orchestrator import wire
+from orchestrator import wire, wire_words
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import Caller, Tools, digest, tries, write
 from orchestrator.api.decisions import StartStep, StopStep
@@ -143,7 +143,7 @@ class Guests:
                 raise _not_started(error, read.record) from error
             log.info("guest started", guest=read.record.name, host=read.record.owner.host)
             view = await self.view(uuid)
-            view.run_state = wire.run_state_to_proto(status.run_state)  # the newest sample may be from before
+            view.run_state = wire_words.run_state_to_proto(status.run_state)  # the newest sample may be from before
             return view
         return await self.view(uuid)
 
@@ -167,7 +167,7 @@ class Guests:
             raise DroverError(RefusalReason.GUEST_NOT_RUNNING, said)
         guest = await self.view(uuid)
         if told is not None:
-            guest.run_state = wire.run_state_to_proto(told)
+            guest.run_state = wire_words.run_state_to_proto(told)
         return pb.ChangeRunStateResponse(guest=guest, wish=wish)
 
     async def _wish(self, uuid: str, run: bool, caller: Caller) -> int:

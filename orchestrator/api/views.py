@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from orchestrator import wire
+from orchestrator import wire, wire_words
 from orchestrator.api.ages import Ages
 from orchestrator.api.decisions import (
     cancel_is_wished,
@@ -109,8 +109,8 @@ def guest(read: GuestRead, fleet: Fleet) -> types_pb2.Guest:
         uuid=read.uuid,
         spec=wire.guest_spec_to_proto(read.spec),
         host=record.owner.host,
-        ownership=types_pb2.OWNERSHIP_PHASE_STOPPED if record.stopped else wire.ownership_to_proto(record.phase),
-        run_state=wire.run_state_to_proto(run_state(record, told)),
+        ownership=types_pb2.OWNERSHIP_PHASE_STOPPED if record.stopped else wire_words.ownership_to_proto(record.phase),
+        run_state=wire_words.run_state_to_proto(run_state(record, told)),
         want_run=read.want_run is None or read.want_run.run,
         migration=present_migration(record),
         etag=read.etag,
@@ -165,7 +165,7 @@ def migration(read: MigrationRead, fleet: Fleet, *, timelines: bool = True) -> t
         guest_uuid=spec.guest,
         source=source,
         destination=state.destination or spec.destination,
-        phase=wire.phase_to_proto(phase),
+        phase=wire_words.phase_to_proto(phase),
         attempt=state.attempt,
         progress=wire.progress_to_proto(progress) if progress is not None else None,
         attempts=[wire.report_to_proto(report if timelines else _short(report)) for report in standing.reports],
@@ -228,7 +228,7 @@ def evacuation(read: EvacuationRead, fleet: Fleet) -> types_pb2.Evacuation:
     return types_pb2.Evacuation(
         name=spec.id,
         host=spec.host,
-        phase=wire.evacuation_phase_to_proto(state.phase),
+        phase=wire_words.evacuation_phase_to_proto(state.phase),
         guests=[_evacuation_guest(one, spec.host, fleet) for one in state.guests],
         max_concurrent=spec.max_concurrent,
         policy=policy,
@@ -250,7 +250,7 @@ def _evacuation_guest(one: EvacuationGuest, source: str, fleet: Fleet) -> types_
         guest_uuid=one.guest,
         memory_mib=one.memory_mib,
         migration=one.migration,
-        phase=wire.phase_to_proto(phase) if one.migration else types_pb2.MIGRATION_PHASE_UNSPECIFIED,
+        phase=wire_words.phase_to_proto(phase) if one.migration else types_pb2.MIGRATION_PHASE_UNSPECIFIED,
         destination=one.destination,
         failure=one.failure or "",
         message=one.message or ("" if waiting else _silence(phase, (source, one.destination), fleet)),

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator import wire
+from orchestrator import wire, wire_words
 from orchestrator.core import handover
 from orchestrator.core.agent import (
     AgentSample,
@@ -343,10 +343,10 @@ class FakeAgent(AgentServiceServicer):
         now = RunState.RUNNING if wish.run != self.queue_wishes else RunState.PAUSED
         known = self._told(uuid)
         if known is not None and known.run_state is RunState.ENDED:
-            return pb.ApplyWantRunResponse(run_state=wire.run_state_to_proto(RunState.ENDED))
+            return pb.ApplyWantRunResponse(run_state=wire_words.run_state_to_proto(RunState.ENDED))
         if known is not None and known.run_state is not now:
             self.say(AgentSample(guests=(replace(known, run_state=now),)))
-        return pb.ApplyWantRunResponse(applied=not self.queue_wishes, run_state=wire.run_state_to_proto(now))
+        return pb.ApplyWantRunResponse(applied=not self.queue_wishes, run_state=wire_words.run_state_to_proto(now))
 
     async def PrepareDestination(
         self, request: pb.PrepareDestinationRequest, context: Any

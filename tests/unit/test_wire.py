@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import wire
+from orchestrator import wire, wire_words
 from orchestrator.core.agent import (
     AgentSample,
     AgentStatus,
@@ -209,19 +209,19 @@ def test_answers_of_agents(known: bool, ended: bool, report: AttemptReport | Non
 
 def test_every_word_of_the_core_has_its_word_in_the_protos() -> None:
     for phase in MigrationPhase:
-        assert wire.word(types_pb2.Migration(phase=wire.phase_to_proto(phase)), "phase") == phase
+        assert wire.word(types_pb2.Migration(phase=wire_words.phase_to_proto(phase)), "phase") == phase
     for phase in EvacuationPhase:
-        assert wire.word(types_pb2.Evacuation(phase=wire.evacuation_phase_to_proto(phase)), "phase") == phase
+        assert wire.word(types_pb2.Evacuation(phase=wire_words.evacuation_phase_to_proto(phase)), "phase") == phase
     for phase in Ownership:
-        assert wire.word(types_pb2.Guest(ownership=wire.ownership_to_proto(phase)), "ownership") == phase
+        assert wire.word(types_pb2.Guest(ownership=wire_words.ownership_to_proto(phase)), "ownership") == phase
     for state in RunState:
-        assert wire.word(types_pb2.Guest(run_state=wire.run_state_to_proto(state)), "run_state") == state
+        assert wire.word(types_pb2.Guest(run_state=wire_words.run_state_to_proto(state)), "run_state") == state
 
 
 def test_words_of_a_newer_version() -> None:
     newer: Any = 99
-    assert wire.run_state_from_proto(newer) is RunState.UNKNOWN
-    assert wire.phase_from_proto(newer) is None
+    assert wire_words.run_state_from_proto(newer) is RunState.UNKNOWN
+    assert wire_words.phase_from_proto(newer) is None
     assert wire.word(types_pb2.Migration(phase=newer), "phase") == "99"
     assert wire.word(types_pb2.Migration(), "phase") == ""
     with pytest.raises(TypeError, match="not an enum"):
