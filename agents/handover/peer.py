@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from agents.shims.base import Frame, FrameKind, Load
-from orchestrator import wire
+from orchestrator import wire, wire_hardware
 from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.core.records import GuestSpec, LiveMachine, TimelineEntry
@@ -254,7 +254,7 @@ class GrpcSourcePeer(SourcePeer):
                 raise refusal from error
             raise
         spec = wire.guest_spec_from_proto(reply.spec) if reply.HasField("spec") else None
-        machine = wire.machine_from_proto(reply.machine)
+        machine = wire_hardware.machine_from_proto(reply.machine)
         return Described(machine, dict(reply.pool_tokens), tuple(reply.locked_pools), spec)
 
     async def ack(self, entry: AckRequest) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from agents.agent import Agent
 from agents.disks.imports import FoundImage
-from orchestrator import wire
+from orchestrator import wire, wire_hardware
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.text import clip
 from orchestrator.ledger.records import BadRecord
@@ -88,7 +88,7 @@ class AgentServicer(rpc.AgentServiceServicer):
             yield wire.agent_sample_to_proto(sample)
 
     async def ChangeMachine(self, request: pb.ChangeMachineRequest, context: Any) -> pb.ChangeMachineResponse:
-        wanted = wire.machine_change_from_proto(request)
+        wanted = wire_hardware.machine_change_from_proto(request)
         spec = await self._agent.change_machine(request.guest_uuid, wanted, request.reservations_version)
         return pb.ChangeMachineResponse(spec=wire.guest_spec_to_proto(spec))
 
@@ -138,7 +138,7 @@ class AgentServicer(rpc.AgentServiceServicer):
                 yield each.data, each.sha256
 
         try:
-            image = wire.image_import_from_proto(first.name, first.pool, first.format, first.size_bytes)
+            image = wire_hardware.image_import_from_proto(first.name, first.pool, first.format, first.size_bytes)
             found = await self._agent.images.receive(image, parts())
         except DroverError:
             yield pb.ReceiveImageResponse(stop=True)
@@ -151,7 +151,7 @@ class AgentServicer(rpc.AgentServiceServicer):
             name=found.name,
             pool=pool,
             host=self._agent.here.host,
-            format=wire.disk_format_to_proto(found.header.format),
+            format=wire_hardware.disk_format_to_proto(found.header.format),
             size_bytes=found.header.size_bytes,
             used_bytes=found.used_bytes,
             backing=clip(found.header.backing),

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from agents.handover.attempt import Arrival, Departure
 from agents.handover.peer import FROM_KIND, MAX_DIGEST_BYTES, MAX_FRAME_BYTES, AttemptKey, key_of, points_from_proto
 from agents.shims.base import Frame, Load
-from orchestrator import wire
+from orchestrator import wire, wire_hardware
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import GuestSpec, LiveMachine
 from protos.drover.v1 import agent_pb2 as pb
@@ -59,7 +59,7 @@ class PeerServicer(rpc.PeerServiceServicer):
         tokens = await self._attempts.pool_tokens(request.guest_uuid)
         locked = await self._attempts.hold_locks(request.guest_uuid) if request.hold_locks else ()
         return pb.DescribeMachineResponse(
-            machine=wire.machine_to_proto(machine),
+            machine=wire_hardware.machine_to_proto(machine),
             pool_tokens=tokens,
             spec=wire.guest_spec_to_proto(spec),
             locked_pools=locked,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import structlog
 
-from orchestrator import wire, wire_words
+from orchestrator import wire, wire_hardware, wire_words
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import Caller, Tools, digest, tries, write
 from orchestrator.api.decisions import StartStep, StopStep
@@ -373,11 +373,11 @@ class Guests:
 
     async def attach(self, request: pb.AttachToGuestRequest, caller: Caller) -> types_pb2.Guest:
         """The guest has it when this returns. Raises what stands against it, and then all is as it was."""
-        return await self._change(request.guest, wire.attachment_from_proto(request), caller)
+        return await self._change(request.guest, wire_hardware.attachment_from_proto(request), caller)
 
     async def detach(self, request: pb.DetachFromGuestRequest, caller: Caller) -> types_pb2.Guest:
         """The guest has let go of it when this returns. Raises DEVICE_NOT_RELEASED when it does not."""
-        return await self._change(request.guest, wire.detachment_from_proto(request), caller)
+        return await self._change(request.guest, wire_hardware.detachment_from_proto(request), caller)
 
     async def _change(self, name: str, change: MachineChange, caller: Caller) -> types_pb2.Guest:
         """By the agent of the guest's host, which alone knows its VMM and writes the specification."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from orchestrator import wire
+from orchestrator import wire_hardware
 from orchestrator.api.calls import Caller, Tools
 from orchestrator.api.reads import not_found
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
@@ -134,7 +134,9 @@ def check(request: pb.ListImagesRequest) -> tuple[Place | None, str]:
 def check_import(first: pb.ImportImageRequest) -> ImageImport:
     """What is to be brought in. Raises INVALID_ARGUMENT with everything that is wrong with it."""
     told = first.image
-    image = wire.image_import_from_proto(told.name, told.pool, told.format, told.size_bytes, field="image.format")
+    image = wire_hardware.image_import_from_proto(
+        told.name, told.pool, told.format, told.size_bytes, field="image.format"
+    )
     bad = [(f"image.{field}", said) for field, said in import_errors(image)]
     if told.host and (said := name_error(told.host)):
         bad.append(("image.host", said))

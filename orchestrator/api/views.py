@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from orchestrator import wire, wire_words
+from orchestrator import wire, wire_hardware, wire_words
 from orchestrator.api.ages import Ages
 from orchestrator.api.decisions import (
     cancel_is_wished,
@@ -52,8 +52,8 @@ def host(known: HostInput, view: HostView, guests: int) -> types_pb2.Host:
         machine_types=record.machine_types,
         accelerator=record.accelerator,
         switchover_ack=record.switchover_ack,
-        pools=[wire.pool_to_proto(pool, known.space) for pool in record.pools],
-        networks=map(wire.network_to_proto, record.networks),
+        pools=[wire_hardware.pool_to_proto(pool, known.space) for pool in record.pools],
+        networks=map(wire_hardware.network_to_proto, record.networks),
         cpu_models=record.cpu_models,
         firmware=record.firmware,
         extra_args=record.extra_args,

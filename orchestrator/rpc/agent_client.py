@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 from grpc import aio
 
-from orchestrator import wire
+from orchestrator import wire, wire_hardware
 from orchestrator.core.agent import (
     AgentSample,
     AgentStatus,
@@ -247,7 +247,7 @@ class AgentClient:
         self, guest: str, change: MachineChange, reservations: int = 0, timeout_s: float = CHANGE_MACHINE_S
     ) -> GuestSpec:
         """Add to a guest's machine, or take from it; what the guest is afterwards. See `MachineChange`."""
-        request = wire.machine_change_to_proto(guest, change, reservations)
+        request = wire_hardware.machine_change_to_proto(guest, change, reservations)
         return wire.guest_spec_from_proto((await self._call(self._stub.ChangeMachine, request, timeout_s)).spec)
 
 

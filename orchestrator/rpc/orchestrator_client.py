@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import grpc
 
-from orchestrator import wire
+from orchestrator import wire, wire_hardware
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.images import CHUNK_BYTES, ImageImport
 from orchestrator.core.records import DiskSpec, GuestSpec, NicSpec
@@ -205,7 +205,7 @@ class OrchestratorClient:
 
         def requests() -> Iterator[pb.ImportImageRequest]:
             digest = hashlib.sha256()
-            yield pb.ImportImageRequest(image=wire.image_import_to_proto(image, host))
+            yield pb.ImportImageRequest(image=wire_hardware.image_import_to_proto(image, host))
             try:
                 for piece in data:
                     for at in range(0, len(piece), CHUNK_BYTES):
@@ -331,9 +331,9 @@ class OrchestratorClient:
         _fits("vcpus", vcpus, 31)
         request = pb.AttachToGuestRequest(guest=guest)
         if disk is not None:
-            request.disk.CopyFrom(wire.disk_to_proto(disk))
+            request.disk.CopyFrom(wire_hardware.disk_to_proto(disk))
         elif nic is not None:
-            request.nic.CopyFrom(wire.nic_to_proto(nic))
+            request.nic.CopyFrom(wire_hardware.nic_to_proto(nic))
         elif memory_mib:
             request.memory_mib = memory_mib
         else:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from orchestrator import wire
+from orchestrator import wire, wire_hardware
 from orchestrator.coordinator.evacuations import EvacuationRunner
 from orchestrator.coordinator.worker import Worker
 from orchestrator.core.agent import AgentStatus, CopyStatus, GuestTrouble, Trouble, VmmExamined
@@ -245,7 +245,7 @@ class Fake(Subject):
         self.service.agents[host] = AgentStatus(ref, 0, copies=copies, complete=complete, troubles=tuple(troubles))
 
     async def pool(self, host: str, pool: Pool, *images: types.Image) -> None:
-        self.service.hosts[host].pools.append(wire.pool_to_proto(pool))
+        self.service.hosts[host].pools.append(wire_hardware.pool_to_proto(pool))
         self.service.images |= {(pool.name, host, each.name): each for each in images}
 
     async def by_hand(self, host: str, pid: int, found: VmmExamined | DroverError) -> None:

@@ -26,7 +26,7 @@ from agents.config import PoolConfig
 from agents.engine.base import MigrationEngine
 from agents.host.metrics import Metrics
 from agents.serving.control import AgentServicer, translate
-from orchestrator import wire
+from orchestrator import wire_hardware
 from orchestrator.coordinator.ports import AgentPort
 from orchestrator.core import handover
 from orchestrator.core.agent import AgentSample, AttemptSeen, ConductOrder, GuestStatus, RunState, VmmExamined
@@ -190,7 +190,7 @@ class Host:
 
     async def import_image(self, name: str, content: bytes, *, sha256: bytes = b"") -> types_pb2.Image:
         async def parts() -> AsyncIterator[pb.ReceiveImageRequest]:
-            what = wire.disk_format_to_proto(DiskFormat.RAW)
+            what = wire_hardware.disk_format_to_proto(DiskFormat.RAW)
             yield pb.ReceiveImageRequest(pool="fast", name=name, format=what, size_bytes=len(content))
             for at in range(0, len(content), 4096):
                 yield pb.ReceiveImageRequest(data=content[at : at + 4096])

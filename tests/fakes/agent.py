@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator import wire, wire_words
+from orchestrator import wire, wire_hardware, wire_words
 from orchestrator.core import handover
 from orchestrator.core.agent import (
     AgentSample,
@@ -257,7 +257,7 @@ class FakeAgent(AgentServiceServicer):
             node = await self.store.read(path)
             assert node is not None
             before = decode(GuestSpec, node.data)
-            spec = changed(before, wire.machine_change_from_proto(request))
+            spec = changed(before, wire_hardware.machine_change_from_proto(request))
             promised = await self.store.read(paths.reservations(self.host))
             ops: list[Op] = [SetData(path, encode(spec), node.version)]
             if spec.memory_mib > before.memory_mib and promised is not None:
@@ -440,7 +440,7 @@ class FakeAgent(AgentServiceServicer):
         first = await anext(request_iterator)
         try:
             await self._called("ReceiveImage", first.name)
-            image = wire.image_import_from_proto(first.name, first.pool, first.format, first.size_bytes)
+            image = wire_hardware.image_import_from_proto(first.name, first.pool, first.format, first.size_bytes)
             pool, data, told = self._pool(first.pool), first.data, first.sha256
             if first.name in pool:
                 raise DroverError(RefusalReason.ALREADY_EXISTS, f"there is an image {first.name}", field="image.name")
@@ -461,7 +461,7 @@ class FakeAgent(AgentServiceServicer):
             name=first.name,
             pool=first.pool,
             host=self.host,
-            format=wire.disk_format_to_proto(header.format),
+            format=wire_hardware.disk_format_to_proto(header.format),
             size_bytes=header.size_bytes,
             used_bytes=len(data),
         )

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 from grpc import aio
 
-from orchestrator import wire
+from orchestrator import wire, wire_hardware
 from orchestrator.api import (
     adoptions,
     decisions,
@@ -313,7 +313,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             name=image.name,
             pool=image.pool,
             host=host,
-            format=wire.disk_format_to_proto(header.format),
+            format=wire_hardware.disk_format_to_proto(header.format),
             size_bytes=header.size_bytes,
             used_bytes=len(data),
         )
@@ -824,11 +824,11 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def AttachToGuest(self, request: pb.AttachToGuestRequest, context: object) -> types.Guest:
         await self._called("AttachToGuest", request)
-        return self._changed(request.guest, wire.attachment_from_proto(request))
+        return self._changed(request.guest, wire_hardware.attachment_from_proto(request))
 
     async def DetachFromGuest(self, request: pb.DetachFromGuestRequest, context: object) -> types.Guest:
         await self._called("DetachFromGuest", request)
-        return self._changed(request.guest, wire.detachment_from_proto(request))
+        return self._changed(request.guest, wire_hardware.detachment_from_proto(request))
 
     def _changed(self, name: str, change: changes.MachineChange) -> types.Guest:
         guest = self._guest(name, "guest")

@@ -16,7 +16,7 @@ from agents.engine.qemu import arguments
 from agents.engine.qemu.process import Launch, command_line
 from agents.guest import machine, plugging
 from agents.guest.machine import Facts
-from orchestrator import wire
+from orchestrator import wire_hardware
 from orchestrator.core.guest import guest_errors
 from orchestrator.core.records import (
     Boot,
@@ -243,7 +243,7 @@ def at(spec: GuestSpec, listed: LiveMachine, here: str) -> VmmSpec:
         disks=tuple(DiskSpec(name, "p", f"{name}.img") for name in disks),
         nics=tuple(NicSpec(name, "n") for name in nics),
     )
-    read = wire.machine_from_proto(wire.machine_to_proto(decode(LiveMachine, encode(listed))))
+    read = wire_hardware.machine_from_proto(wire_hardware.machine_to_proto(decode(LiveMachine, encode(listed))))
     return replace(vmm(grown, listed.type, here), machine=read)
 
 

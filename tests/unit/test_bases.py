@@ -16,7 +16,7 @@ from agents.guest import hardware
 from agents.guest.files import GuestFiles
 from agents.host import pools
 from agents.host.commands import ran
-from orchestrator import wire
+from orchestrator import wire_hardware
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.hardware import hardware_errors
 from orchestrator.core.records import DiskFormat, DiskSpec, GuestSpec, LiveMachine, PoolKind
@@ -34,11 +34,11 @@ def config_of(directory: Path, host: str = "h1") -> AgentConfig:
 
 
 def test_a_disk_says_what_it_lies_on(tmp_path: Path) -> None:
-    assert wire.disk_from_proto(wire.disk_to_proto(ROOT)) == ROOT
+    assert wire_hardware.disk_from_proto(wire_hardware.disk_to_proto(ROOT)) == ROOT
     raw = replace(ROOT, base_format=DiskFormat.RAW, iothread=True)
-    assert wire.disk_from_proto(wire.disk_to_proto(raw)) == raw
+    assert wire_hardware.disk_from_proto(wire_hardware.disk_to_proto(raw)) == raw
     machine = LiveMachine("t", "c", 64, 1, base_sha256={"root": "a1"})
-    assert wire.machine_from_proto(wire.machine_to_proto(machine)) == machine
+    assert wire_hardware.machine_from_proto(wire_hardware.machine_to_proto(machine)) == machine
 
 
 @pytest.mark.parametrize(
