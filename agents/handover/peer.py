@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from agents.shims.base import Frame, FrameKind, Load
-from orchestrator import wire, wire_hardware
+from orchestrator import wire, wire_attempts, wire_hardware
 from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.core.records import GuestSpec, LiveMachine, TimelineEntry
@@ -273,7 +273,7 @@ class GrpcSourcePeer(SourcePeer):
         await _answered(self._stub.ReportFailed(pb.ReportFailedRequest(tag=self._tag), timeout=_CALL_S))
 
     async def done(self, inc: str) -> None:
-        entries = [wire.timeline_to_proto(entry) for entry in self.timeline()]
+        entries = [wire_attempts.timeline_to_proto(entry) for entry in self.timeline()]
         await _answered(self._stub.ReportDone(pb.ReportDoneRequest(tag=self._tag, timeline=entries), timeout=_CALL_S))
 
 

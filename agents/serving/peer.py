@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from agents.handover.attempt import Arrival, Departure
 from agents.handover.peer import FROM_KIND, MAX_DIGEST_BYTES, MAX_FRAME_BYTES, AttemptKey, key_of, points_from_proto
 from agents.shims.base import Frame, Load
-from orchestrator import wire, wire_hardware
+from orchestrator import wire, wire_attempts, wire_hardware
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import GuestSpec, LiveMachine
 from protos.drover.v1 import agent_pb2 as pb
@@ -113,7 +113,7 @@ class PeerServicer(rpc.PeerServiceServicer):
         return pb.GoResponse(done=await self._arrival(request.tag).go(request.tag.inc, request.want_run))
 
     async def ReportDone(self, request: pb.ReportDoneRequest, context: Any) -> pb.ReportDoneResponse:
-        self._departure(request.tag).done([wire.timeline_from_proto(entry) for entry in request.timeline])
+        self._departure(request.tag).done([wire_attempts.timeline_from_proto(entry) for entry in request.timeline])
         return pb.ReportDoneResponse()
 
     async def ReportFailed(self, request: pb.ReportFailedRequest, context: Any) -> pb.ReportFailedResponse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from orchestrator import wire, wire_hardware, wire_words
+from orchestrator import wire, wire_attempts, wire_hardware, wire_words
 from orchestrator.api.ages import Ages
 from orchestrator.api.decisions import (
     cancel_is_wished,
@@ -167,8 +167,10 @@ def migration(read: MigrationRead, fleet: Fleet, *, timelines: bool = True) -> t
         destination=state.destination or spec.destination,
         phase=wire_words.phase_to_proto(phase),
         attempt=state.attempt,
-        progress=wire.progress_to_proto(progress) if progress is not None else None,
-        attempts=[wire.report_to_proto(report if timelines else _short(report)) for report in standing.reports],
+        progress=wire_attempts.progress_to_proto(progress) if progress is not None else None,
+        attempts=[
+            wire_attempts.report_to_proto(report if timelines else _short(report)) for report in standing.reports
+        ],
         failure=state.failure or "",
         message=state.message or _silence(phase, (source, state.destination), fleet),
         waiting_for=state.waiting_for or "",
@@ -255,7 +257,7 @@ def _evacuation_guest(one: EvacuationGuest, source: str, fleet: Fleet) -> types_
         failure=one.failure or "",
         message=one.message or ("" if waiting else _silence(phase, (source, one.destination), fleet)),
         attempts=one.attempts,
-        progress=wire.progress_to_proto(sample.progress) if sample is not None and sample.progress else None,
+        progress=wire_attempts.progress_to_proto(sample.progress) if sample is not None and sample.progress else None,
     )
 
 

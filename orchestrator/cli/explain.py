@@ -36,12 +36,12 @@ def explain(settings: Settings, migration: str | None, guest: str) -> None:
     """
     if bool(migration) == bool(guest):
         raise click.UsageError("name a MIGRATION, or a guest with --guest, and not both")
-    from orchestrator import wire
+    from orchestrator import wire, wire_attempts
     from orchestrator.cli.timeline import tell
 
     with settings.client() as client:
         found = find_migration(client, migration) if migration else _newest(client, guest)
-    reports = [wire.report_from_proto(report) for report in found.attempts]
+    reports = [wire_attempts.report_from_proto(report) for report in found.attempts]
     stories = [tell(report) for report in reports]
     if settings.printer.machine:
         settings.printer.document(_document(wire.to_json(found), stories))

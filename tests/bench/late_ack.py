@@ -30,7 +30,7 @@ from rich.table import Table
 from deploy.lab.cluster import evidence
 from deploy.lab.devices.scenario_text import late_ack
 from deploy.lab.workload import Workload, boot_of
-from orchestrator import wire
+from orchestrator import wire, wire_attempts
 from orchestrator.core.records import AttemptReport, DeviceSpec, GuestSpec, ShimKind
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from tests.fakes.cluster import Cluster, make_config, running_cluster, short_directory
@@ -102,7 +102,7 @@ class Bench:
         while time.monotonic() < deadline:
             now = self.client.get_migration(name)
             if wire.word(now, "phase") in ("SUCCEEDED", "FAILED", "CANCELLED"):
-                reports = [wire.report_from_proto(report) for report in now.attempts]
+                reports = [wire_attempts.report_from_proto(report) for report in now.attempts]
                 if wire.word(now, "phase") != "SUCCEEDED":
                     self.broken.append(
                         f"{guest}: {wire.word(now, 'phase')} after {len(reports)} attempts: {now.message}"

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from orchestrator import wire, wire_hardware
+from orchestrator import wire, wire_attempts, wire_hardware
 from orchestrator.coordinator.evacuations import EvacuationRunner
 from orchestrator.coordinator.worker import Worker
 from orchestrator.core.agent import AgentStatus, CopyStatus, GuestTrouble, Trouble, VmmExamined
@@ -295,7 +295,7 @@ class Fake(Subject):
             moving.phase = types.MIGRATION_PHASE_SUCCEEDED
 
     async def report(self, migration: str, report: AttemptReport) -> None:
-        self.service.migrations[migration].attempts.append(wire.report_to_proto(report))
+        self.service.migrations[migration].attempts.append(wire_attempts.report_to_proto(report))
 
     def leads(self, name: str) -> None:
         self.service.health.leader = name

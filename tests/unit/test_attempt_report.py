@@ -6,7 +6,7 @@ import pytest
 
 from agents.handover.report import report_of
 from agents.handover.source import SourceStage, SourceState
-from orchestrator import wire
+from orchestrator import wire_attempts
 from orchestrator.core.ids import AttemptRef, HostRef
 
 
@@ -15,4 +15,4 @@ def test_only_a_guest_that_could_not_be_started_again_needs_a_person(stage: Sour
     state = SourceState(AttemptRef("g", "m", 1), HostRef("a", "1"), "inc", stage=stage)
     report = report_of(state, (), (), destination="b", zxid=0, ledger_writes=0, transferred_bytes=0, duration_ms=1.0)
     assert report.needs_operator is (stage is SourceStage.ENDED_NEEDS_OPERATOR)
-    assert wire.report_from_proto(wire.report_to_proto(report)) == report
+    assert wire_attempts.report_from_proto(wire_attempts.report_to_proto(report)) == report

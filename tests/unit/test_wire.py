@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import wire, wire_words
+from orchestrator import wire, wire_attempts, wire_words
 from orchestrator.core.agent import (
     AgentSample,
     AgentStatus,
@@ -142,20 +142,20 @@ def test_a_part_of_a_policy_overrides_just_that_part(policy: MigrationPolicy, na
 
 @given(PROGRESS)
 def test_progress(progress: Progress) -> None:
-    assert wire.progress_from_proto(wire.progress_to_proto(progress)) == progress
+    assert wire_attempts.progress_from_proto(wire_attempts.progress_to_proto(progress)) == progress
 
 
 @given(REPORTS)
 def test_reports(report: AttemptReport) -> None:
-    assert wire.report_from_proto(wire.report_to_proto(report)) == report
+    assert wire_attempts.report_from_proto(wire_attempts.report_to_proto(report)) == report
 
 
 def test_a_reason_of_a_newer_agent_is_kept_for_people() -> None:
-    known = wire.report_from_proto(types_pb2.AttemptReport(reason="LATE_SWITCHOVER_ACK", message="m"))
+    known = wire_attempts.report_from_proto(types_pb2.AttemptReport(reason="LATE_SWITCHOVER_ACK", message="m"))
     assert (known.reason, known.message) == ("LATE_SWITCHOVER_ACK", "m")
-    unknown = wire.report_from_proto(types_pb2.AttemptReport(reason="COSMIC_RAY", message="m"))
+    unknown = wire_attempts.report_from_proto(types_pb2.AttemptReport(reason="COSMIC_RAY", message="m"))
     assert (unknown.reason, unknown.message) == ("COSMIC_RAY", "m")
-    nonsense = wire.report_from_proto(types_pb2.AttemptReport(reason="no reason", message="m"))
+    nonsense = wire_attempts.report_from_proto(types_pb2.AttemptReport(reason="no reason", message="m"))
     assert (nonsense.reason, nonsense.message) == (None, "no reason: m")
 
 

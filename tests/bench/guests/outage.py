@@ -25,7 +25,7 @@ from deploy.lab.cluster import network, parts
 from deploy.lab.peer.client import Peer
 from deploy.lab.peer.outage import Outage
 from deploy.lab.workload import LINUX_INITRD, LinuxWorkload, linux_address, linux_boot_of
-from orchestrator import wire
+from orchestrator import wire, wire_attempts
 from orchestrator.core.records import AttemptReport, GuestSpec, NicSpec
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from tests.bench.guests.registry import Asked, Figure, NotHere, Scene, at_most, beside, spread
@@ -107,7 +107,7 @@ def _moved(client: OrchestratorClient) -> AttemptReport:
     while time.monotonic() < deadline:
         now = client.get_migration(name)
         if wire.word(now, "phase") in _OVER:
-            reports = [wire.report_from_proto(report) for report in now.attempts]
+            reports = [wire_attempts.report_from_proto(report) for report in now.attempts]
             committed = [report for report in reports if report.outcome == "COMMITTED"]
             if not committed:
                 raise RuntimeError(f"a move ended {wire.word(now, 'phase')}: {now.message}")
