@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from agents.shims.base import Frame, FrameKind, Load
-from orchestrator import wire, wire_attempts, wire_hardware
+from orchestrator import wire, wire_agent, wire_attempts, wire_hardware
 from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.core.records import GuestSpec, LiveMachine, TimelineEntry
@@ -207,7 +207,7 @@ class GrpcDestinationPeer(DestinationPeer):
                 each.disk,
                 DestinationSide(each.image, each.since),
                 each.size_bytes,
-                wire.endpoint_from_proto(each.endpoint, field="endpoint"),
+                wire_agent.endpoint_from_proto(each.endpoint, field="endpoint"),
             )
             for each in reply.images
         )

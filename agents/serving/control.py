@@ -9,7 +9,7 @@ from typing import Any
 
 from agents.agent import Agent
 from agents.disks.imports import FoundImage
-from orchestrator import wire, wire_hardware
+from orchestrator import wire, wire_agent, wire_hardware
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.text import clip
 from orchestrator.ledger.records import BadRecord
@@ -46,15 +46,15 @@ class AgentServicer(rpc.AgentServiceServicer):
         self._agent = agent
 
     async def GetAgent(self, request: pb.GetAgentRequest, context: Any) -> pb.GetAgentResponse:
-        return wire.agent_status_to_proto(self._agent.status())
+        return wire_agent.agent_status_to_proto(self._agent.status())
 
     async def StartGuest(self, request: pb.StartGuestRequest, context: Any) -> pb.StartGuestResponse:
         status = await self._agent.start_guest(request.guest_uuid)
-        return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
+        return pb.StartGuestResponse(guest=wire_agent.guest_status_to_proto(status))
 
     async def RestoreRecord(self, request: pb.RestoreRecordRequest, context: Any) -> pb.RestoreRecordResponse:
         status = await self._agent.restore_record(request.guest_uuid)
-        return pb.RestoreRecordResponse(guest=wire.guest_status_to_proto(status))
+        return pb.RestoreRecordResponse(guest=wire_agent.guest_status_to_proto(status))
 
     async def EndGuest(self, request: pb.EndGuestRequest, context: Any) -> pb.EndGuestResponse:
         await self._agent.end_guest(request.guest_uuid)
@@ -65,19 +65,21 @@ class AgentServicer(rpc.AgentServiceServicer):
         return pb.KeepGuestResponse()
 
     async def ApplyWantRun(self, request: pb.ApplyWantRunRequest, context: Any) -> pb.ApplyWantRunResponse:
-        return wire.wish_applied_to_proto(await self._agent.apply_want_run(request.guest_uuid, request.sequence))
+        return wire_agent.wish_applied_to_proto(await self._agent.apply_want_run(request.guest_uuid, request.sequence))
 
     async def PrepareDestination(
         self, request: pb.PrepareDestinationRequest, context: Any
     ) -> pb.PrepareDestinationResponse:
-        return wire.prepared_to_proto(await self._agent.prepare_destination(wire.prepare_order_from_proto(request)))
+        return wire_agent.prepared_to_proto(
+            await self._agent.prepare_destination(wire_agent.prepare_order_from_proto(request))
+        )
 
     async def ConductAttempt(self, request: pb.ConductAttemptRequest, context: Any) -> pb.ConductAttemptResponse:
-        await self._agent.conduct_attempt(wire.conduct_order_from_proto(request))
+        await self._agent.conduct_attempt(wire_agent.conduct_order_from_proto(request))
         return pb.ConductAttemptResponse()
 
     async def GetAttempt(self, request: pb.GetAttemptRequest, context: Any) -> pb.GetAttemptResponse:
-        return wire.attempt_seen_to_proto(self._agent.get_attempt(request.migration, request.attempt))
+        return wire_agent.attempt_seen_to_proto(self._agent.get_attempt(request.migration, request.attempt))
 
     async def Nudge(self, request: pb.NudgeRequest, context: Any) -> pb.NudgeResponse:
         self._agent.nudge(request.guest_uuid)
@@ -85,7 +87,7 @@ class AgentServicer(rpc.AgentServiceServicer):
 
     async def WatchAgent(self, request: pb.WatchAgentRequest, context: Any) -> AsyncIterator[pb.WatchAgentResponse]:
         async for sample in self._agent.watch():
-            yield wire.agent_sample_to_proto(sample)
+            yield wire_agent.agent_sample_to_proto(sample)
 
     async def ChangeMachine(self, request: pb.ChangeMachineRequest, context: Any) -> pb.ChangeMachineResponse:
         wanted = wire_hardware.machine_change_from_proto(request)

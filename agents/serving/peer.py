@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from agents.handover.attempt import Arrival, Departure
 from agents.handover.peer import FROM_KIND, MAX_DIGEST_BYTES, MAX_FRAME_BYTES, AttemptKey, key_of, points_from_proto
 from agents.shims.base import Frame, Load
-from orchestrator import wire, wire_attempts, wire_hardware
+from orchestrator import wire, wire_agent, wire_attempts, wire_hardware
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import GuestSpec, LiveMachine
 from protos.drover.v1 import agent_pb2 as pb
@@ -99,7 +99,7 @@ class PeerServicer(rpc.PeerServiceServicer):
                 image=each.side.image,
                 since=each.side.since,
                 size_bytes=each.size_bytes,
-                endpoint=wire.endpoint_to_proto(each.endpoint),
+                endpoint=wire_agent.endpoint_to_proto(each.endpoint),
             )
             for each in self._arrival(request.tag).images()
         ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 from grpc import aio
 
-from orchestrator import wire, wire_hardware
+from orchestrator import wire, wire_agent, wire_hardware
 from orchestrator.core.agent import (
     AgentSample,
     AgentStatus,
@@ -87,18 +87,20 @@ class AgentClient:
 
     async def get_agent(self, timeout_s: float = CALL_S) -> AgentStatus:
         """Everything the agent has now."""
-        return wire.agent_status_from_proto(await self._call(self._stub.GetAgent, pb.GetAgentRequest(), timeout_s))
+        return wire_agent.agent_status_from_proto(
+            await self._call(self._stub.GetAgent, pb.GetAgentRequest(), timeout_s)
+        )
 
     async def start_guest(self, guest: str, timeout_s: float = START_GUEST_S) -> GuestStatus:
         """Execute a guest whose record is STARTING there. Once the agent refuses, the record is GONE."""
         answer = await self._call(self._stub.StartGuest, pb.StartGuestRequest(guest_uuid=guest), timeout_s)
-        return wire.guest_status_from_proto(answer.guest)
+        return wire_agent.guest_status_from_proto(answer.guest)
 
     async def restore_record(self, guest: str, timeout_s: float = CALL_S) -> GuestStatus:
         """Write the record of a guest that the ledger has lost again, from what runs on the agent's host."""
         request = pb.RestoreRecordRequest(guest_uuid=guest)
         response = await self._call(self._stub.RestoreRecord, request, timeout_s)
-        return wire.guest_status_from_proto(response.guest)
+        return wire_agent.guest_status_from_proto(response.guest)
 
     async def end_guest(self, guest: str, timeout_s: float = END_GUEST_S) -> None:
         """Kill the VMM of an idle guest and record its end."""
@@ -112,7 +114,7 @@ class AgentClient:
     async def apply_want_run(self, guest: str, sequence: int, timeout_s: float = CALL_S) -> WishApplied:
         """The wish in the ledger has this sequence number by now: read it, apply it if the hand-over allows."""
         request = pb.ApplyWantRunRequest(guest_uuid=guest, sequence=sequence)
-        return wire.wish_applied_from_proto(await self._call(self._stub.ApplyWantRun, request, timeout_s))
+        return wire_agent.wish_applied_from_proto(await self._call(self._stub.ApplyWantRun, request, timeout_s))
 
     async def prepare_destination(
         self,
@@ -127,17 +129,17 @@ class AgentClient:
         """A paused VMM that waits for the stream of this attempt. The same attempt gets the same answer."""
         order = PrepareOrder(attempt, epoch, source_peer, timeout_ms, multifd_channels, shard)
         timeout_s = timeout_ms / 1000 + PREPARE_MARGIN_S
-        request = wire.prepare_order_to_proto(order)
-        return wire.prepared_from_proto(await self._call(self._stub.PrepareDestination, request, timeout_s))
+        request = wire_agent.prepare_order_to_proto(order)
+        return wire_agent.prepared_from_proto(await self._call(self._stub.PrepareDestination, request, timeout_s))
 
     async def conduct_attempt(self, order: ConductOrder) -> None:
         """Returns when the source has accepted: the transfer is its own from then on."""
-        await self._call(self._stub.ConductAttempt, wire.conduct_order_to_proto(order), CALL_S)
+        await self._call(self._stub.ConductAttempt, wire_agent.conduct_order_to_proto(order), CALL_S)
 
     async def get_attempt(self, migration: str, attempt: int) -> AttemptSeen:
         """What the agent knows of an attempt: under way, its report, or nothing."""
         request = pb.GetAttemptRequest(migration=migration, attempt=attempt)
-        return wire.attempt_seen_from_proto(await self._call(self._stub.GetAttempt, request, CALL_S))
+        return wire_agent.attempt_seen_from_proto(await self._call(self._stub.GetAttempt, request, CALL_S))
 
     async def nudge(self, guest: str, timeout_s: float = CALL_S) -> None:
         """The guest's records changed: look now instead of at the next watch."""
@@ -151,7 +153,7 @@ class AgentClient:
         stream = self._stub.WatchAgent(pb.WatchAgentRequest(), timeout=timeout_s)
         try:
             async for message in stream:
-                yield wire.agent_sample_from_proto(message)
+                yield wire_agent.agent_sample_from_proto(message)
         except aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise self._failed(error) from error

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator import wire, wire_hardware, wire_words
+from orchestrator import wire, wire_agent, wire_hardware, wire_words
 from orchestrator.core import handover
 from orchestrator.core.agent import (
     AgentSample,
@@ -151,7 +151,7 @@ class FakeAgent(AgentServiceServicer):
 
     async def GetAgent(self, request: pb.GetAgentRequest, context: Any) -> pb.GetAgentResponse:
         await self._called("GetAgent", "")
-        return wire.agent_status_to_proto(
+        return wire_agent.agent_status_to_proto(
             AgentStatus(
                 HostRef(self.host, f"boot-{self.host}"),
                 0,
@@ -185,7 +185,7 @@ class FakeAgent(AgentServiceServicer):
             self.say(AgentSample(guests=(status,)))
         elif status.run_state is RunState.STARTING:
             status = replace(status, inc="inc", run_state=RunState.RUNNING)  # the sample that says so comes later
-        return pb.StartGuestResponse(guest=wire.guest_status_to_proto(status))
+        return pb.StartGuestResponse(guest=wire_agent.guest_status_to_proto(status))
 
     async def _process(self, uuid: str) -> tuple[int, RunState]:
         """That it is born in. Of a guest that is adopted: the one that its specification names, or no other."""
@@ -291,7 +291,7 @@ class FakeAgent(AgentServiceServicer):
         self.troubles = [trouble for trouble in self.troubles if trouble.guest != uuid]
         status = GuestStatus(uuid, spec.name, "inc", RunState.RUNNING, 4711)
         self.say(AgentSample(guests=(status,)))
-        return pb.RestoreRecordResponse(guest=wire.guest_status_to_proto(status))
+        return pb.RestoreRecordResponse(guest=wire_agent.guest_status_to_proto(status))
 
     async def EndGuest(self, request: pb.EndGuestRequest, context: Any) -> pb.EndGuestResponse:
         await self._called("EndGuest", request.guest_uuid)
@@ -351,14 +351,14 @@ class FakeAgent(AgentServiceServicer):
     async def PrepareDestination(
         self, request: pb.PrepareDestinationRequest, context: Any
     ) -> pb.PrepareDestinationResponse:
-        order = wire.prepare_order_from_proto(request)
+        order = wire_agent.prepare_order_from_proto(request)
         await self._called("PrepareDestination", order.attempt.guest)
-        return wire.prepared_to_proto(
+        return wire_agent.prepared_to_proto(
             Prepared(f"inc-{order.attempt.attempt}", Endpoint("127.0.0.1", 1), Endpoint("127.0.0.1", 7702))
         )
 
     async def ConductAttempt(self, request: pb.ConductAttemptRequest, context: Any) -> pb.ConductAttemptResponse:
-        order = wire.conduct_order_from_proto(request)
+        order = wire_agent.conduct_order_from_proto(request)
         await self._called("ConductAttempt", f"{order.attempt.guest} {order.destination.host} {order.previous_reason}")
         return pb.ConductAttemptResponse()
 
@@ -375,9 +375,9 @@ class FakeAgent(AgentServiceServicer):
         queue: asyncio.Queue[AgentSample] = asyncio.Queue()
         self.watches.append(queue)
         try:
-            yield wire.agent_sample_to_proto(self.sample)
+            yield wire_agent.agent_sample_to_proto(self.sample)
             while True:
-                yield wire.agent_sample_to_proto(await queue.get())
+                yield wire_agent.agent_sample_to_proto(await queue.get())
         finally:
             self.watches.remove(queue)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import wire, wire_attempts, wire_words
+from orchestrator import wire, wire_agent, wire_attempts, wire_words
 from orchestrator.core.agent import (
     AgentSample,
     AgentStatus,
@@ -162,9 +162,9 @@ def test_a_reason_of_a_newer_agent_is_kept_for_people() -> None:
 @given(st.lists(GUEST_STATUS, max_size=3).map(tuple), st.lists(ATTEMPT_STATUS, max_size=3).map(tuple))
 def test_what_agents_say(guests: tuple[GuestStatus, ...], attempts: tuple[AttemptStatus, ...]) -> None:
     sample = AgentSample(guests, attempts)
-    assert wire.agent_sample_from_proto(wire.agent_sample_to_proto(sample)) == sample
+    assert wire_agent.agent_sample_from_proto(wire_agent.agent_sample_to_proto(sample)) == sample
     status = AgentStatus(HostRef("h1", "b"), 7, guests, attempts)
-    assert wire.agent_status_from_proto(wire.agent_status_to_proto(status)) == status
+    assert wire_agent.agent_status_from_proto(wire_agent.agent_status_to_proto(status)) == status
 
 
 @given(REFS, PREPARED, POLICIES, TEXT, INT64)
@@ -172,10 +172,10 @@ def test_what_agents_are_told(
     ref: AttemptRef, prepared: Prepared, policy: MigrationPolicy, text: str, epoch: int
 ) -> None:
     conduct = ConductOrder(ref, epoch, prepared, HostRef(text, text), policy, text)
-    assert wire.conduct_order_from_proto(wire.conduct_order_to_proto(conduct)) == conduct
+    assert wire_agent.conduct_order_from_proto(wire_agent.conduct_order_to_proto(conduct)) == conduct
     prepare = PrepareOrder(ref, epoch, prepared.peer, policy.prepare_timeout_ms, policy.multifd_channels)
-    assert wire.prepare_order_from_proto(wire.prepare_order_to_proto(prepare)) == prepare
-    assert wire.prepared_from_proto(wire.prepared_to_proto(prepared)) == prepared
+    assert wire_agent.prepare_order_from_proto(wire_agent.prepare_order_to_proto(prepare)) == prepare
+    assert wire_agent.prepared_from_proto(wire_agent.prepared_to_proto(prepared)) == prepared
 
 
 @pytest.mark.parametrize(
@@ -195,16 +195,16 @@ def test_an_endpoint_is_an_address_and_a_port(ip: str, port: int) -> None:
     """What QEMU would take for a command ran as root on the source."""
     message = agent_pb2.ConductAttemptRequest(stream=agent_pb2.Endpoint(ip=ip, port=port))
     with pytest.raises(DroverError) as caught:
-        wire.conduct_order_from_proto(message)
+        wire_agent.conduct_order_from_proto(message)
     assert (caught.value.reason, caught.value.field) == (RefusalReason.INVALID_ARGUMENT, "stream")
 
 
 @given(st.booleans(), st.booleans(), st.none() | REPORTS, st.sampled_from(RunState))
 def test_answers_of_agents(known: bool, ended: bool, report: AttemptReport | None, state: RunState) -> None:
     seen = AttemptSeen(known, ended, report)
-    assert wire.attempt_seen_from_proto(wire.attempt_seen_to_proto(seen)) == seen
+    assert wire_agent.attempt_seen_from_proto(wire_agent.attempt_seen_to_proto(seen)) == seen
     wish = WishApplied(known, state)
-    assert wire.wish_applied_from_proto(wire.wish_applied_to_proto(wish)) == wish
+    assert wire_agent.wish_applied_from_proto(wire_agent.wish_applied_to_proto(wish)) == wish
 
 
 def test_every_word_of_the_core_has_its_word_in_the_protos() -> None:
