@@ -18,6 +18,8 @@ from pathlib import Path
 
 import structlog
 
+from agents.host.whole import flush, write_whole
+
 log = structlog.get_logger(__name__)
 
 _FLOCK = struct.Struct("hhqqi4x")
@@ -56,7 +58,7 @@ class Births:
         """The guest is about to be said to run: its images are its own. Durable. Idempotent. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             self._note.unlink()
-            _sync(self._note.parent)
+            flush(self._note.parent)
 
     def failed(self) -> None:
         """Remove what was made. Idempotent. Raises OSError when something is left; to be repeated then."""
@@ -84,9 +86,7 @@ class Births:
             return []
 
     def _write(self, made: list[Made]) -> None:
-        temporary = self._note.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(each) for each in made]))
-        temporary.replace(self._note)
+        write_whole(self._note, json.dumps([asdict(each) for each in made]).encode())
 
 
 def _is_open(path: Path) -> bool:
@@ -95,11 +95,3 @@ def _is_open(path: Path) -> bool:
         asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, *_LOCKS, 0)
         found = fcntl.fcntl(file.fileno(), _OFD_GETLK, asked)
     return _FLOCK.unpack(found)[0] != fcntl.F_UNLCK
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from agents.engine.base import DiskFile
 from agents.host.commands import CommandFailed, ran
+from agents.host.whole import write_whole
 from orchestrator.core.naming import MOVED_AWAY
 
 _TOOL = "qemu-img"
@@ -125,14 +126,9 @@ class Images:
         self._note.unlink(missing_ok=True)
 
     def _write(self, known: dict[str, Image], *, durable: bool = False) -> None:
-        temporary = self._note.with_suffix(".tmp")
+        note = {disk: asdict(image) for disk, image in known.items()}
         try:
-            temporary.write_text(json.dumps({disk: asdict(image) for disk, image in known.items()}))
-            if durable:
-                _synced(temporary)
-            temporary.replace(self._note)
-            if durable:
-                _synced(self._note.parent)
+            write_whole(self._note, json.dumps(note).encode(), durable=durable)
         except OSError as error:
             raise DiskError(f"{self._note}: cannot note the guest's images: {error}") from error
 
@@ -150,14 +146,6 @@ async def base_of(image: Path) -> str:
     """Name of the image that this one lies on, as it says itself; empty: on nothing. Raises CommandFailed."""
     told = json.loads(await ran(_TOOL, "info", "-U", "-f", "qcow2", "--output=json", str(image), timeout_s=_MAKE_S))
     return str(told.get("backing-filename", "")).rpartition("/")[2]
-
-
-def _synced(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def retire(path: Path, inc: str) -> Path | None:

@@ -28,6 +28,7 @@ from typing import TypeVar
 import structlog
 
 from agents.config import AgentConfig, PoolConfig
+from agents.host.whole import flush
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.images import (
     CHUNK_BYTES,
@@ -367,11 +368,7 @@ def _named(path: Path, name: Path, image: ImageImport, host: str) -> None:
         name.hardlink_to(path)
     except FileExistsError:
         raise _taken(image, host) from None
-    directory = os.open(name.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    flush(name.parent)
 
 
 def _removed(path: Path) -> None:

@@ -39,7 +39,6 @@ from agents.guest.hardware import Hardware
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import Adopted, GuestSpec, LiveMachine, NetworkKind, PoolKind
-from orchestrator.ledger.records import encode
 from orchestrator.proc import start_time_of
 
 _NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -304,9 +303,7 @@ async def take(engine: MigrationEngine, files: GuestFiles, inc: str, taken: Adop
 def _noted(files: GuestFiles, inc: str, machine: LiveMachine) -> Hardware:
     """Its machine is noted down before its process is. Raises OSError."""
     note = standing.note_path(files, inc)
-    temporary = note.with_suffix(".tmp")
-    temporary.write_bytes(encode(machine))
-    temporary.replace(note)
+    standing.write_note(files, inc, machine)
     return Hardware(machine, standing.disk_files(files.config, files.spec), files=(note,))
 
 

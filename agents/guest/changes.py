@@ -24,6 +24,7 @@ from agents.guest.copies import Copy
 from agents.guest.held import HeldGuest
 from agents.guest.machine import MachineError, disk_of, nic_of
 from agents.handover import preflight
+from agents.host.whole import write_whole
 from agents.nets.taps import NetsError
 from agents.shims.net import mac_address
 from orchestrator.core.changes import MachineChange, changed
@@ -284,9 +285,7 @@ class Changes:
             return None
 
     def _write(self, change: Change) -> None:
-        temporary = self._note.with_suffix(".tmp")
-        temporary.write_bytes(encode(change))
-        temporary.replace(self._note)
+        write_whole(self._note, encode(change))
 
 
 def _machine(own: Copy) -> LiveMachine:

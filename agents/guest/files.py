@@ -35,6 +35,7 @@ from agents.config import AgentConfig
 from agents.disks.births import Births
 from agents.engine.base import Tap, VmmMetadata, VmmSpec
 from agents.guest.console import ConsoleAt
+from agents.host.whole import write_whole
 from agents.nets.ports import MAX_PORTS, Owner, Port, tap_name
 from agents.nets.taps import NetsError, Taps, root_of
 from agents.shims import net
@@ -118,10 +119,7 @@ def note_roots(config: AgentConfig) -> None:
     """Remember where the sockets of this agent's guests are, before it has any: a process whose note is lost is found
     by them, also from a moved directory. Raises OSError; nothing has changed then."""
     roots = known_roots(config)[-_ROOTS_KEPT:]
-    file = config.dir / "roots.json"
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(roots))
-    temporary.replace(file)
+    write_whole(config.dir / "roots.json", json.dumps(roots).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,10 +202,7 @@ class GuestFiles:
 
     def note(self) -> None:
         """Write down what the guest is, for a later agent, over what was noted before. Raises OSError."""
-        note = self.directory / "guest.json"
-        temporary = note.with_suffix(".tmp")
-        temporary.write_bytes(encode(_Note(self.uuid, self.spec)))
-        temporary.replace(note)
+        write_whole(self.directory / "guest.json", encode(_Note(self.uuid, self.spec)))
 
     def remove(self) -> None:
         """The note last: an agent that is killed in the middle leaves a guest that its successor knows. The images of a
@@ -289,9 +284,7 @@ class GuestFiles:
         """Keep the numbers that they have, so that a card which is taken away changes no other's. Raises OSError."""
         if cards is None and self.cards_path(inc).exists():
             return
-        temporary = self.cards_path(inc).with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._cards(inc) if cards is None else cards))
-        temporary.replace(self.cards_path(inc))
+        write_whole(self.cards_path(inc), json.dumps(self._cards(inc) if cards is None else cards).encode())
 
     async def plug(self, inc: str, nic: NicSpec) -> None:
         """Make the tap of a card that the copy is to have; its numbers are noted. Raises NetsError, OSError."""

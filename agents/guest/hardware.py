@@ -23,6 +23,7 @@ from agents.guest.files import GuestFiles
 from agents.guest.tpm import Tpm, available
 from agents.host import pools
 from agents.host.commands import CommandFailed
+from agents.host.whole import write_whole
 from agents.shims.net import mac_address
 from orchestrator.core.compatibility import real_machine
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -114,10 +115,7 @@ def note_path(files: GuestFiles, inc: str) -> Path:
 
 def write_note(files: GuestFiles, inc: str, machine: LiveMachine) -> None:
     """Note down a copy's machine, over what was noted before. Raises OSError."""
-    note = note_path(files, inc)
-    temporary = note.with_suffix(".tmp")
-    temporary.write_bytes(encode(machine))
-    temporary.replace(note)
+    write_whole(note_path(files, inc), encode(machine))
 
 
 async def born(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from agents.config import AgentConfig
+from agents.host.whole import write_whole
 from orchestrator import proc
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.identity import AgentIdentity
@@ -177,17 +178,7 @@ class Installation:
             raise
 
     def _write(self) -> None:
-        temporary = self._file.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            json.dump({"id": self.id, "claims": self.claims}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._file)
-        descriptor = os.open(self._file.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_whole(self._file, json.dumps({"id": self.id, "claims": self.claims}).encode(), durable=True)
 
 
 class _StatFs(ctypes.Structure):

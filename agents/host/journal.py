@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
+from agents.host.whole import write_whole
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.record import Record
 from orchestrator.core.records import AttemptReport
@@ -179,20 +179,12 @@ class Journal:
 def _write(path: Path, data: bytes | None) -> OSError | None:
     """Blocking. Whole or not at all; None: done. Only the epoch is flushed: losing power may cost the newest of the
     rest, and a flush would be in the way of whoever shares the disk, ZooKeeper for one."""
-    temporary = path.with_suffix(".tmp")
     try:
         if data is None:
             path.unlink(missing_ok=True)
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            if path.name == _EPOCH_FILE:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, data, durable=path.name == _EPOCH_FILE)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         return error
     return None

@@ -13,6 +13,7 @@ import structlog
 
 from agents.config import AgentConfig, PoolConfig
 from agents.disks import images
+from agents.host.whole import write_whole
 from orchestrator.core.records import Pool, PoolKind
 
 log = structlog.get_logger(__name__)
@@ -103,10 +104,8 @@ def read_bases(config: AgentConfig) -> None:
             except OSError as error:
                 log.warning("a base cannot be read: no guest's disk can lie on it", base=str(path), error=str(error))
     if fresh:
-        temporary = note.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(_read))
-            temporary.replace(note)
+            write_whole(note, json.dumps(_read).encode())
         except OSError as error:
             log.warning("the content of bases is not noted down, and is read again by the next agent", error=str(error))
 

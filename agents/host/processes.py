@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from agents.host.whole import write_whole
 from orchestrator import proc
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 
@@ -58,9 +59,7 @@ def end_leashed(child: subprocess.Popen[bytes]) -> None:
 
 def note_down(path: Path, known: Mapping[str, object]) -> None:
     """Write what a later agent finds a process by; whole or not at all. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(known))
-    temporary.replace(path)
+    write_whole(path, json.dumps(known).encode())
 
 
 async def spawned(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:

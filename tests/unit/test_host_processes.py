@@ -15,9 +15,9 @@ from orchestrator.proc import vmms_below
 
 _KILLED_BEFORE_THE_NOTE = """
 import asyncio, os, pathlib, signal, sys
-from agents.guest.tpm import Tpm
-pathlib.Path.write_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-asyncio.run(Tpm.launch(pathlib.Path(sys.argv[1]), "i1"))
+from agents.guest import tpm
+tpm.note_down = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(tpm.Tpm.launch(pathlib.Path(sys.argv[1]), "i1"))
 """
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
 from agents.engine.libvirt import domain
+from agents.host.whole import write_whole
 from orchestrator import proc
 from orchestrator.core.liveness import LivenessUnknown
 
@@ -29,9 +30,7 @@ def client_sockets(spec: VmmSpec) -> tuple[Path, Path]:
 
 def write(path: Path, metadata: VmmMetadata) -> None:
     """Atomic. Raises OSError."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(metadata)))
-    temporary.replace(path)
+    write_whole(path, json.dumps(asdict(metadata)).encode())
 
 
 def link_all(spec: VmmSpec, kernel: Path, initrd: Path | None) -> None:

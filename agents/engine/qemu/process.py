@@ -16,6 +16,7 @@ from agents.engine.base import EngineError, VmmMetadata, VmmSpec
 from agents.engine.boot_images import Images
 from agents.engine.qemu import arguments, vfio
 from agents.host.processes import gated, leashed
+from agents.host.whole import write_whole
 from orchestrator.core.guest import command_line_of
 from orchestrator.core.records import Firmware, ShimKind
 
@@ -166,9 +167,7 @@ def _escaped(value: object) -> str:
 
 def write_metadata(path: Path, metadata: VmmMetadata) -> None:
     """Atomic: a reader sees the old text or the new."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(metadata)))
-    temporary.replace(path)
+    write_whole(path, json.dumps(asdict(metadata)).encode())
 
 
 def popen_gated(command: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
