@@ -20,7 +20,6 @@ from agents.engine.libvirt.packets import Packet, Procedure, at_destination
 from agents.engine.libvirt.relay import LIMIT_BYTES, Relay, Stream
 
 HELLO_S = 5.0
-_HELLO_BYTES = 64 << 10
 
 
 class Stage(StrEnum):
