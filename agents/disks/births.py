@@ -9,22 +9,17 @@ nothing, so it says the inode too; and an image that somebody has open is left a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import struct
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import structlog
 
+from agents.disks.byte_locks import is_locked
 from agents.host.whole import flush, write_whole
 
 log = structlog.get_logger(__name__)
 
-_FLOCK = struct.Struct("hhqqi4x")
-"""`struct flock` of 64-bit Linux: type, whence, start, length, pid."""
-_OFD_GETLK = 36
 _LOCKS = (100, 200)
 """Start and length of the bytes that QEMU locks in an image while it has it open."""
 
@@ -92,6 +87,4 @@ class Births:
 def _is_open(path: Path) -> bool:
     """Whether a VMM, or a tool of QEMU, has the image open. Raises OSError."""
     with path.open("rb") as file:
-        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, *_LOCKS, 0)
-        found = fcntl.fcntl(file.fileno(), _OFD_GETLK, asked)
-    return _FLOCK.unpack(found)[0] != fcntl.F_UNLCK
+        return is_locked(file.fileno(), *_LOCKS)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
-import struct
 import threading
 import time
 from collections import OrderedDict
@@ -19,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from agents.config import AgentConfig
+from agents.disks import byte_locks
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.ids import HostRef
 from orchestrator.core.records import GuestSpec, PoolKind
@@ -29,10 +28,8 @@ _HELD_S = 8.0
 _GOOD_FOR_S = 3_600.0
 """What was proven is believed for so long: a pool may be mounted anew."""
 _MOST = 256
-# As QEMU does it: a lock of the open file, not of the process, on the byte that says "nobody else may write".
-_GETLK, _SETLK, _BYTE = 36, 37, 201
-_FLOCK = "hhqqi4x"
-"""l_type, l_whence, l_start, l_len, l_pid."""
+_BYTE = 201
+"""On which QEMU locks an image to say "nobody else may write"."""
 
 
 def wanted(config: AgentConfig, spec: GuestSpec) -> frozenset[str]:
@@ -92,7 +89,7 @@ def hold(probe: Path) -> int:
     """Lock it; the lock ends with the descriptor that is returned. Blocking. Raises OSError."""
     descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.fcntl(descriptor, _SETLK, struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, _BYTE, 1, 0))
+        byte_locks.lock_shared(descriptor, _BYTE, 1)
     except OSError:
         os.close(descriptor)
         raise
@@ -111,8 +108,7 @@ def is_locked(probe: Path) -> bool:
     except OSError:
         return False
     try:
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _BYTE, 1, 0)
-        return struct.unpack(_FLOCK, fcntl.fcntl(descriptor, _GETLK, asked))[0] != fcntl.F_UNLCK
+        return byte_locks.is_locked(descriptor, _BYTE, 1)
     except OSError:
         return False
     finally:
