@@ -460,16 +460,7 @@ def checked(request: pb.CreateGuestRequest) -> GuestSpec:
         bad.append(("request_id", said))
     if request.host and (said := name_error(request.host)):
         bad.append(("host", said))
-    if not request.HasField("spec"):
-        raise invalid([*bad, ("spec", "is missing")])
-    try:
-        spec = wire.guest_spec_from_proto(request.spec)
-    except DroverError as error:
-        raise invalid([*bad, *error.violations]) from error
-    bad += [(f"spec.{field}", said) for field, said in guest_errors(spec)]
-    if bad:
-        raise invalid(bad)
-    return spec
+    return _sound_spec(request, bad)
 
 
 def checked_edit(request: pb.EditGuestRequest) -> GuestSpec:
@@ -477,6 +468,11 @@ def checked_edit(request: pb.EditGuestRequest) -> GuestSpec:
     bad: list[tuple[str, str]] = []
     if said := name_error(request.name):
         bad.append(("name", said))
+    return _sound_spec(request, bad)
+
+
+def _sound_spec(request: pb.CreateGuestRequest | pb.EditGuestRequest, bad: list[tuple[str, str]]) -> GuestSpec:
+    """`bad`: what else is wrong with the request, to be told together with what is wrong with its specification."""
     if not request.HasField("spec"):
         raise invalid([*bad, ("spec", "is missing")])
     try:

@@ -209,11 +209,9 @@ def users_of(snapshot: Snapshot) -> Mapping[Used, set[str]]:
     """Names of guests by what image they have a disk with."""
     found: dict[Used, set[str]] = {}
     for guest in snapshot.guests.values():
-        host = guest.record.owner.host
         for disk in guest.spec.disks:
-            found.setdefault((disk.pool, host if _is_local(snapshot, disk.pool, host) else "", disk.image), set()).add(
-                guest.record.name
-            )
+            used = _used_as(snapshot, Place(disk.pool, guest.record.owner.host), disk.image)
+            found.setdefault(used, set()).add(guest.record.name)
     return found
 
 
