@@ -78,13 +78,23 @@ def test_pending(scene: Scene) -> None:
 
 
 def test_preparing(scene: Scene) -> None:
-    """The destination's agent does not answer."""
+    """Its destination does not answer. Where that is noticed before a migration begins, there is another try."""
     guest = scene.guest()
-    with scene.frozen(scene.agent(scene.there)):
-        migration = scene.migrate(guest, scene.there)
-        scene.reach_phase(migration, "PREPARING")
-        assert cancel(scene, migration) == CANCELLED
-        is_cancelled(scene, guest, migration)
+
+    def begun() -> str:
+        phase = scene.phase(migration)
+        return phase if phase in ("PREPARING", "FAILED") else ""
+
+    for _ in range(5):
+        with scene.frozen(scene.agent(scene.there)):
+            migration = scene.migrate(guest, scene.there)
+            if scene.reach(begun, "a migration that has begun") == "PREPARING":
+                assert cancel(scene, migration) == CANCELLED
+                is_cancelled(scene, guest, migration)
+                return
+        assert scene.ended(migration).failure == "DESTINATION_NOT_ELIGIBLE"
+        scene.ledger_is_back()  # and every host is heard
+    pytest.fail("each silence was noticed before a migration had begun")
 
 
 def held_in_precopy(scene: Scene) -> tuple[Born, str]:
