@@ -38,7 +38,8 @@ from agents.engine.base import (
 )
 from agents.engine.boot_images import Images
 from agents.engine.qemu import process
-from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.vmm import QemuVmm
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.records import Boot, GuestSpec

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from agents.engine.base import DiskFailed, DiskFile, RunState
-from agents.engine.qemu.engine import QemuVmm
+from agents.engine.qemu.vmm import QemuVmm
 from orchestrator.core.disks import Copying, copying
 from orchestrator.core.disks import DestinationSide as There
 from orchestrator.core.records import DiskFormat

@@ -33,7 +33,8 @@ from agents.engine.base import (
     stream_of,
 )
 from agents.engine.qemu.arguments import disk_nodes
-from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.vmm import QemuVmm
 from orchestrator.core.disks import Copying, SourceSide, copying
 from orchestrator.core.disks import DestinationSide as There
 from orchestrator.core.records import DiskCache, DiskFormat, PoolKind

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from agents.engine.base import DeviceGone, DiskFile, EngineError, EngineEvent, EngineStatus, RunState, Vmm, VmmSpec
-from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.vmm import QemuVmm
 from agents.guest import machine, plugging
 from agents.guest.machine import Facts
 from orchestrator.core.records import DiskCache, DiskFormat, DiskSpec, LiveDevice, LiveMachine, NicSpec, PoolKind

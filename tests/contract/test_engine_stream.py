@@ -17,7 +17,8 @@ import pytest
 
 from agents.engine.base import EngineError, EngineStatus, HoldStart, OutgoingOptions, RunState, Vmm, stream_of
 from agents.engine.qemu import stream
-from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.vmm import QemuVmm
 from orchestrator.core.endpoint import Endpoint
 from tests.contract.test_engine import LINK, Pair, freeze, image, no_qemu, options, pair, until
 

@@ -27,7 +27,8 @@ from agents.engine.base import (
     Vmm,
     stream_of,
 )
-from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.vmm import QemuVmm
 from agents.guest import hardware
 from agents.guest.files import GuestFiles
 from agents.guest.hardware import Hardware

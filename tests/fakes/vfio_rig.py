@@ -34,7 +34,8 @@ from agents.engine.base import (
     VmmSpec,
     VmmState,
 )
-from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.vmm import QemuVmm
 from agents.shims.companion import DeviceProcess, DevicesSpec
 from agents.shims.inside import InVmmDevice
 from deploy.lab.devices import PROGRAM

@@ -27,7 +27,8 @@ from agents.engine.base import (
     VmmSpec,
     stream_of,
 )
-from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.vmm import QemuVmm
 from agents.handover.destination import DestinationStage
 from agents.handover.source import SourceStage
 from agents.handover.source_shell import SourceShell

@@ -31,7 +31,8 @@ from agents.engine.base import (
     VmmState,
 )
 from agents.engine.qemu import process
-from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.vmm import QemuVmm
 from deploy.lab.devices.device import Device, DeviceIdentity, DeviceSizes
 from deploy.lab.devices.qemu_acks import RETURN_PATH, SWITCHOVER_ACK
 from deploy.lab.devices.scenario import Scenario

@@ -22,7 +22,8 @@ from agents.agent import Agent
 from agents.config import AgentConfig
 from agents.engine import base as engine
 from agents.engine.qemu import process as vmm_process
-from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.vmm import QemuVmm
 from agents.guest import adopting, files
 from agents.host.metrics import Metrics
 from orchestrator.core import handover

@@ -15,7 +15,8 @@ import pytest
 
 from agents.engine.base import VmmMetadata
 from agents.engine.qemu import process
-from agents.engine.qemu.engine import Features, QemuVmm
+from agents.engine.qemu.features import Features
+from agents.engine.qemu.vmm import QemuVmm
 from agents.guest.files import GuestFiles, make_marker, there
 from agents.handover import preflight
 from agents.host.journal import Journal

@@ -21,7 +21,8 @@ from agents.__main__ import Peers
 from agents.agent import Agent
 from agents.engine import base as engine
 from agents.engine.base import EngineError, VmmMetadata
-from agents.engine.qemu.engine import Features, QemuEngine
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.features import Features
 from agents.guest.files import GuestFiles
 from agents.host.metrics import Metrics
 from agents.host.processes import Watched

@@ -22,7 +22,8 @@ from types import MethodType
 
 from agents.engine.base import EngineError, EngineEvent, HoldStart, OutgoingOptions, RunStateChanged, VmmSpec, stream_of
 from agents.engine.base import EngineStatus as Status
-from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.vmm import QemuVmm
 from agents.handover.destination import DestinationStage
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.endpoint import Endpoint

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from agents.engine.base import DiskFile, EngineError, VmmSpec
 from agents.engine.qemu.arguments import disk_nodes
-from agents.engine.qemu.engine import QemuEngine, QemuVmm
+from agents.engine.qemu.engine import QemuEngine
+from agents.engine.qemu.vmm import QemuVmm
 from deploy.lab.cluster.network import command_in
 from deploy.lab.workload import Workload, boot_of
 from orchestrator import wire

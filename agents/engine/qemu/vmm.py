@@ -1,0 +1,543 @@
+"""One QEMU behind the engine port: what each call means in QMP, and what has to be waited for afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from agents.engine import base
+from agents.engine.base import (
+    EngineError,
+    EngineStatus,
+    EngineTimeout,
+    GuestHasEnded,
+    HoldStart,
+    RunState,
+    VmmMetadata,
+    VmmState,
+)
+from agents.engine.qemu import arguments, foreign, process, stream, verdict
+from agents.engine.qemu.block import QemuDisks, own_job
+from agents.engine.qemu.bounded import bounded
+from agents.engine.qemu.features import Features, features_of
+from agents.engine.qemu.locked import locked
+from agents.engine.qemu.plug import QemuPlugs
+from agents.engine.qemu.qmp import QmpConnection
+from agents.host import processes
+from orchestrator.core.endpoint import Endpoint, join_address, parse_ip
+from orchestrator.core.errors import RefusalReason
+from orchestrator.core.liveness import Liveness
+from orchestrator.core.offers import Obstacle
+from orchestrator.core.records import LiveDevice
+
+_TRICKLE_BYTES_PER_S = 4096
+_TRICKLE_DOWNTIME_MS = 1
+_NO_LIMIT_MS, _NO_LIMIT_BYTES_PER_S = 2_000_000, 1 << 40
+"""The most that QEMU takes for a downtime: of a guest that stands still there is none to keep short."""
+_POLL_S = 0.003
+_CONNECT_S = 8.0
+_CANCEL_S = 1.0
+_FREE_S = 0.3
+"""How long a guest that may stand still waits for a QEMU that a lost disk target may have stopped."""
+_STREAM_S = 5.0
+"""How long the destination may take to accept the stream: two lost packets, and an attempt that ends soon otherwise."""
+_STREAM = "stream"
+"""What a QEMU calls the stream that was opened for it."""
+_OVER = (EngineStatus.NONE, EngineStatus.COMPLETED, EngineStatus.FAILED, EngineStatus.CANCELLED)
+_RUN_STATES = {
+    "running": RunState.RUNNING,
+    "inmigrate": RunState.INCOMING,
+    "finish-migrate": RunState.FINISHING,
+    "postmigrate": RunState.SEALED,
+    "shutdown": RunState.ENDED,
+    "guest-panicked": RunState.ENDED,
+    "internal-error": RunState.ENDED,
+}
+_STATUSES = {str(status): status for status in EngineStatus}
+_SILENT_LOSSES = {"vfio-user-pci": "QEMU neither moves the state of a vfio-user device nor refuses to move the guest"}
+"""Device types that a migration leaves behind without a word."""
+
+
+class QemuVmm(base.Vmm):
+    """One QEMU process."""
+
+    def __init__(
+        self, metadata: VmmMetadata, spec: base.VmmSpec, watched: processes.Watched, features: Features
+    ) -> None:
+        self._metadata = metadata
+        self._spec = spec
+        self._process = watched
+        self._features = features
+        self._sinks: list[base.EventSink] = []
+        self._main = QmpConnection(f"{spec.inc}.main", self._on_event)
+        self._oob = QmpConnection(f"{spec.inc}.oob")
+        self._options: base.OutgoingOptions | None = None
+        self._released = True
+        self._tail: asyncio.Task[None] | None = None
+        self._parameters = asyncio.Lock()
+        self._telling: asyncio.Task[None] | None = None
+        self._stands = False
+        """The guest was stopped on purpose."""
+        self._arrived = False
+        """This QEMU told that it has loaded the guest, and has not been asked to send it since."""
+        self._disks = QemuDisks(spec.disks, self._execute, self._urgently, self._emit)
+        self._plugs = QemuPlugs(self._execute, self._emit)
+        self._monitor = metadata.extra.get(base.ADOPTED_QMP, "")
+        """Of a QEMU that somebody else started; it takes commands out of band as well. Empty: it is ours."""
+        watched.on_death = lambda: self._emit(base.VmmDied())
+
+    @property
+    def disks(self) -> QemuDisks:
+        return self._disks
+
+    @property
+    def metadata(self) -> VmmMetadata:
+        return self._metadata
+
+    def subscribe(self, sink: base.EventSink) -> Callable[[], None]:
+        self._sinks.append(sink)
+        return lambda: self._sinks.remove(sink) if sink in self._sinks else None
+
+    def liveness(self) -> Liveness:
+        return self._process.liveness()
+
+    async def connect(self, timeout_s: float = _CONNECT_S) -> None:
+        """Both QMP connections; retried until QEMU has made its sockets. Raises EngineError with QEMU's last words."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if self._monitor:
+                    self._main = self._oob = await self._connected(Path(self._monitor), self._on_event)
+                    return
+                self._main = await self._connected(process.qmp_path(self._spec), self._on_event)
+                self._oob = await self._connected(process.oob_path(self._spec), None)
+        except TimeoutError as error:
+            raise EngineTimeout(f"QEMU of {self._spec.spec.name} did not answer in {timeout_s:g} s") from error
+
+    async def _connected(
+        self, path: Path, sink: Callable[[str, Mapping[str, Any], float], None] | None
+    ) -> QmpConnection:
+        while True:
+            connection = QmpConnection(path.name, sink)
+            try:
+                await connection.connect(path, 2.0)
+                return connection
+            except EngineError:
+                await connection.close()
+                if self.liveness() is Liveness.GONE:
+                    words = processes.tail_of(process.log_path(self._spec))
+                    ended = EngineError(f"QEMU ended at its start: {words}")
+                    raise locked(ended) or ended from None
+                await asyncio.sleep(0.01)
+
+    async def state(self, timeout_s: float = 2.0) -> VmmState:
+        async with bounded("state", timeout_s):
+            run = await self._execute("query-status", timeout_s=timeout_s)
+            info = await self._execute("query-migrate", timeout_s=timeout_s)
+        status, error = _status(info), str(info.get("error-desc", ""))
+        late = verdict.late_devices(error) if status is EngineStatus.FAILED else None
+        run_state = _RUN_STATES.get(run["status"], RunState.PAUSED)
+        return VmmState(run_state, status, self._with_words(error), late or 0)
+
+    async def progress(self) -> base.Progress:
+        info = await self._execute("query-migrate")
+        ram: dict[str, Any] = info.get("ram", {})
+        dirty_bytes_per_s = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
+        return base.Progress(
+            transferred_bytes=ram.get("transferred", 0),
+            remaining_bytes=info.get("remaining", ram.get("remaining", 0)),
+            total_bytes=ram.get("total", 0),
+            bandwidth_mbps=ram.get("mbps", 0.0),
+            dirty_rate_mbps=dirty_bytes_per_s * 8 / 1e6,
+            iteration=ram.get("dirty-sync-count", 0),
+            expected_downtime_ms=info.get("expected-downtime", 0),
+            status=_status(info),
+        )
+
+    async def unmigratable(self) -> tuple[Obstacle, ...]:
+        found: list[str] = []
+        for place in ("/machine/peripheral", "/machine/peripheral-anon"):
+            for entry in await self._execute("qom-list", {"path": place}):
+                kind = str(entry["type"]).removeprefix("child<").removesuffix(">")
+                if kind in _SILENT_LOSSES:
+                    found.append(f"device {entry['name']} is a {kind}: {_SILENT_LOSSES[kind]}")
+        found += await self._strangers()
+        found += (await self._execute("query-migrate")).get("blocked-reasons", [])
+        jobs = [job for job in await self._execute("query-block-jobs") if not own_job(str(job["device"]))]
+        said = [
+            f"job {job['device']} ({job['type']}) works on one of its disks, and would end with the move"
+            for job in jobs
+        ]
+        lost = [(RefusalReason.DEVICE_NOT_MIGRATABLE, each) for each in found]
+        return (*lost, *((RefusalReason.BLOCK_JOB_RUNNING, each) for each in said))
+
+    async def _strangers(self) -> list[str]:
+        """What of the machine is not as it was noted down: the other end would be built from the note."""
+        if self._spec.machine is None:
+            return []
+        if self._monitor:
+            return await foreign.strangers(self._execute, self._metadata)
+        return arguments.strangers(self._spec.machine, await self._plugs.devices())
+
+    async def devices(self) -> Mapping[str, str]:
+        return await self._plugs.devices()
+
+    async def attach(self, device: LiveDevice, spec: base.VmmSpec) -> LiveDevice:
+        return await self._plugs.attach(device, spec)
+
+    async def as_it_is(self, device: LiveDevice) -> LiveDevice:
+        return await self._plugs.as_it_is(device)
+
+    async def let_go(self, device: LiveDevice, timeout_s: float) -> bool:
+        return await self._plugs.detach(device, timeout_s)
+
+    async def drop(self, device: LiveDevice) -> None:
+        await self._plugs.drop(device)
+
+    def described(self, spec: base.VmmSpec) -> None:
+        self._spec = spec
+        self._disks.of(spec.disks)
+
+    async def pause(self) -> None:
+        await self._execute("stop")
+        await self._now_stands(True)
+
+    async def resume(self) -> None:
+        if not self._arrived:  # in the blackout nothing is asked that is known
+            await self._must_not_be_moving()
+        if self._stands:
+            await self._now_stands(False)
+        try:
+            await self._execute("cont")
+        except EngineTimeout:
+            raise
+        except EngineError as error:
+            # Asked only now: in the blackout nothing is asked that a guest which is well does not need.
+            if (await self.state()).run_state is RunState.ENDED:
+                raise GuestHasEnded(f"the guest has shut down: {error}") from error
+            raise locked(error) or error from error
+
+    async def _now_stands(self, stands: bool) -> None:
+        """Of a migration under way this changes the limit; that it cannot be told must not undo a stop or a start."""
+        async with self._parameters:
+            self._stands = stands
+            if self._released:
+                with contextlib.suppress(EngineError):
+                    await self._set_rate(full=True, open_gate=True)
+
+    async def _must_not_be_moving(self) -> None:
+        """Refuses what QEMU itself would take for a wish to run."""
+        run = (await self._execute("query-status"))["status"]
+        if run == "inmigrate":
+            # QEMU would accept it, and start the guest by itself at the end of the load.
+            raise EngineError("the guest is not loaded yet: nothing to resume")
+        if self._has_devices_inside and _status(await self._execute("query-migrate")) not in _OVER:
+            # QEMU would accept that too, and its devices would never be in pre-copy again: it hangs or fails later.
+            raise EngineError("a migration of a guest with devices inside the VMM is running: cancel it first")
+
+    @property
+    def _has_devices_inside(self) -> bool:
+        return self._spec.vfio_path is not None
+
+    def _acknowledged(self) -> dict[str, bool]:
+        """Capabilities by which devices inside the VMM hold up the switchover until they agree: equal at both ends."""
+        if not self._has_devices_inside:
+            return {}
+        if "switchover-ack" not in self._features.capabilities:
+            raise EngineError(f"QEMU {self._features.version} has no switchover-ack, which devices inside it need")
+        return {"switchover-ack": True}
+
+    def _where(self, ip: str, port: int, command: str) -> dict[str, object]:
+        """What QEMU connects to or listens at: always a TCP socket. A URI could be a command (`exec:`) or a file."""
+        if command in self._features.channels:
+            return _channel({"type": "inet", "host": ip, "port": str(port)})
+        return {"uri": f"tcp:{join_address(ip, port)}"}
+
+    async def _migrate(self, destination: Endpoint, options: base.OutgoingOptions) -> None:
+        """Several channels QEMU connects by itself: it takes no descriptors for them, and turns Nagle's algorithm off
+        in all but the first, which has nothing to wait for then. A single one is opened here."""
+        if options.multifd_channels > 1:
+            await self._execute("migrate", self._where(destination.ip, destination.port, "migrate"))
+            return
+        with contextlib.closing(await stream.opened(destination, options.link_bytes_per_s, _STREAM_S)) as connection:
+            await self._main.pass_descriptor(_STREAM, connection.fileno())
+        named = _channel({"type": "fd", "str": _STREAM})
+        try:
+            await self._execute("migrate", named if "migrate" in self._features.channels else {"uri": f"fd:{_STREAM}"})
+        except EngineError:
+            with contextlib.suppress(EngineError):  # refused before QEMU took it: the destination waits for its end
+                await self._execute("closefd", {"fdname": _STREAM}, timeout_s=0.5)
+            raise
+
+    async def start_outgoing(self, options: base.OutgoingOptions) -> None:
+        if options.stream is None:
+            raise EngineError("there is no destination to send to")
+        await self._cleaned_up(2.0)
+        self._options, self._arrived = options, False
+        self._stands = (await self.state()).run_state is RunState.PAUSED
+        self._released = options.hold is HoldStart.OPEN
+        wanted = {"events": True, "return-path": True, "pause-before-switchover": True}
+        wanted |= {"multifd": options.multifd_channels > 1, "auto-converge": options.auto_converge}
+        wanted |= self._acknowledged()
+        await self.set_capabilities(wanted)
+        if options.multifd_channels > 1:
+            await self._execute("migrate-set-parameters", {"multifd-channels": options.multifd_channels})
+        await self._set_rate(full=options.hold is not HoldStart.TRICKLE, open_gate=self._released)
+        await self._migrate(options.stream, options)
+        if options.hold is HoldStart.TAIL:
+            self._tail = asyncio.create_task(self._watch_tail(options.tail_bytes))
+
+    async def hold(self) -> None:
+        async with self._parameters:
+            self._released = False
+            await self._set_rate(full=False, open_gate=False)
+
+    async def release(self) -> None:
+        async with self._parameters:
+            self._released = True
+            await self._set_rate(full=True, open_gate=True)
+
+    async def _set_rate(self, *, full: bool, open_gate: bool) -> None:
+        if self._options is None:
+            return
+        link = self._options.link_bytes_per_s
+        share = link // max(1, self._options.sharing())
+        limit_ms, for_the_rest = self._options.downtime_limit_ms, share
+        if self._stands:
+            limit_ms, for_the_rest = _NO_LIMIT_MS, _NO_LIMIT_BYTES_PER_S
+        values = {
+            "max-bandwidth": link if full else _TRICKLE_BYTES_PER_S,
+            "downtime-limit": limit_ms if open_gate else _TRICKLE_DOWNTIME_MS,
+        }
+        if self._features.switchover_bandwidth:
+            values["avail-switchover-bandwidth"] = for_the_rest if open_gate else _TRICKLE_BYTES_PER_S
+        await self._execute("migrate-set-parameters", values)
+
+    async def _watch_tail(self, tail_bytes: int) -> None:
+        """Drop to the trickle near the end. Ends by itself; a lost QEMU is reported elsewhere."""
+        with contextlib.suppress(EngineError):
+            while not self._released:
+                progress = await self.progress()
+                if progress.status not in (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.NONE):
+                    return
+                if progress.total_bytes > 0 and progress.remaining_bytes < tail_bytes:
+                    async with self._parameters:
+                        if not self._released:
+                            await self._set_rate(full=False, open_gate=False)
+                    return
+                await asyncio.sleep(_POLL_S)
+
+    async def proceed(self) -> None:
+        await self._execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def abort(self, timeout_s: float = 5.0) -> VmmState:
+        async with bounded("abort", timeout_s):
+            over = False
+            await self._disks.free(_FREE_S)
+            with contextlib.suppress(EngineTimeout):
+                # Not asked first whether there is anything to cancel: the guest may stand still, and QEMU takes this
+                # for nothing when there is not.
+                await self._execute("migrate_cancel", timeout_s=_CANCEL_S)
+                over = await self._over_within(_CANCEL_S)
+            if not over:
+                await self._yank()
+            final = await self._settled()
+        # The return socket is shut down before the status changes, so a cancel may end as a failure.
+        return replace(final, status=EngineStatus.CANCELLED) if final.status is EngineStatus.FAILED else final
+
+    async def _over_within(self, timeout_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while (await self.state(timeout_s)).status not in _OVER:  # noqa: ASYNC110 - no event tells it
+                    await asyncio.sleep(_POLL_S)
+                return True
+        return False
+
+    async def _yank(self) -> None:
+        instances = await self._oob.execute("query-yank", oob=False, timeout_s=0.3) if await self._answers() else None
+        if instances is None or {"type": "migration"} in instances:
+            with contextlib.suppress(EngineError):
+                await self._oob.execute("yank", {"instances": [{"type": "migration"}]}, timeout_s=1.0, oob=True)
+
+    async def _answers(self) -> bool:
+        try:
+            await self._execute("query-status", timeout_s=0.2)
+        except EngineTimeout:
+            return False
+        return True
+
+    async def _settled(self) -> VmmState:
+        """After the end: the vCPUs have their final state and QEMU has cleaned up. The caller bounds it."""
+        while True:
+            with contextlib.suppress(EngineTimeout):
+                now = await self.state(1.0)
+                if now.status in _OVER and now.run_state is not RunState.FINISHING:
+                    await self._cleaned_up(2.0)
+                    return now
+            await asyncio.sleep(_POLL_S)
+
+    async def _cleaned_up(self, timeout_s: float) -> None:
+        """QEMU <= 10.2 cleans up after it reports the end; new capabilities before that made it abort."""
+        async with bounded("clean-up after a migration", timeout_s):
+            while {"type": "migration"} in await self._execute("query-yank"):  # noqa: ASYNC110 - as above
+                await asyncio.sleep(_POLL_S)
+
+    async def take_over(self) -> None:
+        """A loaded QEMU depends on nobody."""
+
+    async def promote(self) -> None:
+        """The note was written by `reserve`; to put it in its place takes no room on the disk."""
+        promoted = replace(self._metadata, role="owner")
+        try:
+            try:
+                process.reserved_path(self._spec).replace(process.metadata_path(self._spec))
+            except FileNotFoundError:  # promoted before, or prepared by an agent that reserved nothing
+                process.write_metadata(process.metadata_path(self._spec), promoted)
+        except OSError as error:
+            raise EngineError(f"cannot note that the VMM is the guest's now: {error}") from error
+        self._metadata = promoted
+
+    def reserve(self) -> None:
+        """Write now what `promote` is to leave: a guest that stands still needs no room on a disk. Raises OSError."""
+        process.write_metadata(process.reserved_path(self._spec), replace(self._metadata, role="owner"))
+
+    async def announce(self) -> None:
+        timing = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+        await self._execute("announce-self", timing)
+
+    async def detach(self) -> None:
+        self._disks.close()
+        for task in (self._tail, self._telling):
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(self._main.close(), self._oob.close())
+        self._process.close()
+
+    async def destroy(self) -> None:
+        self._process.kill()
+        async with bounded("destroy", 5.0):
+            if self.liveness() is not Liveness.GONE:
+                await self._process.dead.wait()
+        await self.detach()
+        spec = self._spec
+        # The note last: an agent that is killed in the middle leaves a successor that knows what to remove.
+        sockets = (process.qmp_path(spec), process.oob_path(spec), process.console_socket(spec), spec.console_path)
+        for path in (*sockets, process.reserved_path(spec), process.metadata_path(spec)):
+            path.unlink(missing_ok=True)
+
+    async def learn(self) -> None:
+        """What this very QEMU offers: one that somebody else started may be of another version than ours."""
+        version = await self._execute("query-version")
+        machines = await self._execute("query-machines")
+        schema = await self._execute("query-qmp-schema", timeout_s=4.0)
+        self._features = features_of(version, machines, schema, set())
+
+    async def survive_its_guest(self) -> None:
+        """A guest that shuts down or starts anew must not look like a VMM that died: whatever QEMU was told at its
+        start, it is told now."""
+        await self._execute("set-action", {"shutdown": "pause", "reboot": "reset"})
+
+    async def hand_back(self) -> None:
+        """Of a QEMU that somebody else started: as it was told at its start, and known here no more."""
+        told = {name: self._metadata.extra[name] for name in ("shutdown", "reboot") if name in self._metadata.extra}
+        if self.liveness() is not Liveness.GONE and told:
+            await self._execute("set-action", told)
+            await self.set_capabilities({"events": False, "return-path": False, "pause-before-switchover": False})
+        await self.detach()
+        process.metadata_path(self._spec).unlink(missing_ok=True)
+
+    async def note_machine(self) -> None:
+        """Keep what machine type this really is, for the other end to compare; link the console. May raise OSError."""
+        process.link_console(self._spec)
+        kind = await self._execute("qom-get", {"path": "/machine", "property": "type"})
+        self._metadata = replace(self._metadata, machine=str(kind).removesuffix("-machine"))
+        self._note()
+
+    async def listen(self, address: str, channels: int) -> str:
+        """Destination: accept one stream; returns the endpoint."""
+        wanted = {"events": True, "return-path": True, "multifd": channels > 1, **self._acknowledged()}
+        if "late-block-activate" in self._features.capabilities and not self._features.late_activation_always:
+            wanted["late-block-activate"] = True
+        await self.set_capabilities(wanted)
+        if channels > 1:
+            await self._execute("migrate-set-parameters", {"multifd-channels": channels})
+        arguments = self._where(str(parse_ip(address)), 0, "migrate-incoming")
+        if self._features.exit_on_error:
+            arguments["exit-on-error"] = False
+        await self._execute("migrate-incoming", arguments)
+        sockets = (await self._execute("query-migrate")).get("socket-address", [])
+        if not sockets:
+            raise EngineError("QEMU listens but does not say where")
+        where = join_address(sockets[0]["host"], int(sockets[0]["port"]))
+        self._metadata = replace(self._metadata, endpoint=f"tcp:{where}")
+        self._note()
+        self.reserve()
+        return self._metadata.endpoint
+
+    def _note(self) -> None:
+        process.write_metadata(process.metadata_path(self._spec), self._metadata)
+
+    async def set_capabilities(self, wanted: Mapping[str, bool]) -> None:
+        """Set the named migration capabilities and leave the others alone. Raises EngineError: QEMU refuses while a
+        migration runs, and for a combination that it does not support; none is changed then."""
+        entries = [{"capability": name, "state": state} for name, state in wanted.items()]
+        await self._execute("migrate-set-capabilities", {"capabilities": entries})
+
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float = 2.0
+    ) -> Any:
+        if self.liveness() is Liveness.GONE:
+            raise EngineError(f"{command}: the QEMU process is gone; {self._with_words('')}")
+        return await self._main.execute(command, arguments, timeout_s=timeout_s)
+
+    async def _urgently(self, command: str, arguments: Mapping[str, object], **how: Any) -> Any:
+        return await self._oob.execute(command, arguments, **how)
+
+    def _with_words(self, error: str) -> str:
+        """A refused stream is explained in the destination's log only."""
+        if self._metadata.role != "incoming" and error:
+            return error
+        gone = self.liveness() is Liveness.GONE
+        words = processes.tail_of(process.log_path(self._spec)) if error or gone else ""
+        return f"{error} {words}".strip()
+
+    def _emit(self, event: base.EngineEvent) -> None:
+        for sink in tuple(self._sinks):
+            sink(event)
+
+    def _on_event(self, name: str, data: Mapping[str, Any], at_s: float) -> None:
+        if name == "MIGRATION":
+            status = _STATUSES.get(data["status"], EngineStatus.ACTIVE)
+            self._arrived |= self._metadata.role == "incoming" and status is EngineStatus.COMPLETED
+            if status is EngineStatus.FAILED and self._metadata.role != "incoming":
+                self._telling = asyncio.create_task(self._tell_failure())
+            else:
+                self._emit(base.StatusChanged(status))
+        elif name.startswith("BLOCK_JOB_"):
+            self._disks.on_event(name, data)
+        elif name in ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR"):
+            self._plugs.on_event(name, data)
+        elif name in ("STOP", "RESUME"):
+            self._emit(base.RunStateChanged(name == "RESUME", at_s))
+        elif name == "GUEST_PANICKED" or (name == "SHUTDOWN" and data.get("guest")):
+            self._emit(base.GuestEnded(str(data.get("reason", "panic"))))
+
+    async def _tell_failure(self) -> None:
+        """The event does not say why. A QEMU that does not answer has failed all the same."""
+        error = ""
+        with contextlib.suppress(EngineError):
+            info = await self._execute("query-migrate", timeout_s=_CANCEL_S)
+            error = str(info.get("error-desc", "")) if _status(info) is EngineStatus.FAILED else ""
+        late = verdict.late_devices(error)
+        self._emit(base.StatusChanged(EngineStatus.FAILED, error) if late is None else base.SwitchoverAckLate(late))
+
+
+def _channel(socket: Mapping[str, str]) -> dict[str, object]:
+    return {"channels": [{"channel-type": "main", "addr": {"transport": "socket", **socket}}]}
+
+
+def _status(info: Mapping[str, Any]) -> EngineStatus:
+    return _STATUSES.get(info.get("status", "none"), EngineStatus.ACTIVE)
