@@ -13,7 +13,7 @@ from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import Ledger
 from tests.fakes.api import ApiCluster, api_cluster
 from tests.fakes.coordination import MemoryStore, World
-from tests.unit.test_coordinator_supervisor import EPOCH, drive, until, world
+from tests.fakes.coordinator import EPOCH, drive, until, world
 from tests.unit.test_leadership import leading
 
 __all__ = ["world"]

@@ -21,7 +21,7 @@ from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import Versioned
 from tests.fakes.coordination import MemoryStore, World
-from tests.unit.test_coordinator_supervisor import EPOCH, until
+from tests.fakes.coordinator import EPOCH, until
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from orchestrator.ledger import markers, paths
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.store import Check, Conflict, Create, Done
 from tests.fakes.coordination import MemoryStore, World
-from tests.unit.test_coordinator_supervisor import drive, world
+from tests.fakes.coordinator import drive, world
 from tests.unit.test_lost_ledger import HERE, THERE, G, House, until
 
 __all__ = ["world"]

@@ -13,7 +13,7 @@ from orchestrator.core.handover import Ownership
 from orchestrator.ledger import paths
 from orchestrator.ledger.store import Versioned, WriteResult
 from tests.fakes.coordination import MemoryStore, World
-from tests.unit.test_coordinator_supervisor import EPOCH, until
+from tests.fakes.coordinator import EPOCH, until
 
 
 class FakeWorker:

@@ -29,7 +29,7 @@ from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.records import decode
 from orchestrator.ledger.store import Create, Versioned
 from tests.fakes.coordination import MemoryStore, World
-from tests.unit.test_coordinator_supervisor import until
+from tests.fakes.coordinator import until
 
 GUESTS = [str(uuid5(UUID(int=0), f"guest {number}")) for number in range(8)]
 
