@@ -41,38 +41,7 @@ def show(printer: Printer, run: Run, guests: Sequence[GuestReport]) -> None:
 
 
 def _columns(run: Run) -> list[Column[GuestReport]]:
-    def downtime(guest: GuestReport) -> Cell:
-        if guest.downtime_ms is None:
-            return "paused" if guest.role.stopped_by == OPERATOR else "?"
-        return f"{guest.downtime_ms:.0f} ±{run.noise.p95_ms or 0:.0f} ms"
-
-    def pages(guest: GuestReport) -> Cell:
-        verify = guest.evidence.last_verify
-        if verify is None:
-            return "unchecked", "bold red"
-        return f"{verify.pages} ok" if guest.evidence.memory_verified else (f"{verify.bad} wrong", "bold red")
-
-    def answers(guest: GuestReport) -> Cell:
-        wrong = guest.evidence.device_errors
-        if not guest.role.devices:
-            return ""
-        return (f"{wrong} wrong", "bold red") if wrong else f"{guest.evidence.device_rings} ok"
-
-    def disk(guest: GuestReport) -> Cell:
-        if not guest.role.disks:
-            return ""
-        wrong = guest.evidence.device_errors
-        pools = "+".join(disk.pool for disk in guest.role.disks)
-        return (f"{pools} {wrong} wrong", "bold red") if wrong else f"{pools} {guest.evidence.device_rings} ok"
-
-    def outage(guest: GuestReport) -> Cell:
-        seen = guest.seen.outage
-        return f"{_whole(seen.udp_ms)}/{_whole(seen.tcp_ms)} ms" if seen else ""
-
-    def copies(guest: GuestReport) -> Cell:
-        number = guest.evidence.overlap.copies
-        return (str(number), "bold red") if number else "0"
-
+    noise_ms = run.noise.p95_ms or 0
     return [
         Column("GUEST", lambda guest: guest.role.name),
         Column("MiB", lambda guest: str(guest.role.memory_mib), right=True),
@@ -80,15 +49,53 @@ def _columns(run: Run) -> list[Column[GuestReport]]:
         Column("HEARD", lambda guest: guest.evidence.last_host or "nowhere"),
         Column("TOOK", lambda guest: units.seconds(guest.answer.took_s), right=True),
         Column("SENT", lambda guest: f"{guest.sent_bytes / (1 << 20):.0f} MiB", right=True),
-        Column("DOWNTIME", downtime, right=True),
-        Column("OUTAGE", outage, right=True),
-        Column("DISK", disk, right=True),
-        Column("PAGES", pages, right=True),
-        Column("ANSWERS", answers, right=True),
-        Column("COPIES", copies, right=True),
+        Column("DOWNTIME", lambda guest: _downtime(guest, noise_ms), right=True),
+        Column("OUTAGE", _outage, right=True),
+        Column("DISK", _disk, right=True),
+        Column("PAGES", _pages, right=True),
+        Column("ANSWERS", _answers, right=True),
+        Column("COPIES", _copies, right=True),
         Column("ARRIVED", lambda guest: styled(guest.answer.state_on_arrival)),
         Column("TRIES", _tries, elastic=True, least=10, wraps=True),
     ]
+
+
+def _downtime(guest: GuestReport, noise_ms: float) -> Cell:
+    if guest.downtime_ms is None:
+        return "paused" if guest.role.stopped_by == OPERATOR else "?"
+    return f"{guest.downtime_ms:.0f} ±{noise_ms:.0f} ms"
+
+
+def _pages(guest: GuestReport) -> Cell:
+    verify = guest.evidence.last_verify
+    if verify is None:
+        return "unchecked", "bold red"
+    return f"{verify.pages} ok" if guest.evidence.memory_verified else (f"{verify.bad} wrong", "bold red")
+
+
+def _answers(guest: GuestReport) -> Cell:
+    wrong = guest.evidence.device_errors
+    if not guest.role.devices:
+        return ""
+    return (f"{wrong} wrong", "bold red") if wrong else f"{guest.evidence.device_rings} ok"
+
+
+def _disk(guest: GuestReport) -> Cell:
+    if not guest.role.disks:
+        return ""
+    wrong = guest.evidence.device_errors
+    pools = "+".join(disk.pool for disk in guest.role.disks)
+    return (f"{pools} {wrong} wrong", "bold red") if wrong else f"{pools} {guest.evidence.device_rings} ok"
+
+
+def _outage(guest: GuestReport) -> Cell:
+    seen = guest.seen.outage
+    return f"{_whole(seen.udp_ms)}/{_whole(seen.tcp_ms)} ms" if seen else ""
+
+
+def _copies(guest: GuestReport) -> Cell:
+    number = guest.evidence.overlap.copies
+    return (str(number), "bold red") if number else "0"
 
 
 def _whole(ms: float | None) -> str:
