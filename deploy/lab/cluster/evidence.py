@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any
@@ -150,53 +150,71 @@ def parse_verify(ns: int, text: str) -> Verify | None:
 
 def parse_log(vmm: Vmm, lines: Iterable[str]) -> ConsoleLog:
     """Read one file of the collector. Nothing in it is an error: what cannot be read is counted in `unreadable`."""
-    beats: list[Beat] = []
-    verifies: list[Verify] = []
-    complaints: list[str] = []
-    lags: list[Window] = []
-    booted_ns = ended_ns = None
-    begun: list[str] = []
-    rest: list[str] = []
-    unreadable = 0
+    read = _Read()
     for line in lines:
         stamp, _, text = line.rstrip("\n").partition(" ")
-        if not (stamp.isascii() and stamp.isdigit()):
-            unreadable += 1
-            continue
-        ns = int(stamp)
+        if stamp.isascii() and stamp.isdigit():
+            read.take(int(stamp), text)
+        else:
+            read.unreadable += 1
+    return read.log(vmm)
+
+
+@dataclass(slots=True)
+class _Read:
+    """What has been read of a file so far; the fields are those of `ConsoleLog`."""
+
+    beats: list[Beat] = field(default_factory=list[Beat])
+    verifies: list[Verify] = field(default_factory=list[Verify])
+    booted_ns: int | None = None
+    ended_ns: int | None = None
+    complaints: list[str] = field(default_factory=list[str])
+    lags: list[Window] = field(default_factory=list[Window])
+    unreadable: int = 0
+    begun: list[str] = field(default_factory=list[str])
+    rest: list[str] = field(default_factory=list[str])
+
+    def take(self, ns: int, text: str) -> None:
+        """A line that has a stamp."""
         word = text.partition(" ")[0]
         if beat := parse_beat(ns, text):
-            beats.append(beat)
+            self.beats.append(beat)
         elif verify := parse_verify(ns, text):
-            verifies.append(verify)
+            self.verifies.append(verify)
         elif word == "BOOT":
-            booted_ns = ns
+            self.booted_ns = ns
         elif word in ("E", "D", "FATAL"):
-            complaints.append(text)
+            self.complaints.append(text)
         elif text == "EOF":
-            ended_ns = ns
+            self.ended_ns = ns
         elif text == "CONNECTED":
-            ended_ns = None
+            self.ended_ns = None
         elif word == "LAG" and text[4:].isascii() and text[4:].isdigit():
-            lags.append(Window(ns - int(text[4:]) * 1_000_000, ns))
+            self.lags.append(Window(ns - int(text[4:]) * 1_000_000, ns))
         elif text != "DETACHED":
-            unreadable += 1
-            if word == "TORN":
-                begun.append(text.removeprefix("TORN "))
-            else:
-                rest.append(text)
-    return ConsoleLog(
-        vmm=vmm,
-        beats=tuple(beats),
-        verifies=tuple(verifies),
-        booted_ns=booted_ns,
-        ended_ns=ended_ns,
-        complaints=tuple(complaints),
-        lags=tuple(lags),
-        unreadable=unreadable,
-        begun=tuple(begun),
-        rest=tuple(rest),
-    )
+            self._not_whole(word, text)
+
+    def _not_whole(self, word: str, text: str) -> None:
+        self.unreadable += 1
+        if word == "TORN":
+            self.begun.append(text.removeprefix("TORN "))
+        else:
+            self.rest.append(text)
+
+    def log(self, vmm: Vmm) -> ConsoleLog:
+        """All of it, as the console of that VMM."""
+        return ConsoleLog(
+            vmm=vmm,
+            beats=tuple(self.beats),
+            verifies=tuple(self.verifies),
+            booted_ns=self.booted_ns,
+            ended_ns=self.ended_ns,
+            complaints=tuple(self.complaints),
+            lags=tuple(self.lags),
+            unreadable=self.unreadable,
+            begun=tuple(self.begun),
+            rest=tuple(self.rest),
+        )
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
