@@ -107,24 +107,7 @@ class Agent:
         self._epochs = EpochGate(here.host, self._store, self._journal)
         self._changes = 0
         self._changed = asyncio.Event()
-        self._tools = AgentShared(
-            config=config,
-            here=here,
-            writer=f"agent-{here.host}-{secrets.token_hex(8)}",
-            engine=engine,
-            store=self._store,
-            commits=commits,
-            journal=self._journal,
-            peers=peers,
-            metrics=metrics,
-            departures=self._departures,
-            link_shared=self._link_shared,
-            changed=self._notice,
-            must_have_memory=self._must_have_memory,
-            must_be_nobodys=self._must_be_nobodys,
-            adopting=asyncio.Lock(),
-            pool_locks=PoolLocks(config),
-        )
+        self._tools = self._shared(here, engine, commits, peers, metrics)
         self._guests: dict[str, HostedGuest] = {}
         self._tasks = Tasks(f"agent of {here.host}")
         self._hosting = asyncio.Lock()
@@ -141,6 +124,28 @@ class Agent:
         self.images = PoolImages(config)
         self._consoles = Consoles()
         self._measure(metrics)
+
+    def _shared(
+        self, here: HostRef, engine: MigrationEngine, commits: Store, peers: PeerChannels, metrics: Metrics
+    ) -> AgentShared:
+        return AgentShared(
+            config=self._config,
+            here=here,
+            writer=f"agent-{here.host}-{secrets.token_hex(8)}",
+            engine=engine,
+            store=self._store,
+            commits=commits,
+            journal=self._journal,
+            peers=peers,
+            metrics=metrics,
+            departures=self._departures,
+            link_shared=self._link_shared,
+            changed=self._notice,
+            must_have_memory=self._must_have_memory,
+            must_be_nobodys=self._must_be_nobodys,
+            adopting=asyncio.Lock(),
+            pool_locks=PoolLocks(self._config),
+        )
 
     def _measure(self, metrics: Metrics) -> None:
         metrics.gauges(
