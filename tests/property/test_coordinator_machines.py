@@ -80,6 +80,55 @@ def test_no_packing_is_worse_than_the_greedy_one(free: list[int], sizes: list[in
     assert _packed(free, sizes)[0] >= _greedy({f"h{n}": mib for n, mib in enumerate(free)}, sizes)
 
 
+class Standstill:
+    """A job whose guests stay as they are for ever.
+
+    Its migrations end only as their own bounds make them, after 50 s, or when the job cancels them.
+    """
+
+    def __init__(self, phases: list[Ownership], total_s: int | None, limit: int) -> None:
+        policy: dict[str, int | bool | str] = {} if total_s is None else {"total_timeout_ms": total_s * 1000}
+        self.spec = EvacuationSpec("job", "h1", max_concurrent=limit, policy=policy)
+        self.state = EvacuationState()
+        there = HostRef("h2", "b")
+        self.guests = [GuestOnHost(f"g{n}", f"g{n}", 8, _record(f"g{n}", p, there)) for n, p in enumerate(phases)]
+        self.migrations: dict[str, MigrationState] = {}
+        self.born: dict[str, int] = {}
+        self.changed_s = 0
+
+    def second(self, now_s: int, silent_s: int, *, cancelled: bool) -> None:
+        """What the job decides at this second, and what comes of it."""
+        self._time_out(now_s)
+        state = replace(self.state, cancel_requested=cancelled)
+        result = step(self.spec, state, self._facts(now_s, silent_s))
+        if (result.state.phase, result.state.guests) != (state.phase, state.guests):
+            self.changed_s = now_s
+        self.state = result.state
+        for command in result.commands:
+            if isinstance(command, CreateMigration):
+                self.migrations.setdefault(command.id, MigrationState())
+                self.born.setdefault(command.id, now_s)
+            elif isinstance(command, CancelMigration):
+                ended = MigrationState(MigrationPhase.CANCELLED, failure=FailureReason.CANCELLED)
+                self.migrations[command.id] = ended
+
+    def _time_out(self, now_s: int) -> None:
+        for name, at_s in self.born.items():
+            if not self.migrations[name].phase.terminal and now_s - at_s >= 50:
+                self.migrations[name] = MigrationState(MigrationPhase.FAILED, failure=FailureReason.TOTAL_TIMEOUT)
+
+    def _facts(self, now_s: int, silent_s: int) -> Facts:
+        return Facts(
+            True,
+            self.guests,
+            dict(self.migrations),
+            source_live=not silent_s,
+            spent_ms=now_s * 1000.0,
+            silent_ms=silent_s * 1000.0,
+            stalled_ms=(now_s - self.changed_s) * 1000.0,
+        )
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     phases=st.lists(
@@ -94,42 +143,15 @@ def test_no_packing_is_worse_than_the_greedy_one(free: list[int], sizes: list[in
 def test_a_job_whose_guests_never_move_ends_all_the_same(
     phases: list[Ownership], total_s: int | None, silent_from_s: int | None, cancel_at_s: int | None, limit: int
 ) -> None:
-    """Guests that stay as they are for ever, in whatever state; migrations that end only as their own bounds make them.
-    With a guest in somebody else's migration, which nothing here ends, it takes a total timeout or a cancel."""
-    policy: dict[str, int | bool | str] = {} if total_s is None else {"total_timeout_ms": total_s * 1000}
-    spec, state = EvacuationSpec("job", "h1", max_concurrent=limit, policy=policy), EvacuationState()
-    there = HostRef("h2", "b")
-    guests = [GuestOnHost(f"g{n}", f"g{n}", 8, _record(f"g{n}", phase, there)) for n, phase in enumerate(phases)]
-    migrations: dict[str, MigrationState] = {}
-    born: dict[str, int] = {}
-    changed = now_s = 0
+    """Whatever state they stay in. With a guest in somebody else's migration, which nothing here ends, it takes a total
+    timeout or a cancel."""
+    job, now_s = Standstill(phases, total_s, limit), 0
     for now_s in range(1000):
-        for name, at_s in born.items():
-            if not migrations[name].phase.terminal and now_s - at_s >= 50:
-                migrations[name] = MigrationState(MigrationPhase.FAILED, failure=FailureReason.TOTAL_TIMEOUT)
         silent_s = 0 if silent_from_s is None else max(0, now_s - silent_from_s)
-        facts = Facts(
-            True,
-            guests,
-            dict(migrations),
-            source_live=not silent_s,
-            spent_ms=now_s * 1000.0,
-            silent_ms=silent_s * 1000.0,
-            stalled_ms=(now_s - changed) * 1000.0,
-        )
-        state = replace(state, cancel_requested=cancel_at_s is not None and now_s >= cancel_at_s)
-        result = step(spec, state, facts)
-        if (result.state.phase, result.state.guests) != (state.phase, state.guests):
-            changed = now_s
-        state = result.state
-        if state.phase.terminal:
+        job.second(now_s, silent_s, cancelled=cancel_at_s is not None and now_s >= cancel_at_s)
+        if job.state.phase.terminal:
             break
-        for command in result.commands:
-            if isinstance(command, CreateMigration):
-                migrations.setdefault(command.id, MigrationState())
-                born.setdefault(command.id, now_s)
-            elif isinstance(command, CancelMigration):
-                migrations[command.id] = MigrationState(MigrationPhase.CANCELLED, failure=FailureReason.CANCELLED)
+    state = job.state
     elsewhere = any(phase in (Ownership.OPEN, Ownership.ABORTED) for phase in phases)
     if not elsewhere or total_s is not None or cancel_at_s is not None or silent_from_s is not None:
         assert state.phase.terminal
