@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing()),
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed"),
 ]
+Run = Callable[..., Any]
 GUEST = """
 name: sat-at
 memory: 64MiB
@@ -100,7 +101,7 @@ def until(what: str, question: Callable[[], bool], seconds: float = 60.0) -> Non
 
 
 @pytest.fixture
-def run(cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def run(cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """`drover ARGUMENTS` against the cluster; its result as a document."""
     monkeypatch.setenv("DROVER_API", cluster.api)
 
@@ -113,60 +114,95 @@ def run(cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     return call
 
 
-def test_a_day_of_a_guest(cluster: Cluster, run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_day_of_a_guest(cluster: Cluster, run: Run, tmp_path: Path) -> None:
+    image, content = bring_in(cluster, run, tmp_path / "disk")
+    given = tmp_path / "guest.yaml"
+    given.write_text(GUEST)
+    uuid = create_on(image, run, given)
+    with OrchestratorClient(cluster.api) as client:
+        seat, beside = Seat(client, "sat-at"), Seat(client, "sat-at")
+        both_are_answered(seat, beside)
+        last = moves_with_its_sessions(run, seat, beside)
+        stopped_and_kept(run, seat)
+        edited(run, tmp_path / "edited.yaml")
+        started_again(run, uuid)
+        runs_as_edited(run, client, given, before=last)
+        beside.leave()
+        crashes_and_is_started(cluster, run, client)
+        run("guest", "stop", "sat-at")
+    assert image.read_bytes() == content
+
+
+def bring_in(cluster: Cluster, run: Run, file: Path) -> tuple[Path, bytes]:
+    """The image in its pool, and what is in it; a second one of that name is refused."""
     content = os.urandom(64 << 10) + bytes(8 << 20)
-    (tmp_path / "disk").write_bytes(content)
-    made = run("image", "import", str(tmp_path / "disk"), "--pool", "shared", "--name", "brought-in.raw")
+    file.write_bytes(content)
+    words = ("image", "import", str(file), "--pool", "shared", "--name", "brought-in.raw")
+    made = run(*words)
     assert (made["format"], made["size_bytes"]) == ("RAW", len(content))
     image = cluster.layout.shared_pool / "brought-in.raw"
     assert image.read_bytes() == content
-    refused = run(
-        "image", "import", str(tmp_path / "disk"), "--pool", "shared", "--name", "brought-in.raw", ends=Exit.REFUSED
-    )
-    assert "ALREADY_EXISTS" in refused["err"]
+    assert "ALREADY_EXISTS" in run(*words, ends=Exit.REFUSED)["err"]
+    return image, content
 
-    given = str(tmp_path / "guest.yaml")
-    Path(given).write_text(GUEST)
-    born = run("guest", "create", "-f", given, "--host", "host-1")["guests"][0]
+
+def create_on(image: Path, run: Run, given: Path) -> str:
+    """The guest's uuid; the image is listed as its."""
+    born = run("guest", "create", "-f", str(given), "--host", "host-1")["guests"][0]
     (listed,) = [each for each in run("image", "list", "--pool", "shared")["images"] if each["name"] == image.name]
     assert listed["guests"] == ["sat-at"]
+    return born["uuid"]
 
-    with OrchestratorClient(cluster.api) as client:
-        seat, beside = Seat(client, "sat-at"), Seat(client, "sat-at")
-        until("both hear it", lambda: len(seat.beats()) > 5 and len(beside.beats()) > 5)
-        seat.session.type(b"v")
-        until("it answers", lambda: seat.verified() == 1 and beside.verified() == 1)
 
-        run("migrate", "sat-at", "--to", "host-2", "--watch")
-        until("the session has gone along", lambda: seat.hosts == ["host-1", "host-2"])
-        before = len(seat.beats())
-        until("it is heard there", lambda: len(seat.beats()) > before + 20)
-        beside.session.type(b"v")
-        until("it answers there", lambda: seat.verified() == 2 and beside.verified() == 2)
-        beats = seat.beats()
-        assert beats == list(range(beats[0], beats[0] + len(beats))), "not a heartbeat of the migration is missing"
+def both_are_answered(seat: Seat, beside: Seat) -> None:
+    until("both hear it", lambda: len(seat.beats()) > 5 and len(beside.beats()) > 5)
+    seat.session.type(b"v")
+    until("it answers", lambda: seat.verified() == 1 and beside.verified() == 1)
 
-        kept = run("guest", "stop", "sat-at", "--keep")
-        assert (kept["ownership"], kept["run_state"]) == ("STOPPED", "ENDED")
-        until("sessions end with what they were with", lambda: not seat.thread.is_alive())
-        assert "GUEST_NOT_RUNNING" in run("guest", "pause", "sat-at", ends=Exit.REFUSED)["err"]
-        (tmp_path / "edited.yaml").write_text(GUEST.replace("64MiB", "96MiB").replace("blue", "red"))
-        edited = run("guest", "edit", "sat-at", "-f", str(tmp_path / "edited.yaml"))
-        assert (edited["spec"]["memory_mib"], edited["spec"]["labels"]) == (96, {"team": "red"})
-        again = run("guest", "start", "sat-at")
-        assert (again["uuid"], again["host"], again["run_state"]) == (born["uuid"], "host-2", "RUNNING")
-        assert run("guest", "start", "sat-at")["uuid"] == born["uuid"]
-        anew = Seat(client, "sat-at")
-        until("it has booted anew", lambda: len(anew.beats()) > 5)
-        assert anew.beats()[0] < beats[-1]
-        assert "GUEST_IS_RUNNING" in run("guest", "edit", "sat-at", "-f", given, ends=Exit.REFUSED)["err"]
-        assert "-m 96" in " ".join(command_line("sat-at"))
-        anew.leave()
-        beside.leave()
 
-        (vmm,) = cluster.guests()
-        os.kill(vmm.pid, 9)
-        until("it has crashed", lambda: wire.word(client.get_guest("sat-at"), "ownership") == "CRASHED")
-        assert run("guest", "start", "sat-at")["run_state"] == "RUNNING"
-        run("guest", "stop", "sat-at")
-    assert image.read_bytes() == content
+def moves_with_its_sessions(run: Run, seat: Seat, beside: Seat) -> int:
+    """The number of the last heartbeat heard there."""
+    run("migrate", "sat-at", "--to", "host-2", "--watch")
+    until("the session has gone along", lambda: seat.hosts == ["host-1", "host-2"])
+    before = len(seat.beats())
+    until("it is heard there", lambda: len(seat.beats()) > before + 20)
+    beside.session.type(b"v")
+    until("it answers there", lambda: seat.verified() == 2 and beside.verified() == 2)
+    beats = seat.beats()
+    assert beats == list(range(beats[0], beats[0] + len(beats))), "not a heartbeat of the migration is missing"
+    return beats[-1]
+
+
+def stopped_and_kept(run: Run, seat: Seat) -> None:
+    kept = run("guest", "stop", "sat-at", "--keep")
+    assert (kept["ownership"], kept["run_state"]) == ("STOPPED", "ENDED")
+    until("sessions end with what they were with", lambda: not seat.thread.is_alive())
+    assert "GUEST_NOT_RUNNING" in run("guest", "pause", "sat-at", ends=Exit.REFUSED)["err"]
+
+
+def edited(run: Run, file: Path) -> None:
+    file.write_text(GUEST.replace("64MiB", "96MiB").replace("blue", "red"))
+    spec = run("guest", "edit", "sat-at", "-f", str(file))["spec"]
+    assert (spec["memory_mib"], spec["labels"]) == (96, {"team": "red"})
+
+
+def started_again(run: Run, uuid: str) -> None:
+    again = run("guest", "start", "sat-at")
+    assert (again["uuid"], again["host"], again["run_state"]) == (uuid, "host-2", "RUNNING")
+    assert run("guest", "start", "sat-at")["uuid"] == uuid
+
+
+def runs_as_edited(run: Run, client: OrchestratorClient, given: Path, *, before: int) -> None:
+    anew = Seat(client, "sat-at")
+    until("it has booted anew", lambda: len(anew.beats()) > 5)
+    assert anew.beats()[0] < before
+    assert "GUEST_IS_RUNNING" in run("guest", "edit", "sat-at", "-f", str(given), ends=Exit.REFUSED)["err"]
+    assert "-m 96" in " ".join(command_line("sat-at"))
+    anew.leave()
+
+
+def crashes_and_is_started(cluster: Cluster, run: Run, client: OrchestratorClient) -> None:
+    (vmm,) = cluster.guests()
+    os.kill(vmm.pid, 9)
+    until("it has crashed", lambda: wire.word(client.get_guest("sat-at"), "ownership") == "CRASHED")
+    assert run("guest", "start", "sat-at")["run_state"] == "RUNNING"
