@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -212,52 +213,59 @@ def test_status_shows_every_part_and_both_seats_are_there(crowd: Crowd) -> None:
         assert len({one.namespace for one in everywhere}) == len(everywhere)
 
 
+def zookeeper_leader_killed(crowd: Crowd) -> None:
+    crowd.kill(crowd.part(crowd.server("leader")))
+
+
+def zookeeper_leader_frozen(crowd: Crowd) -> None:
+    crowd.freeze(crowd.part(crowd.server("leader")))
+
+
+def api_killed(crowd: Crowd) -> None:
+    crowd.kill(crowd.part("api-1"))
+    print(f"the command line with api-1 killed: {crowd.cli():.1f} s")
+
+
+def api_frozen(crowd: Crowd) -> None:
+    crowd.freeze(crowd.part("api-2"))
+    print(f"the command line with api-2 frozen: {crowd.cli():.1f} s")
+
+
+def leader_s_ray_killed(crowd: Crowd) -> None:
+    """Whoever is quicker leads then: the other seat when the session ends, or this one with a new Ray."""
+    seat, before, begun = crowd.led(), crowd.scene.epoch(), time.monotonic()
+    crowd.kill(*teardown.find_ray(crowd.cluster.layout, seat.ray_head), crowd.part(seat.name))
+    until(lambda: crowd.scene.epoch() > before, 60, "somebody to lead")
+    print(f"{crowd.leader()} leads {time.monotonic() - begun:.1f} s after {seat.ray_head} was killed")
+
+
+def leader_s_ray_frozen(crowd: Crowd) -> None:
+    seat = crowd.led()
+    crowd.freeze(*teardown.find_ray(crowd.cluster.layout, seat.ray_head))
+    begun = time.monotonic()
+    until(lambda: crowd.leader() not in ("", seat.name), 60, "the other seat to lead")
+    print(f"the other seat leads {time.monotonic() - begun:.1f} s after the freeze")
+    crowd.thaw()  # what the old leader still wants to write is refused
+
+
+BLOWS = (
+    leader_s_ray_killed,
+    zookeeper_leader_killed,
+    api_killed,
+    leader_s_ray_frozen,
+    zookeeper_leader_frozen,
+    api_frozen,
+)
+
+
 def test_each_part_in_turn(crowd: Crowd) -> None:
-    layout = crowd.cluster.layout
-
-    def zookeeper_leader_killed() -> None:
-        crowd.kill(crowd.part(crowd.server("leader")))
-
-    def zookeeper_leader_frozen() -> None:
-        crowd.freeze(crowd.part(crowd.server("leader")))
-
-    def api_killed() -> None:
-        crowd.kill(crowd.part("api-1"))
-        print(f"the command line with api-1 killed: {crowd.cli():.1f} s")
-
-    def api_frozen() -> None:
-        crowd.freeze(crowd.part("api-2"))
-        print(f"the command line with api-2 frozen: {crowd.cli():.1f} s")
-
-    def leader_s_ray_killed() -> None:
-        """Whoever is quicker leads then: the other seat when the session ends, or this one with a new Ray."""
-        seat, before, begun = crowd.led(), crowd.scene.epoch(), time.monotonic()
-        crowd.kill(*teardown.find_ray(layout, seat.ray_head), crowd.part(seat.name))
-        until(lambda: crowd.scene.epoch() > before, 60, "somebody to lead")
-        print(f"{crowd.leader()} leads {time.monotonic() - begun:.1f} s after {seat.ray_head} was killed")
-
-    def leader_s_ray_frozen() -> None:
-        seat = crowd.led()
-        crowd.freeze(*teardown.find_ray(layout, seat.ray_head))
-        begun = time.monotonic()
-        until(lambda: crowd.leader() not in ("", seat.name), 60, "the other seat to lead")
-        print(f"the other seat leads {time.monotonic() - begun:.1f} s after the freeze")
-        crowd.thaw()  # what the old leader still wants to write is refused
-
-    blows = (
-        leader_s_ray_killed,
-        zookeeper_leader_killed,
-        api_killed,
-        leader_s_ray_frozen,
-        zookeeper_leader_frozen,
-        api_frozen,
-    )
+    blows = BLOWS
     if crowd.cluster.places.management_namespace is None and "DROVER_LONG" not in os.environ:
         blows = blows[:2]  # what they prove does not depend on namespaces; that the parts find each other does
     for blow in blows:
         begun = time.monotonic()
         print(f"--- {blow.__name__}")
-        crowd.under(blow)
+        crowd.under(partial(blow, crowd))
         crowd.thaw()
         print(f"{blow.__name__}: {time.monotonic() - begun:.1f} s in all")
     until(lambda: crowd.cluster.status().healthy, 90, "everything to be well again")
