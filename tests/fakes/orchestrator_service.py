@@ -367,7 +367,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         spec = guests.checked(request)
         if earlier := self._earlier("CreateGuest", request):
             guest = self._guest(earlier)
-            decisions.need_alive(_record(guest))
+            decisions.need_alive(record_of(guest))
             return guest
         if spec.name in self.guests:
             raise DroverError(R.ALREADY_EXISTS, f"there is a guest {spec.name!r} already", field="spec.name")
@@ -432,7 +432,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     def _adopted(self, request: pb.AdoptGuestRequest, guest: types.Guest) -> pb.AdoptGuestResponse:
         """And its first move asked for, once."""
-        decisions.need_alive(_record(guest))
+        decisions.need_alive(record_of(guest))
         move = pb.CreateMigrationRequest(
             request_id=str(uuid.uuid5(uuid.NAMESPACE_OID, request.request_id)),
             guest=request.name,
@@ -452,7 +452,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         if guest.uuid not in self.adopted:
             raise DroverError(R.NOT_ADOPTABLE, f"guest {guest.name} was started by Drover")
         moving = self.migrations.get(guest.migration)
-        if moving is not None and not _over(moving):
+        if moving is not None and not over(moving):
             self._cancelled(moving)
             guest.ownership, guest.migration = types.OWNERSHIP_PHASE_IDLE, ""
         if guest.ownership != types.OWNERSHIP_PHASE_IDLE:
@@ -495,7 +495,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     def _wished(self, name: str, *, run: bool) -> pb.ChangeRunStateResponse:
         guest = self._guest(name)
-        decisions.need_alive(_record(guest))
+        decisions.need_alive(record_of(guest))
         guest.want_run = run
         if self.wish == pb.WISH_STATE_APPLIED:
             guest.run_state = types.RUN_STATE_RUNNING if run else types.RUN_STATE_PAUSED
@@ -549,7 +549,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         guest = self._guest(request.name)
         if request.etag and request.etag != self._etag(guest):
             raise DroverError(R.EDIT_STALE, f"guest {guest.name} was edited meanwhile", field="etag")
-        guests.must_be_editable(_record(guest), wire.guest_spec_from_proto(guest.spec), spec)
+        guests.must_be_editable(record_of(guest), wire.guest_spec_from_proto(guest.spec), spec)
         edited = types.Guest()
         edited.CopyFrom(guest)
         edited.spec.CopyFrom(wire.guest_spec_to_proto(spec))
@@ -604,7 +604,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     ) -> AsyncIterator[pb.WatchGuestsResponse]:
         await self._called("WatchGuests", request)
         uuids = [self._guest(name, "names").uuid for name in request.names]
-        async for guest in _follow(self._lives, uuids, lambda guest: guest.ownership == types.OWNERSHIP_PHASE_GONE):
+        async for guest in follow(self._lives, uuids, lambda guest: guest.ownership == types.OWNERSHIP_PHASE_GONE):
             yield pb.WatchGuestsResponse(guest=guest)
 
     async def RepairGuest(self, request: pb.RepairGuestRequest, context: object) -> pb.RepairGuestResponse:
@@ -664,9 +664,9 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         if earlier := self._earlier("CreateMigration", request):
             return self.migrations[earlier]
         guest = self._guest(request.guest, "guest")
-        decisions.need_movable(_record(guest))
+        decisions.need_movable(record_of(guest))
         for other in self.migrations.values():
-            if other.guest_uuid == guest.uuid and not _over(other):
+            if other.guest_uuid == guest.uuid and not over(other):
                 said = f"guest {guest.name} is in migration {other.name} already"
                 raise DroverError(R.GUEST_IS_MIGRATING, said, details={"migration": other.name})
         spec = wire.guest_spec_from_proto(guest.spec)
@@ -683,7 +683,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             policy=wire.policy_to_proto(wire.policy_from_proto(request.policy, spec.policy)),
         )
         if not request.validate_only:
-            migration.name = _name("5", len(self.migrations))
+            migration.name = name_of("5", len(self.migrations))
             migration.phase = types.MIGRATION_PHASE_PENDING
             migration.create_time.GetCurrentTime()
             self.migrations[migration.name] = migration
@@ -700,7 +700,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         found = [
             _without_time_lines(each)
             for each in self.migrations.values()
-            if of in ("", each.guest_uuid) and not (request.active_only and _over(each))
+            if of in ("", each.guest_uuid) and not (request.active_only and over(each))
         ]
         page = lists.page(_MIGRATIONS, found, request)
         return pb.ListMigrationsResponse(
@@ -718,7 +718,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         if migration.phase in _COMMITTED:
             said = f"migration {migration.name} has committed"
             raise DroverError(R.ALREADY_COMMITTED, said, details={"destination": migration.destination})
-        if not _over(migration):
+        if not over(migration):
             migration.phase, migration.failure = types.MIGRATION_PHASE_CANCELLED, "CANCELLED"
             migration.cancel_requested = True
             migration.end_time.GetCurrentTime()
@@ -735,7 +735,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         for name in names:
             self._known(resources, name, "resource", "names")
         if not self.frames:
-            async for each in _follow(lambda: resources, names, _over):
+            async for each in follow(lambda: resources, names, over):
                 yield each
             return
         for frame in self.frames.pop(0) if len(self.frames) > 1 else self.frames[0]:
@@ -772,10 +772,10 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         )
         if not request.validate_only:
             for other in self.evacuations.values():
-                if other.host == host.name and not _over(other):
+                if other.host == host.name and not over(other):
                     said = f"evacuation {other.name} is emptying {host.name} already"
                     raise DroverError(R.ALREADY_EXISTS, said, details={"evacuation": other.name})
-            evacuation.name = _name("e", len(self.evacuations))
+            evacuation.name = name_of("e", len(self.evacuations))
             evacuation.create_time.GetCurrentTime()
             self.evacuations[evacuation.name] = evacuation
             self._remember("CreateEvacuation", request, f"evacuations/{evacuation.name}")
@@ -787,7 +787,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         if self.verdicts:
             return self.verdicts
         leaving = [
-            GuestInput(each.uuid, _record(each), wire.guest_spec_from_proto(each.spec))
+            GuestInput(each.uuid, record_of(each), wire.guest_spec_from_proto(each.spec))
             for each in self.guests.values()
             if each.host == host
         ]
@@ -809,7 +809,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     async def CancelEvacuation(self, request: pb.CancelEvacuationRequest, context: object) -> types.Evacuation:
         await self._called("CancelEvacuation", request)
         evacuation = self._known(self.evacuations, request.name, "evacuation")
-        if _over(evacuation) and evacuation.phase != types.EVACUATION_PHASE_CANCELLED:
+        if over(evacuation) and evacuation.phase != types.EVACUATION_PHASE_CANCELLED:
             phase = wire.word(evacuation, "phase")
             raise DroverError(R.ALREADY_ENDED, f"evacuation {evacuation.name} is over", details={"phase": phase})
         evacuation.cancel_requested = True
@@ -832,7 +832,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     def _changed(self, name: str, change: changes.MachineChange) -> types.Guest:
         guest = self._guest(name, "guest")
-        decisions.need_movable(_record(guest))
+        decisions.need_movable(record_of(guest))
         spec = changes.changed(wire.guest_spec_from_proto(guest.spec), change)
         guest.spec.CopyFrom(wire.guest_spec_to_proto(spec))
         return guest
@@ -851,11 +851,11 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 _COMMITTED = (types.MIGRATION_PHASE_COMMITTED, types.MIGRATION_PHASE_FINALIZING, types.MIGRATION_PHASE_SUCCEEDED)
 
 
-def _over(resource: Message) -> bool:
+def over(resource: Message) -> bool:
     return wire.word(resource, "phase") in ("SUCCEEDED", "FAILED", "CANCELLED")
 
 
-def _at(time: types.Migration | types.Evacuation) -> float:
+def created_at_s(time: types.Migration | types.Evacuation) -> float:
     return time.create_time.ToNanoseconds() / 1e9
 
 
@@ -885,8 +885,8 @@ _MIGRATIONS = Listing[types.Migration](
         "name": Field(Kind.TEXT, lambda row: row.name),
         "guest": Field(Kind.TEXT, lambda row: row.guest),
         "phase": Field(Kind.TEXT, lambda row: wire.word(row, "phase")),
-        "active": Field(Kind.BOOL, lambda row: not _over(row)),
-        "order": Field(Kind.NUMBER, _at),
+        "active": Field(Kind.BOOL, lambda row: not over(row)),
+        "order": Field(Kind.NUMBER, created_at_s),
     },
     key="name",
     order_by="order desc",
@@ -896,20 +896,20 @@ _EVACUATIONS = Listing[types.Evacuation](
         "name": Field(Kind.TEXT, lambda row: row.name),
         "host": Field(Kind.TEXT, lambda row: row.host),
         "phase": Field(Kind.TEXT, lambda row: wire.word(row, "phase")),
-        "active": Field(Kind.BOOL, lambda row: not _over(row)),
-        "order": Field(Kind.NUMBER, _at),
+        "active": Field(Kind.BOOL, lambda row: not over(row)),
+        "order": Field(Kind.NUMBER, created_at_s),
     },
     key="name",
     order_by="order desc",
 )
 
 
-def _name(digit: str, number: int) -> str:
+def name_of(digit: str, number: int) -> str:
     """Of the first, second, ... resource of a kind."""
     return f"{int(digit * 32, 16) + number:032x}"
 
 
-def _record(guest: types.Guest) -> GuestRecord:
+def record_of(guest: types.Guest) -> GuestRecord:
     """As much of the guest's record as it shows."""
     stopped = guest.ownership == types.OWNERSHIP_PHASE_STOPPED
     phase = Ownership.CRASHED if stopped else Ownership(wire.word(guest, "ownership"))
@@ -929,7 +929,7 @@ def _without_time_lines(migration: types.Migration) -> types.Migration:
     return short
 
 
-async def _follow(
+async def follow(
     look: Callable[[], dict[str, M]], names: Sequence[str], over: Callable[[M], bool]
 ) -> AsyncIterator[M]:
     """Each as it is and again when it changed; with `names` until each of these is over."""
