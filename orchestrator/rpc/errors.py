@@ -255,10 +255,24 @@ def _decoded(request: Any) -> Any:
 
 
 async def _each_decoded(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
+    """The first one says what the call is about: without it a call only takes others' room. Later ones take their time:
+    a person types them, or a guest has to be stopped for them."""
+    each = aiter(requests)
+    try:
+        async with asyncio.timeout(FIRST_S):
+            first = await anext(each, None)
+    except TimeoutError:
+        said = f"nothing was sent within {FIRST_S:g} s: the first message says what the call is about"
+        raise DroverError(_R.INVALID_ARGUMENT, said) from None
+    if first is None:
+        return
+    yield _decoded(first)
+    async for request in each:
         yield _decoded(request)
 
 
+FIRST_S = 10.0
+"""For the first message of a call that takes a stream of them."""
 _LAST_WORD_S = 1.0
 
 Translate = Callable[[Exception], DroverError | None]

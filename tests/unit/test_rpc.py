@@ -29,7 +29,7 @@ from orchestrator.core.records import MigrationPhase, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_create
 from orchestrator.ledger.store import Done
-from orchestrator.rpc import channels, health
+from orchestrator.rpc import channels, errors, health
 from orchestrator.rpc.agent_client import AgentClient
 from orchestrator.rpc.channels import aio_channel, aio_server, channel, listen
 from orchestrator.rpc.errors import Errors, code_of, from_rpc_error
@@ -162,6 +162,38 @@ async def test_a_request_that_is_no_message_is_refused(agent: Raising, capsys: p
                 pass
         assert from_rpc_error(caught.value).reason is R.INVALID_ARGUMENT
     assert "Traceback" not in "".join(capsys.readouterr())
+
+
+async def test_a_call_whose_first_message_does_not_come_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later ones may take as long as they like."""
+    monkeypatch.setattr(errors, "FIRST_S", 0.3)
+
+    class Listening(FakeAgent):
+        async def HoldConsole(
+            self, request_iterator: AsyncIterator[pb.HoldConsoleRequest], context: Any
+        ) -> AsyncIterator[pb.HoldConsoleResponse]:
+            async for each in request_iterator:
+                yield pb.HoldConsoleResponse(data=each.data)
+
+    agent = Listening("h1", MemoryStore())
+    await agent.start()
+    try:
+        async with aio_channel(agent.address) as bare:
+            stub = AgentServiceStub(bare)
+            with pytest.raises(aio.AioRpcError) as caught:
+                await stub.HoldConsole(timeout=20).read()
+            refused = from_rpc_error(caught.value)
+            assert refused.reason is R.INVALID_ARGUMENT
+            assert "the first message says" in refused.message
+            call = stub.HoldConsole(timeout=20)
+            for data in (b"a", b"b"):
+                await call.write(pb.HoldConsoleRequest(data=data))
+                assert await call.read() == pb.HoldConsoleResponse(data=data)
+                await asyncio.sleep(0.5)
+            await call.done_writing()
+            assert await call.read() is aio.EOF
+    finally:
+        await agent.stop()
 
 
 @pytest.mark.parametrize(
