@@ -39,6 +39,8 @@ class Births:
 
     def __init__(self, directory: Path) -> None:
         self._note = directory / "birth.images"
+        self.before = directory / "birth.before"
+        """What a guest that is started again has run with. It goes once the guest runs, and outlives a start that failed."""
 
     def begins(self, path: Path, fresh: Path) -> None:
         """An image for `path` is about to be made as `fresh`. Raises OSError; nothing was noted then."""
@@ -51,9 +53,10 @@ class Births:
 
     def succeeded(self) -> None:
         """The guest is about to be said to run: its images are its own. Durable. Idempotent. Raises OSError."""
-        with contextlib.suppress(FileNotFoundError):
-            self._note.unlink()
-            flush(self._note.parent)
+        for note in (self.before, self._note):
+            with contextlib.suppress(FileNotFoundError):
+                note.unlink()
+                flush(note.parent)
 
     def failed(self) -> None:
         """Remove what was made. Idempotent. Raises OSError when something is left; to be repeated then."""

@@ -3,6 +3,7 @@
 <dir>/roots.json                                where guests of this installation are and were
 <dir>/guests/<16 of the uuid>/guest.json        uuid and spec
                               birth.images      images made for it, until it runs
+                              birth.before      what it has run with (as guest.json), while it is started again
                               <inc>.json        one VMM process (VmmMetadata)
                               <inc>.machine.json its machine (LiveMachine), of a guest with hardware
                               <inc>.cards.json  which of its taps is whose, once its cards have changed
@@ -203,6 +204,23 @@ class GuestFiles:
     def note(self) -> None:
         """Write down what the guest is, for a later agent, over what was noted before. Raises OSError."""
         write_whole(self.directory / "guest.json", encode(_Note(self.uuid, self.spec)))
+
+    def ran_with(self) -> GuestSpec:
+        """What a guest that is about to be started again has run with, also after a start that nobody finished. It is
+        noted until the guest runs, for by then `guest.json` says what it is to be. Raises OSError."""
+        before = self.births.before
+        try:
+            return decode(_Note, before.read_bytes(), path=str(before)).spec
+        except FileNotFoundError:
+            pass
+        except BadRecord as error:
+            log.error("what the guest has run with cannot be read", guest=self.spec.name, error=str(error))
+            return self.spec
+        if self.directory.exists():
+            temporary = before.with_suffix(".tmp")
+            temporary.write_bytes(encode(_Note(self.uuid, self.spec)))
+            temporary.replace(before)
+        return self.spec
 
     def remove(self) -> None:
         """The note last: an agent that is killed in the middle leaves a guest that its successor knows. The images of a

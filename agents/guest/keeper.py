@@ -165,8 +165,11 @@ class HostedGuest(HeldGuest):
     async def _execute(self, *, again: bool) -> None:
         """`again`: it has run before, so the disks that it had must be there, and a failure leaves it as it was."""
         before = self.files
-        had = before.spec.disks if again else ()
+        had: tuple[DiskSpec, ...] = ()
         try:
+            if again:
+                before = self.files.with_spec(await asyncio.to_thread(self.files.ran_with))
+                had = before.spec.disks
             await self.described()
             if again or self.files.spec.adopted is None:  # the memory of one that is adopted is taken already
                 await self.tools.must_have_memory(self.uuid, self.files.spec.memory_mib)

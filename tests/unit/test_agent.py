@@ -561,3 +561,51 @@ async def test_an_image_for_a_disk_that_was_added_goes_with_the_start_that_faile
     assert world.record(G).stopped
     assert list(pooled.pools["fast"].path.iterdir()) == []
     await agent.stop()
+
+
+@needs_tool
+async def test_a_start_that_its_agent_did_not_finish_can_be_repeated(
+    pooled: AgentConfig, world: World, mover: SlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed before the image of the added disk was made: that is no disk that the guest has run on."""
+    agent = await stopped_here(pooled, world, mover)
+    await looked(agent)
+    world.put(paths.guest_spec(G), GuestSpec("web", disks=(ROOT,)))
+    start_again(world)
+
+    async def killed(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preflight, "must_suit", killed)
+        with pytest.raises(asyncio.CancelledError):
+            await agent.start_guest(G)
+        await agent.stop()
+    monkeypatch.setattr(keeper, "START_S", 0.2)
+    agent = made(pooled, world, mover)
+    await agent.start()
+    async with asyncio.timeout(30):
+        while not world.record(G).stopped:
+            await looked(agent)
+    start_again(world)
+    assert (await agent.start_guest(G)).run_state is RunState.RUNNING
+    assert [path.name for path in pooled.pools["fast"].path.iterdir()] == [ROOT.image]
+    files = agent._known(G).files
+    assert not files.births.before.exists(), "a guest that runs has run with what it has"
+    await agent.stop()
+
+
+def test_what_a_guest_has_run_with_is_known_until_it_runs_again(config: AgentConfig) -> None:
+    files = GuestFiles(config, G, GuestSpec("web", memory_mib=64))
+    files.make()
+    assert files.ran_with() == files.spec
+    edited = files.with_spec(GuestSpec("web", memory_mib=128))
+    edited.note()
+    edited.births.failed()
+    assert edited.ran_with() == files.spec
+    edited.births.succeeded()
+    assert edited.ran_with() == edited.spec
+    edited.births.before.write_bytes(b"half a no")
+    assert edited.ran_with() == edited.spec, "as strict as it can be: nothing is made in place of what may be missing"
+    edited.remove()
+    assert not edited.directory.exists()
