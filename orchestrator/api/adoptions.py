@@ -115,7 +115,7 @@ class Adoptions:
             await self._migrations.ensure_cancelled(read.record.migration, caller)
         while True:
             read = await self._guests.read(uuid_)
-            agent = await self._guests.agent(read.record.owner.host)
+            agent = await self._tools.agent(read.record.owner.host)
             try:
                 await agent.release_vmm(uuid_, caller.remaining_s(CALL_S))
                 break

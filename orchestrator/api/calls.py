@@ -12,13 +12,15 @@ from google.protobuf.message import Message
 
 from orchestrator.api.ages import Ages
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.records import HostRecord
 from orchestrator.fleet import Fleet
 from orchestrator.history import HistoryFile
+from orchestrator.ledger import paths
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import Conflict, Done, Op, OutcomeUnknown, Store, StoreUnavailable
 from orchestrator.ledger.tries import TRIES, Tries
-from orchestrator.rpc.agent_client import AgentClients
+from orchestrator.rpc.agent_client import AgentClient, AgentClients
 
 WRITE_TRIES = TRIES
 RETRY_S = 0.05
@@ -44,6 +46,14 @@ class Tools:
     ages: Ages = field(default_factory=Ages)
     placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One placement at a time per process, so that it does not lose races against itself."""
+
+    async def agent(self, host: str) -> AgentClient:
+        """Of that host, where it registered last. Raises AGENT_UNREACHABLE for a host that has registered none,
+        StoreUnavailable, BadRecord."""
+        found = await self.ledger.read(HostRecord, paths.host(host))
+        if found is None:
+            raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} has not registered an agent")
+        return self.agents.at(found[0].control_address)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,6 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.obstacles import certain
 from orchestrator.core.offers import Obstacle
 from orchestrator.core.placement import Choice, PlannedGuest
-from orchestrator.core.records import HostRecord
-from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord
 
 CHECK_S = 3.0
@@ -27,10 +25,7 @@ async def obstacles(
     """By the guests' uuids. What cannot be found out is an obstacle of its own: it proves nothing, and is told."""
     found: dict[str, tuple[Obstacle, ...]] = {}
     try:
-        read = await tools.ledger.read(HostRecord, paths.host(host))
-        if read is None:
-            raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} has not registered an agent")
-        agent = tools.agents.at(read[0].control_address)
+        agent = await tools.agent(host)
         async with asyncio.timeout(caller.remaining_s(CHECK_S)):
             for first in range(0, len(guests), AT_ONCE):
                 part = guests[first : first + AT_ONCE]

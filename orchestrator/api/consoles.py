@@ -18,7 +18,6 @@ from orchestrator.api.calls import Caller, Tools
 from orchestrator.api.reads import guest_uuid, read_guest
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.handover import GuestRecord, Ownership
-from orchestrator.core.records import HostRecord
 from orchestrator.core.text import clip
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord
@@ -197,10 +196,7 @@ class _Session:
             await asyncio.sleep(AGAIN_S)
 
     async def _heard(self, line: _Line, host: str, inc: str) -> None:
-        found = await self._tools.ledger.read(HostRecord, paths.host(host))
-        if found is None:
-            raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} has not registered an agent")
-        agent = self._tools.agents.at(found[0].control_address)
+        agent = await self._tools.agent(host)
 
         async def typed() -> AsyncIterator[bytes]:
             while True:

@@ -26,14 +26,14 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.core.offers import hardware_need, lasting_obstacle, local_disks, more_than, passing_obstacle
 from orchestrator.core.placement import Choice, choose, need_again, need_for
-from orchestrator.core.records import DeviceSpec, GuestSpec, HostRecord, OnHostDeath, ShimKind, WantRun
+from orchestrator.core.records import DeviceSpec, GuestSpec, OnHostDeath, ShimKind, WantRun
 from orchestrator.core.text import quoted
 from orchestrator.ledger import markers, paths
 from orchestrator.ledger.births import again_ops, birth_ops
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.snapshot import HostEntry
 from orchestrator.ledger.store import Check, Delete, Done, Op
-from orchestrator.rpc.agent_client import CALL_S, CHANGE_MACHINE_S, END_GUEST_S, START_GUEST_S, AgentClient
+from orchestrator.rpc.agent_client import CALL_S, CHANGE_MACHINE_S, END_GUEST_S, START_GUEST_S
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
 
@@ -136,7 +136,7 @@ class Guests:
         read = await self.read(uuid)
         decisions.need_alive(read.record)
         if read.record.phase is Ownership.STARTING:
-            agent = await self.agent(read.record.owner.host)
+            agent = await self._tools.agent(read.record.owner.host)
             try:
                 status = await agent.start_guest(uuid, caller.remaining_s(START_GUEST_S))
             except DroverError as error:
@@ -146,13 +146,6 @@ class Guests:
             view.run_state = wire_words.run_state_to_proto(status.run_state)  # the newest sample may be from before
             return view
         return await self.view(uuid)
-
-    async def agent(self, host: str) -> AgentClient:
-        """Raises AGENT_UNREACHABLE for a host that has registered none."""
-        found = await self._tools.ledger.read(HostRecord, paths.host(host))
-        if found is None:
-            raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} has not registered an agent")
-        return self._tools.agents.at(found[0].control_address)
 
     # --- the operator's wish ------------------------------------------------------------------------------------------
 
@@ -194,7 +187,7 @@ class Guests:
                 break
             asked.add(owner)
             try:
-                agent = await self.agent(owner.host)
+                agent = await self._tools.agent(owner.host)
                 answer = await agent.apply_want_run(uuid, sequence, caller.remaining_s(CALL_S))
             except DroverError as error:
                 log.info("wish is only recorded so far", uuid=uuid, host=owner.host, why=str(error))
@@ -267,7 +260,7 @@ class Guests:
         return told is RunState.ENDED
 
     async def _keep(self, read: GuestRead, caller: Caller, *, only_ended: bool = False) -> None:
-        agent = await self.agent(read.record.owner.host)
+        agent = await self._tools.agent(read.record.owner.host)
         await agent.keep_guest(read.uuid, only_ended=only_ended, timeout_s=caller.remaining_s(END_GUEST_S))
 
     async def _placed_again(self, read: GuestRead, caller: Caller) -> bool:
@@ -353,11 +346,11 @@ class Guests:
         return True
 
     async def _end(self, read: GuestRead, caller: Caller) -> None:
-        agent = await self.agent(read.record.owner.host)
+        agent = await self._tools.agent(read.record.owner.host)
         await agent.end_guest(read.uuid, caller.remaining_s(END_GUEST_S))
 
     async def _finish_birth(self, read: GuestRead, caller: Caller) -> None:
-        agent = await self.agent(read.record.owner.host)
+        agent = await self._tools.agent(read.record.owner.host)
         await agent.start_guest(read.uuid, caller.remaining_s(START_GUEST_S))
 
     async def _bury(self, read: GuestRead, caller: Caller) -> bool:
@@ -387,7 +380,7 @@ class Guests:
             await contest.another()
             read, after = await self._changed(uuid, change)
             promised = await self._must_suit(read, after)
-            agent = await self.agent(read.record.owner.host)
+            agent = await self._tools.agent(read.record.owner.host)
             try:
                 spec = await agent.change_machine(uuid, change, promised, caller.remaining_s(CHANGE_MACHINE_S))
             except DroverError as error:
@@ -445,7 +438,7 @@ class Guests:
         read = await self.read(await self.uuid_of(request.guest, field="guest"))
         decisions.need_alive(read.record)
         need_device(read.spec, request.device)
-        agent = await self.agent(read.record.owner.host)
+        agent = await self._tools.agent(read.record.owner.host)
         log.warning("device instructed", guest=read.record.name, device=request.device, by=caller.by)
         return await agent.pass_instruction(read.uuid, request.device, request.instruction, caller.remaining_s(CALL_S))
 

@@ -30,7 +30,7 @@ from orchestrator.core.guest import name_error
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.placement import GuestInput, choose, need_of
 from orchestrator.core.policy import MigrationPolicy, policy_errors
-from orchestrator.core.records import HostRecord, MigrationSpec
+from orchestrator.core.records import MigrationSpec
 from orchestrator.ledger import active, paths
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.migrations import creation, free_of_others
@@ -214,9 +214,8 @@ class Migrations:
 
     async def _nudge_one(self, guest: str, host: str) -> None:
         with contextlib.suppress(DroverError, StoreUnavailable):
-            found = await self._tools.ledger.read(HostRecord, paths.host(host))
-            if found is not None:
-                await self._tools.agents.at(found[0].control_address).nudge(guest)
+            agent = await self._tools.agent(host)
+            await agent.nudge(guest)
 
 
 def check(request: pb.CreateMigrationRequest) -> None:
