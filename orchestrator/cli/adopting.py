@@ -15,13 +15,12 @@ from orchestrator.cli.context import (
     remote,
     request_id_option,
 )
-from orchestrator.cli.exits import CliError, Ended, Exit
-from orchestrator.cli.guest import specs_of
+from orchestrator.cli.exits import Ended, Exit
+from orchestrator.cli.guest import spec_of
 from orchestrator.cli.jobs import created
 from orchestrator.cli.output import Column, note, table
 
 if TYPE_CHECKING:
-    from orchestrator.core.records import GuestSpec
     from orchestrator.rpc.messages import AdoptGuestResponse, Obstacle
 
 
@@ -58,7 +57,7 @@ def adopt(
     from orchestrator import wire
     from orchestrator.cli.migration import watch_migrations
 
-    spec = _spec(name, file)
+    spec = spec_of(file, name) if file else None
     where = host or socket.gethostname()
     with settings.client() as client:
 
@@ -83,17 +82,6 @@ def adopt(
         else:
             printer.show(f"{name} is adopted on {where}, and moves to {answer.migration.destination or 'another host'}")
             note(f"`drover migration watch {answer.migration.name}` follows it")
-
-
-def _spec(name: str, file: str) -> GuestSpec | None:
-    if not file:
-        return None
-    specs = specs_of([file])
-    if len(specs) != 1 or specs[0].name != name:
-        raise CliError(
-            Exit.USAGE, f"{file} must describe one guest, {name}", hint="name it in the file as it is adopted"
-        )
-    return specs[0]
 
 
 def _say(settings: Settings, name: str, host: str, pid: int, answer: AdoptGuestResponse) -> None:

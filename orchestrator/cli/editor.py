@@ -27,16 +27,17 @@ _STOPPED = "It is stopped: what is changed here holds from its next start."
 def edit(settings: Settings, client: OrchestratorClient, name: str, file: str | None, *, validate_only: bool) -> None:
     """Raises CliError, and DroverError as the API does. A text that was not taken is kept."""
     from orchestrator import wire
+    from orchestrator.cli.guest import spec_of
 
     before = client.get_guest(name)
     if file is not None:
-        after = _change(client, before, _one(file, before.name), validate_only)
+        after = _change(client, before, spec_of(file, before.name), validate_only)
     else:
         edited = _in_editor(before)
         if edited is None:
             settings.printer.show(f"{before.name} is left as it is")
             return
-        after = _change(client, before, _one(str(edited), before.name), validate_only, edited)
+        after = _change(client, before, spec_of(str(edited), before.name), validate_only, edited)
         edited.unlink(missing_ok=True)
     if settings.printer.machine:
         settings.printer.document(wire.to_json(after))
@@ -59,16 +60,6 @@ def _change(
             if error.reason is RefusalReason.EDIT_STALE:
                 told.hint = f"your text is kept in {kept}: compare it with what `drover guest edit` shows now"
         raise told from None
-
-
-def _one(file: str, name: str) -> GuestSpec:
-    from orchestrator.cli.guest import specs_of
-
-    found = specs_of([file])
-    if [each.name for each in found] != [name]:
-        said = f"{file} must have the guest {name} and no other, not {', '.join(each.name for each in found)}"
-        raise CliError(Exit.USAGE, said)
-    return found[0]
 
 
 def _in_editor(guest: Guest) -> Path | None:

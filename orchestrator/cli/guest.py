@@ -131,6 +131,16 @@ def specs_of(files: Iterable[str]) -> list[GuestSpec]:
         raise CliError(Exit.USAGE, said, lines=lines) from None
 
 
+def spec_of(file: str, name: str) -> GuestSpec:
+    """The one guest of that file, which has that name. Raises CliError."""
+    specs = specs_of([file])
+    names = [each.name for each in specs]
+    if names != [name]:
+        said = f"{file} must describe one guest, {name}, not {', '.join(names) or 'none'}"
+        raise CliError(Exit.USAGE, said, hint="name it in the file as you name it here")
+    return specs[0]
+
+
 def _create_all(
     client: OrchestratorClient, specs: Sequence[GuestSpec], host: str, validate_only: bool
 ) -> list[Guest | CliError]:
