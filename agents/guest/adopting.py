@@ -37,6 +37,7 @@ from agents.guest.examine import Examined, Here, Process
 from agents.guest.files import GuestFiles, known_roots
 from agents.guest.hardware import Hardware
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.obstacles import refused
 from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import Adopted, GuestSpec, LiveMachine, NetworkKind, PoolKind
 from orchestrator.proc import start_time_of
@@ -278,7 +279,7 @@ async def take(engine: MigrationEngine, files: GuestFiles, inc: str, taken: Adop
         said = f"process {taken.pid} is another one than was examined"
         raise DroverError(RefusalReason.NOT_FOUND, said, field="pid")
     if examined.obstacles:
-        raise refusal(files.spec.name, examined.obstacles)
+        raise refused(f"{files.spec.name} cannot be taken over", examined.obstacles)
     if examined.spec != replace(files.spec, adopted=None):
         said = f"guest {files.spec.name}: its VMM has changed since it was examined: examine it again"
         raise DroverError(RefusalReason.NOT_ADOPTABLE, said)
@@ -305,10 +306,3 @@ def _noted(files: GuestFiles, inc: str, machine: LiveMachine) -> Hardware:
     note = standing.note_path(files, inc)
     standing.write_note(files, inc, machine)
     return Hardware(machine, standing.disk_files(files.config, files.spec), files=(note,))
-
-
-def refusal(name: str, obstacles: tuple[Obstacle, ...]) -> DroverError:
-    """Everything that stands against it, to be raised."""
-    said = "; ".join(sentence for _, sentence in obstacles)
-    violations = [(reason.value, sentence) for reason, sentence in obstacles]
-    return DroverError(obstacles[0][0], f"{name} cannot be taken over: {said}", violations=violations)

@@ -22,6 +22,7 @@ from orchestrator.core.agent import VmmExamined
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
 from orchestrator.core.handover import Ownership
+from orchestrator.core.obstacles import refused
 from orchestrator.core.offers import Obstacle
 from orchestrator.core.placement import choose, need_for
 from orchestrator.core.records import Adopted, GuestSpec, HostRecord
@@ -157,10 +158,7 @@ def check(request: pb.AdoptGuestRequest) -> GuestSpec | None:
 
 
 def _refused(request: pb.AdoptGuestRequest, against: list[Obstacle]) -> DroverError:
-    said = "; ".join(sentence for _, sentence in against)
-    violations = [(f"{reason}", sentence) for reason, sentence in against]
-    message = f"process {request.pid} of {request.host} is not taken over: {said}"
-    return DroverError(against[0][0], message, violations=violations)
+    return refused(f"process {request.pid} of {request.host} is not taken over", against)
 
 
 def _stays(guest: types_pb2.Guest, error: DroverError) -> DroverError:

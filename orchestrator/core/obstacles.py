@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.core.errors import RefusalReason
+from collections.abc import Sequence
+
+from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.offers import Obstacle
 
 REMEDIES = {
@@ -49,3 +51,11 @@ def remedy(reason: str) -> str:
 def certain(obstacle: Obstacle) -> bool:
     """It stands in the way. What was not to be found out may be nothing."""
     return obstacle[0] not in (RefusalReason.AGENT_UNREACHABLE, RefusalReason.OUTCOME_UNKNOWN)
+
+
+def refused(said: str, against: Sequence[Obstacle]) -> DroverError:
+    """A refusal with everything that stands against what was asked for; there is at least one obstacle. It has the
+    reason of the first."""
+    sentences = "; ".join(sentence for _, sentence in against)
+    violations = [(reason.value, sentence) for reason, sentence in against]
+    return DroverError(against[0][0], f"{said}: {sentences}", violations=violations)
