@@ -59,7 +59,7 @@ def backend_arguments(spec: VmmSpec) -> list[str]:
     nodes: list[Json] = [node for disk in spec.disks for node in disk_nodes(disk)]
     if spec.seed_path is not None:
         nodes += _raw(_SEED, _file(_SEED, spec.seed_path, read_only=True), read_only=True)
-    arguments = [word for thread in _threads(spec) for word in ("-object", f"iothread,id={_escaped(thread)}")]
+    arguments = [word for thread in _threads(spec) for word in ("-object", f"iothread,id={escaped(thread)}")]
     arguments += [word for node in nodes for word in ("-blockdev", _json(node))]
     taps = {tap.nic: tap.ifname for tap in spec.taps}
     for nic in spec.spec.nics:
@@ -68,7 +68,7 @@ def backend_arguments(spec: VmmSpec) -> list[str]:
         if device.memory_mib:
             arguments += ["-object", f"memory-backend-ram,id={memory_of(device)},size={device.memory_mib}M"]
     if spec.tpm_path is not None:
-        socket = _escaped(spec.tpm_path)
+        socket = escaped(spec.tpm_path)
         arguments += [
             "-chardev",
             f"socket,id=tpm-socket,path={socket}",
@@ -86,7 +86,7 @@ def device_arguments(machine: LiveMachine) -> list[str]:
 def device_argument(device: LiveDevice) -> str:
     """What `-device` is told."""
     driver, *options = options_of(device).items()
-    return ",".join([driver[1], *(f"{name}={_escaped(value)}" for name, value in options)])
+    return ",".join([driver[1], *(f"{name}={escaped(value)}" for name, value in options)])
 
 
 def options_of(device: LiveDevice) -> dict[str, str]:
@@ -185,7 +185,7 @@ def _netdev(nic: NicSpec, ifname: str) -> str:
     if not ifname:
         return f"hubport,id=nic-{nic.name},hubid=0"
     queues = f",queues={nic.queues}" if nic.queues > 1 else ""
-    return f"tap,id=nic-{nic.name},ifname={_escaped(ifname)},script=no,downscript=no{queues}"
+    return f"tap,id=nic-{nic.name},ifname={escaped(ifname)},script=no,downscript=no{queues}"
 
 
 _BACKENDS = {"disk": "drive", "nic": "netdev", "memory": "memdev", _SEED: "drive", "tpm": "tpmdev"}
@@ -226,7 +226,8 @@ def _split(argument: str) -> list[str]:
     return [word.replace("\0", ",") for word in argument.replace(",,", "\0").split(",")]
 
 
-def _escaped(value: object) -> str:
+def escaped(value: object) -> str:
+    """As a part of an option of QEMU's, where a comma would end it."""
     return str(value).replace(",", ",,")
 
 

@@ -104,14 +104,14 @@ def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     device = "null,id=device"
     if spec.device_path is not None:
         delay = "reconnect-ms=100" if launch.reconnect_ms else "reconnect=1"
-        device = f"socket,id=device,path={_escaped(spec.device_path)},{delay}"
-    command = [launch.binary, "-name", f"guest={_escaped(spec.spec.name)}", "-accel", launch.accelerator]
+        device = f"socket,id=device,path={arguments.escaped(spec.device_path)},{delay}"
+    command = [launch.binary, "-name", f"guest={arguments.escaped(spec.spec.name)}", "-accel", launch.accelerator]
     command += _machine(spec)
     # -no-shutdown: a guest that shuts down must not look like a VMM that died.
     command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-shutdown"]
     for path in (qmp_path(spec), oob_path(spec)):
-        command += ["-qmp", f"unix:{_escaped(path)},server=on,wait=off"]
-    command += ["-chardev", f"socket,id=console,path={_escaped(console_socket(spec))},server=on,wait=off"]
+        command += ["-qmp", f"unix:{arguments.escaped(path)},server=on,wait=off"]
+    command += ["-chardev", f"socket,id=console,path={arguments.escaped(console_socket(spec))},server=on,wait=off"]
     command += ["-chardev", device, *_serials(spec)]
     if spec.machine is not None:
         command += arguments.backend_arguments(spec) + arguments.device_arguments(spec.machine)
@@ -144,7 +144,7 @@ def _boot(images: Images, spec: VmmSpec) -> list[str]:
     words = ["-kernel", str(images.kernel(boot))]
     initrd = images.initrd(boot)
     if initrd is not None:
-        words += ["-initrd", _escaped(initrd)]
+        words += ["-initrd", arguments.escaped(initrd)]
     return [*words, "-append", command_line_of(boot, name=spec.spec.name, uuid=spec.guest)]
 
 
@@ -159,10 +159,6 @@ def _network(spec: VmmSpec) -> list[str]:
         device = f"virtio-net-pci,id=nic{number},netdev={net},mac={nic.mac},romfile="
         words += ["-netdev", backend, "-device", device]
     return words
-
-
-def _escaped(value: object) -> str:
-    return str(value).replace(",", ",,")
 
 
 def write_metadata(path: Path, metadata: VmmMetadata) -> None:
