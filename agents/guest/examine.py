@@ -29,6 +29,7 @@ from orchestrator.core.records import (
     LiveMachine,
     NicSpec,
 )
+from orchestrator.core.text import clip
 
 _R = RefusalReason
 
@@ -280,9 +281,7 @@ def _process(look: _Examination) -> None:
     """What only that process has, and no other can be given."""
     for name, value in look.options:
         if _PASSED.search(value):
-            look.refuse(
-                _R.NOT_ADOPTABLE, f"-{name} {_shown(value)}: it was given an open descriptor, which only it has"
-            )
+            look.refuse(_R.NOT_ADOPTABLE, f"-{name} {clip(value)}: it was given an open descriptor, which only it has")
     if "add-fd" in dict(look.options) or look.answers["query-fdsets"]:
         look.refuse(_R.NOT_ADOPTABLE, "it was given sets of open descriptors (-add-fd), which only it has")
     for each in look.answers["query-chardev"]:
@@ -307,7 +306,7 @@ def _options(look: _Examination) -> tuple[str, ...]:
     for name, value in look.options:
         whole = f"-{name} {value}".strip()
         if name == "":
-            look.refuse(_R.NOT_ADOPTABLE, f"{_shown(value)}: a disk without an option cannot be taken over")
+            look.refuse(_R.NOT_ADOPTABLE, f"{clip(value)}: a disk without an option cannot be taken over")
         elif name == "object":
             kind = settings_of(value, "qom-type").get("qom-type", "")
             look.refuse(_R.NOT_ADOPTABLE, f"-object {kind}: what else its VMM was given cannot be given to another one")
@@ -317,7 +316,7 @@ def _options(look: _Examination) -> tuple[str, ...]:
             extra.append(whole)
         else:
             look.refuse(
-                _R.EXTRA_ARGS_NOT_ALLOWED, f"it was started with {_shown(whole)}, which no other VMM is given here"
+                _R.EXTRA_ARGS_NOT_ALLOWED, f"it was started with {clip(whole)}, which no other VMM is given here"
             )
     for option in settings_of(look.last("M", "machine"), "type").items():
         if option[0] != "type" and option[0] not in _MACHINE_OPTIONS:
@@ -368,7 +367,7 @@ def _boot(look: _Examination) -> Boot:
         return Boot(firmware=Firmware.BIOS)
     for what in ("kernel", "initrd"):
         if what in files and files[what] not in look.here.boots:
-            said = f"its {what} {_shown(files[what])} is none of the images of this host: put the same file there"
+            said = f"its {what} {clip(files[what])} is none of the images of this host: put the same file there"
             look.refuse(_R.IMAGE_NOT_FOUND, said)
     named = {what: look.here.boots.get(files[what], what) for what in ("kernel", "initrd") if what in files}
     return Boot(named.get("kernel", ""), named.get("initrd", ""), look.last("append"))
@@ -409,7 +408,7 @@ def _told(look: _Examination) -> list[_Told]:
             virtio.append(_Told("virtio-blk-pci", "", {}))
         elif name == "drive" and settings_of(value).get("if", "ide") not in ("none", "pflash"):
             kind = settings_of(value).get("if", "ide")
-            said = f"-drive {_shown(value)}: a disk behind {kind} cannot be taken over, one behind virtio can"
+            said = f"-drive {clip(value)}: a disk behind {kind} cannot be taken over, one behind virtio can"
             look.refuse(_R.DEVICE_NOT_MIGRATABLE, said)
     return plain + virtio + as_json
 
@@ -477,7 +476,7 @@ def _device(
     kind = str(state["type"])
     properties = {name: value for name, value in told.properties.items() if name not in {"bus", "addr", *_BEHIND}}
     for name in sorted(_REFERS & set(properties)):
-        said = f"device {own_id} ({kind}) stands on {name}={_shown(properties[name])}"
+        said = f"device {own_id} ({kind}) stands on {name}={clip(properties[name])}"
         look.refuse(_R.DEVICE_NOT_MIGRATABLE, f"{said}, which only its own VMM has")
     bus, address = _place(look, own_id, kind, state)
     backend = ""
@@ -635,7 +634,3 @@ def _seen(state: Mapping[str, Any]) -> tuple[str, str, object]:
 
 def _renamed(answers: Mapping[str, Any]) -> dict[str, int]:
     return {str(name): int(size) for name, size in answers["ram"].items()}
-
-
-def _shown(value: str, most: int = 120) -> str:
-    return value if len(value) <= most else f"{value[:most]}..."
