@@ -264,16 +264,20 @@ class HostedGuest(HeldGuest):
                 return
             if record.owner.host != self.tools.here.host or record.phase not in (Ownership.IDLE, Ownership.CRASHED):
                 raise self.refused(RefusalReason.GUEST_IS_MIGRATING, f"{record.phase}, owner {record.owner.host}")
-            with contextlib.suppress(*_EXPECTED):
-                await self.changes.settle()  # what was made for it is its own, or is not
-            for copy in self.copies.values():
-                with contextlib.suppress(engine.EngineError):
-                    await copy.vmm.pause()
-            await asyncio.to_thread(self.files.births.succeeded)  # it has lived: its images are not ours to remove
+            await self._stand_still()
             if not await self.ledger.buried(self.tools.here):
                 raise self.refused(RefusalReason.GUEST_IS_MIGRATING, "its record changed")
             await self._clear()
         self.tools.changed()
+
+    async def _stand_still(self) -> None:
+        """Before its record says that it runs no more. It has lived: its images are not ours to remove."""
+        with contextlib.suppress(*_EXPECTED):
+            await self.changes.settle()  # what was made for it is its own, or is not
+        for copy in self.copies.values():
+            with contextlib.suppress(engine.EngineError):
+                await copy.vmm.pause()
+        await asyncio.to_thread(self.files.births.succeeded)
 
     async def _clear(self) -> None:
         await self._end_copies()
@@ -299,12 +303,7 @@ class HostedGuest(HeldGuest):
                 return
             self._may_keep(record, only_ended=only_ended)
             await self._duties.must_be_over(record)
-            with contextlib.suppress(*_EXPECTED):
-                await self.changes.settle()  # what was made for it is its own, or is not
-            for copy in self.copies.values():
-                with contextlib.suppress(engine.EngineError):
-                    await copy.vmm.pause()
-            await asyncio.to_thread(self.files.births.succeeded)  # as in `end`
+            await self._stand_still()
             if record.phase is Ownership.IDLE and not await self.ledger.crashed(self.tools.here):
                 raise self.refused(RefusalReason.GUEST_IS_MIGRATING, "its record changed")
             await self._end_copies()
