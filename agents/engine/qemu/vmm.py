@@ -15,51 +15,31 @@ from agents.engine.base import (
     EngineStatus,
     EngineTimeout,
     GuestHasEnded,
-    HoldStart,
     RunState,
     VmmMetadata,
     VmmState,
 )
-from agents.engine.qemu import arguments, foreign, process, stream, verdict
-from agents.engine.qemu.block import QemuDisks, own_job
+from agents.engine.qemu import arguments, foreign, obstacles, process, stream, verdict
+from agents.engine.qemu.block import QemuDisks
 from agents.engine.qemu.bounded import bounded
+from agents.engine.qemu.ending import QemuEnding
 from agents.engine.qemu.features import Features, features_of
 from agents.engine.qemu.locked import locked
 from agents.engine.qemu.plug import QemuPlugs
 from agents.engine.qemu.qmp import QmpConnection
+from agents.engine.qemu.rate import QemuRate
 from agents.host import processes
 from orchestrator.core.endpoint import Endpoint, join_address, parse_ip
-from orchestrator.core.errors import RefusalReason
 from orchestrator.core.liveness import Liveness
 from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import LiveDevice
 
-_TRICKLE_BYTES_PER_S = 4096
-_TRICKLE_DOWNTIME_MS = 1
-_NO_LIMIT_MS, _NO_LIMIT_BYTES_PER_S = 2_000_000, 1 << 40
-"""The most that QEMU takes for a downtime: of a guest that stands still there is none to keep short."""
-_POLL_S = 0.003
 _CONNECT_S = 8.0
 _CANCEL_S = 1.0
-_FREE_S = 0.3
-"""How long a guest that may stand still waits for a QEMU that a lost disk target may have stopped."""
 _STREAM_S = 5.0
 """How long the destination may take to accept the stream: two lost packets, and an attempt that ends soon otherwise."""
 _STREAM = "stream"
 """What a QEMU calls the stream that was opened for it."""
-_OVER = (EngineStatus.NONE, EngineStatus.COMPLETED, EngineStatus.FAILED, EngineStatus.CANCELLED)
-_RUN_STATES = {
-    "running": RunState.RUNNING,
-    "inmigrate": RunState.INCOMING,
-    "finish-migrate": RunState.FINISHING,
-    "postmigrate": RunState.SEALED,
-    "shutdown": RunState.ENDED,
-    "guest-panicked": RunState.ENDED,
-    "internal-error": RunState.ENDED,
-}
-_STATUSES = {str(status): status for status in EngineStatus}
-_SILENT_LOSSES = {"vfio-user-pci": "QEMU neither moves the state of a vfio-user device nor refuses to move the guest"}
-"""Device types that a migration leaves behind without a word."""
 
 
 class QemuVmm(base.Vmm):
@@ -75,17 +55,13 @@ class QemuVmm(base.Vmm):
         self._sinks: list[base.EventSink] = []
         self._main = QmpConnection(f"{spec.inc}.main", self._on_event)
         self._oob = QmpConnection(f"{spec.inc}.oob")
-        self._options: base.OutgoingOptions | None = None
-        self._released = True
-        self._tail: asyncio.Task[None] | None = None
-        self._parameters = asyncio.Lock()
         self._telling: asyncio.Task[None] | None = None
-        self._stands = False
-        """The guest was stopped on purpose."""
         self._arrived = False
         """This QEMU told that it has loaded the guest, and has not been asked to send it since."""
         self._disks = QemuDisks(spec.disks, self._execute, self._urgently, self._emit)
         self._plugs = QemuPlugs(self._execute, self._emit)
+        self._rate = QemuRate(self._execute, self.progress)
+        self._ending = QemuEnding(self.state, self._execute, self._urgently, self._disks)
         self._monitor = metadata.extra.get(base.ADOPTED_QMP, "")
         """Of a QEMU that somebody else started; it takes commands out of band as well. Empty: it is ours."""
         watched.on_death = lambda: self._emit(base.VmmDied())
@@ -137,42 +113,16 @@ class QemuVmm(base.Vmm):
         async with bounded("state", timeout_s):
             run = await self._execute("query-status", timeout_s=timeout_s)
             info = await self._execute("query-migrate", timeout_s=timeout_s)
-        status, error = _status(info), str(info.get("error-desc", ""))
+        status, error = verdict.status(info), str(info.get("error-desc", ""))
         late = verdict.late_devices(error) if status is EngineStatus.FAILED else None
-        run_state = _RUN_STATES.get(run["status"], RunState.PAUSED)
+        run_state = verdict.RUN_STATES.get(run["status"], RunState.PAUSED)
         return VmmState(run_state, status, self._with_words(error), late or 0)
 
     async def progress(self) -> base.Progress:
-        info = await self._execute("query-migrate")
-        ram: dict[str, Any] = info.get("ram", {})
-        dirty_bytes_per_s = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
-        return base.Progress(
-            transferred_bytes=ram.get("transferred", 0),
-            remaining_bytes=info.get("remaining", ram.get("remaining", 0)),
-            total_bytes=ram.get("total", 0),
-            bandwidth_mbps=ram.get("mbps", 0.0),
-            dirty_rate_mbps=dirty_bytes_per_s * 8 / 1e6,
-            iteration=ram.get("dirty-sync-count", 0),
-            expected_downtime_ms=info.get("expected-downtime", 0),
-            status=_status(info),
-        )
+        return verdict.progress(await self._execute("query-migrate"))
 
     async def unmigratable(self) -> tuple[Obstacle, ...]:
-        found: list[str] = []
-        for place in ("/machine/peripheral", "/machine/peripheral-anon"):
-            for entry in await self._execute("qom-list", {"path": place}):
-                kind = str(entry["type"]).removeprefix("child<").removesuffix(">")
-                if kind in _SILENT_LOSSES:
-                    found.append(f"device {entry['name']} is a {kind}: {_SILENT_LOSSES[kind]}")
-        found += await self._strangers()
-        found += (await self._execute("query-migrate")).get("blocked-reasons", [])
-        jobs = [job for job in await self._execute("query-block-jobs") if not own_job(str(job["device"]))]
-        said = [
-            f"job {job['device']} ({job['type']}) works on one of its disks, and would end with the move"
-            for job in jobs
-        ]
-        lost = [(RefusalReason.DEVICE_NOT_MIGRATABLE, each) for each in found]
-        return (*lost, *((RefusalReason.BLOCK_JOB_RUNNING, each) for each in said))
+        return await obstacles.found(self._execute, self._strangers)
 
     async def _strangers(self) -> list[str]:
         """What of the machine is not as it was noted down: the other end would be built from the note."""
@@ -203,13 +153,13 @@ class QemuVmm(base.Vmm):
 
     async def pause(self) -> None:
         await self._execute("stop")
-        await self._now_stands(True)
+        await self._rate.now_stands(True)
 
     async def resume(self) -> None:
         if not self._arrived:  # in the blackout nothing is asked that is known
             await self._must_not_be_moving()
-        if self._stands:
-            await self._now_stands(False)
+        if self._rate.stands:
+            await self._rate.now_stands(False)
         try:
             await self._execute("cont")
         except EngineTimeout:
@@ -220,21 +170,13 @@ class QemuVmm(base.Vmm):
                 raise GuestHasEnded(f"the guest has shut down: {error}") from error
             raise locked(error) or error from error
 
-    async def _now_stands(self, stands: bool) -> None:
-        """Of a migration under way this changes the limit; that it cannot be told must not undo a stop or a start."""
-        async with self._parameters:
-            self._stands = stands
-            if self._released:
-                with contextlib.suppress(EngineError):
-                    await self._set_rate(full=True, open_gate=True)
-
     async def _must_not_be_moving(self) -> None:
         """Refuses what QEMU itself would take for a wish to run."""
         run = (await self._execute("query-status"))["status"]
         if run == "inmigrate":
             # QEMU would accept it, and start the guest by itself at the end of the load.
             raise EngineError("the guest is not loaded yet: nothing to resume")
-        if self._has_devices_inside and _status(await self._execute("query-migrate")) not in _OVER:
+        if self._has_devices_inside and verdict.status(await self._execute("query-migrate")) not in verdict.OVER:
             # QEMU would accept that too, and its devices would never be in pre-copy again: it hangs or fails later.
             raise EngineError("a migration of a guest with devices inside the VMM is running: cancel it first")
 
@@ -275,115 +217,31 @@ class QemuVmm(base.Vmm):
     async def start_outgoing(self, options: base.OutgoingOptions) -> None:
         if options.stream is None:
             raise EngineError("there is no destination to send to")
-        await self._cleaned_up(2.0)
-        self._options, self._arrived = options, False
-        self._stands = (await self.state()).run_state is RunState.PAUSED
-        self._released = options.hold is HoldStart.OPEN
+        await self._ending.cleaned_up(2.0)
+        self._arrived = False
+        stands = (await self.state()).run_state is RunState.PAUSED
+        self._rate.of(options, stands=stands, switchover_bandwidth=self._features.switchover_bandwidth)
         wanted = {"events": True, "return-path": True, "pause-before-switchover": True}
         wanted |= {"multifd": options.multifd_channels > 1, "auto-converge": options.auto_converge}
         wanted |= self._acknowledged()
         await self.set_capabilities(wanted)
         if options.multifd_channels > 1:
             await self._execute("migrate-set-parameters", {"multifd-channels": options.multifd_channels})
-        await self._set_rate(full=options.hold is not HoldStart.TRICKLE, open_gate=self._released)
+        await self._rate.first(options)
         await self._migrate(options.stream, options)
-        if options.hold is HoldStart.TAIL:
-            self._tail = asyncio.create_task(self._watch_tail(options.tail_bytes))
+        self._rate.watch(options)
 
     async def hold(self) -> None:
-        async with self._parameters:
-            self._released = False
-            await self._set_rate(full=False, open_gate=False)
+        await self._rate.hold()
 
     async def release(self) -> None:
-        async with self._parameters:
-            self._released = True
-            await self._set_rate(full=True, open_gate=True)
-
-    async def _set_rate(self, *, full: bool, open_gate: bool) -> None:
-        if self._options is None:
-            return
-        link = self._options.link_bytes_per_s
-        share = link // max(1, self._options.sharing())
-        limit_ms, for_the_rest = self._options.downtime_limit_ms, share
-        if self._stands:
-            limit_ms, for_the_rest = _NO_LIMIT_MS, _NO_LIMIT_BYTES_PER_S
-        values = {
-            "max-bandwidth": link if full else _TRICKLE_BYTES_PER_S,
-            "downtime-limit": limit_ms if open_gate else _TRICKLE_DOWNTIME_MS,
-        }
-        if self._features.switchover_bandwidth:
-            values["avail-switchover-bandwidth"] = for_the_rest if open_gate else _TRICKLE_BYTES_PER_S
-        await self._execute("migrate-set-parameters", values)
-
-    async def _watch_tail(self, tail_bytes: int) -> None:
-        """Drop to the trickle near the end. Ends by itself; a lost QEMU is reported elsewhere."""
-        with contextlib.suppress(EngineError):
-            while not self._released:
-                progress = await self.progress()
-                if progress.status not in (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.NONE):
-                    return
-                if progress.total_bytes > 0 and progress.remaining_bytes < tail_bytes:
-                    async with self._parameters:
-                        if not self._released:
-                            await self._set_rate(full=False, open_gate=False)
-                    return
-                await asyncio.sleep(_POLL_S)
+        await self._rate.release()
 
     async def proceed(self) -> None:
         await self._execute("migrate-continue", {"state": "pre-switchover"})
 
     async def abort(self, timeout_s: float = 5.0) -> VmmState:
-        async with bounded("abort", timeout_s):
-            over = False
-            await self._disks.free(_FREE_S)
-            with contextlib.suppress(EngineTimeout):
-                # Not asked first whether there is anything to cancel: the guest may stand still, and QEMU takes this
-                # for nothing when there is not.
-                await self._execute("migrate_cancel", timeout_s=_CANCEL_S)
-                over = await self._over_within(_CANCEL_S)
-            if not over:
-                await self._yank()
-            final = await self._settled()
-        # The return socket is shut down before the status changes, so a cancel may end as a failure.
-        return replace(final, status=EngineStatus.CANCELLED) if final.status is EngineStatus.FAILED else final
-
-    async def _over_within(self, timeout_s: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while (await self.state(timeout_s)).status not in _OVER:  # noqa: ASYNC110 - no event tells it
-                    await asyncio.sleep(_POLL_S)
-                return True
-        return False
-
-    async def _yank(self) -> None:
-        instances = await self._oob.execute("query-yank", oob=False, timeout_s=0.3) if await self._answers() else None
-        if instances is None or {"type": "migration"} in instances:
-            with contextlib.suppress(EngineError):
-                await self._oob.execute("yank", {"instances": [{"type": "migration"}]}, timeout_s=1.0, oob=True)
-
-    async def _answers(self) -> bool:
-        try:
-            await self._execute("query-status", timeout_s=0.2)
-        except EngineTimeout:
-            return False
-        return True
-
-    async def _settled(self) -> VmmState:
-        """After the end: the vCPUs have their final state and QEMU has cleaned up. The caller bounds it."""
-        while True:
-            with contextlib.suppress(EngineTimeout):
-                now = await self.state(1.0)
-                if now.status in _OVER and now.run_state is not RunState.FINISHING:
-                    await self._cleaned_up(2.0)
-                    return now
-            await asyncio.sleep(_POLL_S)
-
-    async def _cleaned_up(self, timeout_s: float) -> None:
-        """QEMU <= 10.2 cleans up after it reports the end; new capabilities before that made it abort."""
-        async with bounded("clean-up after a migration", timeout_s):
-            while {"type": "migration"} in await self._execute("query-yank"):  # noqa: ASYNC110 - as above
-                await asyncio.sleep(_POLL_S)
+        return await self._ending.abort(timeout_s)
 
     async def take_over(self) -> None:
         """A loaded QEMU depends on nobody."""
@@ -410,9 +268,9 @@ class QemuVmm(base.Vmm):
 
     async def detach(self) -> None:
         self._disks.close()
-        for task in (self._tail, self._telling):
-            if task is not None:
-                task.cancel()
+        self._rate.close()
+        if self._telling is not None:
+            self._telling.cancel()
         await asyncio.gather(self._main.close(), self._oob.close())
         self._process.close()
 
@@ -510,7 +368,7 @@ class QemuVmm(base.Vmm):
 
     def _on_event(self, name: str, data: Mapping[str, Any], at_s: float) -> None:
         if name == "MIGRATION":
-            status = _STATUSES.get(data["status"], EngineStatus.ACTIVE)
+            status = verdict.STATUSES.get(data["status"], EngineStatus.ACTIVE)
             self._arrived |= self._metadata.role == "incoming" and status is EngineStatus.COMPLETED
             if status is EngineStatus.FAILED and self._metadata.role != "incoming":
                 self._telling = asyncio.create_task(self._tell_failure())
@@ -530,14 +388,10 @@ class QemuVmm(base.Vmm):
         error = ""
         with contextlib.suppress(EngineError):
             info = await self._execute("query-migrate", timeout_s=_CANCEL_S)
-            error = str(info.get("error-desc", "")) if _status(info) is EngineStatus.FAILED else ""
+            error = str(info.get("error-desc", "")) if verdict.status(info) is EngineStatus.FAILED else ""
         late = verdict.late_devices(error)
         self._emit(base.StatusChanged(EngineStatus.FAILED, error) if late is None else base.SwitchoverAckLate(late))
 
 
 def _channel(socket: Mapping[str, str]) -> dict[str, object]:
     return {"channels": [{"channel-type": "main", "addr": {"transport": "socket", **socket}}]}
-
-
-def _status(info: Mapping[str, Any]) -> EngineStatus:
-    return _STATUSES.get(info.get("status", "none"), EngineStatus.ACTIVE)
