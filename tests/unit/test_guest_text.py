@@ -131,5 +131,5 @@ def test_a_file_has_that_guest_and_no_other(
 ) -> None:
     (tmp_path / "g.yaml").write_text("name: other\n")
     assert main.run(["guest", "edit", "full", "-f", str(tmp_path / "g.yaml")]) == Exit.USAGE
-    assert "must have the guest full" in capsys.readouterr().err
+    assert "must describe one guest, full, not other" in capsys.readouterr().err
     assert not service.requests("EditGuest")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from agents.engine.base import EngineError, EngineStatus, EngineTimeout, RunState, VmmState
-from agents.engine.qemu import verdict
+from agents.engine.qemu import answers
 from agents.engine.qemu.block import QemuDisks
 from agents.engine.qemu.bounded import bounded
 
@@ -51,7 +51,7 @@ class QemuEnding:
     async def _over_within(self, timeout_s: float) -> bool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while (await self._state(timeout_s)).status not in verdict.OVER:  # noqa: ASYNC110 - no event tells it
+                while (await self._state(timeout_s)).status not in answers.OVER:  # noqa: ASYNC110 - no event tells it
                     await asyncio.sleep(_POLL_S)
                 return True
         return False
@@ -74,7 +74,7 @@ class QemuEnding:
         while True:
             with contextlib.suppress(EngineTimeout):
                 now = await self._state(1.0)
-                if now.status in verdict.OVER and now.run_state is not RunState.FINISHING:
+                if now.status in answers.OVER and now.run_state is not RunState.FINISHING:
                     await self.cleaned_up(2.0)
                     return now
             await asyncio.sleep(_POLL_S)

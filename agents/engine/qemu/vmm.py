@@ -19,7 +19,7 @@ from agents.engine.base import (
     VmmMetadata,
     VmmState,
 )
-from agents.engine.qemu import arguments, foreign, obstacles, process, stream, verdict
+from agents.engine.qemu import answers, arguments, foreign, obstacles, process, stream, verdict
 from agents.engine.qemu.block import QemuDisks
 from agents.engine.qemu.bounded import bounded
 from agents.engine.qemu.ending import QemuEnding
@@ -113,13 +113,13 @@ class QemuVmm(base.Vmm):
         async with bounded("state", timeout_s):
             run = await self._execute("query-status", timeout_s=timeout_s)
             info = await self._execute("query-migrate", timeout_s=timeout_s)
-        status, error = verdict.status(info), str(info.get("error-desc", ""))
+        status, error = answers.status(info), str(info.get("error-desc", ""))
         late = verdict.late_devices(error) if status is EngineStatus.FAILED else None
-        run_state = verdict.RUN_STATES.get(run["status"], RunState.PAUSED)
+        run_state = answers.RUN_STATES.get(run["status"], RunState.PAUSED)
         return VmmState(run_state, status, self._with_words(error), late or 0)
 
     async def progress(self) -> base.Progress:
-        return verdict.progress(await self._execute("query-migrate"))
+        return answers.progress(await self._execute("query-migrate"))
 
     async def unmigratable(self) -> tuple[Obstacle, ...]:
         return await obstacles.found(self._execute, self._strangers)
@@ -176,7 +176,7 @@ class QemuVmm(base.Vmm):
         if run == "inmigrate":
             # QEMU would accept it, and start the guest by itself at the end of the load.
             raise EngineError("the guest is not loaded yet: nothing to resume")
-        if self._has_devices_inside and verdict.status(await self._execute("query-migrate")) not in verdict.OVER:
+        if self._has_devices_inside and answers.status(await self._execute("query-migrate")) not in answers.OVER:
             # QEMU would accept that too, and its devices would never be in pre-copy again: it hangs or fails later.
             raise EngineError("a migration of a guest with devices inside the VMM is running: cancel it first")
 
@@ -368,7 +368,7 @@ class QemuVmm(base.Vmm):
 
     def _on_event(self, name: str, data: Mapping[str, Any], at_s: float) -> None:
         if name == "MIGRATION":
-            status = verdict.STATUSES.get(data["status"], EngineStatus.ACTIVE)
+            status = answers.STATUSES.get(data["status"], EngineStatus.ACTIVE)
             self._arrived |= self._metadata.role == "incoming" and status is EngineStatus.COMPLETED
             if status is EngineStatus.FAILED and self._metadata.role != "incoming":
                 self._telling = asyncio.create_task(self._tell_failure())
@@ -388,7 +388,7 @@ class QemuVmm(base.Vmm):
         error = ""
         with contextlib.suppress(EngineError):
             info = await self._execute("query-migrate", timeout_s=_CANCEL_S)
-            error = str(info.get("error-desc", "")) if verdict.status(info) is EngineStatus.FAILED else ""
+            error = str(info.get("error-desc", "")) if answers.status(info) is EngineStatus.FAILED else ""
         late = verdict.late_devices(error)
         self._emit(base.StatusChanged(EngineStatus.FAILED, error) if late is None else base.SwitchoverAckLate(late))
 
