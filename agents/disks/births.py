@@ -40,7 +40,7 @@ class Births:
     def __init__(self, directory: Path) -> None:
         self._note = directory / "birth.images"
         self.before = directory / "birth.before"
-        """What a guest that is started again ran with. It goes once the guest runs, and outlives a start that failed."""
+        """What a guest that is started again ran with. It goes once the guest runs; a start that failed leaves it."""
 
     def begins(self, path: Path, fresh: Path) -> None:
         """An image for `path` is about to be made as `fresh`. Raises OSError; nothing was noted then."""
