@@ -108,6 +108,10 @@ format: venv  ## let ruff mend what it can
 protos: venv  ## generate the stubs beside the .proto files
 	scripts/protos.sh generate
 
+.PHONY: docs
+docs: venv  ## write the tables of docs/configuration.md from the code
+	$(PY) -m scripts.config_page
+
 .PHONY: lock
 lock: venv  ## resolve requirements.lock anew from pyproject.toml (ARGS="--upgrade" for newer versions)
 	$(VENV)/bin/uv pip compile pyproject.toml --group dev --universal --generate-hashes --no-emit-index-url \

@@ -1,4 +1,4 @@
-"""`python -m agents --config agent.json`: the agent of one host.
+"""`drover agent --config agent.yaml`: the agent of one host.
 
 SIGTERM and SIGINT end it; its guests, devices and transfers go on and are adopted by the next one. Exit status 2: the
 configuration or the host cannot be used, said in one line.
@@ -32,6 +32,7 @@ from agents.host.metrics import Metrics
 from agents.serving.control import AgentServicer, translate
 from agents.serving.peer import PeerServicer
 from orchestrator import descriptors
+from orchestrator.config import DIRECTORY
 from orchestrator.core.endpoint import join_address
 from orchestrator.core.errors import DroverError
 from orchestrator.core.identity import AgentIdentity
@@ -161,7 +162,13 @@ def _go_before_guests() -> None:
 
 
 @click.command()
-@click.option("--config", "path", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=DIRECTORY / "agent.yaml",
+    show_default=True,
+)
 def main(path: Path) -> None:
     """Run the agent of one host until told to stop."""
     try:

@@ -1,21 +1,20 @@
-"""The agent's configuration file, `agent.json`."""
+"""The agent's configuration file, `agent.yaml`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from orchestrator.config import ConfigError, ConfigFile
 from orchestrator.core.endpoint import zookeeper_servers
 from orchestrator.core.guest import name_error
 from orchestrator.core.hardware import MAX_MTU, MIN_MTU, extra_arg_error
 from orchestrator.core.naming import file_error
 from orchestrator.core.records import NetworkKind, PoolFence, PoolKind
 
-
-class ConfigError(Exception):
-    """The file cannot be used; the text says what is wrong with which key."""
+__all__ = ["AgentConfig", "ConfigError", "load"]
 
 
 def _host_name(name: str) -> str:
@@ -31,7 +30,9 @@ class IdentityConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["kernel", "simulated"] = "kernel"
+    """`simulated`: hosts of a lab, which share one kernel, each have a file in place of it."""
     file: Path | None = None
+    """Of a simulated host: its power cycle's id and its machine's, a line each."""
 
 
 _Name = Annotated[str, AfterValidator(_host_name)]
@@ -59,7 +60,9 @@ class PoolConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: Path
+    """An absolute path."""
     kind: PoolKind
+    """`shared-file`: all hosts see the same files; `local`: this host's own; `block`: volumes that all hosts see."""
     fence: PoolFence = PoolFence.NONE
     """Of a block pool: what keeps other hosts from writing to a volume that is in use here."""
     locks: Literal["required", "none"] = "required"
@@ -82,8 +85,11 @@ class NetworkConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bridge: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,14}$")]
+    """Its name on this host."""
     kind: NetworkKind = NetworkKind.BRIDGE
+    """Of Linux, or of Open vSwitch."""
     mtu: Annotated[int, Field(ge=MIN_MTU, le=MAX_MTU)] = 1500
+    """Of the bridge: the same on every host."""
 
 
 class FirmwareConfig(BaseModel):
@@ -111,6 +117,7 @@ class AgentConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: Annotated[str, AfterValidator(_host_name)]
+    """The host's name: lower-case letters, digits, hyphens."""
     address: Annotated[str, Field(min_length=1)]
     """Where other hosts reach this one: an IP address (IPv6 with or without brackets), or a name for one, looked up
     once at the start. It is registered, and the engines' streams come in there."""
@@ -126,25 +133,33 @@ class AgentConfig(BaseModel):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 7703
     """Prometheus reads here; 0: not served."""
     zookeeper: Annotated[str, AfterValidator(zookeeper_servers)]
+    """`host:port[,host:port...]`; IPv6 addresses in brackets."""
     chroot: str = "/drover/v1"
+    """Where the tree stands in ZooKeeper: the same for agents, API and coordinator."""
     dir: Path
     """The agent's own: guests' sockets and notes, journal. Survives a restart of the agent and a loss of power."""
     console_dir: Path
+    """Links to the sockets of the guests' consoles, `<host>.<guest>.<inc>.sock`."""
     console_server: Path | None = None
     """Unix socket of a console server of this host, which holds every console below `console_dir` and lends them
     (docs/operations.md). None: the agent connects to a console itself while somebody has a session with it."""
     volatile_dir: Path
     """Markers. Must vanish with the power."""
     identity: IdentityConfig = IdentityConfig()
+    """Where the host's power-cycle id comes from."""
     memory_mib: Annotated[int, Field(ge=1)]
+    """Memory for guests."""
     bandwidth_mbps: Annotated[int, Field(ge=1)] = 1000
+    """Rate of the link that migrations use."""
     accelerator: Literal["tcg", "kvm"] = "kvm"
+    """`tcg`: without virtualization in hardware, for labs."""
     engine: Literal["qemu", "libvirt"] = "qemu"
     """What runs this host's guests: QEMU processes of the agent's own, or a libvirt daemon (docs/libvirt.md). Guests
     move between hosts of one engine only."""
     libvirt_socket: Path = Path("/run/libvirt/libvirt-sock")
     """Where that daemon listens (`virtqemud-sock` where the daemons are split). Only with the engine libvirt."""
     qemu: str = "qemu-system-x86_64"
+    """QEMU's program: a name that is found in PATH, or a path."""
     guest_image: Path | None = None
     """The kernel of guests that name none. None: each guest must name one."""
     images: Path | None = None
@@ -165,6 +180,7 @@ class AgentConfig(BaseModel):
     instructions: bool = False
     """Whether devices may be instructed on request: a device that is told to misbehave does."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines are JSON, on standard error."""
 
     @model_validator(mode="after")
     def _ports_differ(self) -> AgentConfig:
@@ -174,12 +190,9 @@ class AgentConfig(BaseModel):
         return self
 
 
+FILE = ConfigFile("agent", AgentConfig)
+
+
 def load(path: Path) -> AgentConfig:
     """Raises ConfigError naming every key that is wrong."""
-    try:
-        return AgentConfig.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'content'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{path}: {wrong}") from None
+    return FILE.load(path)

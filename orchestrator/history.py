@@ -26,7 +26,9 @@ class HistoryConfig:
     path: str = ""
     """Empty: what is removed is gone."""
     max_bytes: int = 64_000_000
+    """A file that is larger is rotated."""
     files: int = 8
+    """So many are kept, the current one among them."""
 
     def problems(self) -> list[str]:
         """What is wrong with it; empty: nothing."""

@@ -1,4 +1,4 @@
-"""`python -m orchestrator.api --config api.json`: serves OrchestratorService until SIGTERM or SIGINT."""
+"""`drover api --config api.yaml`: serves OrchestratorService until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from orchestrator import descriptors
 from orchestrator.api import config as configuration
 from orchestrator.api.config import ApiConfig
 from orchestrator.api.server import ApiServer
+from orchestrator.config import DIRECTORY
 from orchestrator.core.errors import DroverError
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.zookeeper import ZooKeeperStore
@@ -39,7 +40,13 @@ async def _serve(config: ApiConfig) -> None:
 
 
 @click.command()
-@click.option("--config", "path", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=DIRECTORY / "api.yaml",
+    show_default=True,
+)
 def main(path: Path) -> None:
     """Serve Drover's API."""
     try:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchestrator.config import ConfigFile
 from orchestrator.core.endpoint import split_address
 from orchestrator.history import HistoryConfig
 from orchestrator.ledger import paths
-from orchestrator.ledger.records import BadRecord, decode_config
 
 
 @dataclass(frozen=True, slots=True)
 class ApiConfig:
-    """`api.json`."""
+    """`api.yaml`."""
 
     listen: tuple[str, ...]
     """Addresses to serve at, `host:port` or `unix:PATH`."""
     zookeeper: str
     """host:port[,host:port...]"""
     chroot: str = paths.CHROOT
+    """Where the tree stands in ZooKeeper: the same for agents, API and coordinator."""
     instructions: bool = False
     """Whether devices may be instructed on request: a device that is told to misbehave does."""
     metrics_listen: str = ""
@@ -27,13 +29,21 @@ class ApiConfig:
     history: HistoryConfig = field(default_factory=HistoryConfig)
     """The coordinator's history file, where the API can read it: what the ledger has forgotten is looked up there."""
     log_level: str = "info"
+    """debug, info, warning or error; lines are JSON, on standard error."""
+
+
+def _problems(config: ApiConfig) -> Iterator[str]:
+    try:
+        if config.metrics_listen:
+            split_address(config.metrics_listen)
+    except ValueError as error:
+        yield f"metrics_listen: {error}"
+    yield from config.history.problems()
+
+
+FILE = ConfigFile("api", ApiConfig, _problems)
 
 
 def load(path: Path) -> ApiConfig:
-    """Raises OSError, BadRecord with the field that is wrong, or ValueError for an address that is none."""
-    config = decode_config(ApiConfig, path.read_bytes(), path=str(path))
-    if config.metrics_listen:
-        split_address(config.metrics_listen)
-    if problems := config.history.problems():
-        raise BadRecord("; ".join(problems))
-    return config
+    """Raises ConfigError with everything that is wrong."""
+    return FILE.load(path)

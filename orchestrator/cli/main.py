@@ -11,6 +11,7 @@ import click
 
 from orchestrator.cli import (
     adopting,
+    configuration,
     evacuation,
     explain,
     guest,
@@ -38,6 +39,7 @@ class _Root(OpenGroup):
     sections = (
         ("Hosts and guests", ("host", "guest", "image", "import", "health")),
         ("Moving guests", ("migrate", "migration", "explain", "evacuate", "evacuation")),
+        ("Services", ("agent", "api", "coordinator", "config")),
     )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -80,6 +82,7 @@ for command in (
     repair.repair,
     health.health,
     history.history,
+    configuration.config,
 ):
     root.add_command(command)
 for command in (adopting.adopt, adopting.release):

@@ -1,4 +1,4 @@
-"""`python -m orchestrator.coordinator --config coordinator.json`: keeps the coordinator alive inside Ray.
+"""`drover coordinator --config coordinator.yaml`: keeps the coordinator alive inside Ray.
 
 Starts or finds the actors and watches that they make progress. Exits with 3 when Ray is gone, so that whoever
 supervises this process restarts Ray and it; with 0 on SIGTERM, leaving the actors at work; `--stop` ends the actors.
@@ -17,6 +17,7 @@ from types import FrameType
 import click
 import structlog
 
+from orchestrator.config import DIRECTORY
 from orchestrator.coordinator import watchdog
 from orchestrator.coordinator.watchdog import SILENT_S, Verdict
 from orchestrator.coordinator.wiring import CoordinatorConfig, check, fencers_of, load
@@ -76,7 +77,13 @@ def _watch(config: CoordinatorConfig, stopping: threading.Event) -> None:
 
 
 @click.command()
-@click.option("--config", "path", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=DIRECTORY / "coordinator.yaml",
+    show_default=True,
+)
 @click.option("--stop", is_flag=True, help="End the actors for good and exit.")
 def main(path: Path, stop: bool) -> None:
     """Keep the coordinator alive inside Ray."""

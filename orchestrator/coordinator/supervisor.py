@@ -93,8 +93,11 @@ class Limits:
     """Admission. Starting 1,000 at once makes every ledger write wait for all the others; 125/s keeps p99 at 26 ms."""
 
     starts_per_s: float = 125.0
+    """Migrations that begin, in the long run."""
     burst: int = 10
+    """So many may begin at once."""
     max_concurrent: int = 1_000
+    """Migrations under way at a time."""
     max_per_source: int = 8
     """Migrations leaving one host at a time; they share its link."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from orchestrator.config import ConfigFile
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.coordinator.supervisor import Limits
 from orchestrator.core.endpoint import split_address
@@ -17,13 +19,12 @@ from orchestrator.fencing.base import Fencers
 from orchestrator.fencing.config import FencerConfig, make_fencers
 from orchestrator.history import HistoryConfig, HistoryFile
 from orchestrator.ledger import paths
-from orchestrator.ledger.records import BadRecord, decode_config
 from orchestrator.ledger.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorConfig:
-    """`coordinator.json`. Every process of the coordinator, also inside Ray, is made from it."""
+    """`coordinator.yaml`. Every process of the coordinator, also inside Ray, is made from it."""
 
     zookeeper: str
     """host:port[,host:port...]"""
@@ -40,6 +41,7 @@ class CoordinatorConfig:
     ray_token_file: str = ""
     """Empty: the cluster runs without token authentication."""
     ray_namespace: str = "drover"
+    """Of the actors, in a Ray cluster that others use as well."""
     workers: int = 2
     """Worker processes. One carries 1,000 migrations; the second is there for fail-over."""
     max_arrivals: int = 0
@@ -49,6 +51,7 @@ class CoordinatorConfig:
     log_level: str = "info"
     """Of the process outside Ray and of every actor: debug, info, warning or error."""
     limits: Limits = field(default_factory=Limits)
+    """How many migrations begin, and run, at a time."""
     fencing: tuple[FencerConfig, ...] = ()
     """Who can cut which host's power (docs/fencing.md). Used by the leader alone."""
     retention: Retention = field(default_factory=Retention)
@@ -61,14 +64,22 @@ class CoordinatorConfig:
     """module:callable, called with nothing, returns an AgentDirectory."""
 
 
-def load(path: Path) -> CoordinatorConfig:
-    """Raises OSError, BadRecord with the field that is wrong, or ValueError for an address that is none."""
-    config = decode_config(CoordinatorConfig, path.read_bytes(), path=str(path))
-    if config.metrics_listen:
-        split_address(config.metrics_listen)
+def _problems(config: CoordinatorConfig) -> Iterator[str]:
+    try:
+        if config.metrics_listen:
+            split_address(config.metrics_listen)
+    except ValueError as error:
+        yield f"metrics_listen: {error}"
     if not 1 <= config.shards <= MAX_SHARDS:
-        raise BadRecord(f"{path}: shards: must be from 1 to {MAX_SHARDS}")
-    return config
+        yield f"shards: must be from 1 to {MAX_SHARDS}"
+
+
+FILE = ConfigFile("coordinator", CoordinatorConfig, _problems)
+
+
+def load(path: Path) -> CoordinatorConfig:
+    """Raises ConfigError with everything that is wrong."""
+    return FILE.load(path)
 
 
 def _resolve(name: str) -> object:

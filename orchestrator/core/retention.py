@@ -28,8 +28,11 @@ class Bound:
     """Kept while younger than `max_age_h` and among the newest `max_count`, and in any case for `min_age_h`."""
 
     max_age_h: float
+    """What is older goes."""
     max_count: int
+    """Of more than these the oldest go."""
     min_age_h: float = 1.0
+    """What is younger stays in any case."""
 
     def problems(self) -> list[str]:
         """What is wrong with it; empty: nothing."""
@@ -48,10 +51,15 @@ class Retention:
     """The bounds of a ledger; docs/operations.md explains them."""
 
     migrations: Bound = Bound(30 * 24, 20_000)
+    """Ended migrations with their attempts."""
     evacuations: Bound = Bound(90 * 24, 1_000)
+    """Ended evacuations."""
     guests: Bound = Bound(30 * 24, 20_000)
+    """Guests that are gone."""
     requests: Bound = Bound(7 * 24, 100_000, min_age_h=24.0)
+    """Request ids: a call repeated later is carried out again."""
     certificates: Bound = Bound(180 * 24, 10_000, min_age_h=24.0)
+    """Certificates of power cycles that are over."""
     removals_per_s: float = 20.0
     """The pace: what lives has the ledger first."""
 

@@ -26,10 +26,13 @@ class FencerConfig:
     """One fencer (docs/fencing.md)."""
 
     name: str
+    """What the fencer is called in `drover host list` and in certificates."""
     kind: FencerKind
+    """`exec`: a program of yours; `redfish`: the host's management controller."""
     hosts: tuple[str, ...]
     """Patterns of host names, `*` and `?` as in a shell. The first fencer of the list that fits serves a host."""
     timeout_s: float = 60.0
+    """Of one try."""
     command: tuple[str, ...] = ()
     """exec: program and first arguments; `power-off HOST` follow."""
     environment: dict[str, str] = field(default_factory=dict[str, str])
@@ -41,6 +44,7 @@ class FencerConfig:
     credentials_file: str = ""
     """redfish: JSON with `username` and `password`; must be nobody else's to read."""
     verify_tls: bool = True
+    """redfish: false trusts whoever answers."""
     ca_file: str = ""
     """redfish: certificates to trust instead of the system's."""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -69,30 +69,6 @@ def decode(kind: type[T], data: bytes, *, path: str = "") -> T:
         raise BadRecord(f"{path or kind.__name__}: {where or 'content'}: {first['msg']}") from error
     except ValueError as error:
         raise BadRecord(f"{path or kind.__name__}: content: Invalid JSON: {error}") from error
-
-
-def decode_config(kind: type[T], data: bytes, *, path: str) -> T:
-    """A configuration file. People write these: a key that there is not is a mistake, where in a record it would be of
-    a newer version. Raises BadRecord with the key that is wrong."""
-    config = decode(kind, data, path=path)
-    if wrong := next(_strangers(kind, pydantic_core.from_json(data), ""), ""):
-        raise BadRecord(f"{path}: {wrong}")
-    return config
-
-
-def _strangers(kind: Any, tree: Any, at: str) -> Iterator[str]:
-    """Keys that no field has, each as a sentence."""
-    if is_dataclass(kind) and isinstance(tree, dict):
-        hints = get_type_hints(kind)
-        for key, value in cast(_Object, tree).items():
-            if key in hints:
-                yield from _strangers(hints[key], value, f"{at}{key}.")
-            else:
-                yield f"{at}{key}: there is no such key; there are {', '.join(sorted(hints))}"
-    elif isinstance(tree, list):
-        for number, value in enumerate(cast(_Array, tree)):
-            for inner in get_args(kind)[:1]:
-                yield from _strangers(inner, value, f"{at}{number}.")
 
 
 # --- fields of a newer version ----------------------------------------------------------------------------------------

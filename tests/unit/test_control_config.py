@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from orchestrator.api import config as api
+from orchestrator.config import ConfigError
 from orchestrator.coordinator import wiring
-from orchestrator.ledger.records import BadRecord
 
 COORDINATOR: dict[str, Any] = {"zookeeper": "127.0.0.1:2181", "ray_address": "127.0.0.1:6379"}
 API: dict[str, Any] = {"listen": ["unix:/run/api.sock"], "zookeeper": "127.0.0.1:2181"}
@@ -22,7 +22,7 @@ FENCER = {"name": "bmc", "kind": "exec", "hosts": ["h*"]}
 @pytest.mark.parametrize(
     ("load", "content", "wrong"),
     [
-        (wiring.load, {**COORDINATOR, "worker": 2}, "worker: there is no such key; there are agents_factory, chroot"),
+        (wiring.load, {**COORDINATOR, "worker": 2}, "worker: there is no such key; did you mean workers?"),
         (wiring.load, {**COORDINATOR, "limits": {"max_per_sorce": 1}}, "limits.max_per_sorce: there is no such key"),
         (
             wiring.load,
@@ -40,7 +40,7 @@ def test_a_key_that_there_is_not_is_named(
 ) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(BadRecord) as raised:
+    with pytest.raises(ConfigError) as raised:
         load(path)
     assert wrong in str(raised.value)
     assert str(path) in str(raised.value)
