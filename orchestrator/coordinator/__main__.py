@@ -2,6 +2,7 @@
 
 Starts or finds the actors and watches that they make progress. Exits with 3 when Ray is gone, so that whoever
 supervises this process restarts Ray and it; with 0 on SIGTERM, leaving the actors at work; `--stop` ends the actors.
+With `ray_head` configured the head, and all actors with it, begins and ends with this process.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +21,7 @@ import structlog
 
 from orchestrator.config import DIRECTORY
 from orchestrator.coordinator import watchdog
+from orchestrator.coordinator.ray_head import HeadFailed, OwnHead
 from orchestrator.coordinator.watchdog import SILENT_S, Verdict
 from orchestrator.coordinator.wiring import CoordinatorConfig, check, fencers_of, load
 from orchestrator.core.errors import DroverError
@@ -30,6 +33,14 @@ log = structlog.get_logger(__name__)
 EXIT_RAY_GONE = 3
 PING_S = 0.5
 PING_TIMEOUT_S = 3.0
+
+
+def _with_head(config: CoordinatorConfig) -> tuple[CoordinatorConfig, OwnHead | None]:
+    """The head is up, where this process is the one that starts it. Raises HeadFailed, OSError."""
+    if not config.ray_head.directory:
+        return config, None
+    head = OwnHead(config.ray_head, config.ray_address)
+    return replace(config, ray_token_file=str(head.start())), head
 
 
 def _authenticate(config: CoordinatorConfig) -> None:
@@ -92,8 +103,13 @@ def main(path: Path, stop: bool) -> None:
         configure_logging(config.log_level)
         fencers_of(config)
         check(config)
+        head: OwnHead | None = None
+        if stop and config.ray_head.directory:
+            config = replace(config, ray_token_file=str(Path(config.ray_head.directory) / "token"))
+        else:
+            config, head = _with_head(config)
         _authenticate(config)
-    except (OSError, BadRecord, ValueError, DroverError) as error:
+    except (OSError, BadRecord, ValueError, DroverError, HeadFailed) as error:
         raise click.ClickException(f"cannot start the coordinator: {error}") from error
     from orchestrator.coordinator import actor
 
@@ -111,9 +127,13 @@ def main(path: Path, stop: bool) -> None:
         else:
             _watch(config, stopping)
         actor.disconnect()
+        if head is not None:
+            head.stop()
     except actor.RayGone as error:
         log.error("Ray is gone", error=str(error))
         flush()
+        if head is not None:
+            head.stop()
         os._exit(EXIT_RAY_GONE)  # ray's own exit handlers wait for the cluster
 
 

@@ -10,6 +10,7 @@ from typing import cast
 
 from orchestrator.config import ConfigFile
 from orchestrator.coordinator.ports import AgentDirectory
+from orchestrator.coordinator.ray_head import RayHeadConfig
 from orchestrator.coordinator.supervisor import Limits
 from orchestrator.core.endpoint import split_address
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -40,6 +41,8 @@ class CoordinatorConfig:
     """Where the tree stands in ZooKeeper: the same for agents, API and coordinator."""
     ray_token_file: str = ""
     """Empty: the cluster runs without token authentication."""
+    ray_head: RayHeadConfig = field(default_factory=RayHeadConfig)
+    """The Ray head that this coordinator starts at `ray_address`, and ends with it (packages do it so)."""
     ray_namespace: str = "drover"
     """Of the actors, in a Ray cluster that others use as well."""
     workers: int = 2
@@ -70,6 +73,10 @@ def _problems(config: CoordinatorConfig) -> Iterator[str]:
             split_address(config.metrics_listen)
     except ValueError as error:
         yield f"metrics_listen: {error}"
+    if config.ray_head.directory and not Path(config.ray_head.directory).is_absolute():
+        yield f"ray_head.directory: is {config.ray_head.directory!r}: give an absolute path"
+    if not config.ray_address.rpartition(":")[2].isdigit():
+        yield f"ray_address: must be host:port, not {config.ray_address!r}"
     if not 1 <= config.shards <= MAX_SHARDS:
         yield f"shards: must be from 1 to {MAX_SHARDS}"
 
