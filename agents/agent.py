@@ -42,6 +42,7 @@ from orchestrator.core.agent import (
     AttemptSeen,
     AttemptStatus,
     ConductOrder,
+    DisplayAddress,
     GuestStatus,
     PrepareOrder,
     WishApplied,
@@ -510,6 +511,10 @@ class Agent:
             said = f"{self.here.host} lets nobody instruct devices: `instructions` in its configuration allows it"
             raise DroverError(RefusalReason.INSTRUCTIONS_DISABLED, said)
         return await self._known(uuid).instruct(device, instruction)
+
+    async def open_display(self, uuid: str) -> DisplayAddress:
+        """See `HostedGuest.open_display`."""
+        return await self._known(uuid).open_display()
 
     @contextlib.asynccontextmanager
     async def console(self, uuid: str, inc: str) -> AsyncGenerator[Session]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from orchestrator.config import ConfigError, ConfigFile
-from orchestrator.core.endpoint import zookeeper_servers
+from orchestrator.core.endpoint import is_ip, zookeeper_servers
 from orchestrator.core.guest import name_error
 from orchestrator.core.hardware import MAX_MTU, MIN_MTU, extra_arg_error
 from orchestrator.core.naming import file_error
@@ -48,6 +48,12 @@ def _image_name(name: str) -> str:
     if wrong := file_error(name, "the pool"):
         raise ValueError(wrong)
     return name
+
+
+def _vnc_address(address: str) -> str:
+    if address and not is_ip(address):
+        raise ValueError("must be an IP address of this host")
+    return address.strip("[]")
 
 
 MAX_BASES = 16
@@ -177,6 +183,9 @@ class AgentConfig(BaseModel):
     firmware: FirmwareConfig = FirmwareConfig()
     extra_args_allowed: tuple[Annotated[str, AfterValidator(_extra_arg)], ...] = ()
     """Options of QEMU that guests may ask for, each with its value, word for word. The same on every host."""
+    vnc_listen: Annotated[str, AfterValidator(_vnc_address)] = ""
+    """IP address of this host at which the screens of its guests are served, each with a password of its own that a
+    viewer asks for first (`drover guest vnc`). Empty: at unix sockets below `dir` only."""
     instructions: bool = False
     """Whether devices may be instructed on request: a device that is told to misbehave does."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -24,7 +24,7 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.offers import Obstacle
 from orchestrator.core.policy import MigrationPolicy, OnTimeout, override
 from orchestrator.core.record import known_fields
-from orchestrator.core.records import CloudInit, Cpu, GuestSpec, OnHostDeath, Tpm
+from orchestrator.core.records import CloudInit, Cpu, Display, GuestSpec, OnHostDeath, Tpm
 from orchestrator.core.text import clip, quoted
 from orchestrator.wire_hardware import (
     boot_from_proto,
@@ -143,6 +143,7 @@ def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
             extra_args=spec.extra_args,
             max_memory_mib=spec.max_memory_mib,
             max_vcpus=spec.max_vcpus,
+            display=types_pb2.Display(vnc=spec.display.vnc) if spec.display.vnc else None,
         )
     except (ValueError, OverflowError) as error:
         raise wrong("spec", f"a number is too large: {error}") from error
@@ -181,6 +182,7 @@ def guest_spec_from_proto(message: types_pb2.GuestSpec, *, field: str = "spec") 
         extra_args=tuple(message.extra_args),
         max_memory_mib=message.max_memory_mib,
         max_vcpus=message.max_vcpus,
+        display=Display(message.display.vnc),
     )
 
 

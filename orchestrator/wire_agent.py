@@ -9,6 +9,7 @@ from orchestrator.core.agent import (
     AttemptStatus,
     ConductOrder,
     CopyStatus,
+    DisplayAddress,
     GuestStatus,
     GuestTrouble,
     PrepareOrder,
@@ -260,3 +261,19 @@ def wish_applied_to_proto(wish: WishApplied) -> agent_pb2.ApplyWantRunResponse:
 def wish_applied_from_proto(message: agent_pb2.ApplyWantRunResponse) -> WishApplied:
     """Whether a pause or a resume has taken effect, and how the guest is now."""
     return WishApplied(message.applied, run_state_from_proto(message.run_state))
+
+
+def display_to_proto(found: DisplayAddress) -> types_pb2.DisplayAddress:
+    """Where a guest's screen is served."""
+    return types_pb2.DisplayAddress(
+        host=found.host,
+        socket=found.socket,
+        address=found.address,
+        password=found.password,
+        password_valid_s=found.password_valid_s,
+    )
+
+
+def display_from_proto(message: types_pb2.DisplayAddress) -> DisplayAddress:
+    """See `display_to_proto`."""
+    return DisplayAddress(message.host, message.socket, message.address, message.password, message.password_valid_s)

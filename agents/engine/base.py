@@ -275,6 +275,8 @@ class VmmSpec:
     """Unix socket of the program that emulates the TPM."""
     seed_path: Path | None = None
     """Image of the NoCloud data source."""
+    vnc_listen: str = ""
+    """IP address that the screen of a guest with one is served at; empty: a unix socket in `directory` alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -556,6 +558,24 @@ class MigrationEngine(Protocol):
 
         Raises EngineError when it is not gone and does not answer, and when it cannot be told whether it is gone.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DisplayAt:
+    """Where a guest's screen is served, by one of the two."""
+
+    socket: Path | None = None
+    endpoint: Endpoint | None = None
+
+
+@runtime_checkable
+class Displaying(Protocol):
+    """A VMM that serves its guest's screen (`GuestSpec.display`)."""
+
+    async def open_display(self, password: str, valid_s: int) -> DisplayAt:
+        """Where, asked of the VMM now. At an endpoint viewers get in by `password`, for so long and in place of earlier
+        ones, and by nothing before the first call. Raises EngineError when it serves none."""
         ...
 
 

@@ -10,7 +10,7 @@
                               change.json       a change of its machine that was begun (changes.py)
                               <inc>.nvram .seed .tpm*   its UEFI variables, its cloud-init disk, its TPM
                               <inc>.owner       the same, as it will be once an incoming one is the guest
-                              <inc>.qmp .oob .com1 .dev .ctl .vfio   sockets
+                              <inc>.qmp .oob .com1 .dev .ctl .vfio .vnc   sockets
 <volatile>/<uuid>.<inc>                         marker: something here may have had an effect on the guest
 <volatile>/<uuid>.<inc>.reserved                room for it
 <console_dir>/<host>.<guest>.<inc>.sock         link to .com1
@@ -363,6 +363,7 @@ class GuestFiles:
             nics=net.nics(self.uuid, self.spec.devices),
             segment=net.segment_of(f"{self.config.zookeeper}{self.config.chroot}", self.config.address),
             taps=tuple(Tap(port.nic, port.ifname) for port in self._ports(inc)),
+            vnc_listen=self.config.vnc_listen,
         )
 
     def reserve_marker(self, inc: str) -> None:

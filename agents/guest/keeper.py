@@ -15,7 +15,7 @@ from collections.abc import Callable
 import structlog
 
 from agents.engine import base as engine
-from agents.guest import adopting
+from agents.guest import adopting, displays
 from agents.guest import copies as making
 from agents.guest import duty as keeping
 from agents.guest.attempts import Attempts, reason_of
@@ -31,6 +31,7 @@ from agents.host.journal import KnownRecord
 from agents.shims.base import OptionsRefused, Refusal, ShimError
 from orchestrator.core import handover
 from orchestrator.core.agent import (
+    DisplayAddress,
     GuestStatus,
     GuestTrouble,
     RunState,
@@ -392,6 +393,16 @@ class HostedGuest(HeldGuest):
         return own.hardware.machine, self.files.spec
 
     # --- devices ------------------------------------------------------------------------------------------------------
+
+    async def open_display(self) -> DisplayAddress:
+        """Where the guest's screen is served here, and what lets a viewer in. Raises GUEST_NOT_RUNNING, and
+        DISPLAY_NOT_AVAILABLE for a guest without one."""
+        own = self.own()
+        if own is None or own.is_gone:
+            raise DroverError(
+                RefusalReason.GUEST_NOT_RUNNING, f"guest {self.name} does not run on {self.files.config.host}"
+            )
+        return await displays.opened(own)
 
     async def instruct(self, device: str, instruction: str) -> str:
         """Tell a device something in its own program's words; what the program says to it.

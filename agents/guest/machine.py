@@ -18,9 +18,11 @@ MAX_DISK_QUEUES = 4
 IOTHREAD = "iothread"
 """Property of a device: the thread of its own, which is made before it."""
 _FIRST_PORT_SLOT, _FUNCTIONS = 2, 8
+_VIDEO_SLOT = 1
+"""Of a q35: a graphics card is no PCI Express device, and sits beside the root ports."""
 FIRST_SLOT, SLOTS = 2, 32
 """Of a pc, for disks and cards; below them are its bridge and its chipset."""
-_DISK, _NIC, SEED, TPM = "disk", "nic", "seed", "tpm"
+_DISK, _NIC, SEED, TPM, VIDEO = "disk", "nic", "seed", "tpm", "video"
 
 
 class MachineError(Exception):
@@ -61,7 +63,13 @@ def born(spec: GuestSpec, facts: Facts) -> LiveMachine:
     wanted += [nic_device(nic, nic.mac or facts.mac_of(nic.name)) for nic in spec.nics]
     if spec.cloud_init is not None:
         wanted.append(LiveDevice(SEED, "virtio-blk-pci", properties={"num-queues": "1"}, backend=SEED))
-    places = _ports(wanted) if is_q35(machine.type) else _slots(wanted, machine.type)
+    video = LiveDevice(VIDEO, "VGA", properties={"vgamem_mb": "16"})
+    if is_q35(machine.type):
+        places = _ports(wanted)
+        if spec.display.vnc:
+            places.append(replace(video, bus="pcie.0", address=f"0x{_VIDEO_SLOT:x}"))
+    else:
+        places = _slots([*wanted, *([video] if spec.display.vnc else [])], machine.type)
     if spec.tpm is not None:
         places.append(LiveDevice(TPM, "tpm-crb", backend=TPM))
     return replace(machine, devices=tuple(places))

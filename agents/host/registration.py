@@ -76,6 +76,9 @@ _SAID: dict[Doubt, str] = {
 }
 
 
+_ALWAYS = (HostFeature.HARDWARE, HostFeature.HOTPLUG, HostFeature.DISK_THREADS, HostFeature.SCREENS)
+
+
 @dataclass(frozen=True, slots=True)
 class Offered:
     """What was found on this host for guests' hardware when the agent began."""
@@ -83,12 +86,12 @@ class Offered:
     pools: tuple[Pool, ...] = ()
     cpu_models: tuple[str, ...] = ()
     firmware: dict[str, str] = field(default_factory=dict[str, str])
-    features: tuple[str, ...] = (HostFeature.HARDWARE, HostFeature.HOTPLUG, HostFeature.DISK_THREADS)
+    features: tuple[str, ...] = _ALWAYS
 
     @classmethod
     def of(cls, config: AgentConfig, probed: Mapping[str, str]) -> Offered:
         """Blocking: reads the firmware's files once."""
-        features = [HostFeature.HARDWARE, HostFeature.HOTPLUG, HostFeature.DISK_THREADS]
+        features = list(_ALWAYS)
         features += [HostFeature.TPM] if tpm.available() else []
         if config.engine != "qemu":
             features = []

@@ -174,6 +174,10 @@ class AgentServicer(rpc.AgentServiceServicer):
         await self._agent.release_vmm(request.guest_uuid)
         return pb.ReleaseVmmResponse()
 
+    async def OpenVmmDisplay(self, request: pb.OpenVmmDisplayRequest, context: Any) -> pb.OpenVmmDisplayResponse:
+        found = await self._agent.open_display(request.guest_uuid)
+        return pb.OpenVmmDisplayResponse(display=wire_agent.display_to_proto(found))
+
     async def PassInstruction(self, request: pb.PassInstructionRequest, context: Any) -> pb.PassInstructionResponse:
         answer = await self._agent.instruct(request.guest_uuid, request.device, request.instruction)
         return pb.PassInstructionResponse(answer=answer)

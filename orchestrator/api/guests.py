@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import structlog
 
-from orchestrator import wire, wire_hardware, wire_words
+from orchestrator import wire, wire_agent, wire_hardware, wire_words
 from orchestrator.api import decisions, views
 from orchestrator.api.calls import Caller, Tools, digest, tries, write
 from orchestrator.api.decisions import StartStep, StopStep
@@ -426,6 +426,18 @@ class Guests:
             hint = "free memory there, or move the guest to a host that has more"
             raise DroverError(RefusalReason.NO_CAPACITY, f"{said}: {hint}", field="memory_mib")
         return entry.reservations_version
+
+    # --- its screen ---------------------------------------------------------------------------------------------------
+
+    async def open_display(self, request: pb.OpenDisplayRequest, caller: Caller) -> pb.OpenDisplayResponse:
+        """By the agent of the guest's host, which alone knows its VMM. Raises GUEST_NOT_RUNNING, and
+        DISPLAY_NOT_AVAILABLE for a guest without one."""
+        read = await self.read(await self.uuid_of(request.guest, field="guest"))
+        decisions.need_alive(read.record)
+        agent = await self._tools.agent(read.record.owner.host)
+        log.info("display", guest=read.record.name, by=caller.by)
+        found = await agent.open_display(read.uuid, caller.remaining_s(CALL_S))
+        return pb.OpenDisplayResponse(display=wire_agent.display_to_proto(found))
 
     # --- devices ------------------------------------------------------------------------------------------------------
 

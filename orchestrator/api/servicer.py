@@ -189,6 +189,10 @@ class OrchestratorServicer(OrchestratorServiceServicer):
                 async for each in said:
                     yield each
 
+    async def OpenDisplay(self, request: pb.OpenDisplayRequest, context: Any) -> pb.OpenDisplayResponse:
+        with about(guest=request.guest):
+            return await self._guests.open_display(request, _caller(context))
+
     async def WatchGuests(self, request: pb.WatchGuestsRequest, context: Any) -> AsyncIterator[pb.WatchGuestsResponse]:
         with self._streams.one(context.peer()):
             uuids = await each(request.names, lambda name: self._guests.uuid_of(name, field="names"))

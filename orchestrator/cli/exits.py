@@ -75,6 +75,7 @@ _HINTS = {
     RefusalReason.LEDGER_UNREACHABLE: "the API has lost ZooKeeper; try again when it is back",
     RefusalReason.OUTCOME_UNKNOWN: "look at the resource before you repeat the command",
     RefusalReason.GUEST_IS_MIGRATING: "`drover migration list --active` shows its migration; wait for it or cancel it",
+    RefusalReason.DISPLAY_NOT_AVAILABLE: "`drover guest edit` changes a guest that was stopped with --keep",
     RefusalReason.GUEST_NOT_RUNNING: "`drover guest show` says how it is",
     RefusalReason.HOST_CORDONED: "`drover host uncordon` makes it eligible again",
     RefusalReason.HOST_NOT_LIVE: "`drover host list` shows which agents are alive",

@@ -21,7 +21,7 @@ from orchestrator.core.errors import DroverError, RefusalReason
 
 if TYPE_CHECKING:
     from orchestrator.core.records import GuestSpec
-    from orchestrator.rpc.messages import ChangeRunStateResponse, DeviceSpec, Guest, Unreadable
+    from orchestrator.rpc.messages import ChangeRunStateResponse, DeviceSpec, DisplayAddress, Guest, Unreadable
     from orchestrator.rpc.orchestrator_client import OrchestratorClient
 
 AT_A_TIME = 4
@@ -277,6 +277,7 @@ def _hardware(each: Guest) -> Iterable[tuple[str, Cell]]:
         yield f"card {nic.name}", ", ".join(filter(None, (nic.network, nic.mac)))
     yield "tpm", spec.tpm.version if spec.HasField("tpm") else ""
     yield "cloud-init", "yes" if spec.HasField("cloud_init") else ""
+    yield "screen", "vnc" if spec.display.vnc else ""
     yield "extra arguments", "; ".join(spec.extra_args)
 
 
@@ -433,6 +434,36 @@ def console(settings: Settings, guest: str) -> None:
 
     with settings.client() as client, client.attach_console(guest) as session:
         sit(session)
+
+
+@guest.command(short_help="Where its screen is served.")
+@guest_argument
+@remote
+@pass_settings
+def vnc(settings: Settings, guest: str) -> None:
+    """Say where the screen of GUEST is served by VNC now, and the password that lets a viewer in for a minute.
+
+    The guest file asks for a screen (`display: {vnc: true}`). A host whose configuration gives no address for screens
+    (`vnc_listen`) serves them at unix sockets, which `ssh -L` reaches. A viewer stays behind when the guest moves: ask
+    again.
+    """
+    from orchestrator import wire
+
+    with settings.client() as client:
+        found = client.open_display(guest)
+    if settings.printer.machine:
+        settings.printer.document({"guest": guest, **wire.to_json(found)})
+        return
+    settings.printer.show(pairs(_screen(found)))
+
+
+def _screen(found: DisplayAddress) -> Iterable[tuple[str, Cell]]:
+    yield "host", found.host
+    yield "address", found.address
+    yield "socket", found.socket
+    yield "password", f"{found.password} (lets viewers in for {found.password_valid_s} s)" if found.password else ""
+    if found.socket:
+        yield "from here", f"ssh -N -L 5900:{found.socket} {found.host}, and a viewer to localhost:5900"
 
 
 @guest.command()

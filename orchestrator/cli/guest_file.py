@@ -41,6 +41,7 @@ from orchestrator.core.records import (
     DiskCache,
     DiskFormat,
     DiskSpec,
+    Display,
     Firmware,
     GuestSpec,
     NicSpec,
@@ -53,7 +54,7 @@ ENTRY_POINTS = "drover.guest_file"
 MAX_COUNT = 1000
 MAX_FILE_BYTES = 256 << 10
 """Of a file that a guest file names; what may be in it is less."""
-_MERGED = ("boot", "cloud_init", "cpu", "labels", "policy")
+_MERGED = ("boot", "cloud_init", "cpu", "display", "labels", "policy")
 """Defaults and a guest's own values are put together key by key here, and below keys that other packages add; elsewhere
 the guest's own take their place."""
 
@@ -132,6 +133,7 @@ def model_of(record: type[Any], **types: Any) -> type[Model]:
 _Boot = model_of(Boot, firmware=Literal["direct", "bios", "uefi"])
 _Cpu = model_of(Cpu)
 _Tpm = model_of(Tpm, version=_Option)
+_Display = model_of(Display)
 _Policy = model_of(MigrationPolicy, on_timeout=Literal["abort", "suspend"])
 
 
@@ -214,6 +216,7 @@ class _Guest(Model):
     nics: list[_Nic] = Field(default_factory=list[_Nic])
     tpm: Annotated[Model, _as(_Tpm)] | None = None
     cloud_init: _CloudInit | None = None
+    display: Annotated[Model, _as(_Display)] = Model()
     extra_args: list[_Text] = Field(default_factory=list[str])
     devices: list[_Device] = Field(default_factory=list[_Device])
     labels: dict[str, _Text] = Field(default_factory=dict[str, str])
@@ -246,6 +249,7 @@ class _Guest(Model):
             disks=tuple(disk.spec() for disk in self.disks),
             nics=tuple(nic.spec() for nic in self.nics),
             tpm=Tpm(**self.tpm.model_dump(exclude_unset=True)) if self.tpm is not None else None,
+            display=Display(**self.display.model_dump(exclude_unset=True)),
             extra_args=tuple(self.extra_args),
             devices=tuple(device.spec() for device in self.devices),
             policy=MigrationPolicy(**policy),
@@ -613,6 +617,7 @@ def _keys(path: Path) -> list[str]:
         ("nics",): _Nic,
         ("tpm",): _Tpm,
         ("cloud_init",): _CloudInit,
+        ("display",): _Display,
         ("policy",): _Policy,
         ("devices",): _device_model(),
     }

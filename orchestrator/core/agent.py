@@ -191,6 +191,19 @@ class WishApplied:
 
 
 @dataclass(frozen=True, slots=True)
+class DisplayAddress:
+    """Where a guest's screen is served on its host: at a socket, or at an address with a password."""
+
+    host: str
+    socket: str = ""
+    address: str = ""
+    """IP:port."""
+    password: str = ""
+    password_valid_s: int = 0
+    """Viewers are let in for so long; who is in stays."""
+
+
+@dataclass(frozen=True, slots=True)
 class VmmExamined:
     """The guest that a VMM is which somebody else started, as its host's agent sees it."""
 

@@ -136,6 +136,8 @@ class RefusalReason(StrEnum):
     """The host's configuration does not allow an option of the VMM that the guest asks for."""
     CONSOLE_NOT_AVAILABLE = "CONSOLE_NOT_AVAILABLE"
     """Nobody lets the host's agent in at a guest's console, or too many are there."""
+    DISPLAY_NOT_AVAILABLE = "DISPLAY_NOT_AVAILABLE"
+    """The guest has no screen, or its VMM does not serve it."""
     DEVICE_NOT_RELEASED = "DEVICE_NOT_RELEASED"
     """The guest has not let go of a device that it was asked for: it has all of it, and may still let go later."""
     NOT_ADOPTABLE = "NOT_ADOPTABLE"

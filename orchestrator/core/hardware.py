@@ -40,7 +40,7 @@ def has_hardware(spec: GuestSpec) -> bool:
     """The guest asks for more than the memory, kernel and shim devices that hosts of every version give."""
     firmware = spec.boot.firmware is not Firmware.DIRECT
     devices = spec.disks or spec.nics or spec.tpm or spec.cloud_init or spec.extra_args
-    return bool(devices or spec.cpu.model or firmware or can_grow(spec))
+    return bool(devices or spec.cpu.model or firmware or can_grow(spec) or spec.display.vnc)
 
 
 def can_grow(spec: GuestSpec) -> bool:

@@ -52,6 +52,7 @@ class HardwareNeed:
     """For more memory or vCPUs while it runs."""
     threads: bool = False
     """A disk has a thread of its own."""
+    screen: bool = False
 
 
 NONE = HardwareNeed()
@@ -75,6 +76,7 @@ def hardware_need(spec: GuestSpec) -> HardwareNeed:
         spec.extra_args,
         can_grow(spec),
         any(disk.iothread for disk in spec.disks),
+        spec.display.vnc,
     )
 
 
@@ -172,6 +174,9 @@ def lasting_obstacle(need: HardwareNeed, guest: str, offer: Offer, source: Offer
         found.append((RefusalReason.TPM_NOT_AVAILABLE, f"{offer.name} has no program that emulates a TPM (swtpm)"))
     if need.room and HostFeature.HOTPLUG not in offer.features:
         said = f"{offer.name}'s agent is of a version that builds no machine with room for more: upgrade it"
+        found.append((RefusalReason.FEATURE_NOT_AVAILABLE, said))
+    if need.screen and HostFeature.SCREENS not in offer.features:
+        said = f"{offer.name}'s agent is of a version that gives guests no screen: upgrade it"
         found.append((RefusalReason.FEATURE_NOT_AVAILABLE, said))
     for argument in need.extra_args:
         if argument not in offer.extra_args:

@@ -144,6 +144,14 @@ class CloudInit(Record):
     network_config: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Display(Record):
+    """A screen of the guest's own, and who may look at it."""
+
+    vnc: bool = False
+    """Served by VNC on the guest's host, wherever that is. The guest has a graphics card then."""
+
+
 class OnHostDeath(StrEnum):
     """What becomes of a guest whose host is certified dead."""
 
@@ -192,6 +200,7 @@ class GuestSpec(Record):
     """What its number of vCPUs can grow to while it runs; 0: not at all."""
     adopted: Adopted | None = None
     """None: Drover started it."""
+    display: Display = Display()
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +316,8 @@ class HostFeature(StrEnum):
     """It builds machines with room for more memory and vCPUs, and adds to machines that run."""
     DISK_THREADS = "DISK_THREADS"
     """It knows disks with a thread of their own, and images that lie on others."""
+    SCREENS = "SCREENS"
+    """It gives guests a graphics card, and serves what is on it."""
 
 
 @dataclass(frozen=True, slots=True)

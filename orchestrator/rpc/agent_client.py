@@ -16,6 +16,7 @@ from orchestrator.core.agent import (
     AgentStatus,
     AttemptSeen,
     ConductOrder,
+    DisplayAddress,
     GuestStatus,
     PrepareOrder,
     VmmExamined,
@@ -244,6 +245,11 @@ class AgentClient:
         """Tell a device of a guest something in its own program's words; what the program says to it."""
         request = pb.PassInstructionRequest(guest_uuid=guest, device=device, instruction=instruction)
         return (await self._call(self._stub.PassInstruction, request, timeout_s)).answer
+
+    async def open_display(self, guest: str, timeout_s: float = CALL_S) -> DisplayAddress:
+        """Where the screen of a guest that runs there is served, and what lets a viewer in."""
+        answer = await self._call(self._stub.OpenVmmDisplay, pb.OpenVmmDisplayRequest(guest_uuid=guest), timeout_s)
+        return wire_agent.display_from_proto(answer.display)
 
     async def change_machine(
         self, guest: str, change: MachineChange, reservations: int = 0, timeout_s: float = CHANGE_MACHINE_S

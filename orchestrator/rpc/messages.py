@@ -19,6 +19,7 @@ from protos.drover.v1.orchestrator_pb2 import (
 from protos.drover.v1.types_pb2 import (
     AttemptReport,
     DeviceSpec,
+    DisplayAddress,
     Evacuation,
     EvacuationGuest,
     Guest,
@@ -45,6 +46,7 @@ __all__ = [
     "ClusterHealth",
     "CreateEvacuationResponse",
     "DeviceSpec",
+    "DisplayAddress",
     "Evacuation",
     "EvacuationGuest",
     "Guest",

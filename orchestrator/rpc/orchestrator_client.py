@@ -317,6 +317,10 @@ class OrchestratorClient:
         """A session with the guest's console. Nothing is called before it is iterated."""
         return ConsoleSession(self._stub.AttachConsole, guest, self._failed)
 
+    def open_display(self, guest: str) -> types_pb2.DisplayAddress:
+        """Where the guest's screen is served (VNC), and what lets a viewer in for a minute."""
+        return self._call(self._stub.OpenDisplay, pb.OpenDisplayRequest(guest=guest)).display
+
     def attach_to_guest(
         self,
         guest: str,

@@ -42,6 +42,7 @@ from orchestrator.core.records import (
     Boot,
     DiskFormat,
     DiskSpec,
+    Display,
     GuestSpec,
     HostRecord,
     OnHostDeath,
@@ -466,6 +467,22 @@ async def test_an_examination_tells_of_the_guest_and_changes_nothing(host: Host)
     now = host.world.store.tree.nodes
     assert all(path.startswith("/hosts/") for path in now if now[path] != before.get(path))
     assert (await host.client.get_agent()).guests == ()
+
+
+async def test_a_screen_is_served_while_its_guest_is_here(host: Host) -> None:
+    host.world.put(paths.guest_spec(G), GuestSpec("web", display=Display(vnc=True)))
+    await host.born()
+    found = await host.client.open_display(G)
+    assert (found.host, found.socket.endswith(".vnc")) == (HERE.host, True)
+    assert (found.address, found.password) == ("", "")  # others do not reach the socket
+    await host.client.end_guest(G)
+    assert await refused(host.client.open_display(G)) in (R.GUEST_NOT_RUNNING, R.NOT_FOUND)
+
+
+async def test_a_guest_without_a_screen_is_refused_one(host: Host) -> None:
+    assert await refused(host.client.open_display(UNKNOWN)) is R.NOT_FOUND
+    await host.born()
+    assert await refused(host.client.open_display(G)) is R.DISPLAY_NOT_AVAILABLE
 
 
 async def test_what_cannot_be_examined_is_refused(host: Host) -> None:

@@ -1,9 +1,10 @@
-"""The contract of OrchestratorService: sessions with guests' consoles."""
+"""The contract of OrchestratorService: sessions with guests' consoles, and where their screens are."""
 
 from __future__ import annotations
 
 import asyncio
 
+from orchestrator.core.records import Display, GuestSpec, Pool, PoolKind
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from protos.drover.v1 import types_pb2 as types
 from tests.contract.orchestrator_subject import R, Subject
@@ -73,3 +74,23 @@ async def test_a_console_that_there_is_not(api: Subject, client: OrchestratorCli
     assert (await api.refused(lambda: list(client.attach_console("")))).reason is R.INVALID_ARGUMENT
     await api.call(client.stop_and_keep_guest, "web")
     assert (await api.refused(lambda: list(client.attach_console("web")))).reason is R.GUEST_NOT_RUNNING
+
+
+async def test_a_screen_is_where_the_guest_is(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
+    for host in ("h1", "h2"):
+        await api.pool(host, Pool("fast", PoolKind.LOCAL))  # of this version
+    seen = await api.call(client.create_guest, GuestSpec("seen", display=Display(vnc=True)), "h1")
+    found = await api.call(client.open_display, "seen")
+    assert (found.host, found.socket) == ("h1", f"/run/h1/{seen.uuid}.vnc")
+    migration = await api.call(client.create_migration, "seen", "h2")
+    await api.begin(migration.name)
+    await api.end(migration.name)
+    found = await api.call(client.open_display, seen.uuid)
+    assert (found.host, found.socket) == ("h2", f"/run/h2/{seen.uuid}.vnc")
+
+
+async def test_a_screen_that_there_is_not(api: Subject, client: OrchestratorClient, web: types.Guest) -> None:
+    assert (await api.refused(client.open_display, "web")).reason is R.DISPLAY_NOT_AVAILABLE
+    assert (await api.refused(client.open_display, "none")).reason is R.NOT_FOUND
+    await api.call(client.stop_and_keep_guest, "web")
+    assert (await api.refused(client.open_display, "web")).reason is R.GUEST_NOT_RUNNING

@@ -242,6 +242,19 @@ class FakeAgent(AgentServiceServicer):
             self.sample = replace(self.sample, guests=tuple(g for g in self.sample.guests if g.guest != uuid))
         return pb.ReleaseVmmResponse()
 
+    async def OpenVmmDisplay(self, request: pb.OpenVmmDisplayRequest, context: Any) -> pb.OpenVmmDisplayResponse:
+        uuid = request.guest_uuid
+        await self._called("OpenVmmDisplay", uuid)
+        record, _ = await self._read(uuid)
+        if record.owner.host != self.host or record.phase in (Ownership.GONE, Ownership.CRASHED):
+            raise DroverError(RefusalReason.GUEST_NOT_RUNNING, f"{record.phase}, owner {record.owner.host}")
+        node = await self.store.read(paths.guest_spec(uuid))
+        assert node is not None
+        if not decode(GuestSpec, node.data).display.vnc:
+            raise DroverError(RefusalReason.DISPLAY_NOT_AVAILABLE, f"guest {record.name} has no screen")
+        found = types_pb2.DisplayAddress(host=self.host, socket=f"/run/{self.host}/{uuid}.vnc")
+        return pb.OpenVmmDisplayResponse(display=found)
+
     async def ChangeMachine(self, request: pb.ChangeMachineRequest, context: Any) -> pb.ChangeMachineResponse:
         uuid = request.guest_uuid
         await self._called("ChangeMachine", uuid)

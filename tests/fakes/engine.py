@@ -282,6 +282,14 @@ class FakeVmm:
         self._called("promote")
         self._metadata = replace(self._metadata, role="owner")
 
+    async def open_display(self, password: str, valid_s: int) -> base.DisplayAt:
+        self._called("open_display")
+        if not self.spec.spec.display.vnc:
+            raise EngineError("its VMM serves no screen")
+        if not self.spec.vnc_listen:
+            return base.DisplayAt(self.spec.directory / f"{self.spec.inc}.vnc")
+        return base.DisplayAt(endpoint=Endpoint(self.spec.vnc_listen, 5900))
+
     async def announce(self) -> None:
         self._called("announce")
 

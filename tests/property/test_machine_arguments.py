@@ -24,6 +24,7 @@ from orchestrator.core.records import (
     DiskCache,
     DiskFormat,
     DiskSpec,
+    Display,
     Firmware,
     GuestSpec,
     LiveDevice,
@@ -67,6 +68,7 @@ def specs(draw: st.DrawFn) -> GuestSpec:
         nics=nics,
         tpm=draw(st.none() | st.just(Tpm())),
         cloud_init=draw(st.none() | st.just(CloudInit("#cloud-config"))),
+        display=Display(draw(st.booleans())),
     )
 
 

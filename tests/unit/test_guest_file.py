@@ -23,6 +23,7 @@ from orchestrator.core.records import (
     DiskCache,
     DiskFormat,
     DiskSpec,
+    Display,
     Firmware,
     GuestSpec,
     NicSpec,
@@ -96,6 +97,7 @@ nics:
 tpm: {version: 2.0}
 cloud_init: {user_data: user.yaml, meta_data: "#x"}
 extra_args: ["-device virtio-rng-pci"]
+display: {vnc: true}
 """,
         str(tmp_path / "g.yaml"),
     )
@@ -112,6 +114,7 @@ extra_args: ["-device virtio-rng-pci"]
         tpm=Tpm(),
         cloud_init=CloudInit("#cloud-config\npackages: [nginx]\n", "#x"),
         extra_args=("-device virtio-rng-pci",),
+        display=Display(vnc=True),
     )
 
 

@@ -21,6 +21,7 @@ from orchestrator.core.records import (
     DiskCache,
     DiskFormat,
     DiskSpec,
+    Display,
     Firmware,
     GuestSpec,
     NicSpec,
@@ -53,6 +54,7 @@ FULL = GuestSpec(
     tpm=Tpm(),
     cloud_init=CloudInit("#cloud-config\nhostname: x\n", network_config="version: 2\nethernets: {}\n"),
     extra_args=("-device virtio-rng-pci",),
+    display=Display(vnc=True),
 )
 
 

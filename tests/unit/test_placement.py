@@ -31,6 +31,7 @@ from orchestrator.core.records import (
     Cpu,
     DiskCache,
     DiskSpec,
+    Display,
     Firmware,
     GuestSpec,
     HostFeature,
@@ -285,7 +286,7 @@ WHOLE = HostRecord(
     cpu_models=("Nehalem", "qemu64"),
     firmware={"uefi_code": "a1"},
     extra_args=("-device virtio-rng-pci",),
-    features=(HostFeature.HARDWARE, HostFeature.TPM, HostFeature.DISK_THREADS),
+    features=(HostFeature.HARDWARE, HostFeature.TPM, HostFeature.DISK_THREADS, HostFeature.SCREENS),
 )
 
 
@@ -393,6 +394,14 @@ def test_the_image_that_a_disk_lies_on_is_there_with_the_same_content() -> None:
 def test_a_thread_for_a_disk_needs_an_agent_that_knows_it() -> None:
     spec = replace(SHOP, disks=(DiskSpec("root", "shared", "root", iothread=True),))
     older = replace(WHOLE, features=(HostFeature.HARDWARE, HostFeature.TPM))
+    assert judged(older, spec)[0] is RefusalReason.FEATURE_NOT_AVAILABLE
+    assert judged(WHOLE, spec)[0] is None
+
+
+def test_a_screen_needs_an_agent_that_knows_it() -> None:
+    spec = replace(SHOP, display=Display(vnc=True))
+    older = replace(WHOLE, features=tuple(each for each in WHOLE.features if each != HostFeature.SCREENS))
+    assert judged(older)[0] is None
     assert judged(older, spec)[0] is RefusalReason.FEATURE_NOT_AVAILABLE
     assert judged(WHOLE, spec)[0] is None
 

@@ -38,6 +38,7 @@ from orchestrator.core.records import (
     DiskCache,
     DiskFormat,
     DiskSpec,
+    Display,
     EvacuationPhase,
     Firmware,
     GuestSpec,
@@ -87,6 +88,7 @@ GUESTS = records(
     cloud_init=st.none() | records(CloudInit),
     extra_args=st.lists(TEXT, max_size=3).map(tuple),
     adopted=st.none(),  # the ledger's word alone: no caller may name a process
+    display=records(Display),
     devices=st.lists(DEVICES, max_size=3).map(tuple),
     labels=st.dictionaries(TEXT, TEXT, max_size=3),
     policy=POLICIES,

@@ -14,7 +14,7 @@ from typing import IO
 
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
 from agents.engine.boot_images import Images
-from agents.engine.qemu import arguments, vfio
+from agents.engine.qemu import arguments, display, vfio
 from agents.host.processes import gated, leashed
 from agents.host.whole import write_whole
 from orchestrator.core.guest import command_line_of
@@ -44,6 +44,11 @@ def qmp_path(spec: VmmSpec) -> Path:
 def oob_path(spec: VmmSpec) -> Path:
     """The socket of the second QMP connection, for commands that overtake a blocked one (`yank`)."""
     return spec.directory / f"{spec.inc}.oob"
+
+
+def vnc_path(spec: VmmSpec) -> Path:
+    """The socket at which the guest's screen is served, unless the host has an address for that."""
+    return spec.directory / f"{spec.inc}.vnc"
 
 
 def log_path(spec: VmmSpec) -> Path:
@@ -96,6 +101,8 @@ def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     """Raises EngineError when a socket path is too long for the kernel, or an image of the guest is not here."""
     sockets = [qmp_path(spec), oob_path(spec), console_socket(spec)]
     sockets += [path for path in (spec.device_path, spec.vfio_path) if path is not None]
+    if spec.spec.display.vnc and not spec.vnc_listen:
+        sockets.append(vnc_path(spec))
     for path in sockets:
         if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
             raise EngineError(
@@ -109,6 +116,8 @@ def command_line(launch: Launch, spec: VmmSpec, *, incoming: bool) -> list[str]:
     command += _machine(spec)
     # -no-shutdown: a guest that shuts down must not look like a VMM that died.
     command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-shutdown"]
+    if spec.spec.display.vnc:
+        command += ["-vnc", display.argument(spec.vnc_listen, vnc_path(spec))]
     for path in (qmp_path(spec), oob_path(spec)):
         command += ["-qmp", f"unix:{arguments.escaped(path)},server=on,wait=off"]
     command += ["-chardev", f"socket,id=console,path={arguments.escaped(console_socket(spec))},server=on,wait=off"]

@@ -19,7 +19,7 @@ from agents.engine.base import (
     VmmMetadata,
     VmmState,
 )
-from agents.engine.qemu import answers, arguments, foreign, obstacles, process, stream, verdict
+from agents.engine.qemu import answers, arguments, display, foreign, obstacles, process, stream, verdict
 from agents.engine.qemu.block import QemuDisks
 from agents.engine.qemu.bounded import bounded
 from agents.engine.qemu.ending import QemuEnding
@@ -42,7 +42,7 @@ _STREAM = "stream"
 """What a QEMU calls the stream that was opened for it."""
 
 
-class QemuVmm(base.Vmm):
+class QemuVmm(base.Vmm, base.Displaying):
     """One QEMU process."""
 
     def __init__(
@@ -266,6 +266,9 @@ class QemuVmm(base.Vmm):
         timing = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
         await self._execute("announce-self", timing)
 
+    async def open_display(self, password: str, valid_s: int) -> base.DisplayAt:
+        return await display.opened(self._execute, password, valid_s)
+
     async def detach(self) -> None:
         self._disks.close()
         self._rate.close()
@@ -283,6 +286,7 @@ class QemuVmm(base.Vmm):
         spec = self._spec
         # The note last: an agent that is killed in the middle leaves a successor that knows what to remove.
         sockets = (process.qmp_path(spec), process.oob_path(spec), process.console_socket(spec), spec.console_path)
+        sockets += (process.vnc_path(spec),)
         for path in (*sockets, process.reserved_path(spec), process.metadata_path(spec)):
             path.unlink(missing_ok=True)
 

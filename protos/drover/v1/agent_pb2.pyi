@@ -1041,6 +1041,45 @@ class ReceiveImageResponse(_message.Message):
 Global___ReceiveImageResponse: _TypeAlias = ReceiveImageResponse  # noqa: Y015
 
 @_typing.final
+class OpenVmmDisplayRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    guest_uuid: _builtins.str
+    def __init__(
+        self,
+        *,
+        guest_uuid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest_uuid", b"guest_uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenVmmDisplayRequest: _TypeAlias = OpenVmmDisplayRequest  # noqa: Y015
+
+@_typing.final
+class OpenVmmDisplayResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISPLAY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def display(self) -> _types_pb2.DisplayAddress: ...
+    def __init__(
+        self,
+        *,
+        display: _types_pb2.DisplayAddress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["display", b"display"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display", b"display"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenVmmDisplayResponse: _TypeAlias = OpenVmmDisplayResponse  # noqa: Y015
+
+@_typing.final
 class ChangeMachineRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

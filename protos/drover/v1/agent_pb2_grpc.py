@@ -131,6 +131,11 @@ class AgentServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmResponse.FromString,
                 _registered_method=True)
+        self.OpenVmmDisplay = channel.unary_unary(
+                '/drover.v1.AgentService/OpenVmmDisplay',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer:
@@ -277,6 +282,13 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenVmmDisplay(self, request, context):
+        """See OpenDisplay of OrchestratorService, of a guest that runs here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -374,6 +386,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.ReleaseVmm,
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmResponse.SerializeToString,
+            ),
+            'OpenVmmDisplay': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenVmmDisplay,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -891,6 +908,33 @@ class AgentService:
             '/drover.v1.AgentService/ReleaseVmm',
             protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_agent__pb2.ReleaseVmmResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenVmmDisplay(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.AgentService/OpenVmmDisplay',
+            protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayResponse.FromString,
             options,
             channel_credentials,
             insecure,

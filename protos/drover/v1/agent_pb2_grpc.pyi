@@ -85,6 +85,8 @@ class AgentServiceStub:
     """
     ReleaseVmm: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ReleaseVmmRequest, _agent_pb2.ReleaseVmmResponse]
     """Gives the process of a guest that was taken over and has not moved since back to whoever started it."""
+    OpenVmmDisplay: _grpc.UnaryUnaryMultiCallable[_agent_pb2.OpenVmmDisplayRequest, _agent_pb2.OpenVmmDisplayResponse]
+    """See OpenDisplay of OrchestratorService, of a guest that runs here."""
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -143,6 +145,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """
     ReleaseVmm: _aio.UnaryUnaryMultiCallable[_agent_pb2.ReleaseVmmRequest, _agent_pb2.ReleaseVmmResponse]  # type: ignore[assignment]
     """Gives the process of a guest that was taken over and has not moved since back to whoever started it."""
+    OpenVmmDisplay: _aio.UnaryUnaryMultiCallable[_agent_pb2.OpenVmmDisplayRequest, _agent_pb2.OpenVmmDisplayResponse]  # type: ignore[assignment]
+    """See OpenDisplay of OrchestratorService, of a guest that runs here."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Control calls. Mutating calls carry the coordinator's epoch; a lower one than the agent has seen is refused
@@ -312,6 +316,14 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.ReleaseVmmResponse, _abc.Awaitable[_agent_pb2.ReleaseVmmResponse]]:
         """Gives the process of a guest that was taken over and has not moved since back to whoever started it."""
+
+    @_abc_1.abstractmethod
+    def OpenVmmDisplay(
+        self,
+        request: _agent_pb2.OpenVmmDisplayRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.OpenVmmDisplayResponse, _abc.Awaitable[_agent_pb2.OpenVmmDisplayResponse]]:
+        """See OpenDisplay of OrchestratorService, of a guest that runs here."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -981,6 +981,45 @@ class AttachConsoleResponse(_message.Message):
 Global___AttachConsoleResponse: _TypeAlias = AttachConsoleResponse  # noqa: Y015
 
 @_typing.final
+class OpenDisplayRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    guest: _builtins.str
+    def __init__(
+        self,
+        *,
+        guest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenDisplayRequest: _TypeAlias = OpenDisplayRequest  # noqa: Y015
+
+@_typing.final
+class OpenDisplayResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISPLAY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def display(self) -> _types_pb2.DisplayAddress: ...
+    def __init__(
+        self,
+        *,
+        display: _types_pb2.DisplayAddress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["display", b"display"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display", b"display"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenDisplayResponse: _TypeAlias = OpenDisplayResponse  # noqa: Y015
+
+@_typing.final
 class AttachToGuestRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -155,6 +155,11 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleResponse.FromString,
                 _registered_method=True)
+        self.OpenDisplay = channel.unary_unary(
+                '/drover.v1.OrchestratorService/OpenDisplay',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.OpenDisplayRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.OpenDisplayResponse.FromString,
+                _registered_method=True)
         self.AttachToGuest = channel.unary_unary(
                 '/drover.v1.OrchestratorService/AttachToGuest',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachToGuestRequest.SerializeToString,
@@ -414,6 +419,14 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenDisplay(self, request, context):
+        """Where the guest's screen is served (VNC), with a password that lets a viewer in for a minute. Refused with
+        DISPLAY_NOT_AVAILABLE for a guest without one. Asked again after the guest has moved it names the new host.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AttachToGuest(self, request, context):
         """Adds a disk, a network card, memory or vCPUs to a guest while it runs. Returns when the guest has it, at this host and
         wherever it moves from then on. Repeated, it finds that it was done.
@@ -644,6 +657,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.AttachConsole,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleResponse.SerializeToString,
+            ),
+            'OpenDisplay': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenDisplay,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.OpenDisplayRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.OpenDisplayResponse.SerializeToString,
             ),
             'AttachToGuest': grpc.unary_unary_rpc_method_handler(
                     servicer.AttachToGuest,
@@ -1369,6 +1387,33 @@ class OrchestratorService:
             '/drover.v1.OrchestratorService/AttachConsole',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.AttachConsoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenDisplay(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/OpenDisplay',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.OpenDisplayRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.OpenDisplayResponse.FromString,
             options,
             channel_credentials,
             insecure,

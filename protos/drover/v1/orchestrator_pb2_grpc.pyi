@@ -109,6 +109,10 @@ class OrchestratorServiceStub:
     """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
     nothing of the guest runs any more. Several may read and type at a time.
     """
+    OpenDisplay: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.OpenDisplayRequest, _orchestrator_pb2.OpenDisplayResponse]
+    """Where the guest's screen is served (VNC), with a password that lets a viewer in for a minute. Refused with
+    DISPLAY_NOT_AVAILABLE for a guest without one. Asked again after the guest has moved it names the new host.
+    """
     AttachToGuest: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.AttachToGuestRequest, _types_pb2.Guest]
     """Adds a disk, a network card, memory or vCPUs to a guest while it runs. Returns when the guest has it, at this host and
     wherever it moves from then on. Repeated, it finds that it was done.
@@ -215,6 +219,10 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     AttachConsole: _aio.StreamStreamMultiCallable[_orchestrator_pb2.AttachConsoleRequest, _orchestrator_pb2.AttachConsoleResponse]  # type: ignore[assignment]
     """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
     nothing of the guest runs any more. Several may read and type at a time.
+    """
+    OpenDisplay: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.OpenDisplayRequest, _orchestrator_pb2.OpenDisplayResponse]  # type: ignore[assignment]
+    """Where the guest's screen is served (VNC), with a password that lets a viewer in for a minute. Refused with
+    DISPLAY_NOT_AVAILABLE for a guest without one. Asked again after the guest has moved it names the new host.
     """
     AttachToGuest: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.AttachToGuestRequest, _types_pb2.Guest]  # type: ignore[assignment]
     """Adds a disk, a network card, memory or vCPUs to a guest while it runs. Returns when the guest has it, at this host and
@@ -463,6 +471,16 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.AttachConsoleResponse], _abc.AsyncIterator[_orchestrator_pb2.AttachConsoleResponse]]:
         """The guest's console (COM1), in both directions, wherever the guest goes: the stream stays while it moves. It ends when
         nothing of the guest runs any more. Several may read and type at a time.
+        """
+
+    @_abc_1.abstractmethod
+    def OpenDisplay(
+        self,
+        request: _orchestrator_pb2.OpenDisplayRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.OpenDisplayResponse, _abc.Awaitable[_orchestrator_pb2.OpenDisplayResponse]]:
+        """Where the guest's screen is served (VNC), with a password that lets a viewer in for a minute. Refused with
+        DISPLAY_NOT_AVAILABLE for a guest without one. Asked again after the guest has moved it names the new host.
         """
 
     @_abc_1.abstractmethod

@@ -1318,6 +1318,28 @@ class Tpm(_message.Message):
 Global___Tpm: _TypeAlias = Tpm  # noqa: Y015
 
 @_typing.final
+class Display(_message.Message):
+    """A screen of the guest's own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VNC_FIELD_NUMBER: _builtins.int
+    vnc: _builtins.bool
+    """Served by VNC on the guest's host; see OpenDisplay."""
+    def __init__(
+        self,
+        *,
+        vnc: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["vnc", b"vnc"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Display: _TypeAlias = Display  # noqa: Y015
+
+@_typing.final
 class CloudInit(_message.Message):
     """Files of a NoCloud data source, as text; at most 64 KiB in all."""
 
@@ -1388,6 +1410,7 @@ class GuestSpec(_message.Message):
     EXTRA_ARGS_FIELD_NUMBER: _builtins.int
     MAX_MEMORY_MIB_FIELD_NUMBER: _builtins.int
     MAX_VCPUS_FIELD_NUMBER: _builtins.int
+    DISPLAY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     memory_mib: _builtins.int
     vcpus: _builtins.int
@@ -1418,6 +1441,8 @@ class GuestSpec(_message.Message):
     def extra_args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Options of the VMM, each as one text with its value. Only what a host's configuration allows, word for word."""
 
+    @_builtins.property
+    def display(self) -> Global___Display: ...
     def __init__(
         self,
         *,
@@ -1438,14 +1463,51 @@ class GuestSpec(_message.Message):
         extra_args: _abc.Iterable[_builtins.str] | None = ...,
         max_memory_mib: _builtins.int = ...,
         max_vcpus: _builtins.int = ...,
+        display: Global___Display | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "policy", b"policy", "tpm", b"tpm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "display", b"display", "policy", b"policy", "tpm", b"tpm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "devices", b"devices", "disks", b"disks", "extra_args", b"extra_args", "labels", b"labels", "machine", b"machine", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_host_death", b"on_host_death", "policy", b"policy", "tpm", b"tpm", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "devices", b"devices", "disks", b"disks", "display", b"display", "extra_args", b"extra_args", "labels", b"labels", "machine", b"machine", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_host_death", b"on_host_death", "policy", b"policy", "tpm", b"tpm", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GuestSpec: _TypeAlias = GuestSpec  # noqa: Y015
+
+@_typing.final
+class DisplayAddress(_message.Message):
+    """Where a guest's screen is served now. Good until the guest moves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    SOCKET_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PASSWORD_FIELD_NUMBER: _builtins.int
+    PASSWORD_VALID_S_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    socket: _builtins.str
+    """Unix socket on that host, which only the agent's user and root can open. Empty: it is served at `address`."""
+    address: _builtins.str
+    """IP:port. Empty: it is served at `socket`."""
+    password: _builtins.str
+    """Of `address`: lets viewers in for `password_valid_s` from now on, in place of the one before. Viewers that are in stay."""
+    password_valid_s: _builtins.int
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        socket: _builtins.str = ...,
+        address: _builtins.str = ...,
+        password: _builtins.str = ...,
+        password_valid_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "host", b"host", "password", b"password", "password_valid_s", b"password_valid_s", "socket", b"socket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DisplayAddress: _TypeAlias = DisplayAddress  # noqa: Y015
 
 @_typing.final
 class Guest(_message.Message):

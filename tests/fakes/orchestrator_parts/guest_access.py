@@ -15,6 +15,7 @@ from protos.drover.v1 import types_pb2 as types
 from tests.fakes.orchestrator_parts.state import LOOK_S, State
 
 R = RefusalReason
+_OVER = (types.OWNERSHIP_PHASE_STOPPED, types.OWNERSHIP_PHASE_CRASHED, types.OWNERSHIP_PHASE_GONE)
 
 
 class GuestAccess(State):
@@ -26,8 +27,7 @@ class GuestAccess(State):
         if not first.guest:
             raise invalid([("guest", "is missing")])
         guest = self._guest(first.guest, "guest")
-        over = (types.OWNERSHIP_PHASE_STOPPED, types.OWNERSHIP_PHASE_CRASHED, types.OWNERSHIP_PHASE_GONE)
-        if guest.ownership in over:
+        if guest.ownership in _OVER:
             raise DroverError(R.GUEST_NOT_RUNNING, f"guest {guest.name} does not run")
         said: asyncio.Queue[bytes] = asyncio.Queue()
         self.listening.setdefault(guest.name, []).append(said)
@@ -40,7 +40,7 @@ class GuestAccess(State):
         typing = asyncio.create_task(type_on())
         try:
             host = ""
-            while guest.ownership not in over and not typing.done():
+            while guest.ownership not in _OVER and not typing.done():
                 if guest.host != host:
                     host = guest.host
                     yield pb.AttachConsoleResponse(host=host)
@@ -53,6 +53,16 @@ class GuestAccess(State):
         finally:
             typing.cancel()
             self.listening[guest.name].remove(said)
+
+    async def OpenDisplay(self, request: pb.OpenDisplayRequest, context: object) -> pb.OpenDisplayResponse:
+        await self._called("OpenDisplay", request)
+        guest = self._guest(request.guest, "guest")
+        if guest.ownership in _OVER:
+            raise DroverError(R.GUEST_NOT_RUNNING, f"guest {guest.name} does not run")
+        if not guest.spec.display.vnc:
+            raise DroverError(R.DISPLAY_NOT_AVAILABLE, f"guest {guest.name} has no screen")
+        found = types.DisplayAddress(host=guest.host, socket=f"/run/{guest.host}/{guest.uuid}.vnc")
+        return pb.OpenDisplayResponse(display=found)
 
     async def InstructDevice(self, request: pb.InstructDeviceRequest, context: object) -> pb.InstructDeviceResponse:
         await self._called("InstructDevice", request)

@@ -284,6 +284,17 @@ def test_a_device_is_instructed_in_its_programs_own_words(drover: Drover, servic
     assert drover("guest", "instruct", "db", "disk", "add 3").code == 3
 
 
+def test_where_a_screen_is(drover: Drover, service: FakeOrchestrator) -> None:
+    refused = drover("guest", "vnc", "db")
+    assert refused.code == Exit.REFUSED
+    assert "DISPLAY_NOT_AVAILABLE" in refused.err
+    service.guests["db"].spec.display.vnc = True
+    told = drover("guest", "vnc", "db", "-o", "json").json
+    assert (told["guest"], told["host"], told["socket"][:12]) == ("db", "host-1", "/run/host-1/")
+    assert f"ssh -N -L 5900:{told['socket']} host-1" in drover("guest", "vnc", "db").out
+    assert "screen" in drover("guest", "show", "db").out
+
+
 # --- guests that run --------------------------------------------------------------------------------------------------
 
 
