@@ -20,6 +20,7 @@ from orchestrator.cli import (
     host,
     image,
     importing,
+    ledger,
     migration,
     repair,
 )
@@ -37,7 +38,7 @@ class _Root(OpenGroup):
     """Commands under headings, in the order in which they are needed; those of other packages come last."""
 
     sections = (
-        ("Hosts and guests", ("host", "guest", "image", "import", "health")),
+        ("Hosts and guests", ("host", "guest", "image", "import", "health", "ledger")),
         ("Moving guests", ("migrate", "migration", "explain", "evacuate", "evacuation")),
         ("Services", ("agent", "api", "coordinator", "config")),
     )
@@ -82,6 +83,7 @@ for command in (
     repair.repair,
     health.health,
     history.history,
+    ledger.ledger,
     configuration.config,
 ):
     root.add_command(command)

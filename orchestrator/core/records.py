@@ -759,6 +759,20 @@ class QuarantineList(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Incarnation(Record):
+    """`/cluster/incarnation`: which ledger this is. One that was made anew, or restored from a backup, has another id:
+    agents that remember an earlier one believe nothing it says unless it `follows` theirs (docs/adr/0061)."""
+
+    id: str
+    follows: tuple[str, ...] = ()
+    """Ids of the ledgers in whose place this one was put, by an import that asked the agents what they hold."""
+    why: str = ""
+    """For people: what made it."""
+    time_s: float = 0.0
+    """Wall clock, for people only (A6)."""
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRecord(Record):
     """`/requests/<request_id>`: makes a create call repeat-safe."""
 

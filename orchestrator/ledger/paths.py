@@ -30,6 +30,11 @@ SHARDS = "/coord/shards"
 """Into how many shards the fleet is shared out among coordinators (`core.shards`); empty or missing: it is one."""
 COORDINATOR = "/coord/0"
 SEATS = "/coord/seats"
+CLUSTER = "/cluster"
+INCARNATION = "/cluster/incarnation"
+"""Which ledger this is (`core.records.Incarnation`)."""
+RESTORE = "/cluster/restore"
+"""There while a backup is being imported."""
 BARRIER = "/barrier"
 ROOTS = (
     NAMES,

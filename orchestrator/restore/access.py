@@ -1,0 +1,57 @@
+"""Which ledger is meant, and a session with it: for commands that must work while no API does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.core.text import clip
+from orchestrator.ledger import paths
+from orchestrator.ledger.store import Store, StoreUnavailable
+from orchestrator.ledger.zookeeper import ZooKeeperStore
+
+CONNECT_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Of a ledger."""
+
+    zookeeper: str
+    """host:port[,host:port...]"""
+    chroot: str = paths.CHROOT
+
+
+def configured(path: Path) -> Where:
+    """The ledger that a configuration of an agent, the API or a coordinator names. Raises OSError, and DroverError
+    INVALID_ARGUMENT for a file that names none."""
+    try:
+        found: Any = yaml.safe_load(path.read_bytes())  # which reads JSON as well
+    except yaml.YAMLError as error:
+        said = f"{path} is no configuration: {clip(str(error))}"
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="config") from error
+    named = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+    zookeeper = named.get("zookeeper")
+    if not isinstance(zookeeper, str):
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, f"{path} names no `zookeeper`", field="config")
+    return Where(zookeeper, str(named.get("chroot", paths.CHROOT)))
+
+
+@contextlib.asynccontextmanager
+async def opened(where: Where) -> AsyncGenerator[Store]:
+    """A session of its own. Raises LEDGER_UNREACHABLE, INVALID_ARGUMENT."""
+    store = ZooKeeperStore(where.zookeeper, chroot=where.chroot)
+    try:
+        try:
+            await store.start(CONNECT_S)
+        except StoreUnavailable as error:
+            raise DroverError(RefusalReason.LEDGER_UNREACHABLE, str(error)) from error
+        yield store
+    finally:
+        await store.close()
