@@ -3,7 +3,6 @@ on which no API answers."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -59,6 +58,8 @@ def _meant(settings: Settings, config: Path | None, zookeeper: str | None, chroo
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
+    import asyncio
+
     return asyncio.run(work)
 
 
