@@ -98,6 +98,15 @@ MINUTES ?= 20
 soak: setup  ## a cluster at work, every part restarted in turn, and what grew (MINUTES=20, ARGS=--light without QEMU)
 	$(PY) -m tests.bench.soak --minutes $(MINUTES) $(ARGS)
 
+##@ Install
+.PHONY: deb
+deb: venv  ## a Debian package for hosts, API and coordinators, in build/packages (ARGS="--version 0.1.0-2")
+	@$(PY) -m deploy.packages.deb $(ARGS)
+
+.PHONY: wheel
+wheel: venv  ## a wheel for clients of the API, in build/packages
+	@$(PY) -m deploy.packages.deb --wheel $(ARGS)
+
 ##@ Develop
 .PHONY: format
 format: venv  ## let ruff mend what it can

@@ -21,6 +21,7 @@ from agents.disks.images import DiskError
 from agents.engine.base import DiskFile, EngineError
 from agents.engine.qemu.qmp import QmpConnection
 from agents.host.processes import Watched, gated, let_in, note_down, spawned, tail_of
+from agents.host.scopes import scoped
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 from orchestrator.core.records import DiskCache
@@ -210,7 +211,7 @@ def _spawn(directory: Path, descriptor: int, disks: int) -> subprocess.Popen[byt
     with _path(directory, "log").open("ab") as log:
         try:
             return subprocess.Popen(
-                gated(command),
+                gated(scoped(command, directory.name, "storage")),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

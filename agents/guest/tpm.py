@@ -16,6 +16,7 @@ from pathlib import Path
 
 from agents.engine.base import EngineError
 from agents.host.processes import Watched, gated, let_in, note_down, spawned, tail_of
+from agents.host.scopes import scoped
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 
@@ -83,7 +84,7 @@ class Tpm:
         with self._path("tpm.log").open("ab") as log:
             try:
                 return subprocess.Popen(
-                    gated(command),
+                    gated(scoped(command, self._directory.name, "tpm")),
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.host.processes import Watched, note_down, spawned, tail_of
+from agents.host.scopes import scoped
 from agents.shims.base import DestinationShim, InVmmDevices, OptionsRefused, ShimError, SourceShim, WrongOption
 from agents.shims.client import RemoteDestination, RemoteInside, RemoteSource, ShimClient
 from orchestrator.core.liveness import Liveness, LivenessUnknown
@@ -330,7 +331,7 @@ def _spawn(spec: DevicesSpec, ready_fd: int) -> subprocess.Popen[bytes]:
     with spec.path("devices.log").open("ab") as log:
         try:
             return subprocess.Popen(
-                spec.program,
+                scoped(spec.program, spec.guest, "devices"),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -140,7 +140,9 @@ class QemuEngine(base.MigrationEngine, base.AdoptingEngine):
         )
         command = process.command_line(launch, spec, incoming=role == "incoming")
         environment = process.environment(launch, spec)
-        child = await processes.spawned(lambda: process.popen_gated(command, process.log_path(spec), environment))
+        child = await processes.spawned(
+            lambda: process.popen_gated(command, process.log_path(spec), environment, spec.guest)
+        )
         try:
             watched, start_time = await processes.Watched.adopt_child(child)
         except LivenessUnknown as error:

@@ -16,6 +16,7 @@ from agents.engine.base import EngineError, VmmMetadata, VmmSpec
 from agents.engine.boot_images import Images
 from agents.engine.qemu import arguments, display, vfio
 from agents.host.processes import gated, leashed
+from agents.host.scopes import scoped
 from agents.host.whole import write_whole
 from orchestrator.core.guest import command_line_of
 from orchestrator.core.records import Firmware, ShimKind
@@ -175,12 +176,12 @@ def write_metadata(path: Path, metadata: VmmMetadata) -> None:
     write_whole(path, json.dumps(asdict(metadata)).encode())
 
 
-def popen_gated(command: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def popen_gated(command: list[str], log: Path, environment: Mapping[str, str], guest: str) -> subprocess.Popen[bytes]:
     """A VMM that begins once it is noted down (`let_in`), and never if its agent is killed before. Blocking."""
     _must_be_there(command[0])
     # Its environment is for it alone: nothing is preloaded into who waits for it.
     words = ["env", *(f"{name}={value}" for name, value in environment.items()), *command]
-    return popen(gated(words), log, stdin=subprocess.PIPE)
+    return popen(gated(scoped(words, guest, "vmm")), log, stdin=subprocess.PIPE)
 
 
 def popen_leashed(command: list[str], log: Path) -> subprocess.Popen[bytes]:

@@ -1,0 +1,1 @@
+"""What Drover is installed from: `make deb`, `make wheel`."""
