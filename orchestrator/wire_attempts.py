@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core.agent import Progress
+from orchestrator.core.agent import DiskProgress, Progress
 from orchestrator.core.errors import AbortReason
 from orchestrator.core.ids import AckRequest
 from orchestrator.core.records import AttemptReport, DeviceProgress, TimelineEntry
@@ -47,6 +47,28 @@ def device_progress_from_proto(message: types_pb2.DeviceProgress) -> DeviceProgr
     )
 
 
+def disk_progress_to_proto(disk: DiskProgress) -> types_pb2.DiskProgress:
+    """How far a local disk has come, in bytes."""
+    return types_pb2.DiskProgress(
+        name=disk.name,
+        way=disk.way,
+        copied_bytes=disk.copied_bytes,
+        remaining_bytes=disk.remaining_bytes,
+        ready=disk.ready,
+    )
+
+
+def disk_progress_from_proto(message: types_pb2.DiskProgress) -> DiskProgress:
+    """How far a local disk has come, in bytes."""
+    return DiskProgress(
+        name=message.name,
+        way=message.way,
+        copied_bytes=message.copied_bytes,
+        remaining_bytes=message.remaining_bytes,
+        ready=message.ready,
+    )
+
+
 def progress_to_proto(progress: Progress) -> types_pb2.Progress:
     """A sample of an attempt. An expected downtime that does not fit its field is capped."""
     return types_pb2.Progress(
@@ -62,6 +84,7 @@ def progress_to_proto(progress: Progress) -> types_pb2.Progress:
         pending_acks=map(ack_to_proto, progress.pending_acks),
         eta_s=progress.eta_s,
         devices=map(device_progress_to_proto, progress.devices),
+        disks=map(disk_progress_to_proto, progress.disks),
     )
 
 
@@ -80,6 +103,7 @@ def progress_from_proto(message: types_pb2.Progress) -> Progress:
         pending_acks=tuple(map(ack_from_proto, message.pending_acks)),
         eta_s=message.eta_s,
         devices=tuple(map(device_progress_from_proto, message.devices)),
+        disks=tuple(map(disk_progress_from_proto, message.disks)),
     )
 
 

@@ -172,6 +172,18 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskCopied:
+    """One sample of a local disk on its way. `remaining_bytes` grow again while the guest writes to the disk."""
+
+    copied_bytes: int
+    """As in `DiskCopies.sent`, but up to now."""
+    remaining_bytes: int
+    """Of the mirror or pass that is under way; 0: neither is."""
+    ready: bool
+    """Everything is there but for what is being written."""
+
+
+@dataclass(frozen=True, slots=True)
 class Nic:
     """A network card of the guest. `device` is its name in the guest's specification."""
 
@@ -395,6 +407,10 @@ class DiskCopies(Protocol):
     def sent(self) -> Mapping[str, int]:
         """Bytes of each disk that were copied since it was connected last, holes included, those that a mirror goes on
         from left out: up to READY, and once a drain is over all of them."""
+        ...
+
+    async def progress(self) -> Mapping[str, DiskCopied]:
+        """Of each disk that is connected, or was in this attempt. Asked of the VMM now. Raises EngineError."""
         ...
 
     async def forget(self) -> None:

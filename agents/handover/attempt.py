@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Generic, TypeVar
 
 import structlog
@@ -26,7 +26,7 @@ from agents.handover.words import Command, Seen, WantRunSeen
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.shims.base import Frame, Load
-from orchestrator.core.agent import AttemptStatus, Progress
+from orchestrator.core.agent import AttemptStatus, DiskProgress, Progress
 from orchestrator.core.disks import ImageThere, SyncPoint
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.core.migration import Prepared
@@ -222,8 +222,14 @@ class Departure(Attempt[SourceShell]):
             async with asyncio.timeout(1.0):
                 seen = await self.shell.vmm.progress()
                 await self.shell.look_inside()
+                disks = await self.shell.disks.progress() if self.shell.disks is not None else ()
             devices = tuple(map(device_progress, self.shell.inside))
-            self.progress = progress_of(seen, gate_open=state.released, pending=state.acks.pending, devices=devices)
+            if disks and not seen.total_bytes:  # nothing of it has gone yet
+                memory_bytes = self.copy.files.spec.memory_mib << 20
+                seen = replace(seen, total_bytes=memory_bytes, remaining_bytes=memory_bytes)
+            self.progress = progress_of(
+                seen, gate_open=state.released, pending=state.acks.pending, devices=devices, disks=disks
+            )
 
 
 @dataclass
@@ -286,6 +292,7 @@ def progress_of(
     gate_open: bool,
     pending: Sequence[AckRequest],
     devices: tuple[DeviceProgress, ...] = (),
+    disks: tuple[DiskProgress, ...] = (),
 ) -> Progress:
     """The engine's sample in the words of its users. The ETA is a division, and is not made while it would mislead."""
     shrinking = seen.bandwidth_mbps > seen.dirty_rate_mbps
@@ -304,4 +311,5 @@ def progress_of(
         pending_acks=tuple(pending),
         eta_s=round(eta_s, 2),
         devices=devices,
+        disks=disks,
     )

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Iterable, Mapping
 
 from agents.engine.base import DiskCopies, DiskFailed, DiskReady, DiskTarget, EngineError, EngineEvent
+from orchestrator.core.agent import DiskProgress
 from orchestrator.core.disks import Copying, ImageThere, SourceSide, SyncPoint, copying
 
 
@@ -53,6 +54,17 @@ class SourceDisks:
     def sent(self) -> Mapping[str, int]:
         """Bytes of each disk that were sent in this attempt; complete once it is drained."""
         return self._copies.sent()
+
+    async def progress(self) -> tuple[DiskProgress, ...]:
+        """How far each disk has come; none before it is known how it is copied. Raises EngineError."""
+        if not self.copied:
+            return ()
+        seen = await self._copies.progress()
+        return tuple(
+            DiskProgress(disk, how, one.copied_bytes, one.remaining_bytes, one.ready)
+            for disk, how in sorted(self.copied.items())
+            if (one := seen.get(disk)) is not None
+        )
 
     async def sync(self, images: Iterable[ImageThere]) -> None:
         """Every disk is up to date, but for what is being written. Not bounded; cancel it. Raises DiskTrouble."""

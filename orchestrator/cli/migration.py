@@ -175,6 +175,9 @@ def _facts(each: Migration) -> Iterable[tuple[str, Cell]]:
         yield "policy", _policy(each)
 
 
+_WAYS = {"full": "all of it", "increment": "what was written since", "goes_on": "the copy goes on"}
+
+
 def _progress(each: Migration) -> Iterable[tuple[str, Cell]]:
     sample = each.progress
     yield "sent", f"{units.size(sample.transferred_bytes)}, {units.size(sample.remaining_bytes)} left to send"
@@ -185,6 +188,10 @@ def _progress(each: Migration) -> Iterable[tuple[str, Cell]]:
     for device in sample.devices:
         rest = f"{units.size(device.initial_bytes)} to send, {units.size(device.stop_copy_bytes)} after the stop"
         yield f"device {device.name}", f"{rest}; asked for {units.count(device.reinits, 'further ACK')}"
+    for disk in sample.disks:
+        ready = "; ready, the guest's writes follow" if disk.ready else ""
+        done = f"{units.size(disk.copied_bytes)} copied, {units.size(disk.remaining_bytes)} left"
+        yield f"disk {disk.name}", f"{_WAYS.get(disk.way, disk.way)}: {done}{ready}"
     if sample.expected_downtime_ms:
         yield "downtime", f"{units.milliseconds(sample.expected_downtime_ms)} expected"
 

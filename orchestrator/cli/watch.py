@@ -59,6 +59,20 @@ _SENDING = frozenset({"PRECOPY", "SWITCHOVER"})
 
 
 @dataclass(frozen=True, slots=True)
+class Copied:
+    """How far a local disk has come; `remaining_bytes` is never 0."""
+
+    name: str
+    copied_bytes: int
+    remaining_bytes: int
+
+    @property
+    def tenths(self) -> int:
+        """Of it that are at the destination, 0..9."""
+        return self.copied_bytes * 10 // (self.copied_bytes + self.remaining_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class Line:
     """One guest on its way."""
 
@@ -69,7 +83,7 @@ class Line:
     attempt: int = 0
     memory_mib: int = 0
     fraction: float = 0.0
-    """The share of its memory that no longer has to be sent, 0..1."""
+    """The share of its local disks and its memory that no longer has to be sent, 0..1."""
     rate_mbps: float = 0.0
     eta_s: float = 0.0
     """0: not known."""
@@ -77,6 +91,8 @@ class Line:
     """Why the last attempt was aborted, or why the migration failed, with the devices concerned."""
     waits_for: tuple[str, ...] = ()
     """Devices whose ACK is pending."""
+    copying: tuple[Copied, ...] = ()
+    """Local disks that are not at the destination yet: its memory goes after them."""
     remark: str = ""
     """What holds it up, in the words of the API."""
 
@@ -89,7 +105,14 @@ class Line:
     @property
     def note(self) -> str:
         """The last column: why its last attempt ended, and what it waits for."""
-        return "; ".join(filter(None, (self.reason, self.waits)))
+        left = ", ".join(f"disk {disk.name}, {units.size(disk.remaining_bytes)} left" for disk in self.copying)
+        return "; ".join(filter(None, (self.reason, f"copies {left}" if left else "", self.waits)))
+
+    @property
+    def copied(self) -> str:
+        """The local disks on their way, in steps of a tenth; empty: there are none."""
+        each = ", ".join(f"disk {disk.name} ({disk.tenths * 10} %)" for disk in self.copying)
+        return f"copies {each}" if each else ""
 
 
 def reason_of(report: AttemptReport) -> str:
@@ -149,14 +172,27 @@ def _line(line: Line, progress: Progress) -> Line:
         return replace(line, fraction=1.0)
     if line.phase not in _SENDING or not progress.total_bytes:
         return line
-    left = min(1.0, progress.remaining_bytes / progress.total_bytes)
     return replace(
         line,
-        fraction=1.0 - left if progress.transferred_bytes else 0.0,
+        fraction=_fraction(progress),
+        copying=_copying(progress),
         rate_mbps=progress.bandwidth_mbps,
         eta_s=progress.eta_s,
         waits_for=_waits_for(progress),
     )
+
+
+def _copying(progress: Progress) -> tuple[Copied, ...]:
+    under_way = (disk for disk in progress.disks if disk.remaining_bytes and not disk.ready)
+    return tuple(Copied(disk.name, disk.copied_bytes, disk.remaining_bytes) for disk in under_way)
+
+
+def _fraction(progress: Progress) -> float:
+    """Of disks and memory together. A disk that has yet to be connected has nothing left, and is not counted."""
+    total = progress.total_bytes + sum(disk.copied_bytes + disk.remaining_bytes for disk in progress.disks)
+    memory = progress.remaining_bytes if progress.transferred_bytes else progress.total_bytes
+    left = memory + sum(disk.remaining_bytes for disk in progress.disks)
+    return 1.0 - min(1.0, left / total)
 
 
 def _waits_for(progress: Progress) -> tuple[str, ...]:
@@ -317,7 +353,7 @@ def _told(line: Line) -> str:
     repeated = line.attempt > 1 and line.reason and line.phase not in _STUMBLED | TERMINAL
     again = f" after {line.reason}" if repeated else ""
     attempt = f" (attempt {line.attempt}{again})" if line.attempt else ""
-    why = "; ".join(filter(None, (line.reason if line.phase in _STUMBLED else "", line.waits)))
+    why = "; ".join(filter(None, (line.reason if line.phase in _STUMBLED else "", line.copied, line.waits)))
     return f"{line.guest}{where}: {line.phase}{attempt}{': ' if why else ''}{why}"
 
 

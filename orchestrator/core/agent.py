@@ -31,6 +31,21 @@ class RunState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class DiskProgress:
+    """One local disk on its way, in a sample."""
+
+    name: str
+    way: str
+    """Of `core.disks.Copying`: all of it, what was written since an earlier attempt, or a copy that goes on."""
+    copied_bytes: int = 0
+    """In this attempt, holes included."""
+    remaining_bytes: int = 0
+    """Grows again while the guest writes to the disk."""
+    ready: bool = False
+    """Everything is there but for what is being written. The memory begins to go when all disks are."""
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """One sample of one attempt, from its source."""
 
@@ -49,6 +64,8 @@ class Progress:
     """0 when it cannot be told."""
     devices: tuple[DeviceProgress, ...] = ()
     """Devices inside the VMM."""
+    disks: tuple[DiskProgress, ...] = ()
+    """Local disks, by name."""
 
 
 @dataclass(frozen=True, slots=True)

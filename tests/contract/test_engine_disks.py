@@ -20,6 +20,7 @@ import pytest
 from agents.disks.daemon import DiskDaemon
 from agents.disks.images import Images, make
 from agents.engine.base import (
+    DiskCopied,
     DiskFailed,
     DiskFile,
     DiskReady,
@@ -224,6 +225,7 @@ async def test_a_late_ack_costs_no_byte_of_the_disk(lab: Lab) -> None:
     await source.disks.start_mirror("root")
     await lab.until(DiskReady)
     assert (await source._execute("query-block-jobs"))[0]["offset"] == before
+    assert (await source.disks.progress())["root"] == DiskCopied(0, 0, True), "it goes on: nothing is sent again"
     await lab.write(source, 20, 1, 3)
     await lab.parked(source, "e")
     await source.disks.drain(5.0)
@@ -247,6 +249,7 @@ async def test_an_abort_behind_the_drain_costs_an_increment(lab: Lab) -> None:
     await daemon.export(lab.disk(lab.there), target.image)
     await source.disks.connect_disk(target)
     await source.disks.increment("root", "one")
+    assert (await source.disks.progress())["root"] == DiskCopied(2 << 20, 0, True)
     await lab.write(source, 33, 1, 5)
     await lab.parked(source, "e")
     await source.disks.drain(5.0)
@@ -266,7 +269,16 @@ async def test_a_bound_of_the_bandwidth_holds_while_the_guest_runs(lab: Lab) -> 
     await source.disks.start_mirror("root")
     (job,) = await source._execute("query-block-jobs")
     assert job["speed"] == 16 << 20
+    seen = [(await source.disks.progress())["root"]]
+    async with asyncio.timeout(60):
+        while not (one := (await source.disks.progress())["root"]).ready:
+            seen.append(one)
+            await asyncio.sleep(0.05)
     await lab.until(DiskReady, 60.0)
+    assert (one.copied_bytes, one.remaining_bytes) == (SIZE, 0)
+    assert any(0 < each.copied_bytes < SIZE for each in seen)
+    assert all(each.copied_bytes + each.remaining_bytes == SIZE for each in seen if each.remaining_bytes)
+    assert [each.copied_bytes for each in seen] == sorted(each.copied_bytes for each in seen)
     assert time.monotonic() - began > 2, "64 MiB at 16 MiB/s, holes included"
 
 

@@ -92,6 +92,9 @@ class FakeDisks:
     def sent(self) -> Mapping[str, int]:
         return dict.fromkeys(self._known, 0)
 
+    async def progress(self) -> Mapping[str, base.DiskCopied]:
+        return dict.fromkeys(self._connected, base.DiskCopied(1 << 20, 0, True))
+
     async def forget(self) -> None:
         self._known = {disk: SourceSide() for disk in self._known}
         self._connected.clear()

@@ -327,5 +327,12 @@ def test_the_watch_takes_progress_from_the_samples() -> None:
         number = types.MigrationPhase.Value(f"MIGRATION_PHASE_{phase}")
         line = watch.line_of_guest(types.EvacuationGuest(guest="g", phase=number, progress=sample), "")
         assert (line.fraction, line.rate_mbps) == (fraction, rate)
+    root = types.DiskProgress(name="root", way="full", copied_bytes=300, remaining_bytes=100)
+    data = types.DiskProgress(name="data", way="goes_on", copied_bytes=0, remaining_bytes=0, ready=True)
+    sample = types.Progress(total_bytes=400, remaining_bytes=400, disks=[root, data])
+    number = types.MigrationPhase.Value("MIGRATION_PHASE_PRECOPY")
+    line = watch.line_of_guest(types.EvacuationGuest(guest="g", phase=number, progress=sample), "")
+    assert line.fraction == 0.375, "of the disks and of the memory, which goes after them"
+    assert line.note == "copies disk root, 100 B left"
     nothing = types.EvacuationGuest(guest="g")
     assert watch.line_of_guest(nothing, "").phase == "PENDING"

@@ -98,6 +98,9 @@ class NoCopies(base.DiskCopies):
     def sent(self) -> Mapping[str, int]:
         return {}
 
+    async def progress(self) -> Mapping[str, base.DiskCopied]:
+        return {}
+
 
 class LibvirtVmm(base.Vmm):
     """One domain: the guest, or the copy that one attempt makes of it."""

@@ -61,6 +61,8 @@ class QemuDisks(base.DiskCopies):
         self._guard: asyncio.Task[None] | None = None
         self._bytes_per_s = 0
         self._sent: dict[str, int] = {}
+        self._passed: set[str] = set()
+        """Disks whose pass while the guest runs is over; what is written since then goes in the drain."""
         self._before: dict[str, int] = {}
         """Disk -> what its mirror had copied when this attempt found it."""
 
@@ -69,6 +71,20 @@ class QemuDisks(base.DiskCopies):
 
     def sent(self) -> Mapping[str, int]:
         return dict(self._sent)
+
+    async def progress(self) -> Mapping[str, base.DiskCopied]:
+        jobs = {}
+        if self.connected:
+            jobs = {job["device"]: job for job in await self._execute("query-block-jobs")}
+        return {disk: self._progress_of(disk, jobs) for disk in self._sent}
+
+    def _progress_of(self, disk: str, jobs: Mapping[str, Mapping[str, Any]]) -> base.DiskCopied:
+        job = jobs.get(_MIRROR + disk, jobs.get(_PASS + disk))
+        if job is None:
+            return base.DiskCopied(self._sent[disk], 0, disk in self._passed or disk not in self._images)
+        copied, length = int(job["offset"]), int(job["len"])
+        passed = self._sent[disk] if job["device"] == _PASS + disk else -self._before.get(disk, 0)
+        return base.DiskCopied(max(0, copied + passed), max(0, length - copied), bool(job.get("ready")))
 
     def of(self, disks: Sequence[base.DiskFile]) -> None:
         """The VMM has these disks from now on."""
@@ -98,6 +114,7 @@ class QemuDisks(base.DiskCopies):
 
     async def connect_disk(self, target: base.DiskTarget) -> None:
         disk = target.disk
+        self._passed.discard(disk)
         self._sent[disk] = self._before[disk] = 0
         if self._images.get(disk) == target.image and disk in self._mirrors:
             return
@@ -140,6 +157,7 @@ class QemuDisks(base.DiskCopies):
     async def increment(self, disk: str, since: str) -> None:
         self._passes[disk] = _SYNC + since
         await self._pass(disk)
+        self._passed.add(disk)
 
     async def drain(self, bound_s: float) -> None:
         self._bytes_per_s = 0  # the guest waits for it

@@ -1600,6 +1600,7 @@ class Progress(_message.Message):
     PENDING_ACKS_FIELD_NUMBER: _builtins.int
     ETA_S_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    DISKS_FIELD_NUMBER: _builtins.int
     transferred_bytes: _builtins.int
     remaining_bytes: _builtins.int
     total_bytes: _builtins.int
@@ -1618,6 +1619,10 @@ class Progress(_message.Message):
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceProgress]:
         """Devices inside the VMM; its own gate and its own ACKs."""
 
+    @_builtins.property
+    def disks(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiskProgress]:
+        """Disks in local pools, which go along. The memory begins to go when all of them are ready."""
+
     def __init__(
         self,
         *,
@@ -1633,14 +1638,54 @@ class Progress(_message.Message):
         pending_acks: _abc.Iterable[Global___AckRequest] | None = ...,
         eta_s: _builtins.float = ...,
         devices: _abc.Iterable[Global___DeviceProgress] | None = ...,
+        disks: _abc.Iterable[Global___DiskProgress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_mbps", b"bandwidth_mbps", "devices", b"devices", "dirty_rate_mbps", b"dirty_rate_mbps", "engine_status", b"engine_status", "eta_s", b"eta_s", "expected_downtime_ms", b"expected_downtime_ms", "gate_open", b"gate_open", "iteration", b"iteration", "pending_acks", b"pending_acks", "remaining_bytes", b"remaining_bytes", "total_bytes", b"total_bytes", "transferred_bytes", b"transferred_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_mbps", b"bandwidth_mbps", "devices", b"devices", "dirty_rate_mbps", b"dirty_rate_mbps", "disks", b"disks", "engine_status", b"engine_status", "eta_s", b"eta_s", "expected_downtime_ms", b"expected_downtime_ms", "gate_open", b"gate_open", "iteration", b"iteration", "pending_acks", b"pending_acks", "remaining_bytes", b"remaining_bytes", "total_bytes", b"total_bytes", "transferred_bytes", b"transferred_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
+class DiskProgress(_message.Message):
+    """One local disk on its way to the destination."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WAY_FIELD_NUMBER: _builtins.int
+    COPIED_BYTES_FIELD_NUMBER: _builtins.int
+    REMAINING_BYTES_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    way: _builtins.str
+    """"full": all of it. "increment": what was written since an earlier attempt. "goes_on": the copy that an earlier attempt
+    began.
+    """
+    copied_bytes: _builtins.int
+    """In this attempt, holes included."""
+    remaining_bytes: _builtins.int
+    """Grows again while the guest writes to the disk."""
+    ready: _builtins.bool
+    """Everything is there but for what is being written."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        way: _builtins.str = ...,
+        copied_bytes: _builtins.int = ...,
+        remaining_bytes: _builtins.int = ...,
+        ready: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copied_bytes", b"copied_bytes", "name", b"name", "ready", b"ready", "remaining_bytes", b"remaining_bytes", "way", b"way"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskProgress: _TypeAlias = DiskProgress  # noqa: Y015
 
 @_typing.final
 class DeviceProgress(_message.Message):

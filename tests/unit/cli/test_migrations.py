@@ -197,6 +197,35 @@ def test_show_and_cancel(drover: Drover, service: FakeOrchestrator) -> None:
     assert drover("migration", "cancel", "ab").out == f"migration {name} of web-2 is cancelled: it stays on host-1\n"
 
 
+def copied(percent: int) -> types.Progress:
+    disk = types.DiskProgress(
+        name="root", way="full", copied_bytes=percent << 20, remaining_bytes=(100 - percent) << 20
+    )
+    disk.ready = percent == 100
+    return types.Progress(total_bytes=1 << 30, remaining_bytes=1 << 30, disks=[disk])
+
+
+def test_the_disks_of_a_migration_are_shown_on_their_way(drover: Drover, service: FakeOrchestrator) -> None:
+    name = "ab" * 16
+    service.migrations = {name: migration(name, "PRECOPY", progress=copied(40))}
+    shown = drover("migration", "show", "ab").out
+    assert re.search(r"^disk root +all of it: 40.0 MiB copied, 60.0 MiB left$", shown, re.MULTILINE)
+    service.migrations = {name: migration(name, "PRECOPY", progress=copied(100))}
+    assert "100.0 MiB copied, 0 B left; ready, the guest's writes follow" in drover("migration", "show", "ab").out
+
+
+def test_a_watch_in_lines_tells_of_disks_in_tenths(drover: Drover, service: FakeOrchestrator) -> None:
+    name = "ab" * 16
+    each = [migration(name, "PRECOPY", progress=copied(percent)) for percent in (1, 2, 31, 35, 39, 100)]
+    service.frames = [[*each, migration(name)]]
+    lines = [line.split(" ", 1)[1] for line in drover("migrate", "web-2", "--watch").out.splitlines()[:3]]
+    assert lines == [
+        "web-2 to host-2: PRECOPY (attempt 1): copies disk root (0 %)",
+        "web-2 to host-2: PRECOPY (attempt 1): copies disk root (30 %)",
+        "web-2 to host-2: PRECOPY (attempt 1)",
+    ]
+
+
 def test_a_cancel_that_came_too_late_is_4_with_the_commit(drover: Drover, service: FakeOrchestrator) -> None:
     name = "ab" * 16
     service.migrations = {name: migration(name, "COMMITTED")}
