@@ -138,11 +138,12 @@ def guest_spec_to_proto(spec: GuestSpec) -> types_pb2.GuestSpec:
             cpu=types_pb2.Cpu(model=spec.cpu.model),
             disks=map(disk_to_proto, spec.disks),
             nics=map(nic_to_proto, spec.nics),
-            tpm=types_pb2.Tpm(version=spec.tpm.version) if spec.tpm else None,
+            tpm=types_pb2.Tpm(version=spec.tpm.version, state=spec.tpm.state) if spec.tpm else None,
             cloud_init=_cloud_init_to_proto(spec.cloud_init) if spec.cloud_init else None,
             extra_args=spec.extra_args,
             max_memory_mib=spec.max_memory_mib,
             max_vcpus=spec.max_vcpus,
+            system_uuid=spec.system_uuid,
             display=types_pb2.Display(vnc=spec.display.vnc) if spec.display.vnc else None,
         )
     except (ValueError, OverflowError) as error:
@@ -177,12 +178,13 @@ def guest_spec_from_proto(message: types_pb2.GuestSpec, *, field: str = "spec") 
         cpu=Cpu(message.cpu.model),
         disks=tuple(disk_from_proto(disk, field=f"{field}.disks[{index}]") for index, disk in disks),
         nics=tuple(map(nic_from_proto, message.nics)),
-        tpm=Tpm(message.tpm.version or "2.0") if message.HasField("tpm") else None,
+        tpm=Tpm(message.tpm.version or "2.0", message.tpm.state) if message.HasField("tpm") else None,
         cloud_init=_cloud_init_from_proto(message.cloud_init) if message.HasField("cloud_init") else None,
         extra_args=tuple(message.extra_args),
         max_memory_mib=message.max_memory_mib,
         max_vcpus=message.max_vcpus,
         display=Display(message.display.vnc),
+        system_uuid=message.system_uuid,
     )
 
 

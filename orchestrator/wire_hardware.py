@@ -132,13 +132,15 @@ def nic_from_proto(message: types_pb2.NicSpec) -> NicSpec:
 def boot_to_proto(boot: Boot) -> types_pb2.Boot:
     """What a guest boots."""
     firmware = _FIRMWARE[boot.firmware]
-    return types_pb2.Boot(kernel=boot.kernel, initrd=boot.initrd, append=boot.append, firmware=firmware)
+    return types_pb2.Boot(
+        kernel=boot.kernel, initrd=boot.initrd, append=boot.append, firmware=firmware, nvram=boot.nvram
+    )
 
 
 def boot_from_proto(message: types_pb2.Boot, *, field: str = "boot") -> Boot:
     """Raises INVALID_ARGUMENT for a firmware that this version does not know."""
     firmware = meant(_FIRMWARE, message.firmware, Firmware.DIRECT, f"{field}.firmware")
-    return Boot(message.kernel, message.initrd, message.append, firmware)
+    return Boot(message.kernel, message.initrd, message.append, firmware, message.nvram)
 
 
 def machine_to_proto(machine: LiveMachine) -> agent_pb2.LiveMachine:

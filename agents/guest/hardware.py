@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from agents.config import AgentConfig
 from agents.disks import images
 from agents.disks.births import Births
 from agents.engine.base import DiskFile, EngineError, FirmwareFiles, VmmSpec
+from agents.engine.boot_images import Images
 from agents.guest import machine as machines
-from agents.guest import seed
+from agents.guest import seed, tpm_state
 from agents.guest.files import GuestFiles
-from agents.guest.tpm import Tpm, available
+from agents.guest.tpm import Tpm, available, program
 from agents.host import pools
 from agents.host.commands import CommandFailed
 from agents.host.whole import write_whole
@@ -157,7 +158,8 @@ async def born(
             again = any((disk.pool, disk.image) == (each.pool, each.image) for each in had)
             if (path := await image(files, inc, disk, again=again)) is not None:
                 made.append(path)
-        return await make(files, inc, machine, kept)
+        async with _first(files, inc, kept) as begin:
+            return await make(files, inc, machine, begin)
     except BaseException:
         for path in made:
             with contextlib.suppress(OSError):
@@ -165,20 +167,61 @@ async def born(
         raise
 
 
-async def make(files: GuestFiles, inc: str, machine: LiveMachine, kept: Kept | None = None) -> Hardware:
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """What a copy begins with in place of blank variables and a new TPM; both are only read."""
+
+    nvram: Path | None = None
+    tpm: Path | None = None
+
+
+@contextlib.asynccontextmanager
+async def _first(files: GuestFiles, inc: str, kept: Kept | None) -> AsyncGenerator[Begin]:
+    """What a start begins with: what the guest left here, else what it is to have from elsewhere (`boot.nvram`,
+    `tpm.state`). Raises ImageNotFound and FIRMWARE_NOT_AVAILABLE for what is not here, or no such thing."""
+    spec, images_here = files.spec, Images(directory=files.config.images)
+    nvram = kept.nvram if kept is not None and kept.nvram.exists() else None
+    tpm = kept.tpm if kept is not None and kept.tpm.exists() else None
+    made: Path | None = None
+    if nvram is None and spec.boot.nvram:
+        nvram = await asyncio.to_thread(images_here.nvram, spec.boot)
+        await asyncio.to_thread(_must_be_variables, files.config, spec, nvram)
+    try:
+        if tpm is None and spec.tpm is not None and spec.tpm.state:
+            given = await asyncio.to_thread(images_here.tpm_state, spec.tpm)
+            tpm = made = files.directory / f"{inc}.tpmtaken"
+            await tpm_state.taken(program(), given, made)
+        yield Begin(nvram, tpm)
+    finally:
+        if made is not None:
+            made.unlink(missing_ok=True)
+
+
+def _must_be_variables(config: AgentConfig, spec: GuestSpec, nvram: Path) -> None:
+    """Blocking. Raises FIRMWARE_NOT_AVAILABLE: the firmware of this host keeps its variables in another size."""
+    template = config.firmware.uefi_vars
+    there, wanted = nvram.stat().st_size, template.stat().st_size if template is not None else 0
+    if template is not None and there != wanted:
+        said = f"the variables {spec.boot.nvram} that guest {spec.name} is to begin with have {there} bytes"
+        have = f"those of the firmware of {config.host} have {wanted}: they are of another build"
+        raise DroverError(RefusalReason.FIRMWARE_NOT_AVAILABLE, f"{said}, and {have}", field="spec.boot.nvram")
+
+
+async def make(files: GuestFiles, inc: str, machine: LiveMachine, begin: Begin | None = None) -> Hardware:
     """What the machine needs here, for a VMM that is about to be started. Raises as `born` does."""
     config, directory = files.config, files.directory
     note = note_path(files, inc)
     made = Hardware(machine, disk_files(config, files.spec), files=(note,))
     try:
         write_note(files, inc, machine)
-        made.firmware = await asyncio.to_thread(_firmware, config, machine, directory / f"{inc}.nvram", kept)
+        begin = begin or Begin()
+        made.firmware = await asyncio.to_thread(_firmware, config, machine, directory / f"{inc}.nvram", begin.nvram)
         if files.spec.cloud_init is not None:
             made.seed_path = directory / f"{inc}.seed"
             made.seed_path.write_bytes(seed.seed(files.spec.cloud_init, uuid=files.uuid, name=files.spec.name))
         made.files = tuple(filter(None, (made.firmware.nvram, made.seed_path, files.cards_path(inc), note)))
         if files.spec.tpm is not None:
-            made.tpm = await Tpm.launch(directory, inc, state=kept.tpm if kept is not None else None)
+            made.tpm = await Tpm.launch(directory, inc, state=begin.tpm)
     except BaseException:
         with contextlib.suppress(EngineError, OSError):
             await made.remove()
@@ -301,7 +344,7 @@ def _roles(firmware: Firmware) -> tuple[str, ...]:
     return {Firmware.UEFI: ("uefi_code",), Firmware.BIOS: ("bios",)}.get(firmware, ())
 
 
-def _firmware(config: AgentConfig, machine: LiveMachine, nvram: Path, kept: Kept | None) -> FirmwareFiles:
+def _firmware(config: AgentConfig, machine: LiveMachine, nvram: Path, begin: Path | None) -> FirmwareFiles:
     """Blocking. Raises OSError when there is no room for the guest's variables."""
     match machine.firmware:
         case Firmware.UEFI:
@@ -309,7 +352,7 @@ def _firmware(config: AgentConfig, machine: LiveMachine, nvram: Path, kept: Kept
             if template is None or config.firmware.uefi_code is None:
                 raise _no_firmware(config, machine)
             # At a destination what is in it comes with the stream; the right size is what counts there.
-            shutil.copyfile(kept.nvram if kept is not None and kept.nvram.exists() else template, nvram)
+            shutil.copyfile(begin or template, nvram)
             return FirmwareFiles(uefi_code=config.firmware.uefi_code, nvram=nvram)
         case Firmware.BIOS:
             return FirmwareFiles(bios=config.firmware.bios)

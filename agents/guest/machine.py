@@ -56,6 +56,7 @@ def born(spec: GuestSpec, facts: Facts) -> LiveMachine:
         max_memory_mib=spec.max_memory_mib if spec.max_memory_mib > spec.memory_mib else 0,
         max_vcpus=spec.max_vcpus if spec.max_vcpus > spec.vcpus else 0,
         base_sha256=dict(facts.base_sha256),
+        uuid=spec.system_uuid,
     )
     if can_grow(spec) and not machine.type.startswith("pc"):
         raise MachineError(f"a machine of type {machine.type} cannot be given more while it runs: choose pc or q35")

@@ -32,6 +32,14 @@ def available() -> bool:
     return shutil.which(PROGRAM) is not None
 
 
+def program() -> str:
+    """Where it is. Raises TPM_NOT_AVAILABLE."""
+    if (found := shutil.which(PROGRAM)) is None:
+        said = f"this host has no program that emulates a TPM ({PROGRAM}): install it, or choose another host"
+        raise DroverError(RefusalReason.TPM_NOT_AVAILABLE, said)
+    return found
+
+
 class Tpm:
     """Of one copy, whose files are `<directory>/<inc>.tpm*`."""
 
@@ -55,15 +63,11 @@ class Tpm:
         Raises TPM_NOT_AVAILABLE where there is no such program, else EngineError; no process is left then.
         """
         made = cls(directory, inc, None)
-        program = shutil.which(PROGRAM)
-        if program is None:
-            said = f"this host has no program that emulates a TPM ({PROGRAM}): install it, or choose another host"
-            raise DroverError(RefusalReason.TPM_NOT_AVAILABLE, said)
         if len(os.fsencode(made.socket)) > _MAX_SOCKET_PATH:
             raise EngineError(f"socket path {made.socket} is longer than {_MAX_SOCKET_PATH} bytes")
         if state is not None and state.exists():
             await asyncio.to_thread(shutil.copyfile, state, made._path("tpmstate"))
-        command = [program, "socket", "--tpm2", "--terminate"]
+        command = [program(), "socket", "--tpm2", "--terminate"]
         command += ["--tpmstate", f"backend-uri=file://{made._path('tpmstate').absolute()}"]
         command += ["--ctrl", f"type=unixio,path={made.socket}"]
         child = await spawned(lambda: made._spawn(command))

@@ -76,7 +76,13 @@ _SAID: dict[Doubt, str] = {
 }
 
 
-_ALWAYS = (HostFeature.HARDWARE, HostFeature.HOTPLUG, HostFeature.DISK_THREADS, HostFeature.SCREENS)
+_ALWAYS = (
+    HostFeature.HARDWARE,
+    HostFeature.HOTPLUG,
+    HostFeature.DISK_THREADS,
+    HostFeature.TAKEN_STATE,
+    HostFeature.SCREENS,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,6 +216,7 @@ class _Guest(Model):
     nics: list[_Nic] = Field(default_factory=list[_Nic])
     tpm: Annotated[Model, _as(_Tpm)] | None = None
     cloud_init: _CloudInit | None = None
+    system_uuid: _Text = ""
     display: Annotated[Model, _as(_Display)] = Model()
     extra_args: list[_Text] = Field(default_factory=list[str])
     devices: list[_Device] = Field(default_factory=list[_Device])
@@ -231,7 +232,9 @@ class _Guest(Model):
         return cast("dict[str, Any]", value)
 
     def spec(self) -> GuestSpec:
-        given = self.model_dump(include={"name", "vcpus", "max_vcpus", "machine", "labels"}, exclude_unset=True)
+        given = self.model_dump(
+            include={"name", "vcpus", "max_vcpus", "machine", "labels", "system_uuid"}, exclude_unset=True
+        )
         if "memory" in self.model_fields_set:
             given["memory_mib"] = self.memory
         if "max_memory" in self.model_fields_set:

@@ -20,24 +20,22 @@ _TUNING = "tuning of the old host; the guest sees nothing of it"
 _TAP = "each host names its taps itself"
 _PEOPLE = "for people and for other tools"
 _CONSOLE = "the guest's console is its first serial port, here as there"
-_SCREEN = "a guest has no screen here: it is reached by its network and its serial console"
+_SCREEN = "a guest gets no screen unasked: `display: {vnc: true}` in its guest file gives it one"
 _NO_HELPER = "the guest loses it; nothing that is stored depends on it"
 _ALL_MEMORY = "a guest has all of its memory all the time"
 _ENDS = "a guest that shuts down or crashes stays ended, and one that reboots goes on"
 _HOSTS_OWN = "each host's configuration says which program and which firmware it has"
 
-NO_UUID = (
-    "a guest gets a uuid of its own: what the guest reads as its system's uuid (SMBIOS) changes, and with it licences "
-    "that are bound to it; the old one is kept as the label libvirt-uuid"
+VARIABLES = (
+    "the guest's UEFI variables come along: copy the file, once the domain is shut off, into the directory of images "
+    "(`images` in the agent's configuration) of the host that the guest is first run on, as"
 )
-NO_VARIABLES = (
-    "the guest's UEFI variables do not come along, its boot entries among them: it must boot by the fallback path "
-    "(\\EFI\\BOOT\\BOOTX64.EFI) on its boot disk"
+TPM_STATE = (
+    "the TPM's state comes along: copy the domain's swtpm/<uuid>/tpm2/tpm2-00.permall, once it is shut off, into the "
+    "directory of images (`images` in the agent's configuration) of the host that the guest is first run on, as"
 )
-_NO_SECURE_BOOT = "Secure Boot needs the variables of the old host, which do not come along"
-NO_TPM_STATE = (
-    "the TPM's state does not come along, nor the keys in it: free what is sealed with it first; `tpm: {version: 2.0}` "
-    "in the guest file gives the guest a new, empty one"
+_NO_SECURE_BOOT = (
+    "Secure Boot needs a machine that keeps its variables from the guest (SMM), which a guest has not here"
 )
 OTHER_BUS = "a guest finds its disks on virtio here: it needs the driver before, and may know the disk by another name"
 OTHER_CARD = "a guest's cards are virtio here: it needs the driver before"
@@ -304,6 +302,30 @@ _REDIRDEV = Element(
     why=_SCREEN,
     many=True,
 )
+_TPM = Element(
+    {"model": used("tpm-crb", "a guest's TPM is of the model tpm-crb here: it needs the driver before")},
+    {
+        **_PLACED,
+        "backend": Element(
+            {
+                "type": same("emulator", "a guest's TPM is an emulated one here: a TPM of the host's stays with it"),
+                "version": same("2.0", "a guest's TPM is of version 2.0 here"),
+                "persistent_state": left_out("a TPM keeps its state as long as its guest is there", _YES_NO),
+                "debug": left_out(_TUNING, r"\d+"),
+            },
+            {
+                "encryption": Element(
+                    refused="the TPM's state is encrypted with a secret of libvirt's: take that out first"
+                ),
+                "active_pcr_banks": Element(
+                    children={name: Element() for name in ("sha1", "sha256", "sha384", "sha512")},
+                    why="the TPM has the banks that it has, with its state",
+                ),
+                "profile": _plain("source", "name", "removeDisabled"),
+            },
+        ),
+    },
+)
 _DEVICES = Element(
     children={
         "emulator": Element(text=left_out(_HOSTS_OWN), why=_HOSTS_OWN),
@@ -322,7 +344,7 @@ _DEVICES = Element(
         "memballoon": _MEMBALLOON,
         "rng": _RNG,
         "watchdog": _WATCHDOG,
-        "tpm": Element(refused=NO_TPM_STATE),
+        "tpm": _TPM,
         "hostdev": Element(refused="a device of the old host that is passed through: a guest has none here"),
         "filesystem": Element(refused="directories of the host are not shared with guests here"),
         "shmem": Element(refused="a guest that shares memory with another cannot move"),
@@ -372,7 +394,16 @@ _OS = Element(
             },
             text=used(),
         ),
-        "nvram": Element(refused=NO_VARIABLES),
+        "nvram": Element(
+            {
+                "template": left_out(_HOSTS_OWN),
+                "templateFormat": same("raw"),
+                "format": same("raw", "the variables are raw here: convert the file first (qemu-img convert -O raw)"),
+                "type": same("file", "the variables are a file here"),
+            },
+            {"source": Element({"file": used()})},
+            text=used(),
+        ),
         "kernel": Element(text=used()),
         "initrd": Element(text=used()),
         "cmdline": Element(text=used()),

@@ -10,10 +10,11 @@ import posixpath
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from orchestrator.cli.accounted import Said, account
-from orchestrator.cli.libvirt_words import DOMAIN, NO_UUID
+from orchestrator.cli.libvirt_words import DOMAIN, TPM_STATE, VARIABLES
 from orchestrator.cli.plain_xml import Node, XmlError, parse
 from orchestrator.core.naming import file_error, name_error
 from orchestrator.core.text import quoted
@@ -128,11 +129,20 @@ class _Reader:
         nics = self._nics()
         if nics:
             found["nics"] = nics
-        uuid = self._top.child("uuid")
-        if uuid is not None:
-            self.left_out.append(Said("/domain/uuid", uuid.line, NO_UUID))
-            found["labels"] = {"libvirt-uuid": uuid.text.lower()}
+        if (tpm := self._top.child("devices", "tpm")) is not None:
+            found["tpm"] = {"version": "2.0", "state": f"{found['name']}.permall"}
+            self.left_out.append(Said("/domain/devices/tpm", tpm.line, f"{TPM_STATE} {found['tpm']['state']}"))
+        if (uuid := self._top.child("uuid")) is not None:
+            found["system_uuid"] = self._uuid(uuid)
+            found["labels"] = {"libvirt-uuid": found["system_uuid"]}
         return found
+
+    def _uuid(self, node: Node) -> str:
+        digits = node.text.lower().replace("-", "")
+        if len(digits) != 32:
+            self._wrong("/domain/uuid", node, f"is no uuid: {quoted(node.text)}")
+        ends = (0, 8, 12, 16, 20, 32)
+        return "-".join(digits[begin:end] for begin, end in pairwise(ends))
 
     def _wrong(self, path: str, node: Node | None, text: str) -> None:
         self.problems.append(Said(path, (node or self._top).line, text))
@@ -213,7 +223,7 @@ class _Reader:
             for tag in ("initrd", "cmdline"):
                 if (found := node.child(tag)) is not None:
                     self._wrong(f"/domain/os/{tag}", found, "goes with a kernel, and there is none")
-            return {"firmware": "uefi" if uefi else "bios"}
+            return {"firmware": "uefi", **self._variables(node)} if uefi else {"firmware": "bios"}
         if uefi:
             self._wrong("/domain/os/kernel", kernel, "a kernel is started directly or found by UEFI, not both")
         boot: dict[str, Any] = {"kernel": self._image(kernel)}
@@ -224,6 +234,21 @@ class _Reader:
                 self._wrong("/domain/os/cmdline", cmdline, "has ${name} or ${uuid}, which would be the guest's here")
             boot["append"] = cmdline.text
         return boot
+
+    def _variables(self, os: Node) -> dict[str, str]:
+        """A domain that was never started has none."""
+        node = os.child("nvram")
+        if node is None:
+            return {}
+        source = node.child("source")
+        given = source.get("file") if source is not None else node.text
+        if not given:
+            return {}
+        name = posixpath.basename(given)
+        if wrong := file_error(name, "the host's directory of images"):
+            self._wrong("/domain/os/nvram", node, wrong)
+        self.left_out.append(Said("/domain/os/nvram", node.line, f"{VARIABLES} {name}"))
+        return {"nvram": name}
 
     def _image(self, node: Node) -> str:
         name = posixpath.basename(node.text)

@@ -32,6 +32,8 @@ MAX_CLOUD_INIT_BYTES = 64 << 10
 MAX_EXTRA_ARGS = 16
 MAX_EXTRA_ARG_BYTES = 253
 
+_IMAGES = "the hosts' directory of images"
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
@@ -40,7 +42,12 @@ def has_hardware(spec: GuestSpec) -> bool:
     """The guest asks for more than the memory, kernel and shim devices that hosts of every version give."""
     firmware = spec.boot.firmware is not Firmware.DIRECT
     devices = spec.disks or spec.nics or spec.tpm or spec.cloud_init or spec.extra_args
-    return bool(devices or spec.cpu.model or firmware or can_grow(spec) or spec.display.vnc)
+    return bool(devices or spec.cpu.model or firmware or can_grow(spec) or spec.display.vnc or spec.system_uuid)
+
+
+def takes_state(spec: GuestSpec) -> bool:
+    """It begins with something that it had elsewhere: a uuid of its system, UEFI variables, a TPM."""
+    return bool(spec.system_uuid or spec.boot.nvram or (spec.tpm is not None and spec.tpm.state))
 
 
 def can_grow(spec: GuestSpec) -> bool:
@@ -60,6 +67,11 @@ def hardware_errors(spec: GuestSpec) -> list[Problem]:
         bad.append(("nics", "a guest has cards in networks (nics) or devices of shim net, not both"))
     if spec.tpm is not None and spec.tpm.version != "2.0":
         bad.append(("tpm.version", f"must be 2.0, not {quoted(spec.tpm.version)}"))
+    if spec.tpm is not None and spec.tpm.state and (said := file_error(spec.tpm.state, _IMAGES)):
+        bad.append(("tpm.state", said))
+    if spec.system_uuid and not _UUID.fullmatch(spec.system_uuid):
+        said = "must be a uuid in lower case, such as 6b1f3f2a-9d1c-4a51-8a3e-0d6f3c1b2a49"
+        bad.append(("system_uuid", f"{said}, not {quoted(spec.system_uuid)}"))
     if spec.cloud_init is not None:
         bad += [(f"cloud_init.{field}", said) for field, said in _cloud_init(spec.cloud_init)]
     return bad + _extra_args(spec.extra_args)
@@ -80,6 +92,10 @@ def _boot(spec: GuestSpec) -> list[Problem]:
     boot = spec.boot
     first = [index for index, disk in enumerate(spec.disks) if disk.boot]
     bad = [(f"disks[{index}].boot", "another disk is the first to boot from already") for index in first[1:]]
+    if boot.nvram and boot.firmware is not Firmware.UEFI:
+        bad.append(("boot.nvram", "has the variables of a guest that is started by UEFI: say boot.firmware: uefi"))
+    elif boot.nvram and (said := file_error(boot.nvram, _IMAGES)):
+        bad.append(("boot.nvram", said))
     if boot.firmware is Firmware.DIRECT:
         said = "the guest's kernel is started directly: leave it out, or say boot.firmware: bios or uefi"
         return bad + [(f"disks[{index}].boot", said) for index in first[:1]]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from orchestrator.core.errors import RefusalReason
-from orchestrator.core.hardware import can_grow, has_hardware
+from orchestrator.core.hardware import can_grow, has_hardware, takes_state
 from orchestrator.core.records import (
     DiskCache,
     Firmware,
@@ -53,6 +53,8 @@ class HardwareNeed:
     threads: bool = False
     """A disk has a thread of its own."""
     screen: bool = False
+    taken: bool = False
+    """It begins with something that it had elsewhere."""
 
 
 NONE = HardwareNeed()
@@ -77,6 +79,7 @@ def hardware_need(spec: GuestSpec) -> HardwareNeed:
         can_grow(spec),
         any(disk.iothread for disk in spec.disks),
         spec.display.vnc,
+        takes_state(spec),
     )
 
 
@@ -144,8 +147,10 @@ def local_disks(spec: GuestSpec, record: HostRecord) -> list[str]:
 
 def for_another_life(spec: GuestSpec) -> GuestSpec:
     """The specification of a guest that is started again elsewhere: its images must be there, and none is made in the
-    place of one that is not. The process that it once was adopted from is not its own."""
-    return replace(spec, adopted=None, disks=tuple(replace(disk, size_bytes=0) for disk in spec.disks))
+    place of one that is not. The process that it once was adopted from is not its own, and the variables that it once
+    began with were copied where it was first started."""
+    disks = tuple(replace(disk, size_bytes=0) for disk in spec.disks)
+    return replace(spec, adopted=None, disks=disks, boot=replace(spec.boot, nvram=""))
 
 
 Obstacle = tuple[RefusalReason, str]
@@ -177,6 +182,9 @@ def lasting_obstacle(need: HardwareNeed, guest: str, offer: Offer, source: Offer
         found.append((RefusalReason.FEATURE_NOT_AVAILABLE, said))
     if need.screen and HostFeature.SCREENS not in offer.features:
         said = f"{offer.name}'s agent is of a version that gives guests no screen: upgrade it"
+        found.append((RefusalReason.FEATURE_NOT_AVAILABLE, said))
+    if need.taken and HostFeature.TAKEN_STATE not in offer.features:
+        said = f"{offer.name}'s agent is of a version that takes over no uuid, UEFI variables or TPM state: upgrade it"
         found.append((RefusalReason.FEATURE_NOT_AVAILABLE, said))
     for argument in need.extra_args:
         if argument not in offer.extra_args:

@@ -66,6 +66,8 @@ class Boot(Record):
     """The kernel's command line. `${name}` and `${uuid}` in it are the guest's."""
     firmware: Firmware = Firmware.DIRECT
     """Anything but `direct` boots from a disk or the network, and takes no kernel, initrd or command line."""
+    nvram: str = ""
+    """Name of an image that the guest's UEFI variables are a copy of when it is first started; empty: blank ones."""
 
 
 class DiskFormat(StrEnum):
@@ -132,6 +134,9 @@ class Tpm(Record):
     """A TPM of the guest's own. Its state is its host's and travels with the guest."""
 
     version: str = "2.0"
+    state: str = ""
+    """Name of an image that its state is a copy of when the guest is first started: a swtpm's `tpm2-00.permall`.
+    Empty: it is a new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +206,8 @@ class GuestSpec(Record):
     adopted: Adopted | None = None
     """None: Drover started it."""
     display: Display = Display()
+    system_uuid: str = ""
+    """What the guest reads as its system's uuid (SMBIOS); empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +323,8 @@ class HostFeature(StrEnum):
     """It builds machines with room for more memory and vCPUs, and adds to machines that run."""
     DISK_THREADS = "DISK_THREADS"
     """It knows disks with a thread of their own, and images that lie on others."""
+    TAKEN_STATE = "TAKEN_STATE"
+    """It begins guests with a uuid of their system, UEFI variables and a TPM that they had elsewhere."""
     SCREENS = "SCREENS"
     """It gives guests a graphics card, and serves what is on it."""
 

@@ -6,22 +6,25 @@ import asyncio
 import fcntl
 import os
 import shutil
+import socket
 import struct
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from agents.config import AgentConfig, FirmwareConfig, IdentityConfig, PoolConfig
 from agents.engine.base import (
     DiskLocked,
+    DisplayAt,
     EngineError,
     EngineStatus,
     HoldStart,
+    ImageNotFound,
     OutgoingOptions,
     RunState,
     Vmm,
@@ -33,6 +36,7 @@ from agents.guest import hardware
 from agents.guest.files import GuestFiles
 from agents.guest.hardware import Hardware
 from agents.host.commands import ran
+from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import (
     Boot,
@@ -40,6 +44,7 @@ from orchestrator.core.records import (
     Cpu,
     DiskFormat,
     DiskSpec,
+    Display,
     Firmware,
     GuestSpec,
     LiveMachine,
@@ -48,6 +53,8 @@ from orchestrator.core.records import (
     Tpm,
 )
 from tests.contract.test_engine import image, until
+from tests.fakes.rfb import NotLetIn, viewer
+from tests.fakes.swtpm import key_of, tpm, tpm_of_theirs
 
 pytestmark = [pytest.mark.qemu]
 OVMF = Path("/usr/share/OVMF")
@@ -69,6 +76,8 @@ class Ends:
         self.pool.mkdir()
         self.vmms: list[tuple[Vmm, Hardware]] = []
 
+        self.vnc_listen = ""
+
     def files(self, host: str, spec: GuestSpec) -> GuestFiles:
         here = self.directory / host
         firmware = FirmwareConfig()
@@ -86,6 +95,8 @@ class Ends:
             pools={"shared": PoolConfig(path=self.pool, kind=PoolKind.SHARED_FILE)},
             firmware=firmware,
             extra_args_allowed=("-device virtio-rng-pci",),
+            vnc_listen=self.vnc_listen,
+            images=self.directory,
         )
         return GuestFiles(config, UUID, spec)
 
@@ -175,6 +186,7 @@ KINDS = {
     ),
     "uefi": GuestSpec("g", memory_mib=128, boot=Boot(firmware=Firmware.UEFI), disks=(ROOT,)),
     "tpm": GuestSpec("g", disks=(ROOT,), tpm=Tpm()),
+    "screen": GuestSpec("g", disks=(ROOT,), display=Display(vnc=True)),
     "extras": GuestSpec(
         "g",
         vcpus=2,
@@ -228,6 +240,150 @@ async def test_both_ends_are_the_machine_that_was_listed_and_the_guest_moves(
     assert await seen_by_guest(source) == await seen_by_guest(destination)
     await destination.resume()
     assert (await destination.state()).run_state is RunState.RUNNING
+
+
+SYSTEM = "eeeeeeee-1111-4222-8333-abcdefabcdef"
+
+
+async def test_a_guest_reads_the_uuid_of_the_system_that_it_had_elsewhere(ends: Ends) -> None:
+    spec = GuestSpec("g", system_uuid=SYSTEM)
+    source, listed = await ends.born(spec)
+    destination = await ends.prepared(spec, listed)
+    for vmm in (source, destination):
+        assert await vmm._execute("query-uuid") == {"UUID": SYSTEM}
+
+
+async def test_variables_are_copied_at_birth_and_never_again(ends: Ends) -> None:
+    if said := lacking("uefi"):
+        pytest.skip(said)
+    variables = (OVMF / "OVMF_VARS_4M.fd").read_bytes()
+    # The end of the store is spare space, where the firmware writes nothing.
+    theirs = variables[:-8] + b"THEIRS!!"
+    (ends.directory / "theirs.fd").write_bytes(theirs)
+    spec = GuestSpec("g", memory_mib=128, machine="q35", boot=Boot(firmware=Firmware.UEFI, nvram="theirs.fd"))
+    source, listed = await ends.born(spec)
+    here = ends.files("a", spec).directory / "s.nvram"
+    assert here.read_bytes()[-8:] == b"THEIRS!!"
+    assert (ends.directory / "theirs.fd").read_bytes() == theirs
+    (ends.directory / "theirs.fd").unlink()  # nobody asks for it again
+    destination = await ends.prepared(spec, listed)
+    await moved(source, destination)
+    await destination.resume()
+    assert (ends.files("b", spec).directory / "d.nvram").read_bytes()[-8:] == b"THEIRS!!"
+
+
+@pytest.mark.parametrize("content", [None, b"of another build"])
+async def test_variables_that_are_not_here_or_do_not_fit_are_refused(ends: Ends, content: bytes | None) -> None:
+    if said := lacking("uefi"):
+        pytest.skip(said)
+    if content is not None:
+        (ends.directory / "theirs.fd").write_bytes(content)
+    spec = GuestSpec("g", memory_mib=128, machine="q35", boot=Boot(firmware=Firmware.UEFI, nvram="theirs.fd"))
+    with pytest.raises(ImageNotFound if content is None else DroverError) as refused:
+        await ends.born(spec)
+    if isinstance(refused.value, DroverError):
+        assert refused.value.reason is RefusalReason.FIRMWARE_NOT_AVAILABLE
+    assert not list(ends.files("a", spec).directory.glob("s.*"))
+
+
+async def test_a_guest_has_the_keys_of_the_tpm_that_it_had_elsewhere(ends: Ends, tmp_path: Path) -> None:
+    """After the move too: the state goes along in the VMM's stream."""
+    if said := lacking("tpm"):
+        pytest.skip(said)
+    given, key = tpm_of_theirs(tmp_path)
+    (ends.directory / "g.permall").write_bytes(given.read_bytes())
+    spec = GuestSpec("g", tpm=Tpm(state="g.permall"))
+    source, listed = await ends.born(spec)
+    assert (ends.directory / "g.permall").read_bytes() == given.read_bytes()
+    destination = await ends.prepared(spec, listed)
+    await moved(source, destination)
+    await destination.resume()
+    await destination.destroy()
+    kept = tmp_path / "kept"
+    (vmm, found), *_ = [each for each in ends.vmms if each[0] is destination]
+    assert vmm is destination
+    assert found.tpm is not None
+    await found.tpm.destroy(keep=kept)
+    with tpm(f"backend-uri=file://{kept}", tmp_path) as asked:
+        assert key_of(asked) == key
+
+
+async def test_a_screen_is_served_at_both_ends_of_a_move(ends: Ends) -> None:
+    """The destination serves its own from the start; what is on it goes along in the card's memory."""
+    spec = GuestSpec("g", machine="q35", boot=Boot(firmware=Firmware.BIOS), display=Display(vnc=True))
+    source, listed = await ends.born(spec)
+    here = await source.open_display("", 60)
+    assert here.socket is not None
+    assert here.socket.parent == ends.files("a", spec).directory
+    async with viewer(here.socket) as (greeting, size):
+        assert greeting.startswith("RFB 003.")
+        assert size > (0, 0)
+        destination = await ends.prepared(spec, listed)
+        await moved(source, destination)
+    await destination.resume()
+    there = await destination.open_display("", 60)
+    assert there.socket is not None
+    assert there.socket != here.socket
+    async with viewer(there.socket) as (greeting, _):
+        assert greeting.startswith("RFB 003.")
+    await destination.destroy()
+    assert not there.socket.exists()
+
+
+async def test_at_an_address_a_viewer_needs_the_password_of_the_moment(ends: Ends) -> None:
+    ends.vnc_listen = "127.0.0.1"
+    source, _ = await ends.born(GuestSpec("g", display=Display(vnc=True)))
+    where = Endpoint("127.0.0.1", await _port(source))
+    with pytest.raises(NotLetIn):  # nobody has asked for a password yet
+        async with viewer(where):
+            pass
+    with pytest.raises(EngineError):
+        await source.open_display("", 60)
+    assert await source.open_display("secret01", 60) == DisplayAt(endpoint=where)
+    async with viewer(where, "secret01") as (greeting, _):
+        assert greeting.startswith("RFB 003.")
+        assert await source.open_display("another2", 60) == DisplayAt(endpoint=where)
+        with pytest.raises(NotLetIn):
+            async with viewer(where, "secret01"):
+                pass
+        async with viewer(where, "another2"):
+            pass
+    await source.open_display("another2", 0)
+    with pytest.raises(NotLetIn):  # as soon as the second is over
+        await _looks_on(where, "another2")
+
+
+async def test_two_guests_of_a_host_have_a_port_each(ends: Ends) -> None:
+    ends.vnc_listen = "::1" if _has_ipv6() else "127.0.0.1"
+    source, _ = await ends.born(GuestSpec("g", display=Display(vnc=True)))
+    spec = GuestSpec("h", display=Display(vnc=True))
+    files = ends.files("a", spec)
+    found = await hardware.born(files, "other", await ends.engine.probe())
+    assert found is not None
+    other = await ends.engine.start(found.into(files.vmm_spec("other")))
+    ends.vmms.append((other, found))
+    assert await _port(source) != await _port(cast(QemuVmm, other))
+
+
+async def _looks_on(where: Endpoint, password: str) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            async with viewer(where, password):
+                await asyncio.sleep(0.1)
+
+
+async def _port(vmm: QemuVmm) -> int:
+    (server,) = await vmm._execute("query-vnc-servers")
+    return int(server["server"][0]["service"])
+
+
+def _has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
 
 
 async def test_a_device_that_somebody_added_by_hand_stands_in_the_way(ends: Ends) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ machine: q35
 disks:
   - {name: data, pool: shared, image: brought-in.raw, format: raw}
 labels: {team: blue}
+display: {vnc: true}
 """
 
 
@@ -162,7 +164,9 @@ def both_are_answered(seat: Seat, beside: Seat) -> None:
 
 def moves_with_its_sessions(run: Run, seat: Seat, beside: Seat) -> int:
     """The number of the last heartbeat heard there."""
+    has_a_screen_on(run, "host-1")
     run("migrate", "sat-at", "--to", "host-2", "--watch")
+    has_a_screen_on(run, "host-2")
     until("the session has gone along", lambda: seat.hosts == ["host-1", "host-2"])
     before = len(seat.beats())
     until("it is heard there", lambda: len(seat.beats()) > before + 20)
@@ -173,11 +177,22 @@ def moves_with_its_sessions(run: Run, seat: Seat, beside: Seat) -> int:
     return beats[-1]
 
 
+def has_a_screen_on(run: Run, host: str) -> None:
+    """What a viewer is greeted with, at the address that is said."""
+    found = run("guest", "vnc", "sat-at")
+    assert (found["host"], found["password"]) == (host, "")
+    with socket.socket(socket.AF_UNIX) as viewer:
+        viewer.settimeout(60)
+        viewer.connect(found["socket"])
+        assert viewer.recv(12) == b"RFB 003.008\n"
+
+
 def stopped_and_kept(run: Run, seat: Seat) -> None:
     kept = run("guest", "stop", "sat-at", "--keep")
     assert (kept["ownership"], kept["run_state"]) == ("STOPPED", "ENDED")
     until("sessions end with what they were with", lambda: not seat.thread.is_alive())
     assert "GUEST_NOT_RUNNING" in run("guest", "pause", "sat-at", ends=Exit.REFUSED)["err"]
+    assert "GUEST_NOT_RUNNING" in run("guest", "vnc", "sat-at", ends=Exit.REFUSED)["err"]
 
 
 def edited(run: Run, file: Path) -> None:

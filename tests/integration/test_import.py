@@ -84,6 +84,7 @@ def test_a_domain_is_taken_over_and_moves(
     assert f"mac={MAC}" in words
     assert str(image) in words
     assert "-cpu qemu64,enforce" in words
+    assert "-uuid eeeeeeee-1111-4222-8333-abcdefabcdef" in words
     with OrchestratorClient(cluster.api) as client:
         guest = client.get_guest("old-1")
         assert guest.host == "host-2"

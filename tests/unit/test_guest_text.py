@@ -37,7 +37,7 @@ FULL = GuestSpec(
     memory_mib=256,
     vcpus=2,
     machine="pc-q35-10.0",
-    boot=Boot(firmware=Firmware.UEFI),
+    boot=Boot(firmware=Firmware.UEFI, nvram="full_VARS.fd"),
     devices=(
         DeviceSpec("gpu", ShimKind.COMPANION, initial_bytes=1 << 20, options={"seed": "7", "on": "true"}),
         DeviceSpec("nic", ShimKind.EXTERNAL, driver="fabric"),
@@ -51,10 +51,11 @@ FULL = GuestSpec(
         DiskSpec("iso", "fast", "d.iso", DiskFormat.RAW, read_only=True),
     ),
     nics=(NicSpec("eth0", "lab", "52:54:00:00:00:01", queues=2, mtu=1400),),
-    tpm=Tpm(),
+    tpm=Tpm(state="full.permall"),
     cloud_init=CloudInit("#cloud-config\nhostname: x\n", network_config="version: 2\nethernets: {}\n"),
     extra_args=("-device virtio-rng-pci",),
     display=Display(vnc=True),
+    system_uuid="eeeeeeee-1111-4222-8333-abcdefabcdef",
 )
 
 

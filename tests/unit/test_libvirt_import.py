@@ -218,7 +218,7 @@ def test_the_command_prints_a_guest_file_and_says_what_is_not_in_it(capsys: pyte
     printed = capsys.readouterr()
     assert yaml.safe_load(printed.out) == expected("virt_install_linux")["guest"]
     assert "devices/sound" in printed.err
-    assert "uuid: a guest gets a uuid of its own" in " ".join(printed.err.split())
+    assert "cpu: the CPU is Nehalem, as asked" in " ".join(printed.err.split())
     assert "keep it from being started there again" in " ".join(printed.err.split())
 
     assert main.run(["import", "libvirt", str(DOMAINS / "virt_install_linux.xml"), *given, "-o", "json"]) == Exit.OK

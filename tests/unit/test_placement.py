@@ -286,7 +286,13 @@ WHOLE = HostRecord(
     cpu_models=("Nehalem", "qemu64"),
     firmware={"uefi_code": "a1"},
     extra_args=("-device virtio-rng-pci",),
-    features=(HostFeature.HARDWARE, HostFeature.TPM, HostFeature.DISK_THREADS, HostFeature.SCREENS),
+    features=(
+        HostFeature.HARDWARE,
+        HostFeature.TPM,
+        HostFeature.DISK_THREADS,
+        HostFeature.SCREENS,
+        HostFeature.TAKEN_STATE,
+    ),
 )
 
 
@@ -401,6 +407,22 @@ def test_a_thread_for_a_disk_needs_an_agent_that_knows_it() -> None:
 def test_a_screen_needs_an_agent_that_knows_it() -> None:
     spec = replace(SHOP, display=Display(vnc=True))
     older = replace(WHOLE, features=tuple(each for each in WHOLE.features if each != HostFeature.SCREENS))
+    assert judged(older)[0] is None
+    assert judged(older, spec)[0] is RefusalReason.FEATURE_NOT_AVAILABLE
+    assert judged(WHOLE, spec)[0] is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"system_uuid": "eeeeeeee-1111-4222-8333-abcdefabcdef"},
+        {"boot": Boot(firmware=Firmware.UEFI, nvram="g.fd")},
+        {"tpm": Tpm(state="g.permall")},
+    ],
+)
+def test_what_a_guest_had_elsewhere_needs_an_agent_that_takes_it_over(changes: dict[str, Any]) -> None:
+    spec = replace(SHOP, **changes)
+    older = replace(WHOLE, features=tuple(each for each in WHOLE.features if each != HostFeature.TAKEN_STATE))
     assert judged(older)[0] is None
     assert judged(older, spec)[0] is RefusalReason.FEATURE_NOT_AVAILABLE
     assert judged(WHOLE, spec)[0] is None

@@ -1065,6 +1065,7 @@ class Boot(_message.Message):
     INITRD_FIELD_NUMBER: _builtins.int
     APPEND_FIELD_NUMBER: _builtins.int
     FIRMWARE_FIELD_NUMBER: _builtins.int
+    NVRAM_FIELD_NUMBER: _builtins.int
     kernel: _builtins.str
     """Empty: the host's default."""
     initrd: _builtins.str
@@ -1073,6 +1074,8 @@ class Boot(_message.Message):
     """The kernel's command line, at most 2047 bytes. ${name} and ${uuid} in it are the guest's."""
     firmware: Global___Firmware.ValueType
     """Anything but DIRECT excludes kernel, initrd and append."""
+    nvram: _builtins.str
+    """Name of an image that the guest's UEFI variables are a copy of when it is first started. Empty: blank ones."""
     def __init__(
         self,
         *,
@@ -1080,10 +1083,11 @@ class Boot(_message.Message):
         initrd: _builtins.str = ...,
         append: _builtins.str = ...,
         firmware: Global___Firmware.ValueType = ...,
+        nvram: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "firmware", b"firmware", "initrd", b"initrd", "kernel", b"kernel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "firmware", b"firmware", "initrd", b"initrd", "kernel", b"kernel", "nvram", b"nvram"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1302,16 +1306,20 @@ class Tpm(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Empty: 2.0."""
+    state: _builtins.str
+    """Name of an image that its state is a copy of when the guest is first started. Empty: it is a new one."""
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
+        state: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1411,6 +1419,7 @@ class GuestSpec(_message.Message):
     MAX_MEMORY_MIB_FIELD_NUMBER: _builtins.int
     MAX_VCPUS_FIELD_NUMBER: _builtins.int
     DISPLAY_FIELD_NUMBER: _builtins.int
+    SYSTEM_UUID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     memory_mib: _builtins.int
     vcpus: _builtins.int
@@ -1419,6 +1428,8 @@ class GuestSpec(_message.Message):
     max_memory_mib: _builtins.int
     """What memory and vCPUs can grow to while the guest runs (AttachToGuest). 0: not at all."""
     max_vcpus: _builtins.int
+    system_uuid: _builtins.str
+    """What the guest reads as its system's uuid (SMBIOS), in lower case. Empty: none."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceSpec]: ...
     @_builtins.property
@@ -1464,10 +1475,11 @@ class GuestSpec(_message.Message):
         max_memory_mib: _builtins.int = ...,
         max_vcpus: _builtins.int = ...,
         display: Global___Display | None = ...,
+        system_uuid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "display", b"display", "policy", b"policy", "tpm", b"tpm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "devices", b"devices", "disks", b"disks", "display", b"display", "extra_args", b"extra_args", "labels", b"labels", "machine", b"machine", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_host_death", b"on_host_death", "policy", b"policy", "tpm", b"tpm", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "cpu", b"cpu", "devices", b"devices", "disks", b"disks", "display", b"display", "extra_args", b"extra_args", "labels", b"labels", "machine", b"machine", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_host_death", b"on_host_death", "policy", b"policy", "system_uuid", b"system_uuid", "tpm", b"tpm", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
