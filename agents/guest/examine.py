@@ -243,6 +243,7 @@ def examine(name: str, process: Process, answers: Mapping[str, Any], here: Here,
         disks=tuple(look.disks),
         nics=tuple(look.nics),
         extra_args=extra,
+        system_uuid=machine.uuid,
     )
     if wished is not None:
         labels, policy, death = wished.labels, wished.policy, wished.on_host_death

@@ -31,6 +31,7 @@ from agents.engine.qemu.qmp import QmpConnection
 from agents.guest import adopting
 from agents.guest.copies import named
 from agents.guest.hardware import disk_files
+from agents.host.commands import ran
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.errors import RefusalReason
 from orchestrator.proc import start_time_of
@@ -175,3 +176,28 @@ async def test_a_socket_of_another_process_is_not_asked(tmp_path: Path) -> None:
     async with by_hand(tmp_path) as hand:
         with pytest.raises(EngineError, match="is that of process"):
             await hand.engine.look_at(1, hand.qmp)
+
+
+RAW = "-drive file={image},format=raw,"
+REFUSED = {
+    "ide": f"{RAW}if=ide",
+    "sata": f"-device ich9-ahci,id=ahci {RAW}if=none,id=more -device ide-hd,drive=more,bus=ahci.0",
+    "scsi": f"-device virtio-scsi-pci,id=scsi {RAW}if=none,id=more -device scsi-hd,drive=more,bus=scsi.0",
+    "chain": "-drive file={chain},format=qcow2,if=none,id=more,cache=none -device virtio-blk-pci,drive=more",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+async def test_a_disk_that_no_other_host_is_given_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    below, chain = tmp_path / "below.qcow2", tmp_path / "chain.qcow2"
+    with (tmp_path / "more.raw").open("wb") as image:
+        image.truncate(1 << 20)
+    await ran("qemu-img", "create", "-q", "-f", "qcow2", str(below), "1M", timeout_s=60)
+    await ran("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(below), str(chain), timeout_s=60)
+    more = [word.format(image=tmp_path / "more.raw", chain=chain) for word in REFUSED[kind].split()]
+    reason = RefusalReason.DISK_NOT_MIGRATABLE if kind == "chain" else RefusalReason.DEVICE_NOT_MIGRATABLE
+    said = "chain.qcow2 of device anon2 stands on another image" if kind == "chain" else "behind virtio"
+    async with by_hand(tmp_path, *more) as hand:
+        against = (await hand.found()).examined.obstacles
+        assert any(each is reason and said in sentence for each, sentence in against), against
+        assert (await hand.found()).examined.running

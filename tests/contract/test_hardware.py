@@ -9,7 +9,7 @@ import shutil
 import socket
 import struct
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from agents.engine.base import (
     DisplayAt,
     EngineError,
     EngineStatus,
+    EngineTimeout,
     HoldStart,
     ImageNotFound,
     OutgoingOptions,
@@ -150,6 +151,8 @@ async def machine_of(vmm: QemuVmm) -> dict[str, Any]:
         }
         found[each["name"]] = (each["type"], places)
     found[""] = await vmm._execute("qom-get", {"path": "/machine", "property": "type"})
+    cpus = await vmm._execute("query-cpus-fast")
+    found["cpu"] = [await vmm._execute("qom-get", {"path": each["qom-path"], "property": "type"}) for each in cpus]
     return found
 
 
@@ -233,6 +236,7 @@ async def test_both_ends_are_the_machine_that_was_listed_and_the_guest_moves(
     there = await machine_of(source)
     assert there == await machine_of(destination)
     assert there.pop("") == f"{listed.type}-machine"
+    assert there.pop("cpu") == [f"{listed.cpu}-x86_64-cpu"] * listed.vcpus  # QEMU would move it to any other
     assert listed.type != machine  # versioned
     assert set(there) == {device.id for device in listed.devices}
     assert await source.unmigratable() == ()
@@ -240,6 +244,66 @@ async def test_both_ends_are_the_machine_that_was_listed_and_the_guest_moves(
     assert await seen_by_guest(source) == await seen_by_guest(destination)
     await destination.resume()
     assert (await destination.state()).run_state is RunState.RUNNING
+
+
+ANOTHER: dict[str, Callable[[LiveMachine], LiveMachine]] = {
+    "machine type": lambda machine: replace(machine, type="pc-q35-9.2"),
+    "vCPUs": lambda machine: replace(machine, vcpus=1),
+    "memory": lambda machine: replace(machine, memory_mib=96),
+    "a device less": lambda machine: replace(
+        machine, devices=tuple(device for device in machine.devices if device.id != "nic-eth0")
+    ),
+}
+"""Machines that are not the guest's."""
+
+
+@pytest.mark.parametrize("what", ANOTHER)
+async def test_another_machine_at_the_destination_loses_the_attempt_and_not_the_guest(ends: Ends, what: str) -> None:
+    """Nothing before the stream tells: which is why both ends are made from one list."""
+    spec = GuestSpec("g", machine="q35", vcpus=2, nics=(NicSpec("eth0", "lab"),))
+    source, listed = await ends.born(spec)
+    destination = await ends.prepared(spec, ANOTHER[what](listed))
+    assert await source.unmigratable() == ()
+    await source.start_outgoing(OutgoingOptions(stream_of(destination.metadata), HoldStart.OPEN, 0, LINK, 300))
+    state = await until(source, lambda s: s.status in (EngineStatus.PARKED, EngineStatus.FAILED), 30)
+    if state.status is EngineStatus.PARKED:
+        with suppress(EngineError):  # it may fail on its own just now
+            await source.proceed()
+    await until(source, lambda s: s.status is EngineStatus.FAILED and s.run_state is RunState.RUNNING, 30)
+
+
+async def test_a_device_program_that_never_answers_ends_the_start_and_leaves_nothing(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shared file system (vhost-user-fs) whose daemon hangs: QEMU waits for it before it answers anybody."""
+    monkeypatch.setattr("agents.engine.qemu.vmm._CONNECT_S", 3.0)
+    at = ends.directory / "fs.sock"
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.bind(str(at))
+        daemon.listen(1)
+        told = (
+            "-object memory-backend-memfd,id=shared,size=64M,share=on",
+            "-numa node,memdev=shared",
+            f"-chardev socket,id=fs,path={at}",
+            "-device vhost-user-fs-pci,chardev=fs,tag=t",
+        )
+        spec = GuestSpec("g", machine="q35", disks=(ROOT,), extra_args=told)
+        files = ends.files("a", spec)
+        files.make()
+        found = await hardware.born(files, "s", await ends.engine.probe())
+        assert found is not None
+        with pytest.raises(EngineTimeout):
+            await ends.engine.start(found.into(files.vmm_spec("s")))
+        await found.remove()
+    assert not list(_processes_of(files.directory))
+
+
+def _processes_of(directory: Path) -> Iterator[bytes]:
+    """Command lines that name it."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(directory).encode() in (words := path.read_bytes()):
+                yield words
 
 
 SYSTEM = "eeeeeeee-1111-4222-8333-abcdefabcdef"

@@ -85,6 +85,7 @@ def test_is_the_guest_that_it_runs() -> None:
         cpu=Cpu("qemu64"),
         disks=(disk0, anon1),
         nics=(NicSpec("anon0", "prod", "52:54:00:12:34:56"),),
+        system_uuid="12345678-1234-1234-1234-123456789abc",
     )
     assert found.running
     assert found.nodes == {"disk0": "d0", "anon1": "#block161"}
