@@ -170,6 +170,7 @@ def machine_to_proto(machine: LiveMachine) -> agent_pb2.LiveMachine:
         base_sha256=machine.base_sha256,
         serials=machine.serials,
         uuid=machine.uuid,
+        cpu_definition=machine.cpu_definition,
     )
 
 
@@ -188,6 +189,7 @@ def machine_from_proto(message: agent_pb2.LiveMachine) -> LiveMachine:
         dict(message.base_sha256),
         message.serials if message.HasField("serials") else 2,
         message.uuid,
+        message.cpu_definition,
     )
 
 

@@ -555,9 +555,11 @@ class MigrationEngine(Protocol):
     async def probe(self) -> dict[str, str]:
         """`version`, `machine_types` (comma separated), `machine_aliases` (`pc=pc-i440fx-10.0,...`), `switchover_ack`
         (none, legacy, per-device), `accelerator`, `devices_inside` (empty: it cannot have devices inside the VMM),
-        `cpu_models` (comma separated, those that it can give in full; empty: it does not say), `limits` (what it cannot
-        do that the hand-over would make use of, a sentence each, separated by `; `; empty or missing: nothing),
-        `against_memory` (why no memory is added to a machine that runs; empty or missing: nothing stands against it).
+        `cpu_models` (comma separated, those that it can give in full; empty: it does not say), `cpu_definitions`
+        (JSON: what models such as `host` are here, in words, by model; empty or missing: no guest has one of them),
+        `limits` (what it cannot do that the hand-over would make use of, a sentence each, separated by `; `; empty or
+        missing: nothing), `against_memory` (why no memory is added to a machine that runs; empty or missing: nothing
+        stands against it).
         """
         ...
 

@@ -27,6 +27,7 @@ from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer, PeerUnavai
 from agents.handover.source import SourceState, restarted_source
 from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command
+from agents.host import pools as host_pools
 from agents.host.journal import KnownRecord
 from agents.nets.taps import NetworkNotFound
 from agents.shims.base import OptionsRefused, ShimError
@@ -106,7 +107,8 @@ class Attempts:
         if described.spec is not None:
             await self._as_it_is_there(described.spec)
         spec = self._files.spec
-        await asyncio.to_thread(hardware.must_agree, self._tools.config, spec, described.machine)
+        cpus = host_pools.cpu_definitions(await preflight.probed(self._tools.engine, self._tools.config.host))
+        await asyncio.to_thread(hardware.must_agree, self._tools.config, spec, described.machine, cpus)
         await asyncio.to_thread(pools.must_be_the_same, self._tools.config, spec, described.pool_tokens)
         await locks.must_be_seen(spec, source, described.locked_pools)
         return described.machine

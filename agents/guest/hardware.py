@@ -30,6 +30,7 @@ from orchestrator.core.compatibility import real_machine
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.hardware import has_hardware
 from orchestrator.core.naming import file_error
+from orchestrator.core.offers import UNNAMED_CPUS, cpu_difference
 from orchestrator.core.records import (
     DiskCache,
     DiskSpec,
@@ -147,6 +148,7 @@ async def born(
                 accelerator=probed["accelerator"],
                 firmware_sha256={role: hashes[role] for role in _roles(spec.boot.firmware) if role in hashes},
                 mac_of=lambda name: mac_address(files.uuid, name),
+                cpu_definitions=pools.cpu_definitions(probed),
                 base_sha256={disk.name: bases[disk.pool, disk.base] for disk in spec.disks if disk.base},
             ),
         )
@@ -421,10 +423,18 @@ def _bases(config: AgentConfig, spec: GuestSpec) -> dict[tuple[str, str], str]:
     return found
 
 
-def must_agree(config: AgentConfig, spec: GuestSpec, machine: LiveMachine) -> None:
-    """The machine as it is at its source can be built here. Blocking. Raises FIRMWARE_NOT_AVAILABLE, and
-    BASE_NOT_AVAILABLE."""
+def must_agree(
+    config: AgentConfig, spec: GuestSpec, machine: LiveMachine, cpus: Mapping[str, str] | None = None
+) -> None:
+    """The machine as it is at its source can be built here. `cpus`: what `host` and its like are here. Blocking.
+
+    Raises CPU_NOT_AVAILABLE, FIRMWARE_NOT_AVAILABLE, and BASE_NOT_AVAILABLE.
+    """
     name = spec.name
+    model = machine.cpu.partition(",")[0]
+    if model in UNNAMED_CPUS and (said := cpu_difference((cpus or {}).get(model, ""), machine.cpu_definition)):
+        told = f"guest {name} was born with the CPU {model} of its host, and that of {config.host} is another one"
+        raise DroverError(RefusalReason.CPU_NOT_AVAILABLE, f"{told} ({said})")
     here_bases = _bases(config, spec)
     for disk in spec.disks:
         born_on, found = machine.base_sha256.get(disk.name, ""), here_bases.get((disk.pool, disk.base), "")

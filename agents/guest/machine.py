@@ -41,6 +41,8 @@ class Facts:
     mac_of: Callable[[str], str]
     """The address of a network card that has none of its own, by the card's name."""
     base_sha256: Mapping[str, str] = field(default_factory=dict[str, str])
+    cpu_definitions: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What models that are another CPU on each host are here."""
     """Of the images that disks' own lie on, by disk."""
 
 
@@ -57,6 +59,7 @@ def born(spec: GuestSpec, facts: Facts) -> LiveMachine:
         max_vcpus=spec.max_vcpus if spec.max_vcpus > spec.vcpus else 0,
         base_sha256=dict(facts.base_sha256),
         uuid=spec.system_uuid,
+        cpu_definition=facts.cpu_definitions.get(spec.cpu.model, ""),
     )
     if can_grow(spec) and not machine.type.startswith("pc"):
         raise MachineError(f"a machine of type {machine.type} cannot be given more while it runs: choose pc or q35")

@@ -17,6 +17,7 @@ from agents.engine.qemu.hold import choose_hold
 from agents.guest import hardware
 from agents.guest.copies import Copy
 from agents.guest.files import GuestFiles
+from agents.host import pools
 from orchestrator.core.agent import ConductOrder
 from orchestrator.core.compatibility import ack_mode, other_engine
 from orchestrator.core.endpoint import Endpoint
@@ -67,6 +68,7 @@ async def must_suit(engine: MigrationEngine, config: AgentConfig, files: GuestFi
         return
     can = await probed(engine, config.host)
     models = tuple(filter(None, can.get("cpu_models", "").split(",")))
+    models += tuple(pools.cpu_definitions(can)) if models else ()
     await asyncio.to_thread(hardware.must_be_possible, config, files.spec, models)
 
 

@@ -1,4 +1,4 @@
-"""What this host offers to guests' hardware: its pools, networks and firmware, as they are now."""
+"""What this host offers to guests' hardware: its pools, networks, firmware and CPU, as they are now."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import structlog
@@ -17,6 +18,13 @@ from agents.host.whole import write_whole
 from orchestrator.core.records import Pool, PoolKind
 
 log = structlog.get_logger(__name__)
+
+
+def cpu_definitions(probed: Mapping[str, str]) -> dict[str, str]:
+    """What CPU models that are another one on each host (`host`, `max`) are here, in words, by model: of what the
+    engine's probe says."""
+    found: dict[str, str] = json.loads(probed.get("cpu_definitions") or "{}")
+    return found
 
 
 def published(config: AgentConfig) -> tuple[Pool, ...]:

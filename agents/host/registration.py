@@ -91,6 +91,7 @@ class Offered:
 
     pools: tuple[Pool, ...] = ()
     cpu_models: tuple[str, ...] = ()
+    cpu_definitions: dict[str, str] = field(default_factory=dict[str, str])
     firmware: dict[str, str] = field(default_factory=dict[str, str])
     features: tuple[str, ...] = _ALWAYS
 
@@ -104,6 +105,7 @@ class Offered:
         return cls(
             pools.published(config),
             tuple(filter(None, probed.get("cpu_models", "").split(","))),
+            pools.cpu_definitions(probed),
             pools.firmware_hashes(config),
             tuple(features),
         )
@@ -115,6 +117,7 @@ class Offered:
         return cls(
             tuple(Pool(name, pool.kind, pool.fence, pool.locks == "none") for name, pool in names),
             tuple(filter(None, probed.get("cpu_models", "").split(","))),
+            pools.cpu_definitions(probed),
             features=cls().features if config.engine == "qemu" else (),
         )
 
@@ -306,6 +309,7 @@ class Registration:
             pools=self._offered.pools,
             networks=tuple(Network(name, each.kind, each.mtu) for name, each in sorted(config.networks.items())),
             cpu_models=self._offered.cpu_models,
+            cpu_definitions=self._offered.cpu_definitions,
             firmware=self._offered.firmware,
             extra_args=config.extra_args_allowed,
             features=self._offered.features,

@@ -19,7 +19,7 @@ from orchestrator.core.records import (
     PoolFence,
     PoolKind,
 )
-from orchestrator.core.text import quoted
+from orchestrator.core.text import handful, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,7 @@ class Offer:
     pools: Mapping[str, Pool] = field(default_factory=dict[str, Pool])
     networks: Mapping[str, Network] = field(default_factory=dict[str, Network])
     cpu_models: frozenset[str] = frozenset()
+    cpu_definitions: Mapping[str, str] = field(default_factory=dict[str, str])
     firmware: Mapping[str, str] = field(default_factory=dict[str, str])
     extra_args: frozenset[str] = frozenset()
     features: frozenset[str] = frozenset()
@@ -120,6 +121,7 @@ def offer_of(record: HostRecord, space: HostSpace | None, promised: Iterable[Map
         {pool.name: pool for pool in record.pools},
         {network.name: network for network in record.networks},
         frozenset(record.cpu_models),
+        record.cpu_definitions,
         record.firmware,
         frozenset(record.extra_args),
         frozenset(record.features),
@@ -264,12 +266,27 @@ def _network_obstacle(name: str, mtu: int, guest: str, offer: Offer, source: Off
 
 def _cpu_obstacle(model: str, guest: str, offer: Offer, source: Offer | None) -> Obstacle | None:
     if model in UNNAMED_CPUS and source is not None:
-        said = f"{guest} sees the CPU {model} of {source.name}, which is another one on each host"
-        return RefusalReason.CPU_NOT_AVAILABLE, f"{said}: start it anew with a named model"
-    if model and offer.cpu_models and model not in offer.cpu_models:
+        here, there = offer.cpu_definitions.get(model, ""), source.cpu_definitions.get(model, "")
+        if said := cpu_difference(here, there):
+            told = f"{guest} sees the CPU {model} of {source.name}, and that of {offer.name} is another one"
+            return RefusalReason.CPU_NOT_AVAILABLE, f"{told} ({said}): start it anew with a named model"
+        return None
+    known = model in offer.cpu_models or model in offer.cpu_definitions
+    if model and offer.cpu_models and not known:
         said = f"{offer.name} cannot give all of the CPU model {model}, which {guest} is to see"
         return RefusalReason.CPU_NOT_AVAILABLE, said
     return None
+
+
+def cpu_difference(here: str, there: str) -> str:
+    """What of a CPU (`cpu_definition`) is another one at a destination than at the source, as a clause; empty: nothing,
+    and both say what it is."""
+    if not here or not there:
+        return "what it is there is not known" if there else "what it is at its own host is not known"
+    one, other = set(here.split()), set(there.split())
+    more, less = sorted(one - other), sorted(other - one)
+    said = [f"more: {handful(more, ', ')}"] if more else []
+    return "; ".join([*said, *([f"less: {handful(less, ', ')}"] if less else [])])
 
 
 _ROLES = {Firmware.UEFI: "uefi_code", Firmware.BIOS: "bios"}

@@ -260,6 +260,8 @@ class LiveMachine(Record):
     """Serial ports. The first is the guest's console, the second leads to its device process."""
     uuid: str = ""
     """What the guest reads as its system's uuid; empty: none."""
+    cpu_definition: str = ""
+    """Of a model that is another CPU on each host: what it was where the guest was born, in words."""
 
 
 class PoolKind(StrEnum):
@@ -365,6 +367,8 @@ class HostRecord(Record):
     networks: tuple[Network, ...] = ()
     cpu_models: tuple[str, ...] = ()
     """That its VMM can give in full under its accelerator."""
+    cpu_definitions: dict[str, str] = field(default_factory=dict[str, str])
+    """What models that are another CPU on each host (`host`, `max`) are on this one, in words, by model."""
     firmware: dict[str, str] = field(default_factory=dict[str, str])
     """Role of a file (`bios`, `uefi_code`, `uefi_vars`) -> its SHA-256. Firmware is part of the machine: equal at both
     ends of a migration, or the guest does not move."""

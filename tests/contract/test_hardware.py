@@ -37,6 +37,7 @@ from agents.guest import hardware
 from agents.guest.files import GuestFiles
 from agents.guest.hardware import Hardware
 from agents.host.commands import ran
+from agents.host.pools import cpu_definitions
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import (
@@ -177,6 +178,7 @@ KINDS = {
     "disks": GuestSpec("g", disks=(ROOT, DATA)),
     "threads": GuestSpec("g", vcpus=2, disks=(replace(ROOT, iothread=True), replace(DATA, iothread=True))),
     "cpu": GuestSpec("g", vcpus=2, cpu=Cpu("Nehalem"), extra_args=("-device virtio-rng-pci",)),
+    "cpu of the host": GuestSpec("g", vcpus=2, cpu=Cpu("max")),
     "cards": GuestSpec("g", vcpus=2, nics=CARDS),
     "bios": GuestSpec(
         "g",
@@ -554,6 +556,21 @@ async def test_an_image_without_a_size_must_be_there_and_one_that_was_made_goes_
 async def test_a_cpu_that_cannot_be_given_in_full_does_not_start(ends: Ends) -> None:
     with pytest.raises(EngineError, match="support requested feature"):
         await ends.born(GuestSpec("g", cpu=Cpu("Skylake-Server")))
+
+
+async def test_a_cpu_of_the_hosts_own_moves_between_equal_hosts_only(ends: Ends) -> None:
+    spec = GuestSpec("g", cpu=Cpu("max"))
+    _, machine = await ends.born(spec)
+    config, here = ends.files("b", spec).config, cpu_definitions(await ends.engine.probe())
+    assert machine.cpu_definition == here["max"]
+    assert {"sse2", "lm", "qemu=" + (await ends.engine.probe())["version"]} <= set(here["max"].split())
+    hardware.must_agree(config, spec, machine, here)
+    older = " ".join(word for word in here["max"].split() if word != "avx2") + " family=6"
+    with pytest.raises(DroverError, match="more: family=6; less: avx2") as refused:
+        hardware.must_agree(config, spec, machine, {"max": older})
+    assert refused.value.reason is RefusalReason.CPU_NOT_AVAILABLE
+    with pytest.raises(DroverError, match="not known"):  # born under an agent that noted nothing down
+        hardware.must_agree(config, spec, replace(machine, cpu_definition=""), here)
 
 
 async def test_firmware_of_another_build_is_refused(ends: Ends) -> None:

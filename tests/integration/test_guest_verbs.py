@@ -36,6 +36,7 @@ GUEST = """
 name: sat-at
 memory: 64MiB
 machine: q35
+cpu: {model: max}
 disks:
   - {name: data, pool: shared, image: brought-in.raw, format: raw}
 labels: {team: blue}

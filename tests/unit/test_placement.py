@@ -442,10 +442,26 @@ def test_room_in_local_pools_is_what_is_free_less_what_is_promised() -> None:
     assert judged(WHOLE, resv=Reservations.of({}))[0] is None
 
 
-def test_a_cpu_that_is_another_one_on_each_host_does_not_move() -> None:
-    found, message = judged(replace(WHOLE, cpu_models=("max",)), replace(SHOP, cpu=Cpu("max")))
+def test_a_cpu_of_the_hosts_own_moves_to_equal_hosts_only() -> None:
+    spec = replace(SHOP, cpu=Cpu("max"))
+
+    def going(here: str, there: str) -> tuple[RefusalReason | None, str]:
+        """From a host where it is `there` to one where it is `here`."""
+
+        def at(name: str, words: str) -> HostInput:
+            definitions = {"max": words} if words else {}
+            return HostInput(replace(WHOLE, name=name, cpu_definitions=definitions), True, Cordon(), Reservations())
+
+        source, host = host_views([at("h1", there), at("h2", here)], [])
+        verdict = judge(host, need_for(spec, guest="g", source="h1"), source=source)
+        return verdict.reason, verdict.message
+
+    assert going("avx lm qemu=10.0.2", "avx lm qemu=10.0.2") == (None, "")
+    found, message = going("avx lm qemu=10.0.2", "lm qemu=11.1.3 sse4a")
     assert found is RefusalReason.CPU_NOT_AVAILABLE
-    assert "start it anew with a named model" in message
+    assert "(more: avx, qemu=10.0.2; less: qemu=11.1.3, sse4a): start it anew with a named model" in message
+    for here, there in (("", "lm"), ("lm", ""), ("", "")):
+        assert going(here, there)[0] is RefusalReason.CPU_NOT_AVAILABLE
 
 
 def test_a_guest_without_hardware_asks_nothing_of_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class QemuEngine(base.MigrationEngine, base.AdoptingEngine):
             "accelerator": self._accelerator,
             "against_memory": _AGAINST_MEMORY if self._accelerator == "tcg" else "",
             "cpu_models": ",".join(features.cpu_models),
+            "cpu_definitions": json.dumps(dict(features.cpu_definitions)),
         }
 
     async def start(self, spec: base.VmmSpec) -> QemuVmm:

@@ -39,6 +39,8 @@ class Features:
     """Commands that take what to connect to as data (`channels`) and not only as a URI; since 8.2."""
     cpu_models: tuple[str, ...] = ()
     """That it can give in full under this accelerator, `host` and its like left out."""
+    cpu_definitions: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What `host` and `max` are here, in words: two hosts of the same words give a guest the same CPU."""
 
 
 async def read_features(binary: str, accelerator: str) -> Features:
@@ -64,6 +66,7 @@ async def read_features(binary: str, accelerator: str) -> Features:
     connection = QmpConnection("probe")
     vfio: list[dict[str, Any]] = []
     cpus: list[dict[str, Any]] = []
+    definitions: dict[str, dict[str, Any]] = {}
     try:
         async with bounded("probe of QEMU", 10.0):
             connection = await _first_answer(socket, child, binary, directory / "log")
@@ -72,6 +75,8 @@ async def read_features(binary: str, accelerator: str) -> Features:
         schema = await connection.execute("query-qmp-schema", timeout_s=4.0)
         with contextlib.suppress(EngineError):  # one that does not say: every model may be tried then
             cpus = await connection.execute("query-cpu-definitions", timeout_s=4.0)
+        with contextlib.suppress(EngineError):  # one that does not say: no guest is given one of these then
+            definitions = await _cpu_definitions(connection, accelerator)
         with contextlib.suppress(EngineError):  # a QEMU without that device
             vfio = await connection.execute("device-list-properties", {"typename": "vfio-pci"})
     except EngineError as error:
@@ -83,7 +88,44 @@ async def read_features(binary: str, accelerator: str) -> Features:
         await asyncio.to_thread(shutil.rmtree, directory, True)
     found = features_of(version, machines, schema, {entry["name"] for entry in vfio})
     whole = (cpu["name"] for cpu in cpus if cpu.get("unavailable-features") == [] and cpu.get("migration-safe"))
-    return replace(found, cpu_models=tuple(sorted(whole)))
+    addresses = await asyncio.to_thread(_address_sizes) if accelerator == "kvm" else ""
+    told = {model: cpu_words(props, found.version, addresses) for model, props in definitions.items()}
+    return replace(found, cpu_models=tuple(sorted(whole)), cpu_definitions=told)
+
+
+async def _cpu_definitions(connection: QmpConnection, accelerator: str) -> dict[str, dict[str, Any]]:
+    """Properties of the models that are another CPU on each host, as far as guests can have them here."""
+    kvm = bool((await connection.execute("query-kvm"))["enabled"])
+    if kvm != (accelerator == "kvm"):
+        return {}  # QEMU fell back: its guests' CPU is not seen here
+    found: dict[str, dict[str, Any]] = {}
+    for model in ("host", "max") if kvm else ("max",):
+        asked = {"type": "full", "model": {"name": model}}
+        found[model] = (await connection.execute("query-cpu-model-expansion", asked, timeout_s=4.0))["model"]["props"]
+    return found
+
+
+_CPU_VALUES = frozenset(
+    "vendor family model stepping model-id level xlevel level-func7 min-level min-xlevel phys-bits ucode-rev".split()
+)
+"""Of a CPU model's properties, beside its features: what the guest reads of them."""
+
+
+def cpu_words(props: Mapping[str, Any], version: str, addresses: str = "") -> str:
+    """What a CPU is, in sorted words. `version` is part of it: what no property says is QEMU's own business."""
+    words = {name.replace("_", "-") for name, value in props.items() if value is True}
+    words |= {f"{name}={value}".replace(" ", "-") for name, value in props.items() if name in _CPU_VALUES and value}
+    return " ".join(sorted({*words, f"qemu={version}", *([f"addresses={addresses}"] if addresses else [])}))
+
+
+def _address_sizes() -> str:
+    """Blocking. Of the host's CPU, which its guests have under KVM; empty: the kernel does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "address sizes":
+                return value.strip().replace(" ", "-")
+    return ""
 
 
 async def _first_answer(socket: Path, child: subprocess.Popen[bytes], binary: str, log: Path) -> QmpConnection:

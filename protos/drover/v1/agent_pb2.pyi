@@ -1625,6 +1625,7 @@ class LiveMachine(_message.Message):
     BASE_SHA256_FIELD_NUMBER: _builtins.int
     SERIALS_FIELD_NUMBER: _builtins.int
     UUID_FIELD_NUMBER: _builtins.int
+    CPU_DEFINITION_FIELD_NUMBER: _builtins.int
     type: _builtins.str
     """Versioned machine type."""
     cpu: _builtins.str
@@ -1638,6 +1639,8 @@ class LiveMachine(_message.Message):
     """Serial ports; an agent of an older version does not say, and means 2."""
     uuid: _builtins.str
     """What the guest reads as its system's uuid; empty: none."""
+    cpu_definition: _builtins.str
+    """Of a CPU model that is another one on each host: what it was where the guest was born."""
     @_builtins.property
     def firmware_sha256(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -1661,10 +1664,11 @@ class LiveMachine(_message.Message):
         base_sha256: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         serials: _builtins.int | None = ...,
         uuid: _builtins.str = ...,
+        cpu_definition: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_serials", b"_serials", "serials", b"serials"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_serials", b"_serials", "base_sha256", b"base_sha256", "cpu", b"cpu", "devices", b"devices", "firmware", b"firmware", "firmware_sha256", b"firmware_sha256", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "serials", b"serials", "type", b"type", "uuid", b"uuid", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_serials", b"_serials", "base_sha256", b"base_sha256", "cpu", b"cpu", "cpu_definition", b"cpu_definition", "devices", b"devices", "firmware", b"firmware", "firmware_sha256", b"firmware_sha256", "max_memory_mib", b"max_memory_mib", "max_vcpus", b"max_vcpus", "memory_mib", b"memory_mib", "serials", b"serials", "type", b"type", "uuid", b"uuid", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__serials: _TypeAlias = _typing.Literal["serials"]  # noqa: Y015
     _WhichOneofArgType__serials: _TypeAlias = _typing.Literal["_serials", b"_serials"]  # noqa: Y015
