@@ -1,35 +1,5 @@
-"""Small files that are whole or as they were before, whenever whoever writes them dies. Blocking."""
+"""What the agents call it by."""
 
-from __future__ import annotations
+from orchestrator.whole import flush, write_whole
 
-import contextlib
-import os
-from pathlib import Path
-
-
-def write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
-    """`data` takes the place of what the file held. `durable`: it outlives a power loss once this returns.
-
-    Raises OSError; the file is as it was then.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_bytes(data)
-        if durable:
-            flush(temporary)
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    if durable:
-        flush(path.parent)
-
-
-def flush(path: Path) -> None:
-    """A file's content, or the names in a directory, outlive a power loss once this returns. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+__all__ = ["flush", "write_whole"]
