@@ -194,6 +194,7 @@ def prepared_to_proto(prepared: Prepared) -> agent_pb2.PrepareDestinationRespons
         peer=endpoint_to_proto(prepared.peer),
         machine=prepared.machine,
         switchover_ack=prepared.switchover_ack,
+        tls=prepared.tls,
     )
 
 
@@ -205,6 +206,7 @@ def prepared_from_proto(message: agent_pb2.PrepareDestinationResponse | agent_pb
         endpoint_from_proto(message.peer, field="peer"),
         message.machine,
         message.switchover_ack,
+        message.tls,
     )
 
 
@@ -224,6 +226,7 @@ def conduct_order_to_proto(order: ConductOrder) -> agent_pb2.ConductAttemptReque
         previous_reason=order.previous_reason,
         machine=order.prepared.machine,
         switchover_ack=order.prepared.switchover_ack,
+        tls=order.prepared.tls,
         shard=order.shard,
     )
 

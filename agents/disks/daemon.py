@@ -18,7 +18,8 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from agents.disks.images import DiskError
-from agents.engine.base import DiskFile, EngineError
+from agents.engine.base import DiskFile, EngineError, StreamTls
+from agents.engine.qemu import tls as secure
 from agents.engine.qemu.qmp import QmpConnection
 from agents.host.processes import Watched, gated, let_in, note_down, spawned, tail_of
 from agents.host.scopes import scoped
@@ -31,12 +32,17 @@ _START_S = 8.0
 _END_S = 5.0
 _RELEASE_S = 5.0
 _MAX_SOCKET_PATH = 107
+_STRANGERS = 64
+"""Connections beside those of the disks, where strangers are turned away: QEMU counts them until they are, which takes
+it ten seconds for one that says nothing."""
 
 
 class DiskDaemon:
     """Handle to the process; see the module. Every call is bounded and raises DiskError."""
 
-    def __init__(self, directory: Path, watched: Watched, endpoint: Endpoint) -> None:
+    def __init__(self, directory: Path, watched: Watched, endpoint: Endpoint, *, secure: bool = False) -> None:
+        self.secure = secure
+        """It lets in nobody without the certificate of its sender."""
         self._directory = directory
         self._process = watched
         self._qmp = QmpConnection("disks", None)
@@ -44,24 +50,25 @@ class DiskDaemon:
         """Where its NBD server listens."""
 
     @classmethod
-    async def start(cls, directory: Path, ip: str, disks: int) -> DiskDaemon:
-        """One that listens at `ip` and exports nothing yet. Raises DiskError; no process is left then."""
+    async def start(cls, directory: Path, ip: str, disks: int, tls: StreamTls | None = None) -> DiskDaemon:
+        """One that listens at `ip` and exports nothing yet; with `tls` only one sender is let in. Raises DiskError; no
+        process is left then."""
         if len(os.fsencode(_path(directory, "qmp"))) > _MAX_SOCKET_PATH:
             raise DiskError(f"{_path(directory, 'qmp')}: too long for a socket, use a shorter state directory")
         family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         try:
             with socket.create_server((ip, 0), family=family, backlog=disks + 1) as listening:
                 port = int(listening.getsockname()[1])
-                child = await spawned(lambda: _spawn(directory, listening.fileno(), disks))
+                child = await spawned(lambda: _spawn(directory, listening.fileno(), disks, tls))
         except OSError as error:
             raise DiskError(f"cannot listen at {ip} for disks: {error}") from error
         try:
             watched, start_time = await Watched.adopt_child(child)
         except LivenessUnknown as error:
             raise DiskError(f"{_PROGRAM} cannot be watched, and was ended: {error}") from error
-        started = cls(directory, watched, Endpoint(ip, port))
+        started = cls(directory, watched, Endpoint(ip, port), secure=tls is not None)
         try:
-            note = {"pid": child.pid, "start_time": start_time, "ip": ip, "port": port}
+            note = {"pid": child.pid, "start_time": start_time, "ip": ip, "port": port, "tls": tls is not None}
             note_down(_path(directory, "note"), note)
             let_in(child)
             await started._connected(_START_S)
@@ -86,7 +93,7 @@ class DiskDaemon:
             raise DiskError(f"{_path(directory, 'json')}: the note of a storage daemon: {error}") from error
         if watched is None:
             return None
-        found = cls(directory, watched, endpoint)
+        found = cls(directory, watched, endpoint, secure=bool(note.get("tls")))
         try:
             await found._connected(_START_S / 2)
         except DiskError:  # of no use to anybody: what it has open is made anew
@@ -102,6 +109,11 @@ class DiskDaemon:
         """Ids of the images that can be written to now."""
         with _as_disk_error("exports"):
             return frozenset(str(each["id"]) for each in await self._qmp.execute("query-block-exports"))
+
+    async def only_from(self, tls: StreamTls) -> None:
+        """From now on only that sender. Raises DiskError."""
+        with _as_disk_error("its sender"):
+            await secure.anew(self._qmp.execute, secure.sender(tls, secure.NBD_CLIENT))
 
     async def export(self, disk: DiskFile, image: str) -> None:
         """Open the disk's image and let one connection write to it, under the name `image`. Raises DiskError."""
@@ -171,9 +183,15 @@ class DiskDaemon:
             raise DiskError(f"no answer in {timeout_s:g} s") from None
 
 
-async def open_daemon(directory: Path, ip: str, disks: Sequence[DiskFile]) -> DiskDaemon:
-    """The daemon that runs for this guest, or a new one. Raises DiskError."""
-    return await DiskDaemon.adopt(directory) or await DiskDaemon.start(directory, ip, len(disks))
+async def open_daemon(directory: Path, ip: str, disks: Sequence[DiskFile], tls: StreamTls | None = None) -> DiskDaemon:
+    """The daemon that runs for this guest, or a new one; one that lets in others than it has to is ended. Raises
+    DiskError."""
+    found = await DiskDaemon.adopt(directory)
+    if found is not None and found.secure == (tls is not None):
+        return found
+    if found is not None:
+        await found.destroy()
+    return await DiskDaemon.start(directory, ip, len(disks), tls)
 
 
 async def _end_unnoted(directory: Path) -> None:
@@ -198,7 +216,7 @@ def _as_disk_error(what: str) -> Generator[None]:
         raise DiskError(f"{what}: {error or 'no end in time'}") from error
 
 
-def _spawn(directory: Path, descriptor: int, disks: int) -> subprocess.Popen[bytes]:
+def _spawn(directory: Path, descriptor: int, disks: int, tls: StreamTls | None) -> subprocess.Popen[bytes]:
     """One that begins once it is noted down (`let_in`). Blocking. The session of its own lets it outlive this process.
 
     Raises DiskError.
@@ -206,8 +224,13 @@ def _spawn(directory: Path, descriptor: int, disks: int) -> subprocess.Popen[byt
     if shutil.which(_PROGRAM) is None:
         raise DiskError(f"there is no program {_PROGRAM}: install qemu-system-common")
     monitor = f"socket,id=qmp,path={str(_path(directory, 'qmp')).replace(',', ',,')},server=on,wait=off"
-    server = f"addr.type=fd,addr.str={descriptor},max-connections={disks}"
-    command = [_PROGRAM, "--chardev", monitor, "--monitor", "chardev=qmp", "--nbd-server", server]
+    server = f"addr.type=fd,addr.str={descriptor},max-connections={disks if tls is None else disks + _STRANGERS}"
+    command = [_PROGRAM, "--chardev", monitor, "--monitor", "chardev=qmp"]
+    if tls is not None:
+        objects = (secure.server_credentials(tls, secure.NBD_SERVER), secure.sender(tls, secure.NBD_CLIENT))
+        command += [word for each in objects for word in ("--object", json.dumps(each))]
+        server += f",tls-creds={secure.NBD_SERVER},tls-authz={secure.NBD_CLIENT}"
+    command += ["--nbd-server", server]
     with _path(directory, "log").open("ab") as log:
         try:
             return subprocess.Popen(

@@ -10,7 +10,7 @@ import structlog
 
 from agents.disks.daemon import DiskDaemon, open_daemon
 from agents.disks.images import DiskError, Images
-from agents.engine.base import DiskFile
+from agents.engine.base import DiskFile, StreamTls
 from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
 from orchestrator.core.endpoint import Endpoint
 
@@ -39,10 +39,12 @@ class LocalImages:
         self._images = images_of(directory)
         self._daemon: DiskDaemon | None = None
 
-    async def ready(self) -> None:
-        """Every disk has an image that its source can write to: the one of an attempt before, if it is worth anything,
-        or a new one."""
-        daemon, exported = await self._answering()
+    async def ready(self, tls: StreamTls | None = None) -> None:
+        """Every disk has an image that its source can write to, and with `tls` nobody else: the one of an attempt
+        before, if it is worth anything, or a new one."""
+        daemon, exported = await self._answering(tls)
+        if tls is not None:
+            await daemon.only_from(tls)
         for disk in self._disks:
             known = self._images.known().get(disk.name)
             if known is not None and known.image in exported:
@@ -52,10 +54,12 @@ class LocalImages:
             await asyncio.to_thread(self._images.opened, disk.name)
             await daemon.export(disk, known.image)
 
-    async def _answering(self) -> tuple[DiskDaemon, frozenset[str]]:
+    async def _answering(self, tls: StreamTls | None) -> tuple[DiskDaemon, frozenset[str]]:
         """The daemon, and what it exports. One that is dead, or that does not answer, is ended, and another is started:
         what the first had open is made anew."""
-        daemon = self._daemon = self._daemon or await open_daemon(self._directory, self._listen_ip, self._disks)
+        if self._daemon is not None and self._daemon.secure != (tls is not None):
+            await self._ended()
+        daemon = self._daemon = self._daemon or await open_daemon(self._directory, self._listen_ip, self._disks, tls)
         try:
             return daemon, await daemon.exported()
         except DiskError as error:
@@ -63,7 +67,7 @@ class LocalImages:
                 "a storage daemon does not answer: it is ended", directory=str(self._directory), error=str(error)
             )
         await self._ended()
-        daemon = self._daemon = await open_daemon(self._directory, self._listen_ip, self._disks)
+        daemon = self._daemon = await open_daemon(self._directory, self._listen_ip, self._disks, tls)
         return daemon, await daemon.exported()
 
     def there(self) -> tuple[ImageThere, ...]:

@@ -289,6 +289,8 @@ class VmmSpec:
     """Image of the NoCloud data source."""
     vnc_listen: str = ""
     """IP address that the screen of a guest with one is served at; empty: a unix socket in `directory` alone."""
+    tls: StreamTls | None = None
+    """Destination only: what the stream comes in by. None: unprotected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +319,16 @@ def stream_of(metadata: VmmMetadata) -> Endpoint:
         return Endpoint.parse(metadata.endpoint.removeprefix("tcp:"))
     except ValueError as error:
         raise EngineError(f"VMM {metadata.inc} listens at no address: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTls:
+    """With whom a guest's memory and disks are exchanged, and what this host proves itself with."""
+
+    directory: Path
+    """This host's certificate, key and authority under the names that QEMU knows: see `host.streams`."""
+    peer: str
+    """Incoming: subject of the one certificate that may send. Outgoing: the name in the one that may receive."""
 
 
 class HoldStart(StrEnum):
@@ -350,6 +362,8 @@ class OutgoingOptions:
     sharing: Callable[[], int] = _alone
     """How many outgoing migrations share the link, asked whenever the gate opens (also by a repeated `release`): what
     is left of the guest must fit into the downtime limit at that share of the rate."""
+    tls: StreamTls | None = None
+    """What the stream goes out by, over one channel or several. None: unprotected."""
     copy: str = ""
     """The destination's copy (`inc`) that the stream is for. An engine that speaks to the agent there names it."""
 
@@ -361,6 +375,8 @@ class DiskTarget:
     disk: str
     image: str
     endpoint: Endpoint
+    tls: StreamTls | None = None
+    """None: unprotected."""
 
 
 class DiskCopies(Protocol):

@@ -29,6 +29,7 @@ from agents.handover.source_shell import SourceShell
 from agents.handover.words import Command
 from agents.host import pools as host_pools
 from agents.host.journal import KnownRecord
+from agents.host.streams import agreed
 from agents.nets.taps import NetworkNotFound
 from agents.shims.base import OptionsRefused, ShimError
 from agents.shims.block import SourceDisks
@@ -88,7 +89,8 @@ class Attempts:
             machine = await self._machine_at(order, owner)
             await self._judged(owner, lambda source: preflight.must_have_networks(self._files, source))
             await preflight.must_fit(self._tools.engine, self._tools.config, self._files)
-            arrival, prepared, first = await self._make_arrival(order, machine)
+            tls = self._tools.streams.from_host(owner.host) if self._tools.streams is not None else None
+            arrival, prepared, first = await self._make_arrival(order, machine, tls)
             self._receive(arrival, first)
         self._tools.changed()
         return prepared
@@ -147,7 +149,7 @@ class Attempts:
             judge(await self._guest.registered(host.host))
 
     async def _make_arrival(
-        self, order: PrepareOrder, machine: LiveMachine | None
+        self, order: PrepareOrder, machine: LiveMachine | None, tls: engine.StreamTls | None
     ) -> tuple[Arrival, Prepared, tuple[Command, ...]]:
         ref, inc = order.attempt, secrets.token_hex(8)
         images = self._guest.images
@@ -155,9 +157,10 @@ class Attempts:
             with self._guest.being_made():
                 if images is not None:
                     self._files.make()
-                    await images.ready()
+                    await images.ready(tls)
+                channels = order.multifd_channels
                 copy = await making.prepare(
-                    self._tools.engine, self._files, inc, ref.migration, ref.attempt, order.multifd_channels, machine
+                    self._tools.engine, self._files, inc, ref.migration, ref.attempt, channels, machine, tls
                 )
                 self._guest.add(copy)
         except (engine.EngineError, ShimError, DiskError, OSError) as error:
@@ -180,7 +183,7 @@ class Attempts:
         made = copy.vmm.metadata
         stream = replace(engine.stream_of(made), ip=config.address)
         acks = (await preflight.probed(self._tools.engine, self._tools.here.host))["switchover_ack"]
-        prepared = Prepared(inc, stream, peer_here, made.machine, acks)
+        prepared = Prepared(inc, stream, peer_here, made.machine, acks, tls is not None)
         return Arrival(shell, copy, peer, prepared), prepared, first
 
     def _destination_shell(
@@ -289,7 +292,9 @@ class Attempts:
             acks=AckLedger(stopped=paused),
         )
         peer = self._tools.peers.destination(str(order.prepared.peer), order.attempt, order.prepared.inc)
+        tls = agreed(tools.streams, order.destination.host, offered=order.prepared.tls)
         options = preflight.outgoing(order, tools.config, self._files, tools.departures, paused=paused)
+        options = replace(options, tls=tls)
         departure = self._departure(own, session, peer, order.policy, options, order.destination.host)
         own.disks_engaged = bool(own.local_disks)
         departure.shell.ledger.judged = (judged.record, judged.version)
@@ -315,7 +320,7 @@ class Attempts:
             options,
             session_number(state.ref),
             in_vmm=copy.in_vmm(),
-            disks=SourceDisks(copy.vmm.disks, state.inc) if copy.local_disks else None,
+            disks=SourceDisks(copy.vmm.disks, state.inc, options.tls) if copy.local_disks else None,
             retire_disks=copy.retire_disks,
         )
         return Departure(shell, copy, peer, destination, tools.journal, tools.metrics, tools.changed)

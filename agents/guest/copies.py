@@ -25,6 +25,7 @@ from agents.engine.base import (
     MigrationEngine,
     RunState,
     RunStateChanged,
+    StreamTls,
     Vmm,
     VmmDied,
     VmmMetadata,
@@ -298,17 +299,19 @@ async def prepare(
     attempt: int,
     multifd_channels: int,
     machine: LiveMachine | None = None,
+    tls: StreamTls | None = None,
 ) -> Copy:
     """A paused copy that waits for the stream of one attempt. Raises as `start` does.
 
     What it writes when it becomes the guest has its room from here on. `machine`: as the guest has it at its source.
+    `tls`: what the stream is to come in by.
     """
     files.make()
     files.reserve_marker(inc)
     hardware = await standing.make(files, inc, machine) if machine is not None else None
     async with _on(hardware), _plugged(files.taps(inc)):
         devices = await holding.launch(files, inc, incoming=True)
-        spec = _vmm_spec(files, inc, hardware, multifd_channels=multifd_channels)
+        spec = replace(_vmm_spec(files, inc, hardware, multifd_channels=multifd_channels), tls=tls)
         vmm = await _with_devices(devices, engine.prepare_incoming(spec, migration, attempt))
     return Copy(files, vmm, devices, hardware, running=False)
 

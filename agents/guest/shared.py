@@ -13,6 +13,7 @@ from agents.engine.base import MigrationEngine
 from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
+from agents.host.streams import Streams
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.ledger.store import Store
 
@@ -57,3 +58,5 @@ class AgentShared:
     adopting: asyncio.Lock
     """Held while a process that somebody else started becomes a guest's: never two guests'."""
     pool_locks: PoolLocks
+    streams: Streams | None = None
+    """None: this host has no identity, and memory and disks go unprotected."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 
-from agents.engine.base import DiskCopies, DiskFailed, DiskReady, DiskTarget, EngineError, EngineEvent
+from agents.engine.base import DiskCopies, DiskFailed, DiskReady, DiskTarget, EngineError, EngineEvent, StreamTls
 from orchestrator.core.agent import DiskProgress
 from orchestrator.core.disks import Copying, ImageThere, SourceSide, SyncPoint, copying
 
@@ -23,9 +23,10 @@ class DiskTrouble(Exception):
 
 
 class SourceDisks:
-    """Of one attempt. `inc` names the sync point that its drain makes."""
+    """Of one attempt. `inc` names the sync point that its drain makes; `tls` is what they go out by."""
 
-    def __init__(self, copies: DiskCopies, inc: str) -> None:
+    def __init__(self, copies: DiskCopies, inc: str, tls: StreamTls | None = None) -> None:
+        self._tls = tls
         self._copies = copies
         self._inc = inc
         self._ready: dict[str, asyncio.Future[None]] = {}
@@ -91,7 +92,7 @@ class SourceDisks:
             raise DiskTrouble(disk, said)
         how = self.copied[disk] = copying(here, there.side)
         try:
-            await self._copies.connect_disk(DiskTarget(disk, there.side.image, there.endpoint))
+            await self._copies.connect_disk(DiskTarget(disk, there.side.image, there.endpoint, self._tls))
             if how is Copying.INCREMENT:
                 await self._copies.increment(disk, here.since)
                 return

@@ -82,6 +82,8 @@ class Prepared:
     """The machine type that it really has; the source's must be the same. Empty: not known."""
     switchover_ack: str = ""
     """How its VMM handles ACKs (none, legacy, per-device); likewise."""
+    tls: bool = False
+    """It takes memory and disks by TLS only, and only from the guest's host."""
 
 
 # --- events -----------------------------------------------------------------------------------------------------------

@@ -11,10 +11,13 @@ thousand guests costs no read while nothing moves. What is added to kazoo is one
 
 from __future__ import annotations
 
+import socket
+import ssl
 import struct
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from kazoo import client as kazoo_client
@@ -23,6 +26,7 @@ from kazoo.protocol.paths import _prefix_root
 from kazoo.protocol.serialization import write_string
 
 from orchestrator.ledger.kazoo_connection import Connection, Handler
+from orchestrator.pki.files import CA, CERT, KEY
 
 _PERSISTENT_RECURSIVE = 1
 CONNECT_S = 1.5
@@ -74,28 +78,68 @@ class _Watchers(defaultdict[str, set[Any]]):
         return super().pop(path, *default)
 
 
+def secured(directory: Path) -> ssl.SSLContext:
+    """What a client with the identity in `directory` proves itself with, and how it examines a server: by our authority
+    alone, and by its name. Read anew for each connection, since certificates are renewed.
+
+    Raises OSError (also ssl.SSLError) for files that cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(directory / CA)
+    context.load_cert_chain(directory / CERT, directory / KEY)
+    return context
+
+
 class _Handler(Handler):
-    """Connects within CONNECT_S, and knows which server was tried last.
+    """Connects within CONNECT_S, and knows which server was tried last, and why that was in vain.
 
     By itself kazoo gives a server that does not even answer the connection the whole time of the session, which is
     over then: one host without power would end the session of every client that tries it first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Path | None, server_name: str) -> None:
         super().__init__()
+        self._tls = tls
+        self._server_name = server_name
         self.tried: tuple[str, int] | None = None
+        self.failed = ""
 
     def create_connection(self, address: tuple[str, int], timeout: float = CONNECT_S, **kwargs: Any) -> Any:
         self.tried = tuple(address[:2])
-        return super().create_connection(address=address, timeout=min(timeout, CONNECT_S), **kwargs)
+        bound_s = min(timeout, CONNECT_S)
+        try:
+            if self._tls is None:
+                made = super().create_connection(address=address, timeout=bound_s, **kwargs)
+            else:
+                made = self._secure_connection(address, bound_s, self._tls)
+        except OSError as error:
+            self.failed = str(error)
+            raise
+        self.failed = ""
+        return made
+
+    def _secure_connection(self, address: tuple[str, int], bound_s: float, tls: Path) -> ssl.SSLSocket:
+        """kazoo's own would trust every authority that the system does."""
+        context = secured(tls)
+        made = socket.create_connection(address, bound_s)
+        try:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return context.wrap_socket(made, server_hostname=self._server_name)
+        except BaseException:
+            made.close()
+            raise
 
 
 class TreeClient(KazooClient):
-    """`KazooClient` with `add_tree_watch_async` and `on_tree`; of several servers it tries the one that failed last."""
+    """`KazooClient` with `add_tree_watch_async` and `on_tree`; of several servers it tries the one that failed last.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    `tls`: directory of the identity with which it connects by TLS, to servers of that name only; None: unprotected.
+    """
+
+    def __init__(self, *args: Any, tls: Path | None = None, server_name: str = "", **kwargs: Any) -> None:
         self._tree_listeners: list[tuple[str, TreeListener]] = []
-        self._connecting = _Handler()
+        self._connecting = _Handler(tls, server_name)
         super().__init__(*args, handler=self._connecting, **kwargs)
         retry: Any = self._conn_retry
         self._connection = Connection(self, retry.copy(), logger=self.logger)
@@ -110,6 +154,11 @@ class TreeClient(KazooClient):
     def _reset_watchers(self) -> None:
         super()._reset_watchers()
         self._data_watchers = _Watchers(self._moved)
+
+    @property
+    def why_not(self) -> str:
+        """What was in the way of the newest connection; empty when it was made."""
+        return self._connecting.failed
 
     def on_tree(self, root: str, listener: TreeListener) -> Callable[[], None]:
         """Tell of every event below `root`, and of `root`. The server sends them once `add_tree_watch_async` has been

@@ -5,6 +5,9 @@ By itself kazoo makes a selector for each time it waits, waits before each send 
 receives one packet at a time, and hands each result to a thread of its own, which wakes the event loop for it. Here
 packets that wait are sent as one, what has arrived is received at once, and results are handed on where they were
 received. What kazoo decides (sessions, pings, time-outs, the order of answers and events) stays kazoo's.
+
+A TLS connection keeps what it has decrypted to itself, and what it receives need not be for us: nobody waits for its
+socket while it has something, and nobody waits for a packet because its socket had something.
 """
 
 # kazoo ships no types.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import select
+import ssl
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +38,8 @@ _SENT_BYTES = 64 << 10
 _LENGTH = struct.Struct("!i")
 _HEADER = struct.Struct("!iii")
 """Length of what follows, number of the request, its type."""
+_NOTHING_YET = (BlockingIOError, ssl.SSLWantReadError)
+_NOT_NOW = (BlockingIOError, ssl.SSLWantWriteError)
 
 
 class Wake:
@@ -98,7 +104,7 @@ class Connection(ConnectionHandler):
         with self._socket_error_handling():
             try:
                 data = self._socket.recv(at_most)
-            except BlockingIOError:
+            except _NOTHING_YET:
                 if not self.handler.select([self._socket], [], [], timeout)[0]:
                     raise self.handler.timeout_exception("socket time-out during read") from None
                 return
@@ -112,16 +118,31 @@ class Connection(ConnectionHandler):
             while rest:
                 try:
                     rest = rest[self._socket.send(rest) :]
-                except BlockingIOError:
+                except _NOT_NOW:
                     if not self.handler.select([], [self._socket], [], timeout)[1]:
                         raise self.handler.timeout_exception("socket time-out during write") from None
 
     def _read_socket(self, read_timeout: float) -> Any:
-        """One packet at least, and those that came with it."""
+        """One packet at least, and those that came with it. Nothing, where TLS received something of its own: kazoo
+        would wait for a packet, and send nothing meanwhile."""
+        if isinstance(self._socket, ssl.SSLSocket) and not self._received and not self._is_there():
+            return None
         response = super()._read_socket(read_timeout)
         while response != CLOSE_RESPONSE and self._has_packet():
             response = super()._read_socket(read_timeout)
         return response
+
+    def _is_there(self) -> bool:
+        """Something was received for us. Never waits."""
+        with self._socket_error_handling():
+            try:
+                data = self._socket.recv(_RECEIVED_BYTES)
+            except _NOTHING_YET:
+                return False
+            if not data:
+                raise ConnectionDropped("socket connection broken")
+            self._received += data
+        return True
 
     def _has_packet(self) -> bool:
         size = _LENGTH.size
@@ -179,6 +200,9 @@ class Handler(SequentialThreadingHandler):
         self, reads: Sequence[Any], writes: Sequence[Any], _: Sequence[Any], timeout: float | None = None
     ) -> Any:
         """What of them is ready; waits for one of them to be. Raises ValueError for a socket that is closed."""
+        decrypted = [one for one in reads if isinstance(one, ssl.SSLSocket) and one.pending()]
+        if decrypted:  # the kernel's part of the socket may be empty; whatever else is ready is found the next time
+            return [one for one in reads if one in decrypted or _is_readable(one)], [], []
         poll = select.poll()
         for one in reads:
             poll.register(one, select.POLLIN)
@@ -186,3 +210,9 @@ class Handler(SequentialThreadingHandler):
             poll.register(one, select.POLLOUT)
         ready = {fd for fd, _ in poll.poll(None if timeout is None else max(0.0, timeout) * 1000)}
         return [one for one in reads if one.fileno() in ready], [one for one in writes if one.fileno() in ready], []
+
+
+def _is_readable(one: Any) -> bool:
+    poll = select.poll()
+    poll.register(one, select.POLLIN)
+    return bool(poll.poll(0))

@@ -10,7 +10,7 @@ which *is* definite, and reads raise `StoreUnavailable`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -36,6 +36,8 @@ class Create:
     path: str
     data: bytes
     ephemeral: bool = False
+    writers: tuple[str, ...] = ()
+    """Hosts whose agents may write it besides those that its place says (`ledger.rights`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,14 @@ class Store(Protocol):
 
     async def ensure(self, path: str, timeout_s: float = 2.0) -> None:
         """Create `path` and its parents with empty content where missing. Raises StoreUnavailable."""
+        ...
+
+    async def grant(self, path: str, hosts: Collection[str], timeout_s: float = 2.0) -> None:
+        """From now on these hosts' agents may write this node, and no others: see `ledger.rights`. Its version stays.
+
+        Costs a write where rights are kept and these are other ones, and nothing where the ledger does not know who
+        asks. A node that is missing is no trouble. Raises StoreUnavailable.
+        """
         ...
 
     def watch(self, path: str, callback: Callable[[Versioned | None], None]) -> Callable[[], None]:

@@ -19,17 +19,20 @@ import contextlib
 import logging
 import math
 import random
+import socket as sockets
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kazoo.client import KazooState
 from kazoo.exceptions import (
     BadVersionError,
     KazooException,
+    NoAuthError,
     NodeExistsError,
     NoNodeError,
     NotEmptyError,
@@ -37,10 +40,11 @@ from kazoo.exceptions import (
 )
 from kazoo.exceptions import RuntimeInconsistency as Inconsistency
 from kazoo.retry import KazooRetry
+from kazoo.security import ACL, Id
 
 from orchestrator.core.endpoint import zookeeper_servers
 from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.ledger import paths
+from orchestrator.ledger import paths, rights
 from orchestrator.ledger.kazoo_client import TreeClient
 from orchestrator.ledger.store import (
     Check,
@@ -58,6 +62,8 @@ from orchestrator.ledger.store import (
     Versioned,
     WriteResult,
 )
+from orchestrator.pki.files import identity_of, read_pem
+from orchestrator.pki.names import Role, of_role
 from orchestrator.tasks import Tasks
 
 logging.getLogger("kazoo").setLevel(logging.ERROR)
@@ -161,14 +167,24 @@ class ZooKeeperStore(Store):
     """A `Store` with one kazoo client and one session.
 
     `hosts` is `host:port,...`, IPv6 addresses in brackets. Raises DroverError INVALID_ARGUMENT when it cannot be read.
+    `tls`: directory of the identity that it shows; then it trusts servers of its cluster only, and every node that it
+    makes says who may write it. None: without TLS. Raises PkiError for a directory that holds no identity.
     """
 
-    def __init__(self, hosts: str, *, chroot: str = paths.CHROOT, session_timeout_s: float = 6.0) -> None:
+    def __init__(
+        self,
+        hosts: str,
+        *,
+        chroot: str = paths.CHROOT,
+        session_timeout_s: float = 6.0,
+        tls: Path | None = None,
+    ) -> None:
         try:
             self._hosts = zookeeper_servers(hosts)
         except ValueError as error:
             raise DroverError(RefusalReason.INVALID_ARGUMENT, str(error), field="zookeeper") from error
-        self._chroot, self._session_timeout_s = chroot, session_timeout_s
+        self._chroot, self._session_timeout_s, self._tls = chroot, session_timeout_s, tls
+        self._cluster = identity_of(read_pem(tls).cert).cluster if tls is not None else ""
         self._client: Any = None
         self._post: _Post | None = None
         self._state = SessionState.LOST
@@ -210,21 +226,26 @@ class ZooKeeperStore(Store):
             raise
 
     def _new_client(self, hosts: str) -> Any:
+        server = of_role(self._cluster, Role.ZOOKEEPER).server_name if self._cluster else ""
         retry = KazooRetry(max_tries=-1, delay=0.05, backoff=2, max_delay=0.5, ignore_expire=False)
-        return TreeClient(hosts=hosts, timeout=self._session_timeout_s, connection_retry=retry)
+        return TreeClient(
+            hosts=hosts, timeout=self._session_timeout_s, connection_retry=retry, tls=self._tls, server_name=server
+        )
 
     async def _connect(self, client: Any, timeout_s: float) -> None:
         started = client.start_async()
         if not await asyncio.to_thread(started.wait, timeout_s):
+            why = f" ({client.why_not})" if client.why_not else ""
             await asyncio.to_thread(self._stop, client)
-            raise StoreUnavailable(f"no ZooKeeper at {self._hosts} within {timeout_s:g} s")
+            raise StoreUnavailable(f"no ZooKeeper at {self._hosts} within {timeout_s:g} s{why}")
 
     async def _make_chroot(self, timeout_s: float) -> None:
         """A chroot must exist before a client can live in it, and only one without a chroot can make it."""
         client = self._new_client(self._hosts)
         await self._connect(client, timeout_s)
         try:
-            await self._answer(client.ensure_path_async(self._chroot), timeout_s)
+            acl = self._acl(rights.Rights())
+            await self._answer(client.ensure_path_async(self._chroot, acl), timeout_s)
         except (KazooException, TimeoutError) as error:
             raise StoreUnavailable(f"cannot create {self._chroot}: {error!r}") from error
         finally:
@@ -331,7 +352,8 @@ class ZooKeeperStore(Store):
         socket = getattr(connection, "_socket", None)
         if socket is not None:
             with contextlib.suppress(OSError):
-                socket.shutdown(2)
+                # Of the plain socket: a TLS socket would go on without TLS until it is shut.
+                sockets.socket.shutdown(socket, sockets.SHUT_RDWR)
 
     async def _read(self, start: Callable[[], Any], timeout_s: float) -> Any:
         """`timeout_s` counts from its turn. In a burst of thousands the turn itself may take as long as _TURN_S, but
@@ -370,7 +392,37 @@ class ZooKeeperStore(Store):
         return tuple(sorted(answer or ()))
 
     async def ensure(self, path: str, timeout_s: float = 2.0) -> None:
-        await self._read(lambda: self._client.ensure_path_async(path), timeout_s)
+        if not self._cluster:
+            await self._read(lambda: self._client.ensure_path_async(path), timeout_s)
+            return
+        if await self._read(lambda: self._client.exists_async(path), timeout_s) is not None:
+            return
+        above = path.rpartition("/")[0]
+        if above:
+            await self.ensure(above, timeout_s)
+        if not self._ready():
+            raise StoreUnavailable("not connected to ZooKeeper")
+        try:
+            acl = self._acl(rights.of(path))
+            await self._answer(self._client.create_async(path, b"", acl), timeout_s)
+        except NodeExistsError:
+            pass
+        except (KazooException, TimeoutError) as error:
+            raise StoreUnavailable(f"{path} cannot be made: {error!r}") from error
+
+    def _acl(self, found: rights.Rights) -> list[Any] | None:
+        """As kazoo wants it; None: everybody may do everything."""
+        if not self._cluster:
+            return None
+        return [ACL(perms, Id(scheme, name)) for scheme, name, perms in rights.listed(self._cluster, found)]
+
+    async def grant(self, path: str, hosts: Collection[str], timeout_s: float = 2.0) -> None:
+        if not self._cluster:
+            return
+        wanted = self._acl(rights.of(path, writers=hosts))
+        found = await self._read(lambda: self._client.get_acls_async(path), timeout_s)
+        if found is not None and sorted(found[0]) != sorted(wanted or ()):
+            await self._read(lambda: self._client.set_acls_async(path, wanted), timeout_s)
 
     async def barrier(self, timeout_s: float = 2.0) -> None:
         """Barriers that are asked for while another is under way are one write: each joins one that has not left yet,
@@ -436,7 +488,7 @@ class ZooKeeperStore(Store):
             return OutcomeUnknown(sent=False, why="not connected to ZooKeeper")
         transaction = self._client.transaction()
         for op in ops:
-            _add(transaction, op)
+            self._add(transaction, op)
         transaction.set_data(self._barrier_path, b"")
         try:
             results = await self._answer(transaction.commit_async(), rest_s, of_s=timeout_s)
@@ -444,11 +496,25 @@ class ZooKeeperStore(Store):
             return OutcomeUnknown(why=repr(error))
         return self._outcome(ops, results)
 
+    def _add(self, transaction: Any, op: Op) -> None:
+        match op:
+            case Create(path, data, ephemeral, writers):
+                acl = self._acl(rights.of(path, data, writers))
+                transaction.create(path, data, acl=acl, ephemeral=ephemeral)
+            case SetData(path, data, version):
+                transaction.set_data(path, data, version)
+            case Check(path, version):
+                transaction.check(path, version)
+            case Delete(path, version):
+                transaction.delete(path, version)
+
     def _outcome(self, ops: Sequence[Op], results: Sequence[Any]) -> WriteResult:
         for index, result in enumerate(results[: len(ops)]):
             if isinstance(result, (RolledBackError, Inconsistency)) or not isinstance(result, Exception):
                 continue
             kind = _CONFLICTS.get(type(result))
+            if isinstance(result, NoAuthError):
+                return OutcomeUnknown(sent=False, why=f"this identity may not do that at {ops[index].path}")
             if kind is None:
                 return OutcomeUnknown(why=repr(result))
             self._quorum_at = time.monotonic()
@@ -486,7 +552,8 @@ class ZooKeeperStore(Store):
             raise StoreUnavailable("not connected to ZooKeeper")
         session = self._session_id()
         try:
-            await self._answer(self._client.create_async(self._barrier_path, b"", ephemeral=True), timeout_s)
+            own = [ACL(rights.Right.ALL, Id("auth", ""))] if self._cluster else None
+            await self._answer(self._client.create_async(self._barrier_path, b"", own, ephemeral=True), timeout_s)
         except NodeExistsError:
             pass
         except (KazooException, TimeoutError) as error:
@@ -669,18 +736,6 @@ async def _turn(turns: asyncio.Semaphore, timeout_s: float) -> None:
         return
     async with asyncio.timeout(timeout_s):
         await turns.acquire()
-
-
-def _add(transaction: Any, op: Op) -> None:
-    match op:
-        case Create(path, data, ephemeral):
-            transaction.create(path, data, ephemeral=ephemeral)
-        case SetData(path, data, version):
-            transaction.set_data(path, data, version)
-        case Check(path, version):
-            transaction.check(path, version)
-        case Delete(path, version):
-            transaction.delete(path, version)
 
 
 def _version(op: Op, result: Any) -> int:

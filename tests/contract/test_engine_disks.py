@@ -31,6 +31,7 @@ from agents.engine.base import (
     HoldStart,
     OutgoingOptions,
     RunState,
+    StreamTls,
     stream_of,
 )
 from agents.engine.qemu.arguments import disk_nodes
@@ -88,10 +89,10 @@ class Lab:
         await _with_disk(vmm, disk)
         return vmm
 
-    async def target(self, disk: DiskFile | None = None) -> tuple[DiskDaemon, DiskTarget]:
+    async def target(self, disk: DiskFile | None = None, tls: StreamTls | None = None) -> tuple[DiskDaemon, DiskTarget]:
         disk = disk or self.disk(self.there)
         made = await self.images.made(disk)
-        daemon = await DiskDaemon.start(self.there, "127.0.0.1", 1)
+        daemon = await DiskDaemon.start(self.there, "127.0.0.1", 1, tls)
         self.daemons.append(daemon)
         await daemon.export(disk, self.images.opened("root").image)
         return daemon, DiskTarget("root", made.image, daemon.endpoint)

@@ -8,7 +8,7 @@ behind, as the clients of a ZooKeeper server that follows do.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,6 +115,8 @@ class MemoryStore:
         self.fail_next: list[bool] = []
         """Per coming write: lost answer, True if applied all the same."""
         self.writes: list[tuple[Op, ...]] = []
+        self.granted: dict[str, frozenset[str]] = {}
+        """Who may write a node, as it was said last."""
         self.barriers = 0
         """How many were asked for: each is a write."""
         self._old: dict[str, Versioned] | None = None
@@ -247,6 +249,10 @@ class MemoryStore:
         if not isinstance(op, Check):
             self.tree.notify(op.path)
         return version
+
+    async def grant(self, path: str, hosts: Collection[str], timeout_s: float = 2.0) -> None:
+        self._need_connection()
+        self.granted[path] = frozenset(hosts)
 
     def watch(self, path: str, callback: Callable[[Versioned | None], None]) -> Callable[[], None]:
         def moved(node: Versioned | None) -> None:

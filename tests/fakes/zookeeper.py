@@ -9,9 +9,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from deploy.lab.cluster import zookeeper_tls
 from orchestrator.core.endpoint import join_address
 
-CLASS_PATH = ("/usr/share/java/zookeeper.jar", "/usr/share/java/slf4j-simple.jar")
+CLASS_PATH = tuple(f"/usr/share/java/{jar}" for jar in ("zookeeper.jar", "slf4j-simple.jar", *zookeeper_tls.JARS))
 
 SMALL_MIB = 64
 """Of heap: such a server has little to do and is to start quickly."""
@@ -26,10 +27,17 @@ def missing() -> str:
 
 class ZooKeeperServer:
     def __init__(
-        self, directory: Path, address: str = "127.0.0.1", inside: Sequence[str] = (), *, heap_mib: int = 64
+        self,
+        directory: Path,
+        address: str = "127.0.0.1",
+        inside: Sequence[str] = (),
+        *,
+        heap_mib: int = 64,
+        tls: Path | None = None,
     ) -> None:
-        """`inside` begins the command that runs it in a namespace; then `address` is one of there."""
-        self.address, self._inside, self._heap_mib = address, tuple(inside), heap_mib
+        """`inside` begins the command that runs it in a namespace; then `address` is one of there. `tls`: directory of
+        the identity that it serves with; then nobody is let in without a certificate."""
+        self.address, self._inside, self._heap_mib, self._tls = address, tuple(inside), heap_mib, tls
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
             probe.bind(("::" if ":" in address else address, 0))
             self.port: int = probe.getsockname()[1]
@@ -39,8 +47,14 @@ class ZooKeeperServer:
         (directory / "zoo.cfg").write_text(
             f"tickTime=500\ninitLimit=10\nsyncLimit=5\nmaxClientCnxns=0\nadmin.enableServer=false\n"
             f"4lw.commands.whitelist=*\npreAllocSize=1024\ndataDir={directory}/data\n"
-            f"clientPort={self.port}\nclientPortAddress={address}\n"
+            + (
+                f"clientPort={self.port}\nclientPortAddress={address}\n"
+                if tls is None
+                else "\n".join(zookeeper_tls.client_port(directory, tls, address, self.port)) + "\n"
+            )
         )
+        if tls is not None:
+            zookeeper_tls.write_key_store(directory, tls)
 
     @property
     def hosts(self) -> str:
@@ -64,10 +78,18 @@ class ZooKeeperServer:
             return  # out of reach from here: whoever connects waits
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
-            if b"Mode:" in self._ask(b"srvr"):
+            if (self._tls is not None and self._accepts()) or b"Mode:" in self._ask(b"srvr"):
                 return
             time.sleep(0.05)
         raise RuntimeError((self.directory / "log").read_text()[-2000:])
+
+    def _accepts(self) -> bool:
+        """Some time before it serves; who connects waits for the rest."""
+        try:
+            with socket.create_connection((self.address, self.port), 0.5):
+                return True
+        except OSError:
+            return False
 
     def metrics(self) -> dict[str, str]:
         """The server's own counters. Raises ConnectionError when it does not answer."""

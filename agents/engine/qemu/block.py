@@ -20,6 +20,7 @@ import structlog
 
 from agents.engine import base
 from agents.engine.base import EngineError, EngineTimeout
+from agents.engine.qemu import tls
 from orchestrator.core.disks import SourceSide
 
 log = structlog.get_logger(__name__)
@@ -120,7 +121,8 @@ class QemuDisks(base.DiskCopies):
             return
         await self._disconnect(disk)
         server = {"type": "inet", "host": target.endpoint.ip, "port": str(target.endpoint.port)}
-        node = {"driver": "nbd", "node-name": _copy(disk), "server": server, "export": target.image}
+        node: dict[str, object] = {"driver": "nbd", "node-name": _copy(disk), "server": server, "export": target.image}
+        node |= await tls.disk_options(self._execute, target.tls)
         self._images[disk] = target.image
         self._watch()
         try:

@@ -75,7 +75,7 @@ class QemuEngine(base.MigrationEngine, base.AdoptingEngine):
         vmm = await self._spawn(spec, "incoming", migration, attempt)
         await _or_destroyed(vmm, vmm.connect())
         await _or_destroyed(vmm, vmm.note_machine())
-        return await _or_destroyed(vmm, vmm.listen(spec.listen_address, spec.multifd_channels))
+        return await _or_destroyed(vmm, vmm.listen(spec.listen_address, spec.multifd_channels, spec.tls))
 
     async def adopt(self, metadata: VmmMetadata, spec: base.VmmSpec) -> QemuVmm | None:
         features = await self._known()

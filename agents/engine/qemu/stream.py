@@ -24,8 +24,9 @@ _QUEUED_LEAST_BYTES = 128 << 10
 """A few of QEMU's writes: fewer, and it would be woken for each of them."""
 
 
-async def opened(endpoint: Endpoint, link_bytes_per_s: int, timeout_s: float) -> socket.socket:
-    """A connection without delays, in the blocking mode that QEMU expects; the caller closes it.
+async def opened(endpoint: Endpoint, link_bytes_per_s: int, timeout_s: float, greeting: bytes = b"") -> socket.socket:
+    """A connection without delays, in the blocking mode that QEMU expects; the caller closes it. It has said
+    `greeting`.
 
     What is written waits in this host's kernel for about a millisecond of `link_bytes_per_s` and no longer.
     Raises EngineError when nobody takes it in time.
@@ -39,7 +40,9 @@ async def opened(endpoint: Endpoint, link_bytes_per_s: int, timeout_s: float) ->
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, min(queued_bytes, _INT_MAX))
         try:
             async with asyncio.timeout(timeout_s):
-                await asyncio.get_running_loop().sock_connect(made, (endpoint.ip, endpoint.port))
+                loop = asyncio.get_running_loop()
+                await loop.sock_connect(made, (endpoint.ip, endpoint.port))
+                await loop.sock_sendall(made, greeting)
         except TimeoutError:
             said = f"the destination does not take the stream at {endpoint}: no answer in {timeout_s:g} s"
             raise EngineError(said) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from agents.engine.base import (
     VmmMetadata,
     VmmState,
 )
-from agents.engine.qemu import answers, arguments, display, foreign, obstacles, process, stream, verdict
+from agents.engine.qemu import answers, arguments, display, door, foreign, obstacles, process, stream, tls, verdict
 from agents.engine.qemu.block import QemuDisks
 from agents.engine.qemu.bounded import bounded
 from agents.engine.qemu.ending import QemuEnding
@@ -56,6 +57,7 @@ class QemuVmm(base.Vmm, base.Displaying):
         self._main = QmpConnection(f"{spec.inc}.main", self._on_event)
         self._oob = QmpConnection(f"{spec.inc}.oob")
         self._telling: asyncio.Task[None] | None = None
+        self._door: door.Door | None = None
         self._arrived = False
         """This QEMU told that it has loaded the guest, and has not been asked to send it since."""
         self._disks = QemuDisks(spec.disks, self._execute, self._urgently, self._emit)
@@ -204,11 +206,12 @@ class QemuVmm(base.Vmm, base.Displaying):
         if options.multifd_channels > 1:
             await self._execute("migrate", self._where(destination.ip, destination.port, "migrate"))
             return
-        with contextlib.closing(await stream.opened(destination, options.link_bytes_per_s, _STREAM_S)) as connection:
+        greeting = door.greeting(options.copy) if options.tls is not None else b""
+        link = options.link_bytes_per_s
+        with contextlib.closing(await stream.opened(destination, link, _STREAM_S, greeting)) as connection:
             await self._main.pass_descriptor(_STREAM, connection.fileno())
-        named = _channel({"type": "fd", "str": _STREAM})
         try:
-            await self._execute("migrate", named if "migrate" in self._features.channels else {"uri": f"fd:{_STREAM}"})
+            await self._execute("migrate", self._by_name("migrate"))
         except EngineError:
             with contextlib.suppress(EngineError):  # refused before QEMU took it: the destination waits for its end
                 await self._execute("closefd", {"fdname": _STREAM}, timeout_s=0.5)
@@ -228,6 +231,7 @@ class QemuVmm(base.Vmm, base.Displaying):
         if options.multifd_channels > 1:
             await self._execute("migrate-set-parameters", {"multifd-channels": options.multifd_channels})
         await self._rate.first(options)
+        await tls.send_by(self._execute, options.tls)
         await self._migrate(options.stream, options)
         self._rate.watch(options)
 
@@ -272,6 +276,8 @@ class QemuVmm(base.Vmm, base.Displaying):
     async def detach(self) -> None:
         self._disks.close()
         self._rate.close()
+        if self._door is not None:
+            await self._door.close()
         if self._telling is not None:
             self._telling.cancel()
         await asyncio.gather(self._main.close(), self._oob.close())
@@ -318,7 +324,7 @@ class QemuVmm(base.Vmm, base.Displaying):
         self._metadata = replace(self._metadata, machine=str(kind).removesuffix("-machine"))
         self._note()
 
-    async def listen(self, address: str, channels: int) -> str:
+    async def listen(self, address: str, channels: int, secure: base.StreamTls | None = None) -> str:
         """Destination: accept one stream; returns the endpoint."""
         wanted = {"events": True, "return-path": True, "multifd": channels > 1, **self._acknowledged()}
         if "late-block-activate" in self._features.capabilities and not self._features.late_activation_always:
@@ -326,18 +332,48 @@ class QemuVmm(base.Vmm, base.Displaying):
         await self.set_capabilities(wanted)
         if channels > 1:
             await self._execute("migrate-set-parameters", {"multifd-channels": channels})
-        arguments = self._where(str(parse_ip(address)), 0, "migrate-incoming")
-        if self._features.exit_on_error:
-            arguments["exit-on-error"] = False
-        await self._execute("migrate-incoming", arguments)
-        sockets = (await self._execute("query-migrate")).get("socket-address", [])
-        if not sockets:
-            raise EngineError("QEMU listens but does not say where")
-        where = join_address(sockets[0]["host"], int(sockets[0]["port"]))
+        ip = str(parse_ip(address))
+        if secure is not None:
+            await tls.receive_by(self._execute, secure)
+        if secure is not None and channels <= 1:
+            where = join_address(ip, self._at_the_door(ip))
+        else:
+            where = await self._listens(ip)
         self._metadata = replace(self._metadata, endpoint=f"tcp:{where}")
         self._note()
         self.reserve()
         return self._metadata.endpoint
+
+    async def _listens(self, ip: str) -> str:
+        arguments = self._incoming(self._where(ip, 0, "migrate-incoming"))
+        await self._execute("migrate-incoming", arguments)
+        sockets = (await self._execute("query-migrate")).get("socket-address", [])
+        if not sockets:
+            raise EngineError("QEMU listens but does not say where")
+        return join_address(sockets[0]["host"], int(sockets[0]["port"]))
+
+    def _incoming(self, where: dict[str, object]) -> dict[str, object]:
+        return {**where, "exit-on-error": False} if self._features.exit_on_error else where
+
+    def _at_the_door(self, ip: str) -> int:
+        """The port at which this agent hears who comes. Raises EngineError."""
+        self._door = door.Door(self._spec.inc, self._let_in)
+        try:
+            return self._door.open(ip)
+        except OSError as error:
+            raise EngineError(f"cannot listen at {ip} for the stream: {error.strerror}") from error
+
+    async def _let_in(self, connection: socket.socket) -> None:
+        """The source's: from here on it is QEMU's. A failure is seen by the source, whose stream ends."""
+        with contextlib.suppress(EngineError):
+            await self._main.pass_descriptor(_STREAM, connection.fileno())
+            await self._execute("migrate-incoming", self._incoming(self._by_name("migrate-incoming")))
+
+    def _by_name(self, command: str) -> dict[str, object]:
+        """A stream that QEMU was given as a descriptor."""
+        if command in self._features.channels:
+            return _channel({"type": "fd", "str": _STREAM})
+        return {"uri": f"fd:{_STREAM}"}
 
     def _note(self) -> None:
         process.write_metadata(process.metadata_path(self._spec), self._metadata)

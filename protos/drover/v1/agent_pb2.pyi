@@ -528,10 +528,13 @@ class PrepareDestinationResponse(_message.Message):
     SWITCHOVER_ACK_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     PEER_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
     inc: _builtins.str
     machine: _builtins.str
     """What the VMM there really is; `pc` is another machine type in each version."""
     switchover_ack: _builtins.str
+    tls: _builtins.bool
+    """Memory and disks are taken by TLS only, and only from the guest's present host."""
     @_builtins.property
     def stream(self) -> Global___Endpoint:
         """Where the engine's stream goes: an address that the destination has registered."""
@@ -548,10 +551,11 @@ class PrepareDestinationResponse(_message.Message):
         switchover_ack: _builtins.str = ...,
         stream: Global___Endpoint | None = ...,
         peer: Global___Endpoint | None = ...,
+        tls: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inc", b"inc", "machine", b"machine", "peer", b"peer", "stream", b"stream", "switchover_ack", b"switchover_ack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inc", b"inc", "machine", b"machine", "peer", b"peer", "stream", b"stream", "switchover_ack", b"switchover_ack", "tls", b"tls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -575,6 +579,7 @@ class ConductAttemptRequest(_message.Message):
     STREAM_FIELD_NUMBER: _builtins.int
     PEER_FIELD_NUMBER: _builtins.int
     SHARD_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
     guest_uuid: _builtins.str
     migration: _builtins.str
     attempt: _builtins.int
@@ -589,6 +594,8 @@ class ConductAttemptRequest(_message.Message):
     switchover_ack: _builtins.str
     shard: _builtins.int
     """As in PrepareDestinationRequest."""
+    tls: _builtins.bool
+    """As the destination said; a source that has a certificate sends to no destination that takes anything else."""
     @_builtins.property
     def policy(self) -> _types_pb2.MigrationPolicy: ...
     @_builtins.property
@@ -614,10 +621,11 @@ class ConductAttemptRequest(_message.Message):
         stream: Global___Endpoint | None = ...,
         peer: Global___Endpoint | None = ...,
         shard: _builtins.int = ...,
+        tls: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "policy", b"policy", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "destination", b"destination", "destination_boot_id", b"destination_boot_id", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "inc", b"inc", "machine", b"machine", "migration", b"migration", "peer", b"peer", "policy", b"policy", "previous_reason", b"previous_reason", "shard", b"shard", "stream", b"stream", "switchover_ack", b"switchover_ack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "destination", b"destination", "destination_boot_id", b"destination_boot_id", "epoch", b"epoch", "guest_uuid", b"guest_uuid", "inc", b"inc", "machine", b"machine", "migration", b"migration", "peer", b"peer", "policy", b"policy", "previous_reason", b"previous_reason", "shard", b"shard", "stream", b"stream", "switchover_ack", b"switchover_ack", "tls", b"tls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
