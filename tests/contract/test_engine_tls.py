@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from agents.engine.base import DiskReady, EngineError, EngineStatus, HoldStart, OutgoingOptions, RunState, stream_of
+from agents.engine.base import (
+    DiskReady,
+    EngineError,
+    EngineStatus,
+    HoldStart,
+    OutgoingOptions,
+    RunState,
+    Vmm,
+    stream_of,
+)
 from agents.engine.qemu.engine import QemuEngine
 from agents.engine.qemu.vmm import QemuVmm
 from agents.host.streams import Streams, agreed
@@ -56,7 +65,7 @@ async def hosts(tmp_path: Path) -> AsyncIterator[Secure]:
         await vmm.destroy()
 
 
-async def moved(source: QemuVmm, destination: QemuVmm) -> None:
+async def moved(source: Vmm, destination: Vmm) -> None:
     await until(source, lambda now: now.status is EngineStatus.PARKED)
     await source.proceed()
     await until(source, lambda now: now.status is EngineStatus.COMPLETED)
