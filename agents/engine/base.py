@@ -615,6 +615,8 @@ class Displaying(Protocol):
 
 ADOPTED_QMP = "adopted_qmp"
 """In `VmmMetadata.extra`: the monitor of a VMM that somebody else started. Its files are not ours."""
+ADOPTED_VARIABLES = "adopted_variables"
+"""In `VmmMetadata.extra`: the file of the UEFI variables of such a VMM. It is not ours either."""
 NODE_OF = "node:"
 """In `VmmMetadata.extra`, before a disk's name: the node of the disk in such a VMM."""
 PATH_OF = "path:"

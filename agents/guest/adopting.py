@@ -21,6 +21,7 @@ from typing import Any
 from agents.config import AgentConfig
 from agents.engine.base import (
     ADOPTED_QMP,
+    ADOPTED_VARIABLES,
     NODE_OF,
     PATH_OF,
     AdoptingEngine,
@@ -39,7 +40,7 @@ from agents.guest.hardware import Hardware
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.obstacles import refused
 from orchestrator.core.offers import Obstacle
-from orchestrator.core.records import Adopted, GuestSpec, LiveMachine, NetworkKind, PoolKind
+from orchestrator.core.records import Adopted, Firmware, GuestSpec, LiveMachine, NetworkKind, PoolKind
 from orchestrator.proc import start_time_of
 
 _NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -55,6 +56,8 @@ class Found:
     start_time: int
     at_its_end: Mapping[str, str]
     """What its VMM was told to do when the guest shuts down or starts anew."""
+    variables: Path | None = None
+    """Its UEFI variables, where this host has them."""
 
 
 async def examine(
@@ -90,7 +93,12 @@ async def examine(
         "shutdown": "pause" if "no-shutdown" in told else "poweroff",
         "reboot": "shutdown" if "no-reboot" in told else "reset",
     }
-    return Found(replace(examined, obstacles=tuple(against)), seen.start_time, at_its_end)
+    variables = await asyncio.to_thread(_variables, seen.pid, answers)
+    if variables is None and examined.machine.firmware is Firmware.UEFI:
+        against.append(
+            (RefusalReason.FIRMWARE_NOT_AVAILABLE, "the file of its UEFI variables is not found on its host")
+        )
+    return Found(replace(examined, obstacles=tuple(against)), seen.start_time, at_its_end, variables)
 
 
 async def _tried_out(
@@ -100,11 +108,11 @@ async def _tried_out(
     directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="drover-try-"))
     disks = standing.disk_files(config, examined.spec)
     spec = VmmSpec(_NOBODY, "t", examined.spec, directory, directory / "c", None, machine=examined.machine, disks=disks)
-    if examined.machine.firmware.value == "bios":
-        spec = replace(spec, firmware=replace(spec.firmware, bios=config.firmware.bios))
     try:
+        firmware = await asyncio.to_thread(standing.firmware_of, config, examined.machine, directory / "t.nvram")
+        spec = replace(spec, firmware=firmware)
         built = await engine.try_out(spec)
-    except EngineError as error:
+    except (EngineError, OSError) as error:
         said = f"the machine that another host would be given does not start: {error}"
         return [(RefusalReason.NOT_ADOPTABLE, said)]
     finally:
@@ -189,14 +197,41 @@ def _here(config: AgentConfig, process: Process, answers: Mapping[str, Any], acc
     same = bios is None and "bios" not in files
     if bios is not None and "bios" in files:
         same = _digest(bios) == _digest(_path_of(process.pid, files["bios"]))
+    flash, firmware = judging.flash(answers), config.firmware
+    code, variables = (_flash(process.pid, flash.get(place)) for place in (judging.CODE, judging.VARIABLES))
+    uefi = _digest(firmware.uefi_code) if firmware.uefi_code is not None and code is not None else ""
     return Here(
         accelerator,
         images,
         boots,
         networks={name: network for name in _interfaces(process) if (network := _network_of(config, name))},
         same_bios=same,
+        uefi_sha256=uefi if code is not None and uefi == _digest(code) else "",
+        same_variables=_size(variables) == _size(firmware.uefi_vars) is not None,
         extra_args=tuple(config.extra_args_allowed),
     )
+
+
+def _flash(pid: int, image: Mapping[str, Any] | None) -> Path | None:
+    return _path_of(pid, str(image["file"])) if image is not None else None
+
+
+def _variables(pid: int, answers: Mapping[str, Any]) -> Path | None:
+    """Blocking. By a path that outlives the process; None: it has none, or they are not found by one."""
+    image = judging.flash(answers).get(judging.VARIABLES)
+    if image is None:
+        return None
+    with contextlib.suppress(OSError):
+        path = Path(f"/proc/{pid}/cwd").readlink() / str(image["file"])
+        return path if path.samefile(_path_of(pid, str(image["file"]))) else None
+    return None
+
+
+def _size(path: Path | None) -> int | None:
+    """None: it cannot be told."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size if path is not None else None
+    return None
 
 
 def _path_of(pid: int, file: str) -> Path:
@@ -288,6 +323,9 @@ async def take(engine: MigrationEngine, files: GuestFiles, inc: str, taken: Adop
     extra = {ADOPTED_QMP: taken.qmp, **found.at_its_end}
     extra |= {NODE_OF + disk: node for disk, node in examined.nodes.items()}
     extra |= {PATH_OF + device: path for device, path in examined.paths.items()}
+    if found.variables is not None:
+        hardware.theirs = found.variables
+        extra[ADOPTED_VARIABLES] = str(found.variables)
     metadata = VmmMetadata(
         files.uuid, inc, taken.pid, taken.start_time, "owner", machine=examined.machine.type, extra=extra
     )

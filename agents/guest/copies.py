@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -15,6 +16,7 @@ from agents.disks.images import DiskError, retire
 from agents.disks.local import images_of, local
 from agents.engine.base import (
     ADOPTED_QMP,
+    ADOPTED_VARIABLES,
     NODE_OF,
     DeviceGone,
     DiskFile,
@@ -335,6 +337,8 @@ async def adopt(engine: MigrationEngine, files: GuestFiles, metadata: VmmMetadat
     hardware, taps = standing.adopt(files, metadata.inc), files.taps(metadata.inc)
     if hardware is not None:
         hardware.disks = named(hardware.disks, metadata)
+        if (theirs := metadata.extra.get(ADOPTED_VARIABLES)) is not None:
+            hardware.theirs = Path(theirs)
     spec = _vmm_spec(files, metadata.inc, hardware)
     devices = await holding.adopt(files, metadata.inc)
     vmm: Vmm | None = None

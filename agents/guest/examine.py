@@ -35,6 +35,9 @@ _R = RefusalReason
 
 PERIPHERAL, ANONYMOUS, UNATTACHED = "/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"
 
+CODE, VARIABLES = "/machine/system.flash0", "/machine/system.flash1"
+"""What a firmware of UEFI is in: its code, and the guest's variables."""
+
 _FLAGS = frozenset(
     "daemonize nodefaults no-user-config nographic S no-shutdown no-reboot enable-kvm only-migratable "
     "snapshot no-fd-bootchk no-hpet no-acpi full-screen usb".split()
@@ -110,6 +113,10 @@ class Here:
     """Interface -> network that it is in."""
     same_bios: bool = True
     """The host's configuration names no BIOS of its own, and neither does the command line; or both name the same."""
+    uefi_sha256: str = ""
+    """Of the UEFI firmware that guests of this host are given, if the process runs the same. Empty: it does not."""
+    same_variables: bool = False
+    """Its UEFI variables have the size that this host's firmware has."""
     extra_args: tuple[str, ...] = ()
     """That the host's configuration allows."""
 
@@ -179,6 +186,12 @@ def disk_files(answers: Mapping[str, Any]) -> list[str]:
     return [str(block["inserted"]["file"]) for block in answers["query-block"] if "inserted" in block]
 
 
+def flash(answers: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What the VMM says of the images of its UEFI firmware: `CODE`, `VARIABLES` -> image. Empty: it has none."""
+    blocks = {str(block.get("qdev", "")): block for block in answers["query-block"] if "inserted" in block}
+    return {place: blocks[place]["inserted"] for place in (CODE, VARIABLES) if place in blocks}
+
+
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +242,7 @@ def examine(name: str, process: Process, answers: Mapping[str, Any], here: Here,
         memory_mib=memory_bytes >> 20,
         vcpus=int(answers["machine"]["smp"]["cpus"]),
         firmware=boot.firmware,
+        firmware_sha256={"uefi_code": here.uefi_sha256} if boot.firmware is Firmware.UEFI else {},
         devices=tuple(devices),
         serials=serials,
         uuid=_uuid(answers),
@@ -332,9 +346,11 @@ def _options(look: _Examination) -> tuple[str, ...]:
 
 
 def _machine_option(look: _Examination, name: str, value: str) -> None:
-    if name.startswith("pflash"):
-        look.refuse(_R.FIRMWARE_NOT_AVAILABLE, f"-machine {name}: guests that boot by UEFI are not taken over")
-    elif (name, value) not in (("usb", "off"), ("graphics", "on"), ("vmport", "auto")):
+    if name not in ("pflash0", "pflash1") and (name, value) not in (
+        ("usb", "off"),
+        ("graphics", "on"),
+        ("vmport", "auto"),
+    ):
         look.refuse(_R.NOT_ADOPTABLE, f"-machine {name}={value}: no other machine is built so here")
 
 
@@ -359,8 +375,9 @@ def _cpu(look: _Examination) -> tuple[str, str]:
 
 def _boot(look: _Examination) -> Boot:
     files = boot_files(look.process.arguments)
-    if any(settings_of(value).get("if") == "pflash" for name, value in look.options if name == "drive"):
-        look.refuse(_R.FIRMWARE_NOT_AVAILABLE, "-drive if=pflash: guests that boot by UEFI are not taken over")
+    if _has_flash(look):
+        _uefi(look, files)
+        return Boot(firmware=Firmware.UEFI)
     if not look.here.same_bios:
         said = "its BIOS is not the one that guests of this host are given (`firmware.bios` in the configuration)"
         look.refuse(_R.FIRMWARE_NOT_AVAILABLE, said)
@@ -372,6 +389,34 @@ def _boot(look: _Examination) -> Boot:
             look.refuse(_R.IMAGE_NOT_FOUND, said)
     named = {what: look.here.boots.get(files[what], what) for what in ("kernel", "initrd") if what in files}
     return Boot(named.get("kernel", ""), named.get("initrd", ""), look.last("append"))
+
+
+def _has_flash(look: _Examination) -> bool:
+    told = any(settings_of(value).get("if") == "pflash" for name, value in look.options if name == "drive")
+    return told or any(name.startswith("pflash") for name in settings_of(look.last("M", "machine"), "type"))
+
+
+def _uefi(look: _Examination, files: Mapping[str, str]) -> None:
+    """A build whose code is apart from the variables, and that another host has as well: the code is part of the
+    machine, and the variables go along."""
+    images = flash(look.answers)
+    code, variables = images.get(CODE), images.get(VARIABLES)
+    if code is None or variables is None or not code["ro"] or variables["ro"]:
+        said = "its UEFI firmware is not made of code that it only reads and variables of its own (pflash0, pflash1)"
+        look.refuse(_R.FIRMWARE_NOT_AVAILABLE, said)
+        return
+    for image in (code, variables):
+        if image["drv"] not in ("raw", "file"):
+            said = f"{image['file']} of its UEFI firmware is opened by {image['drv']}: here it is raw"
+            look.refuse(_R.FIRMWARE_NOT_AVAILABLE, said)
+    if not look.here.uefi_sha256:
+        said = f"its UEFI firmware {code['file']} is not the one that guests of this host are given"
+        look.refuse(_R.FIRMWARE_NOT_AVAILABLE, f"{said} (`firmware.uefi_code` in the configuration)")
+    elif not look.here.same_variables:
+        said = f"its UEFI variables {variables['file']} are of another size than those of this host's firmware"
+        look.refuse(_R.FIRMWARE_NOT_AVAILABLE, said)
+    if "kernel" in files:
+        look.refuse(_R.NOT_ADOPTABLE, "it is given a kernel, and UEFI as well: a guest has one or the other here")
 
 
 def _topology(look: _Examination) -> None:
@@ -441,7 +486,7 @@ def _devices(look: _Examination, wished: GuestSpec | None) -> list[LiveDevice]:
             _R.NOT_ADOPTABLE, f"{said}: its properties are not on the command line, so no other host can make it"
         )
     for owner, block in blocks.items():
-        if "inserted" in block:
+        if "inserted" in block and owner not in (CODE, VARIABLES):
             where = owner or str(block.get("device", "")) or "nothing"
             said = f"{block['inserted']['file']} is behind {where}: only disks behind virtio-blk can be taken over"
             look.refuse(_R.DEVICE_NOT_MIGRATABLE, said)

@@ -79,6 +79,8 @@ class Hardware:
     seed_path: Path | None = None
     files: tuple[Path, ...] = field(default_factory=tuple[Path, ...])
     """To be removed with the copy."""
+    theirs: Path | None = None
+    """UEFI variables of a process that somebody else has started: what is kept of them is a copy."""
 
     def into(self, spec: VmmSpec) -> VmmSpec:
         """The VMM's description with all of this in it."""
@@ -99,7 +101,10 @@ class Hardware:
         """
         if self.tpm is not None:
             await self.tpm.destroy(keep=kept.tpm if kept is not None else None)
-        if kept is not None and self.firmware.nvram is not None and self.firmware.nvram.exists():
+        if kept is not None and self.theirs is not None:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(self.theirs, kept.nvram)
+        elif kept is not None and self.firmware.nvram is not None and self.firmware.nvram.exists():
             self.firmware.nvram.replace(kept.nvram)
         for path in self.files:
             path.unlink(missing_ok=True)
@@ -217,7 +222,7 @@ async def make(files: GuestFiles, inc: str, machine: LiveMachine, begin: Begin |
     try:
         write_note(files, inc, machine)
         begin = begin or Begin()
-        made.firmware = await asyncio.to_thread(_firmware, config, machine, directory / f"{inc}.nvram", begin.nvram)
+        made.firmware = await asyncio.to_thread(firmware_of, config, machine, directory / f"{inc}.nvram", begin.nvram)
         if files.spec.cloud_init is not None:
             made.seed_path = directory / f"{inc}.seed"
             made.seed_path.write_bytes(seed.seed(files.spec.cloud_init, uuid=files.uuid, name=files.spec.name))
@@ -346,8 +351,11 @@ def _roles(firmware: Firmware) -> tuple[str, ...]:
     return {Firmware.UEFI: ("uefi_code",), Firmware.BIOS: ("bios",)}.get(firmware, ())
 
 
-def _firmware(config: AgentConfig, machine: LiveMachine, nvram: Path, begin: Path | None) -> FirmwareFiles:
-    """Blocking. Raises OSError when there is no room for the guest's variables."""
+def firmware_of(config: AgentConfig, machine: LiveMachine, nvram: Path, begin: Path | None = None) -> FirmwareFiles:
+    """What a machine is started with here; `nvram` is made, as a copy of `begin` or with blank variables. Blocking.
+
+    Raises FIRMWARE_NOT_AVAILABLE where there is no such firmware, and OSError when there is no room for it.
+    """
     match machine.firmware:
         case Firmware.UEFI:
             template = config.firmware.uefi_vars

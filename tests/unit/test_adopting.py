@@ -30,6 +30,7 @@ from orchestrator.core.records import (
     DiskCache,
     DiskFormat,
     DiskSpec,
+    Firmware,
     GuestSpec,
     LiveDevice,
     NicSpec,
@@ -179,6 +180,25 @@ def _capability(name: str) -> Callable[[Qemu], None]:
     return lambda qemu: qemu.answers["query-migrate-capabilities"].append({"capability": name, "state": True})
 
 
+def _uefi(
+    *, code: dict[str, Any] | None = None, variables: dict[str, Any] | None = None, **here: Any
+) -> Callable[[Qemu], None]:
+    """A process with UEFI, as this host has it."""
+
+    def change(qemu: Qemu) -> None:
+        qemu.arguments += ["-drive", "if=pflash,format=raw,readonly=on,file=/srv/CODE.fd"]
+        qemu.arguments += ["-drive", "if=pflash,format=raw,file=/srv/VARS.fd"]
+        read_only = {"file": "/srv/CODE.fd", "ro": True, "drv": "raw", **(code or {})}
+        own = {"file": "/srv/VARS.fd", "ro": False, "drv": "raw", **(variables or {})}
+        qemu.answers["query-block"] += [
+            {"device": "pflash0", "qdev": examine.CODE, "inserted": read_only},
+            {"device": "pflash1", "qdev": examine.VARIABLES, "inserted": own},
+        ]
+        qemu.here = replace(qemu.here, **{"uefi_sha256": "c0de", "same_variables": True, **here})
+
+    return change
+
+
 CASES: dict[str, tuple[Callable[[Qemu], None], RefusalReason, str]] = {
     "ended": (_said("query-status", {"status": "shutdown"}), R.GUEST_NOT_RUNNING, "shutdown"),
     "moving": (_said("query-migrate", {"status": "active"}), R.GUEST_IS_MIGRATING, "active"),
@@ -201,12 +221,18 @@ CASES: dict[str, tuple[Callable[[Qemu], None], RefusalReason, str]] = {
     "screen": (_more("-vga", "std"), R.EXTRA_ARGS_NOT_ALLOWED, "-vga std"),
     "snapshot": (_more("-snapshot"), R.EXTRA_ARGS_NOT_ALLOWED, "-snapshot"),
     "machine option": (_told("q35", "q35,smm=off"), R.NOT_ADOPTABLE, "smm=off"),
-    "uefi by machine": (_told("q35", "q35,pflash0=code"), R.FIRMWARE_NOT_AVAILABLE, "pflash0"),
-    "uefi by drive": (
+    "uefi by machine, not there": (_told("q35", "q35,pflash0=code"), R.FIRMWARE_NOT_AVAILABLE, "pflash0"),
+    "uefi by drive, not there": (
         _more("-drive", "if=pflash,format=raw,readonly=on,file=/srv/CODE.fd"),
         R.FIRMWARE_NOT_AVAILABLE,
-        "UEFI",
+        "not made of code that it only reads",
     ),
+    "uefi in one piece": (_uefi(code={"ro": False}), R.FIRMWARE_NOT_AVAILABLE, "not made of code that it only reads"),
+    "uefi without variables": (_uefi(variables={"ro": True}), R.FIRMWARE_NOT_AVAILABLE, "variables of its own"),
+    "uefi in qcow2": (_uefi(variables={"drv": "qcow2"}), R.FIRMWARE_NOT_AVAILABLE, "VARS.fd of its UEFI firmware"),
+    "other uefi": (_uefi(uefi_sha256=""), R.FIRMWARE_NOT_AVAILABLE, "firmware.uefi_code"),
+    "other variables": (_uefi(same_variables=False), R.FIRMWARE_NOT_AVAILABLE, "VARS.fd are of another size"),
+    "uefi and a kernel": (_uefi(), R.NOT_ADOPTABLE, "a kernel, and UEFI as well"),
     "other bios": (_here(same_bios=False), R.FIRMWARE_NOT_AVAILABLE, "firmware.bios"),
     "kernel": (_here(boots={}), R.IMAGE_NOT_FOUND, "/srv/boot/vmlinuz"),
     "cpu host": (_more("-cpu", "host"), R.CPU_NOT_AVAILABLE, "`host`"),
@@ -278,6 +304,21 @@ def test_is_refused_with_the_reason(case: str) -> None:
     found = qemu.against()
     assert any(found_reason is reason and said in sentence for found_reason, sentence in found), found
     assert all(each in REMEDIES for each, _ in found), "an obstacle that nobody can do anything about"
+
+
+def test_uefi_is_part_of_the_machine_and_no_disk() -> None:
+    qemu = Qemu()
+    _uefi(same_bios=False)(qemu)  # which is no matter then
+    at = qemu.arguments.index("-kernel")
+    del qemu.arguments[at : at + 2]
+    while "-append" in qemu.arguments:
+        at = qemu.arguments.index("-append")
+        del qemu.arguments[at : at + 2]
+    found = qemu.examined()
+    assert found.obstacles == ()
+    assert found.spec.boot == Boot(firmware=Firmware.UEFI)
+    assert (found.machine.firmware, found.machine.firmware_sha256) == (Firmware.UEFI, {"uefi_code": "c0de"})
+    assert [disk.image for disk in found.spec.disks] == ["a.qcow2", "b.raw"]
 
 
 def test_refuses_with_all_reasons_at_once() -> None:

@@ -99,3 +99,16 @@ def test_firmware_that_is_missing_at_the_other_end_is_named(tmp_path: Path) -> N
     with pytest.raises(DroverError, match="h1 has none") as caught:
         hardware.must_agree(host(tmp_path), SOUND, machine)
     assert caught.value.reason is R.FIRMWARE_NOT_AVAILABLE
+
+
+async def test_variables_that_are_somebody_elses_are_copied_and_stay_where_they_are(tmp_path: Path) -> None:
+    theirs, kept = tmp_path / "theirs.fd", hardware.Kept(tmp_path)
+    theirs.write_bytes(b"variables")
+    adopted = hardware.Hardware(None, theirs=theirs)
+    await adopted.remove()
+    assert not kept.nvram.exists()
+    await adopted.remove(kept)
+    assert (kept.nvram.read_bytes(), theirs.read_bytes()) == (b"variables", b"variables")
+    theirs.unlink()
+    await adopted.remove(kept)  # what was kept stays
+    assert kept.nvram.read_bytes() == b"variables"
