@@ -55,6 +55,7 @@ from orchestrator.core.records import (
     Tpm,
 )
 from tests.contract.test_engine import image, until
+from tests.fakes.ninep import Mounter
 from tests.fakes.rfb import NotLetIn, viewer
 from tests.fakes.swtpm import key_of, tpm, tpm_of_theirs
 
@@ -479,6 +480,29 @@ async def test_a_device_that_qemu_does_not_move_is_said_of_a_guest_at_rest(
     found = await source.unmigratable()
     assert {reason for reason, _ in found} == {RefusalReason.DEVICE_NOT_MIGRATABLE}
     assert any(said in sentence for _, sentence in found)
+
+
+async def test_a_directory_of_the_host_stands_in_the_way_once_it_is_mounted(ends: Ends) -> None:
+    at = ends.directory / "qtest"
+    told = (
+        f"-virtfs local,path={ends.pool},mount_tag=t,security_model=none",
+        f"-qtest unix:{at},server=on,wait=off",
+        "-qtest-log none",
+    )
+    source, _ = await ends.born(GuestSpec("g", disks=(ROOT,), extra_args=told))
+    assert await source.unmigratable() == ()
+    guest = await Mounter.at(at)
+    try:
+        async with asyncio.timeout(60):
+            while not await guest.is_set_up():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await source.pause()
+        await guest.mount()
+    finally:
+        guest.close()
+    ((reason, said),) = await source.unmigratable()
+    assert reason is RefusalReason.DEVICE_NOT_MIGRATABLE
+    assert "VirtFS" in said
 
 
 async def test_a_job_of_somebody_else_on_a_disk_is_said_until_it_is_over(ends: Ends) -> None:
