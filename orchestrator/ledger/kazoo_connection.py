@@ -199,7 +199,11 @@ class Handler(SequentialThreadingHandler):
     def select(
         self, reads: Sequence[Any], writes: Sequence[Any], _: Sequence[Any], timeout: float | None = None
     ) -> Any:
-        """What of them is ready; waits for one of them to be. Raises ValueError for a socket that is closed."""
+        """What of them is ready; waits for one of them to be. Raises ValueError for a socket that is closed.
+
+        kazoo takes an empty answer for a server that is silent, and gives the connection up. So it is asked once more
+        before it is believed: this thread may have been kept from running since the wait was over.
+        """
         decrypted = [one for one in reads if isinstance(one, ssl.SSLSocket) and one.pending()]
         if decrypted:  # the kernel's part of the socket may be empty; whatever else is ready is found the next time
             return [one for one in reads if one in decrypted or _is_readable(one)], [], []
@@ -208,7 +212,8 @@ class Handler(SequentialThreadingHandler):
             poll.register(one, select.POLLIN)
         for one in writes:
             poll.register(one, select.POLLOUT)
-        ready = {fd for fd, _ in poll.poll(None if timeout is None else max(0.0, timeout) * 1000)}
+        found = poll.poll(None if timeout is None else max(0.0, timeout) * 1000) or poll.poll(0)
+        ready = {fd for fd, _ in found}
         return [one for one in reads if one.fileno() in ready], [one for one in writes if one.fileno() in ready], []
 
 

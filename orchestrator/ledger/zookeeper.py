@@ -81,6 +81,8 @@ _PATIENT_S = 2.0
 _SILENT = 0.5
 """A connection is cut for an operation that timed out when nothing else was answered for so much of its time-out: one
 that is merely slow would only get slower by being replaced."""
+_OWN_S = 0.1
+"""A time-out that ends this much after its time says more of this process than of the server."""
 _JOIN_S = 0.02
 """A barrier waits so long for the one before it, and for others to join; no longer, should that one be lost."""
 _DISARM_S = 5.0
@@ -196,6 +198,8 @@ class ZooKeeperStore(Store):
         self._reads = asyncio.Semaphore(_AT_ONCE)
         self._writes = asyncio.Semaphore(_AT_ONCE)
         self._answered_at = -math.inf
+        self._taken_at = -math.inf
+        """When the answer that was handed on last had arrived: its caller may have been late."""
         self._barrier_path = f"{paths.BARRIER}/{uuid.uuid4().hex}"
         self._barrier_of: int | None = None
         """The session that has made the node: it goes with it."""
@@ -320,30 +324,27 @@ class ZooKeeperStore(Store):
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         post = self._here()
+        arrived_at = -math.inf
 
         def here() -> None:
-            self._answered_at = time.monotonic()
             if not future.done():
                 future.set_result(None)
 
         def arrived(_: Any) -> None:
+            """On kazoo's thread: the server answers when it does, however late the loop hears of it."""
+            nonlocal arrived_at
+            arrived_at = self._answered_at = time.monotonic()
             post(here)
 
-        def late() -> None:
-            if not future.done():
-                future.set_exception(TimeoutError(f"no answer within {timeout_s:g} s"))
-
         result.rawlink(arrived)
-        timer = loop.call_later(timeout_s, late)
         try:
-            await future
+            await _answered(future, result, timeout_s)
         except TimeoutError:
             silent_s = time.monotonic() - max(sent_at, self._answered_at)
             if silent_s > _SILENT * max(timeout_s, of_s):
                 self._cut()
             raise
-        finally:
-            timer.cancel()
+        self._taken_at = arrived_at
         return result.get(block=False)
 
     def _cut(self) -> None:
@@ -517,12 +518,12 @@ class ZooKeeperStore(Store):
                 return OutcomeUnknown(sent=False, why=f"this identity may not do that at {ops[index].path}")
             if kind is None:
                 return OutcomeUnknown(why=repr(result))
-            self._quorum_at = time.monotonic()
+            self._quorum_at = self._taken_at
             return Conflict(index, kind)
         if isinstance(results[-1], Exception):
             self._barrier_of = None
             return OutcomeUnknown(sent=False, why=f"rolled back: {results[-1]!r}")
-        self._quorum_at = time.monotonic()
+        self._quorum_at = self._taken_at
         return Done(results[-1].mzxid, tuple(_version(op, result) for op, result in zip(ops, results, strict=False)))
 
     async def _make_barrier(self, timeout_s: float) -> None:
@@ -727,6 +728,36 @@ class ZooKeeperStore(Store):
             tree.callback(path)
         except Exception as error:
             log.error("what moved at %s is not taken in: %s", path or tree.roots, error)
+
+
+async def _answered(future: asyncio.Future[None], result: Any, timeout_s: float) -> None:
+    """Wait for the answer. Raises TimeoutError.
+
+    A process that was stopped, or is short of a core, is late itself: what it finds answered was in time, and what it
+    does not find gets as long again as the process was late, once.
+    """
+    loop = asyncio.get_running_loop()
+    patient = True
+    timer: asyncio.TimerHandle
+
+    def late() -> None:
+        nonlocal patient, timer
+        own_s = loop.time() - timer.when()
+        if future.done():
+            return
+        if result.ready():
+            future.set_result(None)
+        elif patient and own_s > _OWN_S:
+            patient = False
+            timer = loop.call_later(min(own_s, timeout_s), late)
+        else:
+            future.set_exception(TimeoutError(f"no answer within {timeout_s:g} s"))
+
+    timer = loop.call_later(timeout_s, late)
+    try:
+        await future
+    finally:
+        timer.cancel()
 
 
 async def _turn(turns: asyncio.Semaphore, timeout_s: float) -> None:

@@ -46,7 +46,7 @@ class ZooKeeperServer:
         (directory / "data").mkdir(parents=True)
         (directory / "zoo.cfg").write_text(
             f"tickTime=500\ninitLimit=10\nsyncLimit=5\nmaxClientCnxns=0\nadmin.enableServer=false\n"
-            f"4lw.commands.whitelist=*\npreAllocSize=1024\ndataDir={directory}/data\n"
+            f"4lw.commands.whitelist=*\npreAllocSize=1024\nclientPortListenBacklog=4096\ndataDir={directory}/data\n"
             + (
                 f"clientPort={self.port}\nclientPortAddress={address}\n"
                 if tls is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import struct
 import threading
@@ -147,6 +148,32 @@ def test_nothing_of_an_old_connection_is_read_on_a_new_one(pair: Pair, monkeypat
     monkeypatch.setattr("kazoo.protocol.connection.ConnectionHandler._connect", lambda *_: (1.0, 1.0))
     pair.connection._connect("nowhere", "127.0.0.1", 1)
     assert not pair.connection._received
+
+
+def test_what_came_while_the_thread_was_kept_from_running_is_noticed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kazoo gives up a connection when nothing came in time; a thread that wakes late has to look first."""
+
+    class Late:
+        """A poll whose wait is over before the packet comes, and that returns after it."""
+
+        def __init__(self) -> None:
+            self._poll = poll()
+
+        def register(self, *args: Any) -> None:
+            self._poll.register(*args)
+
+        def poll(self, timeout_ms: float | None) -> list[tuple[int, int]]:
+            found = self._poll.poll(timeout_ms)
+            if timeout_ms:
+                pair.server.send(b"answer")
+            return found
+
+    poll = select.poll
+    monkeypatch.setattr(select, "poll", Late)
+    ours = pair.connection._socket
+    assert pair.client.handler.select([ours], [], [], 0.01)[0] == [ours]
 
 
 def test_one_wake_for_many_calls(pair: Pair) -> None:

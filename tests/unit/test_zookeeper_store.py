@@ -8,6 +8,8 @@ very moment leaves a task that waits for its next command for ever, and the sess
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -24,11 +26,16 @@ class Pending:
 
     def __init__(self) -> None:
         self._tell: Callable[[object], None] = lambda _: None
+        self._ready = False
+
+    def ready(self) -> bool:
+        return self._ready
 
     def rawlink(self, callback: Callable[[object], None]) -> None:
         self._tell = callback
 
     def arrive(self) -> None:
+        self._ready = True
         self._tell(self)
 
     def get(self, *, block: bool) -> str:
@@ -59,6 +66,50 @@ async def test_a_cancel_is_not_lost_when_the_answer_comes_at_that_moment(steps: 
     done, _ = await asyncio.wait({task}, timeout=1.0)
     assert done, f"the cancel was swallowed {steps} turns after the answer (answered: {answered.is_set()})"
     assert task.cancelled()
+
+
+class Cut(ZooKeeperStore):
+    """Counts the connections that it gives up."""
+
+    def __init__(self) -> None:
+        super().__init__("nowhere:1")
+        self.cuts = 0
+
+    def _cut(self) -> None:
+        self.cuts += 1
+
+
+async def test_an_answer_that_came_while_the_process_stood_still_is_no_time_out() -> None:
+    """A process without a core for seconds is not to take every connection of its own for dead."""
+    store, result = Cut(), Pending()
+    asked = asyncio.create_task(store._answer(result, 0.2))
+    await turns(2)
+    answering = threading.Timer(0.05, result.arrive)
+    answering.start()
+    time.sleep(0.6)  # noqa: ASYNC251  # the loop itself stands still
+    answering.join()
+    assert await asked == "answer"
+    assert store.cuts == 0
+
+
+async def test_a_late_process_waits_again_once_and_a_silent_server_is_still_noticed() -> None:
+    store, coming, never = Cut(), Pending(), Pending()
+    asked = [asyncio.create_task(store._answer(one, 0.3)) for one in (coming, never)]
+    await turns(2)
+    time.sleep(1.0)  # noqa: ASYNC251
+    await turns(4)
+    assert not any(one.done() for one in asked)
+    coming.arrive()
+    assert await asked[0] == "answer"
+    with pytest.raises(TimeoutError):
+        await asked[1]
+
+
+async def test_a_server_that_answers_nothing_costs_the_connection() -> None:
+    store = Cut()
+    with pytest.raises(TimeoutError):
+        await store._answer(Pending(), 0.2)
+    assert store.cuts == 1
 
 
 @pytest.mark.parametrize("steps", STEPS)

@@ -54,6 +54,8 @@ def prepare(layout: Layout, places: Places, server: Server) -> None:
         "standaloneEnabled=true",
         # Sixty connections per address is the default, and here the whole control plane has one address.
         "maxClientCnxns=0",
+        # Fifty may wait to be accepted by default: of a fleet that comes back at once, the others try again in vain.
+        "clientPortListenBacklog=4096",
         "admin.enableServer=false",
         "4lw.commands.whitelist=srvr,stat,mntr,wchs,cons,dump",
         # Snapshots and logs before the last three go, once an hour.
