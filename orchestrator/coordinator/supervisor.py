@@ -21,6 +21,8 @@ import structlog
 from orchestrator.coordinator.deaths import DeathRunner
 from orchestrator.coordinator.driver import STORE_RETRY_S, WAITING, Deposed, epoch_write, must_lead
 from orchestrator.coordinator.evacuations import EvacuationRunner
+from orchestrator.coordinator.orphans import PASS_S as ORPHANS_S
+from orchestrator.coordinator.orphans import Orphans
 from orchestrator.coordinator.places import Places
 from orchestrator.coordinator.pool import WorkerLost
 from orchestrator.coordinator.ports import AgentDirectory
@@ -426,6 +428,13 @@ class Supervisor:
             deaths = DeathRunner(self._store, self._agents, self._index, epoch, self._fencers)
             spawn(self._for_ever(deaths.run, "deaths of hosts", 1.0))
             spawn(self._for_ever(keeping.run, "retention", PASS_S))
+        orphans = Orphans(self._store, self._index, self._agents, epoch, share=self._share)
+
+        async def end_orphans() -> None:
+            await asyncio.sleep(ORPHANS_S)  # first: what this leader adopts is not known yet
+            await orphans.look(self._is_driven)
+
+        spawn(self._for_ever(end_orphans, "guests without a migration", 0.0))
         spawn(self._for_ever(runner.refresh_ended, "refresh of evacuations that ended", POWER_S))
         spawn(self._for_ever(lambda: self._tell_quarantine(epoch), "list of what is set aside", TELL_S))
         try:
@@ -568,6 +577,9 @@ class Supervisor:
             spawn(self._see_through(path, f"migrations/{name}", lambda: self._drive(name, epoch)))
         else:
             spawn(self._see_through(path, f"evacuations/{name}", lambda: self._job(name, runner)))
+
+    def _is_driven(self, migration: str) -> bool:
+        return paths.active_migration(migration) in self._known
 
     async def _see_through(self, path: str, resource: str, work: Callable[[], Awaitable[None]]) -> None:
         try:
