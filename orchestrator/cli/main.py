@@ -22,6 +22,7 @@ from orchestrator.cli import (
     importing,
     ledger,
     migration,
+    pki,
     repair,
 )
 from orchestrator.cli.context import api_option, dir_option
@@ -40,7 +41,7 @@ class _Root(OpenGroup):
     sections = (
         ("Hosts and guests", ("host", "guest", "image", "import", "health", "ledger")),
         ("Moving guests", ("migrate", "migration", "explain", "evacuate", "evacuation")),
-        ("Services", ("agent", "api", "coordinator", "config")),
+        ("Services", ("agent", "api", "coordinator", "config", "pki")),
     )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -84,6 +85,7 @@ for command in (
     health.health,
     history.history,
     ledger.ledger,
+    pki.pki,
     configuration.config,
 ):
     root.add_command(command)

@@ -23,7 +23,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from orchestrator.pki.files import CA, Pem, PkiError, denied, make_private, serial_text, write_denied, write_pem
+from orchestrator.pki.files import (
+    CA,
+    Pem,
+    PkiError,
+    denied,
+    make_private,
+    other_names,
+    serial_text,
+    show,
+    write_denied,
+    write_pem,
+)
 from orchestrator.pki.names import Identity, Kind, of_role
 from orchestrator.whole import write_whole
 
@@ -110,6 +121,16 @@ class Authority:
         write_pem(directory, Pem(self.ca, cert, secret))
         write_denied(directory, denied(self.directory))
         return noted
+
+    def renew(self, directory: Path, now: datetime, *, hours: float = LEAF_HOURS) -> Issued:
+        """A new key and certificate for the identity and the names of the one that lies there, also if that has ended.
+
+        Raises PkiError, also for one that was revoked: whoever took it would have it renewed. OSError."""
+        found = show(directory, now)
+        if found.serial in denied(self.directory):
+            raise PkiError(f"the certificate of {found.identity} in {directory} is revoked: `drover pki issue`")
+        dns, ips = other_names(directory)
+        return self.issue(found.identity, directory, now, hours=hours, dns=dns, ips=ips)
 
     def sign(
         self,

@@ -17,7 +17,7 @@ from typing import Any, cast
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
-from orchestrator.pki.names import SCHEME, BadName, Identity, read_uri
+from orchestrator.pki.names import SCHEME, BadName, Identity, Kind, read_uri
 from orchestrator.whole import write_whole
 
 CA, CERT, KEY, DENY = "ca.pem", "cert.pem", "key.pem", "deny.json"
@@ -73,6 +73,21 @@ def make_private(directory: Path) -> None:
 def identity_of(cert: bytes) -> Identity:
     """Of the first certificate in a PEM. Raises PkiError when it has no URI of ours, or more than one."""
     return _identity(_loaded(cert, CERT)[0])
+
+
+def other_names(directory: Path) -> tuple[list[str], list[str]]:
+    """DNS names and addresses that the certificate there carries besides those every certificate of it has.
+
+    Raises PkiError."""
+    cert, *_ = _loaded(_read(directory / CERT), str(directory / CERT))
+    identity = _identity(cert)
+    always = {identity.server_name, identity.name.lower() if identity.kind is Kind.HOST else ""}
+    try:
+        names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        ips = [str(each) for each in names.get_values_for_type(x509.IPAddress)]
+    except x509.ExtensionNotFound:
+        ips = []
+    return [each for each in _dns(cert) if each not in always], ips
 
 
 def show(directory: Path, now: datetime) -> Shown:

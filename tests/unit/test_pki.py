@@ -174,3 +174,15 @@ def test_authorities_side_by_side_forget_nothing(authority: Authority, tmp_path:
         (authority, second)[number % 2].issue(of_host("blue", f"h{number}"), tmp_path / f"h{number}", NOW)
     assert len(second.issued(NOW)) == 6
     assert len(json.loads((authority.directory / "issued.json").read_text())) == 6
+
+
+def test_a_renewed_certificate_has_the_names_of_the_old_one(authority: Authority, tmp_path: Path) -> None:
+    held = tmp_path / "h1"
+    authority.issue(of_host("blue", "h1"), held, NOW, dns=["h1.example"], ips=["10.0.0.1"])
+    names = files.other_names(held)
+    assert names == (["h1.example"], ["10.0.0.1"])
+    late = NOW + timedelta(days=3)
+    assert files.show(held, late).problems
+    authority.renew(held, late)
+    assert files.other_names(held) == names
+    assert not files.show(held, late).problems
