@@ -31,7 +31,7 @@ class Kind(StrEnum):
 
 
 class Role(StrEnum):
-    """What one may do; orchestrator/rpc/roles.py says it call by call."""
+    """What one is there to do. ZooKeeper goes by it; no gRPC service asks for it yet."""
 
     COORDINATOR = "coordinator"
     API = "api"
