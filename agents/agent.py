@@ -30,6 +30,7 @@ from agents.handover.shell import Mistakes
 from agents.host.concerned import Concerned
 from agents.host.epoch import EpochGate
 from agents.host.identity import Installation
+from agents.host.incarnation import Believed
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.host.registration import Registration
@@ -55,6 +56,7 @@ from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import GuestSpec, LiveMachine, NetworkKind
+from orchestrator.core.restore import HeldGuestCopy, HostHeld
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
@@ -105,7 +107,9 @@ class Agent:
         self._store, commits = stores
         here = HostRef(config.host, me.boot_id)
         self.place = Registration(config, me, Installation(config.dir), engine, self._store)
-        self._epochs = EpochGate(here.host, self._store, self._journal)
+        self._believed = Believed(here.host, self._store, self._journal)
+        self._believed.on_change = self._wake_all
+        self._epochs = EpochGate(here.host, self._store, self._journal, self._believed)
         self._changes = 0
         self._changed = asyncio.Event()
         self._tools = self._shared(here, engine, commits, peers, metrics)
@@ -137,6 +141,7 @@ class Agent:
             store=self._store,
             commits=commits,
             journal=self._journal,
+            believed=self._believed,
             peers=peers,
             metrics=metrics,
             departures=self._departures,
@@ -156,6 +161,7 @@ class Agent:
             mistakes=Mistakes.seen.total,
             not_kept=lambda: sum(1 for guest in list(self._guests.values()) if guest.trouble is not None),
             place_lost=lambda: int(bool(self.place.lost)),
+            ledger_doubted=lambda: int(bool(self._believed.said)),
         )
 
     @property
@@ -192,6 +198,7 @@ class Agent:
         await self._forget_strays()
         await self._sweep_taps()
         self.place.hold()
+        self._believed.watch()
         self._store.on_session(self._session)
         self._tasks.keep(descriptors.look, "reserve of descriptors", again_s=descriptors.LOOK_S)
         self._tasks.keep(self._journal.write_on, "journal", again_s=RETRY_S, every_s=0.0)
@@ -245,6 +252,7 @@ class Agent:
     async def stop(self) -> None:
         """Leave the ledger and let go; VMMs, devices and attempts are left to the next agent."""
         self._concerned.close()
+        self._believed.close()
         self.images.close()
         await asyncio.gather(self._tasks.close(), self.place.close())
         await asyncio.gather(*(guest.stop() for guest in self._guests.values()))
@@ -253,8 +261,11 @@ class Agent:
         """A new session has no ephemeral node yet; watches are set again by the store."""
         if state is SessionState.CONNECTED:
             self.place.wake()
-            for guest in self._guests.values():
-                guest.wake()
+            self._wake_all()
+
+    def _wake_all(self) -> None:
+        for guest in self._guests.values():
+            guest.wake()
 
     # --- the ledger's guests ------------------------------------------------------------------------------------------
 
@@ -540,6 +551,29 @@ class Agent:
             complete=self._all_found and not self._hosting.locked() and all(guest.all_known for guest in guests),
             troubles=tuple(guest.trouble for guest in guests if guest.trouble is not None),
         )
+
+    async def held(self) -> HostHeld:
+        """Every process of a guest on this host, as its VMM says now, and which ledger and coordinators this agent has
+        known: what an import of a backup goes by."""
+        turn = asyncio.Semaphore(CHECKED_AT_A_TIME)
+        guests = list(self._guests.values())
+
+        async def one(guest: HostedGuest) -> tuple[HeldGuestCopy, ...]:
+            async with turn:
+                return tuple(HeldGuestCopy(guest.uuid, guest.name, each) for each in await guest.held())
+
+        found = await asyncio.gather(*(one(guest) for guest in guests))
+        return HostHeld(
+            self.here,
+            complete=self._all_found and not self._hosting.locked() and all(guest.all_known for guest in guests),
+            incarnation=self._believed.id,
+            epochs=self._journal.epochs(),
+            copies=tuple(copy for each in found for copy in each),
+        )
+
+    async def rejoin(self, incarnation: str) -> None:
+        """See `Believed.rejoin`."""
+        await self._believed.rejoin(incarnation)
 
     def _sample(self) -> AgentSample:
         for uuid in [uuid for uuid, guest in self._guests.items() if guest.forgotten]:

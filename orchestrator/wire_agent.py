@@ -19,10 +19,49 @@ from orchestrator.core.agent import (
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.ids import AttemptRef, HostRef
 from orchestrator.core.migration import Prepared
+from orchestrator.core.restore import Held, HeldGuestCopy, HostHeld
 from orchestrator.wire import policy_from_proto, policy_to_proto
 from orchestrator.wire_attempts import progress_from_proto, progress_to_proto, report_from_proto, report_to_proto
 from orchestrator.wire_words import phase_from_proto, phase_to_proto, run_state_from_proto, run_state_to_proto, wrong
 from protos.drover.v1 import agent_pb2, types_pb2
+
+
+def held_to_proto(held: HostHeld) -> agent_pb2.ListCopiesResponse:
+    """What one host has, for whoever restores the ledger."""
+    return agent_pb2.ListCopiesResponse(
+        host=held.host.host,
+        boot_id=held.host.boot_id,
+        complete=held.complete,
+        incarnation=held.incarnation,
+        epochs=held.epochs,
+        copies=map(_held_copy_to_proto, held.copies),
+    )
+
+
+def _held_copy_to_proto(copy: HeldGuestCopy) -> agent_pb2.HeldCopy:
+    held = copy.held
+    return agent_pb2.HeldCopy(
+        guest_uuid=copy.guest,
+        name=copy.name,
+        inc=held.inc,
+        incoming=held.incoming,
+        running=held.running,
+        sealed=held.sealed,
+        ended=held.ended,
+        known=held.known,
+    )
+
+
+def held_from_proto(message: agent_pb2.ListCopiesResponse) -> HostHeld:
+    """What one host has, for whoever restores the ledger."""
+    host = HostRef(message.host, message.boot_id)
+
+    def copy(each: agent_pb2.HeldCopy) -> HeldGuestCopy:
+        held = Held(host, each.inc, each.incoming, each.running, each.sealed, each.ended, each.known)
+        return HeldGuestCopy(each.guest_uuid, each.name, held)
+
+    copies = tuple(map(copy, message.copies))
+    return HostHeld(host, message.complete, message.incarnation, dict(message.epochs), copies)
 
 
 def guest_status_to_proto(status: GuestStatus) -> agent_pb2.GuestStatus:

@@ -35,6 +35,7 @@ from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import AttemptRef
 from orchestrator.core.liveness import Liveness, LivenessUnknown
 from orchestrator.core.records import GuestSpec, HostRecord, WantRun
+from orchestrator.core.restore import Held
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode
 
@@ -166,6 +167,8 @@ class HeldGuest:
         """
         await self.adopt_left()
         found = await self.ledger.look()
+        if doubt := await self.tools.believed.doubt():  # after the look: whatever was read is not of a later ledger
+            raise Untrusted(Trouble.FOREIGN_LEDGER, f"guest {self.name}: the ledger is not believed: {doubt}")
         if found is None:
             said = "the ledger has lost its record. What runs here is left as it is; `drover repair` can write it again"
             raise Untrusted(Trouble.NO_RECORD, f"guest {self.name}: {said}")
@@ -185,7 +188,7 @@ class HeldGuest:
         could be trusted. Raises StoreUnavailable and BadRecord."""
         await self.adopt_left()
         found = await self.ledger.shown()
-        if found is None or self.is_older(found):
+        if found is None or await self.tools.believed.doubt() or self.is_older(found):
             return None
         self.saw(found)
         return found
@@ -198,11 +201,13 @@ class HeldGuest:
     def is_older(self, found: KnownRecord) -> bool:
         """Than what this host has read before."""
         known = self.tools.journal.known_record(self.uuid)
-        return known is not None and found.mzxid < known.mzxid and found.record != known.record
+        if known is None or known.incarnation != self.tools.believed.id:
+            return False
+        return found.mzxid < known.mzxid and found.record != known.record
 
     def saw(self, found: KnownRecord) -> None:
         """Remember it, also for later agents of this host."""
-        self.tools.journal.saw_record(self.uuid, found)
+        self.tools.journal.saw_record(self.uuid, replace(found, incarnation=self.tools.believed.id))
         self.record = found.record
 
     async def respecify(self, spec: GuestSpec) -> None:
@@ -277,6 +282,27 @@ class HeldGuest:
     def copy_statuses(self) -> tuple[CopyStatus, ...]:
         """What of the guest is on this host, whoever owns it."""
         return tuple(map(self._copy_status, self.copies.values()))
+
+    async def held(self) -> tuple[Held, ...]:
+        """Its processes, as their VMMs say it now."""
+        there = [copy for copy in self.copies.values() if not copy.is_gone]
+        return tuple([await self._held(copy) for copy in there])
+
+    async def _held(self, copy: Copy) -> Held:
+        seen = Held(self.tools.here, copy.inc, copy.incoming, known=False)
+        if copy.vmm.liveness() is not Liveness.ALIVE:
+            return seen
+        try:
+            state = (await copy.vmm.state()).run_state
+        except engine.EngineError:
+            return seen
+        return replace(
+            seen,
+            running=state is engine.RunState.RUNNING,
+            sealed=state is engine.RunState.SEALED,
+            ended=state is engine.RunState.ENDED or bool(copy.ended),
+            known=True,
+        )
 
     def _copy_status(self, copy: Copy) -> CopyStatus:
         devices = copy.devices

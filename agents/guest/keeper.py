@@ -542,7 +542,7 @@ class HostedGuest(HeldGuest):
         look behind a barrier, something may have to be done.
         """
         told = self.told
-        if told is None or not self.all_adopted or self.is_older(told):
+        if told is None or not self.all_adopted or not self.tools.believed.settled or self.is_older(told):
             return False
         duty, _ = await self._duty(told.record, self.wish)
         if duty.do is not Do.NOTHING or told is not self.told:
@@ -655,8 +655,7 @@ class HostedGuest(HeldGuest):
             if not await self.ledger.restored(record, self.files.spec, WantRun(own.running or own.ended)):
                 raise self.refused(RefusalReason.ALREADY_EXISTS, "its name, or its record, is taken by now")
             if (found := await self.ledger.look()) is not None:
-                self.tools.journal.saw_record(self.uuid, found)
-                self.record = found.record
+                self.saw(found)
         log.warning("a lost record was written again, as ordered", guest=self.name)
         self.wake()
         return self.status()

@@ -11,6 +11,7 @@ from agents.config import AgentConfig
 from agents.disks.locks import PoolLocks
 from agents.engine.base import MigrationEngine
 from agents.handover.peer import GrpcDestinationPeer, GrpcSourcePeer
+from agents.host.incarnation import Believed
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.host.streams import Streams
@@ -43,6 +44,8 @@ class AgentShared:
     commits: Store
     """A session of its own for attempts: nothing may queue before a COMMIT."""
     journal: Journal
+    believed: Believed
+    """Whether what the ledger says is to be believed."""
     peers: PeerChannels
     metrics: Metrics
     departures: Callable[[], int]

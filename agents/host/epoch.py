@@ -11,6 +11,7 @@ import asyncio
 
 import structlog
 
+from agents.host.incarnation import Believed
 from agents.host.journal import Journal
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import epoch_is_current
@@ -24,21 +25,24 @@ log = structlog.get_logger(__name__)
 class EpochGate:
     """One look at the ledger at a time for each shard, however many calls ask for one."""
 
-    def __init__(self, host: str, store: Store, journal: Journal) -> None:
+    def __init__(self, host: str, store: Store, journal: Journal, believed: Believed) -> None:
         self._host = host
         self._store = store
         self._journal = journal
+        self._believed = believed
         self._turns = [asyncio.Lock() for _ in range(MAX_SHARDS)]
 
     async def heed(self, offered: int, shard: int = 0) -> None:
         """Returns when the caller's epoch is the ledger's, for that shard.
 
-        Raises STALE_EPOCH when it is not, INVALID_ARGUMENT for no shard, LEDGER_UNREACHABLE when that cannot be found
-        out now.
+        Raises STALE_EPOCH when it is not, OLD_RECORD for a ledger that is not believed, INVALID_ARGUMENT for no shard,
+        LEDGER_UNREACHABLE when that cannot be found out now.
         """
         if not 0 <= shard < MAX_SHARDS:
             said = f"there is no shard {shard}: they are 0 to {MAX_SHARDS - 1}"
             raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="shard")
+        if not self._believed.settled:
+            await self._believed.must_believe()
         if offered == self._journal.epoch(shard):
             return
         async with self._turns[shard]:

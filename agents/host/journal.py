@@ -17,12 +17,13 @@ import structlog
 from agents.host.whole import write_whole
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.record import Record
-from orchestrator.core.records import AttemptReport
+from orchestrator.core.records import AttemptReport, Incarnation
 from orchestrator.ledger.records import BadRecord, decode, encode
 
 KEPT_REPORTS = 500
 KEPT_RECORDS = 2000
 _EPOCH_FILE = "epoch.json"
+_INCARNATION_FILE = "incarnation.json"
 RETRY_S = 1.0
 
 log = structlog.get_logger(__name__)
@@ -43,6 +44,8 @@ class KnownRecord(Record):
     record: GuestRecord
     version: int
     mzxid: int
+    incarnation: str = ""
+    """Of the ledger in which it was read: nothing is older or newer across two of them."""
 
 
 class Journal:
@@ -62,6 +65,8 @@ class Journal:
         self._records: OrderedDict[str, KnownRecord] = OrderedDict()
         self._epochs: dict[int, int] = {}
         self._said = ""
+        self.incarnation = ""
+        """Of the ledger that this host believes; empty: it has met none that says."""
 
     def open(self) -> None:
         """Read what an earlier agent left. What cannot be read, or made, is left out, and said."""
@@ -72,6 +77,7 @@ class Journal:
             log.error("journal: its directory cannot be used", error=str(error))
             files = []
         self._open_records()
+        self._open_incarnation()
         try:
             found = decode(_Epoch, (self._directory / _EPOCH_FILE).read_bytes())
             self._epochs = {0: found.epoch, **{int(shard): epoch for shard, epoch in found.others.items()}}
@@ -85,6 +91,24 @@ class Journal:
                 self._reports[migration, int(attempt)] = decode(AttemptReport, path.read_bytes(), path=str(path))
             except (BadRecord, ValueError, OSError) as error:
                 log.warning("journal: a report is unreadable", file=path.name, error=str(error))
+
+    def _open_incarnation(self) -> None:
+        try:
+            self.incarnation = decode(Incarnation, (self._directory / _INCARNATION_FILE).read_bytes()).id
+        except FileNotFoundError:
+            pass
+        except (BadRecord, OSError) as error:
+            log.warning("journal: which ledger this host believes is unreadable", error=str(error))
+
+    async def see_incarnation(self, incarnation: str) -> None:
+        """The ledger that this host believes from now on. Durable when this returns, as an epoch is."""
+        self.incarnation = incarnation
+        self._unwritten[self._directory / _INCARNATION_FILE] = encode(Incarnation(incarnation))
+        await self._write_all()
+
+    def epochs(self) -> dict[int, int]:
+        """Of every shard that was heard of."""
+        return dict(self._epochs)
 
     def _open_records(self) -> None:
         with contextlib.suppress(OSError):
@@ -177,14 +201,14 @@ class Journal:
 
 
 def _write(path: Path, data: bytes | None) -> OSError | None:
-    """Blocking. Whole or not at all; None: done. Only the epoch is flushed: losing power may cost the newest of the
-    rest, and a flush would be in the way of whoever shares the disk, ZooKeeper for one."""
+    """Blocking. Whole or not at all; None: done. Only the epoch and the ledger's id are flushed: losing power may cost
+    the newest of the rest, and a flush would be in the way of whoever shares the disk, ZooKeeper for one."""
     try:
         if data is None:
             path.unlink(missing_ok=True)
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data, durable=path.name == _EPOCH_FILE)
+        write_whole(path, data, durable=path.name in (_EPOCH_FILE, _INCARNATION_FILE))
     except OSError as error:
         return error
     return None

@@ -114,6 +114,11 @@ class Metrics:
             "1: another agent has the host's place",
             registry=registry,
         )
+        self._doubted = Gauge(
+            "drover_ledger_doubted",
+            "1: the ledger is another one than this host has known; nothing it says is believed",
+            registry=registry,
+        )
         self._not_kept = Gauge(
             "drover_guests_not_kept",
             "Guests of this host that the agent does nothing about just now",
@@ -149,6 +154,7 @@ class Metrics:
         quorum_age_s: Callable[[], float],
         mistakes: Callable[[], int] = lambda: 0,
         place_lost: Callable[[], int] = lambda: 0,
+        ledger_doubted: Callable[[], int] = lambda: 0,
         not_kept: Callable[[], int] = lambda: 0,
     ) -> None:
         """Where to ask for what is the case at the moment of a scrape; the calls must not block."""
@@ -158,6 +164,7 @@ class Metrics:
         self._quorum_age.set_function(quorum_age_s)
         self._mistakes.set_function(mistakes)
         self._place_lost.set_function(place_lost)
+        self._doubted.set_function(ledger_doubted)
 
     async def serve(self, address: str, port: int) -> Exposition:
         """A port that is in use costs the metrics and nothing else. The caller closes what it gets."""

@@ -48,6 +48,13 @@ class AgentServicer(rpc.AgentServiceServicer):
     async def GetAgent(self, request: pb.GetAgentRequest, context: Any) -> pb.GetAgentResponse:
         return wire_agent.agent_status_to_proto(self._agent.status())
 
+    async def ListCopies(self, request: pb.ListCopiesRequest, context: Any) -> pb.ListCopiesResponse:
+        return wire_agent.held_to_proto(await self._agent.held())
+
+    async def RejoinLedger(self, request: pb.RejoinLedgerRequest, context: Any) -> pb.RejoinLedgerResponse:
+        await self._agent.rejoin(request.incarnation)
+        return pb.RejoinLedgerResponse()
+
     async def StartGuest(self, request: pb.StartGuestRequest, context: Any) -> pb.StartGuestResponse:
         status = await self._agent.start_guest(request.guest_uuid)
         return pb.StartGuestResponse(guest=wire_agent.guest_status_to_proto(status))

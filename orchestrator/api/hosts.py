@@ -8,14 +8,15 @@ from orchestrator.api import decisions, views
 from orchestrator.api.asking import ask
 from orchestrator.api.calls import Caller, Tools, tries, write
 from orchestrator.api.reads import not_found
-from orchestrator.core.errors import invalid
+from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.guest import name_error
-from orchestrator.core.records import Cordon
+from orchestrator.core.records import Cordon, Incarnation
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_set
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.snapshot import Snapshot
 from orchestrator.ledger.store import Done
+from orchestrator.rpc.agent_client import CALL_S
 from protos.drover.v1 import types_pb2
 
 log = structlog.get_logger(__name__)
@@ -51,6 +52,22 @@ class Hosts:
         """With the same write no evacuation says any more that the host may be powered off: what they say holds under
         the cordon that they saw."""
         await self._change(name, False, "", caller)
+        return await self.get(name)
+
+    async def rejoin(self, name: str, caller: Caller) -> types_pb2.Host:
+        """The host's agent believes the ledger as it is now. Raises NOT_FOUND, AGENT_UNREACHABLE and as the agent
+        does."""
+        _check_name(name)
+        snapshot = await self._tools.index.recent()
+        _one(snapshot, name)
+        found = await self._tools.ledger.read(Incarnation, paths.INCARNATION)
+        if found is None:
+            raise DroverError(
+                RefusalReason.NOT_FOUND, "the ledger does not say which it is yet: a coordinator has to lead"
+            )
+        agent = self._tools.agents.at(snapshot.hosts[name].input.record.control_address)
+        await agent.rejoin_ledger(found[0].id, caller.remaining_s(CALL_S))
+        log.warning("host rejoins", host=name, incarnation=found[0].id, by=caller.by)
         return await self.get(name)
 
     async def _change(self, name: str, on: bool, why: str, caller: Caller) -> None:

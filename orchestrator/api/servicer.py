@@ -111,6 +111,9 @@ class OrchestratorServicer(OrchestratorServiceServicer):
     async def UncordonHost(self, request: pb.UncordonHostRequest, context: Any) -> types_pb2.Host:
         return await self._hosts.uncordon(request.name, _caller(context))
 
+    async def RejoinHost(self, request: pb.RejoinHostRequest, context: Any) -> types_pb2.Host:
+        return await self._hosts.rejoin(request.name, _caller(context))
+
     async def DeclareHostDead(self, request: pb.DeclareHostDeadRequest, context: Any) -> types_pb2.HostDeath:
         return await self._deaths.declare(request, _caller(context))
 

@@ -189,6 +189,20 @@ def uncordon(settings: Settings, host: str) -> None:
         _changed(settings.printer, client.uncordon_host(host))
 
 
+@host.command(short_help="Let its agent believe the ledger as it is now.")
+@host_argument
+@remote
+@pass_settings
+def rejoin(settings: Settings, host: str) -> None:
+    """Let HOST's agent believe the ledger as it is now, after it was restored or made anew without an import.
+
+    An agent that finds another ledger than it has known lets its guests run on and believes nothing. Do this only when
+    the ledger says the truth about HOST's guests, or HOST has none: it is told what its records say, and obeys.
+    """
+    with settings.client() as client:
+        _changed(settings.printer, client.rejoin_host(host))
+
+
 @host.command("declare-dead", short_help="Say that it is gone for good, so that its guests' names are free.")
 @host_argument
 @click.option("--confirm", "token", default="", metavar="TOKEN", help="Of the same command without it: do it.")

@@ -80,6 +80,43 @@ def export(settings: Settings, file: Path, config: Path | None, zookeeper: str |
     _tell(settings, made, file)
 
 
+@ledger.command("import", short_help="Bring the ledger back from FILE; every host is asked what it holds.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--dead", multiple=True, metavar="HOST", help="You vouch that its power is off for good; repeatable.")
+@click.option("--confirm", "token", default="", metavar="TOKEN", help="Of the same command without it: do it.")
+@_where
+@local
+@pass_settings
+def import_(
+    settings: Settings,
+    file: Path,
+    dead: tuple[str, ...],
+    token: str,
+    config: Path | None,
+    zookeeper: str | None,
+    chroot: str | None,
+) -> None:
+    """Bring the ledger back from FILE into an empty ZooKeeper, with every guest where it runs now.
+
+    Stop coordinators and APIs before, let the agents run. Without --confirm nothing is done: it asks every host what it
+    holds, shows what becomes of each guest, and the token to repeat. A host that does not answer stands against it.
+    A host that the backup does not know, and that has not registered with the new ZooKeeper, is not asked: look whether
+    all are listed.
+    """
+    from orchestrator.restore import files
+
+    where = _meant(settings, config, zookeeper, chroot)
+    done = _run(files.bring_back(where, file, dead=dead, token=token, time_s=time.time()))
+    if settings.printer.machine:
+        settings.printer.document(done.document())
+    else:
+        settings.printer.show(*files.lines(done))
+        for left in done.left:
+            note(left)
+    if done.left:
+        raise Ended(Exit.FAILED)
+
+
 @ledger.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @local

@@ -35,7 +35,7 @@ from orchestrator.core.retention import Retention
 from orchestrator.core.shards import MAX_SHARDS, Share
 from orchestrator.fencing.base import Fencers
 from orchestrator.history import HistoryFile
-from orchestrator.ledger import active, layout, paths
+from orchestrator.ledger import active, incarnation, layout, paths
 from orchestrator.ledger.gather import each
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.records import BadRecord, decode, encode
@@ -421,6 +421,7 @@ class Supervisor:
             upgrade = tasks.spawn(Upgrade(self._store, epoch, self._upgrading).run(), "upgrade", failed=failed)
             if upgrade is not None:
                 await asyncio.wait({upgrade, asyncio.ensure_future(over.wait())}, return_when=asyncio.FIRST_COMPLETED)
+            tasks.spawn(incarnation.given(self._store), "name of the ledger", failed=failed)
         spawn(self._discover(epoch, runner, spawn))
         spawn(self._for_ever(lambda: self._places.tend(epoch), "places of those who wait", 0.0))
         keeping = Keeping(self._store, self._index, epoch, self._retention, self._history)

@@ -110,6 +110,8 @@ class Trouble(StrEnum):
     """The ledger has lost the guest's record; the guest is left as it is."""
     OLD_RECORD = "OLD_RECORD"
     """The ledger's record is older than what this agent has seen before; the guest is left as it is."""
+    FOREIGN_LEDGER = "FOREIGN_LEDGER"
+    """The ledger is another one than this host has known, and nobody has announced it; nothing it says is believed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,8 @@ class FailureReason(OpenWord):
     SOURCE_UNREACHABLE = "SOURCE_UNREACHABLE"
     SOME_GUESTS_REMAIN = "SOME_GUESTS_REMAIN"
     HOST_DIED = "HOST_DIED"
+    LEDGER_RESTORED = "LEDGER_RESTORED"
+    """The ledger was restored from a backup that was made while it was under way."""
 
 
 class RefusalReason(StrEnum):

@@ -779,6 +779,8 @@ class Incarnation(Record):
     id: str
     follows: tuple[str, ...] = ()
     """Ids of the ledgers in whose place this one was put, by an import that asked the agents what they hold."""
+    hosts: tuple[str, ...] = ()
+    """Hosts that were asked: to others this ledger is a stranger, whatever it follows."""
     why: str = ""
     """For people: what made it."""
     time_s: float = 0.0

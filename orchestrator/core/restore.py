@@ -9,7 +9,7 @@ whatever attempt was under way when the ledger was lost (tests/property/test_res
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from orchestrator.core.handover import GuestRecord, Ownership
@@ -33,6 +33,30 @@ class Held:
     """The guest shut down by itself."""
     known: bool = True
     """False: the agent could not find out what the process does."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldGuestCopy:
+    """A process, and whose."""
+
+    guest: str
+    """Uuid."""
+    name: str
+    held: Held
+
+
+@dataclass(frozen=True, slots=True)
+class HostHeld:
+    """What the agent of one host says when an import asks it."""
+
+    host: HostRef
+    complete: bool
+    """`copies` is everything that is there."""
+    incarnation: str = ""
+    """Of the ledger that the agent believes; empty: it has met none that says."""
+    epochs: dict[int, int] = field(default_factory=dict[int, int])
+    """Of the coordinators that it has obeyed, by shard."""
+    copies: tuple[HeldGuestCopy, ...] = ()
 
 
 class Fate(StrEnum):

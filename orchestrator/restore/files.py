@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from orchestrator.ledger.layout import WrongLayout
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import StoreUnavailable
 from orchestrator.restore.access import Where, opened
+from orchestrator.restore.importing import Import, Outcome
+from orchestrator.rpc.agent_client import AgentClients
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,38 @@ async def export(where: Where, file: Path, *, time_s: float) -> Looked:
     except OSError as error:
         raise DroverError(RefusalReason.INTERNAL, f"the ledger was not exported: {error}") from error
     return verify(file)
+
+
+async def bring_back(where: Where, file: Path, *, dead: Sequence[str], token: str, time_s: float) -> Outcome:
+    """What an import of `file` would do; with the `token` of that, it is done. Raises as `Import` does, and
+    INVALID_ARGUMENT for a file that cannot be imported."""
+    looked = verify(file)
+    if looked.held is None or looked.problems:
+        said = f"{file} cannot be imported: {'; '.join(looked.shown())}"
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="file")
+    agents = AgentClients()
+    try:
+        async with opened(where) as store:
+            run = Import(store, agents, looked.held, dead=dead, time_s=time_s)
+            outcome = await run.look()
+            if token:
+                await run.carry_out(outcome, token)
+            return outcome
+    finally:
+        await agents.close()
+
+
+def lines(outcome: Outcome) -> list[str]:
+    """An import for people."""
+    said = [f"hosts: {', '.join(host.host.host for host in outcome.asked.heard) or 'none'}"]
+    for one in outcome.plan.found:
+        where = f" on {one.where}" if one.where else ""
+        said.append(f"{one.name}: {one.fate}{where}" + (f" ({one.why})" if one.why else ""))
+    if outcome.incarnation:
+        said.append(f"done: the ledger is incarnation {outcome.incarnation}; start a coordinator and the APIs")
+    else:
+        said.append(f"nothing was done: repeat with --confirm {outcome.token}")
+    return said
 
 
 def verify(file: Path) -> Looked:

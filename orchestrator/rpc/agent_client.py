@@ -29,6 +29,7 @@ from orchestrator.core.ids import AttemptRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import GuestSpec
+from orchestrator.core.restore import HostHeld
 from orchestrator.rpc.channels import aio_channel
 from orchestrator.rpc.errors import from_rpc_error
 from protos.drover.v1 import agent_pb2 as pb
@@ -91,6 +92,14 @@ class AgentClient:
         return wire_agent.agent_status_from_proto(
             await self._call(self._stub.GetAgent, pb.GetAgentRequest(), timeout_s)
         )
+
+    async def list_copies(self, timeout_s: float = CALL_S) -> HostHeld:
+        """Every process of a guest on the agent's host, as its VMM says now."""
+        return wire_agent.held_from_proto(await self._call(self._stub.ListCopies, pb.ListCopiesRequest(), timeout_s))
+
+    async def rejoin_ledger(self, incarnation: str, timeout_s: float = CALL_S) -> None:
+        """Let the agent believe the ledger of that incarnation, whatever it has known before."""
+        await self._call(self._stub.RejoinLedger, pb.RejoinLedgerRequest(incarnation=incarnation), timeout_s)
 
     async def start_guest(self, guest: str, timeout_s: float = START_GUEST_S) -> GuestStatus:
         """Execute a guest whose record is STARTING there. Once the agent refuses, the record is GONE."""

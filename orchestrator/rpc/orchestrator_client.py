@@ -145,6 +145,10 @@ class OrchestratorClient:
         """New guests and migrations may go to the host again. Idempotent."""
         return self._call(self._stub.UncordonHost, pb.UncordonHostRequest(name=name))
 
+    def rejoin_host(self, name: str) -> types_pb2.Host:
+        """Let the host's agent believe the ledger as it is now, whatever it has known before."""
+        return self._call(self._stub.RejoinHost, pb.RejoinHostRequest(name=name))
+
     def declare_host_dead(
         self, name: str, confirmation_token: str = "", *, on_operators_word: bool = False, requested_by: str = ""
     ) -> types_pb2.HostDeath:

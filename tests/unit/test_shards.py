@@ -12,6 +12,7 @@ from uuid import UUID, uuid5
 import pytest
 
 from agents.host.epoch import EpochGate
+from agents.host.incarnation import Believed
 from agents.host.journal import Journal
 from orchestrator.api.health import cluster_health
 from orchestrator.coordinator import shares as sharing
@@ -217,7 +218,7 @@ async def test_an_agent_keeps_one_epoch_per_shard(tmp_path: Path) -> None:
         store.tree.nodes[paths.epoch(shard)] = Versioned(b"", version, 0)
     journal = Journal(tmp_path)
     journal.open()
-    gate = EpochGate("h1", store, journal)
+    gate = EpochGate("h1", store, journal, Believed("h1", store, journal))
     await gate.heed(3)
     await gate.heed(7, 5)
     for offered, shard in ((7, 0), (3, 5), (0, 1)):

@@ -48,6 +48,159 @@ FRAME_KIND_END: FrameKind.ValueType  # 4
 Global___FrameKind: _TypeAlias = FrameKind  # noqa: Y015
 
 @_typing.final
+class ListCopiesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCopiesRequest: _TypeAlias = ListCopiesRequest  # noqa: Y015
+
+@_typing.final
+class ListCopiesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EpochsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    HOST_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    boot_id: _builtins.str
+    complete: _builtins.bool
+    """`copies` is everything that is there."""
+    incarnation: _builtins.str
+    """Of the ledger that this agent believes; empty: it has met none that says."""
+    @_builtins.property
+    def epochs(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """Of the coordinators that this agent has obeyed, by shard of the fleet."""
+
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldCopy]: ...
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        boot_id: _builtins.str = ...,
+        complete: _builtins.bool = ...,
+        incarnation: _builtins.str = ...,
+        epochs: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
+        copies: _abc.Iterable[Global___HeldCopy] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "complete", b"complete", "copies", b"copies", "epochs", b"epochs", "host", b"host", "incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCopiesResponse: _TypeAlias = ListCopiesResponse  # noqa: Y015
+
+@_typing.final
+class HeldCopy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_UUID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    INC_FIELD_NUMBER: _builtins.int
+    INCOMING_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    guest_uuid: _builtins.str
+    name: _builtins.str
+    inc: _builtins.str
+    incoming: _builtins.bool
+    """Made to receive the guest, and not known to be the guest yet."""
+    running: _builtins.bool
+    sealed: _builtins.bool
+    """Everything was sent from it: the guest may have been given away."""
+    ended: _builtins.bool
+    """The guest shut down by itself."""
+    known: _builtins.bool
+    """False: its VMM could not be asked."""
+    def __init__(
+        self,
+        *,
+        guest_uuid: _builtins.str = ...,
+        name: _builtins.str = ...,
+        inc: _builtins.str = ...,
+        incoming: _builtins.bool = ...,
+        running: _builtins.bool = ...,
+        sealed: _builtins.bool = ...,
+        ended: _builtins.bool = ...,
+        known: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "guest_uuid", b"guest_uuid", "inc", b"inc", "incoming", b"incoming", "known", b"known", "name", b"name", "running", b"running", "sealed", b"sealed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldCopy: _TypeAlias = HeldCopy  # noqa: Y015
+
+@_typing.final
+class RejoinLedgerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.str
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RejoinLedgerRequest: _TypeAlias = RejoinLedgerRequest  # noqa: Y015
+
+@_typing.final
+class RejoinLedgerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RejoinLedgerResponse: _TypeAlias = RejoinLedgerResponse  # noqa: Y015
+
+@_typing.final
 class GetAgentRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

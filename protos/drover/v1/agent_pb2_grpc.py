@@ -136,6 +136,16 @@ class AgentServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayResponse.FromString,
                 _registered_method=True)
+        self.ListCopies = channel.unary_unary(
+                '/drover.v1.AgentService/ListCopies',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListCopiesRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListCopiesResponse.FromString,
+                _registered_method=True)
+        self.RejoinLedger = channel.unary_unary(
+                '/drover.v1.AgentService/RejoinLedger',
+                request_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.RejoinLedgerRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.RejoinLedgerResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer:
@@ -289,6 +299,21 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListCopies(self, request, context):
+        """Every process of a guest on this host as its VMM says now, and which ledger and coordinators this agent has known: what
+        a restore of the ledger goes by. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RejoinLedger(self, request, context):
+        """An operator's word: believe the ledger of this incarnation from now on, whatever was known before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -391,6 +416,16 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.OpenVmmDisplay,
                     request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayResponse.SerializeToString,
+            ),
+            'ListCopies': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCopies,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListCopiesRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.ListCopiesResponse.SerializeToString,
+            ),
+            'RejoinLedger': grpc.unary_unary_rpc_method_handler(
+                    servicer.RejoinLedger,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_agent__pb2.RejoinLedgerRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_agent__pb2.RejoinLedgerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -935,6 +970,60 @@ class AgentService:
             '/drover.v1.AgentService/OpenVmmDisplay',
             protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_agent__pb2.OpenVmmDisplayResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCopies(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.AgentService/ListCopies',
+            protos_dot_drover_dot_v1_dot_agent__pb2.ListCopiesRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.ListCopiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RejoinLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.AgentService/RejoinLedger',
+            protos_dot_drover_dot_v1_dot_agent__pb2.RejoinLedgerRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_agent__pb2.RejoinLedgerResponse.FromString,
             options,
             channel_credentials,
             insecure,

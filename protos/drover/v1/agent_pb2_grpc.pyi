@@ -87,6 +87,12 @@ class AgentServiceStub:
     """Gives the process of a guest that was taken over and has not moved since back to whoever started it."""
     OpenVmmDisplay: _grpc.UnaryUnaryMultiCallable[_agent_pb2.OpenVmmDisplayRequest, _agent_pb2.OpenVmmDisplayResponse]
     """See OpenDisplay of OrchestratorService, of a guest that runs here."""
+    ListCopies: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListCopiesRequest, _agent_pb2.ListCopiesResponse]
+    """Every process of a guest on this host as its VMM says now, and which ledger and coordinators this agent has known: what
+    a restore of the ledger goes by. Changes nothing.
+    """
+    RejoinLedger: _grpc.UnaryUnaryMultiCallable[_agent_pb2.RejoinLedgerRequest, _agent_pb2.RejoinLedgerResponse]
+    """An operator's word: believe the ledger of this incarnation from now on, whatever was known before."""
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -147,6 +153,12 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """Gives the process of a guest that was taken over and has not moved since back to whoever started it."""
     OpenVmmDisplay: _aio.UnaryUnaryMultiCallable[_agent_pb2.OpenVmmDisplayRequest, _agent_pb2.OpenVmmDisplayResponse]  # type: ignore[assignment]
     """See OpenDisplay of OrchestratorService, of a guest that runs here."""
+    ListCopies: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListCopiesRequest, _agent_pb2.ListCopiesResponse]  # type: ignore[assignment]
+    """Every process of a guest on this host as its VMM says now, and which ledger and coordinators this agent has known: what
+    a restore of the ledger goes by. Changes nothing.
+    """
+    RejoinLedger: _aio.UnaryUnaryMultiCallable[_agent_pb2.RejoinLedgerRequest, _agent_pb2.RejoinLedgerResponse]  # type: ignore[assignment]
+    """An operator's word: believe the ledger of this incarnation from now on, whatever was known before."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Control calls. Mutating calls carry the coordinator's epoch; a lower one than the agent has seen is refused
@@ -324,6 +336,24 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.OpenVmmDisplayResponse, _abc.Awaitable[_agent_pb2.OpenVmmDisplayResponse]]:
         """See OpenDisplay of OrchestratorService, of a guest that runs here."""
+
+    @_abc_1.abstractmethod
+    def ListCopies(
+        self,
+        request: _agent_pb2.ListCopiesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.ListCopiesResponse, _abc.Awaitable[_agent_pb2.ListCopiesResponse]]:
+        """Every process of a guest on this host as its VMM says now, and which ledger and coordinators this agent has known: what
+        a restore of the ledger goes by. Changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def RejoinLedger(
+        self,
+        request: _agent_pb2.RejoinLedgerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.RejoinLedgerResponse, _abc.Awaitable[_agent_pb2.RejoinLedgerResponse]]:
+        """An operator's word: believe the ledger of this incarnation from now on, whatever was known before."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -58,6 +58,26 @@ WISH_STATE_RECORDED: WishState.ValueType  # 3
 Global___WishState: _TypeAlias = WishState  # noqa: Y015
 
 @_typing.final
+class RejoinHostRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """hosts/<name>"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RejoinHostRequest: _TypeAlias = RejoinHostRequest  # noqa: Y015
+
+@_typing.final
 class GetClusterHealthRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -80,6 +80,11 @@ class OrchestratorServiceStub:
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostRequest.SerializeToString,
                 response_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostResponse.FromString,
                 _registered_method=True)
+        self.RejoinHost = channel.unary_unary(
+                '/drover.v1.OrchestratorService/RejoinHost',
+                request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RejoinHostRequest.SerializeToString,
+                response_deserializer=protos_dot_drover_dot_v1_dot_types__pb2.Host.FromString,
+                _registered_method=True)
         self.CheckPlacement = channel.unary_unary(
                 '/drover.v1.OrchestratorService/CheckPlacement',
                 request_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.CheckPlacementRequest.SerializeToString,
@@ -300,6 +305,14 @@ class OrchestratorServiceServicer:
 
     def RemoveHost(self, request, context):
         """Forgets a host that is not live, has no guests, and is certified dead or cordoned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RejoinHost(self, request, context):
+        """Lets a host's agent believe the ledger as it is now, which it refuses after an unannounced rollback: on the caller's
+        word that this is the right ledger. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -582,6 +595,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.RemoveHost,
                     request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostRequest.FromString,
                     response_serializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostResponse.SerializeToString,
+            ),
+            'RejoinHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.RejoinHost,
+                    request_deserializer=protos_dot_drover_dot_v1_dot_orchestrator__pb2.RejoinHostRequest.FromString,
+                    response_serializer=protos_dot_drover_dot_v1_dot_types__pb2.Host.SerializeToString,
             ),
             'CheckPlacement': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckPlacement,
@@ -982,6 +1000,33 @@ class OrchestratorService:
             '/drover.v1.OrchestratorService/RemoveHost',
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostRequest.SerializeToString,
             protos_dot_drover_dot_v1_dot_orchestrator__pb2.RemoveHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RejoinHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.v1.OrchestratorService/RejoinHost',
+            protos_dot_drover_dot_v1_dot_orchestrator__pb2.RejoinHostRequest.SerializeToString,
+            protos_dot_drover_dot_v1_dot_types__pb2.Host.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,6 +63,10 @@ class OrchestratorServiceStub:
     """The newest declaration."""
     RemoveHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RemoveHostRequest, _orchestrator_pb2.RemoveHostResponse]
     """Forgets a host that is not live, has no guests, and is certified dead or cordoned."""
+    RejoinHost: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RejoinHostRequest, _types_pb2.Host]
+    """Lets a host's agent believe the ledger as it is now, which it refuses after an unannounced rollback: on the caller's
+    word that this is the right ledger. Idempotent.
+    """
     CheckPlacement: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.CheckPlacementRequest, _orchestrator_pb2.CheckPlacementResponse]
     """Where a guest could run or move now, with the verdict on every host. Changes nothing; an answer is no promise."""
     ListImages: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListImagesRequest, _orchestrator_pb2.ListImagesResponse]
@@ -174,6 +178,10 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """The newest declaration."""
     RemoveHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.RemoveHostRequest, _orchestrator_pb2.RemoveHostResponse]  # type: ignore[assignment]
     """Forgets a host that is not live, has no guests, and is certified dead or cordoned."""
+    RejoinHost: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.RejoinHostRequest, _types_pb2.Host]  # type: ignore[assignment]
+    """Lets a host's agent believe the ledger as it is now, which it refuses after an unannounced rollback: on the caller's
+    word that this is the right ledger. Idempotent.
+    """
     CheckPlacement: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.CheckPlacementRequest, _orchestrator_pb2.CheckPlacementResponse]  # type: ignore[assignment]
     """Where a guest could run or move now, with the verdict on every host. Changes nothing; an answer is no promise."""
     ListImages: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListImagesRequest, _orchestrator_pb2.ListImagesResponse]  # type: ignore[assignment]
@@ -336,6 +344,16 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_pb2.RemoveHostResponse, _abc.Awaitable[_orchestrator_pb2.RemoveHostResponse]]:
         """Forgets a host that is not live, has no guests, and is certified dead or cordoned."""
+
+    @_abc_1.abstractmethod
+    def RejoinHost(
+        self,
+        request: _orchestrator_pb2.RejoinHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.Host, _abc.Awaitable[_types_pb2.Host]]:
+        """Lets a host's agent believe the ledger as it is now, which it refuses after an unannounced rollback: on the caller's
+        word that this is the right ledger. Idempotent.
+        """
 
     @_abc_1.abstractmethod
     def CheckPlacement(

@@ -48,6 +48,10 @@ class Hosts(State):
                 evacuation.safe_to_power_off = False
         return host
 
+    async def RejoinHost(self, request: pb.RejoinHostRequest, context: object) -> types.Host:
+        await self._called("RejoinHost", request)
+        return self._host(request.name)
+
     async def DeclareHostDead(self, request: pb.DeclareHostDeadRequest, context: object) -> types.HostDeath:
         await self._called("DeclareHostDead", request)
         host = self._host(request.name)
