@@ -30,9 +30,15 @@ class Run:
     scale: float
     only: frozenset[str]
     found: list[Figure] = field(default_factory=list[Figure])
+    over: set[str] = field(default_factory=set[str])
 
     def wants(self, *names: str) -> bool:
         return not self.only or bool(self.only & set(names))
+
+    def missing(self) -> list[str]:
+        """What was asked for and has neither been taken nor been given up."""
+        names = (name for several in scenes.SCENES.values() for name in several)
+        return [name for name in names if self.wants(name) and name not in self.over]
 
     async def take(self, name: str, work: Callable[[], Awaitable[list[Figure]]], timeout_s: float = 300.0) -> None:
         """One figure, if it is wanted."""
@@ -45,6 +51,7 @@ class Run:
         except Exception as error:
             taken = [figures.failed(name, error)]
         self.found += taken
+        self.over.add(name)
         for one in taken:
             print(f"{one.name}: {one.value} {one.unit} {one.target} {one.note}", flush=True)
         print(f"  ({name}: {time.monotonic() - begun:.0f} s)", flush=True)
@@ -56,7 +63,9 @@ async def _bench(run: Run, minutes: float | None) -> None:
         async with asyncio.timeout(minutes * 60 if minutes else None):
             await _scenes(run)
     except TimeoutError:
-        print(f"the {minutes:g} minutes are over: what is missing was not taken", flush=True)
+        said = f"not taken: the {minutes:g} minutes were over"
+        run.found += [Figure(name, None, "", "", False, said) for name in run.missing()]
+        print(said, flush=True)
 
 
 async def _scenes(run: Run) -> None:
@@ -66,7 +75,8 @@ async def _scenes(run: Run) -> None:
             try:
                 await scene(run.scale, run.take)
             except Exception as error:  # its parts did not even start
-                run.found += [figures.failed(name, error) for name in names if run.wants(name)]
+                run.found += [figures.failed(name, error) for name in names if name in run.missing()]
+                run.over.update(names)
             print(f"  (all of {scene.__name__}: {time.monotonic() - begun:.0f} s)", flush=True)
 
 

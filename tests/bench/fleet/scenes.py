@@ -23,7 +23,7 @@ from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from protos.drover.v1 import orchestrator_pb2 as pb
 from tests.bench.fleet import fill, moves
-from tests.bench.fleet.figures import Figure, at_most, beside, percentile
+from tests.bench.fleet.figures import Figure, at_most, beside, failed, percentile
 from tests.bench.fleet.plane import Counted, Limits, Plane, running
 
 HOSTS, GUESTS = 1_000, 10_000
@@ -307,31 +307,50 @@ async def flat(plane: Plane, counts: Sequence[int]) -> list[Figure]:
     await asyncio.sleep(2.0)
     rest = await _cpu_at_rest(plane, 8.0)
     for count in counts:
-        await plane.tell_agents("hold")
-        before, cpu = await plane.counted(), plane.cpu_s()["coordinator"]
-        ids = await moves.create(plane, range(count), dict(moves.LONG))
-        await moves.until(plane, ids, moves.begun, 60 + count / 20)
-        await asyncio.sleep(10.0)
-        memory.append(plane.rss_mib()["coordinator"])
-        await plane.go()
-        followed = await moves.until(plane, ids, moves.over, 60 + count / 10)
-        spent = (await plane.counted()).since(before)
-        busy_s = plane.cpu_s()["coordinator"] - cpu - rest * spent.seconds
-        _tell_writes(plane, before, count)
-        cpu_ms.append(max(0.1, busy_s / count * 1000))
-        writes.append(spent.writes / count)
-        said = "" if set(followed.phases()) == {"SUCCEEDED"} else f"ended {dict(followed.phases())}"
-        said += f"; {repeated}" if (repeated := await moves.repeated(plane, followed)) else ""
-        found.append(beside(f"{count} in flight: coordinator CPU per migration", cpu_ms[-1], "ms", said))
-        found.append(beside(f"{count} in flight: coordinator RSS", memory[-1], "MiB"))
-        found.append(beside(f"{count} in flight: writes per migration", writes[-1], "writes"))
+        try:
+            cost = await _cost_of(plane, count, rest)
+        except TimeoutError as error:  # those that were taken stand all the same
+            found.append(failed(f"{count} in flight", error))
+            await plane.go()
+            break
+        cpu_ms.append(cost[0].value or 0.0)
+        memory.append(cost[1].value or 0.0)
+        writes.append(cost[2].value or 0.0)
+        found += cost
+        for one in cost:
+            print(f"  {one.name}: {one.value} {one.unit} {one.note}", flush=True)
+    if len(cpu_ms) < 2:
+        return found
     each = [(b - a) * 1024 / (m - n) for a, b, n, m in zip(memory, memory[1:], counts, counts[1:], strict=False)]
     said = "KiB per further migration: " + ", ".join(f"{one:.0f}" for one in each)
-    return [
-        *found,
+    ratios = [
         at_most("in flight: CPU per migration, most / least", max(cpu_ms) / min(cpu_ms), "x", 1.2),
         at_most("in flight: writes per migration, most / least", max(writes) / min(writes), "x", 1.2),
-        beside("in flight: memory of one more", each[-1], "KiB", said),
+    ]
+    if len(cpu_ms) < len(counts):
+        ratios = [replace(one, met=False, note=f"only up to {counts[len(cpu_ms) - 1]}") for one in ratios]
+    return [*found, *ratios, beside("in flight: memory of one more", each[-1], "KiB", said)]
+
+
+async def _cost_of(plane: Plane, count: int, rest: float) -> list[Figure]:
+    """CPU per migration, memory and writes per migration with so many under way. Raises TimeoutError."""
+    await plane.tell_agents("hold")
+    before, cpu = await plane.counted(), plane.cpu_s()["coordinator"]
+    ids = await moves.create(plane, range(count), dict(moves.LONG))
+    await moves.until(plane, ids, moves.begun, 60 + count / 20)
+    await asyncio.sleep(10.0)
+    memory = plane.rss_mib()["coordinator"]
+    await plane.go()
+    followed = await moves.until(plane, ids, moves.over, 60 + count / 10)
+    spent = (await plane.counted()).since(before)
+    busy_s = plane.cpu_s()["coordinator"] - cpu - rest * spent.seconds
+    _tell_writes(plane, before, count)
+    said = "" if set(followed.phases()) == {"SUCCEEDED"} else f"ended {dict(followed.phases())}"
+    said += f"; {repeated}" if (repeated := await moves.repeated(plane, followed)) else ""
+    return [
+        beside(f"{count} in flight: coordinator CPU per migration", max(0.1, busy_s / count * 1000), "ms", said),
+        beside(f"{count} in flight: coordinator RSS", memory, "MiB"),
+        beside(f"{count} in flight: writes per migration", spent.writes / count, "writes"),
     ]
 
 
