@@ -198,8 +198,9 @@ async def test_a_vmm_that_does_not_answer_is_not_dead(config: AgentConfig, world
 
 @pytest.mark.parametrize("lost", ["guest.json", "i1.json"])
 async def test_a_note_that_cannot_be_read_loses_no_guest(
-    config: AgentConfig, world: World, mover: SlowEngine, lost: str
+    config: AgentConfig, world: World, mover: SlowEngine, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("agents.agent.FIRST_SCAN_S", 1.0)  # a start waits so long for a look that cannot succeed
     files = await left_by_an_earlier_agent(config, world, mover)
     note = files.directory / lost
     whole = note.read_bytes()

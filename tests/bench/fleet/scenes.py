@@ -161,12 +161,21 @@ async def start(plane: Plane, count: int, guests: int) -> list[Figure]:
         spent = ", ".join(f"{role} {now.get(role, 0) - cpu.get(role, 0):.1f}" for role in now)
         print(f"  {took_s:.1f} s of {os.cpu_count()} cores until they had begun, CPU s: {spent}", flush=True)
         await plane.go()
-    await moves.until(plane, ids, moves.over, 60 + count / 10)
+    ended = await _ended(plane, ids)
     return [
         at_most(f"start {count} migrations until each is PREPARING", took_s, "s", 15, f"CPU s: {spent}"),
         beside("start: until the API had taken them all", asked_s, "s"),
-        beside("start: until all were over", time.monotonic() - began, "s"),
+        beside("start: until all were over", time.monotonic() - began, "s", ended),
     ]
+
+
+async def _ended(plane: Plane, ids: Sequence[str]) -> str:
+    """How they ended, or had so far: it is no part of a figure that was taken before."""
+    try:
+        followed = await moves.until(plane, ids, moves.over, 60 + len(ids) / 10)
+    except TimeoutError as error:
+        return f"not all were over afterwards: {error}"
+    return f"ended {dict(followed.phases())}; {await moves.repeated(plane, followed)}"
 
 
 async def lists(plane: Plane, guests: int) -> list[Figure]:
@@ -372,9 +381,10 @@ async def fail_over(plane: Plane, count: int) -> list[Figure]:
     adopted = await moves.until(plane, ids, moves.begun, 60.0)
     again = sum(state.attempt > 1 for state in adopted.states.values())
     said = f"before their pre-copies ended; {await moves.repeated(plane, adopted)}" if again else ""
+    for one in (adopted_s, adopted_s - leads_s, again):
+        print(f"  {one:.1f}", flush=True)
     await plane.go()
-    followed = await moves.until(plane, ids, moves.over, 60 + count / 10)
-    said = f"{said}ended {dict(followed.phases())}; {await moves.repeated(plane, followed)}"
+    said += await _ended(plane, ids)
     return [
         at_most(f"fail-over with {count} in flight: all re-adopted, after the kill", adopted_s, "s", 15),
         at_most("fail-over: all re-adopted, after the successor leads", adopted_s - leads_s, "s", 5),
