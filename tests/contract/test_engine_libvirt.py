@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
@@ -77,6 +78,12 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def start_spec(uuid: str, inc: str, directory: Path) -> VmmSpec:
+    workload = Workload(dirty_mib=1, dirty_pages_per_s=100)
+    guest = GuestSpec(name=f"g-{uuid[-2:]}", memory_mib=64, boot=boot_of(workload, seed=0))
+    return VmmSpec(uuid, inc, guest, directory, directory / f"{inc}.con", None, "127.0.0.1")
+
+
 class Pair:
     """A guest at one host and its copy at the other; everything is destroyed at the end."""
 
@@ -89,9 +96,7 @@ class Pair:
         self.events: list[EngineEvent] = []
 
     def spec(self, inc: str) -> VmmSpec:
-        workload = Workload(dirty_mib=1, dirty_pages_per_s=100)
-        guest = GuestSpec(name=f"g-{self.uuid[-2:]}", memory_mib=64, boot=boot_of(workload, seed=0))
-        return VmmSpec(self.uuid, inc, guest, self.directory, self.directory / f"{inc}.con", None, "127.0.0.1")
+        return start_spec(self.uuid, inc, self.directory)
 
     async def source(self) -> LibvirtVmm:
         vmm = await self.here.start(self.spec("5e"))
@@ -409,6 +414,74 @@ async def test_a_source_is_destroyed_without_its_daemon(pair: Pair) -> None:
         assert source.liveness() is Liveness.GONE
     finally:
         host.start()
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from agents.engine.libvirt import engine, notes
+from deploy.lab.libvirt_hosts import load_binding, tree
+from tests.contract.test_engine import image
+from tests.contract.test_engine_libvirt import ROOT, start_spec
+
+instant, socket, directory, uuid = sys.argv[1:]
+load_binding(tree(ROOT / "build" / "libvirt"))
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+make = engine._started
+def slow(connection, text):
+    loop.call_soon_threadsafe(loop.call_later, 0.15, die)
+    make(connection, text)
+
+async def main():
+    global loop
+    loop = asyncio.get_running_loop()
+    match instant:
+        case "before libvirt is asked": engine._started = die
+        case "while libvirt starts it": engine._started = slow
+        case "before its process is noted": notes.process_of = die
+    await engine.LibvirtEngine(image(), Path(socket)).start(start_spec(uuid, "5e", Path(directory)))
+asyncio.run(main())
+"""
+"""An agent that starts a guest and is killed at an instant of it."""
+
+
+@pytest.mark.parametrize(
+    "instant",
+    [
+        "before its process is noted",
+        pytest.param("before libvirt is asked", marks=all_of_it),
+        pytest.param("while libvirt starts it", marks=all_of_it),
+    ],
+)
+async def test_an_agent_that_is_killed_while_it_starts_a_guest_leaves_nothing(pair: Pair, instant: str) -> None:
+    """Its successor ends the domain, which never ran, and the same guest can be started again."""
+    words = (instant, str(pair.hosts[0].socket), str(pair.directory), pair.uuid)
+    agent = await asyncio.create_subprocess_exec(sys.executable, "-c", KILLED, *words, cwd=ROOT)
+    async with asyncio.timeout(120):
+        assert await agent.wait() == -signal.SIGKILL
+    spec = pair.spec("5e")
+    if instant == "before its process is noted":
+        assert notes.process_of(spec) is not None, "the killed agent has left its domain"
+    assert await pair.adopted(pair.here, "5e") is None
+    assert notes.process_of(spec) is None
+    assert not list(pair.directory.iterdir())
+    source = await pair.source()
+    assert (await source.state()).run_state is RunState.RUNNING
+    assert await beats(pair, "5e")
+
+
+@all_of_it
+async def test_a_domain_that_somebody_resumed_before_it_was_noted_is_left_as_it_is(pair: Pair) -> None:
+    """Drover never started it, and yet it runs: nobody knows what it has done."""
+    source = await pair.source()
+    note = replace(source.metadata, extra={"starting": "yes"})
+    notes.write(notes.note_path(pair.spec("5e")), note)
+    with pytest.raises(EngineError, match="resumed by hand"):
+        await pair.adopted(pair.here, "5e")
+    assert await beats(pair, "5e")
 
 
 @all_of_it

@@ -60,7 +60,9 @@ _POLL_S = 0.01
 _NO_CHANGES = "a guest that libvirt runs is not changed through Drover"
 _FINISHED = "finished"
 _SEALED = "sealed"
-"""Words in a VMM's note, for an agent that adopts it."""
+_STARTING = "starting"
+"""Words in a VMM's note, for an agent that adopts it. A guest that is noted as starting has never run: its vCPUs wait
+for the note that names its process."""
 
 _UNDER_WAY = (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.PARKED)
 
@@ -534,6 +536,7 @@ class LibvirtEngine(base.MigrationEngine):
         text = self._made(spec)
         await self._linked(spec)
         try:
+            self._announced(spec)
             await self._daemon.call("start", lambda connection: _started(connection, text), _START_S)
             return await self._watched(spec)
         except BaseException:
@@ -558,6 +561,9 @@ class LibvirtEngine(base.MigrationEngine):
         return vmm
 
     async def adopt(self, metadata: VmmMetadata, spec: base.VmmSpec) -> LibvirtVmm | None:
+        if _STARTING in metadata.extra:
+            await self._never_started(spec)
+            return None
         try:
             watched = processes.Watched.find(metadata.pid, metadata.start_time)
         except LivenessUnknown as error:
@@ -610,7 +616,40 @@ class LibvirtEngine(base.MigrationEngine):
         await vmm.resume()
         return vmm
 
+    def _announced(self, spec: base.VmmSpec) -> None:
+        """What libvirt is about to start is noted before it is asked to: an agent that dies in between leaves a
+        successor that knows of it. Raises EngineError."""
+        try:
+            notes.write(
+                notes.note_path(spec), VmmMetadata(spec.guest, spec.inc, *_myself(), "owner", extra={_STARTING: "yes"})
+            )
+        except OSError as error:
+            raise EngineError(f"cannot note down the VMM of {spec.spec.name}: {error}") from error
+
+    async def _never_started(self, spec: base.VmmSpec) -> None:
+        """End what an agent was killed over before it noted the process down. Nothing of it has run, unless somebody
+        resumed the domain by hand: then it is left as it is.
+
+        Raises EngineError when that, or the process, cannot be told: the note stays, and it is asked again.
+        """
+        await asyncio.to_thread(notes.bar, spec)
+        name, libvirt = domain.places_of(spec).name, library()
+        try:
+            state, _ = await self._daemon.call("adopt", lambda connection: connection.lookupByName(name).state(), 4.0)
+        except NoDomain:
+            pass  # libvirt has not made it, and now cannot
+        except EngineError:
+            if await asyncio.to_thread(notes.process_of, spec) is not None:
+                raise
+        else:
+            if state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED):
+                said = "runs although Drover never started it: was it resumed by hand? It is left as it is"
+                raise EngineError(f"domain {name} {said}")
+        await self._undone(spec)
+
     async def _undone(self, spec: base.VmmSpec) -> None:
+        """Nothing is left of a copy that never ran. Raises EngineError when that cannot be told."""
+        await asyncio.to_thread(notes.bar, spec)
         name = domain.places_of(spec).name
         with contextlib.suppress(EngineError):
             await self._daemon.call("destroy", lambda connection: connection.lookupByName(name).destroy(), _GONE_S)
