@@ -19,10 +19,10 @@ from agents.guest.copies import Copy
 from agents.guest.files import GuestFiles
 from agents.host import pools
 from orchestrator.core.agent import ConductOrder
-from orchestrator.core.compatibility import ack_mode, other_engine
+from orchestrator.core.compatibility import ack_mode, not_by, other_engine
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
-from orchestrator.core.hardware import has_hardware
+from orchestrator.core.hardware import beyond_libvirt, has_hardware
 from orchestrator.core.ids import HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.obstacles import MAX_OBSTACLES
@@ -64,6 +64,8 @@ async def must_fit(engine: MigrationEngine, config: AgentConfig, files: GuestFil
 
 async def must_suit(engine: MigrationEngine, config: AgentConfig, files: GuestFiles) -> None:
     """Where a guest is to be born: this host has what its hardware asks for. Raises what `hardware` does."""
+    if said := not_by(config.engine, files.spec.name, beyond_libvirt(files.spec)):
+        raise DroverError(RefusalReason.FEATURE_NOT_AVAILABLE, f"{config.host}: {said}")
     if not has_hardware(files.spec):
         return
     can = await probed(engine, config.host)

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 PER_DEVICE = "per-device"
 LEGACY = "legacy"
 _PER_DEVICE_SINCE = (11, 1)
+_NAMED = 8
+"""So many things are named in a refusal."""
 _VERSIONED = re.compile(r"(.+)-(\d+)\.(\d+)")
 
 
@@ -28,6 +30,17 @@ def other_engine(here: str, there: str) -> str:
     if not mine or not theirs or mine == theirs:
         return ""
     return f"its host runs guests by {mine} and this one by {theirs}: guests move between hosts of one engine only"
+
+
+def not_by(engine: str, name: str, beyond_libvirt: Iterable[str]) -> str:
+    """Why guest `name`, of which libvirt cannot do what is given, cannot be where this engine is. Empty: it can."""
+    what = list(beyond_libvirt)
+    if engine_kind(engine) != "libvirt" or not what:
+        return ""
+    more = f" and {len(what) - _NAMED} more" if len(what) > _NAMED else ""
+    return (
+        f"guest {name} has {', '.join(what[:_NAMED])}{more}, which hosts that run their guests by libvirt do not give"
+    )
 
 
 def ack_mode(engine_mode: str, machine: str) -> str:

@@ -45,6 +45,23 @@ def has_hardware(spec: GuestSpec) -> bool:
     return bool(devices or spec.cpu.model or firmware or can_grow(spec) or spec.display.vnc or spec.system_uuid)
 
 
+def beyond_libvirt(spec: GuestSpec) -> tuple[str, ...]:
+    """What of the guest no host gives that runs its guests by libvirt, each thing by its name; empty: nothing."""
+    named = [f"disk {disk.name}" for disk in spec.disks] + [f"network card {nic.name}" for nic in spec.nics]
+    others = {
+        f"firmware {spec.boot.firmware}": spec.boot.firmware is not Firmware.DIRECT,
+        "a TPM": spec.tpm is not None,
+        "a cloud-init disk": spec.cloud_init is not None,
+        f"CPU model {spec.cpu.model}": bool(spec.cpu.model),
+        "room for more memory or vCPUs": can_grow(spec),
+        "a screen": spec.display.vnc,
+        "a system uuid": bool(spec.system_uuid),
+        "extra_args": bool(spec.extra_args),
+    }
+    named += [f"device {device.name} inside the VMM" for device in spec.devices if device.shim is ShimKind.VFIO]
+    return (*named, *(name for name, has in others.items() if has))
+
+
 def takes_state(spec: GuestSpec) -> bool:
     """It begins with something that it had elsewhere: a uuid of its system, UEFI variables, a TPM."""
     return bool(spec.system_uuid or spec.boot.nvram or (spec.tpm is not None and spec.tpm.state))

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop
 from operator import attrgetter
 
-from orchestrator.core.compatibility import ack_mode, common_machine, other_engine, real_machine
+from orchestrator.core.compatibility import ack_mode, common_machine, not_by, other_engine, real_machine
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
+from orchestrator.core.hardware import beyond_libvirt
 from orchestrator.core.ids import HostRef
 from orchestrator.core.offers import (
     NONE,
@@ -81,13 +82,25 @@ class Need:
     drivers: tuple[str, ...] = ()
     """Of its external devices: the destination needs a program for each."""
     hardware: HardwareNeed = NONE
+    beyond_libvirt: tuple[str, ...] = ()
+    """What of it no host that runs its guests by libvirt gives."""
 
 
 def need_for(spec: GuestSpec, *, guest: str = "", source: str = "") -> Need:
     """What a guest of this specification asks; `guest` is its uuid, `source` its host, if it has any yet."""
     inside = any(device.shim is ShimKind.VFIO for device in spec.devices)
     drivers = tuple(sorted({device.driver for device in spec.devices if device.shim is ShimKind.EXTERNAL}))
-    return Need(guest, spec.name, source, spec.memory_mib, spec.machine, inside, drivers, hardware_need(spec))
+    return Need(
+        guest,
+        spec.name,
+        source,
+        spec.memory_mib,
+        spec.machine,
+        inside,
+        drivers,
+        hardware_need(spec),
+        beyond_libvirt(spec),
+    )
 
 
 def need_again(spec: GuestSpec) -> Need:
@@ -147,6 +160,8 @@ def judge(host: HostView, need: Need, *, source: HostView | None = None) -> Verd
         return no(RefusalReason.DEVICE_NOT_MIGRATABLE, said)
     if source is not None and (said := other_engine(source.engine, host.engine)):
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, f"{name}: {said}")
+    if said := not_by(host.engine, need.name, need.beyond_libvirt):
+        return no(RefusalReason.FEATURE_NOT_AVAILABLE, f"{name}: {said}")
     if source is not None and host.accelerator and source.accelerator and host.accelerator != source.accelerator:
         said = f"{name} runs guests with {host.accelerator}, {need.source} with {source.accelerator}"
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, said)

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from agents.config import AgentConfig, PoolConfig
+from agents.engine.libvirt.engine import LibvirtEngine
 from agents.guest import hardware, tpm
+from agents.guest.files import GuestFiles
+from agents.handover import preflight
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import (
     Boot,
@@ -112,3 +115,14 @@ async def test_variables_that_are_somebody_elses_are_copied_and_stay_where_they_
     theirs.unlink()
     await adopted.remove(kept)  # what was kept stays
     assert kept.nvram.read_bytes() == b"variables"
+
+
+async def test_a_host_that_runs_libvirt_names_what_it_does_not_give_before_anything_is_made(tmp_path: Path) -> None:
+    config = host(tmp_path, engine="libvirt")
+    engine = LibvirtEngine(None, tmp_path / "no-daemon")
+    files = GuestFiles(config, "5f1c0000-0000-4000-8000-000000000001", replace(SOUND, tpm=Tpm()))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DroverError, match=r"disk root, a TPM, CPU model Nehalem, extra_args") as raised:
+        await preflight.must_suit(engine, config, files)
+    assert raised.value.reason is R.FEATURE_NOT_AVAILABLE
+    assert sorted(tmp_path.rglob("*")) == before

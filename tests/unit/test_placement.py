@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.compatibility import ack_mode
+from orchestrator.core.compatibility import ack_mode, not_by
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
@@ -485,3 +485,18 @@ def test_a_guest_stays_with_its_engine() -> None:
     assert "one engine only" in refused.message
     assert judge(by_libvirt, NEED, source=source).eligible
     assert judge(by_qemu, NEED).eligible, "at its birth it may be either's"
+
+
+def test_a_host_that_runs_libvirt_names_what_of_a_guest_it_does_not_give() -> None:
+    by_libvirt = view("h2", engine="libvirt 11.3.0")
+    refused = judge(by_libvirt, need_for(SHOP, guest="g"))
+    assert (refused.eligible, refused.reason) == (False, RefusalReason.FEATURE_NOT_AVAILABLE)
+    for thing in (*(f"disk {disk.name}" for disk in SHOP.disks), "firmware uefi", "CPU model Nehalem"):
+        assert thing in refused.message
+    assert judge(by_libvirt, need_for(GuestSpec("plain", memory_mib=100, machine="pc"), guest="g")).eligible
+
+
+def test_a_refusal_by_libvirt_s_hosts_stays_short() -> None:
+    said = not_by("libvirt 11.3.0", "many", [f"disk d{number}" for number in range(16)])
+    assert "disk d7 and 8 more" in said
+    assert not_by("qemu 10.0.2", "many", ["disk d1"]) == not_by("libvirt", "many", []) == ""
