@@ -63,6 +63,10 @@ explore: venv  ## the exploration of the hand-over with wider bounds (some minut
 libvirt: setup  ## every case of hosts that run their guests by libvirt (minutes; make test has the decisive ones)
 	DROVER_LONG=1 $(PYTEST) tests/contract/test_engine_libvirt.py tests/integration/test_libvirt_cluster.py $(ARGS)
 
+.PHONY: test-systemd
+test-systemd: setup  ## the packages on three hosts with a real systemd each (root, minutes; table in build/test-systemd.json)
+	DROVER_LONG=1 $(PYTEST) tests/systemd -s $(ARGS)
+
 .PHONY: check
 check: venv  ## style, types (of what changed; ALL=1: of every file), import rules, stubs: for each commit
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target check-types check-style check-imports check-protos

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+PACKAGED = Path("/run/drover-api/api.sock")
+"""Where the API of the packages listens (deploy/packages)."""
+
 
 def default_dir() -> Path:
     """The directory used when none is named: $DROVER_DIR, else ~/.drover."""
@@ -17,8 +20,11 @@ def resolved(directory: Path | str) -> Path:
 
 
 def api_sockets(directory: Path | str) -> tuple[Path, ...]:
-    """The sockets of all APIs in a cluster's directory; where there is none, the one at which a first would listen."""
+    """The sockets of all APIs in a cluster's directory; where there is none that of this host's packages, and without
+    it the one at which a first would listen."""
     found = sorted(resolved(directory).glob("api*.sock"), key=lambda path: (len(path.name), path.name))
+    if not found and PACKAGED.exists():
+        return (PACKAGED,)
     return tuple(found) or (api_socket(directory),)
 
 
