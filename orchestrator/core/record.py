@@ -7,6 +7,12 @@ from dataclasses import Field, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
 
+READS = 1
+"""Which records this version reads: those whose `min_reader` is this or less. Raised by one whenever a record can say
+something that an older version would misread (docs/upgrade.md)."""
+MIN_READER = "min_reader"
+"""The key under which a record says so. Without it every version may read it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -19,6 +25,12 @@ class Record:
 
     newer: dict[str, Any] = field(default_factory=dict[str, Any], compare=False, repr=False, kw_only=True)
     """By name, as JSON. Never decided upon."""
+
+    def min_reader(self) -> int:
+        """The least `READS` of a version that may act on this record as it stands. A record that uses what older
+        versions would overlook, where overlooking it does harm, answers with the version that brought it; one that
+        does not use it stays readable for all."""
+        return 1
 
 
 def known_fields(kind: type[Any]) -> tuple[Field[Any], ...]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
-from orchestrator.core.record import Record, known_fields
+from orchestrator.core.record import MIN_READER, READS, Record, known_fields
 from orchestrator.core.records import AttemptReport, Attempts
 
 T = TypeVar("T")
@@ -39,7 +39,10 @@ def encode(record: object) -> bytes:
     kind = type(record)
     tree = _adapter(kind).dump_python(record, mode="json", warnings="error")
     settle = _walk(kind, _flatten)
-    data = pydantic_core.to_json(settle(tree) if settle else tree, inf_nan_mode="null")
+    settled = settle(tree) if settle else tree
+    if isinstance(record, Record) and (least := record.min_reader()) > 1:
+        settled[MIN_READER] = least
+    data = pydantic_core.to_json(settled, inf_nan_mode="null")
     if len(data) > MAX_BYTES:
         raise BadRecord(f"{type(record).__name__} takes {len(data)} bytes, a node holds {MAX_BYTES}")
     return data
@@ -61,6 +64,8 @@ def decode(kind: type[T], data: bytes, *, path: str = "") -> T:
     """Raises BadRecord with the node's path and what is wrong with it."""
     try:
         tree = pydantic_core.from_json(data)
+        if isinstance(tree, dict):
+            _must_be_readable(cast(_Object, tree).pop(MIN_READER, 1), path or kind.__name__)
         lift = _walk(kind, _lift)
         return _adapter(kind).validate_python(lift(tree) if lift else tree)
     except ValidationError as error:
@@ -69,6 +74,15 @@ def decode(kind: type[T], data: bytes, *, path: str = "") -> T:
         raise BadRecord(f"{path or kind.__name__}: {where or 'content'}: {first['msg']}") from error
     except ValueError as error:
         raise BadRecord(f"{path or kind.__name__}: content: Invalid JSON: {error}") from error
+
+
+def _must_be_readable(least: object, where: str) -> None:
+    """What an older version would misread it leaves alone: it neither acts on it nor writes it back."""
+    if not isinstance(least, int) or isinstance(least, bool):
+        raise BadRecord(f"{where}: {MIN_READER}: {least!r} is no whole number")
+    if least > READS:
+        said = f"it was written for Drover versions that read {MIN_READER} {least}, and this one reads {READS}"
+        raise BadRecord(f"{where}: {said}: upgrade this process (docs/upgrade.md); the record was left as it is")
 
 
 # --- fields of a newer version ----------------------------------------------------------------------------------------
