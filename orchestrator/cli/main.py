@@ -41,7 +41,7 @@ class _Root(OpenGroup):
     sections = (
         ("Hosts and guests", ("host", "guest", "image", "import", "health", "ledger")),
         ("Moving guests", ("migrate", "migration", "explain", "evacuate", "evacuation")),
-        ("Services", ("agent", "api", "coordinator", "config", "pki")),
+        ("Services", ("agent", "api", "coordinator", "config", "doctor", "pki")),
     )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
