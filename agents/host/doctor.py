@@ -24,7 +24,7 @@ from agents.config import FILE, AgentConfig, ConfigError
 from orchestrator.config import DIRECTORY
 from orchestrator.core.endpoint import zookeeper_servers
 
-OLDEST_QEMU = (8, 2)
+OLDEST_QEMU: tuple[int, int] = (8, 2)
 LEAST_DESCRIPTORS = 16_384
 _WAIT_S = 3.0
 _TMPFS = "tmpfs"
@@ -55,7 +55,7 @@ def _qemu(config: AgentConfig) -> Iterator[Finding]:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
         number = re.search(r"version (\d+)\.(\d+)", said)
-        version = (int(number[1]), int(number[2])) if number else (0, 0)
+        version: tuple[int, int] = (int(number[1]), int(number[2])) if number else (0, 0)
         shown = f"{path} is of version {version[0]}.{version[1]}" if number else f"{path} does not say its version"
         yield Finding("qemu", version >= OLDEST_QEMU, shown, "install QEMU 8.2 or later (Debian 12: from backports)")
 

@@ -43,6 +43,12 @@ Requires=basic.target
 After=basic.target
 AllowIsolate=yes
 UNIT
-exec chroot "$root" env -i container=drover-test PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 \
+# Not by chroot, in which the kernel makes no user namespaces (PrivateUsers=).
+cd "$root"
+mkdir -p .old
+pivot_root . .old
+umount -l /.old
+rmdir /.old
+exec env -i container=drover-test PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 \
     /lib/systemd/systemd --system --unit=drover-test.target --log-target=journal --show-status=0 --log-level=notice
 IN
