@@ -15,6 +15,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ from tests.integration.handover.scene import Born, Observer
 DISK_MIB = 64
 MOVES, EVERY_PAUSED = 200, 10
 MOVE_S = 120.0
+MOVES_S = 2_400.0
+"""For all moves; what is not done by then is left out, and the figures say how many were."""
 SLOW = "delays: [{call: load, ms: 300}, {call: validate, ms: 400}]"
 """A device that holds each attempt in pre-copy and once everything was sent, so that it can be hit there."""
 ABORTS = {1, 4, 7}
@@ -191,13 +194,17 @@ def _judged(scene: lab.Scene, guest: Born, seen: Seen) -> None:
     seen.lost_records += len(verdict.missing)
 
 
-def _take_moves(count: int) -> Seen:
+def _take_moves(count: int, within_s: float) -> Seen:
+    """As many of them as there is time for."""
     seen, ways = Seen(), list(WAYS)
+    until_s = time.monotonic() + within_s
     with hosts() as scene:
         load = LinuxWorkload(records_per_s=50, load_mib=16, load_kib_per_s=2000, mem_mib=4)
         guest = _linux(scene, load, DISK_MIB)
         lab.reach(lambda: lab_disks.promised(scene, guest) > 5, "a promise", lab.BOOT_S)
         for number in range(count):
+            if time.monotonic() > until_s:
+                break
             way = (
                 ways[(number // 10 * len(ABORTS) + sorted(ABORTS).index(number % 10)) % len(ways)]
                 if (number % 10 in ABORTS)
@@ -221,11 +228,13 @@ def _take_moves(count: int) -> Seen:
 
 async def disk_moves(asked: Asked) -> list[Figure]:
     """200 moves, 60 of them with an attempt that is ended."""
-    seen = await asyncio.to_thread(_take_moves, asked.many(MOVES, least=10))
+    wanted = asked.many(MOVES, least=10)
+    seen = await asyncio.to_thread(_take_moves, wanted, MOVES_S * asked.scale)
     ended = sum(seen.aborts.values())
     by_way = ", ".join(f"{count} {way}" for way, count in seen.aborts.items())
+    note = f"of {wanted}; {ended} ended: {by_way}"
     return [
-        beside("moves of a guest with a local disk under write load", seen.moves, "", f"{ended} ended: {by_way}"),
+        beside("moves of a guest with a local disk under write load", seen.moves, "", note),
         at_most("blocks, pages and records that were wrong or lost", seen.wrong_blocks + seen.lost_records, "", 0),
         *_compared_figures(seen),
         *_again_figures(seen),
@@ -289,6 +298,6 @@ async def disk_blackout(asked: Asked) -> list[Figure]:
 
 
 FIGURES = {
-    "disk_moves": Scene(disk_moves, timeout_s=2_400),
+    "disk_moves": Scene(disk_moves, timeout_s=MOVES_S * 2),
     "disk_blackout": Scene(disk_blackout, timeout_s=900),
 }
