@@ -85,7 +85,7 @@ def test_the_same_package_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_package_has_every_library_that_drover_needs() -> None:
     names = {each.metadata["Name"].lower().replace("_", "-") for each in deb.libraries()}
-    assert {"grpcio", "kazoo", "ray", "pydantic", "qemu.qmp", "protobuf", "click"} <= names
+    assert {"cryptography", "grpcio", "kazoo", "ray", "pydantic", "qemu.qmp", "protobuf", "click"} <= names
     assert not {"pytest", "ruff", "pyright", "drover"} & names
 
 
