@@ -60,6 +60,7 @@ from orchestrator.core.restore import HeldGuestCopy, HostHeld
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import BadRecord, decode
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
+from orchestrator.metrics import LAG_S, lag
 from orchestrator.tasks import Tasks, failures
 
 log = structlog.get_logger(__name__)
@@ -201,6 +202,7 @@ class Agent:
         self._believed.watch()
         self._store.on_session(self._session)
         self._tasks.keep(descriptors.look, "reserve of descriptors", again_s=descriptors.LOOK_S)
+        self._tasks.keep(lag.look, "lag of the event loop", again_s=LAG_S)
         self._tasks.keep(self._journal.write_on, "journal", again_s=RETRY_S, every_s=0.0)
         self._tasks.keep(self._look_for_guests, "scan of the ledger", again_s=RETRY_S)
         if self._config.pools:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 
 import structlog
@@ -24,6 +25,33 @@ AGAIN_S = 5.0
 _LEDGER_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
+LAG_S = 0.5
+_LAG_KEPT = 120
+
+
+class LoopLag:
+    """How late the event loop was, looked at every LAG_S: everything that it serves was as late. `look` is a task's."""
+
+    def __init__(self) -> None:
+        self._seen: deque[float] = deque(maxlen=_LAG_KEPT)
+
+    async def look(self) -> None:
+        """One look. Never raises."""
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + LAG_S
+        await asyncio.sleep(LAG_S)
+        self._seen.append(max(0.0, loop.time() - due_s))
+
+    @property
+    def worst_s(self) -> float:
+        """Of the last minute; 0 before the first look."""
+        return max(self._seen, default=0.0)
+
+
+lag = LoopLag()
+"""Of this process: it has one event loop."""
+
+
 class OfThisProcess(Collector):
     """What the process counts by itself, wherever it happens."""
 
@@ -37,6 +65,8 @@ class OfThisProcess(Collector):
         yield tasks
         lost = "Log lines that could not be written: a full disk, or one that is too slow"
         yield CounterMetricFamily("drover_log_lines_lost", lost, value=lost_lines())
+        late = "The longest that the event loop was late, in the last minute"
+        yield GaugeMetricFamily("drover_loop_lag_seconds", late, value=lag.worst_s)
         reserve = "1: descriptors have run out, and those that are kept back are in use"
         yield GaugeMetricFamily("drover_descriptor_reserve_used", reserve, value=int(descriptors.reserve.released))
 

@@ -18,6 +18,7 @@ from orchestrator.config import DIRECTORY
 from orchestrator.core.errors import DroverError
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.zookeeper import ZooKeeperStore
+from orchestrator.metrics import LAG_S, lag
 from orchestrator.tasks import Tasks
 from orchestrator.telemetry import configure_logging
 
@@ -30,6 +31,7 @@ async def _serve(config: ApiConfig) -> None:
     server = ApiServer(config, ZooKeeperStore(config.zookeeper, chroot=config.chroot), REGISTRY)
     tasks = Tasks("process of the API")
     tasks.keep(descriptors.look, "reserve of descriptors", again_s=descriptors.LOOK_S)
+    tasks.keep(lag.look, "lag of the event loop", again_s=LAG_S)
     try:
         await server.start()
         gc.freeze()  # what start-up made stays: later collections need not look at it

@@ -37,7 +37,7 @@ from orchestrator.core.shards import Share
 from orchestrator.ledger import paths
 from orchestrator.ledger.index import Index
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
-from orchestrator.metrics import PROBE_S, LedgerProbe, serve_on
+from orchestrator.metrics import LAG_S, PROBE_S, LedgerProbe, lag, serve_on
 from orchestrator.tasks import Tasks
 from orchestrator.telemetry import configure_logging, flush
 
@@ -176,6 +176,7 @@ class Coordinator:
             register(REGISTRY, lambda: self._shares, lambda: self._pool)
             probe = LedgerProbe(REGISTRY, lambda: store.read(paths.epoch()))
             self._tasks.keep(probe.look, "probe of the ledger", again_s=PROBE_S)
+            self._tasks.keep(lag.look, "lag of the event loop", again_s=LAG_S)
             self._tasks.spawn(serve_on(REGISTRY, self._config.metrics_listen), "metrics")
         await _connect(store)
         _settle_memory()

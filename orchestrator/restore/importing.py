@@ -33,6 +33,8 @@ log = structlog.get_logger(__name__)
 
 ASK_S = 10.0
 """For one host to say what it holds."""
+REGISTER_S = 60.0
+"""How long the import waits for hosts to register with the new ledger."""
 BELIEVE_S = 30.0
 """How long the import waits for agents to believe the new ledger."""
 OPS = 100
@@ -109,6 +111,7 @@ class Import:
             said = "; ".join(f"{host}: {why}" for host, why in sorted(asked.unheard.items()))
             hint = "bring their agents back, or, if their power is off for good, vouch for that with --dead HOST"
             raise DroverError(RefusalReason.HOST_NOT_LIVE, f"not every host says what it holds ({said}): {hint}")
+        registered = await self._until_registered(asked)
         plan = planned(
             self._backup,
             asked.heard,
@@ -124,6 +127,26 @@ class Import:
         outcome = Outcome(plan, asked, self._token(plan, asked))
         outcome.left = [_said(found) for found in plan.found if found.fate is Fate.UNKNOWN]
         return outcome
+
+    async def _until_registered(self, asked: Asked) -> dict[str, HostRecord]:
+        """Agents register with an empty ledger by themselves; a record of theirs from the backup would be of an agent
+        that may have been restarted since. Raises HOST_NOT_LIVE for a host that does not."""
+        loop = asyncio.get_running_loop()
+        gives_up = loop.time() + REGISTER_S
+        while True:
+            try:
+                registered = await self._registered()
+            except (StoreUnavailable, BadRecord) as error:
+                raise DroverError(RefusalReason.LEDGER_UNREACHABLE, str(error)) from error
+            missing = {host.host.host for host in asked.heard} - registered.keys()
+            if not missing:
+                return registered
+            if loop.time() > gives_up:
+                said = (
+                    f"{handful(sorted(missing))} answers, and does not register with this ZooKeeper: does it reach it?"
+                )
+                raise DroverError(RefusalReason.HOST_NOT_LIVE, said)
+            await asyncio.sleep(0.2)
 
     def _token(self, plan: Plan, asked: Asked) -> str:
         facts = [

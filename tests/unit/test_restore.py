@@ -118,6 +118,9 @@ def host(ref: HostRef, *copies: HeldGuestCopy, epoch: int = 0, complete: bool = 
 
 async def run_of(store: MemoryStore, agents: Agents, held: Backup, dead: Sequence[str] = ()) -> Import:
     await Ledger(store).init_tree()
+    for name in {held.host.host for held in agents.hosts.values()}:
+        if paths.host(name) not in store.tree.nodes:
+            World(store).host(name)
     return Import(store, cast(AgentClients, agents), held, dead=dead, time_s=2.0)
 
 
