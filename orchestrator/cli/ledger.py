@@ -98,10 +98,10 @@ def import_(
 ) -> None:
     """Bring the ledger back from FILE into an empty ZooKeeper, with every guest where it runs now.
 
-    Stop coordinators and APIs before, let the agents run. Without --confirm nothing is done: it asks every host what it
-    holds, shows what becomes of each guest, and the token to repeat. A host that does not answer stands against it.
-    A host that the backup does not know, and that has not registered with the new ZooKeeper, is not asked: look whether
-    all are listed.
+    Stop coordinators and APIs before, and restart the agents: guests run on. Without --confirm nothing is done: it asks
+    every host what it holds, shows what becomes of each guest, and the token to repeat. A host that does not answer
+    stands against it. A host that the backup does not know, and that has not registered with the new ZooKeeper, is not
+    asked: look whether all are listed.
     """
     from orchestrator.restore import files
 

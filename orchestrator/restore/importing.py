@@ -142,9 +142,7 @@ class Import:
             if not missing:
                 return registered
             if loop.time() > gives_up:
-                said = (
-                    f"{handful(sorted(missing))} answers, and does not register with this ZooKeeper: does it reach it?"
-                )
+                said = f"{handful(sorted(missing))} does not register here: restart its agent, its guests run on"
                 raise DroverError(RefusalReason.HOST_NOT_LIVE, said)
             await asyncio.sleep(0.2)
 
@@ -266,26 +264,26 @@ class Import:
             if not isinstance(result, Done):
                 raise StoreUnavailable(f"the seat of shard {shard} is taken, or cannot be: {result}")
 
-    async def _put(self, nodes: Mapping[str, bytes]) -> None:
-        """Every node has this content afterwards."""
+    async def _put(self, nodes: Mapping[str, bytes | None]) -> None:
+        """Every node has this content afterwards; None: it is there, with whatever content it has."""
         batch: list[str] = []
         size = 0
         for path in sorted(nodes):  # what lies above comes before what lies below
             batch.append(path)
-            size += len(nodes[path])
+            size += len(nodes[path] or b"")
             if len(batch) >= OPS or size >= OPS_BYTES:
                 await self._put_some({each_path: nodes[each_path] for each_path in batch})
                 batch, size = [], 0
         await self._put_some({path: nodes[path] for path in batch})
 
-    async def _put_some(self, nodes: Mapping[str, bytes]) -> None:
+    async def _put_some(self, nodes: Mapping[str, bytes | None]) -> None:
         for _ in range(TRIES):
             there = await each(nodes, self._store.read)
             ops: list[Op] = []
             for (path, data), node in zip(nodes.items(), there, strict=True):
                 if node is None:
-                    ops.append(Create(path, data))
-                elif node.data != data:
+                    ops.append(Create(path, data or b""))
+                elif data is not None and node.data != data:
                     ops.append(SetData(path, data, node.version))
             if not ops or isinstance(await self._store.multi(ops), Done):
                 return
@@ -354,12 +352,13 @@ class Import:
                 )
 
 
-def _with_parents(nodes: Mapping[str, bytes]) -> dict[str, bytes]:
-    found = dict(nodes)
+def _with_parents(nodes: Mapping[str, bytes]) -> dict[str, bytes | None]:
+    """What lies above is there as well: a host's own record above its list of guests stays its agent's."""
+    found: dict[str, bytes | None] = dict(nodes)
     for path in nodes:
         parent = path.rpartition("/")[0]
         while parent:
-            found.setdefault(parent, b"")
+            found.setdefault(parent, None)
             parent = parent.rpartition("/")[0]
     return found
 

@@ -20,6 +20,7 @@ from orchestrator.core.records import (
     EvacuationState,
     GuestSpec,
     HostDeath,
+    HostRecord,
     Incarnation,
     Leader,
     MigrationPhase,
@@ -152,6 +153,8 @@ async def test_every_guest_is_where_it_runs_and_nothing_of_the_lost_ledger_goes_
     assert agents.restored == [("host-2:1", NEW)]
     assert read(store, str, paths.name("new")) == NEW
 
+    for name in ("host-1", "host-2"):
+        assert cast(HostRecord, read(store, HostRecord, paths.host(name))).name == name, "as its agent registered it"
     state = cast(MigrationState, read(store, MigrationState, paths.migration_state("m1")))
     assert (state.phase, state.failure) == (MigrationPhase.FAILED, FailureReason.LEDGER_RESTORED)
     job = cast(EvacuationState, read(store, EvacuationState, paths.evacuation_state("e1")))
