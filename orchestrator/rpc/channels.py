@@ -17,6 +17,8 @@ from grpc import aio
 
 from orchestrator.core.endpoint import join_address, split_address
 from orchestrator.core.errors import DroverError, RefusalReason
+from orchestrator.pki.names import Identity
+from orchestrator.rpc.credentials import Credentials
 
 MAX_MESSAGE_BYTES = 16 << 20
 """A list of some thousand guests fits; pages of guest memory never travel here."""
@@ -104,6 +106,18 @@ def aio_channel(address: str, *, alone: bool = False) -> aio.Channel:
     return aio.insecure_channel(_read_or_as_it_is(address), options=options)
 
 
+def tls_channel(address: str, credentials: Credentials, server: Identity) -> aio.Channel:
+    """As `aio_channel`, alone, and only to a server whose certificate is that of `server`: the address proves nothing.
+
+    Raises PkiError when the certificates cannot be read."""
+    options = (
+        *_CHANNEL,
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.ssl_target_name_override", server.server_name),
+    )
+    return aio.secure_channel(_read_or_as_it_is(address), credentials.channel(), options=options)
+
+
 def local_channel(path: Path) -> aio.Channel:
     """To a program of this machine behind a unix socket, for the running event loop. Connects with the first call.
 
@@ -141,13 +155,16 @@ def aio_server(
     return aio.server(interceptors=list(interceptors), options=_with(_SERVER, bounds))
 
 
-def listen(server: aio.Server, address: str) -> int:
+def listen(server: aio.Server, address: str, credentials: Credentials | None = None) -> int:
     """Let a server that is not started listen there too; the port (0 for a unix socket's path).
 
     Raises DroverError INVALID_ARGUMENT when the address cannot be used. A unix socket that lies there is replaced.
     """
     try:
-        port = server.add_insecure_port(_read(address))
+        if credentials is None or address.startswith("unix:"):  # a socket's modes say who may connect
+            port = server.add_insecure_port(_read(address))
+        else:
+            port = server.add_secure_port(_read(address), credentials.server())
     except RuntimeError as error:
         raise DroverError(
             RefusalReason.INVALID_ARGUMENT, f"cannot listen at {address}: it is in use, or not an address of this host"
