@@ -21,9 +21,10 @@ _CHAOS = _ADMIN | {Role.CHAOS}
 _AGENT = {
     _BOTH: ("GetAgent", "WatchAgent", "GetAttempt", "StartGuest", "Nudge"),
     _COORDINATOR: ("PrepareDestination", "ConductAttempt"),
+    _API | _ADMIN: ("ListCopies",),
     _API: (
         *("EndGuest", "KeepGuest", "RestoreRecord", "ApplyWantRun", "PassInstruction", "ChangeMachine", "CheckGuests"),
-        *("ListPoolImages", "HoldConsole", "ReceiveImage", "ExamineVmm", "ReleaseVmm", "OpenVmmDisplay"),
+        *("ListPoolImages", "HoldConsole", "ReceiveImage", "ExamineVmm", "ReleaseVmm", "OpenVmmDisplay", "RejoinLedger"),
     ),
 }
 _PEER = {
@@ -44,7 +45,7 @@ _ORCHESTRATOR = {
         *("AttachConsole", "OpenDisplay", "AttachToGuest", "DetachFromGuest"),
         *("CreateEvacuation", "CancelEvacuation"),
     ),
-    _ADMIN: ("RemoveHost", "AdoptGuest", "ReleaseGuest", "RepairGuest"),
+    _ADMIN: ("RemoveHost", "RejoinHost", "AdoptGuest", "ReleaseGuest", "RepairGuest"),
     _FENCE: ("DeclareHostDead",),
     _CHAOS: ("InstructDevice",),
 }
