@@ -24,7 +24,15 @@ _AGENT = {
     _API | _ADMIN: ("ListCopies",),
     _API: (
         *("EndGuest", "KeepGuest", "RestoreRecord", "ApplyWantRun", "PassInstruction", "ChangeMachine", "CheckGuests"),
-        *("ListPoolImages", "HoldConsole", "ReceiveImage", "ExamineVmm", "ReleaseVmm", "OpenVmmDisplay", "RejoinLedger"),
+        *(
+            "ListPoolImages",
+            "HoldConsole",
+            "ReceiveImage",
+            "ExamineVmm",
+            "ReleaseVmm",
+            "OpenVmmDisplay",
+            "RejoinLedger",
+        ),
     ),
 }
 _PEER = {
