@@ -30,6 +30,11 @@ def ledger() -> None:
 def _where(command: F) -> F:
     for option in (
         click.option("--chroot", metavar="PATH", help="The node of ZooKeeper below which the ledger lies."),
+        click.option(
+            "--tls",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            help="Directory of the identity to show ZooKeeper, if that asks for one (`role/admin`).",
+        ),
         click.option("--zookeeper", metavar="SERVERS", help="host:port[,host:port...]; instead of --config."),
         click.option(
             "--config",
@@ -41,7 +46,9 @@ def _where(command: F) -> F:
     return command
 
 
-def _meant(settings: Settings, config: Path | None, zookeeper: str | None, chroot: str | None) -> Where:
+def _meant(
+    settings: Settings, config: Path | None, zookeeper: str | None, chroot: str | None, tls: Path | None
+) -> Where:
     from dataclasses import replace
 
     from orchestrator.restore.access import Where, configured
@@ -54,7 +61,7 @@ def _meant(settings: Settings, config: Path | None, zookeeper: str | None, chroo
     else:
         hint = "name it with --zookeeper, or a configuration that does with --config"
         raise CliError(Exit.USAGE, "which ledger is meant?", hint=hint)
-    return replace(where, chroot=chroot) if chroot else where
+    return replace(where, chroot=chroot or where.chroot, tls=tls or where.tls)
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
@@ -68,14 +75,16 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 @_where
 @local
 @pass_settings
-def export(settings: Settings, file: Path, config: Path | None, zookeeper: str | None, chroot: str | None) -> None:
+def export(
+    settings: Settings, file: Path, config: Path | None, zookeeper: str | None, chroot: str | None, tls: Path | None
+) -> None:
     """Write the whole ledger into FILE; guests, migrations and the control plane go on meanwhile.
 
     FILE is replaced once the new one is complete, and only its owner can read it.
     """
     from orchestrator.restore import files
 
-    where = _meant(settings, config, zookeeper, chroot)
+    where = _meant(settings, config, zookeeper, chroot, tls)
     made = _run(files.export(where, file, time_s=time.time()))
     _tell(settings, made, file)
 
@@ -95,6 +104,7 @@ def import_(
     config: Path | None,
     zookeeper: str | None,
     chroot: str | None,
+    tls: Path | None,
 ) -> None:
     """Bring the ledger back from FILE into an empty ZooKeeper, with every guest where it runs now.
 
@@ -105,7 +115,7 @@ def import_(
     """
     from orchestrator.restore import files
 
-    where = _meant(settings, config, zookeeper, chroot)
+    where = _meant(settings, config, zookeeper, chroot, tls)
     done = _run(files.bring_back(where, file, dead=dead, token=token, time_s=time.time()))
     if settings.printer.machine:
         settings.printer.document(done.document())

@@ -15,6 +15,7 @@ from orchestrator.core.text import clip
 from orchestrator.ledger import paths
 from orchestrator.ledger.store import Store, StoreUnavailable
 from orchestrator.ledger.zookeeper import ZooKeeperStore
+from orchestrator.pki.files import PkiError
 
 CONNECT_S = 15.0
 
@@ -26,6 +27,8 @@ class Where:
     zookeeper: str
     """host:port[,host:port...]"""
     chroot: str = paths.CHROOT
+    tls: Path | None = None
+    """Directory of the identity to show ZooKeeper; None: it asks for none."""
 
 
 def configured(path: Path) -> Where:
@@ -40,13 +43,21 @@ def configured(path: Path) -> Where:
     zookeeper = named.get("zookeeper")
     if not isinstance(zookeeper, str):
         raise DroverError(RefusalReason.INVALID_ARGUMENT, f"{path} names no `zookeeper`", field="config")
-    return Where(zookeeper, str(named.get("chroot", paths.CHROOT)))
+    tls: Any = named.get("tls")
+    directory = cast("dict[str, Any]", tls).get("directory") if isinstance(tls, dict) else None
+    return Where(
+        zookeeper, str(named.get("chroot", paths.CHROOT)), Path(directory) if isinstance(directory, str) else None
+    )
 
 
 @contextlib.asynccontextmanager
 async def opened(where: Where) -> AsyncGenerator[Store]:
     """A session of its own. Raises LEDGER_UNREACHABLE, INVALID_ARGUMENT."""
-    store = ZooKeeperStore(where.zookeeper, chroot=where.chroot)
+    try:
+        store = ZooKeeperStore(where.zookeeper, chroot=where.chroot, tls=where.tls)
+    except PkiError as error:
+        said = f"the identity in {where.tls} cannot be used: {error}"
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="tls") from error
     try:
         try:
             await store.start(CONNECT_S)

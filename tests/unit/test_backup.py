@@ -18,6 +18,7 @@ from orchestrator.ledger.backup import Backup, BadBackup
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.records import encode
 from orchestrator.ledger.store import SetData, Versioned
+from orchestrator.restore.access import Where, configured
 from tests.fakes.coordination import MemoryStore, World
 
 G = "0f0e0d0c-0b0a-4987-8654-321001234567"
@@ -161,3 +162,10 @@ def test_which_ledger_is_meant_has_to_be_said(tmp_path: Path, capsys: pytest.Cap
     wrong.write_text("listen: [a:1]\n")
     assert run(["ledger", "export", str(tmp_path / "f"), "--config", str(wrong)]) == 2
     assert "names no `zookeeper`" in capsys.readouterr().err
+
+
+def test_the_identity_is_that_of_the_configuration_and_must_be_usable(tmp_path: Path) -> None:
+    config = tmp_path / "api.yaml"
+    config.write_text(f"zookeeper: z:2181\nchroot: /x\ntls: {{directory: {tmp_path}}}\n")
+    assert configured(config) == Where("z:2181", "/x", tmp_path)
+    assert run(["ledger", "export", str(tmp_path / "f"), "--config", str(config)]) == 2
