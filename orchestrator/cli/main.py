@@ -13,6 +13,7 @@ from orchestrator.cli import (
     adopting,
     configuration,
     evacuation,
+    events,
     explain,
     guest,
     health,
@@ -39,7 +40,7 @@ class _Root(OpenGroup):
     """Commands under headings, in the order in which they are needed; those of other packages come last."""
 
     sections = (
-        ("Hosts and guests", ("host", "guest", "image", "import", "health", "ledger")),
+        ("Hosts and guests", ("host", "guest", "image", "import", "health", "events", "ledger")),
         ("Moving guests", ("migrate", "migration", "explain", "evacuate", "evacuation")),
         ("Services", ("agent", "api", "coordinator", "config", "doctor", "pki")),
     )
@@ -85,6 +86,7 @@ for command in (
     health.health,
     history.history,
     ledger.ledger,
+    events.events,
     pki.pki,
     configuration.config,
 ):

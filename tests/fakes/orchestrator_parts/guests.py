@@ -116,6 +116,7 @@ _GUESTS = Listing[types.Guest](
         "name": Field(Kind.TEXT, lambda row: row.name),
         "uuid": Field(Kind.TEXT, lambda row: row.uuid),
         "host": Field(Kind.TEXT, lambda row: row.host),
+        "ownership": Field(Kind.TEXT, lambda row: wire.word(row, "ownership")),
         "run_state": Field(Kind.TEXT, lambda row: wire.word(row, "run_state")),
         "memory_mib": Field(Kind.NUMBER, lambda row: row.spec.memory_mib),
         "labels": Field(Kind.MAP, lambda row: row.spec.labels),
