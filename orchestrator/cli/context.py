@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from orchestrator.cli.directory import api_sockets, default_dir
+from orchestrator.cli.directory import PACKAGED, api_sockets, default_dir
 from orchestrator.cli.exits import CliError, Exit
 from orchestrator.cli.output import Printer
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -40,7 +40,7 @@ class Settings:
 
     @property
     def address(self) -> str:
-        """Of the API: --api, else $DROVER_API, else the local cluster's sockets."""
+        """Of the API: --api, else $DROVER_API, else the local cluster's sockets, else that of this host's packages."""
         given = self.api or os.environ.get("DROVER_API", "")
         return given or ",".join(f"unix:{socket}" for socket in api_sockets(self.directory))
 
@@ -62,6 +62,12 @@ class Settings:
         if not self.address.startswith("unix:") or any(Path(path).exists() for path in paths):
             return
         path = paths[0]
+        if path == f"{PACKAGED}":
+            raise CliError(
+                Exit.UNREACHABLE,
+                f"the API of this host does not listen on {path}",
+                hint="`systemctl status drover-api` says why; while it restarts, repeat the command",
+            )
         raise CliError(
             Exit.UNREACHABLE,
             f"no API listens on {path}: no local cluster runs there",
