@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,8 +25,10 @@ from orchestrator.config import DIRECTORY
 from orchestrator.core.endpoint import zookeeper_servers
 
 OLDEST_QEMU: tuple[int, int] = (8, 2)
+OLDEST_ZOOKEEPER: tuple[int, int] = (3, 6)
 LEAST_DESCRIPTORS = 16_384
 _WAIT_S = 3.0
+_MOST_BYTES = 16_384
 _TMPFS = "tmpfs"
 
 
@@ -127,14 +129,68 @@ def _networks(config: AgentConfig) -> Iterator[Finding]:
 
 
 def _zookeeper(config: AgentConfig) -> Iterator[Finding]:
+    """That each server listens, and that together they are one ensemble with a leader."""
+    modes: dict[str, str] = {}
     for server in zookeeper_servers(config.zookeeper).split(","):
         host, _, port = server.rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_WAIT_S).close()
-            yield Finding("zookeeper", True, f"{server} listens")
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=_WAIT_S) as connection:
+                said = _srvr(connection)
         except OSError as error:
             do = "start it, let the firewall pass it, or mend `zookeeper`"
             yield Finding("zookeeper", False, f"{server}: {error.strerror or error}", do)
+            continue
+        modes[server] = mode_of(said)
+        version, old = version_of(said)
+        shown = f"{server} listens" + (f", ZooKeeper {version}" if version else "")
+        yield Finding("zookeeper", not old, shown, "install ZooKeeper 3.6 or later")
+    if modes:
+        yield quorum(modes)
+
+
+def _srvr(connection: socket.socket) -> str:
+    """What the server says of itself: nothing, where it speaks TLS or its operator does not let it."""
+    connection.settimeout(_WAIT_S)
+    said = b""
+    with contextlib.suppress(OSError):
+        connection.sendall(b"srvr")
+        while len(said) < _MOST_BYTES and (more := connection.recv(4096)):
+            said += more
+    return said.decode(errors="replace")
+
+
+def mode_of(said: str) -> str:
+    """leader, follower, observer or standalone; "" where it was not said, `unready` where it belongs to no quorum."""
+    if "not currently serving requests" in said:
+        return "unready"
+    found = re.search(r"^Mode: (\w+)", said, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def version_of(said: str) -> tuple[str, bool]:
+    """Its version, and whether that is too old for Drover."""
+    found = re.search(r"^Zookeeper version: ((\d+)\.(\d+)[.\d]*)", said, re.MULTILINE)
+    return (found[1], (int(found[2]), int(found[3])) < OLDEST_ZOOKEEPER) if found else ("", False)
+
+
+def quorum(modes: Mapping[str, str]) -> Finding:
+    """Whether the servers that listen are one ensemble. A server that says nothing of itself is not held against it."""
+    named = {mode: sorted(server for server, one in modes.items() if one == mode) for mode in set(modes.values())}
+    if named.get("unready"):
+        do = "start the other servers: more than half of those that zoo.cfg names must run"
+        return Finding("quorum", False, f"{', '.join(named['unready'])}: in no quorum", do)
+    alone, leaders = named.get("standalone", []), named.get("leader", [])
+    if alone and len(modes) > 1:
+        do = "name all servers in each zoo.cfg (`server.1=...`) and in `zookeeper` those of one ensemble alone"
+        return Finding("quorum", False, f"{', '.join(alone)}: an ensemble of its own each", do)
+    if len(leaders) > 1:
+        do = "name the servers of one ensemble alone in `zookeeper`"
+        return Finding("quorum", False, f"{', '.join(leaders)} lead: they are of several ensembles", do)
+    if alone:
+        return Finding("quorum", True, f"{alone[0]} stands alone: nothing goes on while it is down")
+    if leaders:
+        return Finding("quorum", True, f"{leaders[0]} leads")
+    return Finding("quorum", True, "no server that answers says that it leads")
 
 
 def _descriptors(_: AgentConfig) -> Iterator[Finding]:

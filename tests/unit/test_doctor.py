@@ -47,8 +47,9 @@ def test_what_is_wrong_is_found_with_what_to_do(tmp_path: Path) -> None:
     assert "127.0.0.1:1: Connection refused" in said["zookeeper"][0].found
 
 
-def test_a_server_that_listens_and_a_pool_that_is_there(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
+def test_a_server_that_listens_and_a_pool_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_WAIT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it says nothing of itself
         zookeeper = f"127.0.0.1:{server.getsockname()[1]}"
         said = found(tmp_path, zookeeper=zookeeper, pools={"fast": {"path": str(tmp_path), "kind": "local"}})
     assert said["zookeeper"][0].ok
@@ -72,3 +73,33 @@ def test_the_exit_code_and_json(tmp_path: Path) -> None:
     assert ran.exit_code == 1
     assert {"check", "ok", "found", "do"} == rows[0].keys()
     assert CliRunner().invoke(doctor.main, ["--host-config", str(tmp_path / "none.yaml")]).exit_code == 2
+
+
+SRVR = "Zookeeper version: {0}-deadbeef, built on 2021-01-01\nLatency min/avg/max: 0/0.0/0\nMode: {1}\nNode count: 5\n"
+UNREADY = "This ZooKeeper instance is not currently serving requests\n"
+
+
+def test_what_a_server_says_of_itself() -> None:
+    said = SRVR.format("3.8.0", "follower")
+    assert doctor.mode_of(said) == "follower"
+    assert doctor.version_of(said) == ("3.8.0", False)
+    assert doctor.version_of(SRVR.format("3.4.13", "leader")) == ("3.4.13", True)
+    assert doctor.mode_of(UNREADY) == "unready"
+    assert (doctor.mode_of(""), doctor.version_of("")) == ("", ("", False))
+
+
+@pytest.mark.parametrize(
+    ("modes", "ok", "found"),
+    [
+        (("leader", "follower", "follower"), True, "a:1 leads"),
+        (("standalone",), True, "a:1 stands alone: nothing goes on while it is down"),
+        (("follower", ""), True, "no server that answers says that it leads"),
+        (("standalone", "standalone"), False, "a:1, b:1: an ensemble of its own each"),
+        (("leader", "leader"), False, "a:1, b:1 lead: they are of several ensembles"),
+        (("unready",), False, "a:1: in no quorum"),
+    ],
+)
+def test_servers_are_one_ensemble_or_said_not_to_be(modes: tuple[str, ...], ok: bool, found: str) -> None:
+    said = doctor.quorum({f"{name}:1": mode for name, mode in zip("abc", modes, strict=False)})
+    assert (said.ok, said.found) == (ok, found)
+    assert ok or said.do
