@@ -187,8 +187,10 @@ def _other_machine(host: HostView, need: Need, source: HostView) -> str:
     if here != there and need.machine in source.machine_aliases and need.machine in host.machine_aliases:
         said = f"machine type {need.machine} is {here} on {need.source} and {there} on {host.ref.host}"
         return f"{said}: start {need.name} anew as {here if here in host.machine_types else there}"
+    if not need.inside:
+        return ""
     mine, theirs = ack_mode(source.switchover_ack, here), ack_mode(host.switchover_ack, there)
-    if need.inside and mine != theirs:
+    if mine != theirs:
         said = f"switchover-ack mode differs for {need.name}, which has devices inside its VMM"
         return f"{said}: {mine or 'unknown'} on {need.source}, {theirs or 'unknown'} on {host.ref.host}"
     return ""
@@ -240,13 +242,17 @@ def choose(
     if wanted and not candidates:
         return Choice(None, (), RefusalReason.NOT_FOUND, f"there is no host {wanted}")
     full = False
+    judged: dict[str, Verdict] = {}
     for host in _order(candidates, need, prefer=prefer, avoid=frozenset(avoid), later=later, salt=salt, lane=lane):
-        if 0 < max_arrivals <= host.arrivals:
-            full = full or judge(host, need, source=source).eligible
-        elif (verdict := judge(host, need, source=source)).eligible:
-            verdicts = _each(candidates, need, source) if every else (verdict,)
+        held_back = 0 < max_arrivals <= host.arrivals
+        if held_back and full:
+            continue
+        verdict = judged[host.ref.host] = judge(host, need, source=source)
+        if verdict.eligible and not held_back:
+            verdicts = _each(candidates, need, source, judged) if every else (verdict,)
             return Choice(host.ref, verdicts)
-    verdicts = _each(candidates, need, source)
+        full = full or verdict.eligible
+    verdicts = _each(candidates, need, source, judged)
     if full:
         said = f"every host that could take {need.name} receives {max_arrivals} migrations already"
         return Choice(None, verdicts, RefusalReason.NO_CAPACITY, said, transient=True, passing=True)
@@ -297,9 +303,12 @@ def _about(count: int) -> int:
     return count >> spare << spare
 
 
-def _each(hosts: Iterable[HostView], need: Need, source: HostView | None) -> tuple[Verdict, ...]:
-    """By name."""
-    return tuple(judge(host, need, source=source) for host in sorted(hosts, key=lambda host: host.ref.host))
+def _each(
+    hosts: Iterable[HostView], need: Need, source: HostView | None, judged: Mapping[str, Verdict]
+) -> tuple[Verdict, ...]:
+    """By name. Those that have been judged are not judged again."""
+    ordered = sorted(hosts, key=_NAME)
+    return tuple(judged.get(host.ref.host) or judge(host, need, source=source) for host in ordered)
 
 
 def pack(hosts: Sequence[HostView], needs: Sequence[Need]) -> dict[str, str]:

@@ -506,6 +506,7 @@ async def test_a_guest_is_not_started_again_while_a_process_of_it_is_left(
     config: AgentConfig, world: World, mover: SlowEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of a start which failed, and which could not be ended in time."""
+    monkeypatch.setattr(keeper, "START_S", 2.0)
     agent = await stopped_here(config, world, mover)
     await looked(agent)
     start_again(world)
