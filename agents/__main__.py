@@ -39,8 +39,12 @@ from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.liveness import LivenessUnknown
 from orchestrator.ledger.store import SessionState, StoreUnavailable
 from orchestrator.ledger.zookeeper import ZooKeeperStore
+from orchestrator.pki.config import directory_of
+from orchestrator.pki.files import PkiError
 from orchestrator.rpc import channels
+from orchestrator.rpc.credentials import credentials_of
 from orchestrator.rpc.errors import Errors
+from orchestrator.rpc.guard import Guard
 from orchestrator.rpc.health import HealthService
 from orchestrator.tasks import Tasks
 from orchestrator.telemetry import configure_logging
@@ -93,20 +97,25 @@ async def _serve(config: AgentConfig, me: AgentIdentity) -> None:
     stores = [ZooKeeperStore(config.zookeeper, chroot=config.chroot) for _ in range(2)]
     # Side by side: guests that stand still may be waiting for an agent that was killed.
     (store, commits), _ = await asyncio.gather(asyncio.gather(*map(_connected, stores)), _probed(engine))
-    peers = Peers()
+    tls = directory_of(config.tls)
+    credentials = credentials_of(tls)
+    guards = [Guard(credentials, tls)] if credentials is not None and tls is not None else []
+    peers = Peers(credentials)
     metrics = Metrics()
     agent = Agent(config, me, engine, (store, commits), peers, metrics)
     told = await metrics.serve(config.listen, config.metrics_port) if config.metrics_port else None
     errors = Errors(require_deadline=False, translate=translate)
     connections = descriptors.connections_of(descriptors.limit())
-    control = channels.aio_server([errors], max_connections=connections)
-    hand_over = channels.aio_server([errors], max_request_bytes=MAX_CALL_BYTES, max_connections=connections)
+    control = channels.aio_server(
+        [errors, *guards], max_connections=connections, max_age_ms=channels.MAX_AGE_MS if guards else 0
+    )
+    hand_over = channels.aio_server([errors, *guards], max_request_bytes=MAX_CALL_BYTES, max_connections=connections)
     add_AgentServiceServicer_to_server(AgentServicer(agent), control)
     add_PeerServiceServicer_to_server(PeerServicer(agent), hand_over)
     health = HealthService([SERVICE])
     health.add_to(control)
-    channels.listen(control, join_address(config.listen, config.control_port))
-    channels.listen(hand_over, join_address(config.listen, config.peer_port))
+    channels.listen(control, join_address(config.listen, config.control_port), credentials)
+    channels.listen(hand_over, join_address(config.listen, config.peer_port), credentials)
     await hand_over.start()  # sessions that are adopted speak to their peers at once
     try:
         if not await _done_before(agent.start(), stopping):
@@ -187,7 +196,7 @@ def main(path: Path) -> None:
         if not me.machine:
             log.warning("this hardware has no number of its own: after a loss of power the host must be declared dead")
         asyncio.run(_serve(config, me))
-    except (ConfigError, DroverError, EngineError, LivenessUnknown, OSError) as error:
+    except (ConfigError, DroverError, EngineError, LivenessUnknown, PkiError, OSError) as error:
         click.echo(f"drover-agent: {error}", err=True)
         sys.exit(2)
 

@@ -626,6 +626,10 @@ class Agent:
         """What proves which directories its shared pools are here. Raises NOT_FOUND."""
         return await asyncio.to_thread(pools.tokens, self._config, self._known(uuid).files.spec)
 
+    async def must_go_to(self, uuid: str, host: str) -> None:
+        """Raises NOT_PERMITTED unless the guest is on its way to that host; NOT_FOUND."""
+        await self._known(uuid).must_go_to(host)
+
     async def hold_locks(self, uuid: str) -> tuple[str, ...]:
         """For whoever is to see them (`agents.disks.locks`). Raises NOT_FOUND."""
         return await self._tools.pool_locks.held(self._known(uuid).files.spec)

@@ -13,6 +13,7 @@ from orchestrator.core.guest import name_error
 from orchestrator.core.hardware import MAX_MTU, MIN_MTU, extra_arg_error
 from orchestrator.core.naming import file_error
 from orchestrator.core.records import NetworkKind, PoolFence, PoolKind
+from orchestrator.pki.config import Tls
 
 __all__ = ["AgentConfig", "ConfigError", "load"]
 
@@ -142,6 +143,9 @@ class AgentConfig(BaseModel):
     """`host:port[,host:port...]`; IPv6 addresses in brackets."""
     chroot: str = "/drover/v1"
     """Where the tree stands in ZooKeeper: the same for agents, API and coordinator."""
+    tls: Tls | None = None
+    """The identity of this host: it is asked by the control plane and by other hosts with certificates of the same
+    cluster only. None: by everybody."""
     dir: Path
     """The agent's own: guests' sockets and notes, journal. Survives a restart of the agent and a loss of power."""
     console_dir: Path

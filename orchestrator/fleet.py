@@ -154,7 +154,7 @@ class Fleet:
             if record is None or not host.live:
                 await host.changed.wait()
                 continue
-            hearing = asyncio.ensure_future(self._hear(host, record.control_address))
+            hearing = asyncio.ensure_future(self._hear(host, record))
             moved = asyncio.ensure_future(host.changed.wait())
             try:
                 await asyncio.wait({hearing, moved}, return_when=asyncio.FIRST_COMPLETED)
@@ -165,12 +165,13 @@ class Fleet:
                 self._silent(host)
             await asyncio.sleep(RETRY_S if not host.changed.is_set() else 0)
 
-    async def _hear(self, host: _Host, address: str) -> None:
+    async def _hear(self, host: _Host, record: HostRecord) -> None:
         """Watch after watch until the agent falls silent, which is no error: nothing about it is known then."""
+        address = record.control_address
         try:
             while True:
                 fresh = True
-                async for sample in self._agents.at(address).watch_agent():
+                async for sample in self._agents.at(address, record.name).watch_agent():
                     if fresh:
                         host.hearing, fresh = True, False
                         host.guests, host.attempts = {}, {}

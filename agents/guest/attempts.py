@@ -90,7 +90,7 @@ class Attempts:
             await self._judged(owner, lambda source: preflight.must_have_networks(self._files, source))
             await preflight.must_fit(self._tools.engine, self._tools.config, self._files)
             tls = self._tools.streams.from_host(owner.host) if self._tools.streams is not None else None
-            arrival, prepared, first = await self._make_arrival(order, machine, tls)
+            arrival, prepared, first = await self._make_arrival(order, owner.host, machine, tls)
             self._receive(arrival, first)
         self._tools.changed()
         return prepared
@@ -99,7 +99,7 @@ class Attempts:
         """The guest's machine as its source has it; None: a guest that asks for no hardware. Raises DroverError."""
         if not has_hardware(self._files.spec):
             return None
-        peer = self._tools.peers.source(str(order.source_peer), order.attempt, "")
+        peer = self._tools.peers.source(str(order.source_peer), order.attempt, "", source.host)
         locks, spec = self._tools.pool_locks, self._files.spec
         try:
             described = await peer.machine(hold_locks=locks.unproven(spec, source))
@@ -149,7 +149,7 @@ class Attempts:
             judge(await self._guest.registered(host.host))
 
     async def _make_arrival(
-        self, order: PrepareOrder, machine: LiveMachine | None, tls: engine.StreamTls | None
+        self, order: PrepareOrder, source: str, machine: LiveMachine | None, tls: engine.StreamTls | None
     ) -> tuple[Arrival, Prepared, tuple[Command, ...]]:
         ref, inc = order.attempt, secrets.token_hex(8)
         images = self._guest.images
@@ -171,7 +171,7 @@ class Attempts:
         state, first = prepared_destination(
             ref, self._tools.here, inc, has_devices=bool(self._files.outside), has_disks=images is not None
         )
-        peer = self._tools.peers.source(str(order.source_peer), ref, inc)
+        peer = self._tools.peers.source(str(order.source_peer), ref, inc, source)
         try:
             shell = self._destination_shell(copy, state, peer, order.timeout_ms)
             await shell.begin(session_number(ref))
@@ -184,7 +184,7 @@ class Attempts:
         stream = replace(engine.stream_of(made), ip=config.address)
         acks = (await preflight.probed(self._tools.engine, self._tools.here.host))["switchover_ack"]
         prepared = Prepared(inc, stream, peer_here, made.machine, acks, tls is not None)
-        return Arrival(shell, copy, peer, prepared), prepared, first
+        return Arrival(shell, copy, peer, source, prepared), prepared, first
 
     def _destination_shell(
         self, copy: Copy, state: DestinationState, peer: GrpcSourcePeer, unclaimed_ms: float = 0.0
@@ -291,7 +291,9 @@ class Attempts:
             paused=paused,
             acks=AckLedger(stopped=paused),
         )
-        peer = self._tools.peers.destination(str(order.prepared.peer), order.attempt, order.prepared.inc)
+        peer = self._tools.peers.destination(
+            str(order.prepared.peer), order.attempt, order.prepared.inc, order.destination.host
+        )
         tls = agreed(tools.streams, order.destination.host, offered=order.prepared.tls)
         options = preflight.outgoing(order, tools.config, self._files, tools.departures, paused=paused)
         options = replace(options, tls=tls)
@@ -357,7 +359,9 @@ class Attempts:
             ref, self._tools.here, record.inc, want_run=self._guest.wish.run, parked=parked, sealed=seen.sealed
         )
         destination = record.owner if record.owner != self._tools.here else record.destination or record.owner
-        peer = self._tools.peers.destination(await self._peer_address(destination.host), ref, record.inc)
+        peer = self._tools.peers.destination(
+            await self._peer_address(destination.host), ref, record.inc, destination.host
+        )
         options = engine.OutgoingOptions(None, engine.HoldStart.OPEN, 0, 1, 1)
         self._depart(self._departure(copy, state, peer, MigrationPolicy(), options, destination.host), first)
 
@@ -369,8 +373,8 @@ class Attempts:
         marker = self._files.marker(inc).exists()
         state, first = restarted_destination(ref, self._tools.here, inc, vmm_alive=True, marker=marker)
         source = record.source or record.owner
-        peer = self._tools.peers.source(await self._peer_address(source.host), ref, inc)
-        self._receive(Arrival(self._destination_shell(copy, state, peer), copy, peer, None), first)
+        peer = self._tools.peers.source(await self._peer_address(source.host), ref, inc, source.host)
+        self._receive(Arrival(self._destination_shell(copy, state, peer), copy, peer, source.host, None), first)
 
     async def _peer_address(self, host: str) -> str:
         """Where the agent at the other end of an attempt may be found; nowhere, when its host is gone."""

@@ -39,6 +39,7 @@ from orchestrator.core.agent import (
     WishApplied,
 )
 from orchestrator.core.changes import MachineChange
+from orchestrator.core.death import hosts_of
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
@@ -371,6 +372,15 @@ class HostedGuest(HeldGuest):
             spec = await self.changes.make(wanted, reservations)
         self.tools.changed()
         return spec
+
+    async def must_go_to(self, host: str) -> None:
+        """Raises NOT_PERMITTED unless the record gives the guest to that host, or says that it is on its way there;
+        StoreUnavailable and BadRecord."""
+        for look in (self.shown, self.fresh):  # nobody is refused for what is old
+            if (known := await look()) is not None and host in hosts_of(known.record):
+                return
+        said = f"the guest is not on its way to {host}"
+        raise self.refused(RefusalReason.NOT_PERMITTED, said)
 
     async def as_it_runs(self) -> tuple[LiveMachine, GuestSpec]:
         """The machine and the specification as the guest's VMM has them, with no change half-done.

@@ -238,6 +238,7 @@ class Arrival(Attempt[DestinationShell]):
 
     half = "arrival"
     peer: GrpcSourcePeer
+    source: str
     prepared: Prepared | None
     """What its caller was told, and is told again; None: the agent was restarted, and the attempt is only ended."""
 

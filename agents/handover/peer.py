@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -21,7 +21,9 @@ from orchestrator import wire, wire_agent, wire_attempts, wire_hardware
 from orchestrator.core.disks import DestinationSide, ImageThere, SyncPoint
 from orchestrator.core.ids import AckRequest, AttemptRef
 from orchestrator.core.records import GuestSpec, LiveMachine, TimelineEntry
+from orchestrator.pki.names import of_host
 from orchestrator.rpc import channels
+from orchestrator.rpc.credentials import Credentials
 from orchestrator.rpc.errors import told
 from orchestrator.tasks import Tasks
 from protos.drover.v1 import agent_pb2 as pb
@@ -289,8 +291,10 @@ class Peers:
     MOST = 64
     """Beyond these, the one that was unused for the longest goes when another is made."""
 
-    def __init__(self) -> None:
-        self._lines: OrderedDict[str, _Line] = OrderedDict()
+    def __init__(self, credentials: Credentials | None = None) -> None:
+        """With credentials they are by mutual TLS, each only to the agent of the host that is meant."""
+        self._credentials = credentials
+        self._lines: OrderedDict[Hashable, _Line] = OrderedDict()
         """The one that was used last stands last."""
         self._closing = Tasks("connections to peers")
         self._sweeping: asyncio.TimerHandle | None = None
@@ -298,17 +302,17 @@ class Peers:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def destination(self, address: str, ref: AttemptRef, inc: str) -> GrpcDestinationPeer:
+    def destination(self, address: str, ref: AttemptRef, inc: str, host: str = "") -> GrpcDestinationPeer:
         """A new peer for one attempt over the connection to `address`, which is made if there is none. Does not wait
-        for it."""
-        line = self._line(address)
+        for it. `host`: whose agent must answer there."""
+        line = self._line(address, host)
         peer = GrpcDestinationPeer(line.channel, ref, inc)
         line.users.add(peer)
         return peer
 
-    def source(self, address: str, ref: AttemptRef, inc: str) -> GrpcSourcePeer:
+    def source(self, address: str, ref: AttemptRef, inc: str, host: str = "") -> GrpcSourcePeer:
         """As `destination`, for the other direction."""
-        line = self._line(address)
+        line = self._line(address, host)
         peer = GrpcSourcePeer(line.channel, ref, inc)
         line.users.add(peer)
         return peer
@@ -321,18 +325,27 @@ class Peers:
         await asyncio.gather(*(line.channel.close() for line in lines))
         await self._closing.close()
 
-    def _line(self, address: str) -> _Line:
+    def _line(self, address: str, host: str) -> _Line:
         loop = asyncio.get_running_loop()
-        if address not in self._lines:
+        # With renewed certificates the next attempt has a new connection; those under way keep theirs.
+        shown = self._credentials.version() if self._credentials is not None else None
+        key = (address, host, shown) if self._credentials is not None else address
+        if key not in self._lines:
             if len(self._lines) >= self.MOST:
                 self._close_one(0.0)
-            self._lines[address] = _Line(channels.aio_channel(address))
-        line = self._lines[address]
+            self._lines[key] = _Line(self._connected(address, host))
+        line = self._lines[key]
         line.used_s = loop.time()
-        self._lines.move_to_end(address)
+        self._lines.move_to_end(key)
         if self._sweeping is None:
             self._sweeping = loop.call_later(self.IDLE_S / 4, self._sweep)
         return line
+
+    def _connected(self, address: str, host: str) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return channels.aio_channel(address)
+        server = of_host(self._credentials.identity.cluster, host)
+        return channels.tls_channel(address, self._credentials, server)
 
     def _sweep(self) -> None:
         now_s = asyncio.get_running_loop().time()
@@ -345,9 +358,9 @@ class Peers:
 
     def _close_one(self, idle_s: float) -> None:
         now_s = asyncio.get_running_loop().time()
-        for address, line in self._lines.items():
+        for key, line in self._lines.items():
             if not line.users and now_s - line.used_s >= idle_s:
-                del self._lines[address]
+                del self._lines[key]
                 self._closing.spawn(line.channel.close(), "close")
                 return
 

@@ -15,6 +15,7 @@ from agents.shims.base import Frame, Load
 from orchestrator import wire, wire_agent, wire_attempts, wire_hardware
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.records import GuestSpec, LiveMachine
+from orchestrator.rpc.credentials import calling_host
 from protos.drover.v1 import agent_pb2 as pb
 from protos.drover.v1 import agent_pb2_grpc as rpc
 
@@ -38,13 +39,18 @@ class Attempts(Protocol):
         """Of the shared pools of a guest that is here. Raises DroverError."""
         ...
 
+    async def must_go_to(self, uuid: str, host: str) -> None:
+        """Raises NOT_PERMITTED unless a guest that is here is on its way to that host, as its record says."""
+        ...
+
     async def hold_locks(self, uuid: str) -> tuple[str, ...]:
         """For some seconds, in the shared pools of a guest that is here; in which. Raises DroverError."""
         ...
 
 
 class PeerServicer(rpc.PeerServiceServicer):
-    """Serves the other agents. Handlers only pass on."""
+    """Serves the other agents. Handlers only pass on what comes from the other end of the attempt, where callers have
+    certificates."""
 
     def __init__(self, attempts: Attempts) -> None:
         self._attempts = attempts
@@ -55,6 +61,8 @@ class PeerServicer(rpc.PeerServiceServicer):
         return pb.PingResponse(known=known)
 
     async def DescribeMachine(self, request: pb.DescribeMachineRequest, context: Any) -> pb.DescribeMachineResponse:
+        if host := calling_host(context):
+            await self._attempts.must_go_to(request.guest_uuid, host)
         machine, spec = await self._attempts.machine(request.guest_uuid)
         tokens = await self._attempts.pool_tokens(request.guest_uuid)
         locked = await self._attempts.hold_locks(request.guest_uuid) if request.hold_locks else ()
@@ -72,7 +80,7 @@ class PeerServicer(rpc.PeerServiceServicer):
         first = await anext(request_iterator, None)
         if first is None:
             return
-        arrival = self._arrival(first.tag)
+        arrival = self._arrival(first.tag, context)
         frames = asyncio.create_task(_take_frames(arrival, first, request_iterator))
         ack = asyncio.create_task(arrival.acks.get())
         try:
@@ -89,7 +97,7 @@ class PeerServicer(rpc.PeerServiceServicer):
 
     async def ReportLoaded(self, request: pb.ReportLoadedRequest, context: Any) -> pb.ReportLoadedResponse:
         loads = [Load(d.device, d.session, d.bytes, d.digest) for d in request.devices]
-        self._departure(request.tag).loaded(request.tag.inc, loads, points_from_proto(request.images))
+        self._departure(request.tag, context).loaded(request.tag.inc, loads, points_from_proto(request.images))
         return pb.ReportLoadedResponse()
 
     async def DescribeImages(self, request: pb.DescribeImagesRequest, context: Any) -> pb.DescribeImagesResponse:
@@ -101,36 +109,47 @@ class PeerServicer(rpc.PeerServiceServicer):
                 size_bytes=each.size_bytes,
                 endpoint=wire_agent.endpoint_to_proto(each.endpoint),
             )
-            for each in self._arrival(request.tag).images()
+            for each in self._arrival(request.tag, context).images()
         ]
         return pb.DescribeImagesResponse(images=images)
 
     async def ReleaseImages(self, request: pb.ReleaseImagesRequest, context: Any) -> pb.ReleaseImagesResponse:
-        await self._arrival(request.tag).release(points_from_proto(request.points))
+        await self._arrival(request.tag, context).release(points_from_proto(request.points))
         return pb.ReleaseImagesResponse()
 
     async def Go(self, request: pb.GoRequest, context: Any) -> pb.GoResponse:
-        return pb.GoResponse(done=await self._arrival(request.tag).go(request.tag.inc, request.want_run))
+        return pb.GoResponse(done=await self._arrival(request.tag, context).go(request.tag.inc, request.want_run))
 
     async def ReportDone(self, request: pb.ReportDoneRequest, context: Any) -> pb.ReportDoneResponse:
-        self._departure(request.tag).done([wire_attempts.timeline_from_proto(entry) for entry in request.timeline])
+        self._departure(request.tag, context).done(
+            [wire_attempts.timeline_from_proto(entry) for entry in request.timeline]
+        )
         return pb.ReportDoneResponse()
 
     async def ReportFailed(self, request: pb.ReportFailedRequest, context: Any) -> pb.ReportFailedResponse:
-        self._departure(request.tag).destination_failed()
+        self._departure(request.tag, context).destination_failed()
         return pb.ReportFailedResponse()
 
-    def _arrival(self, tag: pb.AttemptTag) -> Arrival:
+    def _arrival(self, tag: pb.AttemptTag, context: Any) -> Arrival:
         found = self._attempts.arrival(key_of(tag))
         if found is None:
             raise _stale(tag)
+        _must_come_from(found.source, context)
         return found
 
-    def _departure(self, tag: pb.AttemptTag) -> Departure:
+    def _departure(self, tag: pb.AttemptTag, context: Any) -> Departure:
         found = self._attempts.departure(key_of(tag))
         if found is None:
             raise _stale(tag)
+        _must_come_from(found.destination, context)
         return found
+
+
+def _must_come_from(other_end: str, context: Any) -> None:
+    """Raises NOT_PERMITTED for any other host than the one at the other end of the attempt."""
+    host = calling_host(context)
+    if host and host != other_end:
+        raise DroverError(RefusalReason.NOT_PERMITTED, f"host {host} is not at the other end of this attempt")
 
 
 async def _take_frames(

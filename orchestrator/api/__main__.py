@@ -19,6 +19,7 @@ from orchestrator.core.errors import DroverError
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.metrics import LAG_S, lag
+from orchestrator.pki.files import PkiError
 from orchestrator.tasks import Tasks
 from orchestrator.telemetry import configure_logging
 
@@ -56,7 +57,7 @@ def main(path: Path) -> None:
         configure_logging(config.log_level)
         descriptors.raise_limit()
         asyncio.run(_serve(config))
-    except (OSError, BadRecord, ValueError, DroverError) as error:
+    except (OSError, BadRecord, PkiError, ValueError, DroverError) as error:
         raise click.ClickException(f"cannot start the API: {error}") from error
 
 

@@ -75,7 +75,7 @@ class Adoptions:
         known = await self._tools.ledger.read(HostRecord, paths.host(request.host))
         if known is None:
             raise DroverError(RefusalReason.NOT_FOUND, f"there is no host {request.host}", field="host")
-        agent = self._tools.agents.at(known[0].control_address)
+        agent = self._tools.agents.at(known[0].control_address, request.host)
         timeout_s = caller.remaining_s(EXAMINE_S)
         return await agent.examine_vmm(request.name, request.pid, request.qmp, wished, timeout_s)
 

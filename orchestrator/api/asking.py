@@ -19,7 +19,7 @@ async def ask(tools: Tools, host: HostRecord, caller: Caller) -> AgentStatus | D
     An agent of another host that answers at the address counts as silence, and silence proves nothing.
     """
     try:
-        status = await tools.agents.at(host.control_address).get_agent(caller.remaining_s(CALL_S))
+        status = await tools.agents.at(host.control_address, host.name).get_agent(caller.remaining_s(CALL_S))
     except DroverError as error:
         log.info("an agent does not say what it has", host=host.name, why=str(error))
         return error

@@ -53,7 +53,7 @@ class Tools:
         found = await self.ledger.read(HostRecord, paths.host(host))
         if found is None:
             raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} has not registered an agent")
-        return self.agents.at(found[0].control_address)
+        return self.agents.at(found[0].control_address, host)
 
 
 @dataclass(frozen=True, slots=True)

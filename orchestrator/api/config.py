@@ -10,6 +10,7 @@ from orchestrator.config import ConfigFile
 from orchestrator.core.endpoint import split_address
 from orchestrator.history import HistoryConfig
 from orchestrator.ledger import paths
+from orchestrator.pki.config import Tls
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,9 @@ class ApiConfig:
     """`host:port` to serve metrics at; empty: none are served."""
     history: HistoryConfig = field(default_factory=HistoryConfig)
     """The coordinator's history file, where the API can read it: what the ledger has forgotten is looked up there."""
+    tls: Tls | None = None
+    """The identity of the API. With it, callers by TCP need a certificate of the cluster, and its role allows what they
+    may do. None: everybody may do everything."""
     log_level: str = "info"
     """debug, info, warning or error; lines are JSON, on standard error."""
 

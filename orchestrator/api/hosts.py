@@ -65,7 +65,7 @@ class Hosts:
             raise DroverError(
                 RefusalReason.NOT_FOUND, "the ledger does not say which it is yet: a coordinator has to lead"
             )
-        agent = self._tools.agents.at(snapshot.hosts[name].input.record.control_address)
+        agent = self._tools.agents.at(snapshot.hosts[name].input.record.control_address, name)
         await agent.rejoin_ledger(found[0].id, caller.remaining_s(CALL_S))
         log.warning("host rejoins", host=name, incarnation=found[0].id, by=caller.by)
         return await self.get(name)

@@ -88,7 +88,7 @@ class Images:
         if not snapshot.hosts[place.host].input.live:
             return DroverError(RefusalReason.HOST_NOT_LIVE, f"{place.host} is not live")
         try:
-            agent = self._tools.agents.at(record.control_address)
+            agent = self._tools.agents.at(record.control_address, place.host)
             return await agent.list_pool_images(place.pool, after, max(size, 1), caller.remaining_s(CALL_S))
         except DroverError as error:
             return error
@@ -102,7 +102,7 @@ class Images:
             raise invalid([("image", "is missing: the first message says what the image is to be")])
         image = check_import(first)
         host = _host_for(await self._tools.index.recent(), image, first.image.host)
-        agent = self._tools.agents.at(host.record.control_address)
+        agent = self._tools.agents.at(host.record.control_address, host.record.name)
         log.info("image comes", pool=image.pool, image=image.name, host=host.record.name, by=caller.by)
         wrong: list[DroverError] = []
         try:

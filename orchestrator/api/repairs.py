@@ -142,7 +142,7 @@ class Repairs:
         host = await self._tools.ledger.read(HostRecord, paths.host(offer.host))
         if host is None:
             raise DroverError(RefusalReason.OUTCOME_UNKNOWN, f"host {offer.host} was removed meanwhile: look again")
-        agent = self._tools.agents.at(host[0].control_address)
+        agent = self._tools.agents.at(host[0].control_address, offer.host)
         if offer.action is Action.RESTORE_RECORD:
             await agent.restore_record(uuid, caller.remaining_s(CALL_S))
         else:

@@ -23,9 +23,12 @@ from orchestrator.ledger.layout import WrongLayout
 from orchestrator.ledger.ledger import Ledger
 from orchestrator.ledger.store import SessionState, Store, StoreUnavailable
 from orchestrator.metrics import PROBE_S, serve_on
+from orchestrator.pki.config import directory_of
 from orchestrator.rpc.agent_client import AgentClients
-from orchestrator.rpc.channels import MAX_REQUEST_BYTES, aio_server, listen
+from orchestrator.rpc.channels import MAX_AGE_MS, MAX_REQUEST_BYTES, aio_server, listen
+from orchestrator.rpc.credentials import credentials_of
 from orchestrator.rpc.errors import Errors
+from orchestrator.rpc.guard import Guard
 from orchestrator.rpc.health import HealthService
 from orchestrator.tasks import Tasks
 from protos.drover.v1 import orchestrator_pb2
@@ -45,12 +48,17 @@ SLOW_READER_S = 30.0
 
 
 class ApiServer:
-    """`start`, then `stop`. Serves at once; while ZooKeeper is away calls say so and health is NOT_SERVING."""
+    """`start`, then `stop`. Serves at once; while ZooKeeper is away calls say so and health is NOT_SERVING.
+
+    Raises PkiError when the certificates that its configuration names cannot be used."""
 
     def __init__(self, config: ApiConfig, store: Store, registry: CollectorRegistry | None = None) -> None:
         self._config = config
         self._store = store
-        agents = AgentClients()
+        tls = directory_of(config.tls)
+        self._credentials = credentials_of(tls)
+        guards = [Guard(self._credentials, tls)] if self._credentials is not None and tls is not None else []
+        agents = AgentClients(self._credentials)
         self.tools = Tools(
             store=store,
             agents=agents,
@@ -72,9 +80,11 @@ class ApiServer:
                     slow_reader_s=SLOW_READER_S,
                     answered=self.metrics.answered,
                     look_again=self._look_again if "," in config.zookeeper else None,
-                )
+                ),
+                *guards,
             ],
             max_request_bytes=MAX_REQUEST_BYTES,
+            max_age_ms=MAX_AGE_MS if guards else 0,
             max_connections=descriptors.connections_of(descriptors.limit(), len(config.listen)),
         )
         self._tasks = Tasks("API")
@@ -89,7 +99,7 @@ class ApiServer:
         await self._health.set(False)
         add_OrchestratorServiceServicer_to_server(self.servicer, self._server)
         self._health.add_to(self._server)
-        self.ports = [listen(self._server, address) for address in self._config.listen]
+        self.ports = [listen(self._server, address, self._credentials) for address in self._config.listen]
         await self._server.start()
         self._store.on_session(self._session_moved)
         self._tasks.spawn(self._connect(), "connection with the ledger")

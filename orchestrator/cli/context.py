@@ -35,6 +35,8 @@ class Settings:
 
     api: str = ""
     directory: Path = field(default_factory=default_dir)
+    tls: Path | None = None
+    """Directory of the identity that the API at an address of TCP is shown."""
     output: str = "table"
     timeout_s: float = DEFAULT_TIMEOUT_S
 
@@ -52,9 +54,14 @@ class Settings:
     def client(self, timeout_s: float = 0.0) -> OrchestratorClient:
         """A client of the API; a context manager."""
         self._check_socket()
+        from orchestrator.pki.files import PkiError
         from orchestrator.rpc.orchestrator_client import OrchestratorClient
 
-        return OrchestratorClient(self.address, timeout_s=timeout_s or self.timeout_s)
+        named = self.tls or os.environ.get("DROVER_TLS") or None
+        try:
+            return OrchestratorClient(self.address, timeout_s or self.timeout_s, Path(named) if named else None)
+        except PkiError as error:
+            raise CliError(Exit.USAGE, str(error)) from error
 
     def _check_socket(self) -> None:
         """A missing socket is known at once, and which remedy there is."""
@@ -100,6 +107,18 @@ def api_option(command: F) -> F:
     )(command)
 
 
+def tls_option(command: F) -> F:
+    """`--tls`, into `Settings`."""
+    return click.option(
+        "--tls",
+        metavar="DIRECTORY",
+        type=click.Path(file_okay=False, path_type=Path),
+        expose_value=False,
+        callback=_into("tls"),
+        help="Directory of the identity to show to an API at host:port.  Default: $DROVER_TLS, else none.",
+    )(command)
+
+
 def dir_option(command: F) -> F:
     """`--dir`, into `Settings`."""
     return click.option(
@@ -139,7 +158,7 @@ def timeout_option(command: F) -> F:
 
 def remote(command: F) -> F:
     """Options of a command that asks the API."""
-    return output_option(api_option(dir_option(timeout_option(command))))
+    return output_option(api_option(tls_option(dir_option(timeout_option(command)))))
 
 
 def local(command: F) -> F:

@@ -441,7 +441,7 @@ class DeathRunner:
             if entry is None:
                 return
             try:
-                await self._agents.at(entry.input.record.control_address).start_guest(uuid)
+                await self._agents.at(entry.input.record.control_address, record.owner.host).start_guest(uuid)
                 log.info("guest started", guest=record.name, uuid=uuid, host=record.owner.host)
             except DroverError as error:
                 log.warning("guest did not start yet", guest=record.name, host=record.owner.host, why=str(error))

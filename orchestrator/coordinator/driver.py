@@ -647,7 +647,7 @@ class Driver:
         if node is None or not node.data:
             raise DroverError(RefusalReason.AGENT_UNREACHABLE, f"{host} has not registered an agent")
         record = decode(HostRecord, node.data, path=paths.host(host))
-        return self._tools.agents.at(record.control_address), record
+        return self._tools.agents.at(record.control_address, host), record
 
     def _ref(self, attempt: int) -> AttemptRef:
         return AttemptRef(self._spec.guest, self._spec.id, attempt)

@@ -212,7 +212,7 @@ class EvacuationRunner:
     async def _is_empty(self, host: HostRecord) -> bool | None:
         """The agent's own word about this power cycle."""
         try:
-            status = await self._agents.at(host.control_address).get_agent()
+            status = await self._agents.at(host.control_address, host.name).get_agent()
         except DroverError as error:
             log.info("an emptied host does not say whether a copy is left", host=host.name, why=error.message)
             return None

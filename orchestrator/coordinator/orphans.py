@@ -128,6 +128,7 @@ class Orphans:
             try:
                 node = await self._store.read(path)
                 if node is not None and node.data:
-                    await self._agents.at(decode(HostRecord, node.data, path=path).control_address).nudge(uuid)
+                    address = decode(HostRecord, node.data, path=path).control_address
+                    await self._agents.at(address, host).nudge(uuid)
             except (DroverError, StoreUnavailable, BadRecord) as error:
                 log.info("an agent is not told", host=host, error=str(error))

@@ -54,8 +54,9 @@ class AgentPort(Protocol):
 class AgentDirectory(Protocol):
     """All agents, by where they serve."""
 
-    def at(self, control_address: str) -> AgentPort:
-        """The agent that serves there; connects when it is first called."""
+    def at(self, control_address: str, host: str = "") -> AgentPort:
+        """The agent that serves there; connects when it is first called. `host`: whose certificate it must have, where
+        there are certificates."""
         ...
 
     async def close(self) -> None:

@@ -21,6 +21,7 @@ from orchestrator.fencing.config import FencerConfig, make_fencers
 from orchestrator.history import HistoryConfig, HistoryFile
 from orchestrator.ledger import paths
 from orchestrator.ledger.store import Store
+from orchestrator.pki.config import Tls
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,13 @@ class CoordinatorConfig:
     """How long what is over is kept (docs/operations.md)."""
     history: HistoryConfig = field(default_factory=HistoryConfig)
     """Where what is removed is written first."""
+    tls: Tls | None = None
+    """Its identity, wherever its processes run: what it shows to agents."""
     store_factory: str = "orchestrator.ledger.zookeeper:ZooKeeperStore"
     """module:callable, called with `zookeeper` and `chroot=`, returns a Store."""
     agents_factory: str = "orchestrator.coordinator.agents:RpcAgents"
-    """module:callable, called with nothing, returns an AgentDirectory."""
+    """module:callable, called with nothing or, where there is an identity, its directory as `tls=`, returns an
+    AgentDirectory."""
 
 
 def _problems(config: CoordinatorConfig) -> Iterator[str]:
@@ -107,7 +111,8 @@ def make_agents(config: CoordinatorConfig) -> AgentDirectory:
     nothing."""
     factory = _resolve(config.agents_factory)
     assert callable(factory)
-    return cast(AgentDirectory, factory())
+    secured = {} if config.tls is None else {"tls": config.tls.directory}
+    return cast(AgentDirectory, factory(**secured))
 
 
 def fencers_of(config: CoordinatorConfig) -> Fencers:

@@ -71,6 +71,10 @@ class RefusalReason(StrEnum):
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     DEADLINE_REQUIRED = "DEADLINE_REQUIRED"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    """The caller has no certificate of this cluster, or one that is revoked."""
+    NOT_PERMITTED = "NOT_PERMITTED"
+    """The caller's role, or the host that it is, may not do this (docs/security.md)."""
     NOT_FOUND = "NOT_FOUND"
     ALREADY_EXISTS = "ALREADY_EXISTS"
     REQUEST_ID_REUSED = "REQUEST_ID_REUSED"

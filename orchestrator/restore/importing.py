@@ -207,7 +207,7 @@ class Import:
         said = ""
         for _ in range(TRIES):  # one that is busy with a birth, or finds its processes just now, is asked again
             try:
-                held = await self._agents.at(host.control_address).list_copies(ASK_S)
+                held = await self._agents.at(host.control_address, host.name).list_copies(ASK_S)
             except DroverError as error:
                 return clip(error.message)
             if held.host.host != host.name:
@@ -333,7 +333,7 @@ class Import:
         while waiting and loop.time() < gives_up:
             for host in sorted(waiting):
                 try:
-                    held = await self._agents.at(self._addresses[host]).list_copies(ASK_S)
+                    held = await self._agents.at(self._addresses[host], host).list_copies(ASK_S)
                 except DroverError:
                     continue
                 if held.incarnation == outcome.incarnation:
@@ -345,7 +345,7 @@ class Import:
     async def _take_strangers(self, outcome: Outcome) -> None:
         for guest, (name, host) in sorted(outcome.plan.strangers.items()):
             try:
-                await self._agents.at(self._addresses[host]).restore_record(guest)
+                await self._agents.at(self._addresses[host], host).restore_record(guest)
             except DroverError as error:
                 outcome.left.append(
                     f"guest {name} on {host} has no record yet: {error.message}; `drover repair {name}`"

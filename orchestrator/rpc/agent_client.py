@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -30,8 +30,11 @@ from orchestrator.core.migration import Prepared
 from orchestrator.core.offers import Obstacle
 from orchestrator.core.records import GuestSpec
 from orchestrator.core.restore import HostHeld
-from orchestrator.rpc.channels import aio_channel
+from orchestrator.pki.names import BadName, of_host
+from orchestrator.rpc.channels import aio_channel, tls_channel
+from orchestrator.rpc.credentials import Credentials
 from orchestrator.rpc.errors import from_rpc_error
+from orchestrator.tasks import Tasks
 from protos.drover.v1 import agent_pb2 as pb
 from protos.drover.v1 import types_pb2
 from protos.drover.v1.agent_pb2_grpc import AgentServiceStub
@@ -60,21 +63,41 @@ class AgentClient:
     calls are idempotent and may be repeated. `timeout_s` shortens or lengthens a call's own bound.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials | None = None, host: str = "") -> None:
+        """With credentials by mutual TLS, and only to the agent of that host."""
         self.address = address
+        self._credentials, self._host = credentials, host
         self._channel: aio.Channel | None = None
         self._made: AgentServiceAsyncStub | None = None
+        self._shown: Hashable = None
+        self._left = Tasks("connections with certificates from before")
 
     @property
     def _stub(self) -> AgentServiceAsyncStub:
+        shown = self._credentials.version() if self._credentials is not None else None
+        if self._made is not None and shown != self._shown and self._channel is not None:
+            # The new connection is for new calls; those under way go on over the old one.
+            self._left.spawn(self._channel.close(CONSOLE_S), "close")
+            self._made = None
         if self._made is None:
-            self._channel = aio_channel(self.address)
+            self._channel, self._shown = self._connected(), shown
             self._made = AgentServiceStub(self._channel)
         return self._made
+
+    def _connected(self) -> aio.Channel:
+        if self._credentials is None:
+            return aio_channel(self.address)
+        try:
+            server = of_host(self._credentials.identity.cluster, self._host)
+        except BadName as error:
+            said = f"nobody says which host the agent at {self.address} is of"
+            raise DroverError(RefusalReason.AGENT_UNREACHABLE, said) from error
+        return tls_channel(self.address, self._credentials, server)
 
     async def close(self) -> None:
         """Calls under way end as cancelled."""
         channel, self._channel, self._made = self._channel, None, None
+        await self._left.close()
         if channel is not None:
             await channel.close()
 
@@ -271,14 +294,17 @@ class AgentClient:
 class AgentClients:
     """All agents by address: one channel each, kept."""
 
-    def __init__(self) -> None:
-        self._clients: dict[str, AgentClient] = {}
+    def __init__(self, credentials: Credentials | None = None) -> None:
+        self._credentials = credentials
+        self._clients: dict[tuple[str, str], AgentClient] = {}
 
-    def at(self, control_address: str) -> AgentClient:
-        """The agent that serves there; connects when it is first called."""
-        client = self._clients.get(control_address)
+    def at(self, control_address: str, host: str = "") -> AgentClient:
+        """The agent that serves there; connects when it is first called. `host`: whose certificate it must have, where
+        there are certificates."""
+        key = (control_address, host if self._credentials is not None else "")
+        client = self._clients.get(key)
         if client is None:
-            client = self._clients[control_address] = AgentClient(control_address)
+            client = self._clients[key] = AgentClient(control_address, self._credentials, host)
         return client
 
     async def close(self) -> None:

@@ -1,7 +1,7 @@
 """The only place where channels and servers are made: keepalive, message size, and one spot for credentials.
 
-Addresses are `host:port`, `[IPv6]:port` or `unix:PATH`. Everything is made with insecure credentials today; mutual TLS
-comes in here and nowhere else.
+Addresses are `host:port`, `[IPv6]:port` or `unix:PATH`. With credentials it is mutual TLS, but for unix sockets: the
+modes of their directories say who may connect.
 
 A peer that froze or lost its network keeps its TCP connection for many minutes. The pings below end it within seconds;
 `http2.ping_timeout_ms` is what does it, the keepalive options alone do not.
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 from grpc import aio
 
 from orchestrator.core.endpoint import join_address, split_address
 from orchestrator.core.errors import DroverError, RefusalReason
-from orchestrator.pki.names import Identity
+from orchestrator.pki.names import Identity, Role, of_role
 from orchestrator.rpc.credentials import Credentials
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -29,6 +30,8 @@ MAX_CALLS = 256
 
 MAX_CONNECTIONS = 1024
 """Of one server and address. Each costs a descriptor, also when nothing is ever said on it."""
+MAX_AGE_MS = 3_600_000
+"""Of a connection to a server of the control plane that asks for certificates."""
 HANDSHAKE_TIMEOUT_MS = 5_000
 """Who connects and does not speak HTTP/2 by then is cut off (gRPC itself waits two minutes)."""
 
@@ -109,7 +112,7 @@ def aio_channel(address: str, *, alone: bool = False) -> aio.Channel:
 def tls_channel(address: str, credentials: Credentials, server: Identity) -> aio.Channel:
     """As `aio_channel`, alone, and only to a server whose certificate is that of `server`: the address proves nothing.
 
-    Raises PkiError when the certificates cannot be read."""
+    While renewed certificates cannot be read, those from before are shown."""
     options = (
         *_CHANNEL,
         ("grpc.use_local_subchannel_pool", 1),
@@ -128,12 +131,16 @@ def local_channel(path: Path) -> aio.Channel:
     return aio.insecure_channel(f"unix:{path}", options=options)
 
 
-def channel(address: str) -> grpc.Channel:
+def channel(address: str, credentials: Credentials | None = None) -> grpc.Channel:
     """For synchronous callers of OrchestratorService. Connects with the first call; sends no request that is larger
-    than MAX_REQUEST_BYTES. Raises INVALID_ARGUMENT for what is no address."""
-    return grpc.insecure_channel(
-        _read(address), options=_with(_CHANNEL, {"grpc.max_send_message_length": MAX_REQUEST_BYTES})
-    )
+    than MAX_REQUEST_BYTES. With credentials only to the API of their cluster. Raises INVALID_ARGUMENT for what is no
+    address."""
+    options = _with(_CHANNEL, {"grpc.max_send_message_length": MAX_REQUEST_BYTES})
+    if credentials is None or address.startswith("unix:"):
+        return grpc.insecure_channel(_read(address), options=options)
+    server = of_role(credentials.identity.cluster, Role.API).server_name
+    options = [*options, ("grpc.ssl_target_name_override", server)]
+    return grpc.secure_channel(_read(address), credentials.channel(), options=cast(Any, options))
 
 
 def aio_server(
@@ -141,15 +148,21 @@ def aio_server(
     *,
     max_request_bytes: int = 0,
     max_connections: int = MAX_CONNECTIONS,
+    max_age_ms: int = 0,
 ) -> aio.Server:
     """A server that listens nowhere yet and is not started.
 
     Of each address that it listens at it takes `max_connections`, and closes what comes beyond.
 
+    `max_age_ms` > 0: a connection takes no new calls after so long, and its client makes another, which shows what it
+    has of certificates then; calls under way go on.
+
     `max_request_bytes` > 0 is for a server that strangers may call: larger requests are not taken in, and a connection
     has at most MAX_CALLS calls under way.
     """
     bounds = {"grpc.max_allowed_incoming_connections": max_connections}
+    if max_age_ms:
+        bounds |= {"grpc.max_connection_age_ms": max_age_ms}
     if max_request_bytes:
         bounds |= {"grpc.max_receive_message_length": max_request_bytes, "grpc.max_concurrent_streams": MAX_CALLS}
     return aio.server(interceptors=list(interceptors), options=_with(_SERVER, bounds))

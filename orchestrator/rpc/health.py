@@ -10,7 +10,9 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from orchestrator.rpc.channels import aio_channel
+from orchestrator.pki.names import Identity
+from orchestrator.rpc.channels import aio_channel, tls_channel
+from orchestrator.rpc.credentials import Credentials
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -37,9 +39,11 @@ class HealthService:
         await self._servicer.enter_graceful_shutdown()
 
 
-async def check(address: str, timeout_s: float = 1.0) -> str | None:
-    """None: the server there serves. Otherwise what is wrong, in a few words. Never raises."""
-    channel = aio_channel(address, alone=True)
+async def check(address: str, timeout_s: float = 1.0, tls: tuple[Credentials, Identity] | None = None) -> str | None:
+    """None: the server there serves. Otherwise what is wrong, in a few words. Never raises.
+
+    `tls`: what the server is shown, and who it must be."""
+    channel = aio_channel(address, alone=True) if tls is None else tls_channel(address, *tls)
     stub = cast(Any, health_pb2_grpc.HealthStub(channel))  # its type does not know the calls
     try:
         answer: health_pb2.HealthCheckResponse = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)

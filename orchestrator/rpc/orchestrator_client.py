@@ -6,6 +6,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ from orchestrator.core.images import CHUNK_BYTES, ImageImport
 from orchestrator.core.records import DiskSpec, GuestSpec, NicSpec
 from orchestrator.rpc.channels import channel
 from orchestrator.rpc.console import ConsoleSession
+from orchestrator.rpc.credentials import credentials_of
 from orchestrator.rpc.errors import from_rpc_error
 from orchestrator.rpc.several import SeveralChannel, addresses
 from protos.drover.v1 import orchestrator_pb2 as pb
@@ -53,11 +55,14 @@ class OrchestratorClient:
     with the same `request_id`; one is made up when none is given.
     """
 
-    def __init__(self, address: str, timeout_s: float = 10.0) -> None:
+    def __init__(self, address: str, timeout_s: float = 10.0, tls: Path | None = None) -> None:
+        """`tls`: directory of the identity that it shows, and believes in, at `host:port`. Raises PkiError."""
         self.address = address
         self.timeout_s = timeout_s
         several = addresses(address)
-        self._channel = SeveralChannel(several) if len(several) > 1 else channel(several[0])
+        credentials = credentials_of(tls)
+        alone = len(several) == 1
+        self._channel = channel(several[0], credentials) if alone else SeveralChannel(several, credentials)
         self._stub = OrchestratorServiceStub(self._channel)
         self._closed = False
 

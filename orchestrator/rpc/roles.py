@@ -21,9 +21,9 @@ _CHAOS = _ADMIN | {Role.CHAOS}
 _AGENT = {
     _BOTH: ("GetAgent", "WatchAgent", "GetAttempt", "StartGuest", "Nudge"),
     _COORDINATOR: ("PrepareDestination", "ConductAttempt"),
-    _API | _ADMIN: ("ListCopies",),
+    _API | _ADMIN: ("ListCopies", "RestoreRecord"),
     _API: (
-        *("EndGuest", "KeepGuest", "RestoreRecord", "ApplyWantRun", "PassInstruction", "ChangeMachine", "CheckGuests"),
+        *("EndGuest", "KeepGuest", "ApplyWantRun", "PassInstruction", "ChangeMachine", "CheckGuests"),
         *(
             "ListPoolImages",
             "HoldConsole",

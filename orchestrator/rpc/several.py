@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from orchestrator.rpc.channels import channel
+from orchestrator.rpc.credentials import Credentials
 
 CONNECT_S = 1.5
 """For one server to say that it is there, while there are others to try."""
@@ -39,8 +40,8 @@ def addresses(text: str) -> list[str]:
 class SeveralChannel(grpc.Channel):
     """Stays with the server that answered last. Raises INVALID_ARGUMENT for what is no address."""
 
-    def __init__(self, servers: Sequence[str]) -> None:
-        self._channels = [channel(server) for server in servers]
+    def __init__(self, servers: Sequence[str], credentials: Credentials | None = None) -> None:
+        self._channels = [channel(server, credentials) for server in servers]
         self._at = 0
 
     # --- what a stub asks for -----------------------------------------------------------------------------------------

@@ -363,7 +363,7 @@ class World:
     def __post_init__(self) -> None:
         self.put(paths.LAYOUT, Layout())
 
-    def at(self, control_address: str) -> FakeAgent:
+    def at(self, control_address: str, host: str = "") -> FakeAgent:
         return FakeAgent(self, control_address.split(":", maxsplit=1)[0])
 
     async def close(self) -> None:

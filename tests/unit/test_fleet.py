@@ -22,7 +22,7 @@ class Speaking:
     def __init__(self) -> None:
         self.watches = 0
 
-    def at(self, address: str) -> Speaking:
+    def at(self, address: str, host: str = "") -> Speaking:
         return self
 
     async def watch_agent(self) -> AsyncIterator[AgentSample]:

@@ -39,6 +39,7 @@ class Acknowledging:
 
     def __init__(self) -> None:
         self.acks: asyncio.Queue[AckRequest] = asyncio.Queue()
+        self.source = "h1"
 
     async def frame(self, frame: Frame) -> None:
         self.acks.put_nowait(AckRequest(frame.device, frame.generation))
@@ -64,6 +65,9 @@ class Agent:
 
     async def pool_tokens(self, uuid: str) -> Mapping[str, str]:
         raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid} here")
+
+    async def must_go_to(self, uuid: str, host: str) -> None:
+        raise DroverError(RefusalReason.NOT_PERMITTED, f"guest {uuid} does not go to {host}")
 
     async def hold_locks(self, uuid: str) -> tuple[str, ...]:
         raise DroverError(RefusalReason.NOT_FOUND, f"there is no guest {uuid} here")

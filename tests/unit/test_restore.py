@@ -88,7 +88,7 @@ class Agents:
         self.silent = {f"{name}:1" for name in silent}
         self.restored: list[tuple[str, str]] = []
 
-    def at(self, address: str) -> _At:
+    def at(self, address: str, host: str = "") -> _At:
         return _At(self, address)
 
 
