@@ -22,12 +22,14 @@ from orchestrator.ledger.store import Store
 class PeerChannels(Protocol):
     """Connections to the other agents' PeerService, kept warm."""
 
-    def destination(self, address: str, ref: AttemptRef, inc: str) -> GrpcDestinationPeer:
-        """To the destination's agent at `address`, for one attempt and the process `inc`."""
+    def destination(self, address: str, ref: AttemptRef, inc: str, host: str = "") -> GrpcDestinationPeer:
+        """To the destination's agent at `address`, for one attempt and the process `inc`. `host`: whose certificate it
+        must have, where there are certificates."""
         ...
 
-    def source(self, address: str, ref: AttemptRef, inc: str) -> GrpcSourcePeer:
-        """To the source's agent at `address`, for one attempt and the process `inc`."""
+    def source(self, address: str, ref: AttemptRef, inc: str, host: str = "") -> GrpcSourcePeer:
+        """To the source's agent at `address`, for one attempt and the process `inc`. `host`: whose certificate it
+        must have, where there are certificates."""
         ...
 
 

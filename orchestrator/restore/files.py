@@ -14,9 +14,11 @@ from orchestrator.ledger.backup import SHOWN, Backup, BadBackup
 from orchestrator.ledger.layout import WrongLayout
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.store import StoreUnavailable
+from orchestrator.pki.files import PkiError
 from orchestrator.restore.access import Where, opened
 from orchestrator.restore.importing import Import, Outcome
 from orchestrator.rpc.agent_client import AgentClients
+from orchestrator.rpc.credentials import credentials_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,10 @@ async def bring_back(where: Where, file: Path, *, dead: Sequence[str], token: st
     if looked.held is None or looked.problems:
         said = f"{file} cannot be imported: {'; '.join(looked.shown())}"
         raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="file")
-    agents = AgentClients()
+    try:
+        agents = AgentClients(credentials_of(where.tls))
+    except PkiError as error:
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, str(error), field="tls") from error
     try:
         async with opened(where) as store:
             run = Import(store, agents, looked.held, dead=dead, time_s=time_s)

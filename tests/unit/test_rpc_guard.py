@@ -24,6 +24,7 @@ from orchestrator.rpc.credentials import Credentials
 from orchestrator.rpc.errors import Errors
 from orchestrator.rpc.guard import Guard
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
+from orchestrator.rpc.roles import METHODS
 from protos.drover.v1 import agent_pb2, types_pb2
 from protos.drover.v1 import agent_pb2_grpc as agent_rpc
 from protos.drover.v1 import orchestrator_pb2 as pb
@@ -223,3 +224,12 @@ def _makers() -> Iterator[str]:
 
 def test_channels_and_servers_are_made_in_one_place() -> None:
     assert set(_makers()) - ELSEWHERE == {"orchestrator/rpc/channels.py"}
+
+
+def test_the_page_tells_the_table() -> None:
+    told: dict[str, frozenset[str]] = {}
+    for line in (ROOT / "docs/security.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3 and cells[0].endswith("Service"):
+            told |= {f"/drover.v1.{cells[0]}/{call}": frozenset(cells[2].split(", ")) for call in cells[1].split(", ")}
+    assert told == METHODS
