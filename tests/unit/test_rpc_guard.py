@@ -230,6 +230,6 @@ def test_the_page_tells_the_table() -> None:
     told: dict[str, frozenset[str]] = {}
     for line in (ROOT / "docs/security.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 3 and cells[0].endswith("Service"):
+        if len(cells) == 3 and cells[0].endswith("Service") and cells[1] != "Calls":
             told |= {f"/drover.v1.{cells[0]}/{call}": frozenset(cells[2].split(", ")) for call in cells[1].split(", ")}
     assert told == METHODS
