@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.lab.cluster.evidence import parse_beat, parse_verify
+from deploy.lab.cluster.evidence import ConsoleLog, Vmm, holes, parse_beat, parse_log, parse_verify
 from deploy.lab.linux_guest.image import check, seed_of
 from deploy.lab.workload import LinuxWorkload, linux_boot_of
 from orchestrator.core.guest import command_line_of
@@ -25,6 +25,8 @@ IMAGES = ROOT / "build/linux"
 UUID = "1f2e3d4c-0000-4000-8000-000000000000"
 BOOT_S = 180.0
 """On a machine that does much else."""
+UNREAD_S = 4.0
+"""As many beats are due in it as three of the console's buffers hold."""
 
 if not shutil.which("qemu-system-x86_64"):
     pytest.skip("qemu-system-x86_64 is not installed (make system)", allow_module_level=True)
@@ -80,6 +82,16 @@ class Linux:
             line.sendall(letter.encode())
             time.sleep(0.2)  # QEMU drops what it has not given to the guest when the line is closed
 
+    def console(self) -> ConsoleLog:
+        """Stamped as if every line came at once."""
+        return parse_log(Vmm("host-1", "g", "a1"), [f"0 {line}" for line in self.lines()])
+
+    def is_not_read(self, seconds: float) -> None:
+        """Whoever is connected to its console takes nothing in: what waits fills all that is in between."""
+        with socket.socket(socket.AF_UNIX) as line:
+            line.connect(str(self._socket))
+            time.sleep(seconds)
+
     def verified(self) -> bool:
         found = [verify for line in self.lines() if (verify := parse_verify(0, line))]
         return bool(found) and found[-1].ok
@@ -120,6 +132,9 @@ def test_it_keeps_its_promises_over_a_loss_of_power(disk: Path, boots: Callable[
     words = r"BOOT linux period_us=20000 address=10\.78\.\d+\.\d+ disks=1 promised=0"
     assert any(re.fullmatch(words, line) for line in guest.lines())
     guest.until("20 records are promised", lambda: guest.promised() >= 20)
+    guest.is_not_read(UNREAD_S)
+    guest.until("it says what it left out", lambda: guest.console().beats[-1].unsaid > 0)
+    assert holes([guest.console()]) == ()
     guest.ask("v")
     guest.until("it has checked itself", guest.verified)
     guest.cut_power()

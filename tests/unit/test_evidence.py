@@ -19,6 +19,7 @@ from deploy.lab.cluster.evidence import (
     estimate_period_ns,
     examine,
     hand_overs,
+    holes,
     largest_pause,
     missing_beats,
     noise_floor,
@@ -26,6 +27,7 @@ from deploy.lab.cluster.evidence import (
     overlapping_copies,
     parse_log,
     period_ns,
+    ran_ahead_ms,
     running_intervals,
     runs_at,
 )
@@ -209,6 +211,79 @@ def test_lost_lines_are_no_pause():
     assert stop.pause_ms == pytest.approx(0)
     assert len(running_intervals(log(SOURCE, *lines), PERIOD)) == 1
     assert missing_beats([log(SOURCE, *lines)]) == 30
+
+
+def said(ms: float, number: int, unsaid: int) -> str:
+    """A beat of a guest that tells how many it left out before."""
+    return f"{beat(ms, number)} {unsaid:08x}"
+
+
+def starved(unsaid: int) -> list[str]:
+    """20 ms each until beat 50; then, 2.4 s late, 60 beats at once and 60 that found the console full, of which it has
+    counted `unsaid`; then as before."""
+    late = [said(3400 + i / 10, 51 + i, 0) for i in range(60)]
+    return [
+        *(said(i * 20, 1 + i, 0) for i in range(50)),
+        *late,
+        *(said(3420 + i * 20, 171 + i, unsaid) for i in range(50)),
+    ]
+
+
+def test_beats_that_a_guest_left_out_itself_are_not_missing():
+    assert missing_beats([log(SOURCE, *starved(60))]) == 0
+    assert overlap([log(SOURCE, *starved(60))]).copies == 0
+
+
+def test_a_loss_beside_beats_that_the_guest_left_out_is_found_to_the_line():
+    lines = starved(60)
+    del lines[55]
+    (hole,) = holes([log(SOURCE, *lines)])
+    assert (hole.before.number, hole.after.number, hole.missing) == (55, 57, 1)
+    (hole,) = holes([log(SOURCE, *starved(50))])
+    assert (hole.before.number, hole.after.number, hole.missing) == (110, 171, 10)
+
+
+@given(st.integers(min_value=1, max_value=159), st.integers(min_value=1, max_value=40))
+def test_no_line_that_was_sent_is_lost_unseen(first: int, count: int):
+    """Between the first beat and the last. What the guest left out before excuses nothing after it."""
+    lines = starved(60)
+    gone = lines[first : min(first + count, len(lines) - 1)]
+    del lines[first : first + len(gone)]
+    assert missing_beats([log(SOURCE, *lines)]) == len(gone)
+
+
+def test_a_count_that_came_late_or_went_back_excuses_nothing_elsewhere():
+    lines = [said(0, 1, 0), said(20, 2, 9), said(200, 11, 9), said(220, 12, 0)]
+    assert missing_beats([log(SOURCE, *lines)]) == 8
+
+
+def test_a_beat_with_a_count_that_the_move_cut_in_two_is_not_missing():
+    whole = said(0, 51, 0).partition(" ")[2]
+    source = log(SOURCE, *(said(i * 20, 1 + i, 0) for i in range(50)), f"{990 * MS} TORN {whole[:60]}")
+    rest = f"{1012 * MS} {whole[60:]}"
+    destination = log(DESTINATION, rest, *(said(1040 + i * 20, 52 + i, 0) for i in range(50)))
+    assert missing_beats([source, destination]) == 0
+
+
+def test_a_guest_whose_clock_is_right_never_gets_ahead():
+    assert ran_ahead_ms(moved(), PERIOD) == 0
+    assert ran_ahead_ms([log(SOURCE, *starved(60))], PERIOD) == pytest.approx(0)
+    stopped = log(SOURCE, *beats(0, 1, 50), *beats(19_000, 51, 200))
+    assert ran_ahead_ms([stopped, log(DESTINATION, *beats(25_000, 251, 50))], PERIOD) == 0
+    assert ran_ahead_ms([], PERIOD) == 0
+
+
+def test_a_guest_whose_clock_is_too_fast_gets_ahead():
+    """Also after a stop of which it has all the time to be behind; and whatever it says it left out."""
+    fast = [said(20_000 + i * 5, 51 + 4 * i, 3 * i) for i in range(1000)]
+    assert ran_ahead_ms([log(SOURCE, *beats(0, 1, 50), *fast)], PERIOD) == pytest.approx(60_000, rel=0.02)
+    assert missing_beats([log(SOURCE, *beats(0, 1, 50), *fast)]) == 0
+
+
+def test_a_clock_that_jumps_with_the_move_gets_ahead():
+    source = log(SOURCE, *(said(i * 20, 1 + i, 0) for i in range(50)))
+    destination = log(DESTINATION, *(said(1013 + i * 20, 1051 + i, 1000) for i in range(50)))
+    assert ran_ahead_ms([source, destination], PERIOD) == pytest.approx(19_987)
 
 
 def test_a_paused_guest_does_not_run():

@@ -18,8 +18,11 @@ overlap        beats that prove a second copy or time travel: stamped strictly i
                beat], or with a counter seen before, or with a lower counter than one stamped earlier. Each beat counts
                once. Two stamps closer than the tolerance, or within one LAG of the collector, have no order: then the
                counters alone decide, and a copy that runs twice repeats them.
-missing beats  counters between the lowest and the highest that no log has. Lost lines, no sign of a second copy. A line
-               that the move cut in two, the one half in each log, is not missing.
+missing beats  counters between the lowest and the highest that no log has, less those that the guest says it never sent
+               (`unsaid`: its console was full when it made up for time without a CPU). Lost lines, no sign of a second
+               copy. A line that the move cut in two, the one half in each log, is not missing.
+ran ahead      how far the guest's counters got before the collector's clock. A guest may fall behind, when it is
+               stopped or gets no CPU, and may make up for the latter; only one whose clock is wrong gets ahead.
 running        a VMM runs while its beats come; a pause of more than `SPLIT_PERIODS` periods ends one interval and the
                next beat begins another. A paused guest has no running interval while it is paused.
 """
@@ -41,8 +44,11 @@ TOLERANCE_NS = 5_000_000
 
 SPLIT_PERIODS = 10
 
+SETTLED_NS = 1_000_000_000
+"""So long after it ran again a guest has made up for what its first beats were late."""
+
 _NAME = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
-_BEAT = re.compile(r"H" + r" ([0-9a-f]{8})" * 6)
+_BEAT = re.compile(r"H" + r" ([0-9a-f]{8})" * 6 + r"(?: ([0-9a-f]{8}))?")
 _VERIFY = re.compile(r"V (ok|bad) ([0-9a-f]{8})")
 
 
@@ -95,6 +101,8 @@ class Beat:
     """Doorbells that a device answered, rightly or wrongly."""
     device_errors: int
     device_retries: int
+    unsaid: int = 0
+    """Earlier beats that the guest left out because its console was full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +144,7 @@ class ConsoleLog:
 def parse_beat(ns: int, text: str) -> Beat | None:
     """A whole heartbeat line, or None."""
     match = _BEAT.fullmatch(text)
-    return Beat(ns, *(int(field, 16) for field in match.groups())) if match else None
+    return Beat(ns, *(int(field, 16) for field in match.groups("0"))) if match else None
 
 
 def parse_verify(ns: int, text: str) -> Verify | None:
@@ -417,16 +425,56 @@ def overlapping_copies(logs: Sequence[ConsoleLog], *, tolerance_ns: int = TOLERA
     return overlap(logs, tolerance_ns=tolerance_ns).copies
 
 
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Beats that were sent and that nobody saw, between two that follow each other by their counters."""
+
+    before: Beat
+    after: Beat
+    missing: int
+
+
+def holes(logs: Sequence[ConsoleLog]) -> tuple[Hole, ...]:
+    """Where beats are missing, by counter; a beat that was seen in two pieces is not."""
+    heard = {beat.number: beat for log in logs for beat in log.beats}
+    if heard and max(heard) - min(heard) + 1 > len(heard):
+        ends = {end for log in logs for end in log.rest}
+        joined = (parse_beat(0, start + end) for log in logs for start in log.begun for end in ends)
+        cut = {beat.number: beat for beat in joined if beat and min(heard) < beat.number < max(heard)}
+        heard = cut | heard
+    found: list[Hole] = []
+    for before, after in pairwise(heard[number] for number in sorted(heard)):
+        left_out = max(0, after.unsaid - before.unsaid)
+        if (missing := after.number - before.number - 1 - left_out) > 0:
+            found.append(Hole(before, after, missing))
+    return tuple(found)
+
+
 def missing_beats(logs: Sequence[ConsoleLog]) -> int:
-    """Counters between the lowest and the highest that nobody saw, in one piece or in two."""
-    numbers = {beat.number for log in logs for beat in log.beats}
-    if not numbers:
-        return 0
-    missing = max(numbers) - min(numbers) + 1 - len(numbers)
-    ends = {end for log in logs for end in log.rest} if missing else set[str]()
-    joined = (parse_beat(0, start + end) for log in logs for start in log.begun for end in ends)
-    cut = {beat.number for beat in joined if beat and min(numbers) < beat.number < max(numbers)}
-    return missing - len(cut - numbers)
+    """Counters between the lowest and the highest that the guest has sent and nobody saw, in one piece or in two."""
+    return sum(hole.missing for hole in holes(logs))
+
+
+def ran_ahead_ms(logs: Sequence[ConsoleLog], period: float) -> float:
+    """By how much the guest's clock got before ours, at most; 0 if it never did. `period`: as it was told, in ns.
+
+    Our clock is laid through the soonest of the beats of the first SETTLED_NS: others were late, none was early. A stop
+    leaves the guest behind for good, so this is asked of each running interval, and of the whole life because of what
+    may have become of the clock while the guest was stopped.
+    """
+    life = sorted((beat for log in logs for beat in log.beats), key=lambda beat: beat.ns)
+    spans = [life] if life else []
+    for log in logs:
+        at = 0
+        for interval in running_intervals(log, period):
+            spans.append(list(log.beats[at : at + interval.beats]))
+            at += interval.beats
+    return max((_gained_ns(span, period) for span in spans), default=0.0) / 1e6
+
+
+def _gained_ns(beats: Sequence[Beat], period: float) -> float:
+    settled = max(beat.number * period - beat.ns for beat in beats if beat.ns <= beats[0].ns + SETTLED_NS)
+    return max(beat.number * period - beat.ns for beat in beats) - settled
 
 
 # --- noise ----------------------------------------------------------------------------------------------------------

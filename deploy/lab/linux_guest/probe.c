@@ -95,11 +95,11 @@ static u64 now_ns(void)
 
 /* --- console -------------------------------------------------------------------------------------------------- */
 
-/* A whole line or none: whoever reads slowly must not keep the guest waiting. */
-static void say(const char *format, ...)
+/* A whole line or none: whoever reads slowly must not keep the guest waiting. True: it was said. */
+static int say(const char *format, ...)
 {
     char line[256];
-    int waiting = 0;
+    int waiting = 0, said = 0;
     va_list arguments;
     va_start(arguments, format);
     int length = vsnprintf(line, sizeof line - 1, format, arguments);
@@ -109,9 +109,9 @@ static void say(const char *format, ...)
     line[length++] = '\n';
     pthread_mutex_lock(&console_lock);
     if (ioctl(console, TIOCOUTQ, &waiting) || waiting + length < TTY_ROOM)
-        if (write(console, line, length) != length)
-            waiting = -1;       /* nobody can be told */
+        said = write(console, line, length) == length;
     pthread_mutex_unlock(&console_lock);
+    return said;
 }
 
 static void complain(volatile u32 *count, const char *what, u64 where, u64 got, u64 want)
@@ -486,11 +486,13 @@ static void set_up_link(int s, const char *name, u32 address)
 
 /* --- start ---------------------------------------------------------------------------------------------------- */
 
+/* After a time without a CPU the beats that are due come all at once, and the console may be full: those that were left
+ * out are counted, so that nobody takes them for lost. */
 static void *beat(void *unused)
 {
     u64 period = 1000000000ull / options.heartbeat_hz, at = now_ns();
-    for (u32 number = 1;; number++) {
-        say("H %08x %08x %08x %08x %08x %08x", number, sweeps, page_errors, (u32)promised, disk_errors, 0);
+    for (u32 number = 1, unsaid = 0;; number++) {
+        unsaid += !say("H %08x %08x %08x %08x %08x %08x %08x", number, sweeps, page_errors, (u32)promised, disk_errors, 0, unsaid);
         at += period;
         struct timespec until = {at / 1000000000ull, at % 1000000000ull};
         clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, 0);

@@ -23,6 +23,9 @@ SETTLE_S = 40.0
 SILENT_S = 0.4
 """A guest that beats 50 times a second and is not heard for so long does not run."""
 VERIFY_S = 60.0
+AHEAD_MS = 5_000.0
+"""On a busy machine a guest's beats may be late by so much, and then catch up."""
+TOLD_HOLES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +135,46 @@ def _spoke(scene: Scene, guest: Born) -> Verdict:
         "device errors": said.device_errors,
         "overlapping copies": said.overlap.copies,
         "heartbeats missing": said.missing_beats,
+        "ms before our clock": _ahead_ms(guest, logs),
         "boots beyond the first": sum(log.booted_ns is not None for log in logs) - 1,
     }
     assert answer.ok, answer
     if not is_linux(guest.spec.boot):
         pages = checked_pages(guest.spec.boot)
         assert answer.pages == pages, f"{guest.name} checked {answer.pages} pages of {pages}"
-    assert not any(wrong.values()), f"{guest.name}: {wrong}, {said.overlap}"
+    assert not any(wrong.values()), f"{guest.name}: {wrong}, {said.overlap}\n{_told(logs)}"
     assert said.complaints == (), f"{guest.name}: {said.complaints}"
     return Verdict(guest.name, _stops(said, logs), said)
+
+
+def _ahead_ms(guest: Born, logs: Sequence[evidence.ConsoleLog]) -> float:
+    """How far a Linux guest's clock got before ours, beyond what the lateness of single beats explains."""
+    if not is_linux(guest.spec.boot):
+        return 0.0  # its beats come from a timer that runs on virtual time, and the machine has no other clock
+    words = dict(word.split("=", 1) for word in guest.spec.boot.append.split() if "=" in word)
+    ahead = evidence.ran_ahead_ms(logs, 1e9 / int(words["probe.heartbeat_hz"]))
+    return round(ahead, 1) if ahead > AHEAD_MS else 0.0
+
+
+def _told(logs: Sequence[evidence.ConsoleLog]) -> str:
+    """For people: which beats are missing, where and when, and what could not be read."""
+    hosts = {beat.number: log.vmm.host for log in logs for beat in log.beats}
+
+    def told(beat: evidence.Beat) -> str:
+        return f"{beat.number} ({hosts.get(beat.number, 'cut in two')}, {beat.ns / 1e9:.3f} s, unsaid {beat.unsaid})"
+
+    lines = [
+        f"{hole.missing} between {told(hole.before)} and {told(hole.after)}"
+        for hole in evidence.holes(logs)[:TOLD_HOLES]
+    ]
+    for log in logs:
+        if log.beats:
+            first, last = log.beats[0], log.beats[-1]
+            said = (
+                f"beats {first.number}-{last.number}, {first.ns / 1e9:.3f}-{last.ns / 1e9:.3f} s, unsaid {last.unsaid}"
+            )
+            lines.append(f"{log.vmm.name}: {said}, unreadable {[*log.begun, *log.rest][-3:]}")
+    return "\n".join(lines)
 
 
 def _rings(scene: Scene, guest: Born) -> int:
