@@ -9,11 +9,14 @@ import click
 from orchestrator.cli import units
 from orchestrator.cli.context import Settings, complete_host, list_options, pass_settings, remote
 from orchestrator.cli.exits import CliError, Ended, Exit
-from orchestrator.cli.output import Cell, Column, Printer, note_unreadable, pairs, styled
+from orchestrator.cli.output import Cell, Column, Printer, note, note_unreadable, pairs, styled
 from orchestrator.cli.plugins import open_group
 
 if TYPE_CHECKING:
+    from orchestrator.cli.agreement import Difference
     from orchestrator.rpc.messages import GuestFate, Host, HostAgent, HostCopy, HostDeath, Pool, Unreadable
+
+MIN_COMPARED = 2
 
 
 @click.group(cls=open_group("host"))
@@ -300,3 +303,48 @@ def _changed(printer: Printer, each: Host) -> None:
         printer.show(f"{each.name} is cordoned: no guest goes there; {units.count(each.guests, 'guest')} on it")
     else:
         printer.show(f"{each.name} takes guests again")
+
+
+@host.command("compare")
+@remote
+@pass_settings
+def compare(settings: Settings) -> None:
+    """Say in what LIVE hosts differ, of what guests may need.
+
+    Exit code 0: in nothing, 1: in something, or fewer than two hosts are LIVE.
+    """
+    from orchestrator import wire
+    from orchestrator.cli.agreement import differences
+
+    with settings.client() as client:
+        hosts = client.list_hosts()
+    live = [each for each in hosts if wire.word(each, "state") == "LIVE"]
+    silent = sorted(each.name for each in hosts if wire.word(each, "state") == "SILENT")
+    found = differences(live)
+    if settings.printer.machine:
+        rows = [{"fact": each.fact, "found": each.found, "means": each.means} for each in found]
+        settings.printer.document({"hosts": [each.name for each in live], "silent": silent, "differences": rows})
+    else:
+        _show_differences(settings.printer, found, len(live))
+        if silent:
+            note(f"not compared, their agents are silent: {', '.join(silent)}")
+    if found or len(live) < MIN_COMPARED:
+        raise Ended(Exit.FAILED)
+
+
+def _show_differences(printer: Printer, found: list[Difference], live: int) -> None:
+    columns: list[Column[Difference]] = [
+        Column("FACT", lambda each: each.fact),
+        Column("WHERE", _where, elastic=True, wraps=True),
+        Column("MEANS", lambda each: each.means, elastic=True, wraps=True),
+    ]
+    if live < MIN_COMPARED:
+        note(f"nothing to compare: LIVE hosts: {live}")
+    elif not found:
+        printer.show(f"{live} LIVE hosts agree in what guests may need")
+    else:
+        printer.table(columns, found, empty="")
+
+
+def _where(each: Difference) -> str:
+    return "; ".join(f"{what}: {', '.join(hosts)}" for what, hosts in each.found.items())

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from deploy.lab.workload import Workload, boot_of
 from deploy.packages import deb
 from tests.systemd.hosts import CommandFailed, Host, Hosts, booted
 
@@ -25,11 +26,11 @@ MOST_COMMANDS = 15
 GUESTS, MOVING = 12, 4
 ENDS = {"SUCCEEDED", "FAILED", "CANCELLED"}
 AGENT = "drover-agent.service"
+WORKLOAD = boot_of(Workload(static_mib=24, dirty_mib=1, dirty_pages_per_s=1), seed=1).append
 TWELVE = f"""\
 defaults:
   memory: 64MiB
-  boot: {{kernel: guest.elf}}
-  workload: {{static_mib: 24, dirty_mib: 1, dirty_pages_per_s: 20}}
+  boot: {{kernel: guest.elf, append: {WORKLOAD}}}
 guests: [{{name: web, count: {GUESTS}}}]
 """
 SLOWLY = "10Mbit"

@@ -315,3 +315,19 @@ def test_a_running_guest_is_relieved_of_something(drover: Drover, service: FakeO
     assert drover("guest", "detach", "db", "disk", "d").out == "db on host-1 has no disk d any more\n"
     assert "has no disk 'd'" in drover("guest", "detach", "db", "disk", "d").err
     assert drover("guest", "detach", "db", "memory", "n").code == Exit.USAGE
+
+
+def test_hosts_are_compared_while_their_agents_live(drover: Drover, service: FakeOrchestrator) -> None:
+    alike = drover("host", "compare")
+    assert (alike.code, alike.out) == (Exit.OK, "3 LIVE hosts agree in what guests may need\n")
+    service.hosts["host-2"].accelerator = "kvm"
+    differ = drover("host", "compare")
+    assert differ.code == Exit.FAILED
+    assert "accelerator" in differ.out
+    assert "kvm: host-2" in differ.out
+    document = drover("host", "compare", "-o", "json").json
+    assert document["differences"][0]["found"] == {"kvm": ["host-2"], "tcg": ["host-1", "host-10"]}
+    service.hosts["host-2"].state = types.HOST_STATE_SILENT
+    assert "their agents are silent: host-2" in drover("host", "compare").err
+    service.hosts["host-10"].state = types.HOST_STATE_DEAD
+    assert drover("host", "compare").code == Exit.FAILED
