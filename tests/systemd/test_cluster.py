@@ -330,5 +330,6 @@ def test_without_guests_the_package_goes(twelve: Hosts) -> None:
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb")
 def test_the_whole_package_is_the_same_each_time(packages: tuple[Path, Path], tmp_path: Path) -> None:
-    again = deb.build(tmp_path, "0.1.0-1")
-    assert again.read_bytes() == packages[0].read_bytes()
+    # What was kept in a directory of the tester's may be of an older checkout.
+    first = deb.build(tmp_path / "first", "0.1.0-1") if os.environ.get("DROVER_DEBS") else packages[0]
+    assert deb.build(tmp_path / "again", "0.1.0-1").read_bytes() == first.read_bytes()
