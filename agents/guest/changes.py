@@ -28,6 +28,7 @@ from agents.host.whole import write_whole
 from agents.nets.taps import NetsError
 from agents.shims.net import mac_address
 from orchestrator.core.changes import MachineChange, changed
+from orchestrator.core.compatibility import engine_kind
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.handover import Ownership
 from orchestrator.core.record import Record
@@ -129,6 +130,9 @@ class Changes:
         own = guest.own()
         if own is None or own.ended:
             raise guest.refused(RefusalReason.GUEST_NOT_RUNNING, "no copy of it runs here")
+        if engine_kind(self._shared.config.engine) == "libvirt":
+            said = "a guest that libvirt runs is not changed while it runs: start it anew with what it is to have"
+            raise guest.refused(RefusalReason.FEATURE_NOT_AVAILABLE, said)
         if own.hardware is None:
             said = "its machine has no list of devices: start it anew with a disk, a card or max_memory"
             raise guest.refused(RefusalReason.FEATURE_NOT_AVAILABLE, said)

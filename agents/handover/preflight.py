@@ -22,7 +22,7 @@ from orchestrator.core.agent import ConductOrder
 from orchestrator.core.compatibility import ack_mode, not_by, other_engine
 from orchestrator.core.endpoint import Endpoint
 from orchestrator.core.errors import AbortReason, DroverError, RefusalReason
-from orchestrator.core.hardware import beyond_libvirt, has_hardware
+from orchestrator.core.hardware import beyond_libvirt, disk_pools, disks_beyond_libvirt, has_hardware
 from orchestrator.core.ids import HostRef
 from orchestrator.core.migration import Prepared
 from orchestrator.core.obstacles import MAX_OBSTACLES
@@ -64,7 +64,9 @@ async def must_fit(engine: MigrationEngine, config: AgentConfig, files: GuestFil
 
 async def must_suit(engine: MigrationEngine, config: AgentConfig, files: GuestFiles) -> None:
     """Where a guest is to be born: this host has what its hardware asks for. Raises what `hardware` does."""
-    if said := not_by(config.engine, files.spec.name, beyond_libvirt(files.spec)):
+    kinds = {name: pool.kind for name, pool in config.pools.items()}
+    beyond = beyond_libvirt(files.spec) + disks_beyond_libvirt(disk_pools(files.spec), kinds)
+    if said := not_by(config.engine, files.spec.name, beyond):
         raise DroverError(RefusalReason.FEATURE_NOT_AVAILABLE, f"{config.host}: {said}")
     if not has_hardware(files.spec):
         return

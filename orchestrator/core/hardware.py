@@ -6,10 +6,10 @@ What only a host knows (whether there is such a pool, how large it is) is for pl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from orchestrator.core.naming import MOVED_AWAY, file_error, name_error
-from orchestrator.core.records import CloudInit, DiskFormat, DiskSpec, Firmware, GuestSpec, NicSpec, ShimKind
+from orchestrator.core.records import CloudInit, DiskFormat, DiskSpec, Firmware, GuestSpec, NicSpec, PoolKind, ShimKind
 from orchestrator.core.text import quoted
 
 Problem = tuple[str, str]
@@ -46,8 +46,11 @@ def has_hardware(spec: GuestSpec) -> bool:
 
 
 def beyond_libvirt(spec: GuestSpec) -> tuple[str, ...]:
-    """What of the guest no host gives that runs its guests by libvirt, each thing by its name; empty: nothing."""
-    named = [f"disk {disk.name}" for disk in spec.disks] + [f"network card {nic.name}" for nic in spec.nics]
+    """What of the guest no host gives that runs its guests by libvirt, each thing by its name; empty: nothing. Whether
+    it gives the disks depends on their pools: see `disks_beyond_libvirt`."""
+    named = [f"disk {disk.name} on the base {disk.base}" for disk in spec.disks if disk.base]
+    named += [f"disk {disk.name} with a thread of its own" for disk in spec.disks if disk.iothread]
+    named += [f"network card {nic.name} of several queues" for nic in spec.nics if nic.queues > 1]
     others = {
         f"firmware {spec.boot.firmware}": spec.boot.firmware is not Firmware.DIRECT,
         "a TPM": spec.tpm is not None,
@@ -60,6 +63,18 @@ def beyond_libvirt(spec: GuestSpec) -> tuple[str, ...]:
     }
     named += [f"device {device.name} inside the VMM" for device in spec.devices if device.shim is ShimKind.VFIO]
     return (*named, *(name for name, has in others.items() if has))
+
+
+def disks_beyond_libvirt(disks: Iterable[tuple[str, str]], pools: Mapping[str, PoolKind]) -> tuple[str, ...]:
+    """Which of these disks, each with the name of its pool, a host with these pools does not give that runs its guests
+    by libvirt. A pool that the host does not have at all is for others to refuse."""
+    what = {PoolKind.LOCAL: "in the local pool", PoolKind.BLOCK: "on a volume of pool"}
+    return tuple(f"disk {name} {what[kind]} {pool}" for name, pool in disks if (kind := pools.get(pool)) in what)
+
+
+def disk_pools(spec: GuestSpec) -> tuple[tuple[str, str], ...]:
+    """The names of its disks and of their pools."""
+    return tuple((disk.name, disk.pool) for disk in spec.disks)
 
 
 def takes_state(spec: GuestSpec) -> bool:

@@ -17,7 +17,7 @@ from operator import attrgetter
 from orchestrator.core.compatibility import ack_mode, common_machine, not_by, other_engine, real_machine
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
-from orchestrator.core.hardware import beyond_libvirt
+from orchestrator.core.hardware import beyond_libvirt, disk_pools, disks_beyond_libvirt
 from orchestrator.core.ids import HostRef
 from orchestrator.core.offers import (
     NONE,
@@ -84,6 +84,8 @@ class Need:
     hardware: HardwareNeed = NONE
     beyond_libvirt: tuple[str, ...] = ()
     """What of it no host that runs its guests by libvirt gives."""
+    disk_pools: tuple[tuple[str, str], ...] = ()
+    """Its disks, each with its pool: which of them such a host gives."""
 
 
 def need_for(spec: GuestSpec, *, guest: str = "", source: str = "") -> Need:
@@ -100,7 +102,12 @@ def need_for(spec: GuestSpec, *, guest: str = "", source: str = "") -> Need:
         drivers,
         hardware_need(spec),
         beyond_libvirt(spec),
+        disk_pools(spec),
     )
+
+
+def _disks_beyond_libvirt(host: HostView, need: Need) -> tuple[str, ...]:
+    return disks_beyond_libvirt(need.disk_pools, {name: pool.kind for name, pool in host.offer.pools.items()})
 
 
 def need_again(spec: GuestSpec) -> Need:
@@ -160,7 +167,7 @@ def judge(host: HostView, need: Need, *, source: HostView | None = None) -> Verd
         return no(RefusalReason.DEVICE_NOT_MIGRATABLE, said)
     if source is not None and (said := other_engine(source.engine, host.engine)):
         return no(RefusalReason.MACHINE_TYPE_MISMATCH, f"{name}: {said}")
-    if said := not_by(host.engine, need.name, need.beyond_libvirt):
+    if said := not_by(host.engine, need.name, need.beyond_libvirt + _disks_beyond_libvirt(host, need)):
         return no(RefusalReason.FEATURE_NOT_AVAILABLE, f"{name}: {said}")
     if source is not None and host.accelerator and source.accelerator and host.accelerator != source.accelerator:
         said = f"{name} runs guests with {host.accelerator}, {need.source} with {source.accelerator}"

@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 
 from agents.engine.base import (
+    DiskFile,
+    DiskLocked,
     EngineError,
     EngineEvent,
     EngineStatus,
@@ -29,6 +31,7 @@ from agents.engine.base import (
     OutgoingOptions,
     RunState,
     RunStateChanged,
+    Tap,
     Vmm,
     VmmDied,
     VmmMetadata,
@@ -41,12 +44,23 @@ from agents.engine.libvirt.engine import LibvirtEngine, LibvirtVmm
 from deploy.lab.libvirt_hosts import Host, NoLibvirt, load_binding, tree
 from deploy.lab.workload import Workload, boot_of
 from orchestrator.core.liveness import Liveness
-from orchestrator.core.records import Boot, GuestSpec
+from orchestrator.core.records import (
+    Boot,
+    DiskCache,
+    DiskFormat,
+    DiskSpec,
+    GuestSpec,
+    LiveDevice,
+    LiveMachine,
+    NicSpec,
+    PoolKind,
+)
 from tests.contract.test_engine import image
 
 ROOT = Path(__file__).parents[2]
 UUID = "5f1c0000-0000-4000-8000-0000000000{:02d}"
 LINK = 1 << 30
+MAC = "52:54:00:00:00:0a"
 pytestmark = [
     pytest.mark.qemu,
     pytest.mark.timeout(300),
@@ -92,11 +106,52 @@ class Pair:
         self.here, self.there = (LibvirtEngine(image(), host.socket) for host in hosts)
         self.directory = directory
         self.uuid = UUID.format(number)
+        self.disk: DiskFile | None = None
+        self.taps: dict[str, str] = {}
         self.vmms: list[LibvirtVmm] = []
         self.events: list[EngineEvent] = []
 
     def spec(self, inc: str) -> VmmSpec:
-        return start_spec(self.uuid, inc, self.directory)
+        spec = start_spec(self.uuid, inc, self.directory)
+        if self.disk is not None:
+            guest = replace(spec.spec, disks=(DiskSpec("root", "shared", "root.qcow2"),))
+            spec = replace(spec, spec=guest, disks=(self.disk,))
+        if inc in self.taps:
+            card = LiveDevice("nic-lan", "virtio-net-pci", properties={"mac": MAC}, backend="nic:lan")
+            machine = LiveMachine("pc", "qemu64", 64, 1, devices=(card,))
+            guest = replace(spec.spec, nics=(NicSpec("lan", "prod"),))
+            spec = replace(spec, spec=guest, machine=machine, taps=(Tap("lan", self.taps[inc]),))
+        return spec
+
+    def with_card(self, *incs: str) -> None:
+        """Taps as the agent makes them, one for each copy."""
+        for inc in incs:
+            self.taps[inc] = f"lv{os.getpid() % 100_000}{inc}"
+            subprocess.run(["ip", "tuntap", "add", "dev", self.taps[inc], "mode", "tap"], check=True)
+            subprocess.run(["ip", "link", "set", self.taps[inc], "up"], check=True)
+
+    def carries(self, inc: str) -> bool:
+        """A VMM has the tap of that copy open."""
+        return (Path("/sys/class/net") / self.taps[inc] / "carrier").read_text().strip() == "1"
+
+    def without_cards(self) -> None:
+        for tap in self.taps.values():
+            subprocess.run(["ip", "link", "del", tap], check=True)
+
+    @property
+    def image(self) -> Path:
+        """Of the one disk, which both hosts see: by another path at each, as they may."""
+        return self.directory / "root.qcow2"
+
+    def with_disk(self) -> None:
+        run = subprocess.run(["qemu-img", "create", "-f", "qcow2", self.image, "16M"], capture_output=True, check=False)
+        assert run.returncode == 0, run.stderr
+        self.disk = DiskFile("root", self.image, DiskFormat.QCOW2, DiskCache.NONE, False, PoolKind.SHARED_FILE)
+
+    def refused(self) -> str:
+        """What QEMU says to a second writer who opens the image now; empty: nothing, he can."""
+        tried = subprocess.run(["qemu-io", "-c", "read 0 512", self.image], capture_output=True, text=True, check=False)
+        return tried.stderr.strip()
 
     async def source(self) -> LibvirtVmm:
         vmm = await self.here.start(self.spec("5e"))
@@ -184,6 +239,7 @@ async def pair(hosts: tuple[Host, Host]) -> AsyncIterator[Pair]:
     finally:
         for vmm in made.vmms:
             await vmm.destroy()
+        made.without_cards()  # each is still there: nobody but who made a tap removes it
         shutil.rmtree(directory)
 
 
@@ -259,6 +315,129 @@ async def test_a_late_ack_costs_the_copy_and_never_the_guest(pair: Pair) -> None
     await again.take_over()
     await again.resume()
     assert await beats(pair, "df")
+
+
+async def test_the_image_s_lock_goes_with_the_right_to_run(pair: Pair) -> None:
+    """Through Perform, COMMIT and Finish. Nobody has it from the last pass until Finish, which this libvirt makes take
+    it: behind COMMIT. From there on not even a mistaken resume starts the source."""
+    pair.with_disk()
+    source, destination = await pair.source(), await pair.destination()
+    assert "lock" in pair.refused(), "the source's guest has its disk to itself"
+    await source.start_outgoing(options(destination))
+    await until(source, lambda s: s.status is EngineStatus.PARKED)
+    await until(destination, lambda s: s.status is EngineStatus.COMPLETED)
+    await source.proceed()
+    assert pair.refused() == "", "the source has let go, and a copy that is loaded takes nothing before COMMIT"
+    await destination.take_over()
+    assert (await destination.state()).run_state is RunState.PAUSED
+    assert "lock" in pair.refused()
+    with pytest.raises(DiskLocked):
+        await source.resume()
+    assert (await source.state()).run_state is not RunState.RUNNING
+    await destination.resume()
+    assert await beats(pair, "de")
+    await source.destroy()
+    assert "lock" in pair.refused(), "the end of the source takes nothing from the guest"
+    await destination.destroy()
+    assert pair.refused() == ""
+
+
+async def test_a_copy_that_is_ended_before_it_ran_gives_the_image_back(pair: Pair) -> None:
+    """It stood on its own already, and its marker could not be written: ownership goes back."""
+    pair.with_disk()
+    source, destination = await pair.sealed()
+    await destination.take_over()
+    await destination.destroy()
+    assert pair.refused() == ""
+    await source.resume()
+    assert "lock" in pair.refused()
+    assert await beats(pair, "5e")
+
+
+async def test_a_late_ack_gives_the_image_back_to_the_source(pair: Pair) -> None:
+    pair.with_disk()
+    source, destination = await pair.parked()
+    assert pair.refused() == ""
+    assert (await source.abort()).run_state is RunState.RUNNING
+    assert "lock" in pair.refused()
+    assert await beats(pair, "5e")
+    await until(destination, lambda s: s.status is EngineStatus.FAILED)
+    await destination.destroy()
+    assert "lock" in pair.refused(), "the end of the copy takes nothing from the guest"
+    again = await pair.destination("df")
+    await source.start_outgoing(options(again))
+    await until(source, lambda s: s.status is EngineStatus.PARKED)
+    await until(again, lambda s: s.status is EngineStatus.COMPLETED)
+    await source.proceed()
+    await again.take_over()
+    await again.resume()
+    assert await beats(pair, "df")
+
+
+async def test_a_copy_whose_image_is_locked_stands_until_it_is_free(pair: Pair) -> None:
+    pair.with_disk()
+    source, destination = await pair.sealed()
+    async with second_writer(pair.image):
+        await destination.take_over()
+        with pytest.raises(DiskLocked):
+            await destination.resume()
+        assert (await destination.state()).run_state is RunState.PAUSED
+        assert (await source.state()).run_state is RunState.SEALED
+    await destination.resume()
+    assert await beats(pair, "de")
+
+
+async def test_a_guest_whose_image_is_locked_is_not_started(pair: Pair) -> None:
+    pair.with_disk()
+    async with second_writer(pair.image):
+        with pytest.raises(DiskLocked):
+            await pair.source()
+        assert {path.name for path in pair.directory.iterdir()} == {"root.qcow2"}
+    await pair.source()
+    assert await beats(pair, "5e")
+
+
+async def test_a_card_s_frames_go_through_the_tap_of_its_host(pair: Pair) -> None:
+    pair.with_card("5e", "de")
+    source, destination = await pair.source(), await pair.destination()
+    assert (pair.carries("5e"), pair.carries("de")) == (True, False)
+    await source.start_outgoing(options(destination))
+    await until(source, lambda s: s.status is EngineStatus.PARKED)
+    await until(destination, lambda s: s.status is EngineStatus.COMPLETED)
+    assert pair.carries("de"), "libvirt has opened the destination's own tap"
+    await source.proceed()
+    await destination.take_over()
+    await destination.resume()
+    assert await beats(pair, "de")
+    await source.destroy()
+    assert (pair.carries("5e"), pair.carries("de")) == (False, True)
+
+
+async def test_a_card_stays_at_the_source_after_an_abort(pair: Pair) -> None:
+    pair.with_card("5e", "de")
+    source, destination = await pair.parked()
+    assert (await source.abort()).run_state is RunState.RUNNING
+    assert await beats(pair, "5e")
+    await destination.destroy()
+    assert (pair.carries("5e"), pair.carries("de")) == (True, False)
+
+
+@contextlib.asynccontextmanager
+async def second_writer(image: Path) -> AsyncIterator[None]:
+    """Has the image open until the end, as another VMM would."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec("qemu-io", image, stdin=pipe, stdout=pipe)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(b"read 0 512\n")
+        async with asyncio.timeout(30):
+            while b"read 512/512" not in (line := await process.stdout.readline()):
+                assert line, "the image could not be opened"
+        yield
+    finally:
+        process.stdin.close()
+        await process.wait()
 
 
 @all_of_it

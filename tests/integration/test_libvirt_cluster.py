@@ -24,6 +24,7 @@ from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.rpc.orchestrator_client import OrchestratorClient
 from protos.drover.v1 import types_pb2
 from tests.fakes.cluster import Cluster, make_config, missing, running_cluster, short_directory
+from tests.integration.handover import disks
 from tests.integration.handover.judge import judge, nothing_is_left
 from tests.integration.handover.scene import Observer, Scene, device, reach
 
@@ -122,6 +123,25 @@ def daemons(running: Running) -> Daemons:
 
 def outcomes(over: types_pb2.Migration) -> list[tuple[str, str]]:
     return [(report.outcome, report.reason) for report in over.attempts]
+
+
+def test_a_linux_guest_moves_with_its_shared_disk_and_its_card_and_loses_no_promise(scene: Scene) -> None:
+    """Once after a late ACK, which finds everything sent and the image let go, and back. Its taps never stay behind."""
+    disks.must_be_here(scene)
+    guest = disks.linux_guest(scene, device("late", "asks: [{at: freeze}]"), local=False)
+    assert disks.taps(scene, scene.here), "its card is in a network of the host's"
+    assert outcomes(scene.succeeded(scene.migrate(guest, scene.there), 180.0)) == [LATE, MOVED]
+    print(disks.judge_disks(scene, guest))
+    before = disks.promised(scene, guest)
+    reach(lambda: disks.promised(scene, guest) > before + 20, "it writes there", 120.0)
+    scene.succeeded(scene.migrate(guest, scene.here), 180.0)
+    before = disks.promised(scene, guest)
+    reach(lambda: disks.promised(scene, guest) > before + 20, "it writes here again", 120.0)
+    print(disks.judge_disks(scene, guest))
+    with pytest.raises(DroverError) as refused:
+        disks.linux_guest(scene, local=True, shared=False)
+    assert refused.value.reason is RefusalReason.FEATURE_NOT_AVAILABLE
+    assert "disk root in the local pool fast" in refused.value.message
 
 
 NEVER_ACKED = "faults: [{call: ack, times: always}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
 import threading
 from dataclasses import replace
@@ -12,9 +13,10 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from agents.engine import base
-from agents.engine.base import EngineError, Nic, VmmSpec
+from agents.engine.base import DiskFile, EngineError, Nic, Tap, VmmSpec
+from agents.engine.image_locks import must_be_lockable
 from agents.engine.libvirt.binding import Daemon
-from agents.engine.libvirt.domain import domain_xml, moved, places_of
+from agents.engine.libvirt.domain import Places, domain_xml, moved, places_of
 from agents.engine.libvirt.engine import LibvirtEngine, LibvirtVmm, NoCopies
 from agents.engine.libvirt.incoming import Incoming, Stage, greet
 from agents.engine.libvirt.packets import (
@@ -29,7 +31,16 @@ from agents.engine.libvirt.packets import (
 )
 from agents.engine.libvirt.relay import Relay
 from orchestrator.core.compatibility import other_engine
-from orchestrator.core.records import GuestSpec
+from orchestrator.core.records import (
+    DiskCache,
+    DiskFormat,
+    DiskSpec,
+    GuestSpec,
+    LiveDevice,
+    LiveMachine,
+    NicSpec,
+    PoolKind,
+)
 
 REMOTE, KEEPALIVE = 0x20008086, 0x6B656570
 OPEN, PREPARE, PERFORM, FINISH, CONFIRM = (
@@ -222,9 +233,59 @@ def test_a_domain_names_its_copy_and_moves_to_another_host_s_places(tmp_path: Pa
     assert str(tmp_path / "here") not in ET.tostring(gone, encoding="unicode")
 
 
+def with_hardware(directory: Path, inc: str, ifname: str) -> VmmSpec:
+    mac = "52:54:00:00:00:0a"
+    card = LiveDevice("nic-lan", "virtio-net-pci", properties={"mac": mac}, backend="nic:lan")
+    disks = (DiskSpec("root", "nfs", "r.qcow2"), DiskSpec("data", "nfs", "d.raw", DiskFormat.RAW, read_only=True))
+    guest = GuestSpec("web", memory_mib=64, disks=disks, nics=(NicSpec("lan", "prod", mtu=1400),))
+    files = [
+        DiskFile(each.name, directory / each.image, each.format, each.cache, each.read_only, PoolKind.SHARED_FILE)
+        for each in disks
+    ]
+    machine = LiveMachine("pc-i440fx-10.0", "qemu64", 64, 1, devices=(card,))
+    made = replace(spec(directory, inc), spec=guest, disks=tuple(files), machine=machine)
+    return replace(made, taps=(Tap("lan", ifname),))
+
+
+def test_disks_and_cards_are_those_of_the_host_that_a_domain_moves_to(tmp_path: Path) -> None:
+    here, there = with_hardware(tmp_path / "here", "a1", "t-a1"), with_hardware(tmp_path / "there", "b2", "t-b2")
+    text = domain_xml(here, "tcg", "/usr/bin/qemu")
+    made = ET.fromstring(text)
+    assert [kind.get("machine") for kind in made.findall("os/type")] == ["pc-i440fx-10.0"]
+    assert [disk.find("readonly") is not None for disk in made.findall("devices/disk")] == [False, True]
+    labels = [label.get("relabel") for label in made.findall("devices/disk/source/seclabel")]
+    assert labels == ["no", "no"], "an image is the pool's: libvirt gives it to nobody"
+    places = Places(**json.loads(json.dumps(places_of(there).told())))
+    gone = ET.fromstring(moved(text, places))
+    images = [source.get("file") for source in gone.findall("devices/disk/source")]
+    assert images == [str(tmp_path / "there" / name) for name in ("r.qcow2", "d.raw")]
+    assert [target.get("dev") for target in gone.findall("devices/interface/target")] == ["t-b2"]
+    assert str(tmp_path / "here") not in ET.tostring(gone, encoding="unicode")
+    bare = places_of(spec(tmp_path / "there", "b2"))
+    assert not {"disks", "cards"} & set(bare.told()), "a source of an earlier version knows no such words"
+    with pytest.raises(EngineError, match="a disk that is none of the guest's"):
+        moved(text, bare)
+    with pytest.raises(EngineError, match="a card that is none of the guest's"):
+        moved(text, replace(bare, disks=places.disks))
+
+
+def test_an_image_must_be_one_that_can_be_locked(tmp_path: Path) -> None:
+    image = tmp_path / "r.raw"
+    image.write_bytes(b"")
+    must_be_lockable(image)
+    with pytest.raises(EngineError, match=r"gone.raw cannot be locked: No such file"):
+        must_be_lockable(tmp_path / "gone.raw")
+
+
 def test_a_guest_that_the_engine_cannot_make_is_refused_with_what_of_it(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="network cards"):
         domain_xml(replace(spec(tmp_path), nics=(Nic("eth0", "52:54:00:00:00:01"),)), "tcg", "/usr/bin/qemu")
+    disk = DiskFile("root", tmp_path / "r", DiskFormat.RAW, DiskCache.NONE, False, PoolKind.LOCAL)
+    guest = GuestSpec("web", memory_mib=64, disks=(DiskSpec("root", "fast", "r"),))
+    with pytest.raises(EngineError, match="disk root in the local pool fast"):
+        domain_xml(replace(spec(tmp_path), spec=guest, disks=(disk,)), "tcg", "/usr/bin/qemu")
+    with pytest.raises(EngineError, match="knows nothing of"):
+        domain_xml(replace(spec(tmp_path), spec=guest), "tcg", "/usr/bin/qemu")
     with pytest.raises(EngineError, match="devices inside the VMM"):
         domain_xml(replace(spec(tmp_path), vfio_path=tmp_path / "v"), "tcg", "/usr/bin/qemu")
 

@@ -11,7 +11,7 @@ from orchestrator.core.compatibility import ack_mode, not_by
 from orchestrator.core.errors import RefusalReason
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
-from orchestrator.core.offers import for_another_life, local_disks
+from orchestrator.core.offers import Offer, for_another_life, local_disks
 from orchestrator.core.placement import (
     GuestInput,
     HostInput,
@@ -491,9 +491,29 @@ def test_a_host_that_runs_libvirt_names_what_of_a_guest_it_does_not_give() -> No
     by_libvirt = view("h2", engine="libvirt 11.3.0")
     refused = judge(by_libvirt, need_for(SHOP, guest="g"))
     assert (refused.eligible, refused.reason) == (False, RefusalReason.FEATURE_NOT_AVAILABLE)
-    for thing in (*(f"disk {disk.name}" for disk in SHOP.disks), "firmware uefi", "CPU model Nehalem"):
+    for thing in ("firmware uefi", "CPU model Nehalem"):
         assert thing in refused.message
+    assert "disk" not in refused.message
     assert judge(by_libvirt, need_for(GuestSpec("plain", memory_mib=100, machine="pc"), guest="g")).eligible
+
+
+def test_a_host_that_runs_libvirt_gives_disks_of_shared_pools_only() -> None:
+    pools = {"nfs": Pool("nfs", PoolKind.SHARED_FILE), "fast": Pool("fast", PoolKind.LOCAL)}
+    pools["vg"] = Pool("vg", PoolKind.BLOCK)
+    by_libvirt = view(
+        "h2", engine="libvirt 11.3.0", offer=Offer("h2", pools, features=frozenset({HostFeature.HARDWARE}))
+    )
+    plain = GuestSpec("plain", memory_mib=100, machine="pc")
+
+    def said(*disks: DiskSpec) -> str:
+        return judge(by_libvirt, need_for(replace(plain, disks=disks), guest="g")).message
+
+    assert said(DiskSpec("root", "nfs", "root")) == ""
+    assert "disk root in the local pool fast" in said(DiskSpec("root", "fast", "root"))
+    assert "disk root on a volume of pool vg" in said(DiskSpec("root", "vg", "root"))
+    assert "disk root on the base img" in said(DiskSpec("root", "nfs", "root", base="img"))
+    assert "disk root with a thread of its own" in said(DiskSpec("root", "nfs", "root", iothread=True))
+    assert "has no pool gone" in said(DiskSpec("root", "gone", "root"))
 
 
 def test_a_refusal_by_libvirt_s_hosts_stays_short() -> None:

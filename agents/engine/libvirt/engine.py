@@ -29,6 +29,7 @@ from agents.engine.base import (
     VmmState,
 )
 from agents.engine.boot_images import Images
+from agents.engine.image_locks import locked, must_be_lockable
 from agents.engine.libvirt import domain, notes
 from agents.engine.libvirt.binding import Daemon, NoDomain, library
 from agents.engine.libvirt.incoming import Incoming, Stage
@@ -46,7 +47,8 @@ LIMITS = (
     "an abort of a guest that stands takes libvirt up to seconds, where QEMU takes milliseconds",
     "a closed gate is held by not starting to copy memory, and not at all once copying has begun",
     "a guest that shuts down takes its VMM with it",
-    "no guests with disks, network cards, firmware, a TPM, a CPU model or devices inside the VMM",
+    "no disks but those in shared pools, no firmware, TPM, CPU model or devices inside the VMM",
+    "no changes to a guest's devices while it runs",
 )
 """What it cannot do, for `probe`: shown for every host that runs it."""
 
@@ -68,7 +70,7 @@ _UNDER_WAY = (EngineStatus.SETUP, EngineStatus.ACTIVE, EngineStatus.PARKED)
 
 
 class NoCopies(base.DiskCopies):
-    """Of local disks, which no guest of this engine has."""
+    """Of local disks, which no guest of this engine has: those in shared pools need no copy."""
 
     async def known(self) -> Mapping[str, SourceSide]:
         return {}
@@ -215,8 +217,9 @@ class LibvirtVmm(base.Vmm):
     # --- stop and start -----------------------------------------------------------------------------------------------
 
     async def devices(self) -> Mapping[str, str]:
-        """None that are Drover's own: such guests have no list of devices, and are not changed."""
-        return {}
+        """Those that it was started with: nothing is changed here, and so none is ever gone."""
+        devices = self._spec.machine.devices if self._spec.machine is not None else ()
+        return {device.id: device.driver for device in devices}
 
     async def attach(self, device: LiveDevice, spec: base.VmmSpec) -> LiveDevice:
         raise EngineError(_NO_CHANGES)
@@ -250,7 +253,10 @@ class LibvirtVmm(base.Vmm):
         if run is RunState.ENDED:
             raise GuestHasEnded("the guest has shut down")
         if run is not RunState.RUNNING:
-            await self._domain("resume", lambda found: found.resume(), _RESUME_S)
+            try:
+                await self._domain("resume", lambda found: found.resume(), _RESUME_S)
+            except EngineError as error:
+                raise (locked(error) or error) from error
         self._stands = False
         self._unseal()
 
@@ -534,18 +540,22 @@ class LibvirtEngine(base.MigrationEngine):
 
     async def start(self, spec: base.VmmSpec) -> LibvirtVmm:
         text = self._made(spec)
+        await _lockable(spec)
         await self._linked(spec)
         try:
             self._announced(spec)
             await self._daemon.call("start", lambda connection: _started(connection, text), _START_S)
             return await self._watched(spec)
-        except BaseException:
+        except BaseException as error:
             # Whatever has come of it: nothing is left of a guest that nobody knows of.
             await self._undone(spec)
+            if isinstance(error, EngineError) and (refused := locked(error)) is not None:
+                raise refused from error
             raise
 
     async def prepare_incoming(self, spec: base.VmmSpec, migration: str, attempt: int) -> LibvirtVmm:
         self._made(spec)
+        await _lockable(spec)
         await self.probe()
         await self._linked(spec)
         me = _myself()
@@ -659,6 +669,15 @@ class LibvirtEngine(base.MigrationEngine):
             async with _bounded("destroy", _GONE_S):
                 await watched.dead.wait()
         await asyncio.to_thread(notes.remove_all, spec)
+
+
+async def _lockable(spec: base.VmmSpec) -> None:
+    """Raises EngineError: an image of a shared pool cannot be locked here, and QEMU would open it all the same. Only a
+    command line of our own could forbid it that, and libvirt writes this one."""
+    async with _bounded("locks of the images", _ASK_S):
+        for disk in spec.disks:
+            if disk.locks and not disk.read_only:
+                await asyncio.to_thread(must_be_lockable, disk.path)
 
 
 def _started(connection: Any, text: str) -> None:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 
@@ -127,7 +126,7 @@ class Incoming:
         if self._taken:
             return {"error": "this copy has its source already"}
         self._taken = True
-        return asdict(self._places)
+        return self._places.told()
 
     def _kept(self, packet: Packet) -> None:
         if packet.procedure == Procedure.FINISH:

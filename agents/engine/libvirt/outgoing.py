@@ -151,6 +151,9 @@ class Outgoing:
             here, there = opened
             domain = here.lookupByUUIDString(self._uuid)
             flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PAUSED | libvirt.VIR_MIGRATE_CHANGE_PROTECTION
+            # Whether both hosts have the same image, and without a cache of their own, is for pools to say: libvirt
+            # would only look at the kind of file system.
+            flags |= libvirt.VIR_MIGRATE_UNSAFE
             values: dict[str, Any] = {
                 libvirt.VIR_MIGRATE_PARAM_URI: f"tcp://{join_address(address, 0).rpartition(':')[0]}",
                 libvirt.VIR_MIGRATE_PARAM_DEST_NAME: places.name,

@@ -14,9 +14,9 @@ from typing import Any
 
 from agents.engine import base
 from agents.engine.base import EngineError, EngineTimeout
+from agents.engine.image_locks import locked
 from agents.engine.qemu import arguments
 from agents.engine.qemu.arguments import Json
-from agents.engine.qemu.locked import locked
 from orchestrator.core.records import LiveDevice, NicSpec
 
 Execute = Callable[..., Awaitable[Any]]

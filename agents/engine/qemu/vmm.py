@@ -20,12 +20,12 @@ from agents.engine.base import (
     VmmMetadata,
     VmmState,
 )
+from agents.engine.image_locks import locked
 from agents.engine.qemu import answers, arguments, display, door, foreign, obstacles, process, stream, tls, verdict
 from agents.engine.qemu.block import QemuDisks
 from agents.engine.qemu.bounded import bounded
 from agents.engine.qemu.ending import QemuEnding
 from agents.engine.qemu.features import Features, features_of
-from agents.engine.qemu.locked import locked
 from agents.engine.qemu.plug import QemuPlugs
 from agents.engine.qemu.qmp import QmpConnection
 from agents.engine.qemu.rate import QemuRate
