@@ -69,7 +69,8 @@ def disks_beyond_libvirt(disks: Iterable[tuple[str, str]], pools: Mapping[str, P
     """Which of these disks, each with the name of its pool, a host with these pools does not give that runs its guests
     by libvirt. A pool that the host does not have at all is for others to refuse."""
     what = {PoolKind.LOCAL: "in the local pool", PoolKind.BLOCK: "on a volume of pool"}
-    return tuple(f"disk {name} {what[kind]} {pool}" for name, pool in disks if (kind := pools.get(pool)) in what)
+    where = {name: what[kind] for name, kind in pools.items() if kind in what}
+    return tuple(f"disk {name} {where[pool]} {pool}" for name, pool in disks if pool in where)
 
 
 def disk_pools(spec: GuestSpec) -> tuple[tuple[str, str], ...]:

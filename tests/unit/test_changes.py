@@ -339,6 +339,20 @@ async def test_no_memory_is_added_where_the_engine_would_lose_what_is_written_to
     await house.agrees()
 
 
+@pytest.mark.parametrize("what", CHANGES)
+async def test_a_guest_that_libvirt_runs_is_not_changed_and_keeps_all_it_has(tmp_path: Path, what: str) -> None:
+    house = Changing(tmp_path)
+    house.config = house.config.model_copy(update={"engine": "libvirt"})
+    house.agent = house.made()
+    await house.agent.start()
+    await house.born(GuestSpec("web"))
+    with pytest.raises(DroverError, match="libvirt runs is not changed") as refused:
+        await house.change(CHANGES[what])
+    assert refused.value.reason is R.FEATURE_NOT_AVAILABLE
+    assert house.recorded == GuestSpec("web")
+    await house.agent.stop()
+
+
 async def test_a_guest_without_a_list_of_devices_says_what_to_do(tmp_path: Path) -> None:
     house = Changing(tmp_path)
     await house.agent.start()
