@@ -342,6 +342,7 @@ async def test_the_image_s_lock_goes_with_the_right_to_run(pair: Pair) -> None:
     assert pair.refused() == ""
 
 
+@all_of_it
 async def test_a_copy_that_is_ended_before_it_ran_gives_the_image_back(pair: Pair) -> None:
     """It stood on its own already, and its marker could not be written: ownership goes back."""
     pair.with_disk()
@@ -354,6 +355,7 @@ async def test_a_copy_that_is_ended_before_it_ran_gives_the_image_back(pair: Pai
     assert await beats(pair, "5e")
 
 
+@all_of_it
 async def test_a_late_ack_gives_the_image_back_to_the_source(pair: Pair) -> None:
     pair.with_disk()
     source, destination = await pair.parked()
@@ -374,6 +376,7 @@ async def test_a_late_ack_gives_the_image_back_to_the_source(pair: Pair) -> None
     assert await beats(pair, "df")
 
 
+@all_of_it
 async def test_a_copy_whose_image_is_locked_stands_until_it_is_free(pair: Pair) -> None:
     pair.with_disk()
     source, destination = await pair.sealed()
@@ -387,6 +390,7 @@ async def test_a_copy_whose_image_is_locked_stands_until_it_is_free(pair: Pair) 
     assert await beats(pair, "de")
 
 
+@all_of_it
 async def test_a_guest_whose_image_is_locked_is_not_started(pair: Pair) -> None:
     pair.with_disk()
     async with second_writer(pair.image):
@@ -413,6 +417,7 @@ async def test_a_card_s_frames_go_through_the_tap_of_its_host(pair: Pair) -> Non
     assert (pair.carries("5e"), pair.carries("de")) == (False, True)
 
 
+@all_of_it
 async def test_a_card_stays_at_the_source_after_an_abort(pair: Pair) -> None:
     pair.with_card("5e", "de")
     source, destination = await pair.parked()
