@@ -101,7 +101,7 @@ class Offered:
         features = list(_ALWAYS)
         features += [HostFeature.TPM] if tpm.available() else []
         if config.engine != "qemu":
-            features = []
+            features = [HostFeature.HARDWARE]
         return cls(
             pools.published(config),
             tuple(filter(None, probed.get("cpu_models", "").split(","))),
@@ -118,7 +118,7 @@ class Offered:
             tuple(Pool(name, pool.kind, pool.fence, pool.locks == "none") for name, pool in names),
             tuple(filter(None, probed.get("cpu_models", "").split(","))),
             pools.cpu_definitions(probed),
-            features=cls().features if config.engine == "qemu" else (),
+            features=cls().features if config.engine == "qemu" else (HostFeature.HARDWARE,),
         )
 
 
