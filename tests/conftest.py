@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from agents.handover.shell import Mistakes
 from tests.rules import PAGE, Proofs, rules_of
@@ -19,6 +20,8 @@ _proofs = pytest.StashKey[Proofs]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("drover", deadline=None)  # a busy machine takes long over any example
+    settings.load_profile("drover")
     Mistakes.strict = True  # of sessions in this process; agents of a cluster count, see `drover_invalid_transitions`
     config.stash[_proofs] = Proofs(rules_of(PAGE.read_text()))
 

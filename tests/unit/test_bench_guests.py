@@ -12,7 +12,7 @@ from tests.bench.guests.registry import Asked, Figure
 
 
 async def _figures(monkeypatch: pytest.MonkeyPatch, seen: Seen) -> dict[str, Figure]:
-    monkeypatch.setattr(disks, "_take_moves", lambda count: seen)
+    monkeypatch.setattr(disks, "_take_moves", lambda *_: seen)
     async with asyncio.timeout(30):
         return {figure.name: figure for figure in await disks.disk_moves(Asked())}
 
