@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import grpc
 
-from orchestrator.api.config import ApiConfig
 from orchestrator.core.agent import RunState, Trouble
 from orchestrator.core.death import Fate
 from orchestrator.core.errors import RefusalReason
@@ -31,10 +29,6 @@ def test_every_reason_has_the_code_of_the_table() -> None:
         expected = listed.get(reason, grpc.StatusCode.FAILED_PRECONDITION.name)
         assert code_of(reason).name == expected, reason
     assert set(listed) <= set(RefusalReason)
-
-
-def test_every_key_of_the_configuration() -> None:
-    assert [key.strip("`") for key, _ in rows("Configuration")] == [field.name for field in fields(ApiConfig)]
 
 
 def test_words_in_capitals_are_words_of_the_code() -> None:

@@ -36,9 +36,9 @@ async def test_variables_and_tpm_state_of_the_last_copy_are_what_the_next_one_be
     tmp_path: Path, config: AgentConfig
 ) -> None:
     kept = Kept(tmp_path)
-    first = hardware.firmware_of(config, MACHINE, tmp_path / "a.nvram", kept)
+    first = hardware.firmware_of(config, MACHINE, tmp_path / "a.nvram")
     assert first.nvram is not None
-    assert first.nvram.read_bytes() == b"vars", "nothing was kept yet"
+    assert first.nvram.read_bytes() == b"vars", "blank: nothing was kept yet"
     first.nvram.write_bytes(b"written by the guest")
     (tmp_path / "a.tpmstate").write_bytes(b"sealed")
     own = Hardware(MACHINE, firmware=first, tpm=Tpm(tmp_path, "a", None), files=(first.nvram,))
@@ -46,7 +46,7 @@ async def test_variables_and_tpm_state_of_the_last_copy_are_what_the_next_one_be
     await own.remove(kept=kept)
     assert not list(tmp_path.glob("a.*"))
     assert kept.tpm.read_bytes() == b"sealed"
-    again = hardware.firmware_of(config, MACHINE, tmp_path / "b.nvram", kept)
+    again = hardware.firmware_of(config, MACHINE, tmp_path / "b.nvram", kept.nvram)
     assert again.nvram is not None
     assert again.nvram.read_bytes() == b"written by the guest"
 
