@@ -33,8 +33,8 @@ defaults:
   boot: {{kernel: guest.elf, append: {WORKLOAD}}}
 guests: [{{name: web, count: {GUESTS}}}]
 """
-SLOWLY = "10Mbit"
-"""Of a guest's 24 MiB that makes some 20 s in pre-copy: the agent is gone before they are over."""
+SLOWLY = "6Mbit"
+"""Of a guest's 24 MiB that makes more than 30 s in pre-copy: the agent is gone before they are over."""
 
 pytestmark = [
     pytest.mark.long,
@@ -279,7 +279,7 @@ def test_guests_outlive_their_agent(twelve: Hosts, packages: tuple[Path, Path], 
 
 def _set_out(hosts: Hosts, names: list[str], target: str) -> list[str]:
     """Migrations of these guests, all of them in pre-copy."""
-    one = f"drover migrate $g --to {target} --max-bandwidth {SLOWLY} -o json"
+    one = f"drover migrate $g --to {target} --max-bandwidth {SLOWLY} --precopy-timeout 200s -o json"
     made = hosts[1].sh(
         f"for g in {' '.join(names)}; do {one} > /tmp/$g.json & done; wait; cat /tmp/*.json; rm /tmp/*.json"
     )
@@ -287,7 +287,8 @@ def _set_out(hosts: Hosts, names: list[str], target: str) -> list[str]:
     assert len(migrations) == len(names), made
     give_up_at = time.monotonic() + 60
     while True:
-        phases = {name: drover(hosts, f"migration show {name}")["phase"] for name in migrations}
+        listed = drover(hosts, "migration list")["migrations"]
+        phases = {each["name"]: each["phase"] for each in listed if each["name"] in migrations}
         if set(phases.values()) == {"PRECOPY"}:
             return migrations
         assert not set(phases.values()) & ENDS, phases
