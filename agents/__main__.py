@@ -94,10 +94,10 @@ async def _serve(config: AgentConfig, me: AgentIdentity) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     engine = _engine(config)
-    stores = [ZooKeeperStore(config.zookeeper, chroot=config.chroot) for _ in range(2)]
+    tls = directory_of(config.tls)
+    stores = [ZooKeeperStore(config.zookeeper, chroot=config.chroot, tls=tls) for _ in range(2)]
     # Side by side: guests that stand still may be waiting for an agent that was killed.
     (store, commits), _ = await asyncio.gather(asyncio.gather(*map(_connected, stores)), _probed(engine))
-    tls = directory_of(config.tls)
     credentials = credentials_of(tls)
     guards = [Guard(credentials, tls)] if credentials is not None and tls is not None else []
     peers = Peers(credentials)

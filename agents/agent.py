@@ -34,6 +34,7 @@ from agents.host.incarnation import Believed
 from agents.host.journal import Journal
 from agents.host.metrics import Metrics
 from agents.host.registration import Registration
+from agents.host.streams import streams_of
 from agents.nets import taps
 from agents.shims import external
 from orchestrator import descriptors
@@ -152,6 +153,7 @@ class Agent:
             must_be_nobodys=self._must_be_nobodys,
             adopting=asyncio.Lock(),
             pool_locks=PoolLocks(self._config),
+            streams=streams_of(self._config),
         )
 
     def _measure(self, metrics: Metrics) -> None:

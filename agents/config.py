@@ -144,8 +144,8 @@ class AgentConfig(BaseModel):
     chroot: str = "/drover/v1"
     """Where the tree stands in ZooKeeper: the same for agents, API and coordinator."""
     tls: Tls | None = None
-    """The identity of this host: it is asked by the control plane and by other hosts with certificates of the same
-    cluster only. None: by everybody."""
+    """The identity of this host: ZooKeeper, the control plane and other hosts are spoken to by TLS, memory and disks
+    between hosts as well, and only with certificates of the same cluster. None: everybody is heard, without TLS."""
     dir: Path
     """The agent's own: guests' sockets and notes, journal. Survives a restart of the agent and a loss of power."""
     console_dir: Path

@@ -184,6 +184,8 @@ class GuestLedger:
         return record is not None and record.released
 
     async def _name_freed(self, record: GuestRecord) -> list[Op]:
+        if self.store.keeps_rights:
+            return []  # who may remove one name may remove them all: the control plane does it (`ledger.births`)
         node = await self.store.read(paths.name(record.name))
         mine = node is not None and node.data.decode(errors="replace").strip('"') == self.uuid
         return [Delete(paths.name(record.name), node.version)] if node is not None and mine else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agents.config import AgentConfig
 from agents.engine.base import StreamTls
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.pki.files import identity_of, read_pem
@@ -50,6 +51,14 @@ class Streams:
     def to_host(self, destination: str) -> StreamTls:
         """What goes to that host, and to no other one."""
         return StreamTls(self._directory, of_host(self._cluster, destination).server_name)
+
+
+def streams_of(config: AgentConfig) -> Streams | None:
+    """None: the host has no identity, or its guests are libvirt's, which sends their memory by itself. Raises OSError
+    and PkiError."""
+    if config.tls is None or config.engine != "qemu":
+        return None
+    return Streams(config.tls.directory, config.dir / "tls")
 
 
 def agreed(streams: Streams | None, destination: str, *, offered: bool) -> StreamTls | None:

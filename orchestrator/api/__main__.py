@@ -19,6 +19,7 @@ from orchestrator.core.errors import DroverError
 from orchestrator.ledger.records import BadRecord
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.metrics import LAG_S, lag
+from orchestrator.pki.config import directory_of
 from orchestrator.pki.files import PkiError
 from orchestrator.tasks import Tasks
 from orchestrator.telemetry import configure_logging
@@ -29,7 +30,8 @@ async def _serve(config: ApiConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = ApiServer(config, ZooKeeperStore(config.zookeeper, chroot=config.chroot), REGISTRY)
+    store = ZooKeeperStore(config.zookeeper, chroot=config.chroot, tls=directory_of(config.tls))
+    server = ApiServer(config, store, REGISTRY)
     tasks = Tasks("process of the API")
     tasks.keep(descriptors.look, "reserve of descriptors", again_s=descriptors.LOOK_S)
     tasks.keep(lag.look, "lag of the event loop", again_s=LAG_S)

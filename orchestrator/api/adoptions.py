@@ -27,6 +27,7 @@ from orchestrator.core.offers import Obstacle
 from orchestrator.core.placement import choose, need_for
 from orchestrator.core.records import Adopted, GuestSpec, HostRecord
 from orchestrator.ledger import paths
+from orchestrator.ledger.births import name_freed
 from orchestrator.rpc.agent_client import CALL_S, EXAMINE_S
 from protos.drover.v1 import orchestrator_pb2 as pb
 from protos.drover.v1 import types_pb2
@@ -53,7 +54,7 @@ class Adoptions:
         asked = Request.of("" if request.validate_only else request.request_id, digest("AdoptGuest", request))
         if earlier := await asked.earlier(self._tools):
             return await self._moved(earlier.rpartition("/")[2], asked, request, caller)
-        if await self._tools.store.read(paths.name(request.name)) is not None:
+        if not await name_freed(self._tools.store, request.name):
             said = f"there is a guest {request.name} already"
             raise DroverError(RefusalReason.ALREADY_EXISTS, said, field="name")
         found = await self._examined(request, wished, caller)

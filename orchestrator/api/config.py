@@ -30,8 +30,8 @@ class ApiConfig:
     history: HistoryConfig = field(default_factory=HistoryConfig)
     """The coordinator's history file, where the API can read it: what the ledger has forgotten is looked up there."""
     tls: Tls | None = None
-    """The identity of the API. With it, callers by TCP need a certificate of the cluster, and its role allows what they
-    may do. None: everybody may do everything."""
+    """The identity of the API, shown to ZooKeeper and agents. With it, callers by TCP need a certificate of the
+    cluster, and its role allows what they may do. None: everybody may do everything."""
     log_level: str = "info"
     """debug, info, warning or error; lines are JSON, on standard error."""
 

@@ -29,7 +29,7 @@ from orchestrator.core.placement import Choice, choose, need_again, need_for
 from orchestrator.core.records import DeviceSpec, GuestSpec, OnHostDeath, ShimKind, WantRun
 from orchestrator.core.text import quoted
 from orchestrator.ledger import markers, paths
-from orchestrator.ledger.births import again_ops, birth_ops
+from orchestrator.ledger.births import again_ops, birth_ops, name_freed
 from orchestrator.ledger.ledger import op_create, op_set
 from orchestrator.ledger.snapshot import HostEntry
 from orchestrator.ledger.store import Check, Delete, Done, Op
@@ -114,7 +114,7 @@ class Guests:
     async def _name_taken(self, spec: GuestSpec, asked: Request) -> str:
         """Empty while the name is free; the guest's uuid when this very request took it just now. Else raises
         ALREADY_EXISTS."""
-        if await self._tools.store.read(paths.name(spec.name)) is None:
+        if await name_freed(self._tools.store, spec.name):
             return ""
         if earlier := await asked.earlier(self._tools):
             return earlier.rpartition("/")[2]
@@ -348,6 +348,7 @@ class Guests:
     async def _end(self, read: GuestRead, caller: Caller) -> None:
         agent = await self._tools.agent(read.record.owner.host)
         await agent.end_guest(read.uuid, caller.remaining_s(END_GUEST_S))
+        await name_freed(self._tools.store, read.record.name)
 
     async def _finish_birth(self, read: GuestRead, caller: Caller) -> None:
         agent = await self._tools.agent(read.record.owner.host)
@@ -381,6 +382,7 @@ class Guests:
             read, after = await self._changed(uuid, change)
             promised = await self._must_suit(read, after)
             agent = await self._tools.agent(read.record.owner.host)
+            await self._tools.store.grant(paths.guest_spec(uuid), {read.record.owner.host})  # it may have moved since
             try:
                 spec = await agent.change_machine(uuid, change, promised, caller.remaining_s(CHANGE_MACHINE_S))
             except DroverError as error:

@@ -149,6 +149,8 @@ class _Opening:
 
     host: str
     ops: list[Op]
+    hosts: frozenset[str]
+    """Those that have a word in it."""
 
 
 async def epoch_write(store: Store, epoch: int, ops: Sequence[Op], shard: int = 0) -> bool:
@@ -428,6 +430,7 @@ class Driver:
                     if not isinstance(opening, _Opening):
                         return opening
                     until_written.enter_context(placing.writing(opening.host))
+                await self._tools.store.grant(paths.guest(self._spec.guest), opening.hosts)
                 if await self._write(opening.ops):
                     return migration.Finished()
             await self._pause()
@@ -490,10 +493,10 @@ class Driver:
             SetData(paths.guest(spec.guest), encode(opened), nodes.guest.version),
             *await self._reserve(entry, guest_spec),
             SetData(paths.migration_state(spec.id), encode(state), nodes.state_version),
-            *await self._missing_ack_nodes(likely=guess and nodes.state.attempt == 0),
+            *await self._missing_ack_nodes(source, likely=guess and nodes.state.attempt == 0),
             await self._marked(choice.destination.host, likely=guess and nodes.state.attempt == 0),
         ]
-        return _Opening(choice.destination.host, ops)
+        return _Opening(choice.destination.host, ops, frozenset({source, choice.destination.host}))
 
     def _preparing(self, state: MigrationState, attempt: int, source: str, destination: str) -> MigrationState:
         """The migration's state as an attempt is opened."""
@@ -511,12 +514,12 @@ class Driver:
             epoch=self._tools.epoch,
         )
 
-    async def _missing_ack_nodes(self, *, likely: bool) -> list[Op]:
+    async def _missing_ack_nodes(self, source: str, *, likely: bool) -> list[Op]:
         """`likely`: they are missing, as far as one may guess; the write will say."""
         missing: list[Op] = []
         for path in (paths.requests(self._spec.id), paths.acks(self._spec.id)):
             if likely or await self._tools.store.read(path) is None:
-                missing.append(Create(path, encode(Requests())))
+                missing.append(Create(path, encode(Requests()), writers=(source,)))
         return missing
 
     async def _marked(self, host: str, *, likely: bool) -> Op:
@@ -581,10 +584,20 @@ class Driver:
             if nodes.state.phase.terminal:
                 break
             ops = await self._settle_ops(command, nodes, again=number > 0)
-            if ops is None or await self._write(ops):
+            if ops is None:
+                break
+            if await self._write(ops):
+                if command.phase.terminal and nodes.record is not None:
+                    await self._only_owner_writes(nodes.record)
                 break
             await self._pause()
         return migration.Finished()
+
+    async def _only_owner_writes(self, record: GuestRecord) -> None:
+        """The other end of the attempt has no word any more. What a coordinator that ends now leaves, the next leader
+        takes back (`coordinator/rights.py`)."""
+        with contextlib.suppress(StoreUnavailable):
+            await self._tools.store.grant(paths.guest(self._spec.guest), {record.owner.host})
 
     async def _settle_ops(self, command: migration.Settle, nodes: _Nodes, *, again: bool) -> list[Op] | None:
         """One transaction: report, reservation, guest record, state. None: the record moved, look again."""

@@ -28,6 +28,8 @@ from orchestrator.coordinator.pool import WorkerLost
 from orchestrator.coordinator.ports import AgentDirectory
 from orchestrator.coordinator.quarantine import Quarantine
 from orchestrator.coordinator.retention import PASS_S, Keeping
+from orchestrator.coordinator.rights import PASS_S as RIGHTS_S
+from orchestrator.coordinator.rights import Rights
 from orchestrator.coordinator.upgrade import Upgrade
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.records import Leader, MigrationSpec, MigrationState, Shards
@@ -429,6 +431,7 @@ class Supervisor:
             deaths = DeathRunner(self._store, self._agents, self._index, epoch, self._fencers)
             spawn(self._for_ever(deaths.run, "deaths of hosts", 1.0))
             spawn(self._for_ever(keeping.run, "retention", PASS_S))
+            spawn(self._for_ever(Rights(self._store).set_right, "rights", RIGHTS_S))
         orphans = Orphans(self._store, self._index, self._agents, epoch, share=self._share)
 
         async def end_orphans() -> None:

@@ -63,9 +63,10 @@ class CoordinatorConfig:
     history: HistoryConfig = field(default_factory=HistoryConfig)
     """Where what is removed is written first."""
     tls: Tls | None = None
-    """Its identity, wherever its processes run: what it shows to agents."""
+    """Its identity, wherever its processes run: what it shows to ZooKeeper and to agents."""
     store_factory: str = "orchestrator.ledger.zookeeper:ZooKeeperStore"
-    """module:callable, called with `zookeeper` and `chroot=`, returns a Store."""
+    """module:callable, called with `zookeeper`, `chroot=` and, where there is an identity, its directory as `tls=`,
+    returns a Store."""
     agents_factory: str = "orchestrator.coordinator.agents:RpcAgents"
     """module:callable, called with nothing or, where there is an identity, its directory as `tls=`, returns an
     AgentDirectory."""
@@ -103,7 +104,8 @@ def make_store(config: CoordinatorConfig) -> Store:
     nothing."""
     factory = _resolve(config.store_factory)
     assert callable(factory)
-    return cast(Store, factory(config.zookeeper, chroot=config.chroot))
+    secured = {} if config.tls is None else {"tls": config.tls.directory}
+    return cast(Store, factory(config.zookeeper, chroot=config.chroot, **secured))
 
 
 def make_agents(config: CoordinatorConfig) -> AgentDirectory:

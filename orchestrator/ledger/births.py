@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from orchestrator.core.handover import GuestRecord
+from orchestrator.core.death import hosts_of
+from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.records import GuestSpec, WantRun
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_create, op_set
+from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.snapshot import HostEntry
-from orchestrator.ledger.store import Check, Create, Op, SetData
+from orchestrator.ledger.store import Check, Create, Delete, Op, SetData, Store
 
 
 def birth_ops(uuid: str, record: GuestRecord, spec: GuestSpec, wish: WantRun, entry: HostEntry) -> list[Op]:
@@ -18,7 +20,7 @@ def birth_ops(uuid: str, record: GuestRecord, spec: GuestSpec, wish: WantRun, en
     host = record.owner.host
     return [
         op_create(paths.guest(uuid), record),
-        op_create(paths.guest_spec(uuid), spec),
+        Create(paths.guest_spec(uuid), encode(spec), writers=tuple(sorted(hosts_of(record)))),
         op_create(paths.want_run(uuid), wish),
         Check(paths.cordon(host), entry.cordon_version),
         room_taken(host, entry),
@@ -40,3 +42,18 @@ def again_ops(uuid: str, record: GuestRecord, version: int, entry: HostEntry) ->
         Check(paths.cordon(host), entry.cordon_version),
         room_taken(host, entry),
     ]
+
+
+async def name_freed(store: Store, called: str) -> bool:
+    """The name of a life that is over is anybody's: its host's agent cannot remove it where rights are kept. Whether it
+    is free now. Raises StoreUnavailable, BadRecord."""
+    path = paths.name(called)
+    named = await store.read(path)
+    if named is None:
+        return True
+    uuid = decode(str, named.data, path=path)
+    record = await store.read(paths.guest(uuid))
+    if record is None or decode(GuestRecord, record.data, path=paths.guest(uuid)).phase is not Ownership.GONE:
+        return False
+    await store.multi([Check(paths.guest(uuid), record.version), Delete(path, named.version)])
+    return await store.read(path) is None

@@ -167,6 +167,11 @@ class Store(Protocol):
         """Create `path` and its parents with empty content where missing. Raises StoreUnavailable."""
         ...
 
+    @property
+    def keeps_rights(self) -> bool:
+        """The ledger knows who asks, and not everybody may write everything."""
+        ...
+
     async def grant(self, path: str, hosts: Collection[str], timeout_s: float = 2.0) -> None:
         """From now on these hosts' agents may write this node, and no others: see `ledger.rights`. Its version stays.
 

@@ -417,6 +417,10 @@ class ZooKeeperStore(Store):
             return None
         return [ACL(perms, Id(scheme, name)) for scheme, name, perms in rights.listed(self._cluster, found)]
 
+    @property
+    def keeps_rights(self) -> bool:
+        return bool(self._cluster)
+
     async def grant(self, path: str, hosts: Collection[str], timeout_s: float = 2.0) -> None:
         if not self._cluster:
             return

@@ -250,6 +250,8 @@ class MemoryStore:
             self.tree.notify(op.path)
         return version
 
+    keeps_rights = False
+
     async def grant(self, path: str, hosts: Collection[str], timeout_s: float = 2.0) -> None:
         self._need_connection()
         self.granted[path] = frozenset(hosts)

@@ -52,6 +52,8 @@ class LocalConfig(BaseModel):
     """Directory of the images that guests may name."""
     shims: dict[str, str] = Field(default_factory=dict[str, str])
     """Programs for external devices, as agents know them: name -> unix socket; {host} in it is filled in."""
+    tls: bool = False
+    """The parts have certificates: ZooKeeper lets in nobody else and knows who asks, memory and disks go by TLS."""
     zookeeper: Literal[1, 3, 5] = 1
     """Servers of the ensemble; three bear the loss of one."""
     coordinators: Annotated[int, Field(ge=1, le=4)] = 1

@@ -152,6 +152,20 @@ class Layout:
         """Directory of the logs of all parts, `<part>.log`."""
         return self.dir / "logs"
 
+    def identity(self, kind: str, name: str) -> Path:
+        """Directory of a certificate, of a host or a role."""
+        return self.dir / "pki" / kind / name
+
+    @property
+    def authority(self) -> Path:
+        """What has signed them."""
+        return self.dir / "pki" / "ca"
+
+    @property
+    def quorum_identity(self) -> Path:
+        """What servers of the ensemble show each other: of an authority of their own, beside it."""
+        return self.dir / "pki" / "quorum" / "server"
+
     def zookeeper(self, server: Server) -> Path:
         """Configuration and data of that ZooKeeper server."""
         return self.dir / f"zk{server.number or ''}"

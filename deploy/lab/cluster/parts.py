@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import ssl
 import sys
 import uuid
 from collections.abc import Awaitable, Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orchestrator
-from deploy.lab.cluster import network, ray_head, zookeeper
+from deploy.lab.cluster import identities, network, ray_head, zookeeper
 from deploy.lab.cluster.config import LocalConfig, PartKind
 from deploy.lab.cluster.layout import (
     CLUSTER_VARIABLE,
@@ -30,6 +31,7 @@ from deploy.lab.cluster.state import write_atomically
 from deploy.lab.devices import PROGRAM
 from orchestrator.core.endpoint import is_loopback, join_address
 from orchestrator.ledger import paths
+from orchestrator.pki.names import Role
 
 if TYPE_CHECKING:
     from orchestrator.rpc.messages import ClusterHealth
@@ -117,8 +119,10 @@ def write_files(config: LocalConfig, layout: Layout, places: Places) -> None:
     heads = (layout.ray(seat) for seat in places.seats)
     for folder in (layout.logs, layout.console, layout.serial, *heads, *work):
         folder.mkdir(parents=True, exist_ok=True)
+    if config.tls:
+        identities.make(layout, places)
     for server in places.zookeepers:
-        zookeeper.prepare(layout, places, server)
+        zookeeper.prepare(layout, places, server, tls=config.tls)
     image, _ = guest_image(config, layout)
     for place in places.hosts:
         layout.volatile(place.name).mkdir(parents=True, exist_ok=True)
@@ -137,6 +141,7 @@ def _api(config: LocalConfig, layout: Layout, places: Places, server: Server) ->
         "listen": [f"unix:{layout.api_socket_of(server)}", f"{server.address}:{places.api_port}"],
         "zookeeper": places.zookeeper,
         "chroot": paths.CHROOT,
+        **_tls(config, layout, "role", Role.API),
         "instructions": config.chaos,
         "metrics_listen": join_address(server.address, places.api_metrics_port),
         "log_level": config.log_level,
@@ -149,6 +154,7 @@ def _coordinator(config: LocalConfig, layout: Layout, places: Places, seat: Serv
         "shards": config.shards,
         "zookeeper": places.zookeeper,
         "chroot": paths.CHROOT,
+        **_tls(config, layout, "role", Role.COORDINATOR),
         "ray_address": f"{RAY_ADDRESS}:{seat.ray_port}",
         "ray_token_file": str(layout.ray_token),
         "ray_namespace": RAY_NAMESPACE,
@@ -171,6 +177,10 @@ def _coordinator(config: LocalConfig, layout: Layout, places: Places, seat: Serv
     }
 
 
+def _tls(config: LocalConfig, layout: Layout, kind: str, name: str) -> dict[str, Any]:
+    return {"tls": {"directory": str(layout.identity(kind, name))}} if config.tls else {}
+
+
 def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace, image: Path) -> dict[str, Any]:
     return {
         "host": place.name,
@@ -180,6 +190,7 @@ def _agent(config: LocalConfig, layout: Layout, places: Places, place: HostPlace
         "peer_port": places.peer_port,
         "zookeeper": places.zookeeper,
         "chroot": paths.CHROOT,
+        **_tls(config, layout, "host", place.name),
         "dir": str(layout.host(place.name)),
         "console_dir": str(layout.console),
         "console_server": str(layout.collector_socket),
@@ -287,7 +298,8 @@ class _Maker:
         addresses = [server.address for server in places.zookeepers]
 
         def held(path: str) -> Probe:
-            return lambda: zookeeper.has_ephemeral(paths.CHROOT + path, addresses, places.zookeeper_port)
+            port, tls = places.zookeeper_port, self._as_admin
+            return lambda: zookeeper.has_ephemeral(paths.CHROOT + path, addresses, port, tls=tls and tls())
 
         return _all(*map(held, nodes))
 
@@ -296,11 +308,27 @@ class _Maker:
         """One server that serves has a quorum behind it."""
         return tuple(server.name for server in self._places.zookeepers)
 
+    @property
+    def _as_admin(self) -> Callable[[], ssl.SSLContext] | None:
+        return (lambda: identities.as_admin(self._layout)) if self._config.tls else None
+
+    def _serves(self, server: Server) -> Probe:
+        """With TLS, the hosts may register as well: the first server that serves is told of them."""
+        port, tls = self._places.zookeeper_port, self._as_admin
+
+        async def probe() -> str | None:
+            wrong = await zookeeper.srvr(server.address, port, _PROBE_TIMEOUT_S, tls and tls())
+            if wrong or tls is None or server != self._places.zookeepers[0]:
+                return wrong
+            return await identities.enrolled(self._layout, self._places, 10.0)
+
+        return probe
+
     def zookeeper(self, server: Server) -> PartSpec:
         return self.part(
             "zookeeper",
             zookeeper.command(self._layout, server),
-            _zookeeper_probe(server, self._places.zookeeper_port),
+            self._serves(server),
             server=server,
             listens=((server.address, self._places.zookeeper_port),),
         )
@@ -450,13 +478,6 @@ def _all(*probes: Probe) -> Probe:
             if wrong := await one():
                 return wrong
         return None
-
-    return probe
-
-
-def _zookeeper_probe(server: Server, port: int) -> Probe:
-    async def probe() -> str | None:
-        return await zookeeper.srvr(server.address, port, _PROBE_TIMEOUT_S)
 
     return probe
 

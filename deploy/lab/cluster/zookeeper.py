@@ -6,16 +6,21 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 
+from deploy.lab.cluster import zookeeper_tls
+from deploy.lab.cluster.identities import CLUSTER
 from deploy.lab.cluster.layout import Layout, LocalClusterError, Places, Server, StopReason
+from orchestrator.pki.names import Role, of_role
 
 TICK_MS = 500
 """Sessions may be 2 to 20 ticks long: 1 to 10 s."""
 
 _JAR_FOLDERS = (Path("/usr/share/java"), Path("/usr/share/zookeeper"), Path("/usr/share/zookeeper/lib"))
 _MAIN = "org.apache.zookeeper.server.quorum.QuorumPeerMain"
+_SERVER = of_role(CLUSTER, Role.ZOOKEEPER).server_name
 _HINT = "deploy/install-system.sh installs it"
 
 
@@ -40,15 +45,17 @@ def require() -> None:
         )
 
 
-def prepare(layout: Layout, places: Places, server: Server) -> None:
-    """Write its configuration. Data of an earlier start stays: a restarted server goes on where the killed one was."""
+def prepare(layout: Layout, places: Places, server: Server, *, tls: bool = False) -> None:
+    """Write its configuration; `tls`: by the identities that `identities` has made.
+
+    Data of an earlier start stays: a restarted server goes on where the killed one was.
+    """
     data = layout.zookeeper(server) / "data"
     data.mkdir(parents=True, exist_ok=True)
     lines = [
         f"tickTime={TICK_MS}",
         f"dataDir={data}",
-        f"clientPort={places.zookeeper_port}",
-        f"clientPortAddress={server.address}",
+        *_client_port(layout, places, server, tls=tls),
         "initLimit=10",
         "syncLimit=5",
         "standaloneEnabled=true",
@@ -64,6 +71,9 @@ def prepare(layout: Layout, places: Places, server: Server) -> None:
         # KiB written at once to a fresh log: the default of 64 MiB would take longer than everything else here.
         "preAllocSize=1024",
     ]
+    if tls and server.number:
+        zookeeper_tls.write_key_store(layout.zookeeper(server), layout.quorum_identity, zookeeper_tls.QUORUM_KEY_STORE)
+        lines += zookeeper_tls.quorum(layout.zookeeper(server), layout.quorum_identity)
     if server.number:
         (data / "myid").write_text(f"{server.number}\n")
         lines += [
@@ -73,9 +83,18 @@ def prepare(layout: Layout, places: Places, server: Server) -> None:
     (layout.zookeeper(server) / "zoo.cfg").write_text("\n".join(lines) + "\n")
 
 
+def _client_port(layout: Layout, places: Places, server: Server, *, tls: bool) -> list[str]:
+    if not tls:
+        return [f"clientPort={places.zookeeper_port}", f"clientPortAddress={server.address}"]
+    identity = layout.identity("role", "zookeeper")
+    zookeeper_tls.write_key_store(layout.zookeeper(server), identity)
+    return zookeeper_tls.client_port(layout.zookeeper(server), identity, server.address, places.zookeeper_port)
+
+
 def command(layout: Layout, server: Server) -> list[str]:
     """The server's command line; `prepare` comes first."""
-    jars = [path for name in ("zookeeper.jar", "slf4j-simple.jar") if (path := _jar(name))]
+    named = ("zookeeper.jar", "slf4j-simple.jar", *zookeeper_tls.JARS)
+    jars = [path for name in named if (path := _jar(name))]
     return [
         "java",
         "-Xms16m",
@@ -101,22 +120,24 @@ def command(layout: Layout, server: Server) -> list[str]:
     ]
 
 
-async def srvr(address: str, port: int, timeout_s: float = 1.0) -> str | None:
+async def srvr(address: str, port: int, timeout_s: float = 1.0, tls: ssl.SSLContext | None = None) -> str | None:
     """Ask the server how it is. None: it serves; otherwise what is wrong."""
     try:
-        answer = await _ask("srvr", address, port, timeout_s)
+        answer = await _ask("srvr", address, port, timeout_s, tls)
     except OSError as error:
         return _short(error)
     return None if "Mode:" in answer else "not serving yet"
 
 
-async def has_ephemeral(path: str, addresses: Sequence[str], port: int, timeout_s: float = 1.0) -> str | None:
+async def has_ephemeral(
+    path: str, addresses: Sequence[str], port: int, timeout_s: float = 1.0, tls: ssl.SSLContext | None = None
+) -> str | None:
     """Does a session that is connected hold this node? None: yes. Asked with four-letter words: it needs no session.
 
     The session of a process that was killed goes on for seconds, its connection does not. Of an ensemble every server
     knows the node, and only one has the connection.
     """
-    asked = [_ask(word, address, port, timeout_s) for word in ("dump", "cons") for address in addresses]
+    asked = [_ask(word, address, port, timeout_s, tls) for word in ("dump", "cons") for address in addresses]
     answers = await asyncio.gather(*asked, return_exceptions=True)
     told = [answer for answer in answers if isinstance(answer, str)]
     if not told:
@@ -138,9 +159,11 @@ def _holder(dump: str, path: str) -> str | None:
     return None
 
 
-async def _ask(word: str, address: str, port: int, timeout_s: float) -> str:
-    async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection(address, port)
+async def _ask(word: str, address: str, port: int, timeout_s: float, tls: ssl.SSLContext | None) -> str:
+    # A handshake costs a server that has just started much of a second.
+    async with asyncio.timeout(timeout_s if tls is None else 5 * timeout_s):
+        name = None if tls is None else _SERVER
+        reader, writer = await asyncio.open_connection(address, port, ssl=tls, server_hostname=name)
         try:
             writer.write(word.encode())
             return (await reader.read(-1)).decode(errors="replace")

@@ -37,6 +37,9 @@ _VERSION = re.compile(r"\d+(\.\d+){0,2}")
     "--images", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Images that guests name."
 )
 @click.option("--zookeeper", type=int, metavar="1|3|5", help="ZooKeeper servers.  [default: 1]")
+@click.option(
+    "--tls/--no-tls", default=None, help="ZooKeeper, and memory and disks between hosts, by TLS.  [default: no]"
+)
 @click.option("--coordinators", type=int, help="Coordinators, each with its own Ray.  [default: 1]")
 @click.option("--shards", type=int, help="Of the fleet, shared out among coordinators.  [default: 1]")
 @click.option("--apis", type=int, help="API servers.  [default: 1]")
