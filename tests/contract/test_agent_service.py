@@ -45,10 +45,12 @@ from orchestrator.core.records import (
     Display,
     GuestSpec,
     HostRecord,
+    Incarnation,
     OnHostDeath,
     PoolKind,
     WantRun,
 )
+from orchestrator.core.restore import Held
 from orchestrator.ledger import paths
 from orchestrator.ledger.records import decode, encode
 from orchestrator.ledger.store import Done, SetData, Versioned
@@ -293,6 +295,22 @@ async def until_ended(host: Host) -> None:
     async with asyncio.timeout(10):
         while [each.run_state for each in (await host.client.get_agent()).guests] != [RunState.ENDED]:  # noqa: ASYNC110 - bounded
             await asyncio.sleep(0.01)
+
+
+async def test_what_a_host_holds_is_told_to_who_restores_a_ledger(host: Host) -> None:
+    before = await host.client.list_copies()
+    assert (before.host, before.complete, before.copies) == (HERE, True, ())
+    status = await host.born()
+    (copy,) = (await host.client.list_copies()).copies
+    assert (copy.guest, copy.name, copy.held) == (G, "web", Held(HERE, status.inc, running=True))
+
+
+async def test_a_ledger_is_believed_by_the_id_that_it_has(host: Host) -> None:
+    assert await refused(host.client.rejoin_ledger("other")) is R.INVALID_ARGUMENT
+    host.world.put(paths.INCARNATION, Incarnation("this"))
+    assert await refused(host.client.rejoin_ledger("other")) is R.INVALID_ARGUMENT
+    await host.client.rejoin_ledger("this")
+    assert (await host.client.list_copies()).incarnation == "this"
 
 
 async def test_images_are_brought_in_and_listed(host: Host) -> None:

@@ -36,7 +36,8 @@ from orchestrator.core.ids import HostRef
 from orchestrator.core.images import HEADER_BYTES, content_error, header_of
 from orchestrator.core.migration import Prepared
 from orchestrator.core.offers import Obstacle
-from orchestrator.core.records import GuestSpec, HostRecord, WantRun
+from orchestrator.core.records import GuestSpec, HostRecord, Incarnation, WantRun
+from orchestrator.core.restore import Held, HeldGuestCopy, HostHeld
 from orchestrator.ledger import paths
 from orchestrator.ledger.ledger import op_create
 from orchestrator.ledger.records import decode, encode
@@ -72,6 +73,8 @@ class FakeAgent(AgentServiceServicer):
     copies: list[CopyStatus] = field(default_factory=list[CopyStatus])
     troubles: list[GuestTrouble] = field(default_factory=list[GuestTrouble])
     complete: bool = True
+    incarnation: str = ""
+    """Of the ledger that it believes."""
     obstacles: dict[str, tuple[Obstacle, ...]] = field(default_factory=dict[str, tuple[Obstacle, ...]])
     """What stands against moving guests, by uuid."""
     lost: dict[str, GuestSpec] = field(default_factory=dict[str, GuestSpec])
@@ -148,6 +151,25 @@ class FakeAgent(AgentServiceServicer):
         assert isinstance(await self.store.multi(ops), Done)
 
     # --- AgentService -------------------------------------------------------------------------------------------------
+
+    async def ListCopies(self, request: pb.ListCopiesRequest, context: Any) -> pb.ListCopiesResponse:
+        await self._called("ListCopies", "")
+        here = HostRef(self.host, f"boot-{self.host}")
+        held = tuple(
+            HeldGuestCopy(each.guest, each.name, Held(here, each.inc, running=each.run_state is RunState.RUNNING))
+            for each in self.sample.guests
+        )
+        return wire_agent.held_to_proto(HostHeld(here, self.complete, self.incarnation, copies=held))
+
+    async def RejoinLedger(self, request: pb.RejoinLedgerRequest, context: Any) -> pb.RejoinLedgerResponse:
+        await self._called("RejoinLedger", request.incarnation)
+        node = await self.store.read(paths.INCARNATION)
+        found = decode(Incarnation, node.data).id if node is not None and node.data else "none"
+        if found != request.incarnation:
+            said = f"{self.host} reads incarnation {found} in the ledger, not {request.incarnation}"
+            raise DroverError(RefusalReason.INVALID_ARGUMENT, said, field="incarnation")
+        self.incarnation = request.incarnation
+        return pb.RejoinLedgerResponse()
 
     async def GetAgent(self, request: pb.GetAgentRequest, context: Any) -> pb.GetAgentResponse:
         await self._called("GetAgent", "")
