@@ -177,7 +177,7 @@ class Crowd:
 def ask(word: str, address: str, port: int) -> str:
     import asyncio
 
-    return asyncio.run(zookeeper._ask(word, address, port, 1.0))
+    return asyncio.run(zookeeper._ask(word, address, port, 1.0, None))
 
 
 @pytest.fixture(scope="module", params=["namespaces", "loopback"])
