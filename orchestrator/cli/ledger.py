@@ -27,7 +27,8 @@ def ledger() -> None:
     """Export the ledger to a file, check such a file, bring the ledger back from one."""
 
 
-def _where(command: F) -> F:
+def where_options(command: F) -> F:
+    """Options that say which ledger is meant; `ledger_meant` reads them."""
     for option in (
         click.option("--chroot", metavar="PATH", help="The node of ZooKeeper below which the ledger lies."),
         click.option(
@@ -46,9 +47,10 @@ def _where(command: F) -> F:
     return command
 
 
-def _meant(
+def ledger_meant(
     settings: Settings, config: Path | None, zookeeper: str | None, chroot: str | None, tls: Path | None
 ) -> Where:
+    """Raises CliError where nothing names one."""
     from dataclasses import replace
 
     from orchestrator.restore.access import Where, configured
@@ -72,7 +74,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 
 @ledger.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@_where
+@where_options
 @local
 @pass_settings
 def export(
@@ -84,7 +86,7 @@ def export(
     """
     from orchestrator.restore import files
 
-    where = _meant(settings, config, zookeeper, chroot, tls)
+    where = ledger_meant(settings, config, zookeeper, chroot, tls)
     made = _run(files.export(where, file, time_s=time.time()))
     _tell(settings, made, file)
 
@@ -93,7 +95,7 @@ def export(
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--dead", multiple=True, metavar="HOST", help="You vouch that its power is off for good; repeatable.")
 @click.option("--confirm", "token", default="", metavar="TOKEN", help="Of the same command without it: do it.")
-@_where
+@where_options
 @local
 @pass_settings
 def import_(
@@ -115,7 +117,7 @@ def import_(
     """
     from orchestrator.restore import files
 
-    where = _meant(settings, config, zookeeper, chroot, tls)
+    where = ledger_meant(settings, config, zookeeper, chroot, tls)
     done = _run(files.bring_back(where, file, dead=dead, token=token, time_s=time.time()))
     if settings.printer.machine:
         settings.printer.document(done.document())

@@ -12,6 +12,7 @@ import click
 from orchestrator.cli import (
     adopting,
     configuration,
+    enrolling,
     evacuation,
     events,
     explain,
@@ -93,6 +94,7 @@ for command in (
     root.add_command(command)
 for command in (adopting.adopt, adopting.release):
     guest.guest.add_command(command)
+host.host.add_command(enrolling.enroll)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -13,9 +13,11 @@ import yaml
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.text import clip
 from orchestrator.ledger import paths
+from orchestrator.ledger.enrolment import enrol
 from orchestrator.ledger.store import Store, StoreUnavailable
 from orchestrator.ledger.zookeeper import ZooKeeperStore
 from orchestrator.pki.files import PkiError
+from orchestrator.pki.names import BadName, of_host
 
 CONNECT_S = 15.0
 
@@ -66,3 +68,21 @@ async def opened(where: Where) -> AsyncGenerator[Store]:
         yield store
     finally:
         await store.close()
+
+
+async def enrol_host(where: Where, host: str) -> None:
+    """Let an agent with that host's certificate register. May be repeated; a registered host stays as it is.
+
+    Raises INVALID_ARGUMENT for what cannot be the name of a host in a certificate, LEDGER_UNREACHABLE, also where the
+    identity shown may not enrol hosts.
+    """
+    try:
+        of_host("any", host)
+    except BadName as error:
+        raise DroverError(RefusalReason.INVALID_ARGUMENT, str(error), field="host") from error
+    async with opened(where) as store:
+        try:
+            await enrol(store, host)
+        except StoreUnavailable as error:
+            said = f"{host} could not be enrolled: {error}; hosts are enrolled by the identity role/admin"
+            raise DroverError(RefusalReason.LEDGER_UNREACHABLE, said) from error

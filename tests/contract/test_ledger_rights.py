@@ -13,6 +13,8 @@ import pytest_asyncio
 from kazoo.exceptions import NoAuthError
 from kazoo.security import OPEN_ACL_UNSAFE
 
+from orchestrator.cli import main
+from orchestrator.cli.exits import Exit
 from orchestrator.core.handover import GuestRecord, Ownership
 from orchestrator.core.ids import HostRef
 from orchestrator.ledger import layout, paths
@@ -204,6 +206,29 @@ async def test_a_host_has_its_own_nodes_and_no_other_hosts(clients: Clients) -> 
         Create(f"{paths.GUESTS}/5f/5f00", b"{}"),
     ):
         assert isinstance(await host.multi([stranger]), OutcomeUnknown), stranger
+
+
+async def test_a_host_is_one_once_the_admin_has_enrolled_it(
+    clients: Clients, secure: ZooKeeperServer, authority: Certificates, identities: dict[str, Path]
+) -> None:
+    def enroll(host: str, identity: Path) -> int:
+        where = ["--zookeeper", secure.hosts, "--chroot", paths.CHROOT, "--tls", str(identity)]
+        return main.run(["host", "enroll", host, *where])
+
+    admin, own = authority.role("admin"), store(secure, authority.host("host-9"))
+    try:
+        await own.start(30)
+        assert await asyncio.to_thread(enroll, "host-9", identities["host-1"]) == Exit.UNREACHABLE
+        assert await asyncio.to_thread(enroll, "host 9", admin) == Exit.USAGE
+        with pytest.raises(StoreUnavailable):
+            await own.ensure(paths.host("host-9"))
+        for _ in range(2):
+            assert await asyncio.to_thread(enroll, "host-9", admin) == Exit.OK
+        written = [SetData(paths.host("host-9"), b"{}", 0)]
+        assert not isinstance(await clients["host-1"].multi(written), Done)
+        assert isinstance(await own.multi(written), Done)
+    finally:
+        await own.close()
 
 
 async def test_nobody_is_let_in_without_a_certificate_of_the_authority(
