@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 
 from agents.disks.byte_locks import is_locked
-from agents.host.whole import flush, write_whole
+from orchestrator.whole import flush, write_whole
 
 log = structlog.get_logger(__name__)
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from agents.engine.base import DiskFile
 from agents.host.commands import CommandFailed, ran
-from agents.host.whole import write_whole
 from orchestrator.core.naming import MOVED_AWAY
+from orchestrator.whole import write_whole
 
 _TOOL = "qemu-img"
 _MAKE_S = 30.0

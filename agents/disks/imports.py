@@ -28,7 +28,6 @@ from typing import TypeVar
 import structlog
 
 from agents.config import AgentConfig, PoolConfig
-from agents.host.whole import flush
 from orchestrator.core.errors import DroverError, RefusalReason, invalid
 from orchestrator.core.images import (
     CHUNK_BYTES,
@@ -41,6 +40,7 @@ from orchestrator.core.images import (
 )
 from orchestrator.core.naming import MOVED_AWAY, file_error
 from orchestrator.core.records import PoolKind
+from orchestrator.whole import flush
 
 log = structlog.get_logger(__name__)
 

@@ -24,7 +24,6 @@ from agents.guest.copies import Copy
 from agents.guest.held import HeldGuest
 from agents.guest.machine import MachineError, disk_of, nic_of
 from agents.handover import preflight
-from agents.host.whole import write_whole
 from agents.nets.taps import NetsError
 from agents.shims.net import mac_address
 from orchestrator.core.changes import MachineChange, changed
@@ -34,6 +33,7 @@ from orchestrator.core.handover import Ownership
 from orchestrator.core.record import Record
 from orchestrator.core.records import GuestSpec, LiveDevice, LiveMachine
 from orchestrator.ledger.records import BadRecord, decode, encode
+from orchestrator.whole import write_whole
 
 log = structlog.get_logger(__name__)
 

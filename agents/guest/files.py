@@ -36,7 +36,6 @@ from agents.config import AgentConfig
 from agents.disks.births import Births
 from agents.engine.base import Tap, VmmMetadata, VmmSpec
 from agents.guest.console import ConsoleAt
-from agents.host.whole import write_whole
 from agents.nets.ports import MAX_PORTS, Owner, Port, tap_name
 from agents.nets.taps import NetsError, Taps, root_of
 from agents.shims import net
@@ -46,6 +45,7 @@ from orchestrator.core.record import Record
 from orchestrator.core.records import DeviceSpec, GuestSpec, NetworkKind, NicSpec, ShimKind
 from orchestrator.ledger.records import BadRecord, decode, encode
 from orchestrator.proc import start_time_of, vmms_below
+from orchestrator.whole import write_whole
 
 log = structlog.get_logger(__name__)
 

@@ -24,7 +24,6 @@ from agents.guest.files import GuestFiles
 from agents.guest.tpm import Tpm, available, program
 from agents.host import pools
 from agents.host.commands import CommandFailed
-from agents.host.whole import write_whole
 from agents.shims.net import mac_address
 from orchestrator.core.compatibility import real_machine
 from orchestrator.core.errors import DroverError, RefusalReason
@@ -41,6 +40,7 @@ from orchestrator.core.records import (
     PoolKind,
 )
 from orchestrator.ledger.records import BadRecord, decode, encode
+from orchestrator.whole import write_whole
 
 _IMAGE_S = 60.0
 """For making an image, which is sparse: nothing is written but its tables."""

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Protocol
 
 from agents.config import AgentConfig
-from agents.host.whole import write_whole
 from orchestrator import proc
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.identity import AgentIdentity
 from orchestrator.core.liveness import LivenessUnknown
+from orchestrator.whole import write_whole
 
 _KERNEL_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _HARDWARE = (Path("/sys/class/dmi/id/product_uuid"), Path("/proc/device-tree/serial-number"))

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import structlog
 
-from agents.host.whole import write_whole
 from orchestrator.core.handover import GuestRecord
 from orchestrator.core.record import Record
 from orchestrator.core.records import AttemptReport, Incarnation
 from orchestrator.ledger.records import BadRecord, decode, encode
+from orchestrator.whole import write_whole
 
 KEPT_REPORTS = 500
 KEPT_RECORDS = 2000

@@ -14,8 +14,8 @@ import structlog
 
 from agents.config import AgentConfig, PoolConfig
 from agents.disks import images
-from agents.host.whole import write_whole
 from orchestrator.core.records import Pool, PoolKind
+from orchestrator.whole import write_whole
 
 log = structlog.get_logger(__name__)
 

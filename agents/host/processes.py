@@ -11,9 +11,9 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from agents.host.whole import write_whole
 from orchestrator import proc
 from orchestrator.core.liveness import Liveness, LivenessUnknown
+from orchestrator.whole import write_whole
 
 
 def tail_of(path: Path) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from agents.engine.base import EngineError, VmmMetadata, VmmSpec
 from agents.engine.libvirt import domain
-from agents.host.whole import write_whole
 from orchestrator import proc
 from orchestrator.core.liveness import LivenessUnknown
+from orchestrator.whole import write_whole
 
 
 def note_path(spec: VmmSpec) -> Path:

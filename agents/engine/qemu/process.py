@@ -17,9 +17,9 @@ from agents.engine.boot_images import Images
 from agents.engine.qemu import arguments, display, vfio
 from agents.host.processes import gated, leashed
 from agents.host.scopes import scoped
-from agents.host.whole import write_whole
 from orchestrator.core.guest import command_line_of
 from orchestrator.core.records import Firmware, ShimKind
+from orchestrator.whole import write_whole
 
 _MAX_SOCKET_PATH = 107
 
