@@ -22,7 +22,7 @@ import pytest
 
 from deploy.lab.cluster import commands, network, processes, state, teardown
 from deploy.lab.cluster.config import LocalConfig
-from deploy.lab.cluster.layout import Layout, LocalClusterError
+from deploy.lab.cluster.layout import RAY_ADDRESS, Layout, LocalClusterError
 from deploy.lab.cluster.processes import Identity
 from tests.fakes.cluster import ROOT, Cluster, kill, make_config, missing, running_cluster, short_directory, until
 
@@ -381,7 +381,7 @@ def test_ray_head_and_its_driver_come_back_together(directory: Path) -> None:
 
 def test_another_ray_than_expected_is_started_by_its_own_command(directory: Path) -> None:
     program = "import ray; ray.__version__ = '3.0.0'; from orchestrator.coordinator import ray_head; ray_head.main()"
-    options = ["--port=6379", "--client-port=10001", "--cpus=1", "--dir={dir}/ray"]
+    options = [f"--address={RAY_ADDRESS}", "--port=6379", "--client-port=10001", "--cpus=1", "--dir={dir}/ray"]
     config = a_config(directory, hosts=1, ray=True, commands={"ray": [sys.executable, "-c", program, *options]})
     with running_cluster(config) as cluster:
         launcher = processes.look(cluster.part("ray").pid or 0)
