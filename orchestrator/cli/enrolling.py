@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import click
@@ -24,6 +23,8 @@ def enroll(
     Only where `tls` is in use: there no agent makes itself a host. Show ZooKeeper the identity `role/admin` by --tls,
     and give HOST its certificate by `drover pki issue host/HOST`. May be repeated; a registered host stays as it is.
     """
+    import asyncio
+
     from orchestrator.restore.access import enrol_host
 
     asyncio.run(enrol_host(ledger_meant(settings, config, zookeeper, chroot, tls), host))

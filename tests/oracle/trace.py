@@ -207,6 +207,8 @@ _LINES: list[tuple[re.Pattern[str], _Made]] = [
     )
 ]
 _TRACED = re.compile("|".join(SOURCE_TRACES))
+_AT_AN_EVENT = re.compile(rf"(?=(?:{'|'.join(SOURCE_TRACES)}) )")
+"""QEMU's threads write without waiting for each other: an event may begin in the line of another one."""
 
 
 class UnknownTraceError(Exception):
@@ -216,7 +218,7 @@ class UnknownTraceError(Exception):
 def events_of(log: str) -> list[Event]:
     """All events of a source's log. Other lines, QEMU's words among them, are left out. Raises UnknownTraceError."""
     found: list[Event] = []
-    for line in log.splitlines():
+    for line in _AT_AN_EVENT.sub("\n", log).splitlines():
         event = _event(line.strip())
         if isinstance(event, _Asks):
             _note_asks(found, event)

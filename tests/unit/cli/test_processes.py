@@ -13,8 +13,9 @@ from tests.unit.cli.ran import DROVER, ROOT, evacuation, guest, leaving
 
 
 def process(address: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    # A test run in the background of a shell ignores Ctrl-C, and whoever it starts would inherit that.
     return subprocess.Popen(
-        [*DROVER, *arguments],
+        ["env", "--default-signal=INT", *DROVER, *arguments],
         cwd=ROOT,
         env={**os.environ, "DROVER_API": address, **environment},
         stdout=subprocess.PIPE,
