@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from agents.disks.byte_locks import is_locked
+from agents.host.byte_locks import is_locked
 from orchestrator.whole import flush, write_whole
 
 log = structlog.get_logger(__name__)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from agents.config import AgentConfig
-from agents.disks import byte_locks
+from agents.host import byte_locks
 from orchestrator.core.errors import DroverError, RefusalReason
 from orchestrator.core.ids import HostRef
 from orchestrator.core.records import GuestSpec, PoolKind

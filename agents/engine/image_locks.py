@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
 from pathlib import Path
 
 from agents.engine.base import DiskLocked, EngineError
+from agents.host.byte_locks import is_locked
 
-_FLOCK = struct.Struct("hhqqi4x")
 _BYTE = 100
 """The first that QEMU locks."""
 
@@ -27,8 +25,7 @@ def must_be_lockable(image: Path) -> None:
     try:
         descriptor = os.open(image, os.O_RDWR | os.O_CLOEXEC)
         try:
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _BYTE, 1, 0)
-            fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
+            is_locked(descriptor, _BYTE, 1)
         finally:
             os.close(descriptor)
     except OSError as error:
