@@ -3,6 +3,8 @@
 A holder's directory (0700): `ca.pem` (whom it trusts; several certificates while an authority is replaced), `cert.pem`
 (its own, and what lies between that and the authority), `key.pem` (0600) and `deny.json` (serial numbers that are
 refused although they have not ended). Any PEM will do: an existing PKI may fill it as well as `drover pki issue`.
+
+The library is loaded when a certificate is read: guests may wait for an agent that starts, and most need none.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
-
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from typing import TYPE_CHECKING, Any, cast
 
 from orchestrator.pki.names import SCHEME, BadName, Identity, Kind, read_uri
 from orchestrator.whole import write_whole
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 CA, CERT, KEY, DENY = "ca.pem", "cert.pem", "key.pem", "deny.json"
 MAX_PEM_BYTES = 1 << 20
@@ -79,6 +81,8 @@ def other_names(directory: Path) -> tuple[list[str], list[str]]:
     """DNS names and addresses that the certificate there carries besides those every certificate of it has.
 
     Raises PkiError."""
+    from cryptography import x509
+
     cert, *_ = _loaded(_read(directory / CERT), str(directory / CERT))
     identity = _identity(cert)
     always = {identity.server_name, identity.name.lower() if identity.kind is Kind.HOST else ""}
@@ -180,6 +184,8 @@ def _read(path: Path) -> bytes:
 
 
 def _loaded(pem: bytes, what: str) -> list[x509.Certificate]:
+    from cryptography import x509
+
     try:
         return x509.load_pem_x509_certificates(pem)
     except ValueError as error:
@@ -187,6 +193,8 @@ def _loaded(pem: bytes, what: str) -> list[x509.Certificate]:
 
 
 def _identity(cert: x509.Certificate) -> Identity:
+    from cryptography import x509
+
     uris = [each for each in _sans(cert, x509.UniformResourceIdentifier) if each.startswith(SCHEME)]
     if len(uris) != 1:
         raise PkiError(
@@ -199,10 +207,14 @@ def _identity(cert: x509.Certificate) -> Identity:
 
 
 def _dns(cert: x509.Certificate) -> list[str]:
+    from cryptography import x509
+
     return _sans(cert, x509.DNSName)
 
 
 def _sans(cert: x509.Certificate, kind: type[x509.DNSName] | type[x509.UniformResourceIdentifier]) -> list[str]:
+    from cryptography import x509
+
     try:
         names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -211,6 +223,8 @@ def _sans(cert: x509.Certificate, kind: type[x509.DNSName] | type[x509.UniformRe
 
 
 def _belongs(cert: x509.Certificate, key: bytes) -> bool:
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
     try:
         private = load_pem_private_key(key, None)
     except (ValueError, TypeError):
@@ -220,8 +234,10 @@ def _belongs(cert: x509.Certificate, key: bytes) -> bool:
 
 
 def _signed(cert: x509.Certificate, by: x509.Certificate) -> bool:
+    from cryptography.exceptions import InvalidSignature
+
     try:
         cert.verify_directly_issued_by(by)
-    except (ValueError, TypeError, Exception):
+    except (ValueError, TypeError, InvalidSignature):
         return False
     return True

@@ -32,9 +32,13 @@ def went_on(scene: Scene, guest: Born, migration: str) -> types_pb2.Migration:
 
 
 def ended_by_its_successor(over: types_pb2.Migration) -> bool:
-    return [report.outcome for report in over.attempts] == ["ABORTED", "COMMITTED"] and over.attempts[0].reason in (
-        AbortReason.SOURCE_RESTARTED,
-        AbortReason.DESTINATION_LOST,
+    """Where the agent was away for so long that its silence was noticed, attempts made in vain lie in between."""
+    first, *between, last = over.attempts
+    return (
+        first.outcome == "ABORTED"
+        and first.reason in (AbortReason.SOURCE_RESTARTED, AbortReason.DESTINATION_LOST)
+        and all(one.reason == AbortReason.SOURCE_UNREACHABLE for one in between)
+        and last.outcome == "COMMITTED"
     )
 
 
